@@ -1,0 +1,37 @@
+# Each target does its own set-up. `make help` lists them.
+SHELL := /bin/bash
+BIN := .venv/bin
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check bench clean
+
+help: ## what can be made
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.ready ## a virtual environment in .venv with everything in it; PYTHON=python3.12 chooses the interpreter
+
+.venv/.ready: pyproject.toml constraints-cpu.txt scripts/setup.sh
+	@scripts/setup.sh
+
+demo: setup ## train the tiny model on made-up clips, generate, score: outputs/demo/
+	@$(BIN)/titans-video demo
+
+test: check ## lint, types and every test that is not long
+	@$(BIN)/python -m pytest
+
+test-all: check ## the long tests too
+	@$(BIN)/python -m pytest -m "long or not long"
+
+check: setup ## formatting, lint, types and the import floors
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit/test_floors.py
+
+bench: setup ## the comparisons with other libraries
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove caches of tools; .venv and outputs stay
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find src tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,270 @@
+"""Forward and backward of SoraDiT beside diffusers' transformers of the same width, depth and tokens.
+
+    python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 16 ...]
+
+`st` stands beside LatteTransformer3DModel (a layer of it is a spatial and a temporal block, as one block of ours holds
+spatial and temporal attention), `full` beside WanTransformer3DModel. Each candidate lives in a process of its own;
+the parent asks them for one step each in turn, so that a slow minute of the machine falls on all alike. Time is the
+median step, memory the process's peak over what it held before the network was built (on CUDA: torch's own peak),
+FLOPs are counted by torch with attention as plain products (a backward pass twice a forward one).
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+PAIRS = (("SoraDiT st", "Latte"), ("SoraDiT full", "Wan"))
+CHANNELS, TEXT_WIDTH = 16, 512
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--frames", type=int, default=8, help="latent frames")
+    parser.add_argument("--size", type=int, default=32, help="latent height and width; a token is 2x2 cells")
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], Any]]:
+    """A network, and a function of it and a device that runs its forward pass on random inputs."""
+    import torch
+
+    dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
+    head = a.width // a.heads
+
+    def inputs(device: str) -> tuple[Any, Any, Any]:
+        shape = (a.batch, CHANNELS, a.frames, a.size, a.size)
+        text = torch.randn(a.batch, a.text_tokens, TEXT_WIDTH, device=device, dtype=dtype)
+        return torch.randn(shape, device=device, dtype=dtype), torch.rand(a.batch, device=device), text
+
+    if name == "Latte":
+        from diffusers import LatteTransformer3DModel
+
+        net = LatteTransformer3DModel(
+            num_attention_heads=a.heads,
+            attention_head_dim=head,
+            in_channels=CHANNELS,
+            num_layers=a.depth,
+            cross_attention_dim=a.width,
+            attention_bias=True,
+            sample_size=a.size,
+            patch_size=2,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=TEXT_WIDTH,
+            video_length=a.frames,
+        )
+
+        def run(net: Any, device: str) -> Any:
+            x, t, text = inputs(device)
+            return net(x, timestep=1000 * t, encoder_hidden_states=text).sample
+    elif name == "Wan":
+        from diffusers import WanTransformer3DModel
+
+        net = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=a.heads,
+            attention_head_dim=head,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            text_dim=TEXT_WIDTH,
+            ffn_dim=4 * a.width,
+            num_layers=a.depth,
+        )
+
+        def run(net: Any, device: str) -> Any:
+            x, t, text = inputs(device)
+            return net(x, timestep=1000 * t, encoder_hidden_states=text).sample
+    else:
+        from titans_video.models.sora import SoraDiT
+        from titans_video.types import Condition, TextCondition
+
+        net = SoraDiT(
+            in_channels=CHANNELS,
+            time_stride=4,
+            patch_size=(1, 2, 2),
+            model_dim=a.width,
+            depth=a.depth,
+            heads=a.heads,
+            attention_type=name.split()[1],
+            text_widths=(TEXT_WIDTH,),
+        )
+
+        def run(net: Any, device: str) -> Any:
+            x, t, text = inputs(device)
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+            return net(x, t, Condition(TextCondition((text,), (mask,)))).value
+
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return net, run
+
+
+def count_flops(name: str, a: argparse.Namespace) -> int:
+    """FLOPs of one forward and backward pass, counted without computing anything."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net, run = build(name, a)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run(net.to("meta"), "meta").sum().backward()
+    return counter.get_total_flops()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def worker(a: argparse.Namespace) -> None:
+    """One candidate: a step for each line on stdin, answered with its seconds; at the end a report.
+
+    With --memory two steps at once and the peak of the process, malloc told (by the parent) to give back what is freed.
+    """
+    import torch
+
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    cuda = a.device.startswith("cuda")
+    small = argparse.Namespace(**{**vars(a), "width": 8 * a.heads, "depth": 1, "frames": 1, "size": 8})
+    net, run = build(a.worker, small)
+    run(
+        net, "cpu"
+    ).float().mean().backward()  # so that libraries and their code are not counted as the network's memory
+    before = resident()
+    net, run = build(a.worker, a)
+    net = net.to(a.device).train()
+
+    def step() -> float:
+        start = time.perf_counter()
+        net.zero_grad(set_to_none=True)
+        run(net, a.device).float().square().mean().backward()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    warm_up = [step() for _ in range(2)]
+    if a.memory:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        print(json.dumps({"peak": torch.cuda.max_memory_allocated() if cuda else peak}), flush=True)
+        return
+    print(json.dumps({"seconds": warm_up}), flush=True)
+    for line in sys.stdin:
+        if line.strip() != "step":
+            break
+        print(json.dumps({"seconds": step()}), flush=True)
+    report = {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "flops": count_flops(a.worker, a),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads",
+        "torch": torch.__version__,
+    }
+    print(json.dumps(report), flush=True)
+
+
+def start(name: str, *flags: str) -> subprocess.Popen[str]:
+    """A worker, on this command's own flags. Large blocks are mapped one by one when memory is measured, so that the
+    peak is that of live tensors and not of malloc's free lists (it costs time, so never when time is)."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, *flags]
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "--memory" in flags else {})
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Memory of each candidate alone, then the time of all, interleaved."""
+    names = [name for pair in PAIRS for name in pair]
+    results = {name: ask(start(name, "--memory")) for name in names}
+    processes: dict[str, subprocess.Popen[str]] = {}
+    for name in names:
+        processes[name] = start(name)
+        ask(processes[name])  # warm: one at a time, together they would slow each other
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(a.repeats):
+        for name in names:
+            seconds[name].append(ask(processes[name], "step")["seconds"])
+    for name in names:
+        results[name] |= {"seconds": statistics.median(seconds[name])} | ask(processes[name], "end")
+    return results
+
+
+def ask(process: subprocess.Popen[str], line: str | None = None) -> dict[str, Any]:
+    """Send a line to a worker, if any, and wait for its answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if line is not None:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise SystemExit(f"A candidate stopped with exit code {process.wait()}; its message stands above.")
+    return json.loads(answer)
+
+
+def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
+    """The results as markdown."""
+    first = next(iter(results.values()))
+    tokens = a.frames * (a.size // 2) ** 2
+    lines = [
+        f"Forward + backward, {first['device']}, {a.dtype}, torch {first['torch']}: width {a.width}, depth {a.depth}, "
+        f"{a.heads} heads, {tokens} tokens x batch {a.batch}, {a.text_tokens} text tokens; median of {a.repeats}.",
+        "",
+        "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time : peer | memory : peer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    peak_rate = next((rate for key, rate in PEAKS.items() if key in first["device"]), None)
+    for pair in PAIRS:
+        peer = results[pair[1]]
+        for name in pair:
+            r = results[name]
+            rate = r["flops"] / r["seconds"]
+            mfu = f"{rate / peak_rate:.1%}" if peak_rate and a.dtype == "bf16" else "-"
+            lines.append(
+                f"| {name} | {r['parameters'] / 1e6:.1f}M | {r['seconds'] * 1e3:.1f} | {r['flops'] / 1e9:.1f} "
+                f"| {rate / 1e12:.3f} | {mfu} | {r['peak'] / 2**20:.0f} | {r['seconds'] / peer['seconds']:.2f} "
+                f"| {r['peak'] / peer['peak']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    a = arguments()
+    if a.worker:
+        worker(a)
+        return
+    text = table(a, measure(a))
+    print(text)
+    if a.out:
+        a.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

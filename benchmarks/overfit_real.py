@@ -1,0 +1,170 @@
+"""Eight real clips, learned by heart: the whole way on real files, through the command line that everybody uses.
+
+Trains on 8 clips at 64x64 and 8 frames, generates one clip for each caption, and asks which of the 8 originals it is
+nearest to (mean squared error after a small blur). Writes originals beside generated clips as a PNG, the table as JSON.
+
+    python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 600] [--keep]
+
+The clips lie in $TITANS_REAL_CLIPS (default ../shared/real_clips), a folder with manifest.jsonl.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_video.data.loader import to_floats
+from titans_video.generation.loading import VideoModel, load_model
+from titans_video.generation.pipeline import generate
+from titans_video.generation.requests import build_request
+from titans_video.media.pixels import to_uint8
+from titans_video.media.sheets import contact_sheet
+from titans_video.media.writing import write_video
+from titans_video.options import DataOptions, GenerateOptions, Overrides
+from titans_video.preparing.opening import open_data
+from titans_video.seeding import derive
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLIPS = (
+    "bear_cage.mp4",
+    "bee_thistle.mp4",
+    "carpark_white_car.mp4",
+    "coffee_pour.mp4",
+    "dog_fetch_start.mp4",
+    "highway_drive_a.mp4",
+    "horse_gallop_1878.mp4",
+    "red_cups_shuffle.mp4",
+)
+SIZE, FRAMES, FPS = 64, 8, 8.0
+DATA_FLAGS = ["--height", f"{SIZE}", "--width", f"{SIZE}", "--num-frames", f"{FRAMES}", "--fps", f"{FPS:g}"]
+MODEL_FLAGS = ["--vae-backend", "patch", "--text-model", "builtin", "--preset", "tiny", "--attention-type", "full"]
+MODEL_FLAGS += [
+    "--patch-size",
+    "1,2,2",
+    "--prediction",
+    "x0",
+    "--time-mean",
+    "0.9",
+    "--time-std",
+    "1.2",
+    "--shift",
+    "1.0",
+]
+TRAIN_FLAGS = ["--batch-size", "8", "--optimizer", "muon", "--lr", "4e-3", "--muon-lr", "0.03", "--weight-decay", "0"]
+TRAIN_FLAGS += ["--lr-schedule", "linear", "--lr-warmup-steps", "30", "--cfg-drop-prob", "0.05", "--ema-decay", "0.99"]
+TRAIN_FLAGS += ["--save-every", "100000", "--sample-steps", "25", "--sample-guidance", "1.0", "--start-over"]
+BLUR = 5  # pixels; an average of this width, twice
+WANTED = 7
+
+
+def main() -> int:
+    """Train, generate, compare; the exit code is 0 where at least WANTED clips are nearest to their own original."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/overfit_real"))
+    parser.add_argument("--max-steps", type=int, default=600)
+    parser.add_argument("--keep", action="store_true", help="use the run that is already there")
+    arguments = parser.parse_args()
+    clips = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips")).resolve()
+    if not (clips / "manifest.jsonl").is_file():
+        print(f"Skipped: {clips} holds no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
+        return 0
+    captions, manifest = write_manifest(clips, arguments.out)
+    started = time.monotonic()
+    if not arguments.keep:
+        train(manifest, clips, arguments.out / "run", arguments.max_steps)
+    minutes = (time.monotonic() - started) / 60
+    model = load_model(str(arguments.out / "run"), Overrides(), "cpu")
+    originals = read_originals(manifest, clips, model)
+    made = generate_all(model, captions)
+    return report(originals, made, captions, arguments.out, minutes)
+
+
+def write_manifest(clips: Path, out: Path) -> tuple[list[str], Path]:
+    """The rows of CLIPS as text-to-video rows, in a manifest of their own; captions, and its path."""
+    rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
+    chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in CLIPS]
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = out / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return [row["caption"] for row in chosen], manifest
+
+
+def train(manifest: Path, clips: Path, run: Path, max_steps: int) -> None:
+    """The documented training command, in a process of its own."""
+    script = REPOSITORY / "train" / "videos" / "video_framework.py"
+    flags = ["--manifest", str(manifest), "--data-root", str(clips), "--output-dir", str(run)]
+    flags += [*DATA_FLAGS, *MODEL_FLAGS, *TRAIN_FLAGS, "--max-steps", str(max_steps)]
+    print("python", shlex.join([str(script), *flags]), flush=True)
+    subprocess.run([sys.executable, str(script), *flags], check=True)
+
+
+def read_originals(manifest: Path, clips: Path, model: VideoModel) -> Tensor:
+    """The clips as training read them: (8, 3, T, H, W) in [-1, 1], in the manifest's order."""
+    options = DataOptions(
+        manifest=(str(manifest),), data_root=str(clips), height=SIZE, width=SIZE, num_frames=FRAMES, fps=FPS
+    )
+    data = open_data(options, model.codec.spec, model.patch_size, seed=0)
+    reader = data.reader()
+    read = [torch.from_numpy(reader.clip(reader.decide(entry, "t2v", 0))) for entry in data.entries]
+    return to_floats(torch.stack(read))
+
+
+def generate_all(model: VideoModel, captions: list[str]) -> Tensor:
+    """One clip for each caption, (8, 3, T, H, W) in [-1, 1]."""
+    usual, _ = build_request(GenerateOptions(), model)
+    seeds = [derive(0, "overfit", i) for i in range(len(captions))]
+    return generate(model, replace(usual, prompts=captions, seeds=seeds))
+
+
+def blurred(videos: Tensor) -> Tensor:
+    """Each frame averaged over BLUR x BLUR pixels, twice."""
+    frames = videos.transpose(1, 2).flatten(0, 1)  # (N T, 3, H, W)
+    for _ in range(2):
+        frames = F.avg_pool2d(frames, BLUR, stride=1, padding=BLUR // 2, count_include_pad=False)
+    return frames.unflatten(0, (videos.shape[0], videos.shape[2])).transpose(1, 2)
+
+
+def report(originals: Tensor, made: Tensor, captions: list[str], out: Path, minutes: float) -> int:
+    """Print and write which original each generated clip is nearest to, and the sheet; the exit code."""
+    distances = (blurred(made)[:, None] - blurred(originals)[None]).square().flatten(2).mean(-1)  # (made, originals)
+    nearest = distances.argmin(1).tolist()
+    rows = [
+        {
+            "clip": name,
+            "nearest": CLIPS[nearest[i]],
+            "right": nearest[i] == i,
+            "mse_own": round(float(distances[i, i]), 5),
+            "mse_best_other": round(float(distances[i].scatter(0, torch.tensor(i), torch.inf).min()), 5),
+        }
+        for i, name in enumerate(CLIPS)
+    ]
+    right = sum(bool(row["right"]) for row in rows)
+    for row in rows:
+        print(f"{row['clip']!s:26} nearest {row['nearest']!s:26} own {row['mse_own']}  other {row['mse_best_other']}")
+    print(
+        f"{right} of {len(CLIPS)} are nearest to their own original ({WANTED} wanted); "
+        f"training took {minutes:.1f} minutes."
+    )
+    summary = {"right": right, "of": len(CLIPS), "train_minutes": round(minutes, 2), "rows": rows}
+    (out / "overfit_real.json").write_text(json.dumps(summary, indent=1) + "\n")
+    shown, titles = [], []
+    for i, name in enumerate(CLIPS):
+        write_video(out / f"{Path(name).stem}.mp4", to_uint8(made[i]), FPS)
+        shown += [to_uint8(originals[i]), to_uint8(made[i])]
+        titles += [f"original: {captions[i]}", f"generated, nearest to {rows[i]['nearest']}"]
+    contact_sheet(out / "overfit_real.png", shown, titles, columns=2, frames=4)
+    print(f"Sheet: {out / 'overfit_real.png'}  figures: {out / 'overfit_real.json'}")
+    return 0 if right >= WANTED else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

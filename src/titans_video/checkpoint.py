@@ -1,0 +1,165 @@
+"""The one checkpoint format and its one reader.
+
+A checkpoint is a dict of tensors and plain containers:
+    format   "titans-video/1"
+    model    state dict of the network that is to be used (EMA weights where EMA is on)
+    codec    state dict of a fitted codec; empty for codecs that live elsewhere
+    step     optimizer steps done
+    config   how to build every part again:
+        recipe   "sora" | ...
+        model    the network's own config (ConfigMixin)
+        codec    {"options": CodecOptions as a dict, "spec": CodecSpec as a dict, "config": fitted codec's own,
+                  "fingerprint": str | None}
+        text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...]}
+        process  the noise process's own config
+        data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket
+        sample   recommended {"steps", "guidance_scale", ...} for generation; may be empty
+As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
+can run code, and neither names code that is imported unasked.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from titans_video.errors import CheckpointError
+
+FORMAT = "titans-video/1"
+
+
+@dataclass
+class Checkpoint:
+    """What the module's docstring lists, plus the path it was read from."""
+
+    model: dict[str, Tensor]
+    config: dict[str, Any]
+    step: int
+    codec: dict[str, Tensor] = field(default_factory=dict)
+    path: Path | None = None
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; on leaving well it is fsynced and takes `path`'s place, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_tensors(data: dict[str, Any], path: Path) -> None:
+    """Atomically `torch.save` a dict of tensors and plain containers."""
+    with atomic_path(path) as temporary:
+        torch.save(data, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """`torch.load` with `weights_only=True`: a pickle that is more than tensors is refused and never run.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint.") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values (or is damaged). It was not run. "
+            "Checkpoints of this project never need code; use one that `titans-video train` or an export wrote."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not the dict of a checkpoint.")
+    return data
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a `.pt` file, or for any other name a folder of `model.safetensors` and `config.json`."""
+    if path.suffix == ".pt":
+        save_tensors(
+            {
+                "format": FORMAT,
+                "model": checkpoint.model,
+                "codec": checkpoint.codec,
+                "config": checkpoint.config,
+                "step": checkpoint.step,
+            },
+            path,
+        )
+        return
+    tensors = {f"model.{k}": v.contiguous() for k, v in checkpoint.model.items()}
+    tensors |= {f"codec.{k}": v.contiguous() for k, v in checkpoint.codec.items()}
+    with atomic_path(path / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_path(path / "config.json") as temporary:
+        description = {"format": FORMAT, "step": checkpoint.step, "config": checkpoint.config}
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read(path: Path | str) -> Checkpoint:
+    """Read a `.pt` file, a checkpoint folder, an exported folder, or a run's folder (its `last.pt`).
+
+    Raises:
+        CheckpointError: nothing there, damaged, unsafe, or not a checkpoint of this project.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return _read_folder(path)
+        inside = next((path / n for n in ("last.pt", "model.pt") if (path / n).exists()), None)
+        if inside is None:
+            raise CheckpointError(
+                f"{path} is a folder without a checkpoint in it: last.pt, model.pt or model.safetensors with "
+                "config.json was expected."
+            )
+        path = inside
+    data = load_tensors(path)
+    missing = [k for k in ("model", "config", "step") if k not in data]
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}.")
+    if data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has the format {data.get('format')!r}; this version reads {FORMAT!r}.")
+    return Checkpoint(data["model"], data["config"], data["step"], data.get("codec", {}), path)
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    try:
+        description = json.loads((path / "config.json").read_text())
+        tensors = load_file(path / "model.safetensors")
+        if description.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has the format {description.get('format')!r}; this version reads {FORMAT!r}.")
+        step, config = description["step"], description["config"]
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {e}") from None
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+    return Checkpoint(part("model."), config, step, part("codec."), path)

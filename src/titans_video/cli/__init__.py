@@ -1,0 +1,1 @@
+"""Flags and exit codes (floor L5)."""

@@ -1,0 +1,83 @@
+"""What can be said about a run's numbers before anything is loaded."""
+
+import math
+
+from titans_video.errors import ConfigError
+from titans_video.options import DataOptions, SoraOptions, TrainOptions
+
+
+def check_training(options: SoraOptions) -> None:
+    """Refuse values that have no meaning.
+
+    Raises:
+        ConfigError: the flag, its value, and what it must be.
+    """
+    _check_train(options.train)
+    _need("--model-dim", options.model.model_dim, 1)
+    _need("--depth", options.model.depth, 1)
+    _need("--heads", options.model.heads, 1)
+    _need("--text-max-length", options.text.text_max_length, 1)
+    _need("--llm-max-length", options.text.llm_max_length, 1)
+    _need("--time-std", options.process.time_std, 0, above=True)
+    _need("--shift", options.process.shift, 0, above=True)
+    _need("--sample-steps", options.advice.sample_steps, 1)
+    _need("--sample-guidance", options.advice.sample_guidance, 0)
+    _check_data(options.data)
+
+
+def _check_data(data: DataOptions) -> None:
+    for flag, value in (
+        ("--batch-size", data.batch_size),
+        ("--tokens-per-batch", data.tokens_per_batch),
+        ("--num-frames", data.num_frames),
+        ("--height", data.height),
+        ("--width", data.width),
+        ("--resolution", data.resolution),
+        ("--cond-frames", data.cond_frames),
+        ("--cache-variants", data.cache_variants),
+    ):
+        _need(flag, value, 1)
+    _need("--fps", data.fps, 0, above=True)
+    _need("--max-upscale", data.max_upscale, 0, above=True)
+    _need("--max-bad", data.max_bad, 0, 1)
+    _need("--num-workers", data.num_workers, 0)
+    _need("--ram-cache-mb", data.ram_cache_mb, 0)
+    if not data.manifest and data.metadata is None:
+        raise ConfigError(
+            "No clips are named: give --manifest manifest.jsonl or --metadata metadata.json "
+            "(the mock data is train/videos/mock_data/manifest.jsonl)."
+        )
+
+
+def _check_train(train: TrainOptions) -> None:
+    for flag, value in (
+        ("--max-steps", train.max_steps),
+        ("--grad-accum", train.grad_accum),
+        ("--save-every", train.save_every),
+        ("--log-every", train.log_every),
+    ):
+        _need(flag, value, 1)
+    for flag, whole in (
+        ("--lr-warmup-steps", train.lr_warmup_steps),
+        ("--save-limit", train.save_limit),
+        ("--seed", train.seed),
+    ):
+        _need(flag, whole, 0)
+    _need("--lr", train.lr, 0, above=True)
+    _need("--muon-lr", train.muon_lr, 0, above=True)
+    _need("--min-lr", train.min_lr, 0, train.lr)
+    _need("--weight-decay", train.weight_decay, 0)
+    _need("--max-grad-norm", train.max_grad_norm, 0)
+    _need("--cfg-drop-prob", train.cfg_drop_prob, 0, 1)
+    for flag, share in (("--ema-decay", train.ema_decay), *(("--betas", b) for b in train.betas)):
+        if not 0 <= share < 1:
+            raise ConfigError(f"{flag} {share:g}: it must be at least 0 and below 1.")
+
+
+def _need(flag: str, value: float | None, least: float, most: float | None = None, *, above: bool = False) -> None:
+    if value is None:
+        return
+    good = math.isfinite(value) and (value > least if above else value >= least) and (most is None or value <= most)
+    if not good:
+        limit = f"above {least:g}" if above else f"at least {least:g}"
+        raise ConfigError(f"{flag} {value:g}: it must be {limit}{'' if most is None else f' and at most {most:g}'}.")

@@ -1,0 +1,37 @@
+"""What the scripts in train/videos do; their command lines are those of `titans-video train` and `generate`."""
+
+import sys
+
+from titans_video.cli.run import guarded
+
+
+def video_framework() -> int:
+    """Train, or after the word `infer` generate."""
+    words = sys.argv[1:]
+    if words[:1] == ["infer"]:
+        return guarded(lambda: _generate(words[1:], "video_framework.py infer"))
+    if words[:1] == ["train"]:
+        words = words[1:]
+    return guarded(lambda: _train(words, "video_framework.py"))
+
+
+def train_sora_accelerate() -> int:
+    """Train; a launcher says on how many processes."""
+    return guarded(lambda: _train(sys.argv[1:], "train_sora_accelerate.py"))
+
+
+def infer_sora() -> int:
+    """Generate."""
+    return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))
+
+
+def _train(words: list[str], prog: str) -> int:
+    from titans_video.cli.train import main_framework
+
+    return main_framework(words, prog)
+
+
+def _generate(words: list[str], prog: str) -> int:
+    from titans_video.cli.generate import main
+
+    return main(words, prog)

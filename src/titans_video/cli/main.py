@@ -1,0 +1,62 @@
+"""`titans-video COMMAND`: which commands there are. Each is imported when it is called."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from titans_video.cli.run import guarded
+from titans_video.errors import ConfigError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("titans_video.cli.train:main", "train SoraDiT on captioned clips"),
+    "generate": ("titans_video.cli.generate:main", "make a video from a prompt"),
+    "data mock": ("titans_video.cli.mock:main_mock", "write the built-in data set of moving shapes"),
+    "data check": ("titans_video.cli.data:main_check", "say which rows of a manifest can be used, and why not"),
+    "data cache": ("titans_video.cli.data:main_cache", "encode clips and captions once, before training"),
+    "cache verify": ("titans_video.cli.data:main_verify", "read a cache through and say what is damaged"),
+    "demo": ("titans_video.cli.demo:main_demo", "data, training, scores and pictures in one go"),
+    "score": ("titans_video.cli.demo:main_score", "score what a checkpoint makes of the built-in prompts"),
+}
+"""Command: (module:function of argv that gives an exit code, what it does)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of the console script; gives the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: dispatch(words))
+
+
+def dispatch(words: list[str]) -> int:
+    """Call the command that the first one or two words name with the rest.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            module, _, function = COMMANDS[name][0].partition(":")
+            code: int = getattr(import_module(module), function)(words[length:])
+            return code
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(""))
+        return 0
+    if any(name.startswith(words[0] + " ") for name in COMMANDS) and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(usage(words[0] + " "))
+        return 0
+    near = difflib.get_close_matches(" ".join(words[:2]), COMMANDS, n=1) or difflib.get_close_matches(
+        words[0], COMMANDS
+    )
+    hint = f" Did you mean `titans-video {near[0]}`?" if near else ""
+    raise ConfigError(f"There is no command {words[0]!r}.{hint} `titans-video --help` lists all.")
+
+
+def usage(group: str) -> str:
+    """The commands whose names begin with `group`, a line each."""
+    lines = [f"  titans-video {name:<13} {what}" for name, (_, what) in COMMANDS.items() if name.startswith(group)]
+    return "\n".join(["Train and run video diffusion transformers.", "", *lines, "", "Each takes --help."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

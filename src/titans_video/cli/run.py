@@ -1,0 +1,60 @@
+"""What every command is wrapped in: errors that a person can act on become one paragraph and an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from titans_video.errors import UserError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+DEPENDENCIES = {
+    "accelerate": "accelerate",
+    "av": "PyAV",
+    "diffusers": "diffusers",
+    "google": "protobuf",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "PIL": "Pillow",
+    "safetensors": "safetensors",
+    "sentencepiece": "sentencepiece",
+    "torch": "torch",
+    "tqdm": "tqdm",
+    "transformers": "transformers",
+    "tyro": "tyro",
+    "yaml": "PyYAML",
+}
+"""The name that each module of a dependency is installed by."""
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command and give its exit code; what a user can cause never shows a traceback.
+
+    Returns:
+        The command's own code; 2 for bad input or a missing dependency; 130 after Ctrl-C.
+    """
+    try:
+        return command()
+    except UserError as e:
+        _tell(f"Error: {e}")
+        return BAD_INPUT
+    except ModuleNotFoundError as e:
+        name = (e.name or "").split(".")[0]
+        if name not in DEPENDENCIES:
+            raise
+        _tell(f"Error: {DEPENDENCIES[name]} is not installed here; `make setup` or `pip install -e .` installs it.")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _tell("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output left (`| head`); Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _tell(text: str) -> None:
+    """Once, however many processes a launcher started."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)

@@ -1,0 +1,78 @@
+"""`python train.py`: the shortest way to train and to generate."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from titans_video.cli.run import guarded
+from titans_video.errors import ConfigError
+
+USAGE = """Titans Video: train and run video diffusion transformers.
+
+  python train.py --mode inference        make a video with the weights that come along
+      --prompt "a blue square moving up" --out x.mp4
+      --checkpoint PATH|latest            use your own weights
+  python train.py --mode train            train the tiny preset on the mock clips, into outputs/
+      --manifest FILE.jsonl | --metadata FILE.json
+      --config FILE.yaml                  another preset (configs/sora/tiny.yaml is used without it)
+      --max-steps N --output-dir DIR ...  any option of the trainer
+
+`python train.py --mode train --help` and `--mode inference --help` list all options."""
+
+
+def main(root: Path, argv: Sequence[str] | None = None) -> int:
+    """What train.py does.
+
+    Args:
+        root: of the repository, where configs/ and train/ are.
+        argv: without the program's name; default: the command line's.
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _main(root, words))
+
+
+def _main(root: Path, words: list[str]) -> int:
+    mode, rest = take_mode(words)
+    if mode is None and all(word in ("-h", "--help") for word in rest):
+        print(USAGE)
+        return 0
+    if mode == "train":
+        from titans_video.cli import train
+
+        return train.main(with_defaults(rest, root), "python train.py --mode train")
+    if mode == "inference":
+        from titans_video.cli import generate
+
+        return generate.main(rest, "python train.py --mode inference")
+    said = "is missing" if mode is None else f"{mode}: there is no such mode"
+    raise ConfigError(f"--mode {said}; it is train or inference. `python train.py` alone says what each does.")
+
+
+def take_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --mode (None where it is not given), and the other words."""
+    for i, word in enumerate(words):
+        if word.startswith("--mode="):
+            return word.partition("=")[2], [*words[:i], *words[i + 1 :]]
+        if word == "--mode":
+            return next(iter(words[i + 1 : i + 2]), ""), [*words[:i], *words[i + 2 :]]
+    return None, list(words)
+
+
+def with_defaults(words: list[str], root: Path) -> list[str]:
+    """Put in what nobody said: the tiny preset, the mock clips, and that the default folder may be used again."""
+    names = {word.partition("=")[0].replace("_", "-") for word in words}
+    added: list[str] = []
+    if "--config" not in names:
+        added += ["--config", str(_shown(root / "configs" / "sora" / "tiny.yaml"))]
+        if not names & {"--manifest", "--metadata"}:
+            added += ["--manifest", str(_shown(root / "train" / "videos" / "mock_data" / "manifest.jsonl"))]
+        if not names & {"--output-dir", "--resume", "--start-over", "--no-start-over"}:
+            added.append("--start-over")
+    return added + words
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working folder where it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

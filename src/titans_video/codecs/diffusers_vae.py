@@ -1,0 +1,269 @@
+"""The VAEs of diffusers, read from a pipeline's folder: each with its own scaling, strides and frame rule.
+
+Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the latent grid, N frames of all samples.
+Samples go through one by one and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the batch.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from titans_video.codecs.base import Codec
+from titans_video.errors import CodecError
+from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors
+from titans_video.types import CodecSpec, FrameRule
+
+TILE_ABOVE = 640 * 640
+"""Frames of more pixels than this are encoded and decoded in blended spatial tiles."""
+CHUNK_PIXELS = 8 * 512 * 512
+"""Frame-by-frame VAEs take at most this many pixels at once (always at least one frame)."""
+FRAMEWISE_ABOVE = 121 * 512 * 768
+"""LTX clips of more pixels than this (all frames together) go through in blended temporal tiles too."""
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one VAE class is used.
+
+    Attributes:
+        frame_rule: see `CodecSpec`.
+        stride: (S, sh, sw) of a loaded VAE.
+        shift_and_factor: what its pipeline does: latents = (unscaled - shift) * factor, each a scalar or C values.
+        encode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w).
+        decode: (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
+    """
+
+    frame_rule: FrameRule
+    stride: Callable[[Any], tuple[int, int, int]]
+    shift_and_factor: Callable[[Any], tuple[Any, Any]]
+    encode: Callable[[Any, Tensor], Tensor]
+    decode: Callable[[Any, Tensor], Tensor]
+
+
+def _moments(vae: Any, x: Tensor) -> Tensor:
+    posterior = vae.encode(x).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+def _as_frames(x: Tensor) -> Tensor:
+    """(1, C, T, H, W) -> (T, C, H, W)."""
+    return x[0].transpose(0, 1)
+
+
+def _as_clip(frames: list[Tensor]) -> Tensor:
+    """Chunks of (N, C, H, W) -> (1, C, T, H, W)."""
+    return torch.cat(frames).transpose(0, 1)[None]
+
+
+def _encode_framewise(vae: Any, x: Tensor) -> Tensor:
+    size = max(1, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
+    return _as_clip([_moments(vae, chunk) for chunk in _as_frames(x).split(size)])
+
+
+def _decode_framewise(vae: Any, z: Tensor) -> Tensor:
+    s = _spatial(vae) ** 2
+    size = max(1, CHUNK_PIXELS // (z.shape[-2] * z.shape[-1] * s))
+    return _as_clip([vae.decode(chunk).sample for chunk in _as_frames(z).split(size)])
+
+
+def _decode_temporal(vae: Any, z: Tensor) -> Tensor:
+    # The decoder's convolutions mix all frames of a clip, so a clip is decoded whole, as its pipeline does by default.
+    return _as_clip([vae.decode(_as_frames(z), num_frames=z.shape[2]).sample])
+
+
+def _decode_clip(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode(z).sample
+
+
+def _decode_ltx(vae: Any, z: Tensor) -> Tensor:
+    # Later LTX decoders are told a noise level; 0 with no noise added is their pipeline's default.
+    time = z.new_zeros(1) if vae.config.timestep_conditioning else None
+    return vae.decode(z, time).sample
+
+
+def _spatial(vae: Any) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _framewise_stride(vae: Any) -> tuple[int, int, int]:
+    return 1, _spatial(vae), _spatial(vae)
+
+
+def _cog_stride(vae: Any) -> tuple[int, int, int]:
+    return int(vae.config.temporal_compression_ratio), _spatial(vae), _spatial(vae)
+
+
+def _wan_stride(vae: Any) -> tuple[int, int, int]:
+    side = int(vae.config.scale_factor_spatial)
+    return int(vae.config.scale_factor_temporal), side, side
+
+
+def _ratio_stride(vae: Any) -> tuple[int, int, int]:
+    side = int(vae.spatial_compression_ratio)
+    return int(vae.temporal_compression_ratio), side, side
+
+
+def _by_factor(vae: Any) -> tuple[Any, Any]:
+    return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+
+
+def _by_wan_statistics(vae: Any) -> tuple[Any, Any]:
+    return vae.config.latents_mean, 1.0 / torch.tensor(vae.config.latents_std)
+
+
+def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
+    return vae.latents_mean.float(), vae.config.scaling_factor / vae.latents_std.float()
+
+
+FAMILIES = {
+    "AutoencoderKL": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise),
+    "AutoencoderKLTemporalDecoder": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_temporal),
+    "AutoencoderKLCogVideoX": Family("cogvideox", _cog_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLWan": Family("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
+    "AutoencoderKLHunyuanVideo": Family("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLLTXVideo": Family("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
+}
+
+
+class DiffusersCodec(Codec):
+    """A frozen VAE of diffusers, scaled as its pipeline scales it.
+
+    Args:
+        vae: a loaded VAE of a class in `FAMILIES`.
+        folder: where it was read from, for the fingerprint; None: the tensors themselves are hashed.
+    Source: the classes of `FAMILIES` and the pipelines that use them, in diffusers.
+    """
+
+    def __init__(self, vae: Any, folder: Path | None = None) -> None:
+        name = type(vae).__name__
+        self.vae = vae.eval().requires_grad_(False)
+        self.family = FAMILIES[name]
+        self.folder = folder
+        self._fingerprint: str | None = None
+        channels = vae.config.get("latent_channels") or vae.config.z_dim
+        self.spec = CodecSpec(name, int(channels), self.family.stride(vae), self.family.frame_rule)
+        shift, factor = self.family.shift_and_factor(vae)
+        self.shift = torch.as_tensor(shift, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
+        self.factor = torch.as_tensor(factor, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32") -> Self:
+        """Read a VAE from a pipeline's folder or its own; nothing is ever fetched.
+
+        Args:
+            path: a folder with vae/config.json in it, or with config.json.
+            dtype: precision of weights and computation: fp32, bf16, fp16 (or float32, bfloat16, float16).
+        Raises:
+            CodecError: no such folder, no VAE in it, an unknown class, or missing or misshapen weights.
+        """
+        folder = find_vae(path)
+        return cls(load_vae(folder, parse_dtype(dtype)), folder)
+
+    def to(self, device: torch.device | str) -> Self:
+        self.vae.to(torch.device(device))
+        return super().to(device)
+
+    def scale(self, unscaled: Tensor) -> Tensor:
+        return (unscaled - self.shift.to(unscaled)) * self.factor.to(unscaled)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        return latents / self.factor.to(latents) + self.shift.to(latents)
+
+    def moments_of(self, pixels: Tensor) -> Tensor:
+        self._bound_memory(pixels.shape[-2] * pixels.shape[-1], pixels.shape[-3])
+        return torch.cat([self.family.encode(self.vae, x.to(self.vae.dtype)) for x in pixels.split(1)])
+
+    def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
+        _, sh, sw = self.spec.stride
+        self._bound_memory(unscaled.shape[-2] * sh * unscaled.shape[-1] * sw, frames)
+        return torch.cat([self.family.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = (
+                fingerprint_folder(self.folder) if self.folder else fingerprint_tensors(self.vae.state_dict())
+            )
+        return self._fingerprint
+
+    def _bound_memory(self, frame_pixels: int, frames: int) -> None:
+        """Tiles for large frames; temporal tiles for LTX, the only class here that holds a whole clip otherwise."""
+        if hasattr(self.vae, "use_tiling"):
+            if frame_pixels > TILE_ABOVE:
+                self.vae.enable_tiling()
+            else:
+                self.vae.use_tiling = False
+        if self.spec.name == "AutoencoderKLLTXVideo":
+            # Its encoder looks at the decoder's switch.
+            self.vae.use_framewise_decoding = self.vae.use_framewise_encoding = frames * frame_pixels > FRAMEWISE_ABOVE
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name.
+
+    Raises:
+        CodecError: not one of `DTYPES`.
+    """
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    return found
+
+
+def find_vae(path: str | Path) -> Path:
+    """The VAE's own folder: `path`/vae or `path`.
+
+    Raises:
+        CodecError: neither has a config.json.
+    """
+    path = Path(path).expanduser()
+    for folder in (path / "vae", path):
+        if (folder / "config.json").is_file():
+            return folder
+    what = "has neither vae/config.json nor config.json" if path.is_dir() else "is not a folder here"
+    raise CodecError(
+        f"{path} {what}. A folder of diffusers weights with vae/ in it (config.json and *.safetensors), or the VAE's "
+        "own folder, is expected; nothing is downloaded (`hf download NAME --local-dir DIR` fetches one). "
+        "Without a VAE, --vae-backend identity trains on pixels."
+    )
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as e:
+        raise CodecError(f"{folder / 'config.json'} cannot be read: {e}") from None
+    if name not in FAMILIES:
+        raise CodecError(
+            f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(FAMILIES)}. "
+            "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
+        )
+    try:
+        import diffusers
+    except ImportError:
+        raise CodecError(f"--vae-backend diffusers {INSTALL}") from None
+    try:
+        vae, info = getattr(diffusers, name).from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise CodecError(f"The {name} in {folder} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
+        raise CodecError(
+            f"The weights in {folder} do not fill the {name} that its config.json describes: missing or misshapen are "
+            f"{few(map(str, missing))}. They would be random; copy the folder again."
+        )
+    return vae

@@ -1,0 +1,1 @@
+"""Manifest rows, planning, buckets, the sampler and the store of cached encodings (floor L1)."""

@@ -1,0 +1,189 @@
+"""Buckets: the few sizes that clips are brought to, so that a batch is one tensor.
+
+Legend: T frames, H W pixel height and width.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from titans_video.errors import ConfigError
+from titans_video.options import DataOptions
+from titans_video.types import CodecSpec
+
+SAME_ASPECT = 0.01  # buckets whose log aspects differ by less are one shape in several sizes
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One size of clip. `shorter` marks a bucket whose frame count came from `--num-frames`: clips that are too short
+    for it take the largest legal count that they can fill, but a still is no clip; a bucket written HxWxT takes no
+    shorter ones."""
+
+    frames: int
+    height: int
+    width: int
+    shorter: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.frames}"
+
+    def tokens(self, spec: CodecSpec, patch_size: Sequence[int]) -> int:
+        """Video tokens of one clip."""
+        _, t, h, w = spec.latent_shape(self.frames, self.height, self.width)
+        return (t // patch_size[0]) * (h // patch_size[1]) * (w // patch_size[2])
+
+
+def parse_buckets(
+    options: DataOptions,
+    spec: CodecSpec,
+    patch_size: Sequence[int],
+    first_size: tuple[int, int] | None = None,
+) -> list[Bucket]:
+    """The buckets that the flags ask for.
+
+    Args:
+        first_size: display (height, width) of the first usable clip: what `--resolution` takes its aspect from, and the
+            size itself where no size is asked for (rounded down to a legal one).
+    Raises:
+        ConfigError: flags that contradict, cannot be read, or ask for a size that codec and patch do not divide (the
+            message names the nearest legal ones).
+    """
+    if options.num_frames < 1:
+        raise ConfigError(f"--num-frames {options.num_frames}: at least 1 frame is needed.")
+    _refuse_contradictions(options)
+    if options.buckets is not None:
+        return sorted(
+            {_parse_one(part, options, spec, patch_size) for part in options.buckets.split(",")}, reverse=True
+        )
+    frames = _legal_frames(options.num_frames, spec, patch_size)
+    if options.height is not None and options.width is not None:
+        check_size(options.height, options.width, spec, patch_size, "--height/--width")
+        return [Bucket(frames, options.height, options.width, True)]
+    grid_h, grid_w = grid(spec, patch_size)
+    height, width = first_size or (grid_h, grid_w)
+    if options.resolution is None:
+        return [Bucket(frames, max(height // grid_h, 1) * grid_h, max(width // grid_w, 1) * grid_w, True)]
+    if options.resolution < 1:
+        raise ConfigError(f"--resolution {options.resolution}: at least 1 pixel is needed.")
+    scale = options.resolution / min(height, width)
+    return [Bucket(frames, _round_to(height * scale, grid_h), _round_to(width * scale, grid_w), True)]
+
+
+def grid(spec: CodecSpec, patch_size: Sequence[int]) -> tuple[int, int]:
+    """What heights and widths must be multiples of."""
+    return spec.stride[1] * patch_size[1], spec.stride[2] * patch_size[2]
+
+
+def check_size(height: int, width: int, spec: CodecSpec, patch_size: Sequence[int], flag: str) -> None:
+    """Refuse a size that codec and patch do not divide, naming the nearest legal ones.
+
+    Raises:
+        ConfigError: with the legal sizes at most and at least this one.
+    """
+    grid_h, grid_w = grid(spec, patch_size)
+    if height < 1 or width < 1:
+        raise ConfigError(f"{flag} {height}x{width}: both must be at least 1.")
+    if height % grid_h or width % grid_w:
+        low = (max(height // grid_h, 1) * grid_h, max(width // grid_w, 1) * grid_w)
+        high = (-(-height // grid_h) * grid_h, -(-width // grid_w) * grid_w)
+        nearest = " and ".join(dict.fromkeys(f"{h}x{w}" for h, w in (low, high)))
+        raise ConfigError(
+            f"{flag} {height}x{width}: the codec {spec.name} (stride {spec.stride[1]}x{spec.stride[2]}) with a patch "
+            f"of {patch_size[1]}x{patch_size[2]} needs heights that are multiples of {grid_h} and widths of {grid_w}; "
+            f"the nearest legal sizes are {nearest}."
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A bucket for a clip, and how much the clip is enlarged for it (1 or less: not at all)."""
+
+    bucket: Bucket
+    upscale: float
+
+
+@dataclass(frozen=True)
+class BucketTable:
+    """The buckets of a run with what decides which clip goes where."""
+
+    buckets: tuple[Bucket, ...]
+    spec: CodecSpec
+    patch_size: tuple[int, int, int]
+
+    def least_frames(self) -> int:
+        """The fewest frames that any bucket can use."""
+        shortest = self.spec.frames_at_least(2, self.patch_size[0])
+        return min(min(shortest, b.frames) if b.shorter else b.frames for b in self.buckets)
+
+    def choose(self, height: int, width: int, frames: int) -> Choice | None:
+        """The bucket of a clip of this display size that can give this many frames; None: too few for any.
+
+        Among the buckets whose frames the clip can fill, the nearest aspect in log space; of several sizes of that
+        aspect the largest that does not enlarge the clip, else the one that enlarges it least; then the longest.
+        """
+        fitting = [b for b in (self._fit(b, frames) for b in self.buckets) if b is not None]
+        if not fitting:
+            return None
+        aspect = math.log(height / width)
+        distances = [abs(math.log(b.height / b.width) - aspect) for b in fitting]
+        near = [b for b, d in zip(fitting, distances, strict=True) if d <= min(distances) + SAME_ASPECT]
+        choices = [Choice(b, max(b.height / height, b.width / width)) for b in near]
+        kept = [c for c in choices if c.upscale <= 1.0]
+        if kept:
+            return max(kept, key=lambda c: (c.bucket.height * c.bucket.width, c.bucket.frames))
+        return min(choices, key=lambda c: (c.upscale, -c.bucket.frames))
+
+    def _fit(self, bucket: Bucket, frames: int) -> Bucket | None:
+        if frames >= bucket.frames:
+            return bucket
+        count = self.spec.frames_at_most(frames, self.patch_size[0]) if bucket.shorter and frames > 1 else None
+        return None if count is None or count < 2 else Bucket(count, bucket.height, bucket.width, True)
+
+
+def _refuse_contradictions(options: DataOptions) -> None:
+    if (options.height is None) != (options.width is None):
+        missing = "--width" if options.width is None else "--height"
+        raise ConfigError(f"--height and --width go together: give {missing} too, or --resolution for the short side.")
+    given = {
+        "--buckets": options.buckets is not None,
+        "--resolution": options.resolution is not None,
+        "--height/--width": options.height is not None,
+    }
+    both = [flag for flag, is_given in given.items() if is_given]
+    if len(both) > 1:
+        raise ConfigError(f"{' and '.join(both)} both say which size; give one of them.")
+
+
+def _parse_one(text: str, options: DataOptions, spec: CodecSpec, patch_size: Sequence[int]) -> Bucket:
+    parts = text.strip().lower().split("x")
+    if len(parts) not in (2, 3) or not all(p.isascii() and p.isdigit() and 0 < int(p) < 10**6 for p in parts):
+        raise ConfigError(f"--buckets: {text.strip()!r} is not HxW or HxWxT, e.g. 576x1024 or 576x1024x16.")
+    height, width = int(parts[0]), int(parts[1])
+    check_size(height, width, spec, patch_size, "--buckets")
+    if len(parts) == 2:
+        return Bucket(_legal_frames(options.num_frames, spec, patch_size), height, width, True)
+    frames = int(parts[2])
+    if not spec.is_legal(frames, patch_size[0]):
+        below, above = spec.frames_at_most(frames, patch_size[0]), spec.frames_at_least(frames, patch_size[0])
+        nearest = f"{below} and {above}" if below else str(above)
+        raise ConfigError(
+            f"--buckets {text.strip()}: {frames} frames do not suit the codec {spec.name} with a temporal patch of "
+            f"{patch_size[0]}; the nearest legal counts are {nearest}."
+        )
+    return Bucket(frames, height, width)
+
+
+def _legal_frames(asked: int, spec: CodecSpec, patch_size: Sequence[int]) -> int:
+    frames = spec.frames_at_most(asked, patch_size[0])
+    if frames is None:
+        least = spec.frames_at_least(1, patch_size[0])
+        raise ConfigError(
+            f"--num-frames {asked}: the codec {spec.name} with a temporal patch of {patch_size[0]} needs at least "
+            f"{least} frames."
+        )
+    return frames
+
+
+def _round_to(size: float, step: int) -> int:
+    return max(round(size / step), 1) * step

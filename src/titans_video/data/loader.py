@@ -1,0 +1,335 @@
+"""From rows to batches: an endless stream whose whole state is the number of the next optimizer step.
+
+A micro-batch is a pure function of its number: the sampler says which rows, the rows' seeds say everything that is
+random about them. Worker processes only compute that function ahead of time, so the stream is the same with any number
+of them.
+
+Legend: B rows of this rank, T frames, H W pixel height and width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as IndexSampler
+
+from titans_video.data.broken import Broken, BrokenRows
+from titans_video.data.buckets import Bucket
+from titans_video.data.reading import BrokenRow, Entry, Frames, RowReader, Sample
+from titans_video.data.sampler import Lane, Occurrence, Sampler
+from titans_video.data.store import EncodingStore
+from titans_video.errors import DataError
+from titans_video.seeding import derive
+from titans_video.types import Batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """How global batches are divided: by `steps` micro-batches, then by `world` ranks."""
+
+    rank: int
+    world: int
+    grad_accum: int
+
+    def of(self, items: Sequence[Occurrence], micro: int) -> Sequence[Occurrence]:
+        """This rank's rows of micro-batch `micro`; equal pieces in order, so that any division of a global batch gives
+        the same rows to the same optimizer step."""
+        size = len(items) // (self.world * self.grad_accum)
+        start = (micro * self.world + self.rank) * size
+        return items[start : start + size]
+
+
+@dataclass
+class RawBatch:
+    """A batch as it travels from a worker process: pixels in bytes, a quarter of their size as floats.
+
+    Attributes:
+        seeds, samples: of its rows.
+        frames: (B, T, H, W, 3) uint8.
+        pictures: by place in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
+        moments, known_moments: (B, 2C, t, h, w) from a store, in place of frames.
+        broken: rows that turned out to be broken.
+        error: why there is no batch: errors of worker processes are handed on as words.
+    """
+
+    seeds: list[int]
+    samples: list[Sample]
+    frames: Tensor | None = None
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+    moments: Tensor | None = None
+    known_moments: Tensor | None = None
+    broken: tuple[Broken, ...] = ()
+    error: str | None = None
+
+
+@dataclass
+class Read:
+    """One row as read."""
+
+    seed: int
+    sample: Sample
+    frames: Frames | None = None
+    picture: Frames | None = None
+    moments: Tensor | None = None
+    known: Tensor | None = None
+
+
+class BatchReader(Dataset[RawBatch]):
+    """Micro-batch `number` of one rank, read from files or from a store of encodings."""
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        sampler: Sampler,
+        reader: RowReader,
+        share: Share,
+        seed: int,
+        broken: BrokenRows,
+        most_broken: float,
+        store: EncodingStore | None = None,
+    ) -> None:
+        self.entries, self.sampler, self.reader, self.share, self.seed = entries, sampler, reader, share, seed
+        self.broken, self.most_broken, self.store = broken, most_broken, store
+        self.places = {r: (lane, at) for lane, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
+
+    def __getitem__(self, number: int) -> RawBatch:
+        step, micro = divmod(number, self.share.grad_accum)
+        batch = self.sampler.batch(step)
+        found: list[Broken] = []
+        try:
+            return collate([self._row(step, o, found) for o in self.share.of(batch.items, micro)], found)
+        except DataError as e:
+            return RawBatch([], [], broken=tuple(found), error=str(e))
+
+    def first_rows(self, lane: int, count: int) -> RawBatch:
+        """The first rows of a bucket, repeated up to `count`."""
+        rows = self.sampler.rows[lane].tolist()
+        return collate([self._row(0, Occurrence(rows[i % len(rows)], 0, 0), []) for i in range(count)], [])
+
+    def _row(self, step: int, item: Occurrence, found: list[Broken]) -> Read:
+        """Read an occurrence; in place of a broken row the next sound one of its bucket, in the manifest's order."""
+        lane, at = self.places[item.row]
+        rows = self.sampler.rows[lane]
+        asked = self.entries[item.row].row.id
+        for k in range(len(rows)):
+            entry = self.entries[int(rows[(at + k) % len(rows)])]
+            if self.broken.leaves_out(entry.row.id, step):
+                continue
+            instead = () if k == 0 else ("in place of", asked)
+            seed = derive(self.seed, item.epoch, entry.row.id, item.count, *instead)
+            try:
+                return self._read(seed, self.reader.sample(entry, seed))
+            except BrokenRow as e:
+                record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step)
+                self.broken.add(record)
+                found.append(record)
+                self._refuse_too_many(record)
+        raise DataError(f"No row of the bucket {self.entries[item.row].bucket} can be read any more.")
+
+    def _read(self, seed: int, sample: Sample) -> Read:
+        if self.store is not None:
+            moments, known = self.store.read_clip(sample)
+            return Read(seed, sample, moments=moments, known=known)
+        picture = self.reader.picture(sample) if sample.picture else None
+        return Read(seed, sample, self.reader.clip(sample), picture)
+
+    def _refuse_too_many(self, last: Broken) -> None:
+        count = len(self.broken.known)
+        if count > self.most_broken * len(self.entries):
+            raise DataError(
+                f"{count} of {len(self.entries)} rows broke during training, more than --max-bad {self.most_broken:g} "
+                f"allows. The last: {last.video} ({last.reason}): {last.detail}"
+            )
+
+
+def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:
+    """Stack rows into a batch."""
+    raw = RawBatch([r.seed for r in read], [r.sample for r in read], broken=tuple(broken))
+    frames = [r.frames for r in read if r.frames is not None]
+    moments = [r.moments for r in read if r.moments is not None]
+    if frames:
+        raw.frames = torch.from_numpy(np.stack(frames))
+        raw.pictures = {i: torch.from_numpy(r.picture) for i, r in enumerate(read) if r.picture is not None}
+    if moments:
+        raw.moments = torch.stack(moments)
+        if any(r.known is not None for r in read):
+            blank = torch.zeros_like(moments[0])
+            raw.known_moments = torch.stack([blank if r.known is None else r.known for r in read])
+    return raw
+
+
+class BatchStream:
+    """An endless iterator of this rank's micro-batches.
+
+    Args:
+        entries: the usable rows.
+        batch_sizes: for each bucket the rows of one micro-batch on one rank.
+        reader: how rows are read.
+        seed: of the run.
+        rank, world: of this process.
+        grad_accum: micro-batches of one optimizer step.
+        store: cached encodings, in place of pixels.
+        folder: of the run, where rows that break are recorded; None: nowhere.
+        most_broken: stop when more than this share of the rows breaks.
+        workers: processes that read ahead.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        batch_sizes: dict[Bucket, int],
+        reader: RowReader,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        grad_accum: int = 1,
+        store: EncodingStore | None = None,
+        folder: Path | None = None,
+        most_broken: float = 0.5,
+        workers: int = 0,
+    ) -> None:
+        self.workers, self.seed, self.store = workers, seed, store
+        self.share = Share(rank, world, grad_accum)
+        self.batch_sizes = batch_sizes
+        self.entries, self.reader = list(entries), reader
+        self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
+        rows = [[i for i, e in enumerate(self.entries) if e.bucket == b] for b in self.buckets]
+        lanes = [
+            Lane(
+                str(bucket),
+                tuple(self.entries[i].row.id for i in lane),
+                tuple(self.entries[i].row.weight for i in lane),
+                batch_sizes[bucket] * world * grad_accum,
+            )
+            for bucket, lane in zip(self.buckets, rows, strict=True)
+        ]
+        self.sampler = Sampler(lanes, rows, seed)
+        self.broken = BrokenRows(folder, rank)
+        self._most_broken = most_broken
+        self._delivered = 0
+        self._resumed = False
+        self._batches: Iterator[RawBatch] | None = None
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            raw = next(self._batches)
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise DataError(
+                f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}"
+            ) from None
+        for record in raw.broken:
+            self.broken.add(record)
+        if raw.error is not None:
+            raise DataError(raw.error)
+        self._delivered += 1
+        return to_batch(raw, self.store)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of optimizer steps whose micro-batches were all delivered."""
+        return {"step": self._delivered // self.share.grad_accum}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with the optimizer step after `state["step"]`, leaving out the rows that broke before it."""
+        self._delivered = int(state["step"]) * self.share.grad_accum
+        self._resumed, self._batches = True, None
+        self.broken.load()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next global batch."""
+        return self.sampler.epoch_of(self._delivered // self.share.grad_accum)
+
+    def largest_batch(self) -> Batch:
+        """A batch of the largest bucket that counts nowhere: to find out early whether it fits into memory."""
+        raw = self._reader(BrokenRows(None)).first_rows(0, self.batch_sizes[self.buckets[0]])
+        return to_batch(raw, self.store)
+
+    def _reader(self, broken: BrokenRows) -> BatchReader:
+        return BatchReader(
+            self.entries, self.sampler, self.reader, self.share, self.seed, broken, self._most_broken, self.store
+        )
+
+    def _start(self) -> Iterator[RawBatch]:
+        if not self._resumed:
+            self.broken.start_afresh(self.share.world)
+        if self.workers == 0:
+            reader = self._reader(self.broken)
+            return (reader[number] for number in count(self._delivered))
+        apart = BrokenRows(None)
+        apart.known = dict(self.broken.known)
+        loader = DataLoader(
+            self._reader(apart),
+            batch_size=None,
+            sampler=_From(self._delivered),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+        )
+        return iter(loader)
+
+
+class _From(IndexSampler[int]):
+    """The whole numbers from `start` on, without an end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start)
+
+
+def _as_it_is(raw: RawBatch) -> RawBatch:
+    return raw
+
+
+def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
+    """Bytes to floats in [-1, 1], and the fields that follow from the samples."""
+    samples = raw.samples
+    bucket = samples[0].plan.bucket
+    batch = Batch(
+        ids=[s.entry.row.id for s in samples],
+        seeds=raw.seeds,
+        captions=[s.entry.row.caption for s in samples],
+        tasks=[s.task for s in samples],
+        frames=bucket.frames,
+        height=bucket.height,
+        width=bucket.width,
+        fps=torch.tensor([s.plan.fps for s in samples], dtype=torch.float32),
+        known_frames=torch.tensor([s.known for s in samples], dtype=torch.int64),
+        moments=raw.moments,
+        known_moments=raw.known_moments,
+    )
+    if raw.frames is not None:
+        batch.pixels = to_floats(raw.frames)
+        batch.known_pixels = _known_pixels(batch, raw.pictures)
+    if store is not None and store.has_text:
+        batch.text = store.text(batch.captions)
+    return batch
+
+
+def to_floats(frames: Tensor) -> Tensor:
+    """(B, T, H, W, 3) uint8 to (B, 3, T, H, W) float32 in [-1, 1]."""
+    return frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def _known_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
+    """The known frames with the rest 0; None where no row has any."""
+    if batch.pixels is None or not bool((batch.known_frames > 0).any()):
+        return None
+    mask = batch.known_frame_mask()[:, None, :, None, None]
+    known = torch.where(mask, batch.pixels, torch.zeros(()))
+    for i, picture in pictures.items():
+        known[i, :, 0] = to_floats(picture[None, None])[0, :, 0]
+    return known

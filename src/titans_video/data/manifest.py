@@ -1,0 +1,355 @@
+"""The manifest: rows of clips and captions, read strictly from JSONL or from a JSON list.
+
+Both documented forms go through one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`,
+`cond_image`, and a JSON list of `video_path`, `caption`. Every row has one id that never changes: the one it gives, or
+a hash of what it says. Nothing is opened here but the manifest itself.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from titans_video.errors import DataError
+from titans_video.options import DataOptions
+
+Task = Literal["t2v", "i2v", "v2v"]
+TASKS: tuple[str, ...] = get_args(Task)
+KEYS = ("video", "video_path", "caption", "task", "cond_image", "start", "end", "fps", "weight", "id", "cond_frames")
+MAX_WEIGHT = 1000.0
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a manifest.
+
+    Attributes:
+        id: unique among all manifests of a run, and the same in every run.
+        video: where the clip lies.
+        caption: its prompt; may be empty.
+        task: t2v | i2v | v2v.
+        cond_image: an i2v row's own first picture, in place of the clip's first frame.
+        start, end: seconds from the first frame as played, [start, end).
+        fps: frames a second to read this clip at, before `--fps`.
+        weight: how often the row occurs in an epoch (its own weight times its manifest's).
+        cond_frames: known frames of a v2v row.
+        source: (manifest file, line) for messages.
+    """
+
+    id: str
+    video: Path
+    caption: str
+    task: str = "t2v"
+    cond_image: Path | None = None
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    weight: float = 1.0
+    cond_frames: int | None = None
+    source: tuple[str, int] = ("", 0)
+
+    def where(self) -> str:
+        return f"{self.source[0]}, line {self.source[1]}"
+
+
+class _RowError(Exception):
+    """What is wrong with one line, and the way out; the file and the line are added by the reader."""
+
+
+def read_manifest(options: DataOptions) -> list[Row]:
+    """Every row of `--manifest` (each with its weight) and `--metadata`, in order.
+
+    Raises:
+        DataError: no manifest given, one missing or empty, or wrong lines: the file, line, key, value and fix of the
+            first few.
+    """
+    files = [_split_weight(m) for m in options.manifest]
+    files += [(Path(options.metadata), 1.0)] if options.metadata else []
+    if not files:
+        raise DataError("No clips were named: give --manifest FILE.jsonl (or --metadata metadata.json).")
+    rows: list[Row] = []
+    taken: dict[str, Row] = {}
+    for path, weight in files:
+        found = _read_file(path, weight, options, taken)
+        if not found:
+            raise DataError(
+                f"{path} is empty: it holds no row. A row is one line such as "
+                '{"video": "clips/0001.mp4", "caption": "a cat running"}.'
+            )
+        rows += found
+    return rows
+
+
+def _split_weight(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH:WEIGHT`; a file that has that very name wins."""
+    path, colon, tail = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(tail)
+    except ValueError:
+        return Path(text), 1.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise DataError(
+            f"--manifest {text}: the weight {tail} must lie above 0 and be at most {MAX_WEIGHT:g}; "
+            "leave the manifest out in place of a weight of 0."
+        )
+    return Path(path), weight
+
+
+def _read_file(path: Path, weight: float, options: DataOptions, taken: dict[str, Row]) -> list[Row]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such manifest.") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: the manifest cannot be read: {getattr(e, 'strerror', None) or e}.") from None
+    root = Path(os.path.abspath(options.data_root or path.parent))
+    if not root.is_dir():
+        raise DataError(f"--data-root {options.data_root}: there is no such folder.")
+    rows: list[Row] = []
+    wrong: list[tuple[int, str]] = []
+    for line, item in _objects(data):
+        try:
+            if isinstance(item, _RowError):
+                raise item
+            row = _unique(_row(item, root, options.allow_outside_root, (str(path), line)), taken)
+        except _RowError as e:
+            wrong.append((line, str(e)))
+            continue
+        taken[row.id] = row
+        rows.append(replace(row, weight=row.weight * weight))
+    if wrong:
+        more = f" ({len(wrong) - SHOWN} more lines are wrong.)" if len(wrong) > SHOWN else ""
+        raise DataError("\n".join(f"{path}, line {line}: {what}" for line, what in wrong[:SHOWN]) + more)
+    return rows
+
+
+def _objects(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(line, parsed value or the error in its place) of a JSON list or of JSON lines, told apart by the first sign."""
+    if data.startswith(b"\xef\xbb\xbf"):
+        data = data[3:]
+    if data.lstrip()[:1] == b"[":
+        yield from _list_items(data)
+        return
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if raw.strip():
+            yield number, _parse(raw)
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return _decoder().decode(raw.decode("utf-8").strip())
+    except _RowError as e:
+        return e
+    except UnicodeDecodeError as e:
+        return _RowError(f"byte {e.start + 1} is not UTF-8 text; save the manifest as UTF-8.")
+    except json.JSONDecodeError as e:
+        return _RowError(f"not JSON at column {e.colno}: {e.msg}; each line holds one JSON object.")
+    except (ValueError, RecursionError) as e:
+        return _RowError(f"not usable JSON: {_short(str(e))}.")
+
+
+def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The items of one JSON list, each with the line that it begins on; ends at the first sign of damage."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        yield data[: e.start].count(b"\n") + 1, _RowError("not UTF-8 text; save the manifest as UTF-8.")
+        return
+    decoder, at, line, counted = _decoder(), text.index("[") + 1, 1, 0
+    first = True
+    while True:
+        at = _skip_space(text, at)
+        if text[at : at + 1] == "]" and first:
+            break
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except _RowError as e:
+            yield line, e
+            return
+        except json.JSONDecodeError as e:
+            yield e.lineno, _RowError(f"not JSON at column {e.colno}: {e.msg}; the file is one list of objects.")
+            return
+        except (ValueError, RecursionError) as e:
+            yield line, _RowError(f"not usable JSON: {_short(str(e))}.")
+            return
+        yield line, item
+        first, at = False, _skip_space(text, at)
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    line += text.count("\n", counted, at)
+    if text[at : at + 1] != "]":
+        yield line, _RowError("the list does not go on: a comma or the closing ] is missing.")
+    elif text[at + 1 :].strip():
+        yield line, _RowError("text follows the closing ] of the list; the file must be one list.")
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n") and at < len(text):
+        at += 1
+    return at
+
+
+def _decoder() -> json.JSONDecoder:
+    def constant(name: str) -> None:
+        raise _RowError(f"{name} is not a JSON number; write a finite one or leave the key out.")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            twice = next(k for i, (k, _) in enumerate(items) if k in dict(items[:i]))
+            raise _RowError(f"key {_short(twice)!r} is given twice; keep one.")
+        return found
+
+    return json.JSONDecoder(parse_constant=constant, object_pairs_hook=pairs)
+
+
+def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
+    if not isinstance(item, dict):
+        raise _RowError(f'a row is a JSON object such as {{"video": ..., "caption": ...}}, not {_shown(item)}.')
+    _refuse_misspelt(item)
+    values = {k: v for k, v in item.items() if v is not None}
+    name = _video(values)
+    caption = values.get("caption")
+    if not isinstance(caption, str):
+        _refuse("caption", caption, "the prompt as text" + (" (required)" if caption is None else ""))
+    _encodable("caption", caption)
+    task = values.get("task", "t2v")
+    if task not in TASKS:
+        _refuse("task", task, "one of t2v, i2v, v2v")
+    start, end = _number(values, "start", 0.0, low=0.0), _number(values, "end", None, low=0.0)
+    if end is not None and start is not None and end <= start:
+        _refuse("end", end, f"seconds later than start ({start:g})")
+    image = values.get("cond_image")
+    frames = values.get("cond_frames")
+    if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or not 0 < frames < 10**6):
+        _refuse("cond_frames", frames, "a whole number of frames, at least 1")
+    video = _inside("video", name, root, outside)
+    picture = None if image is None else _inside("cond_image", image, root, outside)
+    return Row(
+        id=_id(values, name),
+        video=video,
+        caption=caption,
+        task=task,
+        cond_image=picture,
+        start=start or 0.0,
+        end=end,
+        fps=_number(values, "fps", None, above=0.0, high=1000.0),
+        weight=_number(values, "weight", 1.0, above=0.0, high=MAX_WEIGHT) or 1.0,
+        cond_frames=frames,
+        source=source,
+    )
+
+
+def _refuse_misspelt(item: dict[str, Any]) -> None:
+    """A key that is nearly one of ours is a slip; any other foreign key is somebody's own and left alone."""
+    for key in item:
+        near = _misspelt(key[:40])
+        if near is not None:
+            raise _RowError(f"key {key!r} is not known; did you mean {near!r}?")
+
+
+@lru_cache(maxsize=1000)
+def _misspelt(key: str) -> str | None:
+    near = [] if key in KEYS else difflib.get_close_matches(key, KEYS, n=1, cutoff=0.85)
+    return near[0] if near else None
+
+
+def _video(values: dict[str, Any]) -> Any:
+    given = [k for k in ("video", "video_path") if k in values]
+    if not given:
+        raise _RowError("key 'video' (or 'video_path') is missing; it names the clip's file.")
+    if len(given) == 2 and values["video"] != values["video_path"]:
+        raise _RowError("keys 'video' and 'video_path' name different files; keep one.")
+    return values[given[0]]
+
+
+def _number(
+    values: dict[str, Any],
+    key: str,
+    default: float | None,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float = 1e9,
+) -> float | None:
+    value = values.get(key, default)
+    if value is None:
+        return None
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = good and (low is None or value >= low) and (above is None or value > above) and value <= high
+    if not good or not math.isfinite(value):
+        bound = f"at least {low:g}" if low is not None else f"above {above:g} and at most {high:g}"
+        _refuse(key, value, f"a number {bound}")
+    return float(value)
+
+
+def _inside(key: str, value: Any, root: Path, outside: bool) -> Path:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        _refuse(key, value, "the path of a file, as text")
+    _encodable(key, value)
+    path = Path(os.path.normpath(root / value))
+    if not outside and not path.is_relative_to(root):
+        raise _RowError(
+            f"key {key!r}: {_shown(value)} leaves the data root {root}; set --data-root to a folder above it, or pass "
+            "--allow-outside-root."
+        )
+    return path
+
+
+def _encodable(key: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _RowError(f"key {key!r}: {_shown(value)} holds half of a surrogate pair, which is no text.") from None
+
+
+def _id(values: dict[str, Any], name: Any) -> str:
+    given = values.get("id")
+    if given is None:
+        said = [name, *(values.get(k) for k in ("caption", "task", "cond_image", "start", "end", "fps", "cond_frames"))]
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+        return f"{os.path.basename(str(name))[:40]}-{digest}"
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or not 0 < len(_text(given)) <= 200:
+        _refuse("id", given, "a text or whole number of at most 200 signs")
+    _encodable("id", _text(given))
+    return _text(given)
+
+
+def _unique(row: Row, taken: dict[str, Row]) -> Row:
+    """Rows that say the very same get a counter; two rows that were given one id are an error."""
+    if row.id not in taken:
+        return row
+    if row.id.startswith(f"{row.video.name[:40]}-"):
+        return replace(row, id=next(i for n in range(2, 10**9) if (i := f"{row.id}-{n}") not in taken))
+    raise _RowError(f"key 'id': {row.id!r} is taken by {taken[row.id].where()}; ids must differ.")
+
+
+def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
+    raise _RowError(f"key {key!r}: {_shown(value)} is wrong; it must be {wanted}.")
+
+
+def _text(value: Any) -> str:
+    """str(), but never the thousands of digits that Python refuses to write."""
+    return value if isinstance(value, str) else hex(value) if abs(value) > 10**18 else str(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _short(json.dumps(value))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+
+
+def _short(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -1,0 +1,1 @@
+"""Noise processes, guidance and samplers; they know no network (floor L2)."""

@@ -1,0 +1,159 @@
+"""From a checkpoint to the parts that make a video."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from titans_video import checkpoint as checkpoints
+from titans_video.checkpoint import Checkpoint
+from titans_video.codecs.base import Codec
+from titans_video.codecs.table import codec_from_checkpoint
+from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.diffusion.table import build_process
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models.table import build_network
+from titans_video.options import Overrides
+from titans_video.text.table import TextEncoder, text_from_checkpoint
+
+PartT = TypeVar("PartT")
+LATEST = "latest"
+
+
+@dataclass
+class VideoModel:
+    """Everything that a prompt needs to become a video.
+
+    Attributes:
+        network: on the device that generation runs on.
+        codec, text: on the same, unless their own options keep them elsewhere.
+        process: what the network's values stand for.
+        config: the checkpoint's, as `titans_video.checkpoint` lists it.
+        step: optimizer steps that the network has seen.
+        path: where it came from, for messages.
+    """
+
+    network: nn.Module
+    codec: Codec
+    text: TextEncoder
+    process: RectifiedFlow
+    config: dict[str, Any]
+    step: int = 0
+    path: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent cells of one token along time, height and width."""
+        t, h, w = self.config["model"]["patch_size"]
+        return t, h, w
+
+    def trained(self, name: str) -> Any:
+        """`num_frames`, `height`, `width` or `fps` of the training clips; None where the checkpoint does not say."""
+        return self.config.get("data", {}).get(name)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; without a name CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: there is no such kind of device; try cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def find_checkpoint(name: str | None) -> Path:
+    """Where a checkpoint lies: a path, `latest`, or None for the weights that come with the package.
+
+    Raises:
+        CheckpointError: nothing there, and where it looked.
+    """
+    if name is None:
+        shipped = Path(str(files("titans_video"))) / "assets" / "tiny"
+        if not (shipped / "config.json").exists():
+            raise CheckpointError(
+                f"This installation has no weights of its own ({shipped} is missing or empty). Train a model with "
+                "`python train.py --mode train`, then give --checkpoint latest; or give the --checkpoint you have."
+            )
+        return shipped
+    if name != LATEST:
+        return Path(name)
+    here = Path.cwd()
+    found = [path for path in here.glob("outputs*/**/last.pt") if path.is_file()]
+    if not found:
+        raise CheckpointError(
+            f"--checkpoint {LATEST}: there is no last.pt in {here}/outputs*/ or below. Train a model first "
+            "(`python train.py --mode train`), or name the checkpoint's file or folder."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def load_model(checkpoint: str | None, overrides: Overrides, device: torch.device | str) -> VideoModel:
+    """Read a checkpoint and build what it describes, in evaluation mode on `device`.
+
+    Args:
+        checkpoint: a `.pt` file, a folder, `latest`, or None for the weights that come with the package.
+        overrides: where the encoders and the VAE are now.
+        device: of the network, the codec and the encoders.
+    Raises:
+        CheckpointError: nothing there, unreadable, or its parts do not fit together.
+        CodecError, TextError: the VAE or a text encoder that it names is not there.
+    """
+    path = find_checkpoint(checkpoint)
+    read = checkpoints.read(path)
+    config = read.config
+    network = _part(path, "model", lambda: build_network(config["model"]))
+    _load_weights(network, read, path)
+    return VideoModel(
+        network=network.to(device).eval(),
+        codec=_part(
+            path, "codec", lambda: codec_from_checkpoint(config["codec"], read.codec, overrides, device=device)
+        ),
+        text=_part(path, "text", lambda: text_from_checkpoint(config["text"], overrides, device)),
+        process=_part(path, "process", lambda: build_process(config["process"])),
+        config=config,
+        step=read.step,
+        path=path,
+    )
+
+
+def _part(path: Path, name: str, build: Callable[[], PartT]) -> PartT:
+    """What `build` makes; an unusable description becomes an error that names the file and the part."""
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e)
+        raise CheckpointError(f'{path}: config["{name}"] cannot be built: {said}.') from e
+    except (ConfigError, CheckpointError) as e:
+        raise CheckpointError(f"{path}: {e}") from None
+
+
+def _load_weights(network: nn.Module, read: Checkpoint, path: Path) -> None:
+    own = network.state_dict()
+    odd = sorted(k for k in own.keys() & read.model.keys() if own[k].shape != read.model[k].shape)
+    missing, foreign = sorted(own.keys() - read.model.keys()), sorted(read.model.keys() - own.keys())
+    wrong = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", odd))
+        if names
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: the weights do not fit the model that its config describes: {'; '.join(wrong)}."
+        )
+    network.load_state_dict(read.model, strict=True)

@@ -1,0 +1,183 @@
+"""From decoded frames to upright 8-bit RGB, whatever they were stored as.
+
+FFmpeg's swscale turns YCbCr into RGB with the matrix and range that the probe settled on, with accurate rounding and
+full chroma interpolation: its fast default is dark by one to two levels of 255. (16 bits go by way of planes: its
+packed 16-bit output wraps round with bilinear full chroma.)
+
+HDR is brought to SDR so that it sits beside SDR clips: BT.2100 PQ or HLG to light, BT.2390's curve from 1000 to 203
+cd/m2 (BT.2408's reference white) on the largest of R, G, B, which keeps hues, BT.2020 to BT.709 primaries, and the
+2.4 gamma of BT.1886.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from numpy.typing import NDArray
+
+from titans_video.media.info import Colour, Matrix, Orientation, VideoInfo
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+HDR_PEAK = 1000.0  # cd/m2: what HDR video is mastered for; HLG's nominal display
+WHITE = 65280  # 255 x 256: swscale's 16-bit white
+SDR_PEAK = 203.0  # cd/m2: what SDR white is worth beside HDR (BT.2408)
+
+# Saying the range twice and the matrix by name leaves nothing to swscale's own guesses.
+_MATRIX: dict[Matrix, Colorspace | None] = {
+    "bt601": Colorspace.ITU601,
+    "bt709": Colorspace.ITU709,
+    "bt2020": Colorspace.BT2020,
+    "smpte240m": Colorspace.SMPTE240M,
+    "fcc": Colorspace.FCC,
+    "rgb": None,
+}
+ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+# BT.2087: linear BT.2020 to linear BT.709.
+_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
+)
+_BT2020_LUMA = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
+
+
+class FrameReader:
+    """Turns the frames of one video into RGB pictures as they are meant to be seen."""
+
+    def __init__(self, info: VideoInfo) -> None:
+        self.info = info
+        self._scaler = VideoReformatter()
+
+    def __call__(self, frame: VideoFrame) -> Pixels:
+        """uint8 (height, width, 3): square pixels, upright, BT.709 SDR, what is transparent black."""
+        colour = self.info.colour
+        if colour.wide or colour.transfer != "sdr":
+            picture = to_sdr(self._convert(frame, "gbrp16le"), colour)
+        elif any(component.is_alpha for component in frame.format.components):
+            picture = on_black(self._convert(frame, "rgba"))
+        else:
+            picture = self._convert(frame, "rgb24")
+        return turn(picture, self.info.orientation)
+
+    def _convert(self, frame: VideoFrame, format: str) -> Any:
+        colour = self.info.colour
+        return self._scaler.reformat(
+            frame,
+            width=self.info.square_width,
+            height=self.info.stored_height,
+            format=format,
+            src_colorspace=_MATRIX[colour.matrix],
+            src_color_range=ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=ACCURATE,
+            threads=1,
+        ).to_ndarray()
+
+
+def turn(picture: Pixels, orientation: Orientation) -> Pixels:
+    """Stored to shown: (H, W, 3), transposed and mirrored as told."""
+    if orientation.transpose:
+        picture = picture.transpose(1, 0, 2)
+    if orientation.flip_x:
+        picture = picture[:, ::-1]
+    if orientation.flip_y:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
+
+
+def on_black(rgba: Pixels) -> Pixels:
+    """(H, W, 4) with straight alpha to (H, W, 3) over black."""
+    colour, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((colour * alpha + 127) // 255).astype(np.uint8)
+
+
+def to_sdr(codes: NDArray[np.uint16], colour: Colour) -> Pixels:
+    """Tone-map.
+
+    Args:
+        codes: (H, W, 3) full-range R'G'B', 0..WHITE.
+        colour: its transfer function and primaries.
+    Returns:
+        uint8 (H, W, 3), BT.709.
+    """
+    light = np.take(_light_of_codes(colour.transfer), codes)  # (H, W, 3); 1 is SDR white, for HLG the scene's peak
+    if colour.transfer == "pq":
+        light *= np.take(_gain_of_pq_codes(), codes.max(axis=-1))[..., None]
+    elif colour.transfer == "hlg":
+        by_luma = np.take(_hlg_system_gain(), _steps(light @ _BT2020_LUMA))  # (H, W)
+        brightest = light.max(axis=-1) * by_luma
+        light *= (by_luma * np.take(_gain_of_light(), _steps(brightest * (SDR_PEAK / HDR_PEAK))))[..., None]
+    if colour.wide:
+        light = light @ _TO_BT709.T
+    return np.take(_codes_of_light(), _steps(light))
+
+
+def _steps(values: Floats) -> NDArray[np.uint16]:
+    """0..1 to 0..65535, for looking up; what lies outside is cut off."""
+    return (np.clip(values, 0.0, 1.0) * 65535.0 + 0.5).astype(np.uint16)
+
+
+@cache
+def _light_of_codes(transfer: str) -> Floats:
+    """(65536,) light of each code: 1 is SDR white, except that for HLG it is the scene's peak."""
+    code = np.minimum(np.arange(65536) / WHITE, 1.0)
+    if transfer == "pq":
+        return (pq_to_light(code) / SDR_PEAK).astype(np.float32)
+    if transfer == "hlg":  # BT.2100, inverse OETF
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12).astype(np.float32)
+    return (code**2.4).astype(np.float32)
+
+
+@cache
+def _codes_of_light() -> Pixels:
+    """(65536,) 8-bit codes of light 0..1, inverse BT.1886."""
+    return np.round(np.linspace(0.0, 1.0, 65536) ** (1 / 2.4) * 255).astype(np.uint8)
+
+
+@cache
+def _hlg_system_gain() -> Floats:
+    """(65536,) for scene luma 0..1: what the scene's light is times on a 1000 cd/m2 display (BT.2100, gamma 1.2)."""
+    return (HDR_PEAK / SDR_PEAK * np.linspace(0.0, 1.0, 65536) ** 0.2).astype(np.float32)
+
+
+@cache
+def _gain_of_pq_codes() -> Floats:
+    """(65536,) the tone curve's gain where the brightest channel has this code."""
+    return tone_gain(_light_of_codes("pq").astype(np.float64)).astype(np.float32)
+
+
+@cache
+def _gain_of_light() -> Floats:
+    """(65536,) the tone curve's gain where the brightest channel has this light, 0..HDR_PEAK."""
+    return tone_gain(np.linspace(0.0, HDR_PEAK / SDR_PEAK, 65536)).astype(np.float32)
+
+
+def tone_gain(light: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What brings light (1 is SDR white) into 0..1: BT.2390's EETF, a Hermite spline in PQ, from 1000 to 203 cd/m2."""
+    top = light_to_pq(np.array(HDR_PEAK))
+    coded = np.minimum(light_to_pq(light * SDR_PEAK) / top, 1.0)
+    ceiling = light_to_pq(np.array(SDR_PEAK)) / top
+    knee = 1.5 * ceiling - 0.5
+    t = np.clip((coded - knee) / (1 - knee), 0, 1)
+    bent = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (-2 * t**3 + 3 * t**2) * ceiling
+    mapped = pq_to_light(bent * top) / SDR_PEAK
+    return np.where(coded < knee, 1.0, mapped / np.maximum(light, 1e-9))
+
+
+_M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+
+
+def pq_to_light(code: NDArray[np.float64]) -> NDArray[np.float64]:
+    """SMPTE ST 2084: code 0..1 to cd/m2."""
+    power = code ** (1 / _M2)
+    return np.asarray(10000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1))
+
+
+def light_to_pq(light: NDArray[np.float64]) -> NDArray[np.float64]:
+    """SMPTE ST 2084: cd/m2 to code 0..1."""
+    power = (light / 10000) ** _M1
+    return np.asarray(((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2)

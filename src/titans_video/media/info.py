@@ -1,0 +1,185 @@
+"""What the probe found out about a video file."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+Seconds = float | int | Fraction
+Matrix = Literal["bt601", "bt709", "bt2020", "smpte240m", "fcc", "rgb"]
+Transfer = Literal["sdr", "pq", "hlg"]
+
+_COMMON_RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 18, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)]
+_NTSC_RATES = [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120, 240)]
+
+
+@dataclass(frozen=True)
+class Colour:
+    """How stored values stand for light.
+
+    Attributes:
+        matrix: from YCbCr to RGB.
+        full_range: 0..255 rather than 16..235.
+        transfer: `pq` and `hlg` are HDR and are tone-mapped when read.
+        wide: BT.2020 primaries, turned into BT.709 when read.
+    """
+
+    matrix: Matrix
+    full_range: bool
+    transfer: Transfer
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """From stored to shown pixels: transpose first, then mirror left-right, then top-bottom."""
+
+    transpose: bool = False
+    flip_x: bool = False
+    flip_y: bool = False
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """One video stream, as its frames really are.
+
+    Attributes:
+        path: the file.
+        stream: index of the chosen stream in the container.
+        container, codec, pix_fmt: FFmpeg's names.
+        stored_width, stored_height: pixels as decoded.
+        pixel_aspect: width over height of one stored pixel.
+        orientation, colour: see there.
+        interlaced: fields are woven; the reader deinterlaces.
+        pts: presentation timestamps of the usable frames, in ticks, never falling.
+        ticks_per_second: one tick is 1 / this many seconds.
+        last_ticks: how long the last frame stays on screen.
+        key_pts: timestamps of key frames, where decoding can start; empty where the file must be walked from its start.
+        skip: how many decoded frames precede `pts[0]` when the file is walked from its start.
+        verified: every frame was decoded (False: timestamps come from the packets, the file was too long to decode).
+        file_size, modified_ns: of the file as it was probed.
+        notes: what is unusual, in words.
+    """
+
+    path: Path
+    stream: int
+    container: str
+    codec: str
+    pix_fmt: str
+    stored_width: int
+    stored_height: int
+    pixel_aspect: Fraction
+    orientation: Orientation
+    colour: Colour
+    interlaced: bool
+    pts: tuple[int, ...]
+    ticks_per_second: Fraction
+    last_ticks: int
+    key_pts: tuple[int, ...]
+    skip: int
+    verified: bool
+    file_size: int
+    modified_ns: int
+    notes: tuple[str, ...]
+
+    @property
+    def frames(self) -> int:
+        """How many real frames there are."""
+        return len(self.pts)
+
+    @property
+    def width(self) -> int:
+        """Width as shown: square pixels, turned upright."""
+        return self._upright[0]
+
+    @property
+    def height(self) -> int:
+        """Height as shown: square pixels, turned upright."""
+        return self._upright[1]
+
+    @property
+    def square_width(self) -> int:
+        """Width of the stored picture once its pixels are made square, before it is turned."""
+        return max(1, round(self.stored_width * self.pixel_aspect))
+
+    @property
+    def _upright(self) -> tuple[int, int]:
+        size = self.square_width, self.stored_height
+        return (size[1], size[0]) if self.orientation.transpose else size
+
+    @cached_property
+    def times(self) -> tuple[Fraction, ...]:
+        """Seconds from the first frame, exact; `times[0]` is 0 whatever the file's own clock says."""
+        return tuple((p - self.pts[0]) / self.ticks_per_second for p in self.pts)
+
+    @cached_property
+    def duration(self) -> Fraction:
+        """Seconds from the first frame's start to the last frame's end."""
+        return (self.pts[-1] - self.pts[0] + self.last_ticks) / self.ticks_per_second
+
+    @cached_property
+    def fps(self) -> Fraction:
+        """The file's own rate: what most frames keep to, so that a hole in the timestamps does not lower it."""
+        return own_rate(self.pts, self.ticks_per_second, self.duration)
+
+    @cached_property
+    def tolerance(self) -> Fraction:
+        """Seconds by which a frame may be asked for too early: half a tick, for that is how far timestamps are rounded.
+
+        Matroska stores milliseconds: frame 2 of a 30 fps file stands at 67 ms and must be found at 66.67. At most
+        a twentieth of a frame, so that in files with coarse ticks no frame is shown before its time.
+        """
+        return min(1 / (2 * self.ticks_per_second), 1 / (20 * self.fps)) + Fraction(1, 10**7)
+
+    def indices_at(self, times: Iterable[Seconds]) -> list[int]:
+        """For each time the frame on screen then: the last one whose timestamp is not later.
+
+        Args:
+            times: seconds from the first frame. Before it stands the first frame, after the end the last.
+        """
+        origin = self.pts[0]
+        found = []
+        for t in times:
+            tick = (Fraction(t) + self.tolerance) * self.ticks_per_second + origin
+            found.append(max(bisect_right(self.pts, tick) - 1, 0))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` undoes it."""
+        plain = asdict(self)
+        plain["path"] = str(self.path)
+        plain["pixel_aspect"] = str(self.pixel_aspect)
+        plain["ticks_per_second"] = str(self.ticks_per_second)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "VideoInfo":
+        """Undo `to_dict`."""
+        value = {field.name: plain[field.name] for field in fields(cls)}
+        value["path"] = Path(value["path"])
+        value["pixel_aspect"] = Fraction(value["pixel_aspect"])
+        value["ticks_per_second"] = Fraction(value["ticks_per_second"])
+        value["orientation"] = Orientation(**value["orientation"])
+        value["colour"] = Colour(**value["colour"])
+        for name in ("pts", "key_pts", "notes"):
+            value[name] = tuple(value[name])
+        return cls(**value)
+
+
+def own_rate(pts: Sequence[int], ticks_per_second: Fraction, duration: Fraction) -> Fraction:
+    """Frames a second from timestamps, snapped to a usual rate within 0.2 %.
+
+    The mean of the steps that are within half of the median step: holes and doubled timestamps do not count.
+    """
+    steps = sorted(b - a for a, b in pairwise(pts) if b > a)
+    if not steps:
+        return 1 / duration if duration > 0 else Fraction(25)
+    median = steps[len(steps) // 2]
+    regular = [s for s in steps if median <= 2 * s <= 3 * median]
+    rate = ticks_per_second * len(regular) / sum(regular)
+    nearest = min(_COMMON_RATES + _NTSC_RATES, key=lambda common: abs(common - rate))
+    return nearest if abs(nearest - rate) <= rate / 500 else rate

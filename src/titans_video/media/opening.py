@@ -1,0 +1,227 @@
+"""Opening video files and walking through their frames, with every failure named.
+
+Both the probe and the reader walk with `walk_frames`, so what the probe counted is what the reader finds.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from titans_video.errors import DataError
+
+Reason = Literal[
+    "missing",
+    "directory",
+    "not-a-file",
+    "no-permission",
+    "empty-file",
+    "not-a-video",
+    "not-an-image",
+    "playlist",
+    "no-video-stream",
+    "cover-art-only",
+    "no-decoder",
+    "no-frames",
+    "damaged",
+    "tilted",
+    "unsupported-colour",
+    "changed",
+    "timeout",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+# Demuxers that open other files, devices or plain text: nothing that a row should be able to name.
+_NOT_FILES = {"hls", "dash", "concat", "imf", "tty", "lavfi", "webm_dash_manifest", "sdp", "rtsp"}
+
+
+class UnreadableMedia(DataError):
+    """A media file that cannot be used.
+
+    Attributes:
+        reason: one of `REASONS`.
+        path: the file.
+    """
+
+    def __init__(self, reason: Reason, path: Path | str, explanation: str) -> None:
+        super().__init__(f"{path}: {explanation}")
+        self.reason: Reason = reason
+        self.path = Path(path)
+        self.explanation = explanation
+
+    def __reduce__(self) -> tuple[type["UnreadableMedia"], tuple[Reason, Path, str]]:
+        return type(self), (self.reason, self.path, self.explanation)
+
+
+class Deadline:
+    """A wall-clock limit on the work for one file."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.seconds, self.end = path, seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        if time.monotonic() > self.end:
+            raise UnreadableMedia("timeout", self.path, f"not read within its time limit of {self.seconds:g} s.")
+
+
+def check_file(path: Path) -> os.stat_result:
+    """The file's status.
+
+    Raises:
+        UnreadableMedia: it is missing, a directory, not a plain file, empty, or may not be read.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnreadableMedia("missing", path, "there is no such file.") from None
+    except (PermissionError, OSError, ValueError) as error:
+        raise UnreadableMedia("no-permission", path, f"cannot be looked at ({error}).") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise UnreadableMedia("directory", path, "this is a directory, not a media file.")
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableMedia("not-a-file", path, "this is a pipe, a socket or a device, not a plain file.")
+    if status.st_size == 0:
+        raise UnreadableMedia("empty-file", path, "the file has 0 bytes; fetch or copy it again.")
+    if not os.access(path, os.R_OK):
+        raise UnreadableMedia("no-permission", path, "the file may not be read by this user.")
+    return status
+
+
+def open_container(path: Path, deadline: Deadline) -> InputContainer:
+    """Open a plain local file with FFmpeg.
+
+    Nothing but this file is opened: names are never taken for URLs, and playlists are refused.
+
+    Raises:
+        UnreadableMedia: see `REASONS`.
+    """
+    check_file(path)
+    try:
+        container = av.open(
+            f"file:{path}",
+            options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+            timeout=max(deadline.end - time.monotonic(), 0.1),
+        )
+    except PermissionError as error:
+        raise UnreadableMedia("no-permission", path, f"cannot be opened ({error}).") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        deadline.check()
+        raise UnreadableMedia("not-a-video", path, _what_it_is_instead(path)) from error
+    if _NOT_FILES & set(container.format.name.split(",")):
+        name = container.format.name
+        container.close()
+        raise UnreadableMedia(
+            "playlist", path, f"this is a {name} playlist or text, not a video; name the video itself."
+        )
+    return container
+
+
+def _what_it_is_instead(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(512).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the video; run `git lfs pull`."
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page saved under a video's name; download the video again."
+    return "FFmpeg finds no video in it (another kind of file, or a download cut off before its index)."
+
+
+def pick_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The largest real video stream; cover art does not count.
+
+    Raises:
+        UnreadableMedia: there is none, or FFmpeg has no decoder for it.
+    """
+    streams = list(container.streams.video)
+    real = [s for s in streams if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise UnreadableMedia("no-video-stream", path, "the file has no video stream (sound only?).")
+    if not real:
+        raise UnreadableMedia("cover-art-only", path, "its only picture is cover art; there is no video stream.")
+    usable = [s for s in real if s.codec_context is not None and s.codec_context.width > 0]
+    if not usable:
+        raise UnreadableMedia("no-decoder", path, "this build of FFmpeg cannot decode its video stream.")
+    return max(usable, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
+
+
+def use_one_thread(stream: VideoStream) -> None:
+    """Decode on one thread: workers run side by side, and errors are then reported at a fixed frame."""
+    stream.codec_context.thread_count = 1
+    stream.thread_type = "NONE"
+
+
+class Walked(NamedTuple):
+    """One decoded frame: `clean` False from the first damage up to the next sound key frame."""
+
+    frame: VideoFrame
+    clean: bool
+
+
+def walk_frames(
+    container: InputContainer,
+    stream: VideoStream,
+    deadline: Deadline,
+    before_decoding: Callable[[VideoStream, Packet], None] | None = None,
+) -> Iterator[Walked]:
+    """Frames in the order of presentation, from the first key frame at or after where the container stands.
+
+    A frame is clean unless FFmpeg flags it as corrupt, or it was decoded after a packet that failed and before the
+    next key frame. What precedes the first key frame cannot be decoded and is left out.
+    """
+    order: dict[int, int] = {}  # presentation timestamp -> number of the packet that carried it
+    broken_at: int | None = None  # number of the packet from which on nothing can be trusted
+    started, leading = False, True
+    first_pts: int | None = None
+    number = -1
+    for packet in _demux(container, stream):
+        deadline.check()
+        number += 1
+        if packet is None:
+            broken_at = number if broken_at is None else broken_at
+        elif packet.size:
+            if not started and not packet.is_keyframe:
+                continue
+            if not started:
+                started, first_pts = True, packet.pts
+            if packet.pts is not None:
+                order[packet.pts] = number
+            if before_decoding is not None:
+                before_decoding(stream, packet)
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            broken_at = number if broken_at is None else broken_at
+            continue
+        for frame in frames:
+            if frame.pts is not None and first_pts is not None and frame.pts < first_pts and leading:
+                continue
+            leading = False
+            carried = order.get(frame.pts, number) if frame.pts is not None else number
+            if broken_at is not None and carried > broken_at and frame.key_frame and not frame.is_corrupt:
+                broken_at = None
+            if frame.is_corrupt:
+                broken_at = carried if broken_at is None else min(broken_at, carried)
+            yield Walked(frame, broken_at is None or carried < broken_at)
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
+    """The stream's packets and the final flush; None where reading itself failed (the disk, a broken index)."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError):
+            yield None
+            return
+        if packet is None:
+            return
+        yield packet

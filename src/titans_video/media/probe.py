@@ -1,0 +1,314 @@
+"""Find out what a video file really holds: its frames' timestamps, its size as shown, its colours.
+
+Nothing in a header is taken on trust. The packets are read (no decoding: a few milliseconds for a clip), and then
+the frames are decoded and counted if the file is small or anything about it is odd. Decoding costs about what one
+epoch's reading of the file costs, and only decoding shows damage: a file with a perfect index may hold broken frames.
+A long file without a single oddity is taken by its packets, and says `verified=False`.
+
+Of a file whose frames do not form one clean run (damage in the middle, a change of size, a clock that jumps back)
+the longest clean run is used, and `notes` says so.
+"""
+
+import os
+import struct
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+from av import FFmpegError
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from titans_video.media.info import Colour, Matrix, Orientation, Transfer, VideoInfo, own_rate
+from titans_video.media.opening import (
+    REASONS,
+    Deadline,
+    Reason,
+    UnreadableMedia,
+    check_file,
+    open_container,
+    pick_stream,
+    use_one_thread,
+    walk_frames,
+)
+
+__all__ = ["REASONS", "Colour", "Orientation", "Reason", "UnreadableMedia", "VideoInfo", "probe"]
+
+DECODE_UP_TO = 1_000_000_000  # pixels: some 2400 frames of 480p or 480 of 1080p, about two seconds on one core
+
+_MATRICES: dict[int, Matrix] = {
+    0: "rgb",
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    9: "bt2020",
+    10: "bt2020",
+}
+_UNSPECIFIED = 2
+_BT2020 = 9
+_PQ, _HLG = 16, 18
+
+
+@dataclass
+class _Packets:
+    """What the container says, undecoded."""
+
+    container: str
+    stream: int
+    codec: str
+    time_base: Fraction
+    pixel_aspect: Fraction | None
+    guessed_rate: Fraction
+    area: int
+    videos: int
+    promised: int = 0  # frames, by the header; 0 where it does not say
+    count: int = 0
+    shown: list[int] = field(default_factory=list)  # timestamps of the packets to be shown, sorted
+    keys: list[int] = field(default_factory=list)  # timestamps of key frames, sorted
+    oddities: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """Frames without damage, of one size, on one clock."""
+
+    first: VideoFrame
+    skip: int  # decoded frames before the first
+    pts: list[int | None] = field(default_factory=list)
+    interlaced: bool = False
+    last_ticks: int = 0
+
+
+@dataclass
+class _Decoded:
+    """What decoding showed."""
+
+    runs: list[_Run] = field(default_factory=list)
+    count: int = 0
+    damaged: int = 0
+
+    @property
+    def best(self) -> _Run:
+        """The run with most frames; of equals the larger picture, then the earlier."""
+        return max(self.runs, key=lambda run: (len(run.pts), run.first.width * run.first.height, -run.skip))
+
+
+def probe(path: Path | str, *, seconds: float = 60.0, decode_all: bool = False) -> VideoInfo:
+    """Everything a plan needs to know about a video file.
+
+    Args:
+        path: a local file in any container and codec that FFmpeg reads.
+        seconds: the time limit.
+        decode_all: decode every frame, however long the file.
+    Raises:
+        UnreadableMedia: the file cannot be used; `.reason` is one of `REASONS`.
+    """
+    path = Path(path)
+    deadline = Deadline(path, seconds)
+    status = check_file(path)
+    packets = _read_packets(path, deadline)
+    if packets.count == 0:
+        raise UnreadableMedia("no-frames", path, "its video stream holds no frames.")
+    whole = decode_all or bool(packets.oddities) or packets.count * packets.area <= DECODE_UP_TO
+    decoded = _decode(path, deadline, frames=None if whole else 1)
+    if not whole and (not decoded.runs or decoded.runs[0].pts[0] != packets.shown[0]):
+        whole, decoded = True, _decode(path, deadline, frames=None)
+    if not decoded.runs:
+        raise UnreadableMedia("damaged", path, f"not one of its {packets.count} frames decodes without damage.")
+    return _describe(path, status, packets, decoded, whole)
+
+
+def _read_packets(path: Path, deadline: Deadline) -> _Packets:
+    with open_container(path, deadline) as container:
+        stream = pick_stream(container, path)
+        context = stream.codec_context
+        found = _Packets(
+            container=container.format.name,
+            stream=stream.index,
+            codec=context.name,
+            time_base=stream.time_base or Fraction(1, 25),
+            pixel_aspect=stream.sample_aspect_ratio,
+            guessed_rate=stream.guessed_rate or stream.average_rate or Fraction(25),
+            area=context.width * context.height,
+            videos=len(container.streams.video),
+            promised=stream.frames,
+        )
+        _read_timestamps(container, stream, deadline, found)
+        if stream.duration:
+            promised_seconds = stream.duration * found.time_base
+        else:
+            promised_seconds = Fraction(container.duration or 0, av.time_base)
+    _look_for_oddities(found, promised_seconds)
+    return found
+
+
+def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: Deadline, found: _Packets) -> None:
+    try:
+        for packet in container.demux(stream):
+            deadline.check()
+            if not packet.size:
+                continue
+            found.count += 1
+            if found.count == 1 and not packet.is_keyframe:
+                found.oddities.append("the first packet is no key frame")
+            if packet.is_corrupt:
+                found.oddities.append("a packet is marked as corrupt")
+            if packet.pts is None:
+                found.oddities.append("a packet has no timestamp")
+                continue
+            if packet.is_keyframe:
+                found.keys.append(packet.pts)
+            if not packet.is_discard:
+                found.shown.append(packet.pts)
+    except (FFmpegError, OSError) as error:
+        deadline.check()
+        found.oddities.append(f"reading stopped: {error}")
+
+
+def _look_for_oddities(found: _Packets, promised_seconds: Fraction) -> None:
+    """Note whatever makes the packets' word not good enough."""
+    found.shown.sort()
+    found.keys.sort()
+    if found.promised and found.promised != found.count:
+        found.oddities.append(f"the header promises {found.promised} frames, the file has {found.count}")
+    if any(a == b for a, b in pairwise(found.shown)):
+        found.oddities.append("two packets have one timestamp")
+    if found.shown:
+        there = (found.shown[-1] - found.shown[0]) * found.time_base
+        if there < promised_seconds * Fraction(9, 10) - 1:
+            found.oddities.append(
+                f"the header promises {float(promised_seconds):.1f} s, the file has {float(there):.1f} s"
+            )
+
+
+def _decode(path: Path, deadline: Deadline, frames: int | None) -> _Decoded:
+    """Decode (the first `frames` of) a file into runs of good frames."""
+    found = _Decoded()
+    run: _Run | None = None
+    with open_container(path, deadline) as container:
+        stream = pick_stream(container, path)
+        use_one_thread(stream)
+        for frame, clean in walk_frames(container, stream, deadline):
+            if not clean:
+                run = None
+                found.damaged += 1
+            elif run is None or not _continues(run, frame):
+                run = _Run(frame, found.count)
+                found.runs.append(run)
+            if run is not None:
+                run.pts.append(frame.pts)
+                run.interlaced |= frame.interlaced_frame
+                run.last_ticks = frame.duration or 0
+            found.count += 1
+            if found.count == frames:
+                break
+    return found
+
+
+def _continues(run: _Run, frame: VideoFrame) -> bool:
+    if (frame.width, frame.height) != (run.first.width, run.first.height):
+        return False
+    last = run.pts[-1]
+    return last is None or frame.pts is None or frame.pts >= last
+
+
+def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _Decoded, whole: bool) -> VideoInfo:
+    run = decoded.best
+    tick, timed = packets.time_base, [p for p in run.pts if p is not None]
+    if not whole:
+        pts = packets.shown
+    elif len(timed) == len(run.pts):
+        pts = timed
+    else:  # a raw stream without a clock: its own rate is all there is
+        tick, pts = 1 / packets.guessed_rate, list(range(len(run.pts)))
+    in_order = all(a < b for a, b in pairwise(pts))
+    one_run = len(decoded.runs) == 1 and run.skip == 0 and set(pts) <= set(packets.shown)
+    rate = own_rate(pts, 1 / tick, Fraction(0)) if len(pts) > 1 else packets.guessed_rate
+    return VideoInfo(
+        path=path,
+        stream=packets.stream,
+        container=packets.container,
+        codec=packets.codec,
+        pix_fmt=run.first.format.name,
+        stored_width=run.first.width,
+        stored_height=run.first.height,
+        pixel_aspect=_pixel_aspect(packets.pixel_aspect),
+        orientation=_orientation(run.first, path),
+        colour=_colour(run.first, path),
+        interlaced=run.interlaced,
+        pts=tuple(pts),
+        ticks_per_second=1 / tick,
+        last_ticks=run.last_ticks if whole and run.last_ticks else max(round(1 / (rate * tick)), 1),
+        key_pts=tuple(packets.keys) if in_order and one_run else (),
+        skip=run.skip,
+        verified=whole,
+        file_size=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        notes=tuple(_notes(packets, decoded, whole)),
+    )
+
+
+def _notes(packets: _Packets, decoded: _Decoded, whole: bool) -> list[str]:
+    run = decoded.best
+    notes = list(dict.fromkeys(packets.oddities))
+    if packets.videos > 1:
+        notes.append(f"{packets.videos} video streams, number {packets.stream} is the largest")
+    if whole and decoded.damaged:
+        notes.append(f"{decoded.damaged} of {decoded.count} decoded frames are damaged")
+    if len(decoded.runs) > 1:
+        notes.append(f"{len(decoded.runs)} separate parts; the longest, of {len(run.pts)} frames, is used")
+    if run.interlaced:
+        notes.append("interlaced, deinterlaced when read")
+    if not whole:
+        notes.append("too long to decode at once: counted by its packets")
+    return notes
+
+
+def _pixel_aspect(ratio: Fraction | None) -> Fraction:
+    """Width over height of a pixel; 1 where none or nonsense is given."""
+    return ratio if ratio and Fraction(1, 8) <= ratio <= 8 else Fraction(1)
+
+
+def _orientation(frame: VideoFrame, path: Path) -> Orientation:
+    """From the display matrix itself: nine 16.16 numbers (a b u, c d v, x y w), x' = a x + c y, y' = b x + d y."""
+    side_data: Any = frame.side_data  # a mapping by type, which its stubs call a mapping by name
+    matrix = side_data.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return Orientation()
+    a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))
+    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, turned) * 20 > max(straight, turned):
+        raise UnreadableMedia("tilted", path, "it is to be shown turned by an angle other than 90, 180 or 270 degrees.")
+    if turned > straight:
+        return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
+    return Orientation(flip_x=a < 0, flip_y=d < 0)
+
+
+def _colour(frame: VideoFrame, path: Path) -> Colour:
+    """How to read the frame's colours, with the usual guess where the file does not say.
+
+    Unmarked pictures wider than 1279 or higher than 576 lines are BT.709, others BT.601, as players have it.
+    """
+    wide = frame.color_primaries == _BT2020
+    if frame.format.is_rgb or frame.format.has_palette:
+        matrix: Matrix = "rgb"
+    elif frame.colorspace != _UNSPECIFIED:
+        if frame.colorspace not in _MATRICES:
+            raise UnreadableMedia(
+                "unsupported-colour", path, f"its colour matrix (code {frame.colorspace}) is not known."
+            )
+        matrix = _MATRICES[frame.colorspace]
+    elif wide:
+        matrix = "bt2020"
+    else:
+        matrix = "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
+    full = matrix == "rgb" or frame.color_range == 2 or frame.format.name.startswith("yuvj")
+    transfer: Transfer = "pq" if frame.color_trc == _PQ else "hlg" if frame.color_trc == _HLG else "sdr"
+    return Colour(matrix, full, transfer, wide)

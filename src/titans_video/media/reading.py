@@ -1,0 +1,227 @@
+"""Read frames by timestamp: the frame on screen at each wanted time, and no other.
+
+The reader jumps to the key frame before a wanted frame, decodes from there, and takes a frame only if its timestamp is
+exactly the one that the probe listed; if a jump does not lead there, it walks the file from its start. A file whose
+timestamps are no safe guide (doubled, jumping, missing) is always walked, and its frames are counted.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from titans_video.media.colour import FrameReader, Pixels, on_black
+from titans_video.media.deinterlacing import Deinterlacer
+from titans_video.media.info import Seconds, VideoInfo
+from titans_video.media.opening import (
+    Deadline,
+    UnreadableMedia,
+    check_file,
+    open_container,
+    use_one_thread,
+    walk_frames,
+)
+from titans_video.media.resize import cover_crop
+
+# Decoders that can leave out frames which no other frame needs.
+_CAN_SKIP = {"h264", "hevc", "mpeg2video", "mpeg4", "vvc"}
+
+
+def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, seconds: float = 120.0) -> Pixels:
+    """The frames on screen at the given times.
+
+    Args:
+        path: the file that `info` was probed from.
+        times: seconds from the first frame, in any order, repeats allowed.
+        seconds: the time limit.
+    Returns:
+        uint8 (T, H, W, 3): RGB, upright, square pixels, `info.height` x `info.width`.
+    Raises:
+        UnreadableMedia: the file is damaged, or no longer what was probed.
+    """
+    return read_indices(path, info, info.indices_at(times), seconds=seconds)
+
+
+def read_indices(path: Path | str, info: VideoInfo, indices: Sequence[int], *, seconds: float = 120.0) -> Pixels:
+    """The frames with the given numbers (0 is the first). Otherwise as `read_frames`."""
+    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    for number, picture in iterate(path, info, indices, seconds=seconds):
+        frames[[i for i, wanted in enumerate(indices) if wanted == number]] = picture
+    return frames
+
+
+def read_clip(
+    path: Path | str,
+    info: VideoInfo,
+    indices: Sequence[int],
+    height: int,
+    width: int,
+    crop: tuple[float, float] = (0.5, 0.5),
+    *,
+    seconds: float = 120.0,
+) -> Pixels:
+    """Frames by number, covered and cropped to a size one by one, so that large sources need little memory.
+
+    Args:
+        crop: where to crop, (down, right), each 0..1; see `cover_crop`.
+    Returns:
+        uint8 (T, height, width, 3).
+    Raises:
+        UnreadableMedia: as `read_frames`.
+    """
+    frames = np.empty((len(indices), height, width, 3), np.uint8)
+    for number, picture in iterate(path, info, indices, seconds=seconds):
+        resized = cover_crop(picture[None], height, width, crop)[0]
+        frames[[i for i, wanted in enumerate(indices) if wanted == number]] = resized
+    return frames
+
+
+def iterate(
+    path: Path | str, info: VideoInfo, indices: Iterable[int], *, seconds: float = 120.0
+) -> Iterator[tuple[int, Pixels]]:
+    """(number, uint8 (H, W, 3)) of each wanted frame once, in rising order.
+
+    Raises:
+        UnreadableMedia: a wanted frame is damaged or missing.
+        IndexError: a number is not in 0..`info.frames` - 1.
+    """
+    path = Path(path)
+    wanted = sorted(set(indices))
+    if not wanted:
+        return
+    if wanted[0] < 0 or wanted[-1] >= info.frames:
+        raise IndexError(f"{path} has frames 0 to {info.frames - 1}; asked for {wanted[0]} to {wanted[-1]}.")
+    deadline = Deadline(path, seconds)
+    to_rgb = FrameReader(info)
+    with open_container(path, deadline) as container:
+        stream = _same_stream(container, info, path)
+        for number, frame in _decode(container, stream, info, wanted, deadline):
+            yield number, to_rgb(frame)
+
+
+def _same_stream(container: InputContainer, info: VideoInfo, path: Path) -> VideoStream:
+    stream = container.streams[info.stream] if info.stream < len(container.streams) else None
+    if not isinstance(stream, VideoStream) or stream.codec_context is None:
+        raise UnreadableMedia(
+            "changed", path, "it is another file than the one that was looked at; check the data again."
+        )
+    use_one_thread(stream)
+    return stream
+
+
+def _decode(
+    container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Wanted frames in rising order, by jumps where the timestamps allow it, else from the file's start."""
+    for key, stretch in _stretches(info, wanted):
+        if key > 0:
+            container.seek(info.key_pts[key], stream=stream)
+        missing = list(stretch)
+        for number, frame in _pick(container, stream, info, stretch, deadline):
+            missing.remove(number)
+            yield number, frame
+        if missing and key > 0:
+            with open_container(deadline.path, deadline) as again:
+                from_start = _same_stream(again, info, deadline.path)
+                for number, frame in _pick(again, from_start, info, list(missing), deadline):
+                    missing.remove(number)
+                    yield number, frame
+        if missing:
+            raise UnreadableMedia(
+                "damaged",
+                deadline.path,
+                f"frame {missing[0]} of {info.frames} does not decode any more; check the data again.",
+            )
+
+
+def _stretches(info: VideoInfo, wanted: list[int]) -> list[tuple[int, list[int]]]:
+    """Wanted numbers that one go of decoding gives, each with the number of the key frame to start from.
+
+    A new stretch begins where at least one whole span between key frames holds nothing wanted.
+    """
+    if not info.key_pts:
+        return [(0, wanted)]
+    stretches: list[tuple[int, list[int]]] = []
+    last = -2
+    for number in wanted:
+        needed = max(number - 1, 0) if info.interlaced else number
+        key = max(bisect_right(info.key_pts, info.pts[needed]) - 1, 0)
+        if key > last + 1:
+            stretches.append((key, []))
+        stretches[-1][1].append(number)
+        last = key
+    return stretches
+
+
+def _pick(
+    container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode from where the container stands; ends early at a wanted frame that is damaged or was passed."""
+    remaining = set(wanted)
+    last = wanted[-1]
+    weaver = Deinterlacer(stream) if info.interlaced else None
+    for number, frame, clean in _numbered(container, stream, info, wanted, deadline):
+        if number in remaining and not clean:
+            return
+        for done, picture in weaver.feed(number, frame) if weaver else [(number, frame)]:
+            if done in remaining:
+                remaining.discard(done)
+                yield done, picture
+        if not remaining or number > last + 1:
+            return
+    if weaver:
+        for done, picture in weaver.finish():
+            if done in remaining:
+                yield done, picture
+
+
+def _numbered(
+    container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
+) -> Iterator[tuple[int, VideoFrame, bool]]:
+    """Decoded frames with their numbers: found by timestamp, or counted where timestamps are no guide."""
+    if not info.key_pts:
+        for count, (frame, clean) in enumerate(walk_frames(container, stream, deadline)):
+            yield count - info.skip, frame, clean
+        return
+    number_of = {pts: number for number, pts in enumerate(info.pts)}
+    needed = {info.pts[number] for number in wanted}
+
+    def leave_out(stream: VideoStream, packet: Packet) -> None:
+        stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
+
+    skipping = leave_out if stream.codec_context.name in _CAN_SKIP and not info.interlaced else None
+    for frame, clean in walk_frames(container, stream, deadline, skipping):
+        if frame.pts in number_of:
+            yield number_of[frame.pts], frame, clean
+
+
+def read_image(path: Path | str) -> Pixels:
+    """A picture.
+
+    Returns:
+        uint8 (H, W, 3): RGB, turned as its EXIF orientation says, what is transparent black.
+    Raises:
+        UnreadableMedia: it is missing, no picture, or damaged.
+    """
+    path = Path(path)
+    check_file(path)
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UnreadableMedia("not-an-image", path, f"this is no picture that Pillow reads ({error}).") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UnreadableMedia("damaged", path, f"the picture is damaged ({error}).") from error
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        return on_black(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))

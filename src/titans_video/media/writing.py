@@ -1,0 +1,322 @@
+"""Write clips that play everywhere: mp4 (H.264), gif, or a folder of PNGs.
+
+Everything is written beside its place and moved there when whole: an interrupted write leaves nothing behind.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from PIL import Image
+
+from titans_video.errors import UserError
+from titans_video.media.colour import ACCURATE, Pixels
+
+Kind = Literal["mp4", "gif", "png"]
+Metadata = dict[str, Any]
+
+_BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer function
+_GIF_TICKS = 100  # a second; GIF knows no finer time
+_TINY = 32  # pixels; up to here x264's macroblock tree reads memory that it never wrote, and files differ from run to run
+_GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        path: the file, or the folder of PNGs.
+        frames, fps: exactly as in the file.
+        height, width: as in the file.
+        padded: rows and columns added at the bottom and right, 0 or 1 each.
+    """
+
+    path: Path
+    frames: int
+    fps: Fraction
+    height: int
+    width: int
+    padded: tuple[int, int] = (0, 0)
+
+    @property
+    def note(self) -> str:
+        """What the person should know, or nothing."""
+        down, right = self.padded
+        if not (down or right):
+            return ""
+        return (
+            f"{self.width - right}x{self.height - down} was edge-padded to {self.width}x{self.height} "
+            "(width x height): H.264 in yuv420p has even sizes only."
+        )
+
+
+def output_kind(path: Path | str) -> Kind:
+    """What a path asks for, by its suffix; call it before hours of work.
+
+    Raises:
+        UserError: the suffix is none of .mp4, .gif and no suffix at all (a folder of PNGs), or the place is taken by
+            something that must not be replaced.
+    """
+    path = Path(path)
+    kinds: dict[str, Kind] = {".mp4": "mp4", ".gif": "gif", "": "png"}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"{path}: cannot write {path.suffix} files. Give a name that ends in .mp4 or .gif, or one without a suffix "
+            "for a folder of PNGs."
+        )
+    if kind != "png" and path.is_dir():
+        raise UserError(f"{path}: this is a folder; give the name of a file in it, such as {path / 'video'}.{kind}.")
+    if kind == "png" and path.exists() and not (path.is_dir() and all(map(_is_our_frame, path.iterdir()))):
+        raise UserError(
+            f"{path}: there is something else than a folder of frames written before. Give the name of a new folder, "
+            "or one that ends in .mp4 or .gif for a file."
+        )
+    return kind
+
+
+def write_video(
+    path: Path | str, frames: Pixels, fps: float | Fraction, crf: int = 16, metadata: Metadata | None = None
+) -> Written:
+    """Write a clip.
+
+    Args:
+        path: .mp4, .gif, or without a suffix for a folder `frame_00000.png`, ...
+        frames: uint8 (T, H, W, 3), RGB.
+        fps: frames a second; 23.976 and its like become 24000/1001.
+        crf: H.264's quality, 0 (lossless) to 51.
+        metadata: what the clip is; JSON in an mp4's comment, `metadata.json` in a folder; a gif has no room for it.
+    Returns:
+        What was written, with `.note` to be shown.
+    Raises:
+        UserError: no frames, a bad rate, or a path that `output_kind` refuses.
+    """
+    path, rate, kind = Path(path), exact_rate(fps), output_kind(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"expected uint8 frames (T, H, W, 3), got {frames.dtype} {frames.shape}")
+    if len(frames) == 0:
+        raise UserError(f"{path}: there is no frame to write.")
+    height, width = frames.shape[1:3]
+    if kind == "mp4":
+        with VideoWriter(path, height, width, rate, crf=crf, metadata=metadata) as writer:
+            writer.write(frames)
+        return writer.written
+    if kind == "gif":
+        _write_gif(path, frames, rate)
+    else:
+        _write_pngs(path, frames, rate, metadata)
+    return Written(path, len(frames), rate, height, width)
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """A rate as the fraction that is meant: 23.976 is 24000/1001, 29.97 is 30000/1001, 12.5 is 25/2.
+
+    Raises:
+        UserError: it is not over 0 and at most 1000.
+    """
+    try:
+        rate = Fraction(fps)
+    except (ValueError, OverflowError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise UserError(f"a rate of {fps} frames a second cannot be written; it must be over 0 and at most 1000.")
+    if isinstance(fps, Fraction) and fps.denominator <= 10**6:
+        return fps
+    for whole in (24, 30, 48, 60, 120, 240):
+        ntsc = Fraction(whole * 1000, 1001)
+        if abs(rate - ntsc) < ntsc / 20_000:
+            return ntsc
+    return rate.limit_denominator(1001)
+
+
+class VideoWriter:
+    """An mp4 that grows frame by frame: H.264, yuv420p, BT.709 limited range, index first.
+
+    Use as a context manager; the file appears under its name when the block ends without an exception. Odd sizes are
+    padded to even ones by repeating the last row and column.
+
+    Args:
+        path: ends in .mp4.
+        height, width: of the frames to come.
+        fps, crf, metadata: see `write_video`.
+    Raises:
+        UserError: a bad path or rate.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        height: int,
+        width: int,
+        fps: float | Fraction,
+        *,
+        crf: int = 16,
+        metadata: Metadata | None = None,
+    ) -> None:
+        self.path, self.height, self.width = Path(path), height, width
+        self.rate, self.crf, self.metadata = exact_rate(fps), crf, metadata
+        if output_kind(self.path) != "mp4":
+            raise UserError(f"{self.path}: frames can be added one by one to .mp4 files only.")
+        self.padded = (height % 2, width % 2)
+        self.count = 0
+        self._scaler = VideoReformatter()
+
+    def __enter__(self) -> Self:
+        self._place = _beside(self.path)
+        temporary = self._place.__enter__()
+        try:
+            self._container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            self._stream = self._container.add_stream("libx264", rate=self.rate)
+            stream = self._stream
+            stream.height, stream.width = self.height + self.padded[0], self.width + self.padded[1]
+            stream.pix_fmt, stream.time_base = "yuv420p", 1 / self.rate
+            stream.options = {"crf": str(self.crf), "preset": "medium"}
+            if min(stream.height, stream.width) <= _TINY:
+                stream.options |= {"x264-params": "mbtree=0"}
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = ColorRange.MPEG
+            if self.metadata is not None:
+                self._container.metadata["comment"] = json.dumps(self.metadata, ensure_ascii=False)
+        except BaseException as error:
+            self._place.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def write(self, frames: Pixels) -> None:
+        """Add frames, uint8 (T, H, W, 3)."""
+        if frames.shape[1:] != (self.height, self.width, 3) or frames.dtype != np.uint8:
+            raise ValueError(f"expected uint8 (T, {self.height}, {self.width}, 3), got {frames.dtype} {frames.shape}")
+        down, right = self.padded
+        for picture in frames:
+            if down or right:
+                picture = np.pad(picture, ((0, down), (0, right), (0, 0)), mode="edge")
+            frame = self._to_yuv(np.ascontiguousarray(picture))
+            frame.pts, frame.time_base = self.count, 1 / self.rate
+            self._container.mux(self._stream.encode(frame))
+            self.count += 1
+
+    def _to_yuv(self, picture: Pixels) -> VideoFrame:
+        frame = self._scaler.reformat(
+            VideoFrame.from_ndarray(picture, format="rgb24"),
+            format="yuv420p",
+            src_color_range=ColorRange.JPEG,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=ACCURATE,
+            threads=1,
+        )
+        frame.colorspace = frame.color_primaries = frame.color_trc = _BT709
+        frame.color_range = ColorRange.MPEG
+        return frame
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                if self.count == 0:
+                    raise UserError(f"{self.path}: there is no frame to write.")
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+        except BaseException as failure:
+            self._place.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._place.__exit__(kind, error, trace)
+
+    @property
+    def written(self) -> Written:
+        """What there is so far."""
+        down, right = self.padded
+        return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, moved to `path` at the end, removed if anything goes wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
+    """A looping GIF with one palette; times are rounded to hundredths of a second so that the whole keeps time."""
+    if rate > _GIF_FASTEST:
+        raise UserError(
+            f"{path}: a gif holds at most {_GIF_FASTEST} frames a second, not {float(rate):g}; write an .mp4."
+        )
+    height, width = frames.shape[1:3]
+    shown_at = [round(number * _GIF_TICKS / rate) for number in range(len(frames) + 1)]
+    options = {"loop": "0", "final_delay": str(shown_at[-1] - shown_at[-2])}
+    with _beside(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
+        stream = container.add_stream("gif", rate=_GIF_TICKS)
+        stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
+        stream.time_base = Fraction(1, _GIF_TICKS)
+        stream.options = {"gifflags": "-transdiff"}
+        for number, frame in enumerate(_with_palette(frames)):
+            frame.pts, frame.time_base = shown_at[number], Fraction(1, _GIF_TICKS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _with_palette(frames: Pixels) -> Iterator[VideoFrame]:
+    graph = av.filter.Graph()
+    height, width = frames.shape[1:3]
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=Fraction(1, 1))
+    split = graph.add("split")
+    palette, use = graph.add("palettegen", "reserve_transparent=0"), graph.add("paletteuse")
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    palette.link_to(use, 0, 1)
+    split.link_to(use, 1, 0)
+    use.link_to(graph.add("buffersink"))
+    graph.configure()
+    for number, picture in enumerate(frames):
+        frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, 1)
+        graph.push(frame)
+    graph.push(None)
+    for _ in frames:
+        yield graph.pull()
+
+
+def _write_pngs(path: Path, frames: Pixels, rate: Fraction, metadata: Metadata | None) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for number, picture in enumerate(frames):
+            Image.fromarray(picture).save(temporary / f"frame_{number:05d}.png")
+        about = {"fps": str(rate), **(metadata or {})}
+        (temporary / "metadata.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+        if path.exists():
+            old = path.with_name(f"{temporary.name}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_our_frame(path: Path) -> bool:
+    return path.name == "metadata.json" or (path.name.startswith("frame_") and path.suffix == ".png")

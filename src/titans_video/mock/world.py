@@ -1,0 +1,196 @@
+"""A world of 48 sentences: one coloured shape that moves one way on a dark ground. numpy only.
+
+Legend: T frames, H W pixel height and width (equal here), K subsamples of a pixel along one axis.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 48, 44),
+    "green": (52, 186, 76),
+    "blue": (52, 92, 232),
+    "yellow": (238, 206, 48),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+"""Unit steps (x, y); y grows downwards."""
+
+# Reach of each shape around its centre, in radii (left/right, up, down): circle of radius r; square of half side 0.9 r;
+# upright equilateral triangle of circumradius 1.45 r around its centroid. The areas are then so alike that size tells
+# little about shape.
+SQUARE_HALF = 0.9
+TRIANGLE_CIRCUMRADIUS = 1.45
+REACH: dict[str, tuple[float, float, float]] = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (SQUARE_HALF, SQUARE_HALF, SQUARE_HALF),
+    "triangle": (TRIANGLE_CIRCUMRADIUS * 3**0.5 / 2, TRIANGLE_CIRCUMRADIUS, TRIANGLE_CIRCUMRADIUS / 2),
+}
+
+RADIUS = (5.5 / 32, 7.5 / 32)
+"""Range of the radius as a share of the frame's side."""
+TRAVEL = (6 / 32, 12 / 32)
+"""Range of the way gone from the first frame to the last, as a share of the frame's side."""
+AREA: dict[str, float] = {
+    "circle": np.pi,
+    "square": 4 * SQUARE_HALF**2,
+    "triangle": 3 * 3**0.5 / 4 * TRIANGLE_CIRCUMRADIUS**2,
+}
+"""Area of each shape at radius 1."""
+GROUND = (18, 40)
+"""Range of the ground's grey level."""
+_SUBSAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What one clip shows."""
+
+    colour: str
+    shape: str
+    direction: str
+
+    @property
+    def caption(self) -> str:
+        return caption(self.colour, self.shape, self.direction)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A rendered clip: `frames` uint8 (T, H, W, 3) and what it shows."""
+
+    frames: np.ndarray
+    combination: Combination
+
+    @property
+    def caption(self) -> str:
+        return self.combination.caption
+
+
+def caption(colour: str, shape: str, direction: str) -> str:
+    """The sentence of a combination, e.g. "a red circle moving right"."""
+    return f"a {colour} {shape} moving {direction}"
+
+
+def _is_held_out(colour: int, shape: int, direction: int) -> bool:
+    """A diagonal of a Latin cube without its colour = direction cells.
+
+    With indices in the order of the tables above: (colour + shape + direction) mod 4 = 0 and colour != direction. Every
+    (shape, colour) and every (shape, direction) pair loses at most one of its four clips and every (colour, direction)
+    pair at most one of its three, so training still shows each word and each pair of words; each colour and each
+    direction is held out twice.
+    """
+    return (colour + shape + direction) % 4 == 0 and colour != direction
+
+
+def _combinations(held_out: bool) -> tuple[Combination, ...]:
+    cells = product(enumerate(COLOURS), enumerate(SHAPES), enumerate(DIRECTIONS))
+    return tuple(
+        Combination(colour, shape, direction)
+        for (c, colour), (s, shape), (d, direction) in cells
+        if _is_held_out(c, s, d) == held_out
+    )
+
+
+SEEN: tuple[Combination, ...] = _combinations(held_out=False)
+"""The 40 combinations that training shows."""
+HELD_OUT: tuple[Combination, ...] = _combinations(held_out=True)
+"""The 8 combinations that training never shows."""
+COMBINATIONS: tuple[Combination, ...] = SEEN + HELD_OUT
+
+
+def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Which points a shape covers.
+
+    Args:
+        shape: one of SHAPES.
+        dx, dy: offsets from the shape's centre in pixels, y downwards.
+        radius: the shape's radius in pixels (see REACH).
+    Returns:
+        bool, of the shape that the three broadcast to.
+    """
+    if shape == "circle":
+        return dx**2 + dy**2 <= radius**2
+    if shape == "square":
+        return (np.abs(dx) <= SQUARE_HALF * radius) & (np.abs(dy) <= SQUARE_HALF * radius)
+    inradius = TRIANGLE_CIRCUMRADIUS * radius / 2
+    slanted = 3**0.5 / 2 * np.abs(dx) - dy / 2
+    return (dy <= inradius) & (slanted <= inradius)
+
+
+def coverage(shape: str, centres: np.ndarray, radius: np.ndarray | float, height: int, width: int) -> np.ndarray:
+    """Antialiased masks of a shape, by supersampling.
+
+    Args:
+        shape: one of SHAPES.
+        centres: (T, 2) float, x and y in pixels; pixel i spans [i, i + 1].
+        radius: (T,) or one number, in pixels.
+        height, width: H, W.
+    Returns:
+        float32 (T, H, W), the covered share of each pixel.
+    """
+    k, frames = _SUBSAMPLES, len(centres)
+    x, y = (((np.arange(side * k) + 0.5) / k).astype(np.float32) for side in (width, height))
+    centres = centres.astype(np.float32)
+    dx = x[None, None, :] - centres[:, 0, None, None]  # (T, 1, W K)
+    dy = y[None, :, None] - centres[:, 1, None, None]  # (T, H K, 1)
+    r = np.broadcast_to(np.asarray(radius, dtype=np.float32), (frames,))[:, None, None]
+    fine = covers(shape, dx, dy, r)  # (T, H K, W K)
+    return fine.reshape(frames, height, k, width, k).mean(axis=(2, 4), dtype=np.float32)
+
+
+def render(
+    colour: str, shape: str, direction: str, rng: np.random.Generator, size: int = 32, frames: int = 8
+) -> np.ndarray:
+    """Draw one clip at a random place, speed, size and ground grey; the shape lies within the frame all the way.
+
+    The way gone over the whole clip is drawn (TRAVEL), so longer clips are slower, not cut off.
+
+    Args:
+        colour, shape, direction: words of COLOURS, SHAPES, DIRECTIONS.
+        rng: draws place, speed, size and ground.
+        size: side of the square frames in pixels.
+        frames: T.
+    Returns:
+        uint8 RGB (T, size, size, 3).
+    """
+    radius = rng.uniform(*RADIUS) * size
+    travel = rng.uniform(*TRAVEL) * size
+    ground = rng.uniform(*GROUND)
+    step = np.array(DIRECTIONS[direction])
+    side, up, down = (reach * radius for reach in REACH[shape])
+    way = step * travel
+    low = np.array([side, up]) + np.maximum(-way, 0)
+    high = size - np.array([side, down]) - np.maximum(way, 0)
+    start = rng.uniform(low, high)
+    along = np.linspace(0.0, 1.0, frames)[:, None]
+    mask = coverage(shape, start + along * way, radius, size, size)[..., None]  # (T, H, W, 1)
+    paint = np.array(COLOURS[colour], dtype=np.float32)
+    return np.round(ground + mask * (paint - ground)).astype(np.uint8)
+
+
+def combination_of(seed: int, index: int, held_out: bool | None = False) -> Combination:
+    """The combination of one clip of an endless series: each comes once in every round, in an order drawn by the seed.
+
+    Args:
+        held_out: True for the held-out combinations, False for the others, None for all 48.
+    """
+    pool = {True: HELD_OUT, False: SEEN, None: COMBINATIONS}[held_out]
+    turn, position = divmod(index, len(pool))
+    order = np.random.default_rng((seed, turn, len(pool), 1)).permutation(len(pool))
+    return pool[order[position]]
+
+
+def sample_clip(seed: int, index: int, held_out: bool | None = False, size: int = 32, frames: int = 8) -> Clip:
+    """Clip `index` of the series of a seed (see `combination_of`). Equal inputs give equal clips."""
+    combination = combination_of(seed, index, held_out)
+    rng = np.random.default_rng((seed, index, int(bool(held_out)), 2))
+    pixels = render(combination.colour, combination.shape, combination.direction, rng, size, frames)
+    return Clip(pixels, combination)
+
+
+def sample_clips(seed: int, count: int, held_out: bool | None = False, size: int = 32, frames: int = 8) -> list[Clip]:
+    """The first `count` clips of the series of a seed."""
+    return [sample_clip(seed, index, held_out, size, frames) for index in range(count)]

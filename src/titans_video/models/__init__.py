@@ -1,0 +1,1 @@
+"""Networks: latents to `Prediction` (floor L1)."""

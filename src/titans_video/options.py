@@ -1,0 +1,328 @@
+"""Every flag of every command, once: groups of options that commands put together.
+
+No torch here: `--help` imports this file and tyro only. The docstring under a field is its help text. A checkpoint
+stores `CodecOptions` and `TextOptions` as they were used, so that what trained a model can be built again.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+OptionsT = TypeVar("OptionsT", "CodecOptions", "TextOptions")
+
+
+def _triple(args: list[str]) -> tuple[int, int, int]:
+    parts = args[0].split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(f"expected three positive whole numbers T,H,W such as 2,2,2; got {args[0]!r}")
+    t, h, w = (int(p) for p in parts)
+    return t, h, w
+
+
+def _pair(args: list[str]) -> tuple[float, float]:
+    parts = args[0].split(",")
+    if len(parts) != 2:
+        raise ValueError(f"expected two numbers such as 0.9,0.95; got {args[0]!r}")
+    return float(parts[0]), float(parts[1])
+
+
+PatchSize = Annotated[
+    tuple[int, int, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="T,H,W",
+        instance_from_str=_triple,
+        is_instance=lambda x: isinstance(x, tuple) and len(x) == 3,
+        str_from_instance=lambda x: [",".join(map(str, x))],
+    ),
+]
+Pair = Annotated[
+    tuple[float, float],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="A,B",
+        instance_from_str=_pair,
+        is_instance=lambda x: isinstance(x, tuple) and len(x) == 2,
+        str_from_instance=lambda x: [",".join(map(str, x))],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which clips, at which size, in which batches."""
+
+    manifest: tuple[str, ...] = ()
+    """JSONL or JSON manifest, PATH or PATH:WEIGHT; may be given several times."""
+    metadata: str | None = None
+    """metadata.json, the other documented form (a JSON list of video_path and caption)."""
+    data_root: str | None = None
+    """What relative paths in the manifest start from (default: the manifest's folder)."""
+    allow_outside_root: bool = False
+    """Allow absolute paths and .. in the manifest to leave the data root."""
+    height: int | None = None
+    """Clip height in pixels; with --width."""
+    width: int | None = None
+    """Clip width in pixels; with --height."""
+    resolution: int | None = None
+    """Short side in pixels, in place of --height and --width: one bucket of the first clip's aspect."""
+    buckets: str | None = None
+    """Sizes to sort clips into: HxW[xT], separated by commas, e.g. 576x1024,1024x576."""
+    num_frames: int = 16
+    """Frames a clip; the largest count at most this that codec and patch allow is used."""
+    fps: float | None = None
+    """Frames a second to read clips at (default: the source's own)."""
+    stride: int = 1
+    """Take every n-th frame (of those that --fps gives)."""
+    batch_size: int = 1
+    """Clips on each process in one micro-batch."""
+    tokens_per_batch: int | None = None
+    """In place of --batch-size: the largest number of video tokens of a micro-batch on each process."""
+    task_mix: str | None = None
+    """Draw each row's task anew, e.g. t2v=0.5,i2v=0.4,v2v=0.1 (default: the row's own task)."""
+    cond_frames: int | None = None
+    """Known frames of a v2v row (default: the row's own cond_frames, else a random share)."""
+    random_crop: bool = False
+    """Crop at a random place in place of the centre."""
+    random_start: bool = False
+    """Start at a random time of longer clips in place of the beginning."""
+    max_upscale: float | None = None
+    """Refuse clips that would be enlarged more than this factor."""
+    max_bad: float = 0.5
+    """Stop when more than this share of the rows is unusable."""
+    num_workers: int = 0
+    """Processes that read clips ahead (0: read in the training process)."""
+    ram_cache_mb: int = 1024
+    """Keep decoded clips in memory up to this size (per process), for small data sets."""
+    cache: str | None = None
+    """Folder of cached latents and text states; filled first, then used in place of VAE and encoders."""
+    cache_variants: int = 1
+    """Cached variants of a row when crops or starts are random."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where prompts are encoded."""
+
+    text_model: str = "builtin"
+    """A text encoder such as T5 or UMT5 (folder or hub name); builtin: bytes, trained with the model; none: the LLM alone."""
+    text_dtype: Dtype = "bf16"
+    """Precision of the text model."""
+    text_max_length: int = 256
+    """Longest prompt in tokens of the text model."""
+    llm_model: str | None = None
+    """A second encoder: any LLM that transformers' AutoModel loads."""
+    llm_dtype: Dtype = "bf16"
+    """Precision of the LLM."""
+    llm_max_length: int = 256
+    """Longest prompt in tokens of the LLM."""
+    llm_hidden_size: int | None = None
+    """Width of the LLM's hidden states, when its config does not tell."""
+    llm_layer: int = -1
+    """Which hidden layer of the LLM to use (-1: the last)."""
+    llm_template: str | None = None
+    """Prompt template for the LLM with {prompt} in it; the states of what stands before it are cut."""
+    local_files_only: bool = False
+    """Never ask a model hub."""
+    text_offload: Literal["cpu", "none"] = "none"
+    """Keep frozen encoders on the CPU and move only their states."""
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """How pixels become latents."""
+
+    vae_backend: Literal["diffusers", "external", "identity", "patch"] = "diffusers"
+    """diffusers: --pretrained-model; external: --vae-module; identity: pixels; patch: linear, fitted to the clips."""
+    pretrained_model: str | None = None
+    """Folder of diffusers weights with vae/ in it (or the VAE's own); ignored by the other backends."""
+    vae_module: str | None = None
+    """Module of an external codec, e.g. train.videos.cogvideox_vae_adapter."""
+    vae_class: str | None = None
+    """Class in --vae-module."""
+    vae_init_json: str | None = None
+    """JSON object of arguments for the codec's constructor."""
+    vae_dtype: Dtype = "fp32"
+    """Precision of the VAE."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """SoraDiT's size and shape."""
+
+    preset: str = "S"
+    """Size: tiny, S, B, L, XL, 1B or 3B."""
+    attention_type: Literal["st", "full"] = "st"
+    """st: spatial then temporal attention in each block; full: over all tokens."""
+    patch_size: PatchSize = (2, 2, 2)
+    """Latent cells of one token along time, height and width."""
+    model_dim: int | None = None
+    """Width, in place of the preset's."""
+    depth: int | None = None
+    """Blocks, in place of the preset's."""
+    heads: int | None = None
+    """Attention heads, in place of the preset's."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Rectified flow."""
+
+    prediction: Literal["velocity", "x0"] = "velocity"
+    """What the network's output stands for; x0 is preconditioned by the latents' variance."""
+    time_mean: float = 0.0
+    """Mean of the logit-normal training times (positive: towards noise)."""
+    time_std: float = 1.0
+    """Spread of the logit-normal training times."""
+    shift: float | None = None
+    """Time shift towards noise; default: by the number of tokens."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The run: length, optimizer, precision, checkpoints."""
+
+    output_dir: str = "outputs"
+    """Folder of checkpoints, metrics and pictures."""
+    max_steps: int = 100_000
+    """Optimizer steps."""
+    grad_accum: int = 1
+    """Micro-batches of one optimizer step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast of the network (default: as the launcher was told, else no)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: torch's Muon for weight matrices, AdamW for everything else."""
+    lr: float = 1e-4
+    """Learning rate (of AdamW)."""
+    muon_lr: float = 0.02
+    """Learning rate of Muon's matrices."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    betas: Pair = (0.9, 0.999)
+    """AdamW's betas."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up."""
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Where linear and cosine schedules end."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0: do not clip."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights; 0: none."""
+    cfg_drop_prob: float = 0.1
+    """Share of captions replaced by the empty one."""
+    cfg_drop_each: bool = False
+    """Drop the two text streams each on its own in place of both together."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    save_limit: int = 3
+    """How many checkpoint folders are kept; 0: all."""
+    log_every: int = 10
+    """Steps between updates of the progress bar."""
+    resume: str = "none"
+    """auto: the newest good checkpoint of --output-dir; a path; none."""
+    start_over: bool = False
+    """Start anew in an --output-dir that holds a run, which is moved into previous-<n> in it."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class AdviceOptions:
+    """What generation does by default with this model; kept in its checkpoints."""
+
+    sample_steps: int | None = None
+    """Denoising steps."""
+    sample_guidance: float | None = None
+    """Classifier-free guidance."""
+    sample_guidance_interval: Pair | None = None
+    """LO,HI: guide only while LO <= time <= HI (1: pure noise, 0: clean)."""
+
+
+@dataclass(frozen=True)
+class SoraOptions:
+    """All options of a run that trains SoraDiT."""
+
+    config: str | None = None
+    """YAML file of these options; flags on the command line win over it."""
+    data: DataOptions = field(default_factory=DataOptions)
+    codec: CodecOptions = field(default_factory=CodecOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    process: ProcessOptions = field(default_factory=ProcessOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    advice: AdviceOptions = field(default_factory=AdviceOptions)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Where a checkpoint's encoders and VAE are now, in place of the paths that it was trained with."""
+
+    text_model: str | None = None
+    """T5/UMT5 folder, in place of the checkpoint's."""
+    llm_model: str | None = None
+    """LLM folder, in place of the checkpoint's."""
+    pretrained_model: str | None = None
+    """Folder of diffusers weights, in place of the checkpoint's."""
+    vae_backend: Literal["diffusers", "external", "identity", "patch"] | None = None
+    """Codec backend, in place of the checkpoint's."""
+    vae_module: str | None = None
+    """Module of an external codec; a checkpoint that names one needs it named here again."""
+    vae_class: str | None = None
+    """Class in --vae-module."""
+    vae_init_json: str | None = None
+    """JSON object of arguments for the codec's constructor."""
+    vae_dtype: Dtype | None = None
+    """Precision of the VAE."""
+    local_files_only: bool | None = None
+    """Never ask a model hub."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to make, and how."""
+
+    checkpoint: str | None = None
+    """A .pt file, a run's folder, an exported folder, or `latest`; default: the shipped weights."""
+    prompt: str | None = None
+    """What the video shows."""
+    negative_prompt: str = ""
+    """What it does not show (with guidance)."""
+    image: str | None = None
+    """First frame to go on from."""
+    height: int | None = None
+    """Pixels (default: the size trained on)."""
+    width: int | None = None
+    """Pixels (default: the size trained on)."""
+    num_frames: int | None = None
+    """Frames (default: as trained on)."""
+    fps: float | None = None
+    """Frames a second of the file (default: as trained on)."""
+    seconds: float | None = None
+    """In place of --num-frames: frames = ceil(seconds x fps)."""
+    steps: int | None = None
+    """Denoising steps (default: the checkpoint's recommendation, else 50)."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1.0: none (default: the checkpoint's recommendation, else 1.0)."""
+    guidance_interval: Pair | None = None
+    """Guide only between these times, 0 clean and 1 noise, e.g. 0.7,1 (default: the checkpoint's, else 0,1)."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """ODE solver."""
+    seed: int = 0
+    """Seed of the noise."""
+    out: str = "out.mp4"
+    """.mp4, .gif, or a folder of PNGs."""
+    device: str | None = None
+    """cuda, cuda:1, cpu (default: cuda where there is one)."""
+
+
+def override(options: OptionsT, overrides: Overrides) -> OptionsT:
+    """`options` with every field that `overrides` names and sets."""
+    given: dict[str, Any] = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
+    names = {f.name for f in fields(options)}  # type: ignore[arg-type]
+    return replace(options, **{k: v for k, v in given.items() if v is not None and k in names})  # type: ignore[type-var]

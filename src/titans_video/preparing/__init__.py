@@ -1,0 +1,1 @@
+"""Scan a manifest, fill the cache, write the data report (floor L3)."""

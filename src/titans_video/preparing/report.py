@@ -1,0 +1,192 @@
+"""The data report: one HTML file with all pictures inside, to be looked at in any browser."""
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from titans_video.checkpoint import atomic_path
+from titans_video.data.plan import REASONS, RowPlan
+from titans_video.data.reading import Entry
+from titans_video.errors import DataError
+from titans_video.media.reading import read_clip
+from titans_video.preparing.opening import Data
+from titans_video.preparing.scan import Quarantined
+from titans_video.preparing.workers import usable_cores
+
+PICTURED = 2000  # rows with a strip; a page of more would not open
+STRIP_FRAMES, STRIP_HEIGHT = 4, 72
+COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#1d2330;background:#fff}
+h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
+.summary{white-space:pre-line;color:#465064}.plots{display:flex;flex-wrap:wrap;gap:2rem}
+.numbers{display:flex;gap:2.5rem;margin:1rem 0}.numbers b{display:block;font-size:1.9rem;line-height:1.2}
+table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.45rem .7rem .45rem 0;
+border-bottom:1px solid #e3e6ec}th{font-size:.8rem;color:#667}td.small,.id{font-size:.82rem;color:#566}
+td img{display:block;border-radius:3px;height:72px}
+.bad{color:#b0302a;font-weight:600}svg text{fill:#465064;font-size:12px}
+@media(prefers-color-scheme:dark){body{background:#14171d;color:#e5e8ee}.summary,td.small,.id,th{color:#a3acbb}
+td,th{border-color:#2b303a}svg text{fill:#a3acbb}.bad{color:#ff8b80}}
+"""
+
+
+def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], summary: str, *, progress: bool = False) -> None:
+    """Write the report.
+
+    Args:
+        plans: by row id, of every usable row.
+        summary: in words, as the terminal shows it.
+    """
+    strips = _strips(data.entries[:PICTURED], plans, progress)
+    body = [
+        "<h1>Data report</h1>",
+        f'<div class="summary">{escape(summary)}</div>',
+        _numbers(data),
+        '<div class="plots">',
+        _histogram("Rows of each bucket (HxWxT)", Counter(str(e.bucket) for e in data.entries)),
+        _scatter(data, plans),
+        "</div>",
+        _left_out(data.quarantined),
+        _rows(data.entries, plans, strips),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Data report</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
+    """Of each row a few of the very frames that training will read, cropped as they will be, as a data URL."""
+
+    def strip(entry: Entry) -> tuple[str, str]:
+        plan = plans[entry.row.id]
+        width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
+        picks = np.linspace(0, len(plan.indices) - 1, min(STRIP_FRAMES, len(plan.indices))).round().astype(int)
+        wanted = [plan.indices[i] for i in picks]
+        try:
+            frames = read_clip(entry.row.video, entry.info(), wanted, STRIP_HEIGHT, width, plan.crop)
+        except (DataError, OSError, ValueError) as e:
+            return entry.row.id, f"!{e}"
+        written = io.BytesIO()
+        Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)
+        return entry.row.id, "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        made = tqdm(
+            pool.map(strip, entries), total=len(entries), desc="thumbnails", unit="row", disable=not progress, delay=1.0
+        )
+        return dict(made)
+
+
+def _numbers(data: Data) -> str:
+    usable, bad = len(data.entries), len(data.quarantined)
+    empty = sum(not e.row.caption for e in data.entries)
+    found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
+    return '<div class="numbers">' + "".join(f"<div><b>{n}</b>{name}</div>" for name, n in found.items()) + "</div>"
+
+
+def _histogram(title: str, counts: Mapping[str, int]) -> str:
+    top, row, left, width = max(counts.values(), default=1), 24, 130, 340
+    bars = []
+    for i, (name, n) in enumerate(sorted(counts.items(), key=lambda x: -x[1])):
+        y, length = i * row, max(n / top * (width - 60), 1)
+        bars.append(
+            f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="{row - 8}" rx="2" fill="{COLOURS[i % 8]}"/>'
+            f'<text x="{left + length + 6:.1f}" y="{y + 15}">{n}</text>'
+        )
+    return (
+        f'<div><h2>{escape(title)}</h2><svg width="{left + width}" height="{len(counts) * row + 4}">{"".join(bars)}'
+        "</svg></div>"
+    )
+
+
+def _scatter(data: Data, plans: Mapping[str, RowPlan]) -> str:
+    """Aspect (width over height, log) against length; a vertical line where each bucket stands."""
+    order = [name for name, _ in Counter(str(e.bucket) for e in data.entries).most_common()]
+    points = [
+        (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
+        for e in data.entries[:PICTURED]
+        for p in [plans[e.row.id]]
+    ]
+    if not points:
+        return ""
+    sides = {f"{b.height}x{b.width}": b.width / b.height for b in data.table.buckets}
+    aspects = [x for x, *_ in points] + list(sides.values())
+    low, high = math.log(min(aspects) / 1.15), math.log(max(aspects) * 1.15)
+    longest = max(y for _, y, *_ in points) * 1.08
+    left, width, height = 46, 520, 260
+
+    def at(aspect: float, seconds: float) -> tuple[float, float]:
+        return left + (math.log(aspect) - low) / (high - low) * width, height * (1 - seconds / longest) + 16
+
+    lines = [
+        f'<line x1="{x:.1f}" y1="16" x2="{x:.1f}" y2="{height + 16}" stroke="#99a3b5" stroke-dasharray="3 3"/>'
+        f'<text x="{x:.1f}" y="11" text-anchor="middle">{name}</text>'
+        for name, aspect in sides.items()
+        for x in [at(aspect, 0)[0]]
+    ]
+    dots = [
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity=".75"><title>{escape(name)}: '
+        f"{aspect:.2f}, {seconds:.2f} s</title></circle>"
+        for aspect, seconds, colour, name in points
+        for x, y in [at(aspect, seconds)]
+    ]
+    ticks = [
+        f'<text x="{left - 8}" y="{at(1, s)[1] + 4:.1f}" text-anchor="end">{s:.3g}</text>'
+        for s in np.linspace(0, longest, 5).tolist()
+    ]
+    ticks += [
+        f'<text x="{at(a, 0)[0]:.1f}" y="{height + 34}" text-anchor="middle">{name}</text>'
+        for name, a in {"9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9}.items()
+        if low <= math.log(a) <= high
+    ]
+    return (
+        f'<div><h2>Aspect (across) and seconds (up)</h2><svg width="{left + width + 20}" height="{height + 44}">'
+        f"{''.join([*lines, *dots, *ticks])}</svg></div>"
+    )
+
+
+def _left_out(quarantined: Sequence[Quarantined]) -> str:
+    if not quarantined:
+        return "<h2>Left out</h2><p>Nothing.</p>"
+    counts = Counter(q.reason for q in quarantined)
+    parts = [f"<h2>Left out ({len(quarantined)})</h2><ul>"]
+    parts += [f"<li><b>{n} {reason}</b>: {escape(REASONS[reason])}</li>" for reason, n in counts.most_common()]
+    parts.append("</ul><table><tr><th>reason<th>row<th>why, with the arithmetic<th>caption</tr>")
+    parts += [
+        f'<tr><td class="bad">{q.reason}<td>{escape(q.row.video.name)}<div class="id">{escape(q.row.id)}<br>'
+        f'{escape(q.row.where())}</div><td>{escape(q.detail)}<td class="small">{escape(q.row.caption)}</tr>'
+        for q in quarantined[:PICTURED]
+    ]
+    return "".join([*parts, "</table>"])
+
+
+def _rows(entries: Sequence[Entry], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
+    shown = f", the first {PICTURED} of them" if len(entries) > PICTURED else ""
+    parts = [f"<h2>Usable ({len(entries)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
+    for e in entries[:PICTURED]:
+        plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
+        picture = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
+        notes = "".join(f"<br>{escape(note)}" for note in info.notes)
+        enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
+        parts.append(
+            f'<tr><td>{picture}<td>{escape(e.row.video.name)}<div class="id">{escape(e.row.id)}</div>'
+            f'<td class="small">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of {plan.source[0]}x'
+            f"{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
+            f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"
+            f"<td>{escape(e.row.caption)}</tr>"
+        )
+    return "".join([*parts, "</table>"])

@@ -1,0 +1,227 @@
+"""SoraDiT, trained from scratch: rectified flow on a codec's latents, conditioned on text and on known first frames.
+
+Legend: B batch, C latent channels, T H W pixel frames, height and width, S pixel frames of a latent frame, t h w the
+latent grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.checkpoint import Checkpoint
+from titans_video.codecs.base import Codec
+from titans_video.codecs.patch import PatchCodec
+from titans_video.codecs.table import build_codec, codec_from_checkpoint, describe_codec, parse_init
+from titans_video.diffusion.flow import RectifiedFlow, count_tokens
+from titans_video.diffusion.table import build_process, process_config
+from titans_video.models.conditioning import fold_known_mask
+from titans_video.models.presets import sora_config
+from titans_video.models.table import build_network, network_config
+from titans_video.options import CodecOptions, Overrides, SoraOptions
+from titans_video.preparing.opening import Data, open_data
+from titans_video.seeding import derive, keyed_normal
+from titans_video.text.base import drop_captions
+from titans_video.text.table import TextEncoder, build_text
+from titans_video.training import checkpoints, engine
+from titans_video.training.checkpoints import Resume
+from titans_video.training.trainer import Outcome, Trainer
+from titans_video.types import Batch, CodecSpec, Condition, TextCondition
+
+FIT_CLIPS = 512
+PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
+
+
+@dataclass
+class SoraRecipe:
+    """The network, what encodes for it, and its loss.
+
+    Attributes:
+        network: SoraDiT.
+        codec, text: frozen; they encode a batch unless it carries cached encodings.
+        process: what is added to the latents and what the network is to say.
+        config: of checkpoints, as `titans_video.checkpoint` lists it.
+        cfg_drop_prob: share of captions replaced by the empty prompt.
+        cfg_drop_each: each text stream is dropped on its own.
+        sample_prompt: a caption of the data.
+    """
+
+    network: nn.Module
+    codec: Codec
+    text: TextEncoder
+    process: RectifiedFlow
+    config: dict[str, Any]
+    device: torch.device
+    cfg_drop_prob: float = 0.1
+    cfg_drop_each: bool = False
+    sample_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        self.empty = self.text.empty(1).to(self.device)
+
+    def supervised(self, batch: Batch) -> int:
+        """Latent elements of frames that are not wholly known."""
+        c, _, h, w = self.codec.spec.latent_shape(batch.frames, batch.height, batch.width)
+        return int((~self._known_mask(batch).all(dim=1)).sum()) * c * h * w
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Weighted squared error, summed over the supervised elements."""
+        with torch.no_grad():
+            clean, condition = self.encode(batch)
+            times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
+            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds]).to(self.device)
+            times = times_B.to(self.device)[:, None].expand(-1, clean.shape[2])  # (B, t)
+            held = condition.wholly_known()
+            if held is not None and condition.known is not None:
+                # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
+                clean = torch.where(held[:, None, :, None, None], condition.known, clean)
+                times = times.masked_fill(held, 0.0)
+            corrupted = self.process.corrupt(clean, noise, times)
+        value = model(corrupted.model_input, corrupted.model_time, condition).value.float()
+        error = corrupted.weight * (value - corrupted.target).square()
+        if held is not None:
+            error = error.masked_fill(held[:, None, :, None, None], 0.0)
+        return error.sum()
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
+        """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache."""
+        moments = self._moments(batch.moments, batch.pixels)
+        clean = self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
+        text = self._dropped(batch, batch.text or self.text(batch.captions))
+        if not bool((batch.known_frames > 0).any()):
+            return clean, Condition(text=text)
+        known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
+        has_known = (batch.known_frames > 0).to(self.device)[:, None, None, None, None]
+        return clean, Condition(text=text, known=known * has_known, known_mask=self._known_mask(batch).to(self.device))
+
+    def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
+        return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        t, h, w = self.config["model"]["patch_size"]
+        return t, h, w
+
+    def _moments(self, cached: Tensor | None, pixels: Tensor | None) -> Tensor:
+        if cached is not None:
+            return cached.to(self.device, torch.float32)
+        assert pixels is not None  # a batch carries the one or the other
+        return self.codec.encode_moments(pixels.to(self.device))
+
+    def _known_mask(self, batch: Batch) -> Tensor:
+        """(B, S, t) bool."""
+        return fold_known_mask(batch.known_frame_mask(), self.codec.spec)
+
+    def _dropped(self, batch: Batch, text: TextCondition) -> TextCondition:
+        """Captions, some of them replaced by the empty prompt; which ones depends on the rows' seeds alone."""
+        names = [f"drop {i}" for i in range(len(text.streams))] if self.cfg_drop_each else ["drop"]
+        drop = torch.tensor([[derive(s, n) / 2**63 < self.cfg_drop_prob for n in names] for s in batch.seeds])
+        return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
+
+
+def train_sora(options: SoraOptions) -> Outcome:
+    """Build every part of a run from its options, and train.
+
+    Raises:
+        UserError: whatever the flags, the data, the VAE or the encoders have wrong.
+    """
+    accelerator = engine.start(options.train)
+    say: Callable[[str], None] = accelerator.print
+    resume = checkpoints.find_resume(options.train, say)
+    data, codec = open_data_and_codec(options, accelerator, resume)
+    recipe = build_recipe(options, data, codec, accelerator.device)
+    moved = checkpoints.prepare_folder(options.train, resume) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    if moved:
+        say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
+    size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
+    say(f"{data.summary()}\nSoraDiT, {size:.1f} million parameters.")
+    say(engine.describe(accelerator, options.data, options.train))
+    stream = data.stream(grad_accum=options.train.grad_accum, folder=options.train.output_dir)
+    outcome = Trainer(recipe, stream, options.train, accelerator, resume, say).run()
+    accelerator.end_training()
+    return outcome
+
+
+def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume: Resume | None) -> tuple[Data, Codec]:
+    """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
+    fitted = options.codec.vae_backend == "patch"
+    codec: Codec | None = None
+    if resume and fitted:
+        codec = codec_from_checkpoint(resume.model.config["codec"], resume.model.codec, Overrides())
+    elif not fitted:
+        codec = build_codec(options.codec, device=accelerator.device)
+    spec = codec.spec if codec else _unfitted_spec(options.codec)
+    data = open_data(
+        options.data,
+        spec,
+        options.model.patch_size,
+        seed=options.train.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
+
+
+def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
+    """(patch, channels) of the patch codec: the defaults, changed by --vae-init-json."""
+    given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
+    return tuple(given["patch"]), given["channels"]  # type: ignore[return-value]
+
+
+def _unfitted_spec(options: CodecOptions) -> CodecSpec:
+    """What is known of a patch codec before it has seen a clip."""
+    patch, channels = _patch_arguments(options)
+    return CodecSpec("patch", channels, patch, "blocks")
+
+
+def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
+    patch, channels = _patch_arguments(options)
+    codec = PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels)
+    return PatchCodec.from_config(codec.config(), engine.from_main(accelerator, codec.state_dict()))
+
+
+def build_recipe(options: SoraOptions, data: Data, codec: Codec, device: torch.device) -> SoraRecipe:
+    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed."""
+    text = build_text(options.text, device)
+    torch.manual_seed(derive(options.train.seed, "initialisation"))
+    network = build_network(sora_config(options.model, codec.spec, text.widths))
+    if options.model.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    process = build_process(process_config(options.process, codec.spec))
+    bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
+    prompt = next((row.caption for row in data.rows if row.caption), None)
+    config = {
+        "recipe": "sora",
+        "model": network_config(network),
+        "codec": describe_codec(codec, options.codec),
+        "text": text.describe(),
+        "process": process.config(),
+        "data": {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width, "fps": data.fps},
+        "sample": _advice(options, prompt),
+    }
+    return SoraRecipe(
+        network=network,
+        codec=codec,
+        text=text,
+        process=process,
+        config=config,
+        device=device,
+        cfg_drop_prob=options.train.cfg_drop_prob,
+        cfg_drop_each=options.train.cfg_drop_each,
+        sample_prompt=prompt,
+    )
+
+
+def _advice(options: SoraOptions, prompt: str | None) -> dict[str, Any]:
+    """What generation does by default, as `generation.requests` reads it."""
+    given = asdict(options.advice)
+    named = {
+        "steps": given["sample_steps"],
+        "guidance_scale": given["sample_guidance"],
+        "guidance_interval": given["sample_guidance_interval"],
+        "prompt": prompt,
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if v is not None}

@@ -1,0 +1,37 @@
+"""Randomness as a function: generators keyed by what they are for, never by what ran before.
+
+A noise tensor, a time, a crop or a dropout decision is drawn from a generator whose seed is a hash of
+(run seed, purpose, epoch, row id, occurrence). A run that resumes at step k, or runs on another number of
+processes, therefore draws exactly what it would have drawn.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Key = int | str
+
+
+def derive(seed: int, *key: Key) -> int:
+    """A 63-bit seed from a run seed and a key; equal inputs give equal seeds on every machine."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *key))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *key: Key) -> torch.Generator:
+    """A CPU generator for one purpose, e.g. `generator(seed, "noise", epoch, row_id, occurrence)`."""
+    return torch.Generator().manual_seed(derive(seed, *key))
+
+
+def keyed_normal(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise, one independent CPU stream a sample.
+
+    Args:
+        shape: the shape of one sample, without the batch axis.
+        seeds: one seed a sample, from `derive`.
+    Returns:
+        float32 (len(seeds), *shape). Sample i depends on seeds[i] alone, not on the batch it stands in.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds])

@@ -1,0 +1,74 @@
+"""metrics.jsonl: one JSON object an optimizer step."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from titans_video.checkpoint import atomic_path
+
+NAME = "metrics.jsonl"
+FLUSH_SECONDS = 2.0
+
+
+class MetricsLog:
+    """Appends lines; lines past `step` (of a run that went on after its last checkpoint) are cut off first.
+
+    Args:
+        path: of the file; it is created.
+        step: optimizer steps done so far. Lines of later steps, and a half line at the end, are removed.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self._written = 0.0
+        cut_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any], now: float) -> None:
+        """Add a line; values that JSON cannot say (infinities, NaN) become null.
+
+        Args:
+            values: plain numbers by name.
+            now: seconds on any clock; the file is flushed every couple of them.
+        """
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        if now - self._written >= FLUSH_SECONDS:
+            self._file.flush()
+            self._written = now
+
+    def sync(self) -> None:
+        """Make what was written survive anything; before a checkpoint that counts on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Remove the lines of steps past `step` and damaged lines."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
+    if kept != lines:
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(line: str) -> int | None:
+    """The step of a whole line, or None."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and line.endswith("\n") else None

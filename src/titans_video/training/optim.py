@@ -1,0 +1,160 @@
+"""Optimizers behind one stepping interface, and learning rates as a function of the step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from titans_video.options import TrainOptions
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch's default
+
+
+def learning_rate_factor(step: int, options: TrainOptions) -> float:
+    """What every base learning rate is multiplied by at optimizer step `step` (0 is the first).
+
+    Linear warm-up to 1 over `lr_warmup_steps`, then constant, or linear or cosine down to `min_lr / lr` at `max_steps`.
+    """
+    if step < options.lr_warmup_steps:
+        return (step + 1) / options.lr_warmup_steps
+    if options.lr_schedule == "constant":
+        return 1.0
+    length = max(options.max_steps - options.lr_warmup_steps, 1)
+    progress = min((step - options.lr_warmup_steps) / length, 1.0)
+    left = 1.0 - progress if options.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    floor = options.min_lr / options.lr
+    return floor + (1.0 - floor) * left
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Every group's `lr` becomes its `base_lr` times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """Two-dimensional weights of linear layers inside repeated blocks (any `nn.ModuleList`), which are Muon's.
+
+    Embeddings, the first and last layers, norms and biases are not among them: orthogonal updates suit maps between
+    hidden states only (Jordan et al. 2024).
+    """
+    found: dict[nn.Parameter, None] = {}
+    for container in network.modules():
+        if isinstance(container, nn.ModuleList):
+            for module in container.modules():
+                if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                    found[cast(nn.Parameter, module.weight)] = None
+    return list(found)
+
+
+def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
+    """AdamW, or Muon for the hidden matrices with AdamW for the rest. Weight decay is on matrices alone."""
+    matrices = hidden_matrices(network) if options.optimizer == "muon" else []
+    taken = set(matrices)
+    rest = [p for p in network.parameters() if p.requires_grad and p not in taken]
+    adamw = [
+        _group([p for p in rest if p.ndim >= 2], options.lr, options.weight_decay),
+        _group([p for p in rest if p.ndim < 2], options.lr, 0.0),
+    ]
+    adamw = [g for g in adamw if g["params"]]
+    if not matrices:
+        return AdamW(adamw, betas=options.betas, fused=True)
+    return MuonWithAdamW([_group(matrices, options.muon_lr, options.weight_decay)], adamw, options.betas)
+
+
+def _group(params: Iterable[Tensor], lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": list(params), "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
+
+
+class MuonWithAdamW(Optimizer):
+    """One optimizer for the outside (gradient scaling, checkpoints); inside, Muon and AdamW each own some groups.
+
+    Both keep their state in this optimizer's `state`, so its state dict has the usual form.
+    """
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        self.muon = Float32Muon(muon)
+        self.adamw = AdamW(adamw, betas=betas, fused=True) if adamw else None
+        inner = self.muon.param_groups + (self.adamw.param_groups if self.adamw else [])
+        super().__init__([{**g, "muon": i < len(muon)} for i, g in enumerate(inner)], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the inner optimizers work on this one's groups and state."""
+        self.muon.param_groups = [g for g in self.param_groups if g["muon"]]
+        self.muon.state = self.state
+        if self.adamw:
+            self.adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
+            self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("this optimizer takes no closure")
+        self.muon.step()
+        if self.adamw:
+            self.adamw.step()
+
+
+class Float32Muon(Muon):
+    """torch's Muon, whose orthogonalisation is done in float32 on CPUs, for all matrices of a shape at once.
+
+    torch iterates in bfloat16, one matrix at a time. On CPUs without bfloat16 units that is some twenty times slower,
+    and its rounding would make a run depend on how many processes share it. Elsewhere this is torch's own step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if any(p.device.type != "cpu" or type(p.data) is not Tensor for p in group["params"]):
+                super().step(closure)
+                return
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                self._step_shape(params, group)
+
+    def _step_shape(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Algorithm of `torch.optim.Muon` for N matrices of one shape (A, B)."""
+        grads = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        directions = orthogonalise(torch.stack(list(updates)), group["ns_steps"])  # (N, A, B)
+        rows, columns = params[0].shape
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
+        torch._foreach_add_(params, list(directions.unbind()), alpha=-scale)
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """Roughly the nearest orthogonal matrices, by a quintic Newton-Schulz iteration.
+
+    Args:
+        x: (N, A, B) float32.
+    Returns:
+        (N, A, B) with singular values between about 0.7 and 1.2.
+    Source: Jordan et al. 2024 (Muon); torch.optim.Muon.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -1,0 +1,205 @@
+"""What the floors say to each other.
+
+Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid,
+S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text width.
+Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from titans_video.errors import CodecError
+
+FrameRule = Literal["each", "blocks", "causal", "cogvideox"]
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """What a codec makes of a clip's shape.
+
+    Attributes:
+        name: what to call it in messages.
+        channels: latent channels C.
+        stride: (S, sh, sw), pixels of one latent cell along time, height and width.
+        frame_rule: which frame counts T round-trip, and how frames share latent frames.
+            `each`: any T, one latent frame a frame (S = 1).
+            `blocks`: T a multiple of S, one latent frame a block of S frames.
+            `causal`: T = 1 + kS; the first frame stands alone (Wan, HunyuanVideo, LTX).
+            `cogvideox`: T = 8k (blocks of 4) or 8k + 1 (causal by 4).
+        variance: of each latent channel on the data, where the codec knows it (a fitted codec); None: about 1.
+    """
+
+    name: str
+    channels: int
+    stride: tuple[int, int, int]
+    frame_rule: FrameRule = "each"
+    variance: tuple[float, ...] | None = None
+
+    def frame_groups(self, frames: int) -> list[tuple[int, int]]:
+        """The pixel frames [start, stop) that each latent frame stands for.
+
+        Raises:
+            CodecError: `frames` does not round-trip through this codec.
+        """
+        if not self._round_trips(frames):
+            raise CodecError(
+                f"{frames} frames do not round-trip through the codec {self.name} "
+                f"({self._rule_in_words()}); the nearest legal counts are {self._nearest_in_words(frames)}."
+            )
+        s = self.stride[0]
+        if self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and frames % 8 == 1):
+            return [(0, 1)] + [(1 + i * s, 1 + (i + 1) * s) for i in range((frames - 1) // s)]
+        return [(i * s, (i + 1) * s) for i in range(frames // s)]
+
+    def is_legal(self, frames: int, patch_t: int = 1) -> bool:
+        """Whether T frames round-trip and the network's temporal patch divides their latent frames."""
+        return self._round_trips(frames) and len(self.frame_groups(frames)) % patch_t == 0
+
+    def frames_at_most(self, frames: int, patch_t: int = 1) -> int | None:
+        """The largest legal frame count <= `frames`, or None."""
+        return next((f for f in range(frames, 0, -1) if self.is_legal(f, patch_t)), None)
+
+    def frames_at_least(self, frames: int, patch_t: int = 1) -> int:
+        """The smallest legal frame count >= `frames`."""
+        f = max(frames, 1)
+        while not self.is_legal(f, patch_t):
+            f += 1
+        return f
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of a clip's latents.
+
+        Raises:
+            CodecError: a size is off the stride, or the frame count does not round-trip.
+        """
+        _, sh, sw = self.stride
+        if height % sh or width % sw:
+            raise CodecError(
+                f"{height}x{width} is off the stride {sh}x{sw} of the codec {self.name}: "
+                f"heights must be multiples of {sh} and widths of {sw}."
+            )
+        return self.channels, len(self.frame_groups(frames)), height // sh, width // sw
+
+    def _round_trips(self, frames: int) -> bool:
+        s = self.stride[0]
+        return frames >= 1 and {
+            "each": True,
+            "blocks": frames % s == 0,
+            "causal": (frames - 1) % s == 0,
+            "cogvideox": frames % 8 in (0, 1),
+        }[self.frame_rule]
+
+    def _rule_in_words(self) -> str:
+        s = self.stride[0]
+        return {
+            "each": "any number",
+            "blocks": f"multiples of {s}",
+            "causal": f"1 more than a multiple of {s}",
+            "cogvideox": "8k or 8k + 1",
+        }[self.frame_rule]
+
+    def _nearest_in_words(self, frames: int) -> str:
+        below, above = self.frames_at_most(frames), self.frames_at_least(frames)
+        return f"{below} and {above}" if below else f"{above}"
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Encoded prompts: one entry a stream (T5 and, if wanted, an LLM), never concatenated.
+
+    Attributes:
+        streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids when the
+            encoder (`builtin`) is a part of the network.
+        masks: each (B, L) bool, True on real tokens. At least one token of every row is real.
+    """
+
+    streams: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextCondition":
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None)
+
+        return TextCondition(tuple(map(move, self.streams)), tuple(m.to(device) for m in self.masks))
+
+    def __len__(self) -> int:
+        return self.masks[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Everything that the network is told beside the noisy latents and the time.
+
+    Attributes:
+        text: encoded prompts, or None.
+        known: (B, C, t, h, w) latents of the known frames with the rest blank, encoded by the codec; zeros for rows
+            without known frames. None where no row has any.
+        known_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
+    """
+
+    text: TextCondition | None = None
+    known: Tensor | None = None
+    known_mask: Tensor | None = None
+
+    def wholly_known(self) -> Tensor | None:
+        """(B, t) bool: latent frames all of whose pixel frames are given; no loss there, time 0 there."""
+        return None if self.known_mask is None else self.known_mask.all(dim=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says: `value` (B, C, t, h, w) in the terms of its noise process, and the memory it wrote, if any."""
+
+    value: Tensor
+    memory: Any = None
+
+
+@dataclass
+class Batch:
+    """Rows of one bucket on one rank.
+
+    Attributes:
+        ids: the rows' immutable ids.
+        seeds: per row, a seed that is f(run seed, epoch, row id, occurrence): whatever is drawn for a row (noise, time,
+            caption dropout) is drawn from `seeding.derive(seed, purpose)`.
+        captions: the prompts as text.
+        tasks: t2v | i2v | v2v per row.
+        frames, height, width: the bucket.
+        fps: (B,) float32, frames a second of the clips as read.
+        known_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
+        pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
+        known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None where
+            no row has any.
+        moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
+        known_moments: the same of `known_pixels`.
+        text: cached hidden states, in place of running the frozen encoders.
+    """
+
+    ids: list[str]
+    seeds: list[int]
+    captions: list[str]
+    tasks: list[str]
+    frames: int
+    height: int
+    width: int
+    fps: Tensor
+    known_frames: Tensor
+    pixels: Tensor | None = None
+    known_pixels: Tensor | None = None
+    moments: Tensor | None = None
+    known_moments: Tensor | None = None
+    text: TextCondition | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def known_frame_mask(self) -> Tensor:
+        """(B, T) bool, True on known frames."""
+        return torch.arange(self.frames)[None] < self.known_frames[:, None]
+
+    def without_pixels(self) -> "Batch":
+        return replace(self, pixels=None, known_pixels=None)

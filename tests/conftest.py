@@ -1,0 +1,42 @@
+"""What every test stands on: two threads, no hub, the same random numbers each time, the folder of real clips."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, so before anything else here
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if str(REPOSITORY) not in sys.path:
+    sys.path.insert(0, str(REPOSITORY))  # `train.*` and `tests.*` are packages of the repository, never installed
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Seed the global generators, which tests may use and the package must not depend on."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """Folder of real clips: $TITANS_REAL_CLIPS, else ../shared/real_clips beside the repository."""
+    folder = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips"))
+    if not (folder / "manifest.jsonl").is_file():
+        pytest.skip(f"no real clips: {folder} holds no manifest.jsonl (set TITANS_REAL_CLIPS to their folder)")
+    return folder.resolve()

@@ -1,0 +1,149 @@
+"""`titans-video demo` and `score` from end to end: tiny, in real processes, files and figures looked at."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titans_video.cli.demo import main_demo, main_score
+from titans_video.demo import scoring
+from titans_video.demo.options import DemoOptions
+from titans_video.demo.run import training_command
+from titans_video.errors import ConfigError, DataError
+from titans_video.mock.world import HELD_OUT, SEEN, Combination, sample_clip
+
+SCORES = {"colour", "direction", "shape", "shape_strict", "all", "videos"}
+
+
+@pytest.fixture
+def small_config(repository, tmp_path) -> Path:
+    """The tiny preset with a narrower network and a smaller batch."""
+    import yaml
+
+    values = yaml.safe_load((repository / "configs" / "sora" / "tiny.yaml").read_text())
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values | {"batch_size": 8, "depth": 1, "model_dim": 32, "lr_warmup_steps": 1}))
+    return path
+
+
+def run(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The console script's function in a process of its own, in the repository's root."""
+    code = "import sys; from titans_video.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(repository / "src")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_demo_makes_everything_that_it_names_twice(repository, tmp_path, small_config):
+    out = tmp_path / "demo"
+    words = ["demo", "--quick", "--output-dir", str(out), "--train-config", str(small_config)]
+    first = run(repository, *words, "--processes", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "accelerate launch" in first.stdout
+    named = [Path(path) for path in re.findall(r"^  (?:[\w ]+?)\s{2,}(\S*demo\S*)$", first.stdout, flags=re.MULTILINE)]
+    assert {p.name for p in named} >= {"videos", "contact_sheet.png", "loss_curve.png", "report.html", "scores.json"}
+    assert all(path.exists() for path in named)
+    scores = json.loads((out / "scores.json").read_text())
+    assert set(scores) == {"seen", "held_out", "i2v"}
+    assert set(scores["seen"]) == set(scores["held_out"]) == SCORES
+    assert all(0 <= scores[split][name] <= 1 for split in scores for name in SCORES - {"videos"})
+    assert len(list((out / "videos").glob("*/*.mp4"))) == sum(scores[split]["videos"] for split in scores) == 12
+    page = (out / "report.html").read_text()
+    assert all((out / source).is_file() for source in re.findall(r"src='?([^' >]+)", page))
+
+    (out / "notes.txt").write_text("mine")
+    again = run(repository, *words, "--processes", "1")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (out / "notes.txt").read_text() == "mine"
+
+    score = run(
+        repository,
+        "score",
+        "--checkpoint",
+        str(out / "run"),
+        "--videos",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "s"),
+    )
+    assert score.returncode == 0, score.stdout + score.stderr
+    assert set(json.loads((tmp_path / "s" / "scores.json").read_text())) == {"seen", "held_out"}
+
+
+def test_two_processes_share_the_batch(small_config, tmp_path):
+    options = DemoOptions(train_config=str(small_config))
+    alone = training_command(DemoOptions(train_config=str(small_config), processes=1), tmp_path)
+    shared = training_command(DemoOptions(train_config=str(small_config), processes=2), tmp_path)
+    assert "--batch-size" not in alone.words
+    assert shared.words[shared.words.index("--batch-size") + 1] == "4"
+    assert shared.typed.startswith("OMP_NUM_THREADS=")
+    with pytest.raises(ConfigError, match="cannot be shared"):
+        training_command(DemoOptions(train_config=options.train_config, processes=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--videos", "0"], "--videos 0"),
+        (["--train-config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--stepz", "3"], "--steps"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_before_anything_is_made(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        main_demo(["--output-dir", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "holiday.mp4").write_bytes(b"mine")
+    with pytest.raises(DataError, match="nothing in it was touched"):
+        main_demo(["--output-dir", str(tmp_path)])
+    assert (tmp_path / "videos" / "holiday.mp4").exists()
+
+
+def test_score_says_what_is_wrong(tmp_path):
+    with pytest.raises(ConfigError, match="--steps 0"):
+        main_score(["--steps", "0", "--out", str(tmp_path / "s")])
+    assert not (tmp_path / "s").exists()
+
+
+def scored(split: scoring.Split, wanted: Combination, shown: Combination, near: bool | None = None) -> scoring.Scored:
+    """As if a model had made a perfect clip of `shown` when `wanted` was asked for."""
+    pool = SEEN if shown in SEEN else HELD_OUT
+    index = next(i for i in range(len(pool)) if sample_clip(0, i, held_out=pool is HELD_OUT).combination == shown)
+    frames = sample_clip(0, index, held_out=pool is HELD_OUT).frames
+    return scoring.Scored(split, wanted, scoring.analyse(frames), Path("x.mp4"), frames, near)
+
+
+def test_shares_are_counted_by_word():
+    wanted = Combination("red", "circle", "left")
+    shown = [
+        wanted,
+        Combination("green", "circle", "left"),
+        Combination("red", "square", "left"),
+        Combination("red", "circle", "up"),
+    ]
+    shares = scoring.summary([scored("seen", wanted, each) for each in shown])
+    assert shares == {"colour": 0.75, "shape": 0.75, "direction": 0.75, "shape_strict": 0.75, "all": 0.25, "videos": 4}
+
+
+def test_continuing_counts_colour_shape_and_place():
+    wanted = Combination("blue", "triangle", "down")
+    videos = [scored("i2v", wanted, wanted, near) for near in (True, True, False)]
+    videos.append(scored("i2v", wanted, Combination("blue", "square", "down"), True))
+    shares = scoring.summary(videos)
+    assert (shares["place"], shares["continues"], shares["all"]) == (0.75, 0.5, 0.75)

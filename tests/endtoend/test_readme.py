@@ -1,0 +1,186 @@
+"""Every command of the READMEs runs, in their order, in a copy of the repository, at a size that a CPU does in seconds.
+
+What stands in for the reader's own models and clips, and which sizes are made small, is in the tables below; everything
+else of a command is run as it is printed.
+"""
+
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from tests import factories
+from tests.conftest import REPOSITORY
+
+README = REPOSITORY / "README.md"
+CHINESE = REPOSITORY / "README.zh-CN.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+TRAINING = {
+    "--preset": "tiny",
+    "--height": "32",
+    "--width": "32",
+    "--num-frames": "8",
+    "--max-steps": "2",
+    "--lr-warmup-steps": "1",
+    "--grad-accum": "2",
+}
+GENERATING = {"--height": "32", "--width": "32", "--num-frames": "8", "--steps": "2"}
+MODELS = {
+    "/path/to/diffusers_weights_or_dummy": "models/kl",
+    "/path/to/diffusers_weights": "models/kl",
+    "/path/to/CogVideoX-2b": "models/cogvideox",
+    "google/umt5-xxl": "models/umt5",
+    "/path/to/qwen_or_mistral_or_llama": "models/qwen2",
+    "/path/to/mistral_or_qwen": "models/qwen2",
+    "/path/to/Qwen2.5-3B-or-7B": "models/qwen2",
+    "/path/to/manifest.jsonl": "train/videos/mock_data/manifest.jsonl",
+    "/path/to/data": "train/videos/mock_data",
+}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [body for name, body in BLOCK.findall(path.read_text(encoding="utf-8")) if name == language]
+
+
+def commands(path: Path) -> list[str]:
+    """One command each: continued lines joined, comments and empty lines left out."""
+    lines = "\n".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def with_flags(words: list[str], values: dict[str, str], *, add: bool) -> list[str]:
+    """`words` with the value of each flag replaced, and with `add` the flags that are not there put at the end."""
+    words = list(words)
+    for flag, value in values.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+        elif add:
+            words += [flag, value]
+    return words
+
+
+def smaller(words: list[str]) -> list[str]:
+    """The same command at a tiny size."""
+    words = with_flags(words, {"--buckets": "32x64,64x32,32x32", "--clips": "12"}, add=False)
+    script = " ".join(words[:6])
+    if "--seconds" in words:
+        return with_flags(words, {**GENERATING, "--fps": "16", "--seconds": "0.5"}, add=False)
+    if "infer_sora" in script or "infer" in words:
+        return with_flags(with_flags(words, GENERATING, add=False), {"--steps": "2"}, add=True)
+    if "--mode" in words:
+        return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add="train" in words)
+    if "train/videos" not in script:
+        return words
+    sizes = {k: v for k, v in TRAINING.items() if "--buckets" not in words or k not in ("--height", "--width")}
+    return with_flags(words, {**sizes, "--text-model": "models/umt5"}, add=True)
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    output: str
+
+
+class Workspace:
+    """A copy of what the commands need, and stand-ins for what the reader brings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("train", "configs", "Makefile", "train.py", "pyproject.toml"):
+            source = REPOSITORY / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, folder / name)
+        factories.make_vae("kl", folder / "models/kl")
+        factories.make_vae("cogvideox", folder / "models/cogvideox")
+        factories.make_t5(folder / "models/umt5", umt5=True)
+        factories.make_qwen2(folder / "models/qwen2")
+        mock = folder / "train/videos/mock_data"
+        rows = json.loads((mock / "metadata.json").read_text())
+        for row in rows:
+            row["video_path"] = f"train/videos/mock_data/{row['video_path']}"
+        (folder / "metadata.json").write_text(json.dumps(rows))
+
+    def words(self, command: str) -> list[str]:
+        for theirs, ours in MODELS.items():
+            command = command.replace(theirs, ours)
+        return smaller(shlex.split(command))
+
+    def run(self, command: str) -> Done:
+        words = self.words(command)
+        if "--output-dir" in words and (self.folder / words[words.index("--output-dir") + 1]).exists():
+            words = with_flags(words, {"--output-dir": "outputs_again"}, add=False)  # a run never overwrites another
+        if words[0] == "make":
+            return self.spawn(["make", "--dry-run", "--old-file=.venv/.ready", *words[1:]])
+        if words[:2] == ["accelerate", "launch"]:
+            rest = with_flags(words[2:], {"--num_processes": "2"}, add=True)
+            return self.spawn([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *rest])
+        if words[0] in ("python", "python3"):
+            return self.inside(words[1:], lambda: runpy.run_path(words[1], run_name="__main__"))
+        assert words[0] == "titans-video", f"the READMEs hold a command that this test does not know: {command}"
+        from titans_video.cli.main import main
+
+        return self.inside(words, main)
+
+    def spawn(self, words: list[str]) -> Done:
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200)
+        return Done(done.returncode, done.stdout + done.stderr)
+
+    def inside(self, argv: list[str], call: Callable[[], object]) -> Done:
+        """Run in this process: importing torch and transformers anew for each command would take most of the time."""
+        output, path, before = io.StringIO(), list(sys.path), Path.cwd()
+        sys.argv, kept = list(argv), sys.argv
+        sys.path.insert(0, str((self.folder / argv[0]).parent))  # as Python does for a script
+        os.chdir(self.folder)
+        try:
+            with redirect_stdout(output), redirect_stderr(output):
+                code = call()
+        except SystemExit as e:
+            code = e.code
+        finally:
+            os.chdir(before)
+            sys.argv, sys.path[:] = kept, path
+            AcceleratorState._reset_state(reset_partial_state=True)  # as a process of its own would begin
+        return Done(code if isinstance(code, int) else 0 if not isinstance(code, str) else 1, output.getvalue())
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("reader"))
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    assert commands(README)
+    assert commands(README) == commands(CHINESE)
+    assert blocks(README, "json") == blocks(CHINESE, "json")
+    assert blocks(README, "jsonl") == blocks(CHINESE, "jsonl")
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_command(command: str, workspace: Workspace) -> None:
+    done = workspace.run(command)
+    assert done.code == 0, f"{shlex.join(workspace.words(command))}\n{done.output[-3000:]}"
+    for made in re.findall(r"--out (\S+)", command):
+        assert (workspace.folder / made).exists(), f"{made} was not made\n{done.output[-2000:]}"
+
+
+@pytest.mark.parametrize("path", [README, CHINESE], ids=["en", "zh"])
+def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (REPOSITORY / target).exists(), target

@@ -1,0 +1,176 @@
+"""Tiny random models in the true on-disk format, written by the libraries' own `save_pretrained`.
+
+Each `make_*` writes into a folder and returns it as a Path; none needs a network.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = ["a red circle moving right", "a blue square moving up", "two cats asleep on a warm stone wall at dusk"]
+
+
+def make_tokenizer(folder: Path, *, eos: bool = False, bos: bool = False, pad: bool = True, side: str = "right") -> Any:
+    """A byte-level BPE trained in memory; returns the tokenizer, 300 tokens at most."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "</s>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(WORDS * 4, trainer)
+    if eos or bos:
+        single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+        raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 1), ("<s>", 2)])
+    names: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>"} | ({"pad_token": "<pad>"} if pad else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, padding_side=side, **names)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _save(model: Any, folder: Path) -> Path:
+    model.eval().save_pretrained(folder)
+    return folder
+
+
+def make_t5(folder: Path, *, umt5: bool = False, width: int = 16) -> Path:
+    """T5 or UMT5, the whole encoder-decoder as released."""
+    import transformers
+
+    torch.manual_seed(0)
+    name = "UMT5" if umt5 else "T5"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=320, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2
+    )
+    make_tokenizer(folder, eos=True)
+    return _save(getattr(transformers, f"{name}ForConditionalGeneration")(config), folder)
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def make_llm(family: str, folder: Path, *, pad: bool = True, side: str = "left", **changes: Any) -> Path:
+    """A causal language model; `family` is Qwen2, Qwen3, Mistral, Llama or Gemma3 (text)."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, kind)(**(_SMALL | changes))
+    make_tokenizer(folder, bos=family in ("Llama", "Mistral", "Gemma3"), pad=pad, side=side)
+    return _save(getattr(transformers, f"{family}ForCausalLM")(config), folder)
+
+
+def make_qwen2(folder: Path) -> Path:
+    """The LLM that end-to-end tests use."""
+    return make_llm("Qwen2", folder)
+
+
+def make_multimodal(family: str, folder: Path) -> Path:
+    """A language model with eyes; `family` is Gemma3, Qwen2VL or Qwen2_5_VL."""
+    import transformers
+
+    torch.manual_seed(0)
+    make_tokenizer(folder, bos=family == "Gemma3", side="left")
+    if family == "Gemma3":
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        gemma = transformers.Gemma3Config(text_config=_SMALL, vision_config=vision, mm_tokens_per_image=4)
+        return _save(transformers.Gemma3ForConditionalGeneration(gemma), folder)
+    text = _SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    vision = {"depth": 1, "num_heads": 2, "patch_size": 14}
+    if family == "Qwen2VL":
+        vision |= {"embed_dim": 16, "hidden_size": 16}
+    else:
+        vision |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    return _save(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder)
+
+
+def tiny_vae(kind: str, **changes: Any) -> Any:
+    """A random VAE: kl, svd, cogvideox, wan, hunyuan or ltx, with statistics that are not trivial."""
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks4: dict[str, Any] = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "latent_channels": 4}
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "kl": (
+            "AutoencoderKL",
+            {
+                "block_out_channels": (8, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "norm_num_groups": 4,
+                "scaling_factor": 0.3,
+                "shift_factor": 0.1,
+            },
+        ),
+        "svd": (
+            "AutoencoderKLTemporalDecoder",
+            {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
+        ),
+        "cogvideox": (
+            "AutoencoderKLCogVideoX",
+            blocks4
+            | {
+                "norm_num_groups": 2,
+                "temporal_compression_ratio": 4,
+                "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+                "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+                "sample_height": 64,
+                "sample_width": 64,
+            },
+        ),
+        "wan": ("AutoencoderKLWan", {"base_dim": 4, "z_dim": 16, "dim_mult": [1] * 4, "num_res_blocks": 1}),
+        "hunyuan": ("AutoencoderKLHunyuanVideo", blocks4 | {"norm_num_groups": 4}),
+        "ltx": (
+            "AutoencoderKLLTXVideo",
+            {
+                "latent_channels": 8,
+                "block_out_channels": (8, 8, 8, 8),
+                "decoder_block_out_channels": (8, 8, 8, 8),
+                "layers_per_block": (1, 1, 1, 1, 1),
+                "decoder_layers_per_block": (1, 1, 1, 1, 1),
+            },
+        ),
+    }
+    name, config = configs[kind]
+    vae = getattr(diffusers, name)(**(config | changes)).eval()
+    if kind == "ltx":
+        vae.latents_mean.copy_(torch.linspace(-0.2, 0.3, 8))
+        vae.latents_std.copy_(torch.linspace(0.5, 1.5, 8))
+    return vae
+
+
+def make_vae(kind: str, folder: Path, **changes: Any) -> Path:
+    """A diffusers pipeline's folder with vae/ in it; see `tiny_vae`."""
+    tiny_vae(kind, **changes).save_pretrained(folder / "vae")
+    return folder
+
+
+VAE_KINDS = ("kl", "svd", "cogvideox", "wan", "hunyuan", "ltx")
+LLM_FAMILIES = ("Qwen2", "Qwen3", "Mistral", "Llama", "Gemma3")
+MULTIMODAL_FAMILIES = ("Gemma3", "Qwen2VL", "Qwen2_5_VL")

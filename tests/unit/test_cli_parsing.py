@@ -1,0 +1,217 @@
+"""Flags, configuration files, and what the command line says when they are wrong."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titans_video.cli.checks import check_training
+from titans_video.cli.generate import GenerateFlags
+from titans_video.cli.main import COMMANDS, dispatch
+from titans_video.cli.parsing import parse
+from titans_video.cli.script import take_mode, with_defaults
+from titans_video.config import flags_from_yaml
+from titans_video.errors import ConfigError
+from titans_video.options import SoraOptions
+
+DOCUMENTED_TRAINING = [
+    """--manifest train/videos/mock_data/manifest.jsonl --pretrained-model /path/to/diffusers_weights
+    --text-model google/umt5-xxl --llm-model /path/to/qwen_or_mistral_or_llama --llm-dtype bf16 --llm-max-length 256
+    --attention-type st --patch-size 2,2,2 --local-files-only""",
+    """--manifest train/videos/mock_data/manifest.jsonl --pretrained-model . --vae-backend external
+    --vae-module train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper
+    --vae-init-json '{"pretrained_path":"/path/to/CogVideoX-2b","dtype":"float16"}'
+    --attention-type st --patch-size 2,2,2 --text-model google/umt5-xxl
+    --llm-model /path/to/mistral_or_qwen --llm-dtype bf16 --local-files-only""",
+    """--manifest /path/to/manifest.jsonl --pretrained-model /path/to/diffusers_weights_or_dummy
+    --output-dir outputs_sora --max-steps 100000 --batch-size 1 --grad-accum 4 --mixed-precision bf16
+    --lr-schedule cosine --lr-warmup-steps 1000 --min-lr 0.0 --cfg-drop-prob 0.1 --attention-type st
+    --patch-size 2,2,2 --save-limit 3""",
+    """--manifest train/videos/mock_data/manifest.jsonl --pretrained-model . --output-dir outputs_sora
+    --max-steps 20000 --batch-size 1 --grad-accum 4 --mixed-precision bf16 --text-model google/umt5-xxl
+    --text-dtype bf16 --text-max-length 256 --llm-model /path/to/Qwen2.5-3B-or-7B --llm-dtype bf16
+    --llm-max-length 256 --vae-backend external --vae-module train.videos.cogvideox_vae_adapter
+    --vae-class CogVideoXVAEWrapper --vae-init-json '{"pretrained_path":"/path/to/CogVideoX-2b","dtype":"float16"}'
+    --attention-type st --patch-size 2,2,2 --local-files-only""",
+]
+DOCUMENTED_GENERATION = [
+    """--checkpoint outputs_sora/last.pt --prompt "a cat walking, cinematic" --num-frames 16 --height 512 --width 512
+    --steps 50 --guidance-scale 1.0 --out out.mp4""",
+    """--checkpoint outputs_sora/last.pt --prompt "a cat walking, cinematic" --fps 24 --seconds 8 --height 512
+    --width 512 --out out_8s_24fps.mp4""",
+]
+
+
+def training(words: str | list[str]) -> SoraOptions:
+    argv = shlex.split(words) if isinstance(words, str) else words
+    return parse(SoraOptions(), argv, prog="train", description="")
+
+
+@pytest.mark.parametrize("words", DOCUMENTED_TRAINING)
+def test_documented_training_commands_parse(words: str) -> None:
+    options = training(words)
+    check_training(options)
+    assert options.model.patch_size == (2, 2, 2)
+    assert options.model.attention_type == "st"
+    assert len(options.data.manifest) == 1
+
+
+@pytest.mark.parametrize("words", DOCUMENTED_GENERATION)
+def test_documented_generation_commands_parse(words: str) -> None:
+    flags = parse(GenerateFlags(), shlex.split(words), prog="infer", description="")
+    assert flags.generate.checkpoint == "outputs_sora/last.pt"
+    assert flags.generate.prompt == "a cat walking, cinematic"
+    assert flags.overrides.local_files_only is None
+
+
+def test_underscores_repeats_and_negative_numbers() -> None:
+    options = training("--manifest a.jsonl --manifest b.jsonl:2 --batch_size 3 --time-mean -1.4 --betas 0.9,0.95")
+    assert options.data.manifest == ("a.jsonl", "b.jsonl:2")
+    assert options.data.batch_size == 3
+    assert options.process.time_mean == -1.4
+    assert options.train.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--bach-size 3", "--bach-size.*--batch-size"),
+        ("--patch-size 2,2", "--patch-size.*three positive whole numbers"),
+        ("--patch-size 2,0,2", "--patch-size.*three positive whole numbers"),
+        ("--batch-size two", "--batch-size.*two"),
+        ("--vae-backend magic", "--vae-backend.*diffusers"),
+        ("--height", "--height"),
+        ("--config", "--config needs"),
+        ("--config a.yaml --config b.yaml", "more than once"),
+        ("--config missing.yaml", r"missing\.yaml: there is no such file"),
+    ],
+)
+def test_what_the_command_line_says_about_a_mistake(words: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as e:
+        training(words)
+    assert len(str(e.value).splitlines()) == 1
+    assert "─" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch-size 0",
+        "--max-steps 0",
+        "--lr 0",
+        "--lr nan",
+        "--ema-decay 1",
+        "--betas 0.9,1.5",
+        "--cfg-drop-prob 1.5",
+        "--min-lr 1 --lr 0.1",
+        "--num-workers -1",
+        "--fps 0",
+        "--grad-accum 0",
+    ],
+)
+def test_numbers_without_meaning_are_refused_by_their_flag(words: str) -> None:
+    with pytest.raises(ConfigError, match=words.split()[0]):
+        check_training(training("--manifest a.jsonl " + words))
+
+
+def test_no_clips_named() -> None:
+    with pytest.raises(ConfigError, match="--manifest"):
+        check_training(training(""))
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    path = tmp_path / "preset.yaml"
+    path.write_text(
+        "# a comment\nmanifest: [a.jsonl, b.jsonl]\nlr: 1e-3\npatch-size: [1, 2, 2]\nrandom_crop: true\n"
+        "height: 32\nwidth: 64\nbetas: [0.9, 0.95]\nfps:\nvae_init_json: {space_to_depth: 4}\n"
+    )
+    return path
+
+
+def test_a_configuration_file_stands_for_flags(preset: Path) -> None:
+    options = training(["--config", str(preset), "--width", "48"])
+    assert options.data.manifest == ("a.jsonl", "b.jsonl")
+    assert options.train.lr == 1e-3
+    assert options.model.patch_size == (1, 2, 2)
+    assert options.data.random_crop
+    assert (options.data.height, options.data.width) == (32, 48)
+    assert options.train.betas == (0.9, 0.95)
+    assert options.data.fps is None
+    assert options.codec.vae_init_json == '{"space_to_depth": 4}'
+
+
+def test_the_command_line_wins_over_the_file(preset: Path) -> None:
+    options = training(["--config=" + str(preset), "--metadata", "m.json", "--resolution", "64", "--no-random-crop"])
+    assert (options.data.manifest, options.data.metadata) == ((), "m.json")
+    assert (options.data.height, options.data.width, options.data.resolution) == (None, None, 64)
+    assert not options.data.random_crop
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bach_size: 3", "bach_size.*batch_size"),
+        ("- a\n- b", "holds a list"),
+        ("a: [", "is not YAML"),
+        ("batch_size: 0.5", "--batch-size"),
+        ("batch_size: [[1]]", "neither a plain value"),
+        ("config: other.yaml", "config"),
+    ],
+)
+def test_what_is_said_about_a_wrong_file(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as e:
+        training(["--config", str(path)])
+    assert said == "--batch-size" or str(path) in str(e.value)
+
+
+def test_an_empty_file_is_no_flags(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert flags_from_yaml(path, {"lr": False}) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "mode", "rest"),
+    [
+        ("", None, ""),
+        ("--mode train --lr 1", "train", "--lr 1"),
+        ("--lr 1 --mode=inference", "inference", "--lr 1"),
+        ("--mode", "", ""),
+    ],
+)
+def test_the_mode_is_taken_from_anywhere(words: str, mode: str | None, rest: str) -> None:
+    assert take_mode(words.split()) == (mode, rest.split())
+
+
+def test_defaults_of_the_script_give_way(repository: Path) -> None:
+    def added(words: str) -> set[str]:
+        given = words.split()
+        return {w for w in with_defaults(given, repository)[: -len(given) or None] if w.startswith("--")}
+
+    assert added("") == {"--config", "--manifest", "--start-over"}
+    assert added("--metadata m.json") == {"--config", "--start-over"}
+    assert added("--output-dir out") == {"--config", "--manifest"}
+    assert added("--resume auto") == {"--config", "--manifest"}
+    assert added("--config mine.yaml") == set()
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="titans-video train"):
+        dispatch(["trian"])
+    with pytest.raises(ConfigError, match="titans-video data mock"):
+        dispatch(["data", "mok"])
+    for words in ([], ["--help"], ["data"], ["data", "--help"]):
+        assert dispatch(words) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("titans_video.cli.train.main", lambda argv: seen.append(argv) or 7)
+    assert dispatch(["train", "--lr", "1"]) == 7
+    assert seen == [["--lr", "1"]]

@@ -1,0 +1,151 @@
+"""Optimizers against torch's own, learning rates, averages, the metrics log."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.training_fakes import Toy
+from titans_video.options import TrainOptions
+from titans_video.training.ema import Ema
+from titans_video.training.metrics import MetricsLog
+from titans_video.training.optim import (
+    Float32Muon,
+    MuonWithAdamW,
+    build_optimizer,
+    hidden_matrices,
+    learning_rate_factor,
+    orthogonalise,
+    set_learning_rates,
+)
+
+
+def fill_gradients(network: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_float32_muon_equals_torchs_muon_up_to_its_bfloat16(shape: tuple[int, int], nesterov: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(shape) * i) for i in range(3)] for _ in range(2))
+    arguments: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
+    a, b = Float32Muon(ours, **arguments), torch.optim.Muon(theirs, **arguments)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, atol=0.02 * 4 * 0.03, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (1, 6, 20)])
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape)
+    y = orthogonalise(x)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    in_the_basis = u.mT @ y @ vh.mT
+    values = in_the_basis.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    assert (in_the_basis - torch.diag_embed(values)).abs().max() < 1e-4
+
+
+def test_muon_gets_the_hidden_matrices_alone() -> None:
+    network = Toy()
+    assert hidden_matrices(network) == [network.blocks[0].weight, network.blocks[1].weight]
+    optimizer = build_optimizer(network, TrainOptions(optimizer="muon"))
+    assert isinstance(optimizer, MuonWithAdamW)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_is_on_matrices_alone(optimizer: Any) -> None:
+    for group in build_optimizer(Toy(), TrainOptions(optimizer=optimizer, weight_decay=0.3)).param_groups:
+        assert group["weight_decay"] == (0.3 if group["params"][0].ndim == 2 else 0.0)
+
+
+def test_the_rest_of_muon_is_adamw() -> None:
+    ours, theirs = Toy(), Toy()
+    options = TrainOptions(optimizer="muon", lr=0.01, betas=(0.8, 0.9), weight_decay=0.0)
+    a = build_optimizer(ours, options)
+    b = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.8, 0.9), weight_decay=0.0)
+    for seed in range(3):
+        fill_gradients(ours, seed)
+        fill_gradients(theirs, seed)
+        a.step()
+        b.step()
+    for name in ("first.weight", "last.bias", "blocks.0.bias"):
+        torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
+    assert not torch.allclose(ours.blocks[0].weight, theirs.blocks[0].weight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_round_trip(optimizer: Any) -> None:
+    options = TrainOptions(optimizer=optimizer)
+    networks = [Toy(), Toy()]
+    first = build_optimizer(networks[0], options)
+    for seed in range(2):
+        fill_gradients(networks[0], seed)
+        first.step()
+    networks[1].load_state_dict(networks[0].state_dict())
+    second = build_optimizer(networks[1], options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for network, opt in zip(networks, (first, second), strict=True):
+        set_learning_rates(opt, 0.5)
+        fill_gradients(network, 7)
+        opt.step()
+    for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_learning_rates() -> None:
+    def factors(**changes: Any) -> list[float]:
+        options = TrainOptions(max_steps=10, lr=1.0, lr_warmup_steps=2, **changes)
+        return [learning_rate_factor(step, options) for step in range(11)]
+
+    assert factors(lr_schedule="constant") == [0.5] + [1.0] * 10
+    assert factors(lr_schedule="linear") == pytest.approx([0.5, 1.0] + [1 - i / 8 for i in range(9)])
+    cosine = [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
+    assert factors(lr_schedule="cosine", min_lr=0.2) == pytest.approx([0.5, 1.0, *cosine])
+
+
+def test_both_optimizers_follow_the_schedule() -> None:
+    optimizer = build_optimizer(Toy(), TrainOptions(optimizer="muon", lr=0.001, muon_lr=0.03))
+    set_learning_rates(optimizer, 0.5)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.0005, 0.015}
+
+
+def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
+    network = Toy()
+    network.first.requires_grad_(False)
+    ema = Ema(network, 0.9, warmup=False)
+    before = network.last.weight.detach().clone()
+    with torch.no_grad():
+        network.last.weight.add_(1.0)
+    ema.update(0)
+    assert "first.weight" not in ema.state_dict()
+    torch.testing.assert_close(ema.state_dict()["last.weight"], before + 0.1)
+    other = Ema(Toy(), 0.9)
+    other.names, other.averages = ema.names, [torch.zeros_like(a) for a in ema.averages]
+    other.load({**network.state_dict(), **ema.state_dict()})
+    assert all(torch.equal(a, b) for a, b in zip(ema.averages, other.averages, strict=True))
+
+
+def test_metrics_are_cut_at_the_step_and_say_null_for_what_json_cannot(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "loss": 3.0}\n{"step": 4, "lo')
+    with MetricsLog(path, 2) as log:
+        log.write({"step": 3, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1}, now=0.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[2] == {"step": 3, "loss": None, "grad_norm": None, "lr": 0.1}

@@ -1,0 +1,240 @@
+"""The SoraDiT recipe: what its loss is made of, row by row, and that its checkpoints build the same model again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from titans_video import checkpoint as files
+from titans_video.data.buckets import Bucket
+from titans_video.models.conditioning import fold_known_mask
+from titans_video.options import (
+    AdviceOptions,
+    CodecOptions,
+    ModelOptions,
+    Overrides,
+    ProcessOptions,
+    SoraOptions,
+    TextOptions,
+    TrainOptions,
+)
+from titans_video.recipes.sora import SoraRecipe, build_recipe, open_data_and_codec
+from titans_video.seeding import derive, keyed_normal
+from titans_video.training import engine
+from titans_video.types import Batch, Condition, Prediction
+
+FRAMES, SIDE = 4, 8
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    caption: str
+
+
+class FakeData:
+    """Five clips of noise in one bucket."""
+
+    rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    buckets = (Bucket(FRAMES, SIDE, SIDE),)
+    fps = 8.0
+
+    def sample_pixels(self, n: int) -> Tensor:
+        return torch.rand(min(n, 5), 3, FRAMES, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 2), drop: float = 0.5) -> SoraOptions:
+    return SoraOptions(
+        codec=CodecOptions(vae_backend="identity", vae_init_json=f'{{"factor": {list(factor)}}}'),
+        text=TextOptions(text_model="builtin"),
+        model=ModelOptions(preset="tiny", model_dim=24, depth=1, heads=2, patch_size=(1, 2, 2)),
+        process=ProcessOptions(prediction=prediction, shift=1.0),
+        train=TrainOptions(cfg_drop_prob=drop),
+        advice=AdviceOptions(sample_steps=7, sample_guidance_interval=(0.5, 1.0)),
+    )
+
+
+def recipe_of(run: SoraOptions) -> SoraRecipe:
+    start = engine.start(run.train)
+    data: Any = FakeData()
+    codec = open_codec(run, start)
+    made = build_recipe(run, data, codec, CPU)
+    torch.manual_seed(0)
+    for p in made.network.parameters():  # the zero initialisation would hide what the network is given
+        torch.nn.init.normal_(p, std=0.1)
+    return made
+
+
+def open_codec(run: SoraOptions, start: engine.Engine) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titans_video.recipes.sora.open_data", lambda *a, **k: FakeData())
+        return open_data_and_codec(run, start, None)[1]
+
+
+def batch_of(known: list[int], rows: int = 4) -> Batch:
+    seeds = [derive(5, i) for i in range(rows)]
+    pixels = keyed_normal((3, FRAMES, SIDE, SIDE), seeds).clamp(-1, 1)
+    counts = torch.tensor((known * rows)[:rows])
+    given = torch.arange(FRAMES)[None] < counts[:, None]
+    captions = ["a red circle moving right", "é", "two words", "a much longer caption of a blue square"]
+    return Batch(
+        ids=[str(i) for i in range(rows)],
+        seeds=seeds,
+        captions=captions[:rows],
+        tasks=["i2v" if n else "t2v" for n in counts.tolist()],
+        frames=FRAMES,
+        height=SIDE,
+        width=SIDE,
+        fps=torch.full((rows,), 8.0),
+        known_frames=counts,
+        pixels=pixels,
+        known_pixels=pixels * given[:, None, :, None, None] if counts.any() else None,
+    )
+
+
+def row_of(batch: Batch, i: int) -> Batch:
+    def cut(x: Any) -> Any:
+        return x[i : i + 1] if isinstance(x, list | Tensor) else x
+
+    return replace(batch, **{name: cut(value) for name, value in vars(batch).items() if name != "extra"})
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+@pytest.mark.parametrize("known", [[0], [0, 1, 2, 3]])
+def test_the_loss_of_a_batch_is_the_sum_of_its_rows(prediction: str, known: list[int]) -> None:
+    recipe = recipe_of(options(prediction))
+    batch = batch_of(known)
+    with torch.no_grad():
+        whole = recipe.loss(recipe.network, batch)
+        rows = [recipe.loss(recipe.network, row_of(batch, i)) for i in range(4)]
+    torch.testing.assert_close(whole, torch.stack(rows).sum(), rtol=1e-5, atol=1e-4)
+    assert recipe.supervised(batch) == sum(recipe.supervised(row_of(batch, i)) for i in range(4))
+
+
+def test_supervised_elements_are_those_of_frames_not_wholly_known() -> None:
+    recipe = recipe_of(options())
+    of_a_frame = 3 * SIDE * SIDE
+    assert recipe.supervised(batch_of([0])) == 4 * FRAMES * of_a_frame
+    assert recipe.supervised(batch_of([0, 1, 2, 3])) == (4 + 3 + 2 + 1) * of_a_frame
+    blocks = recipe_of(options(factor=(2, 2, 2)))  # a latent frame stands for two: one known frame holds none of them
+    assert blocks.supervised(batch_of([0, 1, 2, 3])) == (4 + 4 + 2 + 2) * of_a_frame
+
+
+class Spy(nn.Module):
+    """Remembers what it is given and answers zeros."""
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Prediction:
+        self.latents, self.time, self.condition = latents, time, condition
+        return Prediction(torch.zeros_like(latents))
+
+
+def test_known_frames_are_clean_at_time_zero_and_free() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([0, 1, 2, 3])
+    loss = recipe.loss(spy, batch)
+    assert batch.pixels is not None
+    clean = recipe.codec.encode(batch.pixels)
+    given = batch.known_frame_mask()
+    assert torch.equal(spy.time == 0, given)
+    held = given[:, None, :, None, None].expand_as(clean)
+    assert torch.equal(spy.latents[held], clean[held])
+    assert not torch.isclose(spy.latents[~held], clean[~held]).all()
+    known, mask = spy.condition.known, spy.condition.known_mask
+    assert known is not None
+    assert mask is not None
+    assert torch.equal(known[held], clean[held])
+    assert torch.equal(mask, fold_known_mask(given, recipe.codec.spec))
+    noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+    torch.testing.assert_close(loss, (noise - clean)[~held].square().sum())
+    assert torch.equal(spy.latents, recipe.process.noisy(clean, noise, spy.time))
+
+
+def test_a_rows_own_picture_is_what_stands_at_its_known_frame() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([1])
+    picture = torch.zeros_like(batch.known_pixels)  # type: ignore[arg-type]
+    picture[:, :, 0] = 0.5
+    recipe.loss(spy, replace(batch, known_pixels=picture))
+    assert (spy.latents[:, :, 0] == 0.5).all()
+
+
+def test_rows_without_known_frames_have_blank_latents() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([0, 2])
+    assert batch.known_pixels is not None
+    batch.known_pixels[0] = 1.0  # whatever stands there is not looked at
+    recipe.loss(spy, batch)
+    assert spy.condition.known is not None
+    assert not spy.condition.known[0].any()
+    assert spy.condition.known[1].any()
+
+
+def test_cached_encodings_take_the_place_of_pixels() -> None:
+    recipe = recipe_of(options())
+    batch = batch_of([0, 1])
+    assert batch.pixels is not None
+    assert batch.known_pixels is not None
+    moments = recipe.codec.encode_moments(batch.pixels), recipe.codec.encode_moments(batch.known_pixels)
+    cached = replace(
+        batch.without_pixels(), moments=moments[0], known_moments=moments[1], text=recipe.text(batch.captions)
+    )
+    with torch.no_grad():
+        assert torch.equal(recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[])))
+
+
+def test_dropped_captions_are_the_empty_prompt() -> None:
+    recipe, batch = recipe_of(options(drop=1.0)), batch_of([0])
+    spy, empty = Spy(), recipe.text.empty(1)
+    recipe.loss(spy, batch)
+    assert spy.condition.text is not None
+    length = int(empty.masks[0].sum())
+    for row in range(4):
+        assert torch.equal(spy.condition.text.masks[0][row].nonzero()[:, 0], torch.arange(length))
+        assert torch.equal(spy.condition.text.streams[0][row, :length], empty.streams[0][0, :length])
+
+
+def test_the_share_of_dropped_captions() -> None:
+    recipe, empty_length = recipe_of(options(drop=0.3)), 1
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    text = recipe._dropped(batch, recipe.text(batch.captions))
+    share = (text.masks[0].sum(dim=1) == empty_length).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.06)
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    first, again = (build_recipe(options(), _data(), recipe_of(options()).codec, CPU) for _ in range(2))
+    for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _data() -> Any:
+    return FakeData()
+
+
+@pytest.mark.parametrize("backend", ["identity", "patch"])
+def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) -> None:
+    from titans_video.generation.loading import load_model
+
+    run = options("x0")
+    if backend == "patch":
+        run = replace(
+            run, codec=CodecOptions(vae_backend="patch", vae_init_json='{"patch": [2, 2, 2], "channels": 6}')
+        )
+    recipe = recipe_of(run)
+    files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
+    model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
+    assert model.step == 12
+    assert model.process.config() == recipe.process.config()
+    assert model.config["data"] == {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0}
+    assert model.config["sample"] == {
+        "steps": 7,
+        "guidance_interval": [0.5, 1.0],
+        "prompt": "a red circle moving right",
+    }
+    pixels = FakeData().sample_pixels(2)
+    assert torch.equal(model.codec.encode(pixels), recipe.codec.encode(pixels))
+    for name, weight in recipe.network.state_dict().items():
+        assert torch.equal(model.network.state_dict()[name], weight)

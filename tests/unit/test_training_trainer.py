@@ -1,0 +1,236 @@
+"""The trainer: what a step minimises, exact resume, interruption, and what a run leaves behind."""
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
+from titans_video import checkpoint as files
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.options import TrainOptions
+from titans_video.training import checkpoints, engine
+from titans_video.training.trainer import Outcome, Trainer
+from titans_video.types import Batch
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_draw_curve", lambda self: None)
+
+
+def options(folder: Path, **changes: Any) -> TrainOptions:
+    defaults = TrainOptions(output_dir=str(folder), max_steps=6, lr=0.01, save_every=100, ema_decay=0.9)
+    return replace(defaults, **changes)
+
+
+def train(
+    run: TrainOptions, stream: ToyStream | None = None, dropout: float = 0.0, said: list[str] | None = None
+) -> tuple[Outcome, dict[str, Tensor]]:
+    """What the recipes do: resume, folder, trainer."""
+    say = (said if said is not None else []).append
+    resume = checkpoints.find_resume(run, say)
+    checkpoints.prepare_folder(run, resume)
+    recipe = ToyRecipe(dropout)
+    outcome = Trainer(recipe, stream or ToyStream(4), run, engine.start(run), resume, say).run()
+    return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Bitwise, through nested containers."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("accum", [2, 4])
+def test_accumulation_equals_the_large_batch(tmp_path: Path, accum: int) -> None:
+    _, whole = train(options(tmp_path / "whole", optimizer="muon"), ToyStream(8))
+    _, parts = train(options(tmp_path / "parts", optimizer="muon", grad_accum=accum), ToyStream(8 // accum))
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-5, atol=1e-6)
+    for a, b in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+        assert a["elements"] == b["elements"]
+
+
+def test_the_first_step_against_plain_torch(tmp_path: Path) -> None:
+    _, trained = train(options(tmp_path, max_steps=1, max_grad_norm=0.05, weight_decay=0.0))
+    recipe = ToyRecipe()
+    batch = toy_batch(range(4))
+    loss = recipe.loss(recipe.network, batch) / recipe.supervised(batch)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(recipe.network.parameters(), 0.05)
+    torch.optim.Adam(recipe.network.parameters(), lr=0.01).step()
+    for name, weight in recipe.network.state_dict().items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-7)
+    (line,) = lines(tmp_path)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    assert norm > 0.05
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resume_is_bitwise(tmp_path: Path, optimizer: str, ema: float) -> None:
+    shared = {"optimizer": optimizer, "ema_decay": ema, "lr_schedule": "cosine", "lr_warmup_steps": 2, "grad_accum": 2}
+    _, straight = train(options(tmp_path / "a", **shared), ToyStream(2), dropout=0.2)
+    broken = options(tmp_path / "b", **shared, save_every=4)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(broken, FailingStream(2, after=10), dropout=0.2)
+    assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5]
+    _, resumed = train(replace(broken, resume="auto"), ToyStream(2), dropout=0.2)
+    assert_same(straight, resumed)
+    for name in ("model.pt", "training_state.pt"):
+        a, b = (files.load_tensors(tmp_path / x / "checkpoint-6" / name) for x in "ab")
+        for key in a.keys() - {"options"}:
+            assert_same(a[key], b[key])
+    same = ("step", "loss", "lr", "grad_norm", "elements")
+    assert [[line[k] for k in same] for line in lines(tmp_path / "a")] == [
+        [line[k] for k in same] for line in lines(tmp_path / "b")
+    ]
+
+
+class FailingStream(ToyStream):
+    """Dies after some batches, as a killed process does."""
+
+    def __init__(self, batch: int, after: int) -> None:
+        super().__init__(batch)
+        self.after = after
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, batch in enumerate(super().__iter__()):
+            if i == self.after:
+                raise RuntimeError("killed")
+            yield batch
+
+
+def test_model_holds_the_average_and_the_state_the_raw_weights(tmp_path: Path) -> None:
+    _, raw = train(options(tmp_path, ema_decay=0.5))
+    folder = tmp_path / "checkpoint-6"
+    state = files.load_tensors(folder / "training_state.pt")
+    model = files.read(folder / "model.pt")
+    assert_same(state["weights"], raw)
+    assert model.step == 6
+    assert not torch.equal(model.model["last.weight"], raw["last.weight"])
+
+
+def test_ema_follows_its_definition(tmp_path: Path) -> None:
+    weights = [ToyRecipe().network.state_dict()["last.weight"]]
+    weights += [train(options(tmp_path / str(n), max_steps=n))[1]["last.weight"] for n in range(1, 4)]
+    average = weights[0].double()
+    for n, weight in enumerate(weights[1:]):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+    model = files.read(tmp_path / "3").model
+    torch.testing.assert_close(model["last.weight"], average.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_last_pt_and_the_save_limit(tmp_path: Path) -> None:
+    train(options(tmp_path, save_every=1, save_limit=2))
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [5, 6]
+    assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoint-6" / "model.pt")
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_tells_the_code(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    class Signalling(ToyStream):
+        def __iter__(self) -> Iterator[Batch]:
+            for i, batch in enumerate(super().__iter__()):
+                if i == 2:
+                    signal.raise_signal(number)
+                yield batch
+
+    before = signal.getsignal(number)
+    outcome, _ = train(options(tmp_path), Signalling(4))
+    assert outcome.exit_code == code
+    assert outcome.step == 3
+    assert (outcome.folder / "training_state.pt").exists()
+    assert signal.getsignal(number) is before
+    finished, weights = train(options(tmp_path, resume="auto"))
+    _, straight = train(options(tmp_path / "straight"))
+    assert (finished.exit_code, finished.step) == (0, 6)
+    assert_same(weights, straight)
+
+
+def test_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
+    train(options(tmp_path))
+    with pytest.raises(ConfigError, match=r"--resume auto.*--output-dir.*--start-over"):
+        train(options(tmp_path))
+    train(options(tmp_path, start_over=True, max_steps=2))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "previous-1" / "checkpoint-6" / "model.pt").exists()
+    assert len(lines(tmp_path / "previous-1")) == 6
+
+
+def test_going_on_from_an_older_checkpoint_moves_the_newer_ones_away(tmp_path: Path) -> None:
+    train(options(tmp_path, save_every=2, save_limit=0))
+    train(options(tmp_path, max_steps=3, resume=str(tmp_path / "checkpoint-2")))
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 3]
+    assert (tmp_path / "previous-1" / "checkpoint-6").is_dir()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_resume_passes_over_a_damaged_checkpoint(tmp_path: Path) -> None:
+    train(options(tmp_path, save_every=2, save_limit=0))
+    damaged = tmp_path / "checkpoint-6" / "training_state.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    said: list[str] = []
+    outcome, _ = train(options(tmp_path, resume="auto", max_steps=8), said=said)
+    assert outcome.step == 8
+    assert any("Passing over" in text and "checkpoint-6" in text for text in said)
+    assert any("from step 4" in text for text in said)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "checkpoint-6/model.pt", "checkpoint-6", "."])
+def test_resume_takes_any_of_a_runs_paths(tmp_path: Path, name: str) -> None:
+    train(options(tmp_path / "run"))
+    other = options(tmp_path / "other", max_steps=7, resume=str(tmp_path / "run" / name))
+    outcome, _ = train(other)
+    assert outcome.step == 7
+    assert [line["step"] for line in lines(tmp_path / "other")] == [7]
+
+
+def test_resume_refuses_what_it_cannot_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing there"):
+        train(options(tmp_path, resume=str(tmp_path / "missing")))
+    files.write(ToyRecipe().checkpoint({}, 3), tmp_path / "alone.pt")
+    with pytest.raises(CheckpointError, match=r"training_state\.pt"):
+        train(options(tmp_path, resume=str(tmp_path / "alone.pt")))
+
+
+def test_nothing_left_to_do(tmp_path: Path) -> None:
+    train(options(tmp_path))
+    said: list[str] = []
+    outcome, _ = train(options(tmp_path, resume="auto"), said=said)
+    assert (outcome.step, outcome.exit_code) == (6, 0)
+    assert any("raise --max-steps" in text for text in said)
+
+
+def test_the_end_prints_the_command_that_generates(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(options(tmp_path), said=said)
+    last = tmp_path / "last.pt"
+    command = f"python train.py --mode inference --checkpoint {last} --prompt 'a red circle' --out out.mp4"
+    assert any(command in text for text in said)

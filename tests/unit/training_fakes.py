@@ -1,0 +1,90 @@
+"""A toy recipe and stream for tests of the trainer: a two-layer network that learns a fixed map."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.checkpoint import Checkpoint
+from titans_video.seeding import derive, keyed_normal
+from titans_video.types import Batch
+
+WIDTH = 6
+
+
+class Toy(nn.Module):
+    """(B, WIDTH) -> (B, WIDTH), with a hidden matrix in a block, dropout, and an embedding-like first layer."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(WIDTH, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + self.dropout(torch.tanh(block(x)))
+        out: Tensor = self.last(x)
+        return out
+
+
+class ToyRecipe:
+    """Squared error on the first `count` outputs of each row, where the count is the row's own."""
+
+    def __init__(self, dropout: float = 0.0, prompt: str | None = "a red circle") -> None:
+        self.network: nn.Module = Toy(dropout)
+        self.sample_prompt = prompt
+
+    def supervised(self, batch: Batch) -> int:
+        return int(self._mask(batch).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        x = keyed_normal((WIDTH,), [derive(s, "x") for s in batch.seeds])
+        return ((model(x) - x.flip(1)).square() * self._mask(batch)).sum()
+
+    def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
+        return Checkpoint(model=model, config={"recipe": "toy"}, step=step)
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """(B, WIDTH): rows have 1 to WIDTH supervised elements, by their seed."""
+        counts = torch.tensor([1 + s % WIDTH for s in batch.seeds])
+        return (torch.arange(WIDTH)[None] < counts[:, None]).float()
+
+
+class ToyStream:
+    """Rows 0, 1, 2, ... forever, `batch` of each global micro-batch on this rank."""
+
+    def __init__(self, batch: int, rank: int = 0, world: int = 1) -> None:
+        self.batch, self.rank, self.world = batch, rank, world
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = (self.position * self.world + self.rank) * self.batch
+            self.position += 1
+            yield toy_batch(range(start, start + self.batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def toy_batch(rows: range) -> Batch:
+    n = len(rows)
+    return Batch(
+        ids=[str(i) for i in rows],
+        seeds=[derive(0, "row", i) for i in rows],
+        captions=[""] * n,
+        tasks=["t2v"] * n,
+        frames=1,
+        height=1,
+        width=1,
+        fps=torch.ones(n),
+        known_frames=torch.zeros(n, dtype=torch.int64),
+    )

@@ -1,0 +1,8 @@
+"""Launchers. Importing this package finds titans_video in src/ where it is not installed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("titans_video") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))

@@ -1,0 +1,5 @@
+"""CogVideoX's VAE for --vae-module train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper."""
+
+from titans_video.codecs.cogvideox_adapter import CogVideoXVAEWrapper
+
+__all__ = ["CogVideoXVAEWrapper"]

@@ -1,0 +1,11 @@
+"""Make a video from a SoraDiT checkpoint: infer_sora.py --checkpoint outputs_sora/last.pt --prompt ..."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository in place of this folder
+    import train  # noqa: F401
+    from titans_video.cli.launchers import infer_sora
+
+    sys.exit(infer_sora())
