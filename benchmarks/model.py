@@ -156,10 +156,10 @@ def worker(a: argparse.Namespace) -> None:
     torch.manual_seed(0)
     cuda = a.device.startswith("cuda")
     small = argparse.Namespace(**{**vars(a), "width": 8 * a.heads, "depth": 1, "frames": 1, "size": 8})
-    net, run = build(a.worker, small)
-    run(
-        net, "cpu"
-    ).float().mean().backward()  # so that libraries and their code are not counted as the network's memory
+    net, run = build(
+        a.worker, small
+    )  # so that libraries, which load on first use, do not count as the network's memory
+    run(net.to(a.device), a.device).float().mean().backward()
     before = resident()
     net, run = build(a.worker, a)
     net = net.to(a.device).train()

@@ -107,7 +107,7 @@ class TextOptions:
     """Where prompts are encoded."""
 
     text_model: str = "builtin"
-    """A text encoder such as T5 or UMT5 (folder or hub name); builtin: bytes, trained with the model; none: the LLM alone."""
+    """Encoder such as T5 or UMT5 (folder or hub name); builtin: bytes, trained with the model; none: the LLM alone."""
     text_dtype: Dtype = "bf16"
     """Precision of the text model."""
     text_max_length: int = 256

@@ -19,6 +19,12 @@ from titans_video.mock.world import HELD_OUT, SEEN, Combination, sample_clip
 SCORES = {"colour", "direction", "shape", "shape_strict", "all", "videos"}
 
 
+@pytest.fixture(autouse=True)
+def in_the_repository(repository, monkeypatch):
+    """Where the demo is run: it uses files of the repository."""
+    monkeypatch.chdir(repository)
+
+
 @pytest.fixture
 def small_config(repository, tmp_path) -> Path:
     """The tiny preset with a narrower network and a smaller batch."""
@@ -83,14 +89,13 @@ def test_demo_makes_everything_that_it_names_twice(repository, tmp_path, small_c
 
 
 def test_two_processes_share_the_batch(small_config, tmp_path):
-    options = DemoOptions(train_config=str(small_config))
     alone = training_command(DemoOptions(train_config=str(small_config), processes=1), tmp_path)
     shared = training_command(DemoOptions(train_config=str(small_config), processes=2), tmp_path)
     assert "--batch-size" not in alone.words
     assert shared.words[shared.words.index("--batch-size") + 1] == "4"
     assert shared.typed.startswith("OMP_NUM_THREADS=")
     with pytest.raises(ConfigError, match="cannot be shared"):
-        training_command(DemoOptions(train_config=options.train_config, processes=3), tmp_path)
+        training_command(DemoOptions(train_config=str(small_config), processes=3), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +112,13 @@ def test_what_a_user_gets_wrong_is_said_before_anything_is_made(tmp_path, words,
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_others_are_left_alone(tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "holiday.mp4").write_bytes(b"mine")
+def test_folders_of_others_are_left_alone(tmp_path, small_config):
+    (tmp_path / "mine" / "videos").mkdir(parents=True)
+    holiday = tmp_path / "mine" / "videos" / "holiday.mp4"
+    holiday.write_bytes(b"mine")
     with pytest.raises(DataError, match="nothing in it was touched"):
-        main_demo(["--output-dir", str(tmp_path)])
-    assert (tmp_path / "videos" / "holiday.mp4").exists()
+        main_demo(["--output-dir", str(tmp_path / "mine"), "--train-config", str(small_config)])
+    assert holiday.exists()
 
 
 def test_score_says_what_is_wrong(tmp_path):

@@ -19,10 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from tests import factories
 from tests.conftest import REPOSITORY
+from titans_video.models.presets import PRESETS, sora_config
+from titans_video.models.table import build_network
+from titans_video.options import ModelOptions
+from titans_video.types import CodecSpec
 
 README = REPOSITORY / "README.md"
 CHINESE = REPOSITORY / "README.zh-CN.md"
@@ -77,9 +82,12 @@ def smaller(words: list[str]) -> list[str]:
     words = with_flags(words, {"--buckets": "32x64,64x32,32x32", "--clips": "12"}, add=False)
     script = " ".join(words[:6])
     if "--seconds" in words:
-        return with_flags(words, {**GENERATING, "--fps": "16", "--seconds": "0.5"}, add=False)
+        words = with_flags(words, {**GENERATING, "--fps": "16", "--seconds": "0.5"}, add=False)
+        return with_flags(words, {"--steps": "2"}, add=True)
     if "infer_sora" in script or "infer" in words:
         return with_flags(with_flags(words, GENERATING, add=False), {"--steps": "2"}, add=True)
+    if words[0] == "titans-video":
+        return with_flags(words, GENERATING, add=False)
     if "--mode" in words:
         return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add="train" in words)
     if "train/videos" not in script:
@@ -122,8 +130,7 @@ class Workspace:
 
     def run(self, command: str) -> Done:
         words = self.words(command)
-        if "--output-dir" in words and (self.folder / words[words.index("--output-dir") + 1]).exists():
-            words = with_flags(words, {"--output-dir": "outputs_again"}, add=False)  # a run never overwrites another
+        words = self.in_a_folder_of_its_own(words)
         if words[0] == "make":
             return self.spawn(["make", "--dry-run", "--old-file=.venv/.ready", *words[1:]])
         if words[:2] == ["accelerate", "launch"]:
@@ -135,6 +142,14 @@ class Workspace:
         from titans_video.cli.main import main
 
         return self.inside(words, main)
+
+    def in_a_folder_of_its_own(self, words: list[str]) -> list[str]:
+        """A run never overwrites another: where its folder is taken, choose one, as the message then says."""
+        given = words[words.index("--output-dir") + 1] if "--output-dir" in words else "outputs"
+        if "--max-steps" not in words or not (self.folder / given / "last.pt").exists():
+            return words
+        free = next(f"outputs_{n}" for n in range(2, 99) if not (self.folder / f"outputs_{n}").exists())
+        return with_flags(words, {"--output-dir": free}, add=True)
 
     def spawn(self, words: list[str]) -> Done:
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -177,6 +192,25 @@ def test_command(command: str, workspace: Workspace) -> None:
     assert done.code == 0, f"{shlex.join(workspace.words(command))}\n{done.output[-3000:]}"
     for made in re.findall(r"--out (\S+)", command):
         assert (workspace.folder / made).exists(), f"{made} was not made\n{done.output[-2000:]}"
+
+
+def sizes(path: Path) -> list[tuple[str, ...]]:
+    """The rows of the table of presets: name, width, depth, heads, millions of parameters."""
+    row = r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \|$"
+    return re.findall(row, path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_table_of_sizes_is_right() -> None:
+    rows = sizes(README)
+    assert rows == sizes(CHINESE)
+    assert [row[0] for row in rows] == list(PRESETS)
+    spec = CodecSpec("vae", 16, (4, 8, 8), "causal")
+    for name, width, depth, heads, millions in rows:
+        with torch.device("meta"):
+            network = build_network(sora_config(ModelOptions(preset=name, patch_size=(2, 2, 2)), spec, (4096,)))
+        assert [int(width), int(depth), int(heads)] == [PRESETS[name][k] for k in ("model_dim", "depth", "heads")]
+        count = sum(p.numel() for p in network.parameters()) / 1e6
+        assert float(millions) == round(count, 1 if "." in millions else 0), name
 
 
 @pytest.mark.parametrize("path", [README, CHINESE], ids=["en", "zh"])

@@ -50,7 +50,7 @@ def encode(
 
 
 def encode_planes(path: Path, planes: list[np.ndarray], pix_fmt: str, **tags: int) -> Path:
-    """One lossless H.264 frame of given sample values; `tags` are colorspace, color_range, color_trc, color_primaries."""
+    """One lossless H.264 frame of given values; `tags` are colorspace, color_range, color_trc, color_primaries."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = *planes[0].shape, pix_fmt

@@ -60,6 +60,21 @@ def test_a_checkpoints_module_named_again_is_used(tmp_path: Path, monkeypatch: p
     assert torch.equal(codec.decode(codec.encode(x), 2), x)
 
 
+def test_the_projects_own_adapter_needs_no_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = json.dumps({"pretrained_path": str(make_vae("cogvideox", tmp_path))})
+    options = CodecOptions(
+        vae_backend="external",
+        vae_module="train.videos.cogvideox_vae_adapter",
+        vae_class="CogVideoXVAEWrapper",
+        vae_init_json=init,
+    )
+    stored = describe_codec(build_codec(options), options)
+    monkeypatch.setitem(
+        sys.modules, "train.videos.cogvideox_vae_adapter", None
+    )  # a folder's own `train` cannot pose as it
+    assert codec_from_checkpoint(stored, {}, Overrides()).fingerprint() == stored["fingerprint"]
+
+
 def test_a_vae_moves_by_override_and_changed_weights_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

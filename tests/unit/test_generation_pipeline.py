@@ -72,6 +72,13 @@ def test_frames_are_made_in_legal_counts_and_cut_to_what_was_asked(capsys):
     assert shown.out == ""
 
 
+def test_a_count_that_training_would_round_down_to_its_own_is_made_by_rounding_up():
+    model = tiny_model()  # 8 frames; a patch spans 2
+    (note,) = plan(model, replace(REQUEST, frames=9)).notes
+    assert note == "Codec and patch make 10 frames together, more than the 8 trained on; they are cut to the 9 asked for."
+    assert generate(model, replace(REQUEST, frames=9), progress=False).shape[2] == 9
+
+
 def test_known_frames_are_held_clean_and_come_out_as_they_went_in():
     known = clip(frames=2)
     rest = torch.full((1, 3, 2, 16, 24), 0.25)
@@ -110,7 +117,7 @@ def test_the_networks_mode_is_given_back():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"frames": 9}, "trained on clips of 8 frames"),
+        ({"frames": 10}, "trained on clips of 8 frames"),
         ({"frames": 0}, "at least 1"),
         ({"height": 20}, r"--height 20: .* multiples of 8; the nearest legal: 16 and 24"),
         ({"width": 3}, r"--width 3: .* the nearest legal: 8\."),

@@ -124,6 +124,12 @@ def test_faded_and_vanishing_objects_are_not_strictly_right(clips):
     assert strict_share(clips, lambda f: np.concatenate([f[:5], np.full_like(f[:3], 25)])) == 0
 
 
+def test_an_object_of_one_frame_has_no_colour(clips):
+    for clip in clips[:8]:
+        dark = np.full_like(clip.frames[1:], 25)
+        assert analyse(np.concatenate([clip.frames[:1], dark])).colour == UNKNOWN
+
+
 def test_holes_and_confetti_are_not_strictly_right(clips):
     rng = np.random.default_rng(2)
 

@@ -19,24 +19,24 @@ def linear(inputs: int, outputs: int) -> int:
 
 def expected_parameters(name: str, attention_type: str, width: int) -> int:
     """Counted from the description, for patches of (1, 2, 2) on 16 channels with 4 mask channels."""
-    D, depth, heads = (PRESETS[name][k] for k in ("model_dim", "depth", "heads"))
+    preset = {"adaln": "shared", "conv": False, "text_layers": 2} | PRESETS[name]
+    D, depth, heads = (preset[k] for k in ("model_dim", "depth", "heads"))
     head = D // heads
     self_attention = linear(D, 3 * D) + linear(D, D) + 2 * head
     cross_attention = linear(D, D) + linear(D, 2 * D) + linear(D, D) + 2 * head
     mlp = linear(D, 4 * D) + linear(4 * D, D)
     attentions = 2 if attention_type == "st" else 1
     modulation = 3 * (attentions + 1) * D
-    tiny = name == "tiny"
+    own = preset["adaln"] == "block"
     block = attentions * self_attention + cross_attention + mlp
-    block += linear(D, modulation) + 10 * D if tiny else modulation
+    block += (linear(D, modulation) if own else modulation) + (10 * D if preset["conv"] else 0)
     if width:
         text = width + linear(width, D) + linear(D, D)
     else:
-        layers = 1 if tiny else 2
-        text = (258 + 4096) * D + layers * (self_attention + mlp)
+        text = (258 + 4096) * D + preset["text_layers"] * (self_attention + mlp)
     ends = linear((16 + 16 + 4) * 4, D) + linear(D, 16 * 4) + linear(D, 2 * D)
     time = linear(256, D) + linear(D, D)
-    shared = 0 if tiny else linear(D, modulation)
+    shared = 0 if own else linear(D, modulation)
     return depth * block + text + linear(D, D) + ends + time + shared
 
 

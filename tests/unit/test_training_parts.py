@@ -108,6 +108,27 @@ def test_optimizer_state_round_trip(optimizer: Any) -> None:
         assert torch.equal(p, q)
 
 
+def test_gradient_scaling_steps_and_skips_both_optimizers() -> None:
+    options = TrainOptions(optimizer="muon")
+    plain, scaled = Toy(), Toy()
+    a, b = build_optimizer(plain, options), build_optimizer(scaled, options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, float("inf"), 1.0):
+        torch.manual_seed(1)
+        x = torch.randn(4, 6)
+        b.zero_grad()
+        scaler.scale((scaled(x) * factor).square().mean()).backward()
+        scaler.unscale_(b)
+        scaler.step(b)
+        scaler.update()
+        if factor == 1.0:
+            a.zero_grad()
+            plain(x).square().mean().backward()
+            a.step()
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_learning_rates() -> None:
     def factors(**changes: Any) -> list[float]:
         options = TrainOptions(max_steps=10, lr=1.0, lr_warmup_steps=2, **changes)

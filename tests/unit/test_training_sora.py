@@ -14,6 +14,7 @@ from titans_video.models.conditioning import fold_known_mask
 from titans_video.options import (
     AdviceOptions,
     CodecOptions,
+    DataOptions,
     ModelOptions,
     Overrides,
     ProcessOptions,
@@ -21,8 +22,9 @@ from titans_video.options import (
     TextOptions,
     TrainOptions,
 )
-from titans_video.recipes.sora import SoraRecipe, build_recipe, open_data_and_codec
+from titans_video.recipes.sora import SoraRecipe, build_recipe, frames_in_words, open_data_and_codec, spec_of
 from titans_video.seeding import derive, keyed_normal
+from titans_video.text.table import build_text
 from titans_video.training import engine
 from titans_video.types import Batch, Condition, Prediction
 
@@ -61,7 +63,7 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
     start = engine.start(run.train)
     data: Any = FakeData()
     codec = open_codec(run, start)
-    made = build_recipe(run, data, codec, CPU)
+    made = build_recipe(run, data, codec, build_text(run.text), CPU)
     torch.manual_seed(0)
     for p in made.network.parameters():  # the zero initialisation would hide what the network is given
         torch.nn.init.normal_(p, std=0.1)
@@ -123,6 +125,16 @@ def test_supervised_elements_are_those_of_frames_not_wholly_known() -> None:
     assert blocks.supervised(batch_of([0, 1, 2, 3])) == (4 + 4 + 2 + 2) * of_a_frame
 
 
+def test_a_frame_count_that_is_not_legal_is_said_in_one_line() -> None:
+    run = options(factor=(2, 2, 2))
+    data: Any = FakeData()
+    spec = spec_of(run.codec)
+    assert frames_in_words(replace(run, data=DataOptions(num_frames=4)), data, spec) == []
+    (line,) = frames_in_words(replace(run, data=DataOptions(num_frames=5)), data, spec)
+    assert "--num-frames 5" in line
+    assert "4 is used, 6 would be the next" in line
+
+
 class Spy(nn.Module):
     """Remembers what it is given and answers zeros."""
 
@@ -182,7 +194,9 @@ def test_cached_encodings_take_the_place_of_pixels() -> None:
         batch.without_pixels(), moments=moments[0], known_moments=moments[1], text=recipe.text(batch.captions)
     )
     with torch.no_grad():
-        assert torch.equal(recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[])))
+        assert torch.equal(
+            recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[]))
+        )
 
 
 def test_dropped_captions_are_the_empty_prompt() -> None:
@@ -205,7 +219,9 @@ def test_the_share_of_dropped_captions() -> None:
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
-    first, again = (build_recipe(options(), _data(), recipe_of(options()).codec, CPU) for _ in range(2))
+    run, data = options(), _data()
+    codec, text = recipe_of(run).codec, build_text(run.text)
+    first, again = (build_recipe(run, data, codec, text, CPU) for _ in range(2))
     for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -220,9 +236,7 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
 
     run = options("x0")
     if backend == "patch":
-        run = replace(
-            run, codec=CodecOptions(vae_backend="patch", vae_init_json='{"patch": [2, 2, 2], "channels": 6}')
-        )
+        run = replace(run, codec=CodecOptions(vae_backend="patch", vae_init_json='{"patch": [2, 2, 2], "channels": 6}'))
     recipe = recipe_of(run)
     files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)

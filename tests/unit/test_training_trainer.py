@@ -22,7 +22,7 @@ from titans_video.types import Batch
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_draw_curve", lambda self: None)
+    monkeypatch.setattr(Trainer, "_draw_curve", lambda self, always: None)
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:

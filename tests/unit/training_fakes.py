@@ -38,6 +38,7 @@ class ToyRecipe:
     def __init__(self, dropout: float = 0.0, prompt: str | None = "a red circle") -> None:
         self.network: nn.Module = Toy(dropout)
         self.sample_prompt = prompt
+        self.sample_flags: tuple[str, ...] = ()
 
     def supervised(self, batch: Batch) -> int:
         return int(self._mask(batch).sum())

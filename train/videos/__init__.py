@@ -1,0 +1,1 @@
+"""Scripts to train and to generate with; see their --help."""

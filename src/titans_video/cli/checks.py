@@ -22,10 +22,15 @@ def check_training(options: SoraOptions) -> None:
     _need("--shift", options.process.shift, 0, above=True)
     _need("--sample-steps", options.advice.sample_steps, 1)
     _need("--sample-guidance", options.advice.sample_guidance, 0)
-    _check_data(options.data)
+    check_data(options.data)
 
 
-def _check_data(data: DataOptions) -> None:
+def check_data(data: DataOptions) -> None:
+    """Refuse data options that have no meaning, or that name no clips.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
     for flag, value in (
         ("--batch-size", data.batch_size),
         ("--tokens-per-batch", data.tokens_per_batch),

@@ -48,7 +48,7 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean --{near[0].replace('_', '-')}?" if near else ""
             raise ConfigError(f"There is no option --{name.replace('_', '-')}.{hint} `{prog} --help` lists all.")
-    if "config" in known and "config" in given:
+    if "config" in known and "config" in given and "help" not in given and "-h" not in argv:
         argv = _expand_config(argv, known, given)
     return _parse(default, argv, prog, description)
 

@@ -69,6 +69,9 @@ class Codec(ABC):
         self.device = torch.device(device)
         return self
 
+    def release(self) -> None:
+        """Free weights that live elsewhere, e.g. once the clips are cached; what needs them again loads them again."""
+
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of a clip's latents.

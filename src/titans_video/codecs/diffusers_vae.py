@@ -4,6 +4,7 @@ Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the la
 Samples go through one by one and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the batch.
 """
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,7 +151,8 @@ class DiffusersCodec(Codec):
 
     def __init__(self, vae: Any, folder: Path | None = None) -> None:
         name = type(vae).__name__
-        self.vae = vae.eval().requires_grad_(False)
+        self._vae: Any = vae.eval().requires_grad_(False)
+        self._dtype = vae.dtype
         self.family = FAMILIES[name]
         self.folder = folder
         self._fingerprint: str | None = None
@@ -173,8 +175,22 @@ class DiffusersCodec(Codec):
         folder = find_vae(path)
         return cls(load_vae(folder, parse_dtype(dtype)), folder)
 
+    @property
+    def vae(self) -> Any:
+        """The VAE, read again after `release`."""
+        if self._vae is None:
+            assert self.folder is not None  # else it was not released
+            self._vae = load_vae(self.folder, self._dtype).eval().requires_grad_(False).to(self.device)
+        return self._vae
+
+    def release(self) -> None:
+        if self.folder is not None:
+            self._vae = None
+            gc.collect()
+
     def to(self, device: torch.device | str) -> Self:
-        self.vae.to(torch.device(device))
+        if self._vae is not None:
+            self._vae.to(torch.device(device))
         return super().to(device)
 
     def scale(self, unscaled: Tensor) -> Tensor:

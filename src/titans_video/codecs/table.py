@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,18 @@ BACKENDS: dict[str, Callable[[CodecOptions, dict[str, Any]], Codec]] = {
     "patch": _patch,
 }
 
+OWN_MODULES: dict[tuple[str | None, str | None], str] = {
+    ("train.videos.cogvideox_vae_adapter", "CogVideoXVAEWrapper"): "titans_video.codecs.cogvideox_adapter",
+}
+"""Documented external codecs that are this project's own, and where the class really stands."""
+
+
+def flags_to_name_again(options: CodecOptions) -> tuple[str, ...]:
+    """The flags that generating from a checkpoint of this codec needs: those of a module that is not this project's."""
+    if options.vae_backend != "external" or (options.vae_module, options.vae_class) in OWN_MODULES:
+        return ()
+    return "--vae-module", str(options.vae_module), "--vae-class", str(options.vae_class)
+
 
 def parse_init(text: str | None) -> dict[str, Any]:
     """`--vae-init-json` as a dict; {} where it is not given.
@@ -99,8 +111,8 @@ def codec_from_checkpoint(
     Args:
         config: a checkpoint's config["codec"].
         state: a checkpoint's codec tensors (of a fitted codec).
-        overrides: `pretrained_model`, `vae_*` take the stored ones' place. A module that the checkpoint names is
-            imported only when `overrides.vae_module` names one too.
+        overrides: `pretrained_model`, `vae_*` take the stored ones' place. A module that the checkpoint names and that
+            is not this project's is imported only when `overrides.vae_module` names one too.
         device: where the codec runs.
     Raises:
         CheckpointError: it names a module that was not named again, or the codec found has another latent shape.
@@ -113,16 +125,28 @@ def codec_from_checkpoint(
         codec: Codec = PatchCodec.from_config(config["config"], dict(state)).to(device)
     else:
         if options.vae_backend == "external" and overrides.vae_module is None:
-            raise CheckpointError(
-                f"The checkpoint's codec is the class {options.vae_class} of the module {options.vae_module}. Modules "
-                "that a checkpoint names are never imported unasked: if you trust it, name it yourself with "
-                f"--vae-module {options.vae_module} --vae-class {options.vae_class}."
-            )
+            options = replace(options, vae_module=_own_module(options))
         codec = build_codec(options, device=device)
     _same_latents(codec, config["spec"])
     path = options.pretrained_model if options.vae_backend == "diffusers" else options.vae_module
     warn_if_changed("codec", path or options.vae_backend, config.get("fingerprint"), codec.fingerprint())
     return codec
+
+
+def _own_module(options: CodecOptions) -> str:
+    """Where this project has the class that a checkpoint names; never a module found by a name from a checkpoint.
+
+    Raises:
+        CheckpointError: the module is not this project's.
+    """
+    own = OWN_MODULES.get((options.vae_module, options.vae_class))
+    if own is None:
+        raise CheckpointError(
+            f"The checkpoint's codec is the class {options.vae_class} of the module {options.vae_module}. Modules that "
+            "a checkpoint names are never imported unasked: if you trust it, name it yourself with "
+            f"--vae-module {options.vae_module} --vae-class {options.vae_class}."
+        )
+    return own
 
 
 def _same_latents(codec: Codec, stored: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ Legend: B rows of this rank, T frames, H W pixel height and width.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count as count_from
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +267,7 @@ class BatchStream:
             self.broken.start_afresh(self.share.world)
         if self.workers == 0:
             reader = self._reader(self.broken)
-            return (reader[number] for number in count(self._delivered))
+            return (reader[number] for number in count_from(self._delivered))
         apart = BrokenRows(None)
         apart.known = dict(self.broken.known)
         loader = DataLoader(
@@ -287,7 +287,7 @@ class _From(IndexSampler[int]):
         self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        return count(self.start)
+        return count_from(self.start)
 
 
 def _as_it_is(raw: RawBatch) -> RawBatch:
@@ -321,15 +321,17 @@ def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
 
 def to_floats(frames: Tensor) -> Tensor:
     """(B, T, H, W, 3) uint8 to (B, 3, T, H, W) float32 in [-1, 1]."""
-    return frames.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    return frames.permute(0, 4, 1, 2, 3).contiguous().to(torch.float32).div_(127.5).sub_(1.0)  # bytes move faster
 
 
 def _known_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
     """The known frames with the rest 0; None where no row has any."""
-    if batch.pixels is None or not bool((batch.known_frames > 0).any()):
+    counts = batch.known_frames.tolist()
+    if batch.pixels is None or not any(counts):
         return None
-    mask = batch.known_frame_mask()[:, None, :, None, None]
-    known = torch.where(mask, batch.pixels, torch.zeros(()))
-    for i, picture in pictures.items():
-        known[i, :, 0] = to_floats(picture[None, None])[0, :, 0]
+    known = torch.zeros_like(batch.pixels)
+    for i, count in enumerate(counts):
+        known[i, :, :count] = batch.pixels[i, :, :count]
+    if pictures:
+        known[list(pictures), :, 0] = to_floats(torch.stack(list(pictures.values()))[:, None])[:, :, 0]
     return known

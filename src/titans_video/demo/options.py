@@ -11,7 +11,7 @@ class DemoOptions:
 
     output_dir: str = "outputs/demo"
     """Folder of everything; an earlier demo in it is replaced, anything else is refused."""
-    train_config: str = "configs/sora/demo.yaml"
+    train_config: str = "configs/sora/tiny.yaml"
     """Configuration of the training run. Its batch_size is that of a whole step: the processes share it."""
     clips: int = 2000
     """Clips of the data set."""

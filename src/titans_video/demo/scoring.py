@@ -55,7 +55,7 @@ class Scored:
     Attributes:
         split: which score it counts for.
         wanted: what the prompt said.
-        reading: what the file shows.
+        reading: what the file shows, in the frames that were made (not in a given first one).
         path: of the mp4.
         frames: uint8 (T, H, W, 3), as read back from the file.
         near: for i2v, whether the first made frame has the object within NEAR of the true clip's; else None.
@@ -142,7 +142,8 @@ def _score_batch(model: VideoModel, split: Split, settings: Settings, folder: Pa
         write_video(path, to_uint8(made[b]), fps)
         seen = read_file(path)
         near = _near(seen, given[b].frames) if given else None
-        scored.append(Scored(split, combination, analyse(seen), path, seen, near))
+        reading = analyse(seen[1:] if given else seen)
+        scored.append(Scored(split, combination, reading, path, seen, near))
     return scored
 
 

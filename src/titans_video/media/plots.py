@@ -67,7 +67,7 @@ def smoothed(values: Series) -> Series:
     """
     known = np.isfinite(values)
     totals, weights = np.zeros_like(values), np.zeros_like(values)
-    keep = 1 - 1 / max(len(values) / 50, 1)
+    keep = 1 - 1 / max(len(values) / 50, 2)
     for order in (range(len(values)), range(len(values) - 1, -1, -1)):
         total, weight = 0.0, 0.0
         for i in order:

@@ -294,7 +294,8 @@ def _orientation(frame: VideoFrame, path: Path) -> Orientation:
 def _colour(frame: VideoFrame, path: Path) -> Colour:
     """How to read the frame's colours, with the usual guess where the file does not say.
 
-    Unmarked pictures wider than 1279 or higher than 576 lines are BT.709, others BT.601, as players have it.
+    Unmarked pictures of high definition (the longer side 1280 or more, or the shorter over 576) are BT.709, others
+    BT.601: the players' rule, made blind to how the camera was held.
     """
     wide = frame.color_primaries == _BT2020
     if frame.format.is_rgb or frame.format.has_palette:
@@ -308,7 +309,8 @@ def _colour(frame: VideoFrame, path: Path) -> Colour:
     elif wide:
         matrix = "bt2020"
     else:
-        matrix = "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
+        longer, shorter = max(frame.width, frame.height), min(frame.width, frame.height)
+        matrix = "bt709" if longer >= 1280 or shorter > 576 else "bt601"
     full = matrix == "rgb" or frame.color_range == 2 or frame.format.name.startswith("yuvj")
     transfer: Transfer = "pq" if frame.color_trc == _PQ else "hlg" if frame.color_trc == _HLG else "sdr"
     return Colour(matrix, full, transfer, wide)

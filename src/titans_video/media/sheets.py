@@ -1,7 +1,9 @@
 """Contact sheets: clips as rows of frames with their captions, in one PNG to look at."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from uuid import uuid4
 
@@ -130,36 +132,27 @@ def _line_height(font: Font) -> int:
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
     """At most `_MOST_LINES` lines no wider than `width`; the last ends in an ellipsis if more was to come."""
+    rest = " ".join(text.split())
     lines: list[str] = []
-    words = text.split()
-    while words and len(lines) < _MOST_LINES:
-        if len(lines) == _MOST_LINES - 1:
-            lines.append(_fit(" ".join(words), font, width))
-            break
-        taken = 1
-        while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
-            taken += 1
-        line = " ".join(words[:taken])
-        fitted = _cut(line, font, width)
-        lines.append(fitted)
-        words = ([line[len(fitted) :]] if len(fitted) < len(line) else []) + words[taken:]
-    return lines or [""]
-
-
-def _cut(text: str, font: Font, width: int) -> str:
-    """As many characters as fit, at least one: text without spaces, such as Chinese, breaks anywhere."""
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-1]
-    return text
+    while len(lines) < _MOST_LINES - 1 and (fits := _letters_that_fit(rest, font, width)) < len(rest):
+        space = rest.rfind(" ", 0, fits + 1)
+        end = space if space > 0 else max(fits, 1)  # without spaces, as in Chinese, it breaks anywhere
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    return [*lines, _fit(rest, font, width)]
 
 
 def _fit(text: str, font: Font, width: int) -> str:
     """The text, or its beginning with an ellipsis, in one line."""
-    if font.getlength(text) <= width:
+    fits = _letters_that_fit(text, font, width)
+    if fits == len(text):
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    return text[: _letters_that_fit(text[:fits], font, width - int(font.getlength("…")) - 1)].rstrip() + "…"
+
+
+def _letters_that_fit(text: str, font: Font, width: int) -> int:
+    """How many letters from the start are no wider than `width`."""
+    return bisect_right(range(1, len(text) + 1), width, key=lambda count: ceil(font.getlength(text[:count])))
 
 
 def _save(sheet: Image.Image, path: Path) -> Path:

@@ -29,8 +29,8 @@ Metadata = dict[str, Any]
 
 _BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer function
 _GIF_TICKS = 100  # a second; GIF knows no finer time
-_TINY = 32  # pixels; up to here x264's macroblock tree reads memory that it never wrote, and files differ from run to run
 _GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
+_TINY = 32  # pixels; up to here x264's macroblock tree reads memory that it never wrote: files differ from run to run
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,17 @@ class VideoWriter:
         self._place = _beside(self.path)
         temporary = self._place.__enter__()
         try:
-            self._container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            # One clock for track and movie in which a frame is a whole number of ticks: with the usual milliseconds
+            # the edit list is rounded and may cut off the last frame.
+            ticks = str(self.rate.numerator * -(-10_000 // self.rate.numerator))
+            options = {"movflags": "+faststart", "video_track_timescale": ticks, "movie_timescale": ticks}
+            self._container = av.open(str(temporary), "w", format="mp4", options=options)
             self._stream = self._container.add_stream("libx264", rate=self.rate)
             stream = self._stream
             stream.height, stream.width = self.height + self.padded[0], self.width + self.padded[1]
             stream.pix_fmt, stream.time_base = "yuv420p", 1 / self.rate
-            stream.options = {"crf": str(self.crf), "preset": "medium"}
+            # Without macroblock trees, which make x264 read what it did not write: equal frames give equal files.
+            stream.options = {"crf": str(self.crf), "preset": "medium", "x264-params": "mbtree=0"}
             if min(stream.height, stream.width) <= _TINY:
                 stream.options |= {"x264-params": "mbtree=0"}
             context = stream.codec_context

@@ -24,6 +24,7 @@ _DARK = 80  # brightest channel that still is a dark ground
 _AREA_SHARE = (0.01, 0.4)  # of the frame, where an object is believed to be one
 _COLOUR_DISTANCE = 0.35  # from the paint, as a share of the paint's distance from the ground
 _COLOUR_VOTES = 0.7  # share of the object's pixels nearest to the colour
+_FRAMES_THERE = 0.75  # least share of the frames with an object in them
 _TRAVEL = 0.09  # least way gone over the clip, as a share of the frame's side
 _ACROSS = 0.5  # most movement across, as a share of the movement along
 _FORWARD_STEPS = 0.7  # share of the frame-to-frame steps that go forwards
@@ -100,7 +101,9 @@ class _Scene:
         votes = np.bincount(nearest[core], minlength=len(paints)) / core.sum()
         best = int(votes.argmax())
         mean = offset[core & (nearest == best)].mean(axis=0)
-        sure = votes[best] >= _COLOUR_VOTES and np.linalg.norm(mean - paints[best]) <= _COLOUR_DISTANCE * length[best]
+        lasts = core.any(axis=(1, 2)).mean() >= _FRAMES_THERE
+        close = np.linalg.norm(mean - paints[best]) <= _COLOUR_DISTANCE * length[best]
+        sure = lasts and close and votes[best] >= _COLOUR_VOTES
         presence = np.clip((distance / length[best] - _DEAD_ZONE) / (1 - 2 * _DEAD_ZONE), 0, 1)
         return cls(list(COLOURS)[best] if sure else UNKNOWN, presence)
 
@@ -137,7 +140,7 @@ def _shape(presence: np.ndarray, centres: np.ndarray) -> tuple[str, float]:
 def _direction(centres: np.ndarray, side: int) -> str:
     """The direction of a steady movement: far enough, straight enough, and forwards in most steps."""
     there = ~np.isnan(centres[:, 0])
-    if there.mean() < 0.75 or there.sum() < 2:
+    if there.mean() < _FRAMES_THERE or there.sum() < 2:
         return UNKNOWN
     path = centres[there]
     moved = path[-1] - path[0]

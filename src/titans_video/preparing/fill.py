@@ -4,6 +4,7 @@ The work is divided over the ranks row by row and prompt by prompt; nothing is e
 its content. Codec and encoders are only loaded by a rank that finds something missing.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from titans_video.codecs.base import Codec
 from titans_video.data.loader import to_floats
 from titans_video.data.reading import BrokenRow, RamCache, RowReader, Sample
 from titans_video.data.store import EncodingStore
 from titans_video.errors import DataError
+from titans_video.options import CodecOptions
 from titans_video.preparing.opening import Data, with_digests
 from titans_video.preparing.scan import Quarantined, look_into
 from titans_video.preparing.workers import Failed, Job
+from titans_video.text.table import TextEncoder
 from titans_video.types import TextCondition
 
 
@@ -179,3 +183,22 @@ def _fill_text(filled: Filled, encoders: Encoders, bar: Any) -> None:
 
 def _shard(prompts: Iterable[str], data: Data) -> list[str]:
     return list(prompts)[data.rank :: data.world]
+
+
+def codec_key(codec: Codec, options: CodecOptions) -> str:
+    """What tells a codec's latents from any other's."""
+    return json.dumps([codec.spec.name, codec.fingerprint(), options.vae_dtype])
+
+
+def text_keys(text: TextEncoder) -> tuple[str, ...]:
+    """What tells each stream's states from any other's; () where none is frozen and nothing is worth keeping."""
+    prints, options = text.fingerprints(), text.options
+    if all(p is None for p in prints):
+        return ()
+    settings: list[list[Any]] = [
+        [options.text_dtype, options.text_max_length],
+        [options.llm_dtype, options.llm_max_length, options.llm_layer, options.llm_template],
+    ]
+    if options.text_model == "none":
+        settings = settings[1:]
+    return tuple(json.dumps([p or "builtin", *s]) for p, s in zip(prints, settings, strict=False))

@@ -5,6 +5,7 @@ process, which is replaced, and never the run.
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -118,12 +119,13 @@ class _Worker:
 
 
 def _serve(pipe: Connection, seconds: float, inherited: list[Connection]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
     for other in inherited:
         other.close()
     while True:
         try:
             kind, path = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, OSError):
             return
         done = _do(_KINDS[kind], path, seconds)
         try:

@@ -4,6 +4,7 @@ Legend: B batch, C latent channels, T H W pixel frames, height and width, S pixe
 latent grid.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,13 +15,22 @@ from torch import Tensor, nn
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
 from titans_video.codecs.patch import PatchCodec
-from titans_video.codecs.table import build_codec, codec_from_checkpoint, describe_codec, parse_init
+from titans_video.codecs.table import (
+    build_codec,
+    codec_from_checkpoint,
+    describe_codec,
+    flags_to_name_again,
+    parse_init,
+)
+from titans_video.data.store import EncodingStore
 from titans_video.diffusion.flow import RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
+from titans_video.errors import CodecError
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
 from titans_video.options import CodecOptions, Overrides, SoraOptions
+from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
 from titans_video.preparing.opening import Data, open_data
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
@@ -46,6 +56,8 @@ class SoraRecipe:
         cfg_drop_prob: share of captions replaced by the empty prompt.
         cfg_drop_each: each text stream is dropped on its own.
         sample_prompt: a caption of the data.
+        sample_flags: what generating from it must say, as the checkpoint alone does not suffice.
+        store: the cache that batches carry encodings from; None: they carry pixels and captions.
     """
 
     network: nn.Module
@@ -57,9 +69,13 @@ class SoraRecipe:
     cfg_drop_prob: float = 0.1
     cfg_drop_each: bool = False
     sample_prompt: str | None = None
+    sample_flags: tuple[str, ...] = ()
+    store: EncodingStore | None = None
 
     def __post_init__(self) -> None:
-        self.empty = self.text.empty(1).to(self.device)
+        cached = self.store is not None and self.store.has_text
+        empty = self.store.text([""]) if self.store and cached else self.text.empty(1)
+        self.empty = empty.to(self.device)
 
     def supervised(self, batch: Batch) -> int:
         """Latent elements of frames that are not wholly known."""
@@ -130,16 +146,25 @@ def train_sora(options: SoraOptions) -> Outcome:
     accelerator = engine.start(options.train)
     say: Callable[[str], None] = accelerator.print
     resume = checkpoints.find_resume(options.train, say)
+    # First, and without its weights: an encoder that is not there is said before anything slow is done.
+    text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, resume)
-    recipe = build_recipe(options, data, codec, accelerator.device)
+    store: EncodingStore | None = None
+    if options.data.cache is not None:
+        filled = fill(options, data, codec, text, accelerator)
+        data, store = filled.data, filled.store
+        text.release()
+        codec.release()
+    recipe = build_recipe(options, data, codec, text, accelerator.device, store)
     moved = checkpoints.prepare_folder(options.train, resume) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
-    say(f"{data.summary()}\nSoraDiT, {size:.1f} million parameters.")
+    say("\n".join([data.summary(), *frames_in_words(options, data, codec.spec)]))
+    say(f"SoraDiT, {size:.1f} million parameters.")
     say(engine.describe(accelerator, options.data, options.train))
-    stream = data.stream(grad_accum=options.train.grad_accum, folder=options.train.output_dir)
+    stream = data.stream(grad_accum=options.train.grad_accum, store=store, folder=options.train.output_dir)
     outcome = Trainer(recipe, stream, options.train, accelerator, resume, say).run()
     accelerator.end_training()
     return outcome
@@ -153,10 +178,9 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
         codec = codec_from_checkpoint(resume.model.config["codec"], resume.model.codec, Overrides())
     elif not fitted:
         codec = build_codec(options.codec, device=accelerator.device)
-    spec = codec.spec if codec else _unfitted_spec(options.codec)
     data = open_data(
         options.data,
-        spec,
+        codec.spec if codec else spec_of(options.codec),
         options.model.patch_size,
         seed=options.train.seed,
         rank=accelerator.process_index,
@@ -168,11 +192,20 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
 def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
     """(patch, channels) of the patch codec: the defaults, changed by --vae-init-json."""
     given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
-    return tuple(given["patch"]), given["channels"]  # type: ignore[return-value]
+    patch, channels = given["patch"], given["channels"]
+    whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
+    if not whole or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
+        raise CodecError(
+            f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
+            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, and components kept)."
+        )
+    return (patch[0], patch[1], patch[2]), channels
 
 
-def _unfitted_spec(options: CodecOptions) -> CodecSpec:
-    """What is known of a patch codec before it has seen a clip."""
+def spec_of(options: CodecOptions) -> CodecSpec:
+    """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
+    if options.vae_backend != "patch":
+        return build_codec(options).spec
     patch, channels = _patch_arguments(options)
     return CodecSpec("patch", channels, patch, "blocks")
 
@@ -183,9 +216,51 @@ def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec
     return PatchCodec.from_config(codec.config(), engine.from_main(accelerator, codec.state_dict()))
 
 
-def build_recipe(options: SoraOptions, data: Data, codec: Codec, device: torch.device) -> SoraRecipe:
+def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:
+    """A line that says so where clips have another length than `--num-frames`."""
+    asked, patch = options.data.num_frames, options.model.patch_size[0]
+    used = data.buckets[0].frames
+    if options.data.buckets is not None or spec.is_legal(asked, patch):
+        return []
+    return [
+        f"--num-frames {asked} is not legal for the codec {spec.name} and a temporal patch of {patch} together; "
+        f"{used} is used, {spec.frames_at_least(asked, patch)} would be the next."
+    ]
+
+
+def cache_sora(options: SoraOptions) -> None:
+    """Fill `--cache` with all that a training with the same options would encode; nothing is trained.
+
+    Raises:
+        UserError: as `train_sora`.
+    """
+    accelerator = engine.start(options.train)
+    text = build_text(options.text, accelerator.device, load=False)
+    data, codec = open_data_and_codec(options, accelerator, None)
+    accelerator.print(data.summary())
+    fill(options, data, codec, text, accelerator)
+    accelerator.end_training()
+
+
+def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
+    """Encode what the cache lacks, shared out over the processes; whole when this returns."""
+    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
+    assert options.data.cache is not None  # callers checked
+    filled = fill_cache(data, options.data.cache, encoders)
+    accelerator.print(filled.summary())
+    accelerator.wait_for_everyone()
+    return filled
+
+
+def build_recipe(
+    options: SoraOptions,
+    data: Data,
+    codec: Codec,
+    text: TextEncoder,
+    device: torch.device,
+    store: EncodingStore | None = None,
+) -> SoraRecipe:
     """The trained and the frozen parts, with freshly initialised weights that are a function of the seed."""
-    text = build_text(options.text, device)
     torch.manual_seed(derive(options.train.seed, "initialisation"))
     network = build_network(sora_config(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
@@ -212,6 +287,8 @@ def build_recipe(options: SoraOptions, data: Data, codec: Codec, device: torch.d
         cfg_drop_prob=options.train.cfg_drop_prob,
         cfg_drop_each=options.train.cfg_drop_each,
         sample_prompt=prompt,
+        sample_flags=flags_to_name_again(options.codec),
+        store=store,
     )
 
 

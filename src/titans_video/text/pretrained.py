@@ -20,6 +20,8 @@ from titans_video.frozen import few, fingerprint_folder
 from titans_video.options import TextOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENCODERS = ("t5", "umt5", "mt5")
+"""Kinds whose encoder stands alone; saved from it, a config may no longer say that there was a decoder."""
 TEXT_PARTS = ("language_model", "text_model")
 """Where a multimodal model keeps its text part."""
 
@@ -183,7 +185,7 @@ class PretrainedStream:
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         last = self.source.layer in (-1, self._layers())
-        extra = {} if self.config.is_encoder_decoder else {"use_cache": False}
+        extra = {} if self._encoder_alone() else {"use_cache": False}
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=not last, **extra)
         states: Tensor = out.last_hidden_state if last else out.hidden_states[self.source.layer]
         if states.shape[-1] != self.width:
@@ -191,6 +193,9 @@ class PretrainedStream:
             who = f"--llm-hidden-size {self.width}" if s.width else f"the config of {s.path} says {self.width}"
             raise TextError(f"{who}: the hidden states of {s.path} are {states.shape[-1]} wide.")
         return states
+
+    def _encoder_alone(self) -> bool:
+        return self.config.is_encoder_decoder or getattr(self.config, "model_type", None) in ENCODERS
 
     def _layers(self) -> int | None:
         layers: int | None = getattr(self.config.get_text_config(), "num_hidden_layers", None)
@@ -239,8 +244,7 @@ class PretrainedStream:
 
     def _load_model(self) -> Any:
         transformers = _transformers()
-        encoder_only = self.config.is_encoder_decoder
-        kind = transformers.AutoModelForTextEncoding if encoder_only else transformers.AutoModel
+        kind = transformers.AutoModelForTextEncoding if self._encoder_alone() else transformers.AutoModel
         with _quiet(transformers):
             model, info = self._read(kind, dtype=self.source.dtype, output_loading_info=True)
         bad = {str(k[0] if isinstance(k, tuple) else k) for k in (*info["missing_keys"], *info["mismatched_keys"])}

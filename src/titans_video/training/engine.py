@@ -41,6 +41,8 @@ def start(options: TrainOptions) -> Engine:
             f"{made.num_processes}): launch with `accelerate launch --config_file configs/accelerate/...`, or on a CPU "
             "set ACCELERATE_USE_CPU=true."
         )
+    if made.mixed_precision == "fp16" and made.device.type == "cpu":
+        raise ConfigError("--mixed-precision fp16 has no effect on a CPU; use no, or bf16 (slow without its units).")
     return made
 
 

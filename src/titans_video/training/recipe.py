@@ -14,10 +14,12 @@ class Recipe(Protocol):
     Attributes:
         network: what is trained. Parameters that do not require gradients are left alone.
         sample_prompt: a prompt for the command that is printed at the end, or None.
+        sample_flags: what else that command must say.
     """
 
     network: nn.Module
     sample_prompt: str | None
+    sample_flags: tuple[str, ...]
 
     def supervised(self, batch: Batch) -> int:
         """How many elements of the batch carry loss; known without encoding anything."""

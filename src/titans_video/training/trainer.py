@@ -32,6 +32,7 @@ from titans_video.types import Batch
 
 SMOOTHING = 0.95
 CURVE = "loss.png"
+CURVE_SECONDS = 60.0
 
 
 class Stream(Protocol):
@@ -106,6 +107,7 @@ class Trainer:
         self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
         self.run_folder = Path(options.output_dir)
         self.step = 0
+        self._drawn = 0.0
         network = recipe.network
         if resume:
             _load_weights(network, resume)
@@ -135,8 +137,9 @@ class Trainer:
                 if metrics:
                     metrics.write(self._line(result, ended - began), ended)
                 self._show(bar, smooth, result.waited / (ended - began))
-                if result.signal or self.step % self.options.save_every == 0 or self.step == self.options.max_steps:
-                    self._save(metrics)
+                last = bool(result.signal) or self.step == self.options.max_steps
+                if last or self.step % self.options.save_every == 0:
+                    self._save(metrics, last)
                 if result.signal:
                     break
         signal = result.signal if result else 0
@@ -216,7 +219,7 @@ class Trainer:
             bar.set_postfix_str(f"loss {loss:.4f}, data wait {waiting:.0%}", refresh=False)
         bar.update()
 
-    def _save(self, metrics: MetricsLog | None) -> None:
+    def _save(self, metrics: MetricsLog | None, last: bool) -> None:
         """Called on every process; the main one writes."""
         self.engine.wait_for_everyone()
         if metrics:  # the main process
@@ -234,13 +237,18 @@ class Trainer:
             }
             model = self.recipe.checkpoint(averaged, self.step)
             checkpoints.save(self.run_folder, model, state, self.options.save_limit)
-            self._draw_curve()
+            self._draw_curve(always=last)
         self.engine.wait_for_everyone()
 
-    def _draw_curve(self) -> None:
+    def _draw_curve(self, always: bool) -> None:
+        """Draw the loss curve; frequent checkpoints do not wait for a picture each."""
+        now = time.monotonic()
+        if not always and now - self._drawn < CURVE_SECONDS:
+            return
         from titans_video.media.plots import loss_curve  # matplotlib takes a second to import
 
         loss_curve(self.run_folder / NAME, self.run_folder / CURVE)
+        self._drawn = now
 
     def _load_state(self, resume: Resume) -> None:
         state = resume.state
@@ -266,7 +274,7 @@ class Trainer:
         self.say(f"Checkpoint  {last}\nMetrics     {self.run_folder / NAME}\nLoss curve  {self.run_folder / CURVE}")
         prompt = self.recipe.sample_prompt
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
-        command += ["--prompt", prompt] if prompt else []
+        command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]
         self.say(f"Make a video from it:\n  {shlex.join([*command, '--out', 'out.mp4'])}")
 
 

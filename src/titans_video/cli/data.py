@@ -1,0 +1,85 @@
+"""`titans-video data check`, `data cache` and `cache verify`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from titans_video.cli.checks import check_data, check_training
+from titans_video.cli.parsing import parse
+from titans_video.errors import ConfigError
+from titans_video.options import CodecOptions, DataOptions, ModelOptions, SoraOptions
+
+FOUND_FAULTS = 1
+
+CHECK = """Say which rows of a manifest can be trained on, and why the others cannot.
+
+titans-video data check MANIFEST [the flags of the training]. Without --vae-backend any size and frame count will do.
+The exit code is 0 where training would go ahead and 1 where it would stop."""
+CACHE = """Encode clips and captions once, into --cache FOLDER, so that training needs no VAE and no text encoder.
+
+The flags are those of the training; under `accelerate launch` its processes share the work."""
+VERIFY = """Read a cache through: every file is checked against its name and its checksum.
+
+titans-video cache verify FOLDER. The exit code is 1 where a file is damaged."""
+
+
+@dataclass(frozen=True)
+class CheckFlags:
+    """What decides which rows can be used."""
+
+    config: str | None = None
+    """YAML file of these options; flags on the command line win over it."""
+    out: str = "outputs/data_check"
+    """Folder for report.html, quarantine.jsonl and plan.jsonl."""
+    data: DataOptions = field(default_factory=DataOptions)
+    codec: CodecOptions = field(default_factory=lambda: CodecOptions(vae_backend="identity"))
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class VerifyFlags:
+    """Which cache."""
+
+    cache: str | None = None
+    """Folder of the cache."""
+
+
+def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> int:
+    """Scan, write the report, print where it lies."""
+    flags = parse(CheckFlags(), _named(argv, "--manifest"), prog=prog, description=CHECK)
+    check_data(flags.data)
+    from titans_video.preparing.check import check
+    from titans_video.recipes.sora import spec_of
+
+    report = check(flags.data, spec_of(flags.codec), flags.model.patch_size, flags.out)
+    print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
+    return 0 if report.passed else FOUND_FAULTS
+
+
+def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> int:
+    """Fill the cache."""
+    options = parse(SoraOptions(), _named(argv, "--manifest"), prog=prog, description=CACHE)
+    if options.data.cache is None:
+        raise ConfigError("--cache FOLDER is missing: say where the encodings go.")
+    check_training(options)
+    from titans_video.recipes.sora import cache_sora
+
+    cache_sora(options)
+    return 0
+
+
+def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") -> int:
+    """Read a cache through."""
+    flags = parse(VerifyFlags(), _named(argv, "--cache"), prog=prog, description=VERIFY)
+    if flags.cache is None:
+        raise ConfigError(f"Which cache? Use `{prog} FOLDER`.")
+    from titans_video.data.store import verify
+
+    sound, wrong = verify(Path(flags.cache))
+    print("\n".join([*wrong, f"{sound} of {sound + len(wrong)} files are sound."]))
+    return FOUND_FAULTS if wrong else 0
+
+
+def _named(argv: Sequence[str], flag: str) -> list[str]:
+    """A first word that is no flag is the value of `flag`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)

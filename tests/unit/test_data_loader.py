@@ -1,0 +1,184 @@
+"""The stream of batches: the same rows, seeds and pixels however it is divided, resumed or read ahead."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
+from titans_video.data.loader import BatchStream
+from titans_video.errors import DataError
+from titans_video.options import DataOptions
+from titans_video.preparing.opening import Data, open_data
+from titans_video.types import Batch
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loader")
+    given = {
+        "row1": {"task": "i2v"},
+        "row2": {"task": "i2v", "cond_image": "white.png"},
+        "row4": {"task": "v2v", "cond_frames": 4},
+    }
+    return make_set(folder, **given)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def opened(manifest: Path, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> Data:
+    given = {"buckets": "16x16,16x32", "num_frames": FRAMES, "batch_size": 1, **options}
+    return open_data(DataOptions(manifest=(str(manifest),), **given), PLAIN, PATCH, seed=seed, rank=rank, world=world)
+
+
+def take(stream: BatchStream, count: int) -> list[Batch]:
+    return [next(stream) for _ in range(count)]
+
+
+def rows(batches: list[Batch]) -> list[tuple[str, int]]:
+    return [pair for b in batches for pair in zip(b.ids, b.seeds, strict=True)]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = ((a.pixels, b.pixels), (a.known_pixels, b.known_pixels), (a.known_frames, b.known_frames), (a.fps, b.fps))
+    tensors = all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
+    return tensors and (a.ids, a.seeds, a.tasks, a.captions) == (b.ids, b.seeds, b.tasks, b.captions)
+
+
+def test_a_batch_holds_what_its_rows_say(manifest: Path) -> None:
+    seen = {}
+    for batch in take(opened(manifest).stream(), 10):
+        assert batch.pixels is not None
+        assert batch.pixels.dtype == torch.float32
+        assert batch.pixels.shape == (1, 3, FRAMES, batch.height, batch.width)
+        seen[batch.ids[0]] = batch
+    assert set(seen) == {f"row{i}" for i in range(10)}
+    assert {(seen[f"row{i}"].height, seen[f"row{i}"].width) for i in range(7, 10)} == {(16, 32)}
+    for name, batch in seen.items():
+        for k in range(FRAMES):  # grey levels, to within the codec's loss
+            assert abs(float(batch.pixels[0, :, k].mean() + 1) * 127.5 - level(int(name[3:]), k)) < 4
+        assert float(batch.fps[0]) == pytest.approx(8)
+    assert {n: (b.tasks[0], int(b.known_frames[0])) for n, b in seen.items() if b.tasks != ["t2v"]} == {
+        "row1": ("i2v", 1),
+        "row2": ("i2v", 1),
+        "row4": ("v2v", 4),
+    }
+    assert seen["row0"].known_pixels is None
+    known, own = seen["row1"].known_pixels, seen["row1"].pixels
+    assert torch.equal(known[:, :, :1], own[:, :, :1])
+    assert not known[:, :, 1:].any()
+    assert float(seen["row2"].known_pixels[:, :, 0].mean()) == pytest.approx(250 / 127.5 - 1, abs=0.01)
+    assert torch.equal(seen["row4"].known_pixels[:, :, :4], seen["row4"].pixels[:, :, :4])
+
+
+@pytest.mark.parametrize(("world", "accum"), [(1, 4), (2, 2), (4, 1)])
+def test_steps_do_not_depend_on_how_they_are_divided(manifest: Path, world: int, accum: int) -> None:
+    whole = take(opened(manifest, batch_size=4).stream(), 9)
+    streams = [opened(manifest, rank, world).stream(grad_accum=accum) for rank in range(world)]
+    for step in whole:
+        parts = [next(s) for _ in range(accum) for s in streams]
+        assert rows(parts) == rows([step])
+        assert {(b.height, b.width) for b in parts} == {(step.height, step.width)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_at_any_step_with_any_workers(manifest: Path, workers: int) -> None:
+    moving = {"random_crop": True, "random_start": True, "task_mix": "t2v=0.4,i2v=0.3,v2v=0.3", "num_frames": 4}
+    straight = take(opened(manifest, batch_size=2, **moving).stream(grad_accum=2), 16)
+    for stop in (0, 3) if workers else range(8):
+        stream = opened(manifest, batch_size=2, num_workers=workers, **moving).stream(grad_accum=2)
+        stream.load_state_dict({"step": stop})
+        assert stream.state_dict() == {"step": stop}
+        assert all(same(a, b) for a, b in zip(take(stream, 6), straight[2 * stop : 2 * stop + 6], strict=False))
+        if stop < 6:
+            assert stream.state_dict() == {"step": stop + 3}
+
+
+def test_state_is_kept_at_whole_steps(manifest: Path) -> None:
+    stream = opened(manifest).stream(grad_accum=3)
+    states = []
+    for _ in range(7):
+        next(stream)
+        states.append(stream.state_dict()["step"])
+    assert states == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_occurrences_have_seeds_of_their_own(manifest: Path) -> None:
+    found = rows(take(opened(manifest).stream(), 40))
+    assert len({seed for _, seed in found}) == 40
+    assert found != rows(take(opened(manifest, seed=1).stream(), 40))
+
+
+def test_batches_by_token_budget(manifest: Path) -> None:
+    data = opened(manifest, tokens_per_batch=16 * FRAMES * 4)
+    assert {str(b): data.batch_size(b) for b in data.buckets} == {"16x32x6": 2, "16x16x6": 4}
+    assert {(b.width, len(b)) for b in take(data.stream(), 12)} == {(16, 4), (32, 2)}
+
+
+def test_small_data_is_decoded_once(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path, rows=3, wide=0)
+    stream = opened(manifest, buckets="16x16").stream()
+    first = {b.ids[0]: b for b in take(stream, 3)}
+    for path in tmp_path.glob("*.mp4"):
+        path.unlink()
+    for batch in take(stream, 6):
+        assert torch.equal(batch.pixels, first[batch.ids[0]].pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_breaks_is_left_out_and_stays_out(tmp_path: Path, workers: int) -> None:
+    manifest = make_set(tmp_path / "set", rows=4, wide=2)
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"ram_cache_mb": 0, "num_workers": workers}
+    (tmp_path / "set" / "1.mp4").touch()
+    before = opened(manifest, **options).stream(folder=run)
+    write_clip(tmp_path / "set" / "1.mp4", 9)  # another film under the same name
+    found = take(before, 12)
+    assert "row1" not in {b.ids[0] for b in found}
+    expected = take(opened(manifest, **options).stream(), 12)  # a scan of what lies there now has the row again
+    places = [i for i, b in enumerate(expected) if b.ids == ["row1"]]
+    assert [found[i].ids for i in places] == [["row2"]] * len(places)  # the next row of its bucket
+    assert len({s for _, s in rows(found)}) == 12
+    records = list(before.broken.known.values())
+    assert [(r.id, r.reason, r.batch) for r in records] == [("row1", "changed", places[0])]
+    again = opened(manifest, **options).stream(folder=run)
+    again.load_state_dict({"step": 4})
+    assert rows(take(again, 8))[max(places[0] - 4, 0) :] == rows(found)[max(places[0], 4) :]
+    afresh = opened(manifest, **options).stream(folder=run)
+    assert rows(take(afresh, 12)) == rows(expected)
+
+
+def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path, rows=4, wide=0)
+    for workers in (0, 1):
+        stream = opened(manifest, buckets="16x16", max_bad=0.25, ram_cache_mb=0, num_workers=workers).stream()
+        for path in tmp_path.glob("*.mp4"):
+            path.rename(path.with_suffix(".gone"))
+        with pytest.raises(DataError, match=r"broke during training.*--max-bad 0\.25"):
+            take(stream, 8)
+        for path in tmp_path.glob("*.gone"):
+            path.rename(path.with_suffix(".mp4"))
+
+
+def test_largest_batch_counts_nowhere(manifest: Path) -> None:
+    stream = opened(manifest, batch_size=5).stream()
+    batch = stream.largest_batch()
+    assert batch.pixels.shape == (5, 3, FRAMES, 16, 32)
+    assert stream.state_dict() == {"step": 0}
+    assert rows(take(stream, 2)) == rows(take(opened(manifest, batch_size=5).stream(), 2))
+
+
+def test_weighted_manifests(manifest: Path, tmp_path: Path) -> None:
+    other = make_set(tmp_path, rows=3, wide=0)
+    other.write_text(other.read_text().replace('"row', '"other'))
+    options = DataOptions(manifest=(f"{manifest}", f"{other}:3"), height=16, width=16, num_frames=FRAMES)
+    stream = open_data(options, PLAIN, PATCH, seed=0).stream()
+    names = [name for name, _ in rows(take(stream, 19))]
+    assert {n: names.count(n) for n in names} == {
+        **{f"row{i}": 1 for i in range(10)},
+        **{f"other{i}": 3 for i in range(3)},
+    }
