@@ -3,7 +3,7 @@
 Trains on 8 clips at 64x64 and 8 frames, generates one clip for each caption, and asks which of the 8 originals it is
 nearest to (mean squared error after a small blur). Writes originals beside generated clips as a PNG, the table as JSON.
 
-    python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 600] [--keep]
+    python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 2500] [--keep]
 
 The clips lie in $TITANS_REAL_CLIPS (default ../shared/real_clips), a folder with manifest.jsonl.
 """
@@ -17,6 +17,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read when torch is imported
 
 import torch
 import torch.nn.functional as F
@@ -46,22 +48,15 @@ CLIPS = (
 )
 SIZE, FRAMES, FPS = 64, 8, 8.0
 DATA_FLAGS = ["--height", f"{SIZE}", "--width", f"{SIZE}", "--num-frames", f"{FRAMES}", "--fps", f"{FPS:g}"]
-MODEL_FLAGS = ["--vae-backend", "patch", "--text-model", "builtin", "--preset", "tiny", "--attention-type", "full"]
-MODEL_FLAGS += [
-    "--patch-size",
-    "1,2,2",
-    "--prediction",
-    "x0",
-    "--time-mean",
-    "0.9",
-    "--time-std",
-    "1.2",
-    "--shift",
-    "1.0",
-]
-TRAIN_FLAGS = ["--batch-size", "8", "--optimizer", "muon", "--lr", "4e-3", "--muon-lr", "0.03", "--weight-decay", "0"]
-TRAIN_FLAGS += ["--lr-schedule", "linear", "--lr-warmup-steps", "30", "--cfg-drop-prob", "0.05", "--ema-decay", "0.99"]
-TRAIN_FLAGS += ["--save-every", "100000", "--sample-steps", "25", "--sample-guidance", "1.0", "--start-over"]
+MODEL_FLAGS = shlex.split(
+    "--vae-backend patch --text-model builtin --preset tiny --attention-type full --patch-size 1,2,2 "
+    "--prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0"
+)
+TRAIN_FLAGS = shlex.split(
+    "--batch-size 8 --optimizer muon --lr 4e-3 --muon-lr 0.03 --betas 0.9,0.98 --weight-decay 0 --lr-schedule linear "
+    "--lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 --save-every 100000 --sample-steps 25 "
+    "--sample-guidance 1.0"
+)
 BLUR = 5  # pixels; an average of this width, twice
 WANTED = 7
 
@@ -70,7 +65,7 @@ def main() -> int:
     """Train, generate, compare; the exit code is 0 where at least WANTED clips are nearest to their own original."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/overfit_real"))
-    parser.add_argument("--max-steps", type=int, default=600)
+    parser.add_argument("--max-steps", type=int, default=2500)
     parser.add_argument("--keep", action="store_true", help="use the run that is already there")
     arguments = parser.parse_args()
     clips = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips")).resolve()

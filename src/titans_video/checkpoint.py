@@ -154,7 +154,9 @@ def _read_folder(path: Path) -> Checkpoint:
         description = json.loads((path / "config.json").read_text())
         tensors = load_file(path / "model.safetensors")
         if description.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has the format {description.get('format')!r}; this version reads {FORMAT!r}.")
+            raise CheckpointError(
+                f"{path} has the format {description.get('format')!r}; this version reads {FORMAT!r}."
+            )
         step, config = description["step"], description["config"]
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {e}") from None

@@ -187,7 +187,7 @@ class TrainOptions:
     """The run: length, optimizer, precision, checkpoints."""
 
     output_dir: str = "outputs"
-    """Folder of checkpoints, metrics and pictures."""
+    """Folder of checkpoints, metrics and pictures; an earlier run in it moves into previous-<n> unless resumed."""
     max_steps: int = 100_000
     """Optimizer steps."""
     grad_accum: int = 1
@@ -226,8 +226,6 @@ class TrainOptions:
     """Steps between updates of the progress bar."""
     resume: str = "none"
     """auto: the newest good checkpoint of --output-dir; a path; none."""
-    start_over: bool = False
-    """Start anew in an --output-dir that holds a run, which is moved into previous-<n> in it."""
     seed: int = 0
     """Seed of everything random."""
 

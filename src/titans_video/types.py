@@ -85,12 +85,15 @@ class CodecSpec:
 
     def _round_trips(self, frames: int) -> bool:
         s = self.stride[0]
-        return frames >= 1 and {
-            "each": True,
-            "blocks": frames % s == 0,
-            "causal": (frames - 1) % s == 0,
-            "cogvideox": frames % 8 in (0, 1),
-        }[self.frame_rule]
+        return (
+            frames >= 1
+            and {
+                "each": True,
+                "blocks": frames % s == 0,
+                "causal": (frames - 1) % s == 0,
+                "cogvideox": frames % 8 in (0, 1),
+            }[self.frame_rule]
+        )
 
     def _rule_in_words(self) -> str:
         s = self.stride[0]
@@ -151,7 +154,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says: `value` (B, C, t, h, w) in the terms of its noise process, and the memory it wrote, if any."""
+    """What a network says: `value` (B, C, t, h, w) in the terms of its noise process, and what memory it wrote."""
 
     value: Tensor
     memory: Any = None
@@ -171,8 +174,8 @@ class Batch:
         fps: (B,) float32, frames a second of the clips as read.
         known_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
         pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
-        known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None where
-            no row has any.
+        known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
+            where no row has any.
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
         known_moments: the same of `known_pixels`.
         text: cached hidden states, in place of running the frozen encoders.

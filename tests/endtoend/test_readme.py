@@ -130,7 +130,6 @@ class Workspace:
 
     def run(self, command: str) -> Done:
         words = self.words(command)
-        words = self.in_a_folder_of_its_own(words)
         if words[0] == "make":
             return self.spawn(["make", "--dry-run", "--old-file=.venv/.ready", *words[1:]])
         if words[:2] == ["accelerate", "launch"]:
@@ -142,14 +141,6 @@ class Workspace:
         from titans_video.cli.main import main
 
         return self.inside(words, main)
-
-    def in_a_folder_of_its_own(self, words: list[str]) -> list[str]:
-        """A run never overwrites another: where its folder is taken, choose one, as the message then says."""
-        given = words[words.index("--output-dir") + 1] if "--output-dir" in words else "outputs"
-        if "--max-steps" not in words or not (self.folder / given / "last.pt").exists():
-            return words
-        free = next(f"outputs_{n}" for n in range(2, 99) if not (self.folder / f"outputs_{n}").exists())
-        return with_flags(words, {"--output-dir": free}, add=True)
 
     def spawn(self, words: list[str]) -> Done:
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

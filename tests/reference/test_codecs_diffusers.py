@@ -113,6 +113,26 @@ def test_frame_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [2, 2, 1]
 
 
+@pytest.mark.parametrize(("kind", "most"), [("wan", 4), ("cogvideox", 9)])
+@torch.no_grad()
+def test_temporal_chunks_equal_the_whole(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = DiffusersCodec(tiny_vae(kind))
+    x = clip(kind, 17)
+    seen: list[int] = []
+    encoder = codec.vae.encoder.forward
+
+    def spy(chunk: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(chunk.shape[2])
+        return encoder(chunk, *args, **kwargs)
+
+    monkeypatch.setattr(codec.vae.encoder, "forward", spy)
+    whole = codec.encode(x)
+    assert max(seen) <= most
+    assert sum(seen) == 17
+    # Causal: what comes later changes nothing, so a clip's beginning is the same encoded alone.
+    torch.testing.assert_close(codec.encode(x[:, :, :9]), whole[:, :, :3], atol=1e-5, rtol=0)
+
+
 def set_tiles(kind: str, vae: Any) -> None:
     """Tiles far smaller than the defaults, with overlaps that fall on whole latent cells."""
     if kind == "kl":
@@ -121,15 +141,17 @@ def set_tiles(kind: str, vae: Any) -> None:
         vae.tile_sample_min_height, vae.tile_sample_min_width = 48, 40
         vae.tile_latent_min_height, vae.tile_latent_min_width = 6, 5
     else:
-        vae.tile_sample_min_height = vae.tile_sample_min_width = 32
-        vae.tile_sample_stride_height = vae.tile_sample_stride_width = 16
+        tile = 64 if kind == "ltx" else 32
+        vae.tile_sample_min_height = vae.tile_sample_min_width = tile
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile // 2
 
 
-@pytest.mark.parametrize("kind", ["kl", "cogvideox", "wan"])
+@pytest.mark.parametrize("kind", ["kl", "cogvideox", "wan", "hunyuan", "ltx"])
 @torch.no_grad()
 def test_large_frames_are_tiled_as_diffusers_tiles_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, vae = DiffusersCodec(tiny_vae(kind)), tiny_vae(kind)
-    x = torch.rand(1, 3, 1, 64, 48) * 2 - 1
+    height, width = (128, 96) if kind == "ltx" else (64, 48)
+    x = torch.rand(1, 3, 1, height, width) * 2 - 1
     plain = codec.encode(x)
     monkeypatch.setattr(diffusers_vae, "TILE_ABOVE", 32 * 32)
     vae.enable_tiling()
@@ -139,7 +161,7 @@ def test_large_frames_are_tiled_as_diffusers_tiles_them(kind: str, monkeypatch: 
     torch.testing.assert_close(tiled, pipeline_latents(kind, vae, x), atol=1e-5, rtol=0)
     assert not torch.allclose(tiled, plain, atol=1e-5)
     torch.testing.assert_close(codec.decode(tiled, 1), pipeline_pixels(kind, vae, tiled), atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(diffusers_vae, "TILE_ABOVE", 64 * 48)
+    monkeypatch.setattr(diffusers_vae, "TILE_ABOVE", height * width)
     torch.testing.assert_close(codec.encode(x), plain)
 
 
@@ -229,6 +251,25 @@ def test_the_fingerprint_follows_contents_not_places(tmp_path: Path) -> None:
     assert DiffusersCodec.load(first).fingerprint() == DiffusersCodec.load(same / "vae").fingerprint()
     scaled = make_vae("ltx", tmp_path / "c", scaling_factor=2.0)
     assert DiffusersCodec.load(first).fingerprint() != DiffusersCodec.load(scaled).fingerprint()
+
+
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_without_its_weights_a_vae_tells_everything_but_latents(kind: str, tmp_path: Path) -> None:
+    folder = make_vae(kind, tmp_path)
+    x = clip(kind)
+    whole, bare = DiffusersCodec.load(folder, "bf16"), DiffusersCodec.load(folder, "bf16", weights=False)
+    assert bare._vae is None
+    assert bare.spec == whole.spec
+    assert bare.fingerprint() == whole.fingerprint()
+    latents = whole.encode(x)
+    assert torch.equal(bare.to("cpu").scale(bare.unscale(latents)), whole.scale(whole.unscale(latents)))
+    assert bare._vae is None
+    assert torch.equal(bare.encode(x), latents)
+    bare.release()
+    assert bare._vae is None
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CodecError, match="cannot be loaded"):
+        DiffusersCodec.load(folder, weights=False).encode(x)
 
 
 def test_cogvideox_wrapper_takes_a_pipeline_or_the_vae_and_no_other(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Frozen encoders against transformers' own calls, from folders that it wrote itself."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.factories import LLM_FAMILIES, MULTIMODAL_FAMILIES, WORDS, make_llm, make_multimodal, make_t5
 from titans_video.errors import CheckpointError, TextError
-from titans_video.options import Overrides, TextOptions
+from titans_video.options import Dtype, Overrides, TextOptions
 from titans_video.text import pretrained
 from titans_video.text.pretrained import PretrainedStream
 from titans_video.text.table import TextEncoder, build_text, text_from_checkpoint
@@ -142,12 +144,82 @@ def test_changed_weights_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "warning: the text encoder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_is_kept_and_close(dtype: Any, tmp_path: Path) -> None:
-    for folder in (make_t5(tmp_path / "t5"), make_llm("Gemma3", tmp_path / "llm")):
+@pytest.mark.parametrize("name", MAKERS)
+def test_half_precision_is_kept_and_close(name: str, tmp_path: Path) -> None:
+    folder = MAKERS[name](tmp_path)
+    full = as_text(folder)(WORDS)
+    dtypes: tuple[Dtype, ...] = ("bf16", "fp16")
+    for dtype in dtypes:
         half = build_text(TextOptions(text_model=str(folder), text_dtype=dtype))(WORDS)
         assert half.streams[0].dtype == pretrained.DTYPES[dtype]
-        torch.testing.assert_close(half.streams[0].float(), as_text(folder)(WORDS).streams[0], atol=0.1, rtol=0.1)
+        assert torch.equal(half.masks[0], full.masks[0])
+        torch.testing.assert_close(half.streams[0].float(), full.streams[0], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("umt5", [False, True])
+@pytest.mark.parametrize("says", [False, True])
+def test_a_t5_saved_by_its_encoder_alone(umt5: bool, says: bool, tmp_path: Path) -> None:
+    whole = make_t5(tmp_path, umt5=umt5)
+    expected = as_text(whole)(WORDS).streams[0]
+    library(whole, "UMT5" if umt5 else "T5").save_pretrained(whole)
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": says}))
+    assert torch.equal(as_text(whole)(WORDS).streams[0], expected)
+
+
+@pytest.mark.parametrize("form", ["shards", "bin", "bin shards"])
+def test_weights_in_other_files(form: str, tmp_path: Path) -> None:
+    folder = make_t5(tmp_path, umt5=True) if form == "bin" else make_llm("Qwen2", tmp_path)
+    expected = as_text(folder)(WORDS).streams[0]
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    if form == "shards":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        weights.unlink()
+        model.save_pretrained(folder, max_shard_size="8KB")
+    elif form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        index = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(tensors)}
+        for file in set(index.values()):
+            torch.save({n: tensors[n] for n in tensors if index[n] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    weights.unlink(missing_ok=True)
+    assert torch.equal(as_text(folder)(WORDS).streams[0], expected)
+
+
+@pytest.mark.parametrize("umt5", [False, True])
+def test_a_t5_with_a_sentencepiece_vocabulary_alone(umt5: bool, tmp_path: Path) -> None:
+    folder = make_t5(tmp_path, umt5=umt5)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 50),
+        model_writer=written,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    (folder / "spiece.model").write_bytes(written.getvalue())
+    (stream,) = as_text(folder).streams
+    assert isinstance(stream, PretrainedStream)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    for prompt in WORDS:
+        assert stream._tokens(prompt)[0] == [*theirs.encode(prompt), theirs.eos_id()]
+
+
+@pytest.mark.parametrize("family", MULTIMODAL_FAMILIES)
+def test_of_a_multimodal_model_the_text_part_alone_is_kept(family: str, tmp_path: Path) -> None:
+    (stream,) = as_llm(make_multimodal(family, tmp_path)).streams
+    assert isinstance(stream, PretrainedStream)
+    names = [name for name, _ in stream.model.named_parameters()]
+    assert names
+    assert not [name for name in names if "vis" in name or "multi_modal" in name]
 
 
 def test_encoders_are_frozen_load_late_and_can_be_released(tmp_path: Path) -> None:
@@ -245,12 +317,16 @@ def test_a_missing_package_is_one_line_with_its_command(monkeypatch: pytest.Monk
         build_text(TextOptions(text_model="google/umt5-xxl"))
 
 
-def test_without_an_llm_nothing_of_it_is_imported() -> None:
+def test_without_an_llm_nothing_of_it_is_imported(tmp_path: Path) -> None:
+    make_t5(tmp_path)
     code = (
         "import sys; from titans_video.options import TextOptions; from titans_video.text.table import build_text; "
-        "build_text(TextOptions())(['a']); assert 'transformers' not in sys.modules"
+        "build_text(TextOptions())(['a']); assert 'transformers' not in sys.modules; "
+        "build_text(TextOptions(text_model=sys.argv[1]))(['a']); "
+        "kinds = {m.split('.')[2] for m in sys.modules if '.modeling_' in m and m.startswith('transformers.models.')}; "
+        "assert kinds == {'auto', 't5'}, kinds"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
 
 
 def anonymous_bytes() -> int:

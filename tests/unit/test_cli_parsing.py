@@ -192,8 +192,8 @@ def test_defaults_of_the_script_give_way(repository: Path) -> None:
         given = words.split()
         return {w for w in with_defaults(given, repository)[: -len(given) or None] if w.startswith("--")}
 
-    assert added("") == {"--config", "--manifest", "--start-over"}
-    assert added("--metadata m.json") == {"--config", "--start-over"}
+    assert added("") == {"--config", "--manifest"}
+    assert added("--metadata m.json") == {"--config"}
     assert added("--output-dir out") == {"--config", "--manifest"}
     assert added("--resume auto") == {"--config", "--manifest"}
     assert added("--config mine.yaml") == set()

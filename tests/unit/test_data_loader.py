@@ -152,6 +152,33 @@ def test_a_row_that_breaks_is_left_out_and_stays_out(tmp_path: Path, workers: in
     assert rows(take(afresh, 12)) == rows(expected)
 
 
+@pytest.mark.parametrize("fate", ["gone", "wide"])
+def test_a_row_that_broke_holds_its_place_on_resume(tmp_path: Path, fate: str) -> None:
+    """Also where the scan of the resumed run no longer has it, or has it in another bucket."""
+    manifest = make_set(tmp_path / "set", rows=5, wide=3)
+    clip, options = tmp_path / "set" / "2.mp4", {"ram_cache_mb": 0, "batch_size": 2}
+    said: list[str] = []
+    stream = opened(manifest, **options).stream(folder=tmp_path / "run", say=said.append)
+    head = take(stream, 3)
+    if fate == "gone":
+        clip.unlink()
+    else:
+        write_clip(clip, 9, (16, 32))
+    tail = take(stream, 14)
+    assert "row2" not in {name for b in tail for name in b.ids}
+    assert len(said) == 1
+    assert "2.mp4" in said[0]
+    record = next(iter(stream.broken.known.values()))
+    assert (record.id, record.bucket, record.reason) == ("row2", "16x16x6", {"gone": "missing", "wide": "changed"}[fate])
+    for step in (3, 10):
+        again = opened(manifest, **options).stream(folder=tmp_path / "run", say=said.append)
+        again.load_state_dict({"step": step})
+        found = take(again, 17 - step)
+        first = max(record.batch - step, 0)  # before it the row was there
+        assert rows(found)[2 * first :] == rows([*head, *tail])[2 * (step + first) :]
+    assert len(said) == 1
+
+
 def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, rows=4, wide=0)
     for workers in (0, 1):

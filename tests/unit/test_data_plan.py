@@ -173,6 +173,11 @@ def test_every_reason_of_the_reader_is_in_the_closed_list() -> None:
     assert set(MEDIA_REASONS) <= set(REASONS)
 
 
+def test_the_documentation_lists_every_reason(repository: Path) -> None:
+    said = (repository / "docs" / "data.md").read_text()
+    assert all(f"| `{reason}` | {words} |" in said for reason, words in REASONS.items())
+
+
 times = st.lists(st.integers(0, 400), min_size=1, max_size=60).map(
     lambda steps: [sum(steps[:i]) for i in range(len(steps))]
 )
@@ -207,6 +212,10 @@ def test_random_starts_use_the_whole_clip_but_pictures_hold_theirs() -> None:
     assert starts == set(range(33))
     held = replace(ROW, task="i2v", cond_image=Path("x.png"), start=0.5)
     assert {planned(held, clip, options, seed).indices[0] for seed in range(20)} == {15}
+    unused = replace(held, task="t2v")  # its picture is of no account
+    assert {planned(unused, clip, options, seed).indices[0] for seed in range(400)} == set(range(15, 33))
+    mixed = replace(options, task_mix="t2v=0.5,i2v=0.5")
+    assert {planned(unused, clip, mixed, seed).indices[0] for seed in range(20)} == {15}
 
 
 def test_task_mix_and_known_frames() -> None:

@@ -75,7 +75,7 @@ def test_frames_are_made_in_legal_counts_and_cut_to_what_was_asked(capsys):
 def test_a_count_that_training_would_round_down_to_its_own_is_made_by_rounding_up():
     model = tiny_model()  # 8 frames; a patch spans 2
     (note,) = plan(model, replace(REQUEST, frames=9)).notes
-    assert note == "Codec and patch make 10 frames together, more than the 8 trained on; they are cut to the 9 asked for."
+    assert "make 10 frames together, more than the 8 trained on; they are cut to the 9 asked for" in note
     assert generate(model, replace(REQUEST, frames=9), progress=False).shape[2] == 9
 
 

@@ -19,7 +19,7 @@ def linear(inputs: int, outputs: int) -> int:
 
 def expected_parameters(name: str, attention_type: str, width: int) -> int:
     """Counted from the description, for patches of (1, 2, 2) on 16 channels with 4 mask channels."""
-    preset = {"adaln": "shared", "conv": False, "text_layers": 2} | PRESETS[name]
+    preset = {"adaln": "shared", "conv": False, "gated_skip": False, "text_layers": 2} | PRESETS[name]
     D, depth, heads = (preset[k] for k in ("model_dim", "depth", "heads"))
     head = D // heads
     self_attention = linear(D, 3 * D) + linear(D, D) + 2 * head
@@ -34,7 +34,7 @@ def expected_parameters(name: str, attention_type: str, width: int) -> int:
         text = width + linear(width, D) + linear(D, D)
     else:
         text = (258 + 4096) * D + preset["text_layers"] * (self_attention + mlp)
-    ends = linear((16 + 16 + 4) * 4, D) + linear(D, 16 * 4) + linear(D, 2 * D)
+    ends = linear((16 + 16 + 4) * 4, D) + linear(D, 16 * 4 * (2 if preset["gated_skip"] else 1)) + linear(D, 2 * D)
     time = linear(256, D) + linear(D, D)
     shared = 0 if own else linear(D, modulation)
     return depth * block + text + linear(D, D) + ends + time + shared

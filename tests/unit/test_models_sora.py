@@ -177,7 +177,7 @@ def test_known_latents_and_mask_are_seen_row_by_row() -> None:
     assert not torch.equal(net(x, time, Condition(BYTES, known, mask)).value[0], masked[0])
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_type": "full", "adaln": "block", "conv": True}])
+@pytest.mark.parametrize("changes", [{}, {"attention_type": "full", "adaln": "block", "conv": True, "gated_skip": 1}])
 def test_checkpointed_equals_plain(changes: dict[str, Any]) -> None:
     net, x, time = network(**changes), torch.randn(LATENTS), torch.rand(B)
 
@@ -213,9 +213,20 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, changes: dict[str, Any]) -
     assert torch.equal(rebuilt(x, time, Condition(text)).value, net(x, time, Condition(text)).value)
 
 
+def test_the_gated_skip_adds_each_tokens_own_noisy_patch() -> None:
+    net = SoraDiT(C, S, (1, 2, 2), 24, 1, 2, gated_skip=True, text_layers=1, text_buckets=8)
+    x, time = torch.randn(LATENTS), torch.rand(B)
+    assert not net(x, time, Condition(BYTES)).value.any()  # both halves start at zero
+    gate = torch.randn(C * 4)
+    net.final.linear.bias.data[C * 4 :] = gate
+    by_channel_and_cell = gate.view(1, C, 1, 1, 2, 1, 2).expand(B, C, 4, 2, 2, 3, 2).reshape(LATENTS)
+    assert_close(net(x, time, Condition(BYTES)).value, by_channel_and_cell * x)
+
+
 @pytest.mark.parametrize("attention_type", ["st", "full"])
 def test_bf16_is_close_to_float32(attention_type: str) -> None:
-    net, x, time = network(attention_type=attention_type, conv=True), torch.randn(LATENTS), torch.rand(B)
+    net = network(attention_type=attention_type, conv=True, gated_skip=True)
+    x, time = torch.randn(LATENTS), torch.rand(B)
     expected = net(x, time, Condition(BYTES)).value
     with torch.autocast("cpu", torch.bfloat16):
         mixed = net(x, time, Condition(BYTES)).value

@@ -126,8 +126,15 @@ def test_each_field_of_the_key_misses_exactly_the_rows_it_should(
     (tmp_path / "set" / "0.mp4").rename(tmp_path / "set" / "zero.mp4")
     manifest.write_text(manifest.read_text().replace("0.mp4", "zero.mp4"))
     assert made() == 0  # the content counts, not the name
+    manifest.write_text(manifest.read_text().replace('"id": "row2"', '"id": "row2", "task": "v2v", "cond_frames": 3'))
+    assert made() == 1  # what row 2 is now conditioned on
+    manifest.write_text(manifest.read_text().replace('"cond_frames": 3', '"cond_frames": 4'))
+    assert made() == 1
+    assert made(opened(manifest, random_crop=True, width=12)) == 6  # crops of their own, and for rows 1 and 2 both
+    monkeypatch.setattr(store_module, "PLAN_VERSION", 99)
+    assert made() == 6  # no text
     monkeypatch.setattr(store_module, "STORE_VERSION", 99)
-    assert made() == 15
+    assert made() == 16
 
 
 def test_variants_of_random_crops_and_starts(tmp_path: Path) -> None:
@@ -227,7 +234,14 @@ def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     (tmp_path / "set" / "2.mp4").write_bytes(b"gone")
     filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
     assert [(q.row.id, q.reason) for q in filled.broken] == [("row2", "changed")]
-    assert "1 rows could not be read" in filled.summary()
+    assert "1 rows could not be read and are left out: 1 changed" in filled.summary()
+    assert [q.row.id for q in filled.data.quarantined] == ["row2"]
+    (tmp_path / "set" / "3.mp4").unlink()
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    assert [(q.row.id, q.reason) for q in filled.broken] == [("row3", "missing"), ("row2", "changed")]
+    (tmp_path / "set" / "1.mp4").unlink()
+    with pytest.raises(DataError, match=r"3 of 4 rows could not be read .* --max-bad 0\.5"):
+        fill_cache(data, tmp_path / "cache", encoders(), progress=False)
 
 
 def test_files_say_what_they_were_made_from(tmp_path: Path) -> None:
@@ -245,6 +259,8 @@ def test_keys_of_real_encoders() -> None:
     codec, options = IdentityCodec(), CodecOptions()
     assert codec_key(codec, options) == codec_key(IdentityCodec(), options)
     assert codec_key(codec, options) != codec_key(codec, CodecOptions(vae_dtype="bf16"))
+    mine = [CodecOptions("external", vae_module="m", vae_class="C", vae_init_json=x) for x in ("{}", '{"gain": 2}')]
+    assert codec_key(codec, mine[0]) != codec_key(codec, mine[1])
     assert text_keys(build_text(TextOptions())) == ()  # the network reads bytes itself
     frozen = TextEncoder([Frozen(), Frozen()], TextOptions(text_model="t5", llm_model="llm"))
     other = TextEncoder([Frozen(), Frozen()], TextOptions(text_model="t5", llm_model="llm", llm_layer=-2))

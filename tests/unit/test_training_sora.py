@@ -26,7 +26,7 @@ from titans_video.recipes.sora import SoraRecipe, build_recipe, frames_in_words,
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
 from titans_video.training import engine
-from titans_video.types import Batch, Condition, Prediction
+from titans_video.types import Batch, Condition, Prediction, TextCondition
 
 FRAMES, SIDE = 4, 8
 CPU = torch.device("cpu")
@@ -216,6 +216,24 @@ def test_the_share_of_dropped_captions() -> None:
     text = recipe._dropped(batch, recipe.text(batch.captions))
     share = (text.masks[0].sum(dim=1) == empty_length).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.06)
+
+
+def test_streams_are_dropped_together_or_each_alone() -> None:
+    recipe = recipe_of(options(drop=0.5))
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    one, none = recipe.text(batch.captions), recipe.empty
+    text, recipe.empty = (TextCondition(t.streams * 2, t.masks * 2) for t in (one, none))
+
+    def dropped() -> tuple[Tensor, Tensor]:
+        first, second = recipe._dropped(batch, text).masks
+        return first.sum(dim=1) == 1, second.sum(dim=1) == 1
+
+    first, second = dropped()
+    assert torch.equal(first, second)
+    recipe.cfg_drop_each = True
+    first, second = dropped()
+    shares = [(a & b).float().mean().item() for a in (first, ~first) for b in (second, ~second)]
+    assert shares == pytest.approx([0.25] * 4, abs=0.07)
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:

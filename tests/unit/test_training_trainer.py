@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
 from titans_video import checkpoint as files
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
 from titans_video.training import checkpoints, engine
 from titans_video.training.trainer import Outcome, Trainer
@@ -174,11 +174,9 @@ def test_a_signal_saves_and_tells_the_code(tmp_path: Path, number: signal.Signal
     assert_same(weights, straight)
 
 
-def test_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path: Path) -> None:
     train(options(tmp_path))
-    with pytest.raises(ConfigError, match=r"--resume auto.*--output-dir.*--start-over"):
-        train(options(tmp_path))
-    train(options(tmp_path, start_over=True, max_steps=2))
+    train(options(tmp_path, max_steps=2))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert (tmp_path / "previous-1" / "checkpoint-6" / "model.pt").exists()
     assert len(lines(tmp_path / "previous-1")) == 6

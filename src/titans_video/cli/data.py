@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titans_video.cli.checks import check_data, check_training
+from titans_video.cli.checks import check_training
 from titans_video.cli.parsing import parse
 from titans_video.errors import ConfigError
-from titans_video.options import CodecOptions, DataOptions, ModelOptions, SoraOptions
+from titans_video.options import CodecOptions, ModelOptions, SoraOptions
 
 FOUND_FAULTS = 1
 
 CHECK = """Say which rows of a manifest can be trained on, and why the others cannot.
 
 titans-video data check MANIFEST [the flags of the training]. Without --vae-backend any size and frame count will do.
+Flags of the training that do not concern data are read and not used, so that a whole command or --config can be given.
 The exit code is 0 where training would go ahead and 1 where it would stop."""
 CACHE = """Encode clips and captions once, into --cache FOLDER, so that training needs no VAE and no text encoder.
 
@@ -24,14 +25,11 @@ titans-video cache verify FOLDER. The exit code is 1 where a file is damaged."""
 
 
 @dataclass(frozen=True)
-class CheckFlags:
-    """What decides which rows can be used."""
+class CheckFlags(SoraOptions):
+    """A training, and where to report on its data."""
 
-    config: str | None = None
-    """YAML file of these options; flags on the command line win over it."""
     out: str = "outputs/data_check"
     """Folder for report.html, quarantine.jsonl and plan.jsonl."""
-    data: DataOptions = field(default_factory=DataOptions)
     codec: CodecOptions = field(default_factory=lambda: CodecOptions(vae_backend="identity"))
     model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(1, 1, 1)))
 
@@ -47,7 +45,7 @@ class VerifyFlags:
 def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> int:
     """Scan, write the report, print where it lies."""
     flags = parse(CheckFlags(), _named(argv, "--manifest"), prog=prog, description=CHECK)
-    check_data(flags.data)
+    check_training(flags)
     from titans_video.preparing.check import check
     from titans_video.recipes.sora import spec_of
 
@@ -73,9 +71,17 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
     flags = parse(VerifyFlags(), _named(argv, "--cache"), prog=prog, description=VERIFY)
     if flags.cache is None:
         raise ConfigError(f"Which cache? Use `{prog} FOLDER`.")
+    from tqdm import tqdm
+
     from titans_video.data.store import verify
 
-    sound, wrong = verify(Path(flags.cache))
+    with tqdm(desc="verifying", unit="file", delay=1.0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        sound, wrong = verify(Path(flags.cache), show)
     print("\n".join([*wrong, f"{sound} of {sound + len(wrong)} files are sound."]))
     return FOUND_FAULTS if wrong else 0
 

@@ -34,6 +34,9 @@ def guarded(command: Callable[[], int]) -> int:
     Returns:
         The command's own code; 2 for bad input or a missing dependency; 130 after Ctrl-C.
     """
+    # Threads that spin while they wait stand still, many times over, as soon as anything else wants a core. Read by
+    # OpenMP when torch is imported, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return command()
     except UserError as e:

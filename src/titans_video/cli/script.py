@@ -61,15 +61,13 @@ def take_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def with_defaults(words: list[str], root: Path) -> list[str]:
-    """Put in what nobody said: the tiny preset, the mock clips, and that the default folder may be used again."""
+    """Put in what nobody said: the tiny preset and the mock clips."""
     names = {word.partition("=")[0].replace("_", "-") for word in words}
     added: list[str] = []
     if "--config" not in names:
         added += ["--config", str(_shown(root / "configs" / "sora" / "tiny.yaml"))]
         if not names & {"--manifest", "--metadata"}:
             added += ["--manifest", str(_shown(root / "train" / "videos" / "mock_data" / "manifest.jsonl"))]
-        if not names & {"--output-dir", "--resume", "--start-over", "--no-start-over"}:
-            added.append("--start-over")
     return added + words
 
 

@@ -69,7 +69,7 @@ class Codec(ABC):
         self.device = torch.device(device)
         return self
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - a codec of no such weights has nothing to free
         """Free weights that live elsewhere, e.g. once the clips are cached; what needs them again loads them again."""
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from titans_video.codecs.diffusers_vae import DiffusersCodec, find_vae, load_vae, parse_dtype
+from titans_video.codecs.diffusers_vae import DiffusersCodec, class_name, find_vae, parse_dtype
 from titans_video.errors import CodecError
 
 
@@ -15,19 +15,23 @@ class CogVideoXVAEWrapper(DiffusersCodec):
         pretrained_path: a CogVideoX pipeline's folder (with vae/ in it) or the VAE's own.
         dtype: float32, float16 or bfloat16 (or fp32, fp16, bf16).
         device: where it runs.
+        load: read the weights now; otherwise when a clip is first encoded or decoded.
     Raises:
         CodecError: the folder holds no CogVideoX VAE, or an incomplete one.
     """
 
     def __init__(
-        self, pretrained_path: str | Path, dtype: str | torch.dtype = "float32", device: torch.device | str = "cpu"
+        self,
+        pretrained_path: str | Path,
+        dtype: str | torch.dtype = "float32",
+        device: torch.device | str = "cpu",
+        load: bool = True,
     ) -> None:
         folder = find_vae(pretrained_path)
-        vae = load_vae(folder, parse_dtype(dtype))
-        if type(vae).__name__ != "AutoencoderKLCogVideoX":
+        name = class_name(folder)
+        if name != "AutoencoderKLCogVideoX":
             raise CodecError(
-                f"{folder} holds an {type(vae).__name__}, not CogVideoX's VAE; "
-                "--vae-backend diffusers --pretrained-model loads it."
+                f"{folder} holds an {name}, not CogVideoX's VAE; --vae-backend diffusers --pretrained-model loads it."
             )
-        super().__init__(vae, folder)
+        self._open(folder, parse_dtype(dtype), load)
         self.to(device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titans_video.codecs.base import Codec
@@ -33,6 +34,7 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
 
 
@@ -150,9 +152,13 @@ class DiffusersCodec(Codec):
     """
 
     def __init__(self, vae: Any, folder: Path | None = None) -> None:
-        name = type(vae).__name__
         self._vae: Any = vae.eval().requires_grad_(False)
         self._dtype = vae.dtype
+        self._describe(vae, folder)
+
+    def _describe(self, vae: Any, folder: Path | None) -> None:
+        """Everything that is known without the weights."""
+        name = type(vae).__name__
         self.family = FAMILIES[name]
         self.folder = folder
         self._fingerprint: str | None = None
@@ -163,21 +169,29 @@ class DiffusersCodec(Codec):
         self.factor = torch.as_tensor(factor, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32") -> Self:
+    def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32", *, weights: bool = True) -> Self:
         """Read a VAE from a pipeline's folder or its own; nothing is ever fetched.
 
         Args:
             path: a folder with vae/config.json in it, or with config.json.
             dtype: precision of weights and computation: fp32, bf16, fp16 (or float32, bfloat16, float16).
+            weights: read them now; otherwise when a clip is first encoded or decoded.
         Raises:
             CodecError: no such folder, no VAE in it, an unknown class, or missing or misshapen weights.
         """
-        folder = find_vae(path)
-        return cls(load_vae(folder, parse_dtype(dtype)), folder)
+        codec = cls.__new__(cls)
+        codec._open(find_vae(path), parse_dtype(dtype), weights)
+        return codec
+
+    def _open(self, folder: Path, dtype: torch.dtype, weights: bool) -> None:
+        vae = load_vae(folder, dtype) if weights else outline(folder, dtype) or load_vae(folder, dtype)
+        self._vae = None if vae.device.type == "meta" else vae.eval().requires_grad_(False)
+        self._dtype = dtype
+        self._describe(vae, folder)
 
     @property
     def vae(self) -> Any:
-        """The VAE, read again after `release`."""
+        """The VAE, read at first use and again after `release`."""
         if self._vae is None:
             assert self.folder is not None  # else it was not released
             self._vae = load_vae(self.folder, self._dtype).eval().requires_grad_(False).to(self.device)
@@ -257,7 +271,12 @@ def find_vae(path: str | Path) -> Path:
     )
 
 
-def load_vae(folder: Path, dtype: torch.dtype) -> Any:
+def class_name(folder: Path) -> str:
+    """The class that a VAE's folder describes.
+
+    Raises:
+        CodecError: its config.json cannot be read, or names no class of `FAMILIES`.
+    """
     try:
         name = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as e:
@@ -267,14 +286,44 @@ def load_vae(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(FAMILIES)}. "
             "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
         )
+    return str(name)
+
+
+def _class(folder: Path) -> Any:
+    name = class_name(folder)
     try:
         import diffusers
     except ImportError:
         raise CodecError(f"--vae-backend diffusers {INSTALL}") from None
+    return getattr(diffusers, name)
+
+
+def outline(folder: Path, dtype: torch.dtype) -> Any:
+    """A VAE without weights, on the device `meta`: it tells its shapes and its scaling. None where the scaling is among
+    the weights and these are not in one file."""
+    kind = _class(folder)
     try:
-        vae, info = getattr(diffusers, name).from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        with torch.device("meta"):
+            vae = kind.from_config(kind.load_config(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {str(e).strip().splitlines()[0]}") from None
+    wanted = [name for name, _ in vae.named_buffers() if name in ("latents_mean", "latents_std")]
+    if not wanted:
+        return vae
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as f:
+            for name in wanted:
+                setattr(vae, name, f.get_tensor(name).to(dtype))
+    except (OSError, SafetensorError):
+        return None
+    return vae
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> Any:
+    kind = _class(folder)
+    name = kind.__name__
+    try:
+        vae, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
         raise CodecError(f"The {name} in {folder} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
     if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):

@@ -3,11 +3,13 @@
 Legend: B batch, C latent channels, T H W pixels, t h w the latent grid.
 """
 
+import hashlib
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -60,9 +62,11 @@ class ExternalCodec(Codec):
         return got
 
 
-def load_external(module: str, name: str, init: Mapping[str, Any]) -> Codec:
+def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool = True) -> Codec:
     """Import `module`, build its class `name` with `init` as arguments, and try it on a blank clip.
 
+    Args:
+        load: False: it may never be used, so a class that has an argument `load` is told, and none is tried.
     Raises:
         CodecError: the module, class, a method or the spec is missing or malformed, the class raises, or what it gives
             has another shape than its spec says.
@@ -72,9 +76,20 @@ def load_external(module: str, name: str, init: Mapping[str, Any]) -> Codec:
     if not isinstance(kind, type) or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         what = "does not exist" if kind is None else "is not a class with encode and decode"
         raise CodecError(f"{where}: {module}.{name} {what}. docs/codecs.md says what a codec's class needs.")
-    codec = _guard(f"{where}: building it with --vae-init-json {dict(init)}", lambda: _build(kind, name, init))
-    _guard(f"{where}: trying it on a blank clip", lambda: _probe(codec))
+    extra = {} if load or "load" not in _parameters(kind) else {"load": False}
+    codec = _guard(f"{where}: building it with --vae-init-json {dict(init)}", lambda: _build(kind, name, init, extra))
+    if load:
+        _guard(f"{where}: trying it on a blank clip", lambda: _probe(codec))
     return codec
+
+
+def source_digest(codec: Codec) -> str:
+    """A hash of the file that the user's class stands in; empty where there is none to be found."""
+    try:
+        source = inspect.getsourcefile(type(getattr(codec, "inner", codec)))
+        return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:32] if source else ""
+    except (TypeError, OSError):
+        return ""
 
 
 def _import(module: str) -> Any:
@@ -93,8 +108,8 @@ def _import(module: str) -> Any:
         raise CodecError(f"--vae-module {module} fails when imported: {type(e).__name__}: {e}") from None
 
 
-def _build(kind: type, name: str, init: Mapping[str, Any]) -> Codec:
-    inner = kind(**init)
+def _build(kind: type, name: str, init: Mapping[str, Any], extra: Mapping[str, Any]) -> Codec:
+    inner = kind(**init, **extra)
     return inner if isinstance(inner, Codec) else ExternalCodec(inner, name)
 
 
@@ -114,13 +129,16 @@ def _guard(doing: str, action: Any) -> Any:
         raise CodecError(f"{doing} raises {type(e).__name__}: {e}") from None
 
 
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
 def _takes_frames(decode: Any) -> bool:
     """Whether `decode` has a second parameter for the frame count."""
-    try:
-        parameters = list(inspect.signature(decode).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [p for p in _parameters(decode).values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1
 
 

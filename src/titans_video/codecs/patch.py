@@ -1,7 +1,7 @@
 """A small linear codec fitted to the training clips: principal components of space-time patches.
 
-Legend: N clips, T H W pixel frames, height and width, P = 3 * pt * ph * pw pixels of a patch, C channels kept, t h w the
-latent grid.
+Legend: N clips, T H W pixel frames, height and width, P = 3 * pt * ph * pw pixels of a patch, C channels kept, t h w
+the latent grid.
 """
 
 import hashlib
@@ -20,9 +20,10 @@ TENSORS = ("mean", "basis", "scales", "variance")
 class PatchCodec(Codec):
     """Keeps the leading principal components of (pt, ph, pw) patches, each divided by eigenvalue^(1/4).
 
-    Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the weight of the coarsest shape; not
-    dividing would leave the detail under the noise at nearly every time. The fourth root is the middle, and `spec.variance`
-    tells the noise process what is left of the spread, so that it can precondition each channel on its own.
+    Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the weight of the coarsest shape;
+    not dividing would leave the detail under the noise at nearly every time. The fourth root is the middle, and
+    `spec.variance` tells the noise process what is left of the spread, so that it can precondition each channel on its
+    own.
 
     Needs no download: it is fitted in seconds, and travels inside the checkpoint that was trained on it.
     """

@@ -14,7 +14,7 @@ from titans_video.frozen import restore_options, warn_if_changed
 from titans_video.options import CodecOptions, Overrides, override
 
 
-def _diffusers(options: CodecOptions, init: dict[str, Any]) -> Codec:
+def _diffusers(options: CodecOptions, init: dict[str, Any], load: bool) -> Codec:
     if not options.pretrained_model:
         raise CodecError(
             "--vae-backend diffusers needs --pretrained-model: a folder of diffusers weights with vae/ in it, or the "
@@ -26,10 +26,10 @@ def _diffusers(options: CodecOptions, init: dict[str, Any]) -> Codec:
         )
     from titans_video.codecs.diffusers_vae import DiffusersCodec
 
-    return DiffusersCodec.load(options.pretrained_model, dtype=options.vae_dtype)
+    return DiffusersCodec.load(options.pretrained_model, dtype=options.vae_dtype, weights=load)
 
 
-def _external(options: CodecOptions, init: dict[str, Any]) -> Codec:
+def _external(options: CodecOptions, init: dict[str, Any], load: bool) -> Codec:
     if not options.vae_module or not options.vae_class:
         raise CodecError(
             "--vae-backend external needs --vae-module and --vae-class, for example --vae-module "
@@ -38,22 +38,22 @@ def _external(options: CodecOptions, init: dict[str, Any]) -> Codec:
         )
     from titans_video.codecs.external import load_external
 
-    return load_external(options.vae_module, options.vae_class, init)
+    return load_external(options.vae_module, options.vae_class, init, load=load)
 
 
-def _identity(options: CodecOptions, init: dict[str, Any]) -> Codec:
+def _identity(options: CodecOptions, init: dict[str, Any], load: bool) -> Codec:
     from titans_video.codecs.identity import IdentityCodec
 
     return IdentityCodec.from_init(init)
 
 
-def _patch(options: CodecOptions, init: dict[str, Any]) -> Codec:
+def _patch(options: CodecOptions, init: dict[str, Any], load: bool) -> Codec:
     raise CodecError(
         "--vae-backend patch is fitted to clips by training and lives in its checkpoint; it cannot be built from flags."
     )
 
 
-BACKENDS: dict[str, Callable[[CodecOptions, dict[str, Any]], Codec]] = {
+BACKENDS: dict[str, Callable[[CodecOptions, dict[str, Any], bool], Codec]] = {
     "diffusers": _diffusers,
     "external": _external,
     "identity": _identity,
@@ -88,13 +88,18 @@ def parse_init(text: str | None) -> dict[str, Any]:
     return init
 
 
-def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu") -> Codec:
+def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu", load: bool = True) -> Codec:
     """The codec that flags name (a `patch` codec is fitted, see codecs/patch.py).
 
+    Args:
+        options: what to build.
+        device: where it runs.
+        load: read the weights now; otherwise when a clip is first encoded or decoded (a run on cached latents never
+            needs them).
     Raises:
         CodecError: weights, module or class are missing or malformed, or flags are.
     """
-    return BACKENDS[options.vae_backend](options, parse_init(options.vae_init_json)).to(device)
+    return BACKENDS[options.vae_backend](options, parse_init(options.vae_init_json), load).to(device)
 
 
 def describe_codec(codec: Codec, options: CodecOptions) -> dict[str, Any]:

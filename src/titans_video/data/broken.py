@@ -22,6 +22,7 @@ class Broken:
         reason: one of `plan.REASONS`.
         detail: in words.
         batch: number of the first global batch that did without it.
+        bucket: where it stood, HxWxT.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Broken:
     reason: str
     detail: str
     batch: int
+    bucket: str
 
 
 class BrokenRows:

@@ -7,8 +7,8 @@ of them.
 Legend: B rows of this rank, T frames, H W pixel height and width.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count as count_from
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch.utils.data import Sampler as IndexSampler
 
 from titans_video.data.broken import Broken, BrokenRows
 from titans_video.data.buckets import Bucket
+from titans_video.data.manifest import Row
 from titans_video.data.reading import BrokenRow, Entry, Frames, RowReader, Sample
 from titans_video.data.sampler import Lane, Occurrence, Sampler
 from titans_video.data.store import EncodingStore
@@ -108,7 +109,7 @@ class BatchReader(Dataset[RawBatch]):
 
     def first_rows(self, lane: int, count: int) -> RawBatch:
         """The first rows of a bucket, repeated up to `count`."""
-        rows = self.sampler.rows[lane].tolist()
+        rows = [r for r in self.sampler.rows[lane].tolist() if not self.entries[r].gone]
         return collate([self._row(0, Occurrence(rows[i % len(rows)], 0, 0), []) for i in range(count)], [])
 
     def _row(self, step: int, item: Occurrence, found: list[Broken]) -> Read:
@@ -118,14 +119,14 @@ class BatchReader(Dataset[RawBatch]):
         asked = self.entries[item.row].row.id
         for k in range(len(rows)):
             entry = self.entries[int(rows[(at + k) % len(rows)])]
-            if self.broken.leaves_out(entry.row.id, step):
+            if entry.gone or self.broken.leaves_out(entry.row.id, step):
                 continue
             instead = () if k == 0 else ("in place of", asked)
             seed = derive(self.seed, item.epoch, entry.row.id, item.count, *instead)
             try:
                 return self._read(seed, self.reader.sample(entry, seed))
             except BrokenRow as e:
-                record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step)
+                record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step, str(entry.bucket))
                 self.broken.add(record)
                 found.append(record)
                 self._refuse_too_many(record)
@@ -177,6 +178,8 @@ class BatchStream:
         folder: of the run, where rows that break are recorded; None: nowhere.
         most_broken: stop when more than this share of the rows breaks.
         workers: processes that read ahead.
+        lost: rows that are no entries, each with its place: those that broke earlier in a resumed run keep theirs.
+        say: told about each row that breaks.
     """
 
     def __init__(
@@ -193,28 +196,51 @@ class BatchStream:
         folder: Path | None = None,
         most_broken: float = 0.5,
         workers: int = 0,
+        lost: Sequence[tuple[int, Row]] = (),
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        self.workers, self.seed, self.store = workers, seed, store
+        self.workers, self.seed, self.store, self.reader = workers, seed, store, reader
         self.share = Share(rank, world, grad_accum)
-        self.batch_sizes = batch_sizes
-        self.entries, self.reader = list(entries), reader
+        self.batch_sizes, self.lost, self.say = batch_sizes, list(lost), say
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
+        self._arrange(entries)
+        self.broken = BrokenRows(folder, rank)
+        self._most_broken = most_broken
+        self._told: set[str] = set()
+        self._delivered = 0
+        self._resumed = False
+        self._batches: Iterator[RawBatch] | None = None
+
+    def _arrange(self, entries: Sequence[Entry]) -> None:
+        """Lay out the lines of the buckets."""
+        self.entries = list(entries)
         rows = [[i for i, e in enumerate(self.entries) if e.bucket == b] for b in self.buckets]
         lanes = [
             Lane(
                 str(bucket),
                 tuple(self.entries[i].row.id for i in lane),
                 tuple(self.entries[i].row.weight for i in lane),
-                batch_sizes[bucket] * world * grad_accum,
+                self.batch_sizes[bucket] * self.share.world * self.share.grad_accum,
             )
             for bucket, lane in zip(self.buckets, rows, strict=True)
         ]
-        self.sampler = Sampler(lanes, rows, seed)
-        self.broken = BrokenRows(folder, rank)
-        self._most_broken = most_broken
-        self._delivered = 0
-        self._resumed = False
-        self._batches: Iterator[RawBatch] | None = None
+        self.sampler = Sampler(lanes, rows, self.seed)
+
+    def _hold_places(self) -> None:
+        """Give the rows that broke earlier in this run the places that they had: a scan that no longer finds them, or
+        finds other clips there, must not move all rows behind them."""
+        buckets = {str(b): b for b in self.buckets}
+        entries, lost = {e.row.id: e for e in self.entries}, {row.id: (place, row) for place, row in self.lost}
+        for record in self.broken.known.values():
+            bucket, found = buckets.get(record.bucket), entries.get(record.id)
+            if bucket is None or (found is not None and found.bucket == bucket):
+                continue
+            if found is not None:
+                entries[record.id] = replace(found, bucket=bucket, packed=b"")
+            elif record.id in lost:
+                place, row = lost[record.id]
+                entries[record.id] = Entry(row, bucket, 1.0, 0.0, b"", place)
+        self._arrange(sorted(entries.values(), key=lambda e: e.place))
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -230,8 +256,7 @@ class BatchStream:
             raise DataError(
                 f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}"
             ) from None
-        for record in raw.broken:
-            self.broken.add(record)
+        self._note(raw.broken)
         if raw.error is not None:
             raise DataError(raw.error)
         self._delivered += 1
@@ -246,6 +271,15 @@ class BatchStream:
         self._delivered = int(state["step"]) * self.share.grad_accum
         self._resumed, self._batches = True, None
         self.broken.load()
+        self._hold_places()
+
+    def _note(self, found: Sequence[Broken]) -> None:
+        """Record rows that broke, and say so once a row: each process that reads ahead comes upon it by itself."""
+        for record in found:
+            self.broken.add(record)
+            if self.say is not None and record.id not in self._told:
+                self._told.add(record.id)
+                self.say(f"Left out from now on: {record.video} ({record.reason}). {record.detail}")
 
     @property
     def epoch(self) -> int:

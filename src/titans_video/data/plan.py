@@ -193,8 +193,9 @@ def _lengths(times: Sequence[float], usual: float, step: float | None, stride: i
 def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, seed: int | None) -> int:
     """The first frame: the earliest that leaves room, or a random one. A row whose own picture conditions it always
     begins where the picture was taken."""
+    held = row.cond_image is not None and ("i2v" in options.task_mix if options.task_mix else row.task == "i2v")
     fits = [r.first + i for r in runs for i, length in enumerate(r.lengths) if length >= frames]
-    if not options.random_start or seed is None or row.cond_image is not None:
+    if not options.random_start or seed is None or held:
         return fits[0]
     return fits[min(int(_uniform(seed, "start") * len(fits)), len(fits) - 1)]
 
@@ -230,7 +231,8 @@ def _too_short(
 ) -> str:
     """The arithmetic, in words that let the reader see what to lower."""
     window = f"from {row.start:g} s" + (f" to {row.end:g} s" if row.end is not None else "")
-    said = f"{len(times)} frames in {times[-1] + (usual if len(times) > 1 else 0.0):.3f} s, {window}"
+    seconds = times[-1] + (usual if len(times) > 1 else 0.0)
+    said = f"{len(times)} frame{'s' * (len(times) != 1)} in {seconds:.3f} s, {window}"
     largest = max((b - a for a, b in pairwise(times)), default=0.0)
     if largest > max(HOLE_LEAST, HOLE_FACTOR * usual):
         said += f", broken by a hole of {largest:.2f} s"

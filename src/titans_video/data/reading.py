@@ -45,7 +45,8 @@ class Entry:
         bucket: where it goes.
         upscale: how much it is enlarged for it.
         fps: frames a second as read.
-        packed: what `media.probe` said, packed.
+        packed: what `media.probe` said, packed; empty of a row that broke and only holds its place.
+        place: number of the row among all rows of the manifests.
         digest: of the file's content, where a cache needs it.
         image_digest: of the content of the row's own picture.
     """
@@ -55,8 +56,13 @@ class Entry:
     upscale: float
     fps: float
     packed: bytes
+    place: int = 0
     digest: str | None = None
     image_digest: str | None = None
+
+    @property
+    def gone(self) -> bool:
+        return not self.packed
 
     def info(self) -> VideoInfo:
         return unpack(self.packed)

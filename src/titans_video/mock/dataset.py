@@ -32,7 +32,7 @@ def make_dataset(
     size: int = 32,
     frames: int = 8,
     fps: float = 8.0,
-    i2v_share: float = 0.5,
+    i2v_share: float = 0.25,
     include_held_out: bool = False,
     workers: int = 1,
     progress: bool = True,

@@ -19,7 +19,7 @@ class MockOptions:
     """Frames of a clip."""
     fps: float = 8.0
     """Frames a second."""
-    i2v_share: float = 0.5
+    i2v_share: float = 0.25
     """Share of the rows with task i2v and a reference picture, the clip's first frame."""
     include_held_out: bool = False
     """Draw from all 48 combinations, also from the 8 that are kept back to test composition."""

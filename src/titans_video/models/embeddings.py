@@ -75,13 +75,23 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a Linear to patches, zero at initialisation (DiT)."""
+    """Modulated norm and a Linear to patches, zero at initialisation (DiT).
 
-    def __init__(self, dim: int, values: int):
+    With `gated_skip` each token also says how much of its own noisy patch belongs in the answer, value by value. What a
+    network is asked for is mostly noise that stands in its input. Without this, all of it has to pass through the D
+    channels of the residual stream, which narrow networks need for what they have to say.
+    """
+
+    def __init__(self, dim: int, values: int, gated_skip: bool = False):
         super().__init__()
+        self.gated_skip = gated_skip
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, values)
+        self.linear = nn.Linear(dim, values * (2 if gated_skip else 1))
 
-    def forward(self, x_BspD: Tensor, c_BsD: Tensor) -> Tensor:
+    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
         shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
-        return self.linear(modulated_norm(x_BspD, shift, scale))
+        out = self.linear(modulated_norm(x_BspD, shift, scale))
+        if not self.gated_skip:
+            return out
+        value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)
+        return torch.addcmul(value, gate, noisy_BspV.to(gate.dtype))

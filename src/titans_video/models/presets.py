@@ -12,7 +12,7 @@ from titans_video.options import ModelOptions
 from titans_video.types import CodecSpec
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"model_dim": 96, "depth": 5, "heads": 4, "conv": True, "text_layers": 0},
+    "tiny": {"model_dim": 96, "depth": 5, "heads": 4, "conv": True, "gated_skip": True, "text_layers": 0},
     "S": {"model_dim": 384, "depth": 12, "heads": 6},
     "B": {"model_dim": 768, "depth": 12, "heads": 12},
     "L": {"model_dim": 1024, "depth": 24, "heads": 16},

@@ -46,6 +46,8 @@ class SoraDiT(ModelMixin, ConfigMixin):
         qk_norm: RMSNorm on each head's queries and keys.
         adaln: modulation from a Linear of each `block`, or from one `shared` Linear and a table a block.
         conv: a 3x3 depthwise convolution over each slot's tokens at the start of each block.
+        gated_skip: each token adds its own noisy patch to its answer, gated (see `FinalLayer`): for networks that are
+            narrow against the values of a patch.
         rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells, not
             thousands).
     Raises:
@@ -74,6 +76,7 @@ class SoraDiT(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
         adaln: Literal["block", "shared"] = "shared",
         conv: bool = False,
+        gated_skip: bool = False,
         rope_theta: float = 256.0,
     ):
         super().__init__()
@@ -93,7 +96,7 @@ class SoraDiT(ModelMixin, ConfigMixin):
             SoraBlock(model_dim, heads, mlp_ratio, attention_type, bool(text_widths), qk_norm, adaln, conv)
             for _ in range(depth)
         )
-        self.final = FinalLayer(model_dim, in_channels * cells)
+        self.final = FinalLayer(model_dim, in_channels * cells, gated_skip)
         self.gradient_checkpointing = False
         self.initialise()
 
@@ -140,7 +143,7 @@ class SoraDiT(ModelMixin, ConfigMixin):
                 x = self._gradient_checkpointing_func(block, x, c_block, rotation, grid[2], text, text_mask)
             else:
                 x = block(x, c_block, rotation, grid[2], text, text_mask)
-        value = unpatchify(self.final(x, c), self.patch, grid[1])
+        value = unpatchify(self.final(x, c, patchify(latents, self.patch)), self.patch, grid[1])
         return Prediction(value.to(latents.dtype), memory)
 
     def embed_patches(self, latents: Tensor, condition: Condition) -> Tensor:

@@ -11,11 +11,16 @@ from titans_video.checkpoint import atomic_path
 from titans_video.data.packing import unpack
 from titans_video.data.plan import RowPlan, plan_row
 from titans_video.data.reading import Entry
+from titans_video.errors import ConfigError
 from titans_video.options import DataOptions
 from titans_video.preparing.opening import Data, open_scan
 from titans_video.preparing.report import write_html
-from titans_video.preparing.scan import Quarantined, reasons_in_words
+from titans_video.preparing.scan import Quarantined
 from titans_video.types import CodecSpec
+
+QUARANTINE = "quarantine.jsonl"
+PLAN = "plan.jsonl"
+HTML = "report.html"
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,19 @@ def check(
     Raises:
         ConfigError, DataError: flags or the manifest itself are wrong.
     """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--out {folder} cannot be written: {e.strerror}.") from None
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
     data = Data(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
-    folder = Path(out)
-    html, quarantine, plan = (folder / n for n in ("report.html", "quarantine.jsonl", "plan.jsonl"))
+    html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
     plans = {e.row.id: _plan(e, data) for e in data.entries}
-    _write_lines(quarantine, (_quarantine_line(q) for q in scan.quarantined))
+    write_quarantine(quarantine, scan.quarantined)
     _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.entries))
     total = len(scan.entries) + len(scan.quarantined)
-    text = data.summary() if data.entries else f"Data: 0 of {total} rows usable.\nLeft out: {_left_out(data)}."
-    write_html(html, data, plans, text, progress=progress)
+    write_html(html, data, plans, progress=progress)
     return Report(
         rows=total,
         usable=len(scan.entries),
@@ -77,12 +85,13 @@ def check(
         html=html,
         quarantine=quarantine,
         plan=plan,
-        text=text,
+        text=data.summary(),
     )
 
 
-def _left_out(data: Data) -> str:
-    return reasons_in_words(data.quarantined)
+def write_quarantine(path: Path, quarantined: Iterable[Quarantined]) -> None:
+    """Write down the rows that are left out, a line of JSON each."""
+    _write_lines(path, (_quarantine_line(q) for q in quarantined))
 
 
 def _plan(entry: Entry, data: Data) -> RowPlan:

@@ -1,11 +1,11 @@
 """Filling the cache: whatever a run may ask of its codec and its frozen text encoders, encoded once.
 
-The work is divided over the ranks row by row and prompt by prompt; nothing is exchanged, because every file is named by
-its content. Codec and encoders are only loaded by a rank that finds something missing.
+The work is divided over the ranks row by row and prompt by prompt; no encoding is exchanged, because every file is
+named by its content. Codec and encoders are only loaded by a rank that finds something missing.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_video.codecs.base import Codec
+from titans_video.codecs.external import source_digest
 from titans_video.data.loader import to_floats
-from titans_video.data.reading import BrokenRow, RamCache, RowReader, Sample
+from titans_video.data.reading import BrokenRow, Entry, RamCache, RowReader, Sample
 from titans_video.data.store import EncodingStore
-from titans_video.errors import DataError
+from titans_video.errors import DataError, UserError
 from titans_video.options import CodecOptions
-from titans_video.preparing.opening import Data, with_digests
-from titans_video.preparing.scan import Quarantined, look_into
+from titans_video.preparing.opening import ALONE, Data, Together, with_digests
+from titans_video.preparing.scan import Quarantined, look_into, needs_picture, reasons_in_words
 from titans_video.preparing.workers import Failed, Job
 from titans_video.text.table import TextEncoder
 from titans_video.types import TextCondition
+
+DIGEST_SECONDS = 1800.0  # the time limit of hashing one file
 
 
 class CodecLike(Protocol):
@@ -52,13 +55,13 @@ class Encoders:
 
 @dataclass
 class Filled:
-    """What filling did on this rank.
+    """What filling did, on all processes together.
 
     Attributes:
-        data: with the digests that the store's keys need; stream from it.
+        data: with the digests that the store's keys need, and without the rows that could not be read; stream from it.
         store: to give to `data.stream`.
         made, found: encodings that were missing, and that were there.
-        broken: rows that could not be read; training leaves them out.
+        broken: rows that could not be read.
     """
 
     data: Data
@@ -68,46 +71,79 @@ class Filled:
     broken: list[Quarantined] = field(default_factory=list)
 
     def summary(self) -> str:
-        lost = f", {len(self.broken)} rows could not be read" if self.broken else ""
-        return f"Cache {self.store.folder}: {self.made} encodings made, {self.found} were there{lost}."
+        said = f"Cache {self.store.folder}: {self.made} encodings made, {self.found} were there."
+        if self.broken:
+            said += f"\n{len(self.broken)} rows could not be read and are left out: {reasons_in_words(self.broken)}."
+        return said
 
 
-def fill_cache(data: Data, folder: Path | str, encoders: Encoders, *, progress: bool = True) -> Filled:
+def fill_cache(
+    data: Data, folder: Path | str, encoders: Encoders, *, progress: bool = True, together: Together = ALONE
+) -> Filled:
     """Encode what this rank's share of rows and prompts lacks in a store.
 
     Args:
         folder: of the store; made if missing.
+        together: the processes of the run, which come back together. By default this one does not wait for others.
     Returns:
-        The store, whole only when all ranks have come back.
+        The store, whole when all ranks have come back.
     Raises:
-        DataError: a file cannot be read to tell its content, or nothing could be encoded.
+        DataError: the store cannot be written, or more rows than `--max-bad` allows cannot be read.
     """
     store = EncodingStore(Path(folder), encoders.codec_key, encoders.text_keys)
-    filled = Filled(add_digests(data, progress=progress and data.rank == 0), store)
+    total = len(data.entries)
+    digests: dict[Path, str | Failed] = together.once(lambda: find_digests(data, progress=progress))
+    lost = _undigested(data, digests)
+    whole = {path: digest for path, digest in digests.items() if isinstance(digest, str)}
+    filled = Filled(with_digests(data.without(lost), whole), store)
     reader = RowReader(data.options, data.table, data.mix, cached=True, ram=RamCache(0))
     bar = tqdm(desc="filling the cache", unit="encoding", disable=not progress or data.rank > 0, delay=1.0)
-    with bar:
-        _fill_clips(filled, reader, encoders, bar)
-        _fill_text(filled, encoders, bar)
-    if len(filled.broken) > data.options.max_bad * len(data.entries):
+    try:
+        with bar:
+            _fill_clips(filled, reader, encoders, bar)
+            _fill_text(filled, encoders, bar)
+        error = None
+    except (UserError, OSError) as e:
+        error = str(e)
+    parts = together.gather((filled.made, filled.found, filled.broken, error))
+    errors = [e for *_, e in parts if e is not None]
+    if errors:
+        raise DataError(f"The cache {folder} cannot be filled: {errors[0]}")
+    filled.made, filled.found = sum(p[0] for p in parts), sum(p[1] for p in parts)
+    filled.broken = [*lost, *(q for p in parts for q in p[2])]
+    if len(filled.broken) > data.options.max_bad * total or len(filled.broken) == total:
         raise DataError(
-            f"{len(filled.broken)} of {len(data.entries)} rows could not be read while the cache was filled, more than "
+            f"{len(filled.broken)} of {total} rows could not be read while the cache was filled, more than "
             f"--max-bad {data.options.max_bad:g} allows. The last: {filled.broken[-1].detail}"
         )
+    filled.data = filled.data.without(filled.broken)
     return filled
 
 
-def add_digests(data: Data, *, progress: bool = False) -> Data:
-    """The data with the SHA-256 of every file; remembered by the files' size and time of change."""
+def find_digests(data: Data, *, progress: bool = False) -> dict[Path, str | Failed]:
+    """The SHA-256 of every file that a key needs, remembered by the files' size and time of change."""
     jobs: list[Job] = [("digest", e.row.video) for e in data.entries]
-    jobs += [("digest", e.row.cond_image) for e in data.entries if e.row.cond_image is not None]
-    found = look_into(jobs, progress=progress)
-    digests: dict[Path, str] = {}
-    for (_, path), digest in found.items():
-        if isinstance(digest, Failed):
-            continue  # gone since the scan: reading it says so, row by row
-        digests[path] = str(digest)
-    return with_digests(data, digests)
+    jobs += [("digest", path) for e in data.entries if (path := _picture(e, data)) is not None]
+    found = look_into(jobs, progress=progress, seconds=DIGEST_SECONDS)
+    return {path: digest if isinstance(digest, Failed) else str(digest) for (_, path), digest in found.items()}
+
+
+def _undigested(data: Data, digests: Mapping[Path, str | Failed]) -> list[Quarantined]:
+    """The rows with a file that was gone, or could not be read through, after the scan."""
+    lost = []
+    for e in data.entries:
+        clip, picture = digests[e.row.video], _picture(e, data)
+        of_picture = digests[picture] if picture is not None else None
+        if isinstance(clip, Failed):
+            lost.append(Quarantined(e.row, clip.reason, f"{e.row.video}: {clip.detail}", e.place))
+        elif isinstance(of_picture, Failed):
+            lost.append(Quarantined(e.row, "cond-image", f"{picture}: {of_picture.detail}", e.place))
+    return lost
+
+
+def _picture(entry: Entry, data: Data) -> Path | None:
+    """A row's own picture, where it is used."""
+    return entry.row.cond_image if needs_picture(entry.row, data.mix) else None
 
 
 def _samples(data: Data, reader: RowReader) -> Iterator[tuple[int, Sample]]:
@@ -137,7 +173,7 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
             picture = to_floats(torch.from_numpy(reader.picture(sample))[None, None]) if sample.picture else None
         except BrokenRow as e:
             broken.add(number)
-            filled.broken.append(Quarantined(sample.entry.row, e.reason, e.detail))
+            filled.broken.append(Quarantined(sample.entry.row, e.reason, e.detail, sample.entry.place))
             continue
         for fields in missing:
             pixels = clip if fields["kind"] == "clips" else known_clip(clip, picture, sample.known)
@@ -186,8 +222,12 @@ def _shard(prompts: Iterable[str], data: Data) -> list[str]:
 
 
 def codec_key(codec: Codec, options: CodecOptions) -> str:
-    """What tells a codec's latents from any other's."""
-    return json.dumps([codec.spec.name, codec.fingerprint(), options.vae_dtype])
+    """What tells a codec's latents from any other's: its fingerprint and its precision; of a class of the user's own
+    also its code and the arguments that it is built with, which no fingerprint of weights covers."""
+    known: list[str | None] = [codec.spec.name, codec.fingerprint(), options.vae_dtype]
+    if options.vae_backend == "external":
+        known += [options.vae_module, options.vae_class, options.vae_init_json, source_digest(codec)]
+    return json.dumps(known)
 
 
 def text_keys(text: TextEncoder) -> tuple[str, ...]:

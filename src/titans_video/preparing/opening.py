@@ -3,8 +3,10 @@
 import math
 import statistics
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,22 @@ from titans_video.options import DataOptions
 from titans_video.preparing.scan import Quarantined, Scan, reasons_in_words, refuse_bad, scan_rows
 from titans_video.seeding import derive
 from titans_video.types import CodecSpec
+
+
+@dataclass(frozen=True)
+class Together:
+    """How the processes of a run share what one of them knows.
+
+    Attributes:
+        once: a function's result, found by the main process and given to all; its errors are raised on all.
+        gather: what each process gives, in the order of the processes, given to all.
+    """
+
+    once: Callable[[Callable[[], Any]], Any]
+    gather: Callable[[Any], list[Any]]
+
+
+ALONE = Together(lambda make: make(), lambda value: [value])
 
 
 @dataclass
@@ -71,7 +89,12 @@ class Data:
         return RowReader(self.options, self.table, self.mix, ram=self.ram)
 
     def stream(
-        self, *, grad_accum: int = 1, store: EncodingStore | None = None, folder: Path | str | None = None
+        self,
+        *,
+        grad_accum: int = 1,
+        store: EncodingStore | None = None,
+        folder: Path | str | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> BatchStream:
         """This process's batches; see `BatchStream`.
 
@@ -79,6 +102,7 @@ class Data:
             grad_accum: micro-batches of one optimizer step.
             store: a full cache, in place of reading pixels.
             folder: of the run: rows that break are recorded there and left out again on resume.
+            say: told about each row that breaks.
         """
         workers, reader = self.options.num_workers, self.reader()
         if workers > 0:  # each fills a cache of its own
@@ -97,7 +121,15 @@ class Data:
             folder=None if folder is None else Path(folder),
             most_broken=self.options.max_bad,
             workers=workers,
+            lost=[(q.place, q.row) for q in self.quarantined],
+            say=say,
         )
+
+    def without(self, broken: Sequence[Quarantined]) -> "Data":
+        """The same data with some usable rows in the quarantine."""
+        ids = {q.row.id for q in broken}
+        left = [e for e in self.entries if e.row.id not in ids]
+        return replace(self, entries=left, quarantined=[*self.quarantined, *broken])
 
     def sample_pixels(self, n: int) -> Tensor:
         """Clips of the fullest bucket, drawn by the seed: to fit a codec to.
@@ -123,20 +155,30 @@ class Data:
             raise DataError(f"Not one clip of the bucket {fullest} can be read any more.")
         return to_floats(torch.stack(clips))
 
-    def summary(self) -> str:
-        """What was found and what was left out, in a few lines for the person at the keyboard."""
-        total = len(self.entries) + len(self.quarantined)
-        lines = [f"Data: {len(self.entries)} of {total} rows usable, {self.fps:g} frames a second."]
+    def summary(self, grad_accum: int = 1) -> str:
+        """What was found and what was left out, in a few lines for the person at the keyboard.
+
+        Args:
+            grad_accum: micro-batches of one optimizer step.
+        """
+        share, total = self.world * grad_accum, len(self.entries) + len(self.quarantined)
+        rate = f", {self.fps:g} frames a second" if self.entries else ""
+        lines = [f"Data: {len(self.entries)} of {total} rows usable{rate}."]
         if self.quarantined:
             lines.append(f"Left out: {reasons_in_words(self.quarantined)}.")
         counts = Counter(e.bucket for e in self.entries)
-        sizes = ", ".join(f"{b} ({counts[b]} rows, batches of {self.batch_size(b) * self.world})" for b in self.buckets)
-        lines.append(f"Buckets HxWxT: {sizes}.")
+        sizes = ", ".join(f"{b} ({counts[b]} rows, batches of {self.batch_size(b) * share})" for b in self.buckets)
+        return "\n".join([*lines, *([f"Buckets HxWxT: {sizes}."] if sizes else []), *self.remarks(grad_accum)])
+
+    def remarks(self, grad_accum: int = 1) -> list[str]:
+        """What may surprise about the usable rows: empty and thin buckets, clips that are enlarged."""
+        lines = []
         shapes = {(b.height, b.width) for b in self.buckets}
         empty = [str(b) for b in self.table.buckets if (b.height, b.width) not in shapes]
         if empty:
             lines.append(f"No clip suits the bucket{'s' * (len(empty) > 1)} {', '.join(empty)}.")
-        thin = [str(b) for b in self.buckets if counts[b] < self.batch_size(b) * self.world]
+        counts = Counter(e.bucket for e in self.entries)
+        thin = [str(b) for b in self.buckets if counts[b] < self.batch_size(b) * self.world * grad_accum]
         if thin:
             lines.append(
                 f"Thinner than one batch: {', '.join(thin)}. A batch there is filled over several epochs, so rows "
@@ -148,7 +190,7 @@ class Data:
                 f"{len(enlarged)} clips are smaller than their bucket and enlarged, {max(enlarged):.2f} times at most "
                 "(--max-upscale refuses them)."
             )
-        return "\n".join(lines)
+        return lines
 
 
 def open_data(
@@ -159,20 +201,26 @@ def open_data(
     seed: int,
     rank: int = 0,
     world: int = 1,
+    together: Together = ALONE,
 ) -> Data:
     """Read and scan the manifests, and plan every row.
 
     Args:
         spec, patch_size: of the codec and the network; what sizes and frame counts must be divided by.
         seed: of the run.
-        rank, world: of this process; every process finds the same.
+        rank, world: of this process.
+        together: the processes of the run: one looks, and all get what it finds.
     Raises:
         ConfigError: a flag is wrong or contradicts another.
         DataError: the manifest is wrong, or too little in it is usable.
     """
-    check_options(options)
-    scan, mix = open_scan(options, spec, patch_size, progress=rank == 0)
-    refuse_bad(scan, options)
+
+    def look() -> tuple[Scan, TaskMix]:
+        scan, mix = open_scan(options, spec, patch_size, progress=True)
+        refuse_bad(scan, options)
+        return scan, mix
+
+    scan, mix = together.once(look)
     ram = RamCache(options.ram_cache_mb * 2**20)
     return Data(options, scan.entries, scan.quarantined, scan.table, mix, seed, rank, world, ram)
 
@@ -220,8 +268,12 @@ def check_options(options: DataOptions) -> None:
         raise ConfigError(f"--max-bad {options.max_bad:g}: it is a share from 0 to 1.")
 
 
-def with_digests(data: Data, digests: dict[Path, str]) -> Data:
-    """The same data with the digest of every file that a cache's keys need."""
+def with_digests(data: Data, digests: Mapping[Path, str]) -> Data:
+    """The same data with the digest of every file that a cache's keys need.
+
+    Args:
+        digests: of each clip, and of each picture that is used.
+    """
     entries = [
         replace(
             e, digest=digests[e.row.video], image_digest=digests.get(e.row.cond_image) if e.row.cond_image else None

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from titans_video.checkpoint import atomic_path
+from titans_video.data.buckets import Bucket
 from titans_video.data.plan import REASONS, RowPlan
 from titans_video.data.reading import Entry
 from titans_video.errors import DataError
@@ -23,37 +24,38 @@ from titans_video.preparing.scan import Quarantined
 from titans_video.preparing.workers import usable_cores
 
 PICTURED = 2000  # rows with a strip; a page of more would not open
-STRIP_FRAMES, STRIP_HEIGHT = 4, 72
+STRIP_FRAMES, STRIP_HEIGHT = 4, 64
+WIDEST = 3.2  # width over height where the plot ends
 COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#1d2330;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1240px;padding:0 1rem;color:#1d2330;background:#fff}
 h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-.summary{white-space:pre-line;color:#465064}.plots{display:flex;flex-wrap:wrap;gap:2rem}
+.summary{white-space:pre-line;color:#465064;max-width:70rem}.plots{display:flex;flex-wrap:wrap;gap:2rem}
 .numbers{display:flex;gap:2.5rem;margin:1rem 0}.numbers b{display:block;font-size:1.9rem;line-height:1.2}
 table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.45rem .7rem .45rem 0;
 border-bottom:1px solid #e3e6ec}th{font-size:.8rem;color:#667}td.small,.id{font-size:.82rem;color:#566}
-td img{display:block;border-radius:3px;height:72px}
+td img{display:block;border-radius:3px;height:64px}td.name{overflow-wrap:anywhere;min-width:10.5rem}
+td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke-dasharray:3 3}.grid{stroke:#e9ecf1}
 .bad{color:#b0302a;font-weight:600}svg text{fill:#465064;font-size:12px}
 @media(prefers-color-scheme:dark){body{background:#14171d;color:#e5e8ee}.summary,td.small,.id,th{color:#a3acbb}
-td,th{border-color:#2b303a}svg text{fill:#a3acbb}.bad{color:#ff8b80}}
+td,th{border-color:#2b303a}.grid{stroke:#262b35}svg text{fill:#a3acbb}.bad{color:#ff8b80}}
 """
 
 
-def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], summary: str, *, progress: bool = False) -> None:
+def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], *, progress: bool = False) -> None:
     """Write the report.
 
     Args:
         plans: by row id, of every usable row.
-        summary: in words, as the terminal shows it.
     """
     strips = _strips(data.entries[:PICTURED], plans, progress)
     body = [
         "<h1>Data report</h1>",
-        f'<div class="summary">{escape(summary)}</div>',
         _numbers(data),
+        f'<div class="summary">{escape(chr(10).join(data.remarks()))}</div>',
         '<div class="plots">',
-        _histogram("Rows of each bucket (HxWxT)", Counter(str(e.bucket) for e in data.entries)),
+        _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
         _scatter(data, plans),
         "</div>",
         _left_out(data.quarantined),
@@ -97,6 +99,13 @@ def _numbers(data: Data) -> str:
     return '<div class="numbers">' + "".join(f"<div><b>{n}</b>{name}</div>" for name, n in found.items()) + "</div>"
 
 
+def _bucket_counts(data: Data) -> dict[str, int]:
+    """Rows of each bucket, the empty ones too."""
+    shapes = {(b.height, b.width) for b in data.buckets}
+    empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
+    return dict(Counter(str(e.bucket) for e in data.entries)) | empty
+
+
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
     top, row, left, width = max(counts.values(), default=1), 24, 130, 340
     bars = []
@@ -114,7 +123,8 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _scatter(data: Data, plans: Mapping[str, RowPlan]) -> str:
-    """Aspect (width over height, log) against length; a vertical line where each bucket stands."""
+    """Aspect (width over height, log) against length; a vertical line where each bucket stands. Clips wider or taller
+    than `WIDEST` stand at the edge."""
     order = [name for name, _ in Counter(str(e.bucket) for e in data.entries).most_common()]
     points = [
         (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
@@ -123,40 +133,53 @@ def _scatter(data: Data, plans: Mapping[str, RowPlan]) -> str:
     ]
     if not points:
         return ""
-    sides = {f"{b.height}x{b.width}": b.width / b.height for b in data.table.buckets}
-    aspects = [x for x, *_ in points] + list(sides.values())
-    low, high = math.log(min(aspects) / 1.15), math.log(max(aspects) * 1.15)
+    reach = math.log(min(max(1.9, *(max(a, 1 / a) * 1.1 for a, *_ in points)), WIDEST))
     longest = max(y for _, y, *_ in points) * 1.08
-    left, width, height = 46, 520, 260
+    left, top, width, height = 46, 50, 520, 260
 
-    def at(aspect: float, seconds: float) -> tuple[float, float]:
-        return left + (math.log(aspect) - low) / (high - low) * width, height * (1 - seconds / longest) + 16
+    def across(aspect: float) -> float:
+        return left + (min(max(math.log(aspect) / reach, -1.0), 1.0) + 1) / 2 * width
 
-    lines = [
-        f'<line x1="{x:.1f}" y1="16" x2="{x:.1f}" y2="{height + 16}" stroke="#99a3b5" stroke-dasharray="3 3"/>'
-        f'<text x="{x:.1f}" y="11" text-anchor="middle">{name}</text>'
-        for name, aspect in sides.items()
-        for x in [at(aspect, 0)[0]]
+    def up(seconds: float) -> float:
+        return top + height * (1 - seconds / longest)
+
+    sides = {f"{b.height}x{b.width}": b.width / b.height for b in sorted(data.table.buckets, key=_aspect)}
+    marks = [
+        f'<line x1="{x:.1f}" y1="{top - 6 - 13 * (i % 3)}" x2="{x:.1f}" y2="{top + height}" class="mark"/>'
+        f'<text x="{x:.1f}" y="{top - 9 - 13 * (i % 3)}" text-anchor="middle">{name}</text>'
+        for i, (name, aspect) in enumerate(sides.items())
+        for x in [across(aspect)]
     ]
     dots = [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity=".75"><title>{escape(name)}: '
-        f"{aspect:.2f}, {seconds:.2f} s</title></circle>"
+        f'<circle cx="{across(aspect):.1f}" cy="{up(seconds):.1f}" r="4" fill="{colour}" fill-opacity=".75">'
+        f"<title>{escape(name)}: {aspect:.2f}, {seconds:.2f} s</title></circle>"
         for aspect, seconds, colour, name in points
-        for x, y in [at(aspect, seconds)]
     ]
+    step = _round_step(longest / 4)
     ticks = [
-        f'<text x="{left - 8}" y="{at(1, s)[1] + 4:.1f}" text-anchor="end">{s:.3g}</text>'
-        for s in np.linspace(0, longest, 5).tolist()
+        f'<text x="{left - 10}" y="{up(i * step) + 4:.1f}" text-anchor="end">{i * step:g}</text>'
+        f'<line x1="{left}" y1="{up(i * step):.1f}" x2="{left + width}" y2="{up(i * step):.1f}" class="grid"/>'
+        for i in range(int(longest / step) + 1)
     ]
     ticks += [
-        f'<text x="{at(a, 0)[0]:.1f}" y="{height + 34}" text-anchor="middle">{name}</text>'
-        for name, a in {"9:16": 9 / 16, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9}.items()
-        if low <= math.log(a) <= high
+        f'<text x="{across(w / h):.1f}" y="{top + height + 18}" text-anchor="middle">{w}:{h}</text>'
+        for w, h in ((1, 3), (1, 2), (9, 16), (3, 4), (1, 1), (4, 3), (16, 9), (2, 1), (3, 1))
+        if abs(math.log(w / h)) <= reach and ({w, h} != {1, 2} or reach > 1)
     ]
     return (
-        f'<div><h2>Aspect (across) and seconds (up)</h2><svg width="{left + width + 20}" height="{height + 44}">'
-        f"{''.join([*lines, *dots, *ticks])}</svg></div>"
+        f'<div><h2>Aspect (across) and seconds (up)</h2><svg width="{left + width + 24}" height="{top + height + 28}">'
+        f"{''.join([*ticks, *marks, *dots])}</svg></div>"
     )
+
+
+def _aspect(bucket: Bucket) -> float:
+    return bucket.width / bucket.height
+
+
+def _round_step(least: float) -> float:
+    """The first of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is not less."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= least * 0.999)
 
 
 def _left_out(quarantined: Sequence[Quarantined]) -> str:
@@ -167,8 +190,9 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
     parts += [f"<li><b>{n} {reason}</b>: {escape(REASONS[reason])}</li>" for reason, n in counts.most_common()]
     parts.append("</ul><table><tr><th>reason<th>row<th>why, with the arithmetic<th>caption</tr>")
     parts += [
-        f'<tr><td class="bad">{q.reason}<td>{escape(q.row.video.name)}<div class="id">{escape(q.row.id)}<br>'
-        f'{escape(q.row.where())}</div><td>{escape(q.detail)}<td class="small">{escape(q.row.caption)}</tr>'
+        f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="id">'
+        f"{escape(q.row.id)}<br>{escape(q.row.where())}</div><td>{escape(q.detail)}"
+        f'<td class="small">{escape(q.row.caption)}</tr>'
         for q in quarantined[:PICTURED]
     ]
     return "".join([*parts, "</table>"])
@@ -183,9 +207,9 @@ def _rows(entries: Sequence[Entry], plans: Mapping[str, RowPlan], strips: Mappin
         notes = "".join(f"<br>{escape(note)}" for note in info.notes)
         enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
         parts.append(
-            f'<tr><td>{picture}<td>{escape(e.row.video.name)}<div class="id">{escape(e.row.id)}</div>'
-            f'<td class="small">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of {plan.source[0]}x'
-            f"{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
+            f'<tr><td>{picture}<td class="name">{escape(e.row.video.name)}<div class="id">{escape(e.row.id)}</div>'
+            f'<td class="small plan">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of '
+            f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
             f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"
             f"<td>{escape(e.row.caption)}</tr>"
         )

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ Finding = bytes | str | Failed
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that is left out, and why."""
+    """A row that is left out, and why; `place` is its number among all rows of the manifests."""
 
     row: Row
     reason: str
     detail: str
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ def scan_rows(
     sized = options.buckets is not None or options.height is not None or options.width is not None
     table = make_table(options, spec, patch_size, None) if sized else None
     jobs: list[Job] = [("probe", row.video) for row in rows]
-    jobs += [("image", row.cond_image) for row in rows if row.cond_image is not None and _needs_picture(row, mix)]
+    jobs += [("image", row.cond_image) for row in rows if row.cond_image is not None and needs_picture(row, mix)]
     found = look_into(jobs, workers=workers, progress=progress, seconds=seconds)
     if table is None:
         table = make_table(options, spec, patch_size, _first_size(rows, found))
     entries: list[Entry] = []
     quarantined: list[Quarantined] = []
-    for row in rows:
-        outcome = _outcome(row, options, table, mix, found)
+    for place, row in enumerate(rows):
+        outcome = replace(_outcome(row, options, table, mix, found), place=place)
         if isinstance(outcome, Entry):
             entries.append(outcome)
         else:
@@ -97,7 +98,8 @@ def make_table(
     return BucketTable(tuple(parse_buckets(options, spec, patch_size, first_size)), spec, patch_size)
 
 
-def _needs_picture(row: Row, mix: TaskMix) -> bool:
+def needs_picture(row: Row, mix: TaskMix) -> bool:
+    """Whether a row's own picture, if it has one, may be what it is conditioned on."""
     return any(task == "i2v" for task, _ in mix.shares) if mix.shares else row.task == "i2v"
 
 

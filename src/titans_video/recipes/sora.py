@@ -7,10 +7,13 @@ latent grid.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
@@ -30,8 +33,9 @@ from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
 from titans_video.options import CodecOptions, Overrides, SoraOptions
+from titans_video.preparing.check import QUARANTINE, write_quarantine
 from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
-from titans_video.preparing.opening import Data, open_data
+from titans_video.preparing.opening import Data, Together, open_data
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
@@ -156,15 +160,20 @@ def train_sora(options: SoraOptions) -> Outcome:
         text.release()
         codec.release()
     recipe = build_recipe(options, data, codec, text, accelerator.device, store)
-    moved = checkpoints.prepare_folder(options.train, resume) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+    moved = engine.once(accelerator, lambda: checkpoints.prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
-    say("\n".join([data.summary(), *frames_in_words(options, data, codec.spec)]))
+    say("\n".join([data.summary(options.train.grad_accum), *frames_in_words(options, data, codec.spec)]))
+    left_out = Path(options.train.output_dir) / QUARANTINE
+    engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
+    if data.quarantined:
+        say(f"Which rows, and why: {left_out}")
     say(f"SoraDiT, {size:.1f} million parameters.")
     say(engine.describe(accelerator, options.data, options.train))
-    stream = data.stream(grad_accum=options.train.grad_accum, store=store, folder=options.train.output_dir)
+    stream = data.stream(
+        grad_accum=options.train.grad_accum, store=store, folder=options.train.output_dir, say=tqdm.write
+    )
     outcome = Trainer(recipe, stream, options.train, accelerator, resume, say).run()
     accelerator.end_training()
     return outcome
@@ -177,7 +186,7 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
     if resume and fitted:
         codec = codec_from_checkpoint(resume.model.config["codec"], resume.model.codec, Overrides())
     elif not fitted:
-        codec = build_codec(options.codec, device=accelerator.device)
+        codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
     data = open_data(
         options.data,
         codec.spec if codec else spec_of(options.codec),
@@ -185,8 +194,14 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        together=together(accelerator),
     )
     return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
+
+
+def together(accelerator: engine.Engine) -> Together:
+    """How these processes share what one of them knows."""
+    return Together(partial(engine.once, accelerator), partial(engine.gather, accelerator))
 
 
 def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
@@ -205,7 +220,7 @@ def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
 def spec_of(options: CodecOptions) -> CodecSpec:
     """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
     if options.vae_backend != "patch":
-        return build_codec(options).spec
+        return build_codec(options, load=False).spec
     patch, channels = _patch_arguments(options)
     return CodecSpec("patch", channels, patch, "blocks")
 
@@ -246,9 +261,8 @@ def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, acce
     """Encode what the cache lacks, shared out over the processes; whole when this returns."""
     encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
     assert options.data.cache is not None  # callers checked
-    filled = fill_cache(data, options.data.cache, encoders)
+    filled = fill_cache(data, options.data.cache, encoders, together=together(accelerator))
     accelerator.print(filled.summary())
-    accelerator.wait_for_everyone()
     return filled
 
 

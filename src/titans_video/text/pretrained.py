@@ -257,7 +257,7 @@ class PretrainedStream:
         return part.eval().requires_grad_(False)
 
     def _load_tokenizer(self) -> Any:
-        tokenizer = self._read(_transformers().AutoTokenizer)
+        tokenizer = self._read(self._tokenizer_kind())
         tokenizer.truncation_side = "right"
         # Without its files transformers makes some tokenizers up, with next to no vocabulary, and says nothing.
         if len(set(tokenizer(PLAIN_WORDS)["input_ids"]) - set(tokenizer.all_special_ids)) < 3:
@@ -266,6 +266,12 @@ class PretrainedStream:
                 "(tokenizer.json, or spiece.model, vocab.json, merges.txt) in the folder? Copy it again."
             )
         return tokenizer
+
+    def _tokenizer_kind(self) -> Any:
+        # For UMT5 the automatic class wants a tokenizer.json; copies that hold spiece.model alone are in T5's format.
+        folder = Path(self.source.path)
+        alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+        return _transformers().T5Tokenizer if self._encoder_alone() and alone else _transformers().AutoTokenizer
 
     def _folder(self) -> Path:
         if Path(self.source.path).is_dir():
@@ -326,7 +332,8 @@ def _hub_problem() -> str | None:
 
 
 def _missing(source: Source, why: str) -> str:
-    other = ", or --text-model builtin, which needs none" if source.flag == "--text-model" else ", or leave it out"
+    builtin = ", or train with --text-model builtin, which needs none"
+    other = builtin if source.flag == "--text-model" else ", or train without it"
     return (
         f"{source.flag} {source.path}: {why}. Give the path of a folder with config.json, weights and tokenizer{other}."
     )

@@ -158,8 +158,8 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Resume | None:
             say(f"Passing over {folder}: {e}")
     if folders:
         raise CheckpointError(
-            f"None of the {len(folders)} checkpoints in {run} can be read. Start anew by --resume none --start-over, "
-            "which keeps them in a folder beside the new ones."
+            f"None of the {len(folders)} checkpoints in {run} can be read. Start anew by --resume none, which "
+            "keeps them in a folder previous-<n> beside the new ones."
         )
     return None
 
@@ -167,13 +167,13 @@ def _newest_good(run: Path, say: Callable[[str], None]) -> Resume | None:
 def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
     """Make the output folder ready; what would be overwritten is never lost.
 
-    A run that starts anew where another stands is refused, or with `start_over` moves it to `previous-<n>`. A run that
-    goes on from an older checkpoint moves the newer ones there: they belong to a course that is left.
+    A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
+    checkpoint moves the newer ones there: they belong to a course that is left.
 
     Returns:
         Where earlier files were moved, or None.
     Raises:
-        ConfigError: the folder holds another run.
+        ConfigError: the folder cannot be made.
     """
     run = Path(options.output_dir)
     try:
@@ -189,11 +189,6 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         return _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
         return None
-    if not options.start_over:
-        raise ConfigError(
-            f"--output-dir {run} already holds a run. Go on with it by --resume auto, choose another --output-dir, or "
-            "give --start-over, which moves the earlier run into a folder previous-<n> in it."
-        )
     names = (metrics.NAME, "last.pt", "loss.png")
     return _set_aside(run, [f for _, f in saved(run)] + [run / n for n in names if (run / n).exists()])
 

@@ -2,18 +2,24 @@
 
 import os
 import warnings
-from typing import TypeAlias
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor
 
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, UserError
 from titans_video.options import DataOptions, TrainOptions
 
 Engine: TypeAlias = Accelerator
 """What other packages call it by: accelerate is imported under training/ alone."""
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+_GROUPS: dict[Any, Any] = {}
 
 
 def start(options: TrainOptions) -> Engine:
@@ -44,6 +50,46 @@ def start(options: TrainOptions) -> Engine:
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16 has no effect on a CPU; use no, or bf16 (slow without its units).")
     return made
+
+
+def once(engine: Engine, make: Callable[[], T]) -> T:
+    """What `make` gives on the main process, on every process, however long it takes.
+
+    Raises:
+        UserError: that `make` raised, on every process.
+    """
+    if engine.num_processes == 1:
+        return make()
+    found: list[Any] = [None]
+    if engine.is_main_process:
+        try:
+            found = [(make(), None)]
+        except UserError as e:
+            found = [(None, e)]
+    dist.broadcast_object_list(found, src=0, group=_patient_group())
+    result, error = found[0]
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def gather(engine: Engine, value: T) -> list[T]:
+    """Every process's value, in the order of the processes, on every process, however long the slowest takes."""
+    if engine.num_processes == 1:
+        return [value]
+    found: list[Any] = [None] * engine.num_processes
+    dist.all_gather_object(found, value, group=_patient_group())
+    return found
+
+
+def _patient_group() -> Any:
+    """All processes, over the CPU and with patience: to look through a data set or to encode it takes longer than any
+    message of a training step may."""
+    world = dist.group.WORLD
+    if world not in _GROUPS:
+        _GROUPS.clear()
+        _GROUPS[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _GROUPS[world]
 
 
 def describe(engine: Engine, data: DataOptions, options: TrainOptions) -> str:
