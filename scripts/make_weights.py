@@ -25,8 +25,8 @@ SEED, CLIPS, STEPS, SCORED = 7, 6000, 6000, 320
 
 CARD = """# The shipped weights
 
-SoraDiT, preset `tiny` ({parameters:.1f} million parameters, {megabytes:.1f} MB, float32), with its patch codec. It makes
-clips of 32x32 pixels and 8 frames at 8 a second: a circle, square or triangle in red, green, blue or yellow that
+SoraDiT, preset `tiny` ({parameters:.1f} million parameters, {megabytes:.1f} MB, float32), with its patch codec. It
+makes clips of 32x32 pixels and 8 frames at 8 a second: a circle, square or triangle in red, green, blue or yellow that
 moves left, right, up or down. It shows that everything works; it is no general text-to-video model.
 
 - Data: {clips} procedural clips of 40 of the 48 combinations (`titans-video data mock`, seed {seed}), a quarter of them

@@ -169,7 +169,11 @@ def test_a_row_that_broke_holds_its_place_on_resume(tmp_path: Path, fate: str) -
     assert len(said) == 1
     assert "2.mp4" in said[0]
     record = next(iter(stream.broken.known.values()))
-    assert (record.id, record.bucket, record.reason) == ("row2", "16x16x6", {"gone": "missing", "wide": "changed"}[fate])
+    assert (record.id, record.bucket, record.reason) == (
+        "row2",
+        "16x16x6",
+        {"gone": "missing", "wide": "changed"}[fate],
+    )
     for step in (3, 10):
         again = opened(manifest, **options).stream(folder=tmp_path / "run", say=said.append)
         again.load_state_dict({"step": step})
