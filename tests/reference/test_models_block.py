@@ -160,4 +160,5 @@ def test_blocks_are_the_identity_at_initialisation(attention_type: str, adaln: s
     rotation = rotation_3d(GRID, D // HEADS, THETA)
     for block in net.blocks:
         assert torch.equal(block(x, c, rotation, GRID[2], text, mask), x)
-    assert torch.equal(net.final(x, torch.randn(B, SLOTS, D)), torch.zeros(B, SLOTS, TOKENS, 16))
+    noisy = torch.randn(B, SLOTS, TOKENS, 16)
+    assert torch.equal(net.final(x, torch.randn(B, SLOTS, D), noisy), torch.zeros(B, SLOTS, TOKENS, 16))
