@@ -3,10 +3,11 @@
     python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 16 ...]
 
 `st` stands beside LatteTransformer3DModel (a layer of it is a spatial and a temporal block, as one block of ours holds
-spatial and temporal attention), `full` beside WanTransformer3DModel. Each candidate lives in a process of its own;
-the parent asks them for one step each in turn, so that a slow minute of the machine falls on all alike. Time is the
-median step, memory the process's peak over what it held before the network was built (on CUDA: torch's own peak),
-FLOPs are counted by torch with attention as plain products (a backward pass twice a forward one).
+spatial and temporal attention), `full` beside WanTransformer3DModel, and beside CogVideoXTransformer3DModel, which
+joins text and video in one attention and so has no cross-attention to compute. Each candidate lives in a process of its
+own; the parent asks them for one step each in turn, so that a slow minute of the machine falls on all alike.
+Time is the median step, memory the process's peak over what it held before the network was built (on CUDA: torch's own
+peak), FLOPs are counted by torch with attention as plain products (a backward pass twice a forward one).
 """
 
 import argparse
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}
-PAIRS = (("SoraDiT st", "Latte"), ("SoraDiT full", "Wan"))
+GROUPS = (("SoraDiT st", "Latte"), ("SoraDiT full", "Wan", "CogVideoX"))  # ours, then its peers
 CHANNELS, TEXT_WIDTH = 16, 512
 
 
@@ -101,6 +102,25 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
         def run(net: Any, device: str) -> Any:
             x, t, text = inputs(device)
             return net(x, timestep=1000 * t, encoder_hidden_states=text).sample
+    elif name == "CogVideoX":
+        from diffusers import CogVideoXTransformer3DModel
+
+        net = CogVideoXTransformer3DModel(
+            num_attention_heads=a.heads,
+            attention_head_dim=head,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            num_layers=a.depth,
+            text_embed_dim=TEXT_WIDTH,
+            max_text_seq_length=a.text_tokens,
+            sample_width=a.size,
+            sample_height=a.size,
+            sample_frames=4 * (a.frames - 1) + 1,
+        )
+
+        def run(net: Any, device: str) -> Any:
+            x, t, text = inputs(device)
+            return net(x.transpose(1, 2), text, 1000 * t).sample
     else:
         from titans_video.models.sora import SoraDiT
         from titans_video.types import Condition, TextCondition
@@ -201,7 +221,7 @@ def start(name: str, *flags: str) -> subprocess.Popen[str]:
 
 def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Memory of each candidate alone, then the time of all, interleaved."""
-    names = [name for pair in PAIRS for name in pair]
+    names = [name for group in GROUPS for name in group]
     results = {name: ask(start(name, "--memory")) for name in names}
     processes: dict[str, subprocess.Popen[str]] = {}
     for name in names:
@@ -237,20 +257,20 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
         f"Forward + backward, {first['device']}, {a.dtype}, torch {first['torch']}: width {a.width}, depth {a.depth}, "
         f"{a.heads} heads, {tokens} tokens x batch {a.batch}, {a.text_tokens} text tokens; median of {a.repeats}.",
         "",
-        "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time : peer | memory : peer |",
+        "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time, ours : its | memory, ours : its |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     peak_rate = next((rate for key, rate in PEAKS.items() if key in first["device"]), None)
-    for pair in PAIRS:
-        peer = results[pair[1]]
-        for name in pair:
+    for group in GROUPS:
+        ours = results[group[0]]
+        for name in group:
             r = results[name]
             rate = r["flops"] / r["seconds"]
             mfu = f"{rate / peak_rate:.1%}" if peak_rate and a.dtype == "bf16" else "-"
             lines.append(
                 f"| {name} | {r['parameters'] / 1e6:.1f}M | {r['seconds'] * 1e3:.1f} | {r['flops'] / 1e9:.1f} "
-                f"| {rate / 1e12:.3f} | {mfu} | {r['peak'] / 2**20:.0f} | {r['seconds'] / peer['seconds']:.2f} "
-                f"| {r['peak'] / peer['peak']:.2f} |"
+                f"| {rate / 1e12:.3f} | {mfu} | {r['peak'] / 2**20:.0f} | {ours['seconds'] / r['seconds']:.2f} "
+                f"| {ours['peak'] / r['peak']:.2f} |"
             )
     return "\n".join(lines)
 

@@ -10,10 +10,10 @@ A checkpoint is a dict of tensors and plain containers:
         model    the network's own config (ConfigMixin)
         codec    {"options": CodecOptions as a dict, "spec": CodecSpec as a dict, "config": fitted codec's own,
                   "fingerprint": str | None}
-        text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...]}
+        text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...], "widths": [int, ...]}
         process  the noise process's own config
         data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket
-        sample   recommended {"steps", "guidance_scale", ...} for generation; may be empty
+        sample   recommended {"steps", "guidance_scale", "guidance_interval", "prompt"}; any may be missing
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
 can run code, and neither names code that is imported unasked.
 """
@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of unusual pickles; what is wrong with one is said below
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint.") from None
     except pickle.UnpicklingError:
@@ -94,7 +97,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
             "Checkpoints of this project never need code; use one that `titans-video train` or an export wrote."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(e).splitlines()[0]}") from None
+        reason = next(iter(str(e).splitlines()), "it is empty or cut off")
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not the dict of a checkpoint.")
     return data

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+VaeBackend = Literal["diffusers", "external", "identity", "patch"]
 OptionsT = TypeVar("OptionsT", "CodecOptions", "TextOptions")
 
 
@@ -134,7 +135,7 @@ class TextOptions:
 class CodecOptions:
     """How pixels become latents."""
 
-    vae_backend: Literal["diffusers", "external", "identity", "patch"] = "diffusers"
+    vae_backend: VaeBackend = "diffusers"
     """diffusers: --pretrained-model; external: --vae-module; identity: pixels; patch: linear, fitted to the clips."""
     pretrained_model: str | None = None
     """Folder of diffusers weights with vae/ in it (or the VAE's own); ignored by the other backends."""
@@ -223,7 +224,7 @@ class TrainOptions:
     save_limit: int = 3
     """How many checkpoint folders are kept; 0: all."""
     log_every: int = 10
-    """Steps between updates of the progress bar."""
+    """Steps between updates of the loss beside the progress bar."""
     resume: str = "none"
     """auto: the newest good checkpoint of --output-dir; a path; none."""
     seed: int = 0
@@ -267,7 +268,7 @@ class Overrides:
     """LLM folder, in place of the checkpoint's."""
     pretrained_model: str | None = None
     """Folder of diffusers weights, in place of the checkpoint's."""
-    vae_backend: Literal["diffusers", "external", "identity", "patch"] | None = None
+    vae_backend: VaeBackend | None = None
     """Codec backend, in place of the checkpoint's."""
     vae_module: str | None = None
     """Module of an external codec; a checkpoint that names one needs it named here again."""

@@ -5,7 +5,7 @@ S pixel frames of one latent frame (the codec's temporal stride), L text tokens,
 Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor
 from titans_video.errors import CodecError
 
 FrameRule = Literal["each", "blocks", "causal", "cogvideox"]
+
+END_OF_TEXT = 257
+BYTE_VOCABULARY = 258
+"""Byte ids of the built-in text encoder: 0 padding, 1 to 256 the bytes + 1, 257 the end of a text."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,6 @@ class Batch:
     moments: Tensor | None = None
     known_moments: Tensor | None = None
     text: TextCondition | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -203,6 +206,3 @@ class Batch:
     def known_frame_mask(self) -> Tensor:
         """(B, T) bool, True on known frames."""
         return torch.arange(self.frames)[None] < self.known_frames[:, None]
-
-    def without_pixels(self) -> "Batch":
-        return replace(self, pixels=None, known_pixels=None)

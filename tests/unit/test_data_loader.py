@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
+from titans_video.data.broken import Broken, BrokenRows
 from titans_video.data.loader import BatchStream
 from titans_video.errors import DataError
 from titans_video.options import DataOptions
@@ -183,6 +184,13 @@ def test_a_row_that_broke_holds_its_place_on_resume(tmp_path: Path, fate: str) -
     assert len(said) == 1
 
 
+def test_a_rank_that_starts_afresh_removes_no_file_that_another_may_have_written(tmp_path: Path) -> None:
+    for rank in range(3):
+        BrokenRows(tmp_path, rank).add(Broken(f"row{rank}", "a.mp4", "missing", "", 0, "16x16x6"))
+    BrokenRows(tmp_path, 0).start_afresh(world=2)  # rank 2 is of an earlier run
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.rank1.jsonl"]
+
+
 def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, rows=4, wide=0)
     for workers in (0, 1):
@@ -193,14 +201,6 @@ def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
             take(stream, 8)
         for path in tmp_path.glob("*.gone"):
             path.rename(path.with_suffix(".mp4"))
-
-
-def test_largest_batch_counts_nowhere(manifest: Path) -> None:
-    stream = opened(manifest, batch_size=5).stream()
-    batch = stream.largest_batch()
-    assert batch.pixels.shape == (5, 3, FRAMES, 16, 32)
-    assert stream.state_dict() == {"step": 0}
-    assert rows(take(stream, 2)) == rows(take(opened(manifest, batch_size=5).stream(), 2))
 
 
 def test_weighted_manifests(manifest: Path, tmp_path: Path) -> None:

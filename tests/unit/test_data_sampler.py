@@ -84,7 +84,7 @@ def test_fewer_rows_than_a_batch_repeat_over_epochs() -> None:
 
 def test_a_far_batch_is_found_without_replay() -> None:
     sampler = make([3, 5], [8, 1])
-    assert sampler.epoch_of(10**9) == sampler.batch(10**9).items[-1].epoch > 10**8
+    assert sampler.batch(10**9).items[-1].epoch > 10**8
     assert len(sampler._ends) < 500
 
 

@@ -190,7 +190,10 @@ def test_checkpointed_equals_plain(changes: dict[str, Any]) -> None:
     value, gradients = run()
     net.enable_gradient_checkpointing()
     assert net.is_gradient_checkpointing
+    calls: list[int] = []
+    net.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     again, gradients_again = run()
+    assert len(calls) == 2  # forwards, and once more on the way back
     assert torch.equal(again, value)
     assert len(gradients) == len(list(net.parameters()))  # none unused: DDP needs no search for unused ones
     for a, b in zip(gradients, gradients_again, strict=True):

@@ -5,14 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from titans_video.models.text_encoder import BASE, END, PRIME, SPACE, ByteEncoder, prefix_hashes
+from titans_video.models.text_encoder import BASE, PRIME, SPACE, ByteEncoder, prefix_hashes
+from titans_video.types import END_OF_TEXT
 
 
 def plain_hashes(ids: list[int]) -> list[int]:
     """One byte after the other, with Python's unbounded integers."""
     out, total, power = [], 0, 1
     for i in ids:
-        if i in (SPACE, END):
+        if i in (SPACE, END_OF_TEXT):
             out.append(i % PRIME)
             total, power = 0, 1
         else:
@@ -29,7 +30,7 @@ def test_hashes_equal_the_plain_loop(ids: list[int]) -> None:
 
 
 def encode(text: str) -> torch.Tensor:
-    return torch.tensor([[byte + 1 for byte in text.encode()] + [END]])
+    return torch.tensor([[byte + 1 for byte in text.encode()] + [END_OF_TEXT]])
 
 
 def test_a_word_hashes_alike_wherever_it_stands() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
+from titans_video.codecs.external import load_external
 from titans_video.codecs.identity import IdentityCodec
 from titans_video.data import store as store_module
 from titans_video.data.reading import RowReader
@@ -267,6 +268,23 @@ def test_keys_of_real_encoders() -> None:
     first, second = text_keys(frozen), text_keys(other)
     assert (first[0] == second[0], first[1] == second[1]) == (True, False)
     assert len(text_keys(TextEncoder([Frozen()], TextOptions(text_model="none", llm_model="llm")))) == 1
+
+
+def test_the_code_of_an_external_codec_is_a_part_of_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "codec_of_ones_own.py"
+    file.write_text(
+        "class Own:\n"
+        "    spec = {'channels': 3, 'stride': [1, 1, 1]}\n"
+        "    def encode(self, pixels): return pixels\n"
+        "    def decode(self, latents): return latents\n"
+    )
+    options = CodecOptions("external", vae_module=file.stem, vae_class="Own")
+    codec = load_external(file.stem, "Own", {})
+    before = codec_key(codec, options)
+    assert codec_key(codec, options) == before
+    file.write_text(file.read_text().replace("return pixels", "return pixels / 2"))
+    assert codec_key(codec, options) != before
 
 
 class Frozen:

@@ -11,7 +11,7 @@ import titans_video
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".sh", ".html", ".cfg", ""}
-PATHS_OF_A_MACHINE = re.compile(r"(?<![\w.~-])/(work|home|root|Users|tmp/tv)/|/tmp/bash_jobs")
+PATHS_OF_A_MACHINE = re.compile(r"(?<![\w.~-])/(work|home|root|Users)/")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX)\b")
 
 

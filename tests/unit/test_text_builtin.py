@@ -8,26 +8,26 @@ from hypothesis import strategies as st
 from titans_video.errors import CheckpointError, TextError
 from titans_video.options import Overrides, TextOptions
 from titans_video.text.base import drop_captions
-from titans_video.text.builtin import END, VOCABULARY, ByteStream
+from titans_video.text.builtin import ByteStream
 from titans_video.text.table import build_text, text_from_checkpoint
-from titans_video.types import TextCondition
+from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT, TextCondition
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=4))
 def test_ids_are_bytes_and_an_end(prompts: list[str]) -> None:
     ids, mask = ByteStream(256).encode(prompts)
     assert ids.dtype == torch.int64
-    assert int(ids.max()) < VOCABULARY
+    assert int(ids.max()) < BYTE_VOCABULARY
     for row, real, prompt in zip(ids, mask, prompts, strict=True):
         tokens = row[real].tolist()
-        assert tokens[-1] == END
+        assert tokens[-1] == END_OF_TEXT
         assert bytes(t - 1 for t in tokens[:-1]).decode() == prompt
         assert not row[~real].any()
 
 
 def test_an_empty_prompt_is_one_token_and_long_ones_are_cut() -> None:
     ids, mask = ByteStream(4).encode(["", "abcdef"])
-    assert ids.tolist() == [[END, 0, 0, 0], [98, 99, 100, END]]
+    assert ids.tolist() == [[END_OF_TEXT, 0, 0, 0], [98, 99, 100, END_OF_TEXT]]
     assert mask.sum(1).tolist() == [1, 4]
 
 

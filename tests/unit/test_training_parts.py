@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from titans_video.training.optim import (
     orthogonalise,
     set_learning_rates,
 )
+from titans_video.training.signals import Interrupt
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:
@@ -160,6 +162,20 @@ def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
     other.names, other.averages = ema.names, [torch.zeros_like(a) for a in ema.averages]
     other.load({**network.state_dict(), **ema.state_dict()})
     assert all(torch.equal(a, b) for a, b in zip(ema.averages, other.averages, strict=True))
+
+
+@pytest.mark.parametrize(("world", "ended"), [("1", [130]), ("2", [])])
+def test_a_second_ctrl_c_ends_at_once_but_a_launchers_echo_does_not(
+    world: str, ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("titans_video.training.signals.os._exit", codes.append)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert (interrupt.signal, codes) == (signal.SIGINT, [])
+        signal.raise_signal(signal.SIGINT)
+    assert codes == ended
 
 
 def test_metrics_are_cut_at_the_step_and_say_null_for_what_json_cannot(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 
         model=ModelOptions(preset="tiny", model_dim=24, depth=1, heads=2, patch_size=(1, 2, 2)),
         process=ProcessOptions(prediction=prediction, shift=1.0),
         train=TrainOptions(cfg_drop_prob=drop),
-        advice=AdviceOptions(sample_steps=7, sample_guidance_interval=(0.5, 1.0)),
+        advice=AdviceOptions(sample_steps=7, sample_guidance=2.5, sample_guidance_interval=(0.5, 1.0)),
     )
 
 
@@ -101,7 +101,7 @@ def row_of(batch: Batch, i: int) -> Batch:
     def cut(x: Any) -> Any:
         return x[i : i + 1] if isinstance(x, list | Tensor) else x
 
-    return replace(batch, **{name: cut(value) for name, value in vars(batch).items() if name != "extra"})
+    return replace(batch, **{name: cut(value) for name, value in vars(batch).items()})
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
@@ -190,9 +190,8 @@ def test_cached_encodings_take_the_place_of_pixels() -> None:
     assert batch.pixels is not None
     assert batch.known_pixels is not None
     moments = recipe.codec.encode_moments(batch.pixels), recipe.codec.encode_moments(batch.known_pixels)
-    cached = replace(
-        batch.without_pixels(), moments=moments[0], known_moments=moments[1], text=recipe.text(batch.captions)
-    )
+    given = {"moments": moments[0], "known_moments": moments[1], "text": recipe.text(batch.captions)}
+    cached = replace(batch, pixels=None, known_pixels=None, **given)
     with torch.no_grad():
         assert torch.equal(
             recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[]))
@@ -236,6 +235,13 @@ def test_streams_are_dropped_together_or_each_alone() -> None:
     assert shares == pytest.approx([0.25] * 4, abs=0.07)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_is_as_asked(wanted: bool) -> None:
+    run = options()
+    run = replace(run, model=replace(run.model, gradient_checkpointing=wanted))
+    assert recipe_of(run).network.gradient_checkpointing is wanted
+
+
 def test_initial_weights_are_a_function_of_the_seed() -> None:
     run, data = options(), _data()
     codec, text = recipe_of(run).codec, build_text(run.text)
@@ -263,6 +269,7 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
     assert model.config["data"] == {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0}
     assert model.config["sample"] == {
         "steps": 7,
+        "guidance_scale": 2.5,
         "guidance_interval": [0.5, 1.0],
         "prompt": "a red circle moving right",
     }

@@ -1,5 +1,6 @@
 """What every command is wrapped in: errors that a person can act on become one paragraph and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -55,6 +56,12 @@ def guarded(command: Callable[[], int]) -> int:
         # Whoever read the output left (`| head`); Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as e:
+        # A path that the user named (too long, not allowed, on a full disk); anything else is a fault of ours.
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _tell(f"Error: {e.filename or 'cannot write'}: {e.strerror}.")
+        return BAD_INPUT
 
 
 def _tell(text: str) -> None:

@@ -107,11 +107,6 @@ class BatchReader(Dataset[RawBatch]):
         except DataError as e:
             return RawBatch([], [], broken=tuple(found), error=str(e))
 
-    def first_rows(self, lane: int, count: int) -> RawBatch:
-        """The first rows of a bucket, repeated up to `count`."""
-        rows = [r for r in self.sampler.rows[lane].tolist() if not self.entries[r].gone]
-        return collate([self._row(0, Occurrence(rows[i % len(rows)], 0, 0), []) for i in range(count)], [])
-
     def _row(self, step: int, item: Occurrence, found: list[Broken]) -> Read:
         """Read an occurrence; in place of a broken row the next sound one of its bucket, in the manifest's order."""
         lane, at = self.places[item.row]
@@ -280,16 +275,6 @@ class BatchStream:
             if self.say is not None and record.id not in self._told:
                 self._told.add(record.id)
                 self.say(f"Left out from now on: {record.video} ({record.reason}). {record.detail}")
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next global batch."""
-        return self.sampler.epoch_of(self._delivered // self.share.grad_accum)
-
-    def largest_batch(self) -> Batch:
-        """A batch of the largest bucket that counts nowhere: to find out early whether it fits into memory."""
-        raw = self._reader(BrokenRows(None)).first_rows(0, self.batch_sizes[self.buckets[0]])
-        return to_batch(raw, self.store)
 
     def _reader(self, broken: BrokenRows) -> BatchReader:
         return BatchReader(

@@ -138,8 +138,7 @@ def plan_row(
         )
     runs = _runs(row, times, usual, step, options.stride)
     if not runs:
-        last = times[-1] if times else 0.0
-        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame stands at {last:.3f} s.")
+        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame stands at {times[-1]:.3f} s.")
     available = max(max(r.lengths) for r in runs)
     needed = 2 if row.task != "t2v" and options.task_mix is None else 1
     choice = table.choose(info.height, info.width, available)
@@ -158,8 +157,9 @@ def plan_row(
     indices = _indices(
         times, start, bucket.frames, step or options.stride, usual, next(r.stop for r in runs if start < r.stop)
     )
-    random_crop = options.random_crop and seed is not None
-    crop = (_uniform(seed, "crop-y"), _uniform(seed, "crop-x")) if random_crop and seed is not None else (0.5, 0.5)
+    crop = (0.5, 0.5)
+    if options.random_crop and seed is not None:
+        crop = _uniform(seed, "crop-y"), _uniform(seed, "crop-x")
     chosen = tuple(times[i] for i in indices)
     played = fps / options.stride if fps is not None else _rate(chosen, usual * options.stride)
     return RowPlan(bucket, tuple(indices), chosen, crop, played, choice.upscale, (info.height, info.width), available)

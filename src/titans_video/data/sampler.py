@@ -10,7 +10,7 @@ Legend: n batch number, e epoch, G rows of a global batch.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,6 @@ class Occurrence:
 class GlobalBatch:
     """The rows of one optimizer step, all of one bucket."""
 
-    number: int
     bucket: int
     items: tuple[Occurrence, ...]
 
@@ -81,14 +80,7 @@ class Sampler:
         epoch, within = self._locate(number)
         lane, k = self._batches(epoch)[within]
         size = self.lanes[lane].batch
-        return GlobalBatch(number, lane, tuple(self._line(lane, k * size, size)))
-
-    def epoch_of(self, number: int) -> int:
-        return self._locate(number)[0]
-
-    def epoch_rows(self, lane: int, epoch: int) -> int:
-        """How many occurrences a bucket's line has in an epoch."""
-        return self._lane_end(lane, epoch + 1) - self._lane_end(lane, epoch)
+        return GlobalBatch(lane, tuple(self._line(lane, k * size, size)))
 
     def _counts(self, lane: int, epoch: int) -> NDArray[np.int64]:
         """Occurrences of each row before `epoch`."""
@@ -112,17 +104,8 @@ class Sampler:
 
     def _locate(self, number: int) -> tuple[int, int]:
         """(epoch, place within it) of a batch."""
-        high = 1
-        while self._batches_before(high).sum() <= number:
-            high *= 2
-        low = 0
-        while high - low > 1:  # batches before `low` <= number < batches before `high`
-            middle = (low + high) // 2
-            if self._batches_before(middle).sum() <= number:
-                low = middle
-            else:
-                high = middle
-        return low, number - int(self._batches_before(low).sum())
+        epoch = _epoch_of(number, lambda e: int(self._batches_before(e).sum()))
+        return epoch, number - int(self._batches_before(epoch).sum())
 
     def _batches(self, epoch: int) -> list[tuple[int, int]]:
         """(lane, k-th batch of its line) in the order of the epoch."""
@@ -136,13 +119,7 @@ class Sampler:
     def _line(self, lane: int, start: int, length: int) -> list[Occurrence]:
         """Places [start, start + length) of a bucket's endless line."""
         found: list[Occurrence] = []
-        low, high = 0, 1
-        while self._lane_end(lane, high) <= start:
-            high *= 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._lane_end(lane, middle) <= start else (low, middle)
-        epoch = low
+        epoch = _epoch_of(start, lambda e: self._lane_end(lane, e))
         while len(found) < length:
             base = self._lane_end(lane, epoch)
             rows, counts = self._order(lane, epoch)
@@ -168,6 +145,17 @@ class Sampler:
                 self._orders.popitem(last=False)
         self._orders.move_to_end(key)
         return self._orders[key]
+
+
+def _epoch_of(place: int, before: Callable[[int], int]) -> int:
+    """The epoch e with before(e) <= place < before(e + 1); `before` never falls."""
+    low, high = 0, 1
+    while before(high) <= place:
+        high *= 2
+    while high - low > 1:  # before(low) <= place < before(high)
+        middle = (low + high) // 2
+        low, high = (middle, high) if before(middle) <= place else (low, middle)
+    return low
 
 
 def _mix(x: Keys) -> Keys:

@@ -1,8 +1,8 @@
 """Classifier-free guidance (Ho & Salimans 2022) in one batched forward.
 
 Legend: B batch, C latent channels, t h w the latent grid, L text tokens.
-Guidance is applied to x0. Both processes give x0 as an affine function of the network's value at equal x_t and time,
-and the weights of guidance add up to 1, so guiding the raw value would give the same.
+Guidance is applied to x0. Either kind of prediction gives x0 as an affine function of the network's value at equal x_t
+and time, and the weights of guidance add up to 1, so guiding the raw value would give the same.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,6 @@ Metadata = dict[str, Any]
 _BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer function
 _GIF_TICKS = 100  # a second; GIF knows no finer time
 _GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
-_TINY = 32  # pixels; up to here x264's macroblock tree reads memory that it never wrote: files differ from run to run
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,6 @@ class VideoWriter:
             stream.pix_fmt, stream.time_base = "yuv420p", 1 / self.rate
             # Without macroblock trees, which make x264 read what it did not write: equal frames give equal files.
             stream.options = {"crf": str(self.crf), "preset": "medium", "x264-params": "mbtree=0"}
-            if min(stream.height, stream.width) <= _TINY:
-                stream.options |= {"x264-params": "mbtree=0"}
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = ColorRange.MPEG

@@ -189,8 +189,3 @@ def sample_clip(seed: int, index: int, held_out: bool | None = False, size: int 
     rng = np.random.default_rng((seed, index, int(bool(held_out)), 2))
     pixels = render(combination.colour, combination.shape, combination.direction, rng, size, frames)
     return Clip(pixels, combination)
-
-
-def sample_clips(seed: int, count: int, held_out: bool | None = False, size: int = 32, frames: int = 8) -> list[Clip]:
-    """The first `count` clips of the series of a seed."""
-    return [sample_clip(seed, index, held_out, size, frames) for index in range(count)]

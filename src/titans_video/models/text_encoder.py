@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from titans_video.models.attention import SelfAttention
 from titans_video.models.blocks import MLP, norm
 from titans_video.models.rope import rotation_1d
+from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT
 
-VOCABULARY = 258  # 0 padding, 1..256 the bytes + 1, 257 end of text
 SPACE = ord(" ") + 1
-END = 257
 PRIME = 2**31 - 1
 BASE = 911_382_323
 ROPE_THETA = 256.0
@@ -47,7 +46,7 @@ def prefix_hashes(ids: Tensor) -> Tensor:
     length = ids.shape[1]
     powers, inverses = (table.to(ids.device) for table in _powers(length))
     place = torch.arange(length, device=ids.device)
-    separates = (ids == SPACE) | (ids == END)
+    separates = (ids == SPACE) | (ids == END_OF_TEXT)
     after_separator = torch.where(separates, place + 1, 0).cummax(dim=1).values
     start = torch.minimum(after_separator, place)
     sums = torch.nn.functional.pad((ids * powers).cumsum(dim=1), (1, 0))  # sums[i]: over bytes before i
@@ -74,7 +73,7 @@ class ByteEncoder(nn.Module):
     def __init__(self, dim: int, heads: int, layers: int, buckets: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.pairs = dim // heads // 2
-        self.bytes = nn.Embedding(VOCABULARY, dim)
+        self.bytes = nn.Embedding(BYTE_VOCABULARY, dim)
         self.prefixes = nn.Embedding(buckets, dim)
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, mlp_ratio) for _ in range(layers))
 

@@ -84,7 +84,7 @@ def scan_rows(
     entries: list[Entry] = []
     quarantined: list[Quarantined] = []
     for place, row in enumerate(rows):
-        outcome = replace(_outcome(row, options, table, mix, found), place=place)
+        outcome = replace(_outcome(row, options, table, found), place=place)
         if isinstance(outcome, Entry):
             entries.append(outcome)
         else:
@@ -112,9 +112,7 @@ def _first_size(rows: Sequence[Row], found: dict[Job, Finding]) -> tuple[int, in
     return None
 
 
-def _outcome(
-    row: Row, options: DataOptions, table: BucketTable, mix: TaskMix, found: dict[Job, Finding]
-) -> Entry | Quarantined:
+def _outcome(row: Row, options: DataOptions, table: BucketTable, found: dict[Job, Finding]) -> Entry | Quarantined:
     packed = found["probe", row.video]
     if not isinstance(packed, bytes):
         failed = packed if isinstance(packed, Failed) else Failed("damaged", packed)

@@ -156,10 +156,10 @@ def _image(path: Path, seconds: float) -> str:
     return ""
 
 
-def digest(path: Path, seconds: float = 0.0) -> str:
+def _digest(path: Path, seconds: float) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-_KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": digest}
+_KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _digest}

@@ -77,8 +77,7 @@ class SoraRecipe:
     store: EncodingStore | None = None
 
     def __post_init__(self) -> None:
-        cached = self.store is not None and self.store.has_text
-        empty = self.store.text([""]) if self.store and cached else self.text.empty(1)
+        empty = self.store.text([""]) if self.store is not None and self.store.has_text else self.text.empty(1)
         self.empty = empty.to(self.device)
 
     def supervised(self, batch: Batch) -> int:

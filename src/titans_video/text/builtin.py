@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from titans_video.types import END_OF_TEXT
+
 PADDING = 0
-END = 257
-"""Closes every prompt, so that an empty one still has a token."""
-VOCABULARY = 258
-"""Padding, 256 byte values shifted up by one, and END."""
 
 
 class ByteStream:
-    """Prompts as byte ids: byte value + 1, then END, padded with 0 on the right."""
+    """Prompts as byte ids, closed by END_OF_TEXT (so that an empty one has a token) and padded with 0 on the right."""
 
     width = 0
 
@@ -32,7 +30,7 @@ class ByteStream:
         Returns:
             (B, L) int64 ids and (B, L) bool mask, True on real tokens.
         """
-        rows = [[byte + 1 for byte in text.encode()[: self.max_length - 1]] + [END] for text in prompts]
+        rows = [[byte + 1 for byte in text.encode()[: self.max_length - 1]] + [END_OF_TEXT] for text in prompts]
         length = max((len(row) for row in rows), default=1)
         ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], device=self.device)
         return ids.reshape(len(rows), length), ids.reshape(len(rows), length) != PADDING

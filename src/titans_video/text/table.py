@@ -87,14 +87,14 @@ def _pretrained() -> ModuleType:
 
 
 def text_from_checkpoint(
-    config: Mapping[str, Any], overrides: Overrides, device: torch.device | str = "cpu", *, load: bool = True
+    config: Mapping[str, Any], overrides: Overrides, device: torch.device | str = "cpu"
 ) -> TextEncoder:
     """The encoders that a checkpoint was trained with, at the paths that `overrides` may give.
 
     Args:
         config: a checkpoint's config["text"].
         overrides: `text_model`, `llm_model`, `local_files_only` take the stored ones' place.
-        device, load: as in `build_text`.
+        device: as in `build_text`.
     Raises:
         CheckpointError: the encoders found have other widths, or are more or fewer, than the network's.
         TextError: as `build_text`.
@@ -108,7 +108,7 @@ def text_from_checkpoint(
             f"--text-model {options.text_model}: the checkpoint was trained with {stored.text_model!r}; "
             "a frozen encoder and the built-in one cannot take each other's place."
         )
-    text = build_text(options, device, load=load)
+    text = build_text(options, device)
     widths = config.get("widths", text.widths)
     if list(widths) != text.widths:
         raise CheckpointError(
