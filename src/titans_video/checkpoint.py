@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import pickle
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Checkpoint:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to; on leaving well it is fsynced and takes `path`'s place, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as f:

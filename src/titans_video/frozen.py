@@ -103,3 +103,8 @@ def few(names: Iterable[str], limit: int = 3) -> str:
     """The first names of many, and how many there are in all."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line; its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ from titans_video.cli.parsing import parse
 from titans_video.cli.script import take_mode, with_defaults
 from titans_video.config import flags_from_yaml
 from titans_video.errors import ConfigError
-from titans_video.options import SoraOptions
+from titans_video.options import AdviceOptions, DataOptions, SoraOptions
 
 DOCUMENTED_TRAINING = [
     """--manifest train/videos/mock_data/manifest.jsonl --pretrained-model /path/to/diffusers_weights
@@ -215,3 +215,12 @@ def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("titans_video.cli.train.main", lambda argv: seen.append(argv) or 7)
     assert dispatch(["train", "--lr", "1"]) == 7
     assert seen == [["--lr", "1"]]
+
+
+@pytest.mark.parametrize("interval", [(1.0, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float, float]) -> None:
+    options = SoraOptions(
+        data=DataOptions(manifest=("m.jsonl",)), advice=AdviceOptions(sample_guidance_interval=interval)
+    )
+    with pytest.raises(ConfigError, match="--sample-guidance-interval"):
+        check_training(options)

@@ -176,7 +176,9 @@ def test_a_signal_saves_and_tells_the_code(tmp_path: Path, number: signal.Signal
 
 def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path: Path) -> None:
     train(options(tmp_path))
+    (tmp_path / "quarantine.jsonl").write_text("{}\n")
     train(options(tmp_path, max_steps=2))
+    assert (tmp_path / "previous-1" / "quarantine.jsonl").exists()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert (tmp_path / "previous-1" / "checkpoint-6" / "model.pt").exists()
     assert len(lines(tmp_path / "previous-1")) == 6

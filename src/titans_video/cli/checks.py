@@ -22,6 +22,9 @@ def check_training(options: SoraOptions) -> None:
     _need("--shift", options.process.shift, 0, above=True)
     _need("--sample-steps", options.advice.sample_steps, 1)
     _need("--sample-guidance", options.advice.sample_guidance, 0)
+    low, high = options.advice.sample_guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
     check_data(options.data)
 
 

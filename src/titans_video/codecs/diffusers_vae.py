@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_video.codecs.base import Codec
 from titans_video.errors import CodecError
-from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors
+from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors, first_line
 from titans_video.types import CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
@@ -306,7 +306,7 @@ def outline(folder: Path, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             vae = kind.from_config(kind.load_config(folder))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {str(e).strip().splitlines()[0]}") from None
+        raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {first_line(e)}") from None
     wanted = [name for name, _ in vae.named_buffers() if name in ("latents_mean", "latents_std")]
     if not wanted:
         return vae
@@ -325,7 +325,7 @@ def load_vae(folder: Path, dtype: torch.dtype) -> Any:
     try:
         vae, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CodecError(f"The {name} in {folder} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+        raise CodecError(f"The {name} in {folder} cannot be loaded: {first_line(e)}") from None
     if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
         raise CodecError(
             f"The weights in {folder} do not fill the {name} that its config.json describes: missing or misshapen are "

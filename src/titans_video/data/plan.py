@@ -18,6 +18,7 @@ from typing import Protocol
 
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.manifest import Row
+from titans_video.data.tasks import needs_picture, parse_task_mix
 from titans_video.options import DataOptions
 from titans_video.seeding import derive
 
@@ -193,7 +194,7 @@ def _lengths(times: Sequence[float], usual: float, step: float | None, stride: i
 def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, seed: int | None) -> int:
     """The first frame: the earliest that leaves room, or a random one. A row whose own picture conditions it always
     begins where the picture was taken."""
-    held = row.cond_image is not None and ("i2v" in options.task_mix if options.task_mix else row.task == "i2v")
+    held = row.cond_image is not None and needs_picture(row, parse_task_mix(options.task_mix))
     fits = [r.first + i for r in runs for i, length in enumerate(r.lengths) if length >= frames]
     if not options.random_start or seed is None or held:
         return fits[0]

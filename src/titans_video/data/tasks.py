@@ -63,3 +63,8 @@ def known_frames(task: str, row: Row, options: DataOptions, frames: int, seed: i
     if asked is None:
         asked = 1 + int(derive(seed, "known-frames") / 2.0**63 * (frames - 1))
     return min(asked, frames - 1)
+
+
+def needs_picture(row: Row, mix: TaskMix) -> bool:
+    """Whether a row's own picture, if it has one, may be what it is conditioned on."""
+    return any(task == "i2v" for task, _ in mix.shares) if mix.shares else row.task == "i2v"

@@ -19,10 +19,11 @@ from titans_video.codecs.external import source_digest
 from titans_video.data.loader import to_floats
 from titans_video.data.reading import BrokenRow, Entry, RamCache, RowReader, Sample
 from titans_video.data.store import EncodingStore
+from titans_video.data.tasks import needs_picture
 from titans_video.errors import DataError, UserError
 from titans_video.options import CodecOptions
 from titans_video.preparing.opening import ALONE, Data, Together, with_digests
-from titans_video.preparing.scan import Quarantined, look_into, needs_picture, reasons_in_words
+from titans_video.preparing.scan import Quarantined, look_into, reasons_in_words
 from titans_video.preparing.workers import Failed, Job
 from titans_video.text.table import TextEncoder
 from titans_video.types import TextCondition

@@ -22,7 +22,7 @@ from titans_video.data.manifest import Row
 from titans_video.data.packing import unpack
 from titans_video.data.plan import REASONS, Rejected, plan_row
 from titans_video.data.reading import Entry
-from titans_video.data.tasks import TaskMix
+from titans_video.data.tasks import TaskMix, needs_picture
 from titans_video.errors import DataError
 from titans_video.options import DataOptions
 from titans_video.preparing.workers import Failed, Job, run_jobs, usable_cores
@@ -96,11 +96,6 @@ def make_table(
     options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, int], first_size: tuple[int, int] | None
 ) -> BucketTable:
     return BucketTable(tuple(parse_buckets(options, spec, patch_size, first_size)), spec, patch_size)
-
-
-def needs_picture(row: Row, mix: TaskMix) -> bool:
-    """Whether a row's own picture, if it has one, may be what it is conditioned on."""
-    return any(task == "i2v" for task, _ in mix.shares) if mix.shares else row.task == "i2v"
 
 
 def _first_size(rows: Sequence[Row], found: dict[Job, Finding]) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titans_video.errors import TextError
-from titans_video.frozen import few, fingerprint_folder
+from titans_video.frozen import few, fingerprint_folder, first_line
 from titans_video.options import TextOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -227,7 +227,7 @@ class PretrainedStream:
             try:
                 return kind.from_pretrained(s.path, local_files_only=True, **options)
             except LOADING_ERRORS as e:
-                raise TextError(f"{s.flag} {s.path} cannot be loaded: {_first_line(e)}") from None
+                raise TextError(f"{s.flag} {s.path} cannot be loaded: {first_line(e)}") from None
         if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
             raise TextError(_missing(s, "there is no such folder"))
         # What is on this machine is taken first: the hub is asked only when it must be, and given up after one try.
@@ -240,7 +240,7 @@ class PretrainedStream:
         try:
             return kind.from_pretrained(s.path, **options)
         except LOADING_ERRORS as e:
-            raise TextError(_missing(s, f"the hub did not give it ({_first_line(e)})")) from None
+            raise TextError(_missing(s, f"the hub did not give it ({first_line(e)})")) from None
 
     def _load_model(self) -> Any:
         transformers = _transformers()
@@ -327,7 +327,7 @@ def _hub_problem() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=5.0)
     except Exception as e:  # its client library, and so its exceptions, change between versions
-        return _first_line(e)
+        return first_line(e)
     return None
 
 
@@ -337,7 +337,3 @@ def _missing(source: Source, why: str) -> str:
     return (
         f"{source.flag} {source.path}: {why}. Give the path of a folder with config.json, weights and tokenizer{other}."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
