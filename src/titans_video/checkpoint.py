@@ -151,6 +151,9 @@ def read(path: Path | str) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}.")
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path} has the format {data.get('format')!r}; this version reads {FORMAT!r}.")
+    odd = [k for k in ("model", "config") if not isinstance(data[k], dict)]
+    if odd:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: its {' and '.join(odd)} must be a dict.")
     return Checkpoint(data["model"], data["config"], data["step"], data.get("codec", {}), path)
 
 

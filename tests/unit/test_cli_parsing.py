@@ -1,5 +1,6 @@
 """Flags, configuration files, and what the command line says when they are wrong."""
 
+import errno
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from titans_video.cli.checks import check_training
 from titans_video.cli.generate import GenerateFlags
 from titans_video.cli.main import COMMANDS, dispatch
 from titans_video.cli.parsing import parse
+from titans_video.cli.run import guarded
 from titans_video.cli.script import take_mode, with_defaults
 from titans_video.config import flags_from_yaml
 from titans_video.errors import ConfigError
@@ -202,12 +204,30 @@ def test_defaults_of_the_script_give_way(repository: Path) -> None:
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="titans-video train"):
         dispatch(["trian"])
-    with pytest.raises(ConfigError, match="titans-video data mock"):
+    with pytest.raises(ConfigError, match=r"no command 'data mok'.*titans-video data mock"):
         dispatch(["data", "mok"])
     for words in ([], ["--help"], ["data"], ["data", "--help"]):
         assert dispatch(words) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in COMMANDS)
+
+
+def test_what_the_system_refuses_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def too_long() -> int:
+        return len((tmp_path / ("a" * 300)).read_bytes())
+
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def ours() -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    assert guarded(too_long) == 2
+    assert capsys.readouterr().err.endswith("aaa: File name too long.\n")
+    assert guarded(full) == 2
+    assert capsys.readouterr().err == "Error: cannot write: No space left on device.\n"
+    with pytest.raises(OSError, match="Invalid argument"):
+        guarded(ours)
 
 
 def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

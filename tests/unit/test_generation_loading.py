@@ -2,6 +2,8 @@
 
 import copy
 import os
+import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -125,3 +127,17 @@ def test_devices():
     for name, said in (("gpu", "no such kind"), ("cuda:99", "CUDA devices")):
         with pytest.raises(ConfigError, match=said):
             choose_device(name)
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, recwarn):
+    empty, plain, odd = (tmp_path / name for name in ("empty.pt", "plain.pkl", "odd.pt"))
+    empty.touch()
+    with pytest.raises(CheckpointError, match="empty or cut off"):
+        checkpoints.read(empty)
+    plain.write_bytes(pickle.dumps({"model": Fraction(1, 2)}, protocol=4))
+    with pytest.raises(CheckpointError, match="It was not run"):
+        checkpoints.read(plain)
+    torch.save({"format": checkpoints.FORMAT, "model": [1], "config": {}, "step": 1}, odd)
+    with pytest.raises(CheckpointError, match="its model must be a dict"):
+        checkpoints.read(odd)
+    assert not recwarn.list

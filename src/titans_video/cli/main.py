@@ -49,7 +49,9 @@ def dispatch(words: list[str]) -> int:
         words[0], COMMANDS
     )
     hint = f" Did you mean `titans-video {near[0]}`?" if near else ""
-    raise ConfigError(f"There is no command {words[0]!r}.{hint} `titans-video --help` lists all.")
+    known = any(name.startswith(words[0] + " ") for name in COMMANDS)
+    said = " ".join(words[: 2 if known else 1])
+    raise ConfigError(f"There is no command {said!r}.{hint} `titans-video --help` lists all.")
 
 
 def usage(group: str) -> str:
