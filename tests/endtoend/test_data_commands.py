@@ -128,6 +128,7 @@ def test_verify_names_what_is_damaged(manifest: Path, tmp_path: Path, capsys: py
         ("data cache {m} --cache {no} --vae-backend identity --cache-variants 0", "--cache-variants"),
         ("cache verify", "FOLDER"),
         ("cache verify {no}", "no such cache"),
+        ("cache verify {root}", "no cached file"),
         ("cache verify --folder {no}", "--folder"),
         ("cache veriyf {no}", "cache verify"),
     ],
@@ -135,7 +136,7 @@ def test_verify_names_what_is_damaged(manifest: Path, tmp_path: Path, capsys: py
 def test_mistakes_are_one_paragraph_and_exit_code_2(
     words: str, said: str, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([w.format(m=manifest, no=tmp_path / "no") for w in words.split()]) == 2
+    assert main([w.format(m=manifest, no=tmp_path / "no", root=tmp_path) for w in words.split()]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error

@@ -76,6 +76,7 @@ def test_a_checkpoint_that_says_little():
         (GenerateOptions(seconds=0.0), "--seconds 0.0"),
         (GenerateOptions(seconds=math.nan), "--seconds nan"),
         (GenerateOptions(fps=-1.0), "--fps"),
+        (GenerateOptions(fps=60.0, out="x.gif"), "--fps 60: a gif"),
         (GenerateOptions(num_frames=0), "--num-frames 0"),
         (GenerateOptions(steps=0), "--steps 0"),
         (GenerateOptions(height=-8), "--height"),

@@ -71,6 +71,8 @@ def _check_train(train: TrainOptions) -> None:
         ("--seed", train.seed),
     ):
         _need(flag, whole, 0)
+    if not train.output_dir:
+        raise ConfigError("--output-dir is empty; name a folder, e.g. --output-dir outputs.")
     _need("--lr", train.lr, 0, above=True)
     _need("--muon-lr", train.muon_lr, 0, above=True)
     _need("--min-lr", train.min_lr, 0, train.lr)

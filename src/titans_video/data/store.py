@@ -144,11 +144,13 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     Returns:
         How many files are sound, and of each other one its path with what is wrong.
     Raises:
-        DataError: there is no such store.
+        DataError: there is no such store, or nothing in it.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such cache.")
     paths = sorted(p for kind in (CLIPS, KNOWN, TEXT) for p in (folder / kind).glob("*/*.safetensors"))
+    if not paths:
+        raise DataError(f"{folder}: there is no cached file in it; it is no cache, or nothing was cached yet.")
     store = EncodingStore(folder, "")
     wrong = []
     for done, path in enumerate(paths, 1):

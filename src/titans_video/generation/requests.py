@@ -10,6 +10,7 @@ from titans_video.errors import ConfigError
 from titans_video.generation.loading import VideoModel, choose_device, load_model
 from titans_video.generation.pipeline import Request, generate
 from titans_video.generation.saving import check_out, load_first_frame, save_video
+from titans_video.media.writing import GIF_FASTEST
 from titans_video.options import GenerateOptions, Overrides
 
 DEFAULT_PROMPT = "a red circle moving right"
@@ -48,6 +49,8 @@ def check_options(options: GenerateOptions) -> Path:
         low, high = options.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"--guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+    if options.fps is not None and options.fps > GIF_FASTEST and options.out.lower().endswith(".gif"):
+        raise ConfigError(f"--fps {options.fps:g}: a gif shows at most {GIF_FASTEST} frames a second; write an mp4.")
     if options.image is not None and not Path(options.image).is_file():
         raise ConfigError(f"--image {options.image}: there is no such file.")
     return check_out(options.out)

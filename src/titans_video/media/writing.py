@@ -29,7 +29,7 @@ Metadata = dict[str, Any]
 
 _BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer function
 _GIF_TICKS = 100  # a second; GIF knows no finer time
-_GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
+GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,9 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
     """A looping GIF with one palette; times are rounded to hundredths of a second so that the whole keeps time."""
-    if rate > _GIF_FASTEST:
+    if rate > GIF_FASTEST:
         raise UserError(
-            f"{path}: a gif holds at most {_GIF_FASTEST} frames a second, not {float(rate):g}; write an .mp4."
+            f"{path}: a gif holds at most {GIF_FASTEST} frames a second, not {float(rate):g}; write an .mp4."
         )
     height, width = frames.shape[1:3]
     shown_at = [round(number * _GIF_TICKS / rate) for number in range(len(frames) + 1)]
