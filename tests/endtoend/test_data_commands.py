@@ -18,8 +18,10 @@ SMALL = "--model-dim 24 --depth 1 --heads 2 --patch-size 1,1,1 --height 16 --wid
 
 
 @pytest.fixture(autouse=True)
-def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
 
 @pytest.fixture
@@ -141,3 +143,4 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
     assert said in error
     assert "Traceback" not in error
     assert len([line for line in error.splitlines() if line.startswith("Error:")]) == 1
+    assert not any(Path().iterdir())  # a refused command leaves nothing behind

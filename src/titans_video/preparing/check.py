@@ -1,6 +1,7 @@
 """`data check`: scan a manifest and write down what became of every row."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,11 +65,12 @@ def check(
         ConfigError, DataError: flags or the manifest itself are wrong.
     """
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out {folder} cannot be written: {e.strerror}.") from None
+    # Said before the long look into files; made only after it, so that refused flags leave nothing behind.
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out {folder} cannot be written: {nearest} is no folder that this user may write to.")
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
+    folder.mkdir(parents=True, exist_ok=True)
     data = Data(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
     plans = {e.row.id: _plan(e, data) for e in data.entries}
