@@ -86,7 +86,7 @@ def test_steps_do_not_depend_on_how_they_are_divided(manifest: Path, world: int,
         assert {(b.height, b.width) for b in parts} == {(step.height, step.width)}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 4])
 def test_resumed_at_any_step_with_any_workers(manifest: Path, workers: int) -> None:
     moving = {"random_crop": True, "random_start": True, "task_mix": "t2v=0.4,i2v=0.3,v2v=0.3", "num_frames": 4}
     straight = take(opened(manifest, batch_size=2, **moving).stream(grad_accum=2), 16)

@@ -181,6 +181,30 @@ def test_plan_equals_decode_on_variable_rate_clips(real_clips: Path, tmp_path: P
             assert errors[index] < 6
 
 
+def test_every_clip_is_planned_by_its_own_timestamps(real_clips: Path, tmp_path: Path) -> None:
+    """The frame on screen at each time, by the timestamps of a full decode with PyAV alone: every clip, three rates."""
+    videos = [json.loads(line)["video"] for line in (real_clips / "manifest.jsonl").read_text().splitlines()]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"video": v, "caption": "x", "id": v}) + "\n" for v in videos))
+    times: dict[str, list[float]] = {}
+    for video in videos:
+        with av.open(str(real_clips / video)) as container:
+            found = [float(frame.time) for frame in container.decode(video=0)]
+        times[video] = [t - found[0] for t in found]
+    for fps in (4.0, 10.0, 24.0):
+        given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
+        entries = open_data(given, PLAIN, PATCH, seed=0).entries
+        assert {e.row.id for e in entries} == set(videos)
+        table = scan.make_table(given, PLAIN, PATCH, None)
+        for entry in entries:
+            plan = plan_row(entry.row, entry.info(), table, given)
+            assert isinstance(plan, RowPlan)
+            clock = times[entry.row.id]
+            grace = 0.1 * float(np.median(np.diff(clock))) + 1e-6
+            wanted = [max(i for i, t in enumerate(clock) if t <= k / fps + grace) for k in range(plan.bucket.frames)]
+            assert list(plan.indices) == wanted, (entry.row.id, fps)
+
+
 def test_nasty_files_end_as_their_class_says(real_clips: Path, tmp_path: Path) -> None:
     expected = json.loads((real_clips / "nasty" / "expected.json").read_text())
     manifest = tmp_path / "nasty.jsonl"
