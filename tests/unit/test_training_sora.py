@@ -41,6 +41,7 @@ class FakeData:
     """Five clips of noise in one bucket."""
 
     rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    tasks = ("i2v", "t2v")
     buckets = (Bucket(FRAMES, SIDE, SIDE),)
     fps = 8.0
 

@@ -16,6 +16,7 @@ from titans_video.codecs.table import codec_from_checkpoint
 from titans_video.diffusion.flow import RectifiedFlow
 from titans_video.diffusion.table import build_process
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generation.joining import Joins
 from titans_video.models.table import build_network
 from titans_video.options import Overrides
 from titans_video.text.table import TextEncoder, text_from_checkpoint
@@ -35,6 +36,7 @@ class VideoModel:
         config: the checkpoint's, as `titans_video.checkpoint` lists it.
         step: optimizer steps that the network has seen.
         path: where it came from, for messages.
+        run_on: the device of the computation, where the network's weights wait elsewhere (offloading).
     """
 
     network: nn.Module
@@ -44,10 +46,17 @@ class VideoModel:
     config: dict[str, Any]
     step: int = 0
     path: Path | None = None
+    run_on: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.run_on or next(self.network.parameters()).device
+
+    @property
+    def joins(self) -> Joins:
+        """What the network can do about the frames that it is to go on from."""
+        tasks = self.trained("tasks")
+        return Joins(bool(getattr(self.network, "frame_times", True)), None if tasks is None else frozenset(tasks))
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -56,7 +65,7 @@ class VideoModel:
         return t, h, w
 
     def trained(self, name: str) -> Any:
-        """`num_frames`, `height`, `width` or `fps` of the training clips; None where the checkpoint does not say."""
+        """`num_frames`, `height`, `width`, `fps` or `tasks` of training; None where the checkpoint does not say."""
         return self.config.get("data", {}).get(name)
 
 
