@@ -1,6 +1,7 @@
 """What keeps a long run from going wrong in silence: steps without a finite loss or gradient, and loss spikes."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def out_of_memory(
     error: torch.OutOfMemoryError, batch: Batch, device: torch.device, checkpointing: bool
 ) -> OutOfMemory:
     """The error that says which bucket did not fit and what to lower."""
-    wanted = next((line for line in str(error).splitlines() if "Tried to allocate" in line), "").split(". GPU")[0]
+    wanted = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
     ways = [
         f"--batch-size {max(len(batch) // 2, 1)} with a larger --grad-accum" if len(batch) > 1 else "",
         "" if checkpointing else "--gradient-checkpointing",
@@ -100,7 +101,7 @@ def out_of_memory(
     ]
     return OutOfMemory(
         f"Out of memory on {device} with the bucket {batch.height}x{batch.width}x{batch.frames} "
-        f"({len(batch)} clips at once). {wanted + '. ' if wanted else ''}What helps, the cheapest first: "
+        f"({len(batch)} clips at once). {wanted[0] + '. ' if wanted else ''}What helps, the cheapest first: "
         + "; ".join(w for w in ways if w)
         + "."
     )

@@ -262,7 +262,7 @@ class Trainer:
         most = self.options.max_bad_steps
         if self.guard.bad_in_a_row >= most:
             raise DivergedError(
-                f"Step {step}: {said}, for the {most}th time in a row (--max-bad-steps {most}). Rows: "
+                f"Step {step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: "
                 f"{rows_in_words(rows)} (all are in {self.run_folder / EVENTS}). Nothing was learned from these steps; "
                 "the last checkpoint stands. Look at the rows, lower --lr, or raise --lr-warmup-steps."
             )
