@@ -50,6 +50,7 @@ class Data:
         table: the buckets asked for.
         seed, rank, world: of this process.
         ram: decoded clips kept in memory, shared by all that reads in this process.
+        held_out: usable rows that are not trained on.
     """
 
     options: DataOptions
@@ -61,6 +62,7 @@ class Data:
     rank: int = 0
     world: int = 1
     ram: RamCache = field(default_factory=lambda: RamCache(0))
+    held_out: list[Entry] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -161,9 +163,11 @@ class Data:
         Args:
             grad_accum: micro-batches of one optimizer step.
         """
-        share, total = self.world * grad_accum, len(self.entries) + len(self.quarantined)
+        share, usable = self.world * grad_accum, len(self.entries) + len(self.held_out)
         rate = f", {self.fps:g} frames a second" if self.entries else ""
-        lines = [f"Data: {len(self.entries)} of {total} rows usable{rate}."]
+        lines = [f"Data: {usable} of {usable + len(self.quarantined)} rows usable{rate}."]
+        if self.held_out:
+            lines.append(f"Held out for validation: {len(self.held_out)} rows; {len(self.entries)} are trained on.")
         if self.quarantined:
             lines.append(f"Left out: {reasons_in_words(self.quarantined)}.")
         counts = Counter(e.bucket for e in self.entries)

@@ -189,7 +189,7 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         return _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
         return None
-    patterns = (metrics.NAME, "last.pt", "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    patterns = (metrics.NAME, "last.pt", "loss.png", "quarantine.jsonl", "broken.rank*.jsonl", *metrics.WATCHED)
     return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
 
 

@@ -1,5 +1,8 @@
 """An exponential moving average of the trained weights."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -40,3 +43,24 @@ class Ema:
         """Take averages back; `state` may hold more than them (a network's whole state dict)."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(state[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network computes with the averages; on leaving, however that comes about, its own weights stand there
+        again to the bit.
+
+        The weights are copied aside, which takes the room that gradients need during a step: between steps there are
+        none.
+        """
+        kept = [p.detach().clone() for p in self.sources]
+        try:
+            _copy(self.sources, self.averages)
+            yield
+        finally:
+            _copy(self.sources, kept)
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -24,13 +24,16 @@ from titans_video.seeding import derive
 from titans_video.training import checkpoints
 from titans_video.training.checkpoints import Resume
 from titans_video.training.ema import Ema
-from titans_video.training.metrics import NAME, MetricsLog
+from titans_video.training.flops import device_peak
+from titans_video.training.metrics import NAME, MetricsLog, last_line
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from titans_video.training.rates import Rates, Work, work_of
 from titans_video.training.recipe import Recipe
 from titans_video.training.signals import Interrupt
+from titans_video.training.tracking import Tracker
+from titans_video.training.validation import Watched
 from titans_video.types import Batch
 
-SMOOTHING = 0.95
 CURVE = "loss.png"
 CURVE_SECONDS = 60.0
 
@@ -70,6 +73,7 @@ class StepResult:
         elements: supervised elements.
         waited: seconds this process waited for data.
         signal: the signal that a process received, or 0.
+        work: of this process.
     """
 
     loss: float
@@ -77,6 +81,7 @@ class StepResult:
     elements: int
     waited: float
     signal: int
+    work: Work
 
 
 class Trainer:
@@ -89,6 +94,7 @@ class Trainer:
         engine: from `engine.start`.
         resume: from `checkpoints.find_resume`; None starts anew.
         say: how to tell the user something; called on the main process alone.
+        watched: the tracker that the run is sent to, and its validation; None: neither.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class Trainer:
         engine: Accelerator,
         resume: Resume | None = None,
         say: Callable[[str], None] = tqdm.write,
+        watched: Watched | None = None,
     ) -> None:
         self.recipe = recipe
         self.stream = stream
@@ -106,6 +113,8 @@ class Trainer:
         self.engine = engine
         self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
         self.run_folder = Path(options.output_dir)
+        self.watched = watched or Watched(Tracker(engine))
+        self.peak = device_peak(engine.device, engine.mixed_precision) if engine.is_main_process else None
         self.step = 0
         self._drawn = 0.0
         network = recipe.network
@@ -126,23 +135,25 @@ class Trainer:
         result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
+        signal = 0
         with Interrupt() as interrupt, self._metrics() as metrics, self._bar() as bar:
-            smooth: float | None = None
-            while self.step < self.options.max_steps:
+            if self.watched.validator:
+                self.watched.validator.start(self.step)
+                signal = self._validate(interrupt)  # a run that was stopped in the midst of it makes up for it
+            rates = self._rates()
+            while self.step < self.options.max_steps and not signal:
                 began = time.perf_counter()
                 result = self._optimizer_step(batches, interrupt)
                 self.step += 1
                 ended = time.perf_counter()
-                smooth = result.loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * result.loss
                 if metrics:
-                    metrics.write(self._line(result, ended - began), ended)
-                self._show(bar, smooth, result.waited / (ended - began))
-                last = bool(result.signal) or self.step == self.options.max_steps
+                    rates.update(self.step, result.work, result.loss, ended - began, result.waited)
+                    self._record(metrics, self._line(result, ended - began) | rates.line, ended)
+                self._show(bar, rates)
+                signal = result.signal or self._validate(interrupt)
+                last = bool(signal) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
                     self._save(metrics, last)
-                if result.signal:
-                    break
-        signal = result.signal if result else 0
         folder = self.run_folder / f"checkpoint-{self.step}"
         self._say_goodbye(started_at, signal)
         return Outcome(self.step, result.loss if result else None, folder, 128 + signal if signal else 0)
@@ -174,16 +185,31 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.step)
-        return self._result(total, norm, elements, waited, interrupt)
+        work = work_of(self.recipe, micro, count_flops=self.peak is not None)
+        return self._result(total, norm, elements, waited, interrupt, work)
 
-    def _result(self, total: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt) -> StepResult:
+    def _result(
+        self, total: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
+    ) -> StepResult:
         """Share what the processes know, in one message and one wait for the device."""
+        loss_sum, signal = self._share(total, interrupt)
+        return StepResult(loss_sum / elements, float(norm), elements, waited, signal, work)
+
+    def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
+        """A sum over all processes, and the signal that any of them received, or 0."""
         told = torch.tensor([0.0, 0.0], device=self.engine.device)
         if interrupt.signal:
             told[0 if interrupt.signal == 2 else 1] = 1.0
-        loss_sum, ctrl_c, terminate = self._sum(torch.cat([total[None], told])).tolist()
-        signal = 2 if ctrl_c else 15 if terminate else 0
-        return StepResult(loss_sum / elements, float(norm), elements, waited, signal)
+        summed, ctrl_c, terminate = self._sum(torch.cat([total[None], told])).tolist()
+        return summed, 2 if ctrl_c else 15 if terminate else 0
+
+    def _validate(self, interrupt: Interrupt) -> int:
+        """Look at held-out rows and make videos, where that is due; the signal that cut it short, or 0."""
+        validator = self.watched.validator
+        if validator is None or not validator.due(self.step):
+            return 0
+        nothing = torch.zeros((), device=self.engine.device)
+        return validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -214,9 +240,19 @@ class Trainer:
         quiet = not self.engine.is_main_process
         return tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def _show(self, bar: "tqdm[Any]", loss: float, waiting: float) -> None:
+    def _rates(self) -> Rates:
+        """On the main process with the smoothed loss as the run left it."""
+        before = last_line(self.run_folder / NAME).get("loss_smooth") if self.engine.is_main_process else None
+        return Rates(self.options.max_steps, self.engine.num_processes, self.peak, before)
+
+    def _record(self, metrics: MetricsLog, line: dict[str, Any], now: float) -> None:
+        metrics.write(line, now)
         if self.step % self.options.log_every == 0 or self.step == self.options.max_steps:
-            bar.set_postfix_str(f"loss {loss:.4f}, data wait {waiting:.0%}", refresh=False)
+            self.watched.tracker.scalars(self.step, line)
+
+    def _show(self, bar: "tqdm[Any]", rates: Rates) -> None:
+        if rates.line and (self.step % self.options.log_every == 0 or self.step == self.options.max_steps):
+            bar.set_postfix_str(rates.text(), refresh=False)
         bar.update()
 
     def _save(self, metrics: MetricsLog | None, last: bool) -> None:
@@ -272,6 +308,7 @@ class Trainer:
         else:
             self.say(f"Trained to step {self.step}.")
         self.say(f"Checkpoint  {last}\nMetrics     {self.run_folder / NAME}\nLoss curve  {self.run_folder / CURVE}")
+        self.say(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         prompt = self.recipe.sample_prompt
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
         command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]
