@@ -26,7 +26,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 24, 2
-TIMES = ("seconds", "data_seconds")
+TIMES = ("seconds", "data_seconds", "frames_per_second", "tokens_per_second", "data_wait", "eta_seconds")
 
 
 def words(folder: Path) -> list[str]:

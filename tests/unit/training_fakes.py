@@ -50,6 +50,12 @@ class ToyRecipe:
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config={"recipe": "toy"}, step=step)
 
+    def tokens(self, batch: Batch) -> int:
+        return 3 * len(batch)
+
+    def flops(self, batch: Batch) -> float:
+        return 1000.0 * len(batch)
+
     def _mask(self, batch: Batch) -> Tensor:
         """(B, WIDTH): rows have 1 to WIDTH supervised elements, by their seed."""
         counts = torch.tensor([1 + s % WIDTH for s in batch.seeds])

@@ -1,5 +1,8 @@
 """An exponential moving average of the trained weights."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -44,7 +47,28 @@ class Ema:
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(placed_like(state[name], average))
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network computes with the averages; on leaving, however that comes about, its own weights stand there
+        again to the bit.
+
+        The weights are copied aside, which takes the room that gradients need during a step: between steps there are
+        none.
+        """
+        kept = [p.detach().clone() for p in self.sources]
+        try:
+            _copy(self.sources, self.averages)
+            yield
+        finally:
+            _copy(self.sources, kept)
+
 
 def whole_or_piece(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a sharded one this process's piece: averaging needs no other."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -167,7 +167,8 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         return moved
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
         return None
-    patterns = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    written = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    patterns = (*written, *metrics.WATCHED)
     return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
 
 

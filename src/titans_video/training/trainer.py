@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,16 +25,19 @@ from titans_video.training import engine as engines
 from titans_video.training.checkpoints import LAST
 from titans_video.training.ema import Ema
 from titans_video.training.engine import Engine
-from titans_video.training.guards import DivergedError, Guard, out_of_memory, rows_in_words, suspects
-from titans_video.training.metrics import EVENTS, NAME, MetricsLog
+from titans_video.training.flops import device_peak
+from titans_video.training.guards import Event, Guard, out_of_memory, suspects
+from titans_video.training.metrics import EVENTS, NAME, MetricsLog, last_line
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from titans_video.training.rates import Rates, Work, work_of
 from titans_video.training.recipe import Recipe
 from titans_video.training.resuming import Resume
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
+from titans_video.training.tracking import Tracker
+from titans_video.training.validation import Watched
 from titans_video.types import Batch
 
-SMOOTHING = 0.95
 CURVE = "loss.png"
 CURVE_SECONDS = 60.0
 
@@ -76,6 +79,7 @@ class StepResult:
         elements: supervised elements.
         waited: seconds this process waited for data.
         signal: the signal that a process received, or 0.
+        work: of this process.
         skipped: nothing was learned from it: its loss or its gradient was not finite.
     """
 
@@ -84,6 +88,7 @@ class StepResult:
     elements: int
     waited: float
     signal: int
+    work: Work
     skipped: bool = False
 
 
@@ -98,6 +103,7 @@ class Trainer:
         resume: from `resuming.open_resume`; None starts anew.
         say: how to tell the user something; called on the main process alone.
         about: plain values kept in every checkpoint's training state: what the run is.
+        watched: the tracker that the run is sent to, and its validation; None: neither.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class Trainer:
         resume: Resume | None = None,
         say: Callable[[str], None] = tqdm.write,
         about: dict[str, Any] | None = None,
+        watched: Watched | None = None,
     ) -> None:
         self.recipe = recipe
         self.stream = stream
@@ -117,6 +124,8 @@ class Trainer:
         self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
         self.about = about or {}
         self.run_folder = Path(options.output_dir)
+        self.watched = watched or Watched(Tracker(engine))
+        self.peak = device_peak(engine.device, engine.mixed_precision) if engine.is_main_process else None
         self.step = 0
         self.folder = self.run_folder
         self.guard = Guard()
@@ -149,26 +158,27 @@ class Trainer:
         result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
+        signal = 0
         with Interrupt() as interrupt, self._log(NAME) as metrics, self._log(EVENTS) as events, self._bar() as bar:
-            if self.step < self.options.max_steps:
+            if self.watched.validator:
+                self.watched.validator.start(self.step)
+                signal = self._validate(interrupt)  # a run that was stopped in the midst of it makes up for it
+            rates = self._rates()
+            if self.step < self.options.max_steps and not signal:
                 self._try_largest()
-            smooth: float | None = None
-            while self.step < self.options.max_steps:
+            while self.step < self.options.max_steps and not signal:
                 began = time.perf_counter()
                 result = self._optimizer_step(batches, interrupt, events)
                 self.step += 1
                 ended = time.perf_counter()
-                if not result.skipped:
-                    smooth = result.loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * result.loss
                 if metrics:
-                    metrics.write(self._line(result, ended - began), ended)
-                self._show(bar, smooth, result.waited / (ended - began))
-                last = bool(result.signal) or self.step == self.options.max_steps
+                    rates.update(self.step, result.work, result.loss, ended - began, result.waited)
+                    self._record(metrics, self._line(result, ended - began) | rates.line, ended)
+                self._show(bar, rates)
+                signal = result.signal or self._validate(interrupt)
+                last = bool(signal) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
-                    self._save([metrics, events], last, fatal=last and not result.signal)
-                if result.signal:
-                    break
-        signal = result.signal if result else 0
+                    self._save([metrics, events], last, fatal=last and not signal)
         self._say_goodbye(started_at, signal)
         return Outcome(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
 
@@ -207,7 +217,8 @@ class Trainer:
                 # Processes' gradients are averaged, so their number comes back in.
                 losses.append(self._backward(batch, self.engine.num_processes / elements))
         norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
-        result = self._result(torch.stack(losses), norm, elements, waited, interrupt)
+        work = work_of(self.recipe, micro, count_flops=self.peak is not None)
+        result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
         if not result.skipped or self.engine.scaler:  # a scaler skips by itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,15 +241,29 @@ class Trainer:
             raise out_of_memory(e, batch, self.engine.device, checkpointing) from None
         return loss.detach()
 
-    def _result(self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt) -> StepResult:
+    def _result(
+        self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
+    ) -> StepResult:
         """Share what the processes know, in one message and one wait for the device; judge the step."""
+        loss_sum, signal = self._share(losses.sum(), interrupt)
+        loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return StepResult(loss, length, elements, waited, signal, work, self.guard.is_bad(loss, length))
+
+    def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
+        """A sum over all processes, and the signal that any of them received, or 0."""
         told = torch.tensor([0.0, 0.0], device=self.engine.device)
         if interrupt.signal:
             told[0 if interrupt.signal == 2 else 1] = 1.0
-        loss_sum, ctrl_c, terminate = self._sum(torch.cat([losses.sum()[None], told])).tolist()
-        signal = 2 if ctrl_c else 15 if terminate else 0
-        loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return StepResult(loss, length, elements, waited, signal, self.guard.is_bad(loss, length))
+        summed, ctrl_c, terminate = self._sum(torch.cat([total[None], told])).tolist()
+        return summed, 2 if ctrl_c else 15 if terminate else 0
+
+    def _validate(self, interrupt: Interrupt) -> int:
+        """Look at held-out rows and make videos, where that is due; the signal that cut it short, or 0."""
+        validator = self.watched.validator
+        if validator is None or not validator.due(self.step):
+            return 0
+        nothing = torch.zeros((), device=self.engine.device)
+        return validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
 
     def _watch(self, result: StepResult, micro: list[Batch], losses: list[Tensor], events: MetricsLog | None) -> None:
         """Record a step that was skipped and one whose loss leaps, with their rows; on every process.
@@ -251,22 +276,10 @@ class Trainer:
             return
         found = engines.gather(self.engine, suspects(micro, [float(x) for x in losses]))
         rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
-        kind, step = ("skipped" if result.skipped else "spike"), self.step + 1
+        event = Event(self.step + 1, "skipped" if result.skipped else "spike", result.loss, result.grad_norm, rows)
         if events:
-            values = {"step": step, "kind": kind, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}
-            events.write(values, time.perf_counter())
-        if spike:
-            self.say(f"Step {step}: the loss leapt to {result.loss:.4g}. Rows: {rows_in_words(rows)}.")
-            return
-        said = f"loss {result.loss:.4g} and gradient norm {result.grad_norm:.4g} are not both finite"
-        most = self.options.max_bad_steps
-        if self.guard.bad_in_a_row >= most:
-            raise DivergedError(
-                f"Step {step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: "
-                f"{rows_in_words(rows)} (all are in {self.run_folder / EVENTS}). Nothing was learned from these steps; "
-                "the last checkpoint stands. Look at the rows, lower --lr, or raise --lr-warmup-steps."
-            )
-        self.say(f"Step {step} is skipped: {said} ({self.guard.bad_in_a_row} in a row). Rows: {rows_in_words(rows)}.")
+            events.write(asdict(event), time.perf_counter())
+        self.say(self.guard.judge(event, self.options.max_bad_steps, self.run_folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -297,9 +310,19 @@ class Trainer:
         quiet = not self.engine.is_main_process
         return tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
 
-    def _show(self, bar: "tqdm[Any]", loss: float | None, waiting: float) -> None:
-        if loss is not None and (self.step % self.options.log_every == 0 or self.step == self.options.max_steps):
-            bar.set_postfix_str(f"loss {loss:.4f}, data wait {waiting:.0%}", refresh=False)
+    def _rates(self) -> Rates:
+        """On the main process with the smoothed loss as the run left it."""
+        before = last_line(self.run_folder / NAME).get("loss_smooth") if self.engine.is_main_process else None
+        return Rates(self.options.max_steps, self.engine.num_processes, self.peak, before)
+
+    def _record(self, metrics: MetricsLog, line: dict[str, Any], now: float) -> None:
+        metrics.write(line, now)
+        if self.step % self.options.log_every == 0 or self.step == self.options.max_steps:
+            self.watched.tracker.scalars(self.step, line)
+
+    def _show(self, bar: "tqdm[Any]", rates: Rates) -> None:
+        if rates.line and (self.step % self.options.log_every == 0 or self.step == self.options.max_steps):
+            bar.set_postfix_str(rates.text(), refresh=False)
         bar.update()
 
     def _save(self, logs: list[MetricsLog | None], last: bool, fatal: bool) -> None:
@@ -377,6 +400,7 @@ class Trainer:
         else:
             self.say(f"Trained to step {self.step}.")
         self.say(f"Checkpoint  {last}\nMetrics     {self.run_folder / NAME}\nLoss curve  {self.run_folder / CURVE}")
+        self.say(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         prompt = self.recipe.sample_prompt
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
         command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]
