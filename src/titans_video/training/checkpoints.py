@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 LAST = "last.pt"
 STATE_FORMAT = "titans-video-training/2"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp)")
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
 _BLOCK = 2**20
 
 
