@@ -167,6 +167,8 @@ class ModelOptions:
     """Attention heads, in place of the preset's."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """torch.compile each block; the first steps of each clip size are slow."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,38 @@ class TrainOptions:
     """Steps between updates of the loss beside the progress bar."""
     resume: str = "none"
     """auto: the newest good checkpoint of --output-dir; a path; none."""
+    allow_changes: bool = False
+    """Go on from a checkpoint though data, model or settings are others than those it was written with."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row without a finite loss and gradient; each of them is skipped."""
+    expect_processes: int | None = None
+    """Stop at once unless this many processes are running."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time (slower on GPUs; on CPUs they all do)."""
     seed: int = 0
     """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a run is watched while it goes on."""
+
+    validate_every: int = 0
+    """Optimizer steps between validations, and one at the end; 0: none."""
+    validation_prompt: tuple[str, ...] = ()
+    """A prompt that validation makes a video of; may be given several times (default: a few captions of the data)."""
+    validation_prompts: str | None = None
+    """Text file of such prompts, one a line."""
+    validation_manifest: tuple[str, ...] = ()
+    """Manifest of clips that are never trained on, for the held-out loss; may be given several times."""
+    validation_split: float = 0.0
+    """In its place: share of the training clips that is held out, chosen by the rows' ids."""
+    validation_rows: int = 128
+    """Held-out rows that each validation looks at, at most; 0: all."""
+    validation_times: int = 9
+    """Held-out loss at this many quantiles of the training times (9: 0.1 to 0.9)."""
+    log_with: Literal["tensorboard", "wandb", "none"] = "none"
+    """Also send curves, tables and samples to a tracker."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +287,7 @@ class SoraOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     process: ProcessOptions = field(default_factory=ProcessOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     advice: AdviceOptions = field(default_factory=AdviceOptions)
 
 

@@ -50,6 +50,12 @@ class ToyRecipe:
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config={"recipe": "toy"}, step=step)
 
+    def tokens(self, batch: Batch) -> int:
+        return 3 * len(batch)
+
+    def flops(self, batch: Batch) -> float:
+        return 1000.0 * len(batch)
+
     def _mask(self, batch: Batch) -> Tensor:
         """(B, WIDTH): rows have 1 to WIDTH supervised elements, by their seed."""
         counts = torch.tensor([1 + s % WIDTH for s in batch.seeds])
@@ -68,6 +74,9 @@ class ToyStream:
             start = (self.position * self.world + self.rank) * self.batch
             self.position += 1
             yield toy_batch(range(start, start + self.batch))
+
+    def largest(self) -> None:
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

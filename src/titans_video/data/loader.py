@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as count_from
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,13 @@ class BatchReader(Dataset[RawBatch]):
 
     def __getitem__(self, number: int) -> RawBatch:
         step, micro = divmod(number, self.share.grad_accum)
-        batch = self.sampler.batch(step)
+        return self.rows(self.share.of(self.sampler.batch(step).items, micro), step)
+
+    def rows(self, items: Sequence[Occurrence], step: int = 0) -> RawBatch:
+        """A batch of these rows of one bucket, as optimizer step `step` sees them."""
         found: list[Broken] = []
         try:
-            return collate([self._row(step, o, found) for o in self.share.of(batch.items, micro)], found)
+            return collate([self._row(step, o, found) for o in items], found)
         except DataError as e:
             return RawBatch([], [], broken=tuple(found), error=str(e))
 
@@ -119,20 +123,13 @@ class BatchReader(Dataset[RawBatch]):
             instead = () if k == 0 else ("in place of", asked)
             seed = derive(self.seed, item.epoch, entry.row.id, item.count, *instead)
             try:
-                return self._read(seed, self.reader.sample(entry, seed))
+                return read_sample(seed, self.reader.sample(entry, seed), self.reader, self.store)
             except BrokenRow as e:
                 record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step, str(entry.bucket))
                 self.broken.add(record)
                 found.append(record)
                 self._refuse_too_many(record)
         raise DataError(f"No row of the bucket {self.entries[item.row].bucket} can be read any more.")
-
-    def _read(self, seed: int, sample: Sample) -> Read:
-        if self.store is not None:
-            moments, known = self.store.read_clip(sample)
-            return Read(seed, sample, moments=moments, known=known)
-        picture = self.reader.picture(sample) if sample.picture else None
-        return Read(seed, sample, self.reader.clip(sample), picture)
 
     def _refuse_too_many(self, last: Broken) -> None:
         count = len(self.broken.known)
@@ -141,6 +138,18 @@ class BatchReader(Dataset[RawBatch]):
                 f"{count} of {len(self.entries)} rows broke during training, more than --max-bad {self.most_broken:g} "
                 f"allows. The last: {last.video} ({last.reason}): {last.detail}"
             )
+
+
+def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingStore | None) -> Read:
+    """One row, from its files or from a store of encodings.
+
+    Raises:
+        BrokenRow: it cannot be read.
+    """
+    if store is not None:
+        moments, known = store.read_clip(sample)
+        return Read(seed, sample, moments=moments, known=known)
+    return Read(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
 
 
 def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:
@@ -253,15 +262,31 @@ class BatchStream:
             ) from None
         self._note(raw.broken)
         if raw.error is not None:
-            raise DataError(raw.error)
+            error = DataError(raw.error)
+            error.alone = True
+            raise error
         self._delivered += 1
         return to_batch(raw, self.store)
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of optimizer steps whose micro-batches were all delivered."""
-        return {"step": self._delivered // self.share.grad_accum}
+    def largest(self) -> Batch | None:
+        """A micro-batch of the bucket with the most pixels at once, read for a trial alone; None where there is one
+        bucket, whose first batch is no later than a trial."""
+        if len(self.buckets) == 1:
+            return None
+        pixels = [self.batch_sizes[b] * b.frames * b.height * b.width for b in self.buckets]
+        lane = pixels.index(max(pixels))
+        rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
+        apart = BrokenRows(None)
+        apart.known = dict(self.broken.known)
+        read = self._reader(apart).rows([Occurrence(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
+        return to_batch(read, self.store)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The number of optimizer steps whose micro-batches were all delivered, and the rows of a step by bucket."""
+        rows = {lane.name: lane.batch for lane in self.sampler.lanes}
+        return {"step": self._delivered // self.share.grad_accum, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the optimizer step after `state["step"]`, leaving out the rows that broke before it."""
         self._delivered = int(state["step"]) * self.share.grad_accum
         self._resumed, self._batches = True, None

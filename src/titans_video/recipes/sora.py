@@ -5,8 +5,9 @@ latent grid.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,34 @@ from titans_video.codecs.table import (
     flags_to_name_again,
     parse_init,
 )
-from titans_video.data.store import EncodingStore
+from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
 from titans_video.errors import CodecError
+from titans_video.generation.loading import VideoModel
+from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
 from titans_video.options import CodecOptions, Overrides, SoraOptions
 from titans_video.preparing.check import QUARANTINE, write_quarantine
 from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
+from titans_video.preparing.held_out import open_validation, split
 from titans_video.preparing.opening import Data, Together, open_data
+from titans_video.recipes.watching import prompts_of, watch
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
-from titans_video.training import checkpoints, engine
-from titans_video.training.checkpoints import Resume
+from titans_video.training import engine
+from titans_video.training.flops import clip_flops
+from titans_video.training.recipe import Sampler
+from titans_video.training.resuming import Resume, prepare_folder
+from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch, CodecSpec, Condition, TextCondition
 
 FIT_CLIPS = 512
+TEXT_STEP, LONGEST_TEXT = 64, 512
 PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
 
 
@@ -75,6 +84,7 @@ class SoraRecipe:
     sample_prompt: str | None = None
     sample_flags: tuple[str, ...] = ()
     store: EncodingStore | None = None
+    counted_flops: dict[Any, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         empty = self.store.text([""]) if self.store is not None and self.store.has_text else self.text.empty(1)
@@ -82,7 +92,7 @@ class SoraRecipe:
 
     def supervised(self, batch: Batch) -> int:
         """Latent elements of frames that are not wholly known."""
-        c, _, h, w = self.codec.spec.latent_shape(batch.frames, batch.height, batch.width)
+        c, _, h, w = self._latent_shape(batch)
         return int((~self._known_mask(batch).all(dim=1)).sum()) * c * h * w
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -90,7 +100,25 @@ class SoraRecipe:
         with torch.no_grad():
             clean, condition = self.encode(batch)
             times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
-            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds]).to(self.device)
+            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+        return self._errors(model, clean, condition, times_B, noise).sum()
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """See `training.recipe.Validated`."""
+        clean, condition = self.encode(batch, drop=False)
+        tokens = count_tokens(clean.shape[2:], self.patch_size)
+        sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
+        for i, quantile in enumerate(quantiles):
+            times_B = torch.full((len(batch),), self.process.time_at(quantile, tokens))
+            noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+            sums[i] = self._errors(model, clean, condition, times_B, noise).flatten(1).sum(1).double()
+        free = ~self._known_mask(batch).all(dim=1)  # (B, t)
+        return sums, free.sum(dim=1) * clean[0, :, 0].numel()
+
+    def _errors(self, model: nn.Module, clean: Tensor, condition: Condition, times_B: Tensor, noise: Tensor) -> Tensor:
+        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned."""
+        with torch.no_grad():
+            noise = noise.to(self.device)
             times = times_B.to(self.device)[:, None].expand(-1, clean.shape[2])  # (B, t)
             held = condition.wholly_known()
             if held is not None and condition.known is not None:
@@ -102,13 +130,18 @@ class SoraRecipe:
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
             error = error.masked_fill(held[:, None, :, None, None], 0.0)
-        return error.sum()
+        return error
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
-        """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache."""
+    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
+        """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache.
+
+        Args:
+            drop: put the empty prompt in place of some captions.
+        """
         moments = self._moments(batch.moments, batch.pixels)
         clean = self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
-        text = self._dropped(batch, batch.text or self.text(batch.captions))
+        text = batch.text or self.text(batch.captions)
+        text = self._dropped(batch, text) if drop else text.to(self.device)
         if not bool((batch.known_frames > 0).any()):
             return clean, Condition(text=text)
         known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
@@ -118,10 +151,45 @@ class SoraRecipe:
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
 
+    def tokens(self, batch: Batch) -> int:
+        return len(batch) * count_tokens(self._latent_shape(batch)[1:], self.patch_size)
+
+    def flops(self, batch: Batch) -> float:
+        """Counted once for each size of clip and length of prompts."""
+        shape, lengths = self._latent_shape(batch), self._text_lengths(batch)
+        key = (shape, tuple(lengths))
+        if key not in self.counted_flops:
+            self.counted_flops[key] = clip_flops(self.config["model"], shape, lengths, self.text.widths)
+        return float(len(batch) * self.counted_flops[key])
+
+    @contextmanager
+    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
+        """See `training.recipe.Validated`."""
+        text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
+        model = VideoModel(network, self.codec, text, self.process, self.config, step)
+        try:
+            yield partial(sample, model)
+        finally:
+            if self.store is not None:
+                self.codec.release()
+
     @property
     def patch_size(self) -> tuple[int, int, int]:
         t, h, w = self.config["model"]["patch_size"]
         return t, h, w
+
+    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        return self.codec.spec.latent_shape(batch.frames, batch.height, batch.width)
+
+    def _text_lengths(self, batch: Batch) -> list[int]:
+        """Tokens of each text stream, in steps of `TEXT_STEP`. Prompts that are not encoded yet are not encoded for
+        this: a token of theirs is taken to be 4 bytes, as English is."""
+        if batch.text is not None:
+            lengths = [mask.shape[1] for mask in batch.text.masks]
+        else:
+            longest = max((len(caption.encode()) for caption in batch.captions), default=0)
+            lengths = [longest // (4 if width else 1) + 1 for width in self.text.widths]
+        return [-(-min(length, LONGEST_TEXT) // TEXT_STEP) * TEXT_STEP for length in lengths]
 
     def _moments(self, cached: Tensor | None, pixels: Tensor | None) -> Tensor:
         if cached is not None:
@@ -146,34 +214,46 @@ def train_sora(options: SoraOptions) -> Outcome:
     Raises:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
-    accelerator = engine.start(options.train)
-    say: Callable[[str], None] = accelerator.print
-    resume = checkpoints.find_resume(options.train, say)
+    run = begin(options.data, options.train)
+    accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, resume)
+    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
         filled = fill(options, data, codec, text, accelerator)
         data, store = filled.data, filled.store
+        held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
         text.release()
         codec.release()
     recipe = build_recipe(options, data, codec, text, accelerator.device, store)
-    moved = engine.once(accelerator, lambda: checkpoints.prepare_folder(options.train, resume))
+    data, train, about = settle(options, data, recipe.config, resume, say)
+    moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
-    say("\n".join([data.summary(options.train.grad_accum), *frames_in_words(options, data, codec.spec)]))
+    say("\n".join([data.summary(train.grad_accum), *frames_in_words(options, data, codec.spec)]))
     left_out = Path(options.train.output_dir) / QUARANTINE
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
     say(f"SoraDiT, {size:.1f} million parameters.")
-    say(engine.describe(accelerator, options.data, options.train))
-    stream = data.stream(
-        grad_accum=options.train.grad_accum, store=store, folder=options.train.output_dir, say=tqdm.write
+    step = resume.step if resume else 0
+    watched = watch(
+        options,
+        SoraOptions(),
+        recipe,
+        accelerator,
+        data,
+        held_out,
+        step=step,
+        store=store,
+        running=run.running,
+        say=say,
     )
-    outcome = Trainer(recipe, stream, options.train, accelerator, resume, say).run()
+    stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
+    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
     accelerator.end_training()
     return outcome
 
@@ -183,7 +263,8 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
     fitted = options.codec.vae_backend == "patch"
     codec: Codec | None = None
     if resume and fitted:
-        codec = codec_from_checkpoint(resume.model.config["codec"], resume.model.codec, Overrides())
+        fitted_codec = resume.model()
+        codec = codec_from_checkpoint(fitted_codec.config["codec"], fitted_codec.codec, Overrides())
     elif not fitted:
         codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
     data = open_data(
@@ -195,6 +276,8 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
         world=accelerator.num_processes,
         together=together(accelerator),
     )
+    if options.watch.validation_split:
+        data = split(data, options.watch.validation_split)
     return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
 
 
@@ -253,14 +336,19 @@ def cache_sora(options: SoraOptions) -> None:
     data, codec = open_data_and_codec(options, accelerator, None)
     accelerator.print(data.summary())
     fill(options, data, codec, text, accelerator)
+    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    if held_out:
+        fill(options, held_out, codec, text, accelerator)
     accelerator.end_training()
 
 
 def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
-    """Encode what the cache lacks, shared out over the processes; whole when this returns."""
+    """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
+    returns."""
     encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
     assert options.data.cache is not None  # callers checked
-    filled = fill_cache(data, options.data.cache, encoders, together=together(accelerator))
+    prompts = prompts_of(options.watch, data)
+    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))
     accelerator.print(filled.summary())
     return filled
 
@@ -278,6 +366,8 @@ def build_recipe(
     network = build_network(sora_config(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if options.model.compile:
+        network.compile_repeated_blocks()
     process = build_process(process_config(options.process, codec.spec))
     bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
     prompt = next((row.caption for row in data.rows if row.caption), None)
