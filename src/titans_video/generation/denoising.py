@@ -29,10 +29,11 @@ class Prompts:
 def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, guidance_scale: float) -> Prompts:
     """Prompts and, where there is guidance, the negative prompt for every row (the empty one is what caption dropout
     trained)."""
-    text = model.text(prompts).to(model.device)
-    if guidance_scale == 1.0:
-        return Prompts(text, None)
-    negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
+    with model.on_device("text"):
+        text = model.text(prompts).to(model.device)
+        if guidance_scale == 1.0:
+            return Prompts(text, None)
+        negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 
     def repeat(x: Tensor) -> Tensor:
         return x.expand(len(prompts), *x.shape[1:])
@@ -75,7 +76,9 @@ def known_condition(model: VideoModel, text: TextCondition, known: Tensor | None
     pixels[:, :, :k] = known.to(pixels)
     given = (torch.arange(frames, device=model.device) < k).expand(b, frames)
     mask = fold_known_mask(given, model.codec.spec)
-    return Condition(text=text, known=model.codec.encode(pixels).to(model.device, torch.float32), known_mask=mask)
+    with model.on_device("codec"):
+        latents = model.codec.encode(pixels).to(model.device, torch.float32)
+    return Condition(text=text, known=latents, known_mask=mask)
 
 
 def predictor(model: VideoModel) -> Predict:

@@ -175,7 +175,8 @@ def _blend(
     noise = frame_noise(shape, request.seeds).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
     denoise = blend_windows(denoisers, windows.latent_starts, length)
-    latents = sampler_by_name(request.sampler)(denoise, noise, schedule, lambda _: bar.update(), edit)
+    with model.on_device("network"):
+        latents = sampler_by_name(request.sampler)(denoise, noise, schedule, lambda _: bar.update(), edit)
     return finish(model, latents, windows.frames, request)
 
 

@@ -150,13 +150,15 @@ def make_clip(
     denoise = guided(predictor(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval)
     noise = frame_noise(made.latent_shape, request.seeds, first).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
-    latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
+    with model.on_device("network"):
+        latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
     return finish(model, latents, made.frames, request)
 
 
 def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) -> Tensor:
     """Latents of `frames` frames decoded, cut to what was asked for, the known frames put back as they were given."""
-    video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
+    with model.on_device("codec"):
+        video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()
     if request.known is not None:
         video[:, :, : request.known.shape[2]] = request.known.to(video)

@@ -41,6 +41,11 @@ class Sink:
         """Stop without a clip in its place."""
         raise NotImplementedError
 
+    @property
+    def written(self) -> Written:
+        """What lies in its place, once closed."""
+        raise NotImplementedError
+
     def __enter__(self) -> Self:
         return self
 
@@ -170,6 +175,7 @@ class WholeWriter(Sink):
     def __init__(self, path: Path | str, fps: float | Fraction, metadata: Metadata | None = None) -> None:
         self.path, self.rate, self.metadata = Path(path), exact_rate(fps), metadata
         self._frames: list[Pixels] = []
+        self._written: Written | None = None
 
     def write(self, frames: Pixels) -> None:
         """Add frames, uint8 (T, H, W, 3)."""
@@ -179,11 +185,19 @@ class WholeWriter(Sink):
         """Write the clip."""
         if not self._frames:
             raise UserError(f"{self.path}: there is no frame to write.")
-        return write_video(self.path, np.concatenate(self._frames), self.rate, metadata=self.metadata)
+        self._written = write_video(self.path, np.concatenate(self._frames), self.rate, metadata=self.metadata)
+        return self._written
 
     def abandon(self) -> None:
         """Forget the frames."""
         self._frames.clear()
+
+    @property
+    def written(self) -> Written:
+        """What was written."""
+        if self._written is None:
+            raise ValueError(f"{self.path} is not closed yet")
+        return self._written
 
 
 def open_sink(
