@@ -92,6 +92,8 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add="train" in words)
     if "train/videos" not in script:
         return words
+    if "--validate-every" in words:
+        words = with_flags(words, {"--sample-steps": "2"}, add=True)
     sizes = {k: v for k, v in TRAINING.items() if "--buckets" not in words or k not in ("--height", "--width")}
     return with_flags(words, {**sizes, "--text-model": "models/umt5"}, add=True)
 

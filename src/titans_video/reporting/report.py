@@ -32,6 +32,7 @@ color:var(--faint)}.strip video,.strip img{width:100%;display:block;border-radiu
 font-size:.75rem;overflow:hidden}.sheet{max-width:100%;border-radius:4px;border:1px solid var(--line)}
 .losses td,.losses th{text-align:right;padding:.35rem .9rem .35rem 0;font-variant-numeric:tabular-nums}
 .losses td:nth-child(-n+2),.losses th:nth-child(-n+2){text-align:left}.scroll{overflow-x:auto}
+.dense td{padding:.15rem 1.4rem .15rem 0;font-size:.87rem;overflow-wrap:anywhere}
 .two{display:flex;flex-wrap:wrap;gap:.5rem 4rem}code{font-size:.82rem;overflow-wrap:anywhere}
 details{margin:.8rem 0}summary{cursor:pointer;color:var(--soft)}
 """
@@ -186,9 +187,9 @@ def _options(run: Run) -> str:
     rows = [[flag(name), in_words(value), in_words(defaults.get(name))] for name, value in changed.items()]
     rest = [[flag(name), in_words(value)] for name, value in options.items() if name not in changed]
     return (
-        f"<h2>Configuration</h2>{table(['option', 'value', 'default'], rows)}"
-        f"<details><summary>{len(rest)} options as they are by default</summary>{table(['option', 'value'], rest)}"
-        "</details>"
+        f"<h2>Configuration</h2>{table(['option', 'value', 'default'], rows, 'dense')}"
+        f"<details><summary>{len(rest)} options as they are by default</summary>"
+        f"{table(['option', 'value'], rest, 'dense')}</details>"
     )
 
 
