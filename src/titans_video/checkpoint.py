@@ -19,9 +19,11 @@ can run code, and neither names code that is imported unasked.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pickle
+import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -75,21 +77,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(data: dict[str, Any], path: Path) -> None:
-    """Atomically `torch.save` a dict of tensors and plain containers."""
+    """Atomically `torch.save` a dict of tensors and plain containers.
+
+    Raises:
+        OSError: it could not be written whole.
+    """
     with atomic_path(path) as temporary:
-        torch.save(data, temporary)
+        try:
+            torch.save(data, temporary)
+        except RuntimeError as e:  # torch's writer knows no other
+            if not any(word in str(e) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
+                raise
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise OSError(errno.ENOSPC, f"cannot be written ({free:.0f} MB are free)", str(path)) from None
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     """`torch.load` with `weights_only=True`: a pickle that is more than tensors is refused and never run.
 
+    Args:
+        mmap: leave tensors in the file until they are used; processes of one machine then share them.
     Raises:
         CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
     """
     try:
         with warnings.catch_warnings():  # of unusual pickles; what is wrong with one is said below
             warnings.simplefilter("ignore")
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint.") from None
     except pickle.UnpicklingError:
@@ -128,9 +142,13 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         temporary.write_text(json.dumps(description, indent=2) + "\n")
 
 
-def read(path: Path | str) -> Checkpoint:
+def read(path: Path | str, mmap: bool = False) -> Checkpoint:
     """Read a `.pt` file, a checkpoint folder, an exported folder, or a run's folder (its `last.pt`).
 
+    Of a checkpoint folder with averaged weights beside the trained ones, the averaged ones are read.
+
+    Args:
+        mmap: as for `load_tensors`.
     Raises:
         CheckpointError: nothing there, damaged, unsafe, or not a checkpoint of this project.
     """
@@ -138,14 +156,14 @@ def read(path: Path | str) -> Checkpoint:
     if path.is_dir():
         if (path / "config.json").exists():
             return _read_folder(path)
-        inside = next((path / n for n in ("last.pt", "model.pt") if (path / n).exists()), None)
+        inside = next((path / n for n in ("last.pt", "model_ema.pt", "model.pt") if (path / n).exists()), None)
         if inside is None:
             raise CheckpointError(
                 f"{path} is a folder without a checkpoint in it: last.pt, model.pt or model.safetensors with "
                 "config.json was expected."
             )
         path = inside
-    data = load_tensors(path)
+    data = load_tensors(path, mmap)
     missing = [k for k in ("model", "config", "step") if k not in data]
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}.")

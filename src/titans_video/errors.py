@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """Bad input. The message says what was wrong, which file, line or flag, and what to do."""
+    """Bad input. The message says what was wrong, which file, line or flag, and what to do.
+
+    Attributes:
+        alone: of several processes of a run this one alone knows; else all raise the same, and the first one speaks.
+    """
+
+    alone = False
 
 
 class ConfigError(UserError):

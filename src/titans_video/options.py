@@ -167,6 +167,8 @@ class ModelOptions:
     """Attention heads, in place of the preset's."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    compile: bool = False
+    """torch.compile each block; the first steps of each clip size are slow."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,14 @@ class TrainOptions:
     """Steps between updates of the loss beside the progress bar."""
     resume: str = "none"
     """auto: the newest good checkpoint of --output-dir; a path; none."""
+    allow_changes: bool = False
+    """Go on from a checkpoint though data, model or settings are others than those it was written with."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row without a finite loss and gradient; each of them is skipped."""
+    expect_processes: int | None = None
+    """Stop at once unless this many processes are running."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time (slower on GPUs; on CPUs they all do)."""
     seed: int = 0
     """Seed of everything random."""
 

@@ -64,10 +64,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_leaves_what_it_says(trained: Path) -> None:
-    checkpoint = files.load_tensors(trained / "checkpoint-3" / "model.pt")
-    assert {"model", "config", "step"} <= checkpoint.keys()
-    assert checkpoint["step"] == 3
-    assert (trained / "last.pt").samefile(trained / "checkpoint-3" / "model.pt")
+    for name in ("model.pt", "model_ema.pt"):
+        checkpoint = files.load_tensors(trained / "checkpoint-3" / name)
+        assert {"model", "config", "step"} <= checkpoint.keys()
+        assert checkpoint["step"] == 3
+    assert (trained / "last.pt").samefile(trained / "checkpoint-3" / "model_ema.pt")
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = metrics(trained)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -123,7 +124,7 @@ def test_two_processes_equal_one(repository: Path, tiny: list[str], tmp_path: Pa
     words = [*launch, "--main_process_port", "0", str(script), *shared, "--batch-size", "2"]
     words += ["--cache", str(tmp_path / "cache")]  # which both fill, each its share
     done = run(*words, "--vae-backend", "patch", "--output-dir", tmp_path / "two", cwd=repository)
-    assert done.stdout.count("Running on 2 processes (cpu, distributed CPU)") == 1
+    assert done.stdout.count("Running on 2 processes (cpu, DDP over gloo)") == 1
     assert done.stdout.count(" encodings made, 0 were there.") == 1
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["elements"] == b["elements"]

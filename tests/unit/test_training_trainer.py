@@ -15,7 +15,7 @@ from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
 from titans_video import checkpoint as files
 from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, engine
+from titans_video.training import checkpoints, engine, resuming
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch
 
@@ -35,8 +35,11 @@ def train(
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """What the recipes do: resume, folder, trainer."""
     say = (said if said is not None else []).append
-    resume = checkpoints.find_resume(run, say)
-    checkpoints.prepare_folder(run, resume)
+    folder, notes = resuming.find_resume(run)
+    for note in notes:
+        say(note)
+    resume = resuming.open_resume(folder, run)
+    resuming.prepare_folder(run, resume)
     recipe = ToyRecipe(dropout)
     outcome = Trainer(recipe, stream or ToyStream(4), run, engine.start(run), resume, say).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
@@ -101,10 +104,9 @@ def test_resume_is_bitwise(tmp_path: Path, optimizer: str, ema: float) -> None:
     assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5]
     _, resumed = train(replace(broken, resume="auto"), ToyStream(2), dropout=0.2)
     assert_same(straight, resumed)
-    for name in ("model.pt", "training_state.pt"):
+    for name in ("model.pt", "training_state.pt", *(["model_ema.pt"] if ema else [])):
         a, b = (files.load_tensors(tmp_path / x / "checkpoint-6" / name) for x in "ab")
-        for key in a.keys() - {"options"}:
-            assert_same(a[key], b[key])
+        assert_same(a, b)
     same = ("step", "loss", "lr", "grad_norm", "elements")
     assert [[line[k] for k in same] for line in lines(tmp_path / "a")] == [
         [line[k] for k in same] for line in lines(tmp_path / "b")
@@ -125,14 +127,15 @@ class FailingStream(ToyStream):
             yield batch
 
 
-def test_model_holds_the_average_and_the_state_the_raw_weights(tmp_path: Path) -> None:
+def test_the_trained_weights_and_the_averaged_ones_lie_side_by_side(tmp_path: Path) -> None:
     _, raw = train(options(tmp_path, ema_decay=0.5))
     folder = tmp_path / "checkpoint-6"
-    state = files.load_tensors(folder / "training_state.pt")
-    model = files.read(folder / "model.pt")
-    assert_same(state["weights"], raw)
-    assert model.step == 6
-    assert not torch.equal(model.model["last.weight"], raw["last.weight"])
+    assert_same(files.read(folder / "model.pt").model, raw)
+    averaged = files.read(folder / "model_ema.pt")
+    assert averaged.step == 6
+    assert not torch.equal(averaged.model["last.weight"], raw["last.weight"])
+    for read in (folder, tmp_path, tmp_path / "last.pt"):  # whoever does not say which gets the averaged ones
+        assert_same(files.read(read).model, averaged.model)
 
 
 def test_ema_follows_its_definition(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_ema_follows_its_definition(tmp_path: Path) -> None:
 def test_last_pt_and_the_save_limit(tmp_path: Path) -> None:
     train(options(tmp_path, save_every=1, save_limit=2))
     assert [step for step, _ in checkpoints.saved(tmp_path)] == [5, 6]
-    assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoint-6" / "model.pt")
+    assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoint-6" / "model_ema.pt")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

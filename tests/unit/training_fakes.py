@@ -99,6 +99,9 @@ class ToyStream:
             self.position += 1
             yield toy_batch(range(start, start + self.batch))
 
+    def largest(self) -> None:
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 

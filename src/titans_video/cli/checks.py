@@ -100,6 +100,8 @@ def _check_train(train: TrainOptions) -> None:
         ("--grad-accum", train.grad_accum),
         ("--save-every", train.save_every),
         ("--log-every", train.log_every),
+        ("--max-bad-steps", train.max_bad_steps),
+        ("--expect-processes", train.expect_processes),
     ):
         _need(flag, value, 1)
     for flag, whole in (

@@ -41,7 +41,7 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as e:
-        _tell(f"Error: {e}")
+        _tell(f"Error: {e}", alone=e.alone)
         return BAD_INPUT
     except ModuleNotFoundError as e:
         name = (e.name or "").split(".")[0]
@@ -64,7 +64,8 @@ def guarded(command: Callable[[], int]) -> int:
         return BAD_INPUT
 
 
-def _tell(text: str) -> None:
-    """Once, however many processes a launcher started."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr)
+def _tell(text: str, alone: bool = False) -> None:
+    """Once, however many processes a launcher started; `alone`: only this one has something to say."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or alone:
+        print(f"[process {rank}] {text}" if rank else text, file=sys.stderr)

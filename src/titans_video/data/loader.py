@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as count_from
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,13 @@ class BatchReader(Dataset[RawBatch]):
 
     def __getitem__(self, number: int) -> RawBatch:
         step, micro = divmod(number, self.share.grad_accum)
-        batch = self.sampler.batch(step)
+        return self.rows(self.share.of(self.sampler.batch(step).items, micro), step)
+
+    def rows(self, items: Sequence[Occurrence], step: int = 0) -> RawBatch:
+        """A batch of these rows of one bucket, as optimizer step `step` sees them."""
         found: list[Broken] = []
         try:
-            return collate([self._row(step, o, found) for o in self.share.of(batch.items, micro)], found)
+            return collate([self._row(step, o, found) for o in items], found)
         except DataError as e:
             return RawBatch([], [], broken=tuple(found), error=str(e))
 
@@ -258,15 +262,31 @@ class BatchStream:
             ) from None
         self._note(raw.broken)
         if raw.error is not None:
-            raise DataError(raw.error)
+            error = DataError(raw.error)
+            error.alone = True
+            raise error
         self._delivered += 1
         return to_batch(raw, self.store)
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of optimizer steps whose micro-batches were all delivered."""
-        return {"step": self._delivered // self.share.grad_accum}
+    def largest(self) -> Batch | None:
+        """A micro-batch of the bucket with the most pixels at once, read for a trial alone; None where there is one
+        bucket, whose first batch is no later than a trial."""
+        if len(self.buckets) == 1:
+            return None
+        pixels = [self.batch_sizes[b] * b.frames * b.height * b.width for b in self.buckets]
+        lane = pixels.index(max(pixels))
+        rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
+        apart = BrokenRows(None)
+        apart.known = dict(self.broken.known)
+        read = self._reader(apart).rows([Occurrence(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
+        return to_batch(read, self.store)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The number of optimizer steps whose micro-batches were all delivered, and the rows of a step by bucket."""
+        rows = {lane.name: lane.batch for lane in self.sampler.lanes}
+        return {"step": self._delivered // self.share.grad_accum, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the optimizer step after `state["step"]`, leaving out the rows that broke before it."""
         self._delivered = int(state["step"]) * self.share.grad_accum
         self._resumed, self._batches = True, None

@@ -1,5 +1,6 @@
 """From flags to data that can be trained on: read the manifest, scan it, refuse what cannot work, say what is there."""
 
+import hashlib
 import math
 import statistics
 from collections import Counter
@@ -50,6 +51,7 @@ class Data:
         table: the buckets asked for.
         seed, rank, world: of this process.
         ram: decoded clips kept in memory, shared by all that reads in this process.
+        sizes: by bucket, the rows of a micro-batch on one process where they are not what the options say.
         held_out: usable rows that are not trained on.
     """
 
@@ -62,6 +64,7 @@ class Data:
     rank: int = 0
     world: int = 1
     ram: RamCache = field(default_factory=lambda: RamCache(0))
+    sizes: Mapping[str, int] = field(default_factory=dict)
     held_out: list[Entry] = field(default_factory=list)
 
     @property
@@ -82,6 +85,8 @@ class Data:
 
     def batch_size(self, bucket: Bucket) -> int:
         """Rows of a micro-batch on one process."""
+        if str(bucket) in self.sizes:
+            return self.sizes[str(bucket)]
         budget = self.options.tokens_per_batch
         if budget is None:
             return self.options.batch_size
@@ -132,6 +137,32 @@ class Data:
         ids = {q.row.id for q in broken}
         left = [e for e in self.entries if e.row.id not in ids]
         return replace(self, entries=left, quarantined=[*self.quarantined, *broken])
+
+    def rows_of_step(self, grad_accum: int) -> dict[str, int]:
+        """The global batch of each bucket: rows of one optimizer step over all processes."""
+        return {str(b): self.batch_size(b) * self.world * grad_accum for b in self.buckets}
+
+    def divided(self, rows: Mapping[str, int]) -> "tuple[Data, int]":
+        """The same data with other global batches, and the accumulation that makes them on this number of processes.
+
+        Micro-batches become no larger than the options say, and only as small as they must.
+
+        Args:
+            rows: of one optimizer step, by bucket; buckets that it does not name keep theirs.
+        Raises:
+            ConfigError: some of them cannot be divided among the processes.
+        """
+        most = {str(b): self.batch_size(b) for b in self.buckets}
+        wanted = {name: rows[name] for name in most if name in rows}
+        accum, sizes = divide(wanted, most, self.world)
+        return replace(self, sizes=sizes), accum
+
+    def fingerprint(self) -> str:
+        """A hash of what the manifests say, usable or not; of no path, so that a data set may be moved."""
+        rows = [e.row for e in [*self.entries, *self.held_out]] + [q.row for q in self.quarantined]
+        rows.sort(key=lambda r: r.id)
+        said = [(r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames) for r in rows]
+        return f"{len(rows)} rows, {hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
 
     def sample_pixels(self, n: int) -> Tensor:
         """Clips of the fullest bucket, drawn by the seed: to fit a codec to.
@@ -195,6 +226,30 @@ class Data:
                 "(--max-upscale refuses them)."
             )
         return lines
+
+
+def divide(rows: Mapping[str, int], most: Mapping[str, int], world: int) -> tuple[int, dict[str, int]]:
+    """Divide global batches into equal micro-batches.
+
+    Args:
+        rows: of one optimizer step, by bucket.
+        most: rows of a micro-batch on one process, at most, by bucket.
+        world: processes.
+    Returns:
+        The least number of micro-batches of a step that works for all buckets, and the rows of each by bucket.
+    Raises:
+        ConfigError: none works; the numbers of processes that would are named.
+    """
+    for accum in range(1, min(rows.values()) // world + 1):
+        if all(n % (world * accum) == 0 and n // (world * accum) <= most[name] for name, n in rows.items()):
+            return accum, {name: n // (world * accum) for name, n in rows.items()}
+    common = math.gcd(*rows.values())
+    good = [str(n) for n in range(1, common + 1) if common % n == 0]
+    steps = " and ".join(str(n) for n in sorted(set(rows.values())))
+    raise ConfigError(
+        f"--resume: optimizer steps of {steps} rows cannot be divided among {world} processes. Numbers of "
+        f"processes that work: {', '.join(good)}. Or give --allow-changes and another --batch-size and --grad-accum."
+    )
 
 
 def open_data(

@@ -5,7 +5,7 @@ latent grid.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -44,10 +44,11 @@ from titans_video.recipes.watching import prompts_of, watch
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
-from titans_video.training import checkpoints, engine
-from titans_video.training.checkpoints import Resume
+from titans_video.training import engine
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
+from titans_video.training.resuming import Resume, prepare_folder
+from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch, CodecSpec, Condition, TextCondition
 
@@ -213,9 +214,8 @@ def train_sora(options: SoraOptions) -> Outcome:
     Raises:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
-    accelerator = engine.start(options.train)
-    say: Callable[[str], None] = accelerator.print
-    resume = checkpoints.find_resume(options.train, say)
+    run = begin(options.data, options.train)
+    accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, resume)
@@ -228,26 +228,32 @@ def train_sora(options: SoraOptions) -> Outcome:
         text.release()
         codec.release()
     recipe = build_recipe(options, data, codec, text, accelerator.device, store)
-    moved = engine.once(accelerator, lambda: checkpoints.prepare_folder(options.train, resume))
+    data, train, about = settle(options, data, recipe.config, resume, say)
+    moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
-    say("\n".join([data.summary(options.train.grad_accum), *frames_in_words(options, data, codec.spec)]))
+    say("\n".join([data.summary(train.grad_accum), *frames_in_words(options, data, codec.spec)]))
     left_out = Path(options.train.output_dir) / QUARANTINE
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
     say(f"SoraDiT, {size:.1f} million parameters.")
-    running = engine.describe(accelerator, options.data, options.train)
-    say(running)
     step = resume.step if resume else 0
     watched = watch(
-        options, SoraOptions(), recipe, accelerator, data, held_out, step=step, store=store, running=running, say=say
+        options,
+        SoraOptions(),
+        recipe,
+        accelerator,
+        data,
+        held_out,
+        step=step,
+        store=store,
+        running=run.running,
+        say=say,
     )
-    stream = data.stream(
-        grad_accum=options.train.grad_accum, store=store, folder=options.train.output_dir, say=tqdm.write
-    )
-    outcome = Trainer(recipe, stream, options.train, accelerator, resume, say, watched).run()
+    stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
+    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
     accelerator.end_training()
     return outcome
 
@@ -257,7 +263,8 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
     fitted = options.codec.vae_backend == "patch"
     codec: Codec | None = None
     if resume and fitted:
-        codec = codec_from_checkpoint(resume.model.config["codec"], resume.model.codec, Overrides())
+        fitted_codec = resume.model()
+        codec = codec_from_checkpoint(fitted_codec.config["codec"], fitted_codec.codec, Overrides())
     elif not fitted:
         codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
     data = open_data(
@@ -359,6 +366,8 @@ def build_recipe(
     network = build_network(sora_config(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if options.model.compile:
+        network.compile_repeated_blocks()
     process = build_process(process_config(options.process, codec.spec))
     bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
     prompt = next((row.caption for row in data.rows if row.caption), None)

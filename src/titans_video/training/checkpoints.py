@@ -1,10 +1,19 @@
-"""The checkpoints of a run: folders that appear whole or not at all, `last.pt`, and how to go on from one.
+"""The checkpoints of a run: folders that appear whole or not at all, and `last.pt`.
 
-checkpoint-<step>/model.pt            the checkpoint format; EMA weights where EMA is on
-checkpoint-<step>/training_state.pt   the rest of the state: raw weights (with EMA), optimizer, scaler, data position
-last.pt                               the newest model.pt
+checkpoint-<step>/model.pt            the trained weights, in the checkpoint format
+checkpoint-<step>/model_ema.pt        the same with averaged weights, where EMA is on: what generation should use
+checkpoint-<step>/training_state.pt   the rest of what training needs, and what the run was
+checkpoint-<step>/shards/             the optimizer's state in pieces, where the run is sharded
+checkpoint-<step>/manifest.json       every file with its size and checksum; written last
+last.pt                               the newest model_ema.pt or model.pt
+
+A folder is written under another name, every file is fsynced, and the folder is renamed: a kill at any instant leaves
+the old checkpoints and at most a folder that nobody looks at.
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,31 +24,31 @@ from typing import Any
 
 from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
-from titans_video.errors import CheckpointError, ConfigError
-from titans_video.options import TrainOptions
-from titans_video.training import metrics
+from titans_video.errors import CheckpointError
 
 MODEL = "model.pt"
+EMA = "model_ema.pt"
 STATE = "training_state.pt"
-STATE_FORMAT = "titans-video-training/1"
+SHARDS = "shards"
+MANIFEST = "manifest.json"
+LAST = "last.pt"
+STATE_FORMAT = "titans-video-training/2"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
+_BLOCK = 2**20
 
 
-@dataclass
-class Resume:
-    """What a run goes on from.
+@dataclass(frozen=True)
+class Group:
+    """What the processes that write a checkpoint need of one another.
 
     Attributes:
-        model: the checkpoint of the weights to be used.
-        state: the training state that belongs to it.
+        main: whether this process writes what is whole.
+        gather: what each process gives, given to all; also the barrier.
     """
 
-    model: Checkpoint
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.model.step
+    main: bool = True
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 def saved(run: Path) -> list[tuple[int, Path]]:
@@ -48,42 +57,157 @@ def saved(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in matches if m)
 
 
-def save(run: Path, model: Checkpoint, state: dict[str, Any], limit: int) -> Path:
-    """Write a checkpoint folder, point `last.pt` at it, and remove the oldest folders beyond `limit` (0: keep all).
+def save(
+    run: Path,
+    step: int,
+    models: dict[str, Checkpoint],
+    state: dict[str, Any],
+    limit: int,
+    *,
+    group: Group | None = None,
+    shards: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint folder, point `last.pt` at it, and remove the oldest beyond `limit`; on every process.
 
     Args:
-        run: the run's folder.
-        model: what generation reads.
-        state: tensors and plain containers; what training needs beside it.
+        run: the run's folder, which all processes see.
+        step: optimizer steps done.
+        models: by file name, what generation reads; empty on processes that are not the main one.
+        state: tensors and plain containers; what training needs beside them.
+        limit: how many folders are kept; 0: all. The newest whole one is never removed.
+        group: the processes; None: this one alone.
+        shards: writes this process's pieces into a folder.
     Returns:
         The new folder, named by the step.
+    Raises:
+        OSError: on every process, where one could not write (a full disk); nothing of it remains, and the older
+            checkpoints stand as they did.
     """
-    folder = run / f"checkpoint-{model.step}"
+    group = group or Group()
+    folder = run / f"checkpoint-{step}"
     temporary = run / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    files.write(model, temporary / MODEL)
-    files.save_tensors({"format": STATE_FORMAT, **state}, temporary / STATE)
-    if folder.exists():
-        _remove(folder)
-    temporary.rename(folder)
-    files.sync_folder(run)
-    _link_last(folder / MODEL, run / "last.pt")
-    for _, old in saved(run)[:-limit] if limit else []:
-        _remove(old)
+    found: dict[str, Any] = {}
+
+    def stage(work: Callable[[], None]) -> None:
+        """Do a part on this process, and learn whether all have done theirs."""
+        error: str | None = None
+        try:
+            work()
+        except OSError as e:
+            error = e.strerror or str(e)
+        failed = [said for said in group.gather(error) if said]
+        if failed:
+            if group.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(failed[0])
+
+    def prepare() -> None:
+        if group.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write() -> None:
+        if shards is not None:
+            shards(temporary / SHARDS)
+        if group.main:
+            for name, model in models.items():
+                files.write(model, temporary / name)
+            files.save_tensors({"format": STATE_FORMAT, "step": step, **state}, temporary / STATE)
+
+    def finish() -> None:
+        if group.main:
+            found.update(_describe(temporary))
+            with files.atomic_path(temporary / MANIFEST) as path:
+                path.write_text(json.dumps({"step": step, "files": found}, indent=2) + "\n")
+            _sync_folders(temporary)
+            if folder.exists():
+                _remove(folder)
+            temporary.rename(folder)
+            files.sync_folder(run)
+            link_last(run, folder)
+            _prune(run, limit)
+
+    for part in (prepare, write, finish):
+        stage(part)
     return folder
 
 
-def _link_last(model: Path, last: Path) -> None:
-    """`last.pt` becomes the same file as `model`, or a copy where the file system has no hard links."""
-    temporary = last.with_name(".last.pt.tmp")
+def _describe(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file below, by its path from there."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in paths}
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        files.sync_folder(path)
+
+
+def check(folder: Path, *, contents: bool) -> None:
+    """Hold a checkpoint folder against its manifest.
+
+    Args:
+        contents: compare checksums too, not only names and sizes.
+    Raises:
+        CheckpointError: a file is missing, damaged or of another size, or there is no manifest.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(v["bytes"]), str(v["sha256"])) for name, v in manifest.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"it has no {MANIFEST}: it was not written to its end") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"its {MANIFEST} cannot be read") from None
+    for name, (size, checksum) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes and had {size}")
+        if contents and _checksum(path) != checksum:
+            raise CheckpointError(f"{name} has changed since it was written: its checksum is another")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there in its size."""
+    try:
+        check(folder, contents=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def link_last(run: Path, folder: Path) -> None:
+    """`last.pt` becomes the same file as the folder's best weights, or a copy where there are no hard links."""
+    model = folder / (EMA if (folder / EMA).exists() else MODEL)
+    last = run / LAST
+    if last.exists() and last.samefile(model):
+        return
+    temporary = run / f".{LAST}.tmp"
     temporary.unlink(missing_ok=True)
     try:
         os.link(model, temporary)
     except OSError:
         shutil.copyfile(model, temporary)
     os.replace(temporary, last)
-    files.sync_folder(last.parent)
+    files.sync_folder(run)
+
+
+def _prune(run: Path, limit: int) -> None:
+    """Keep the newest `limit` whole checkpoints and what is newer than the oldest of them."""
+    folders = [folder for _, folder in saved(run)]
+    whole = [folder for folder in folders if is_whole(folder)]
+    if limit and len(whole) > limit:
+        for old in folders[: folders.index(whole[-limit])]:
+            _remove(old)
 
 
 def _remove(folder: Path) -> None:
@@ -94,113 +218,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def read_state(folder: Path) -> Resume:
-    """Read a checkpoint folder for training.
+def sweep(run: Path) -> None:
+    """Remove what a killed process was writing or removing."""
+    for path in run.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The training state in a checkpoint folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the two do not belong together.
+        CheckpointError: missing, damaged, or of another version.
     """
     state = files.load_tensors(folder / STATE)
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}).")
-    model = files.read(folder / MODEL)
-    if state.get("step") != model.step:
-        raise CheckpointError(f"{folder}: {MODEL} is of step {model.step} and {STATE} of step {state.get('step')}.")
-    return Resume(model, state)
-
-
-def find_resume(options: TrainOptions, say: Callable[[str], None]) -> Resume | None:
-    """What `--resume` asks to go on from, or None to start anew. Reads only.
-
-    `auto` takes the newest checkpoint of the output folder that can be read, and starts anew where there is none.
-
-    Args:
-        options: `resume` and `output_dir` are read.
-        say: told about damaged checkpoints that were passed over.
-    Raises:
-        CheckpointError: the path given holds no training state, or it is damaged.
-    """
-    if options.resume == "none":
-        return None
-    if options.resume == "auto":
-        return _newest_good(Path(options.output_dir), say)
-    path = Path(options.resume)
-    if not path.exists():
-        raise CheckpointError(
-            f"--resume {path}: there is nothing there; give auto, none, or a checkpoint-<step> folder."
-        )
-    if path.is_dir() and (path / STATE).exists():
-        return read_state(path)
-    found = _newest_good(path, say) if path.is_dir() else None
-    if found:
-        return found
-    if path.is_file():
-        beside = [path.parent / STATE] + [f / STATE for _, f in reversed(saved(path.parent)) if _same(f / MODEL, path)]
-        whole = next((state.parent for state in beside if state.exists()), None)
-        if whole:
-            return read_state(whole)
-    raise CheckpointError(
-        f"--resume {path}: no {STATE} lies with it, so training cannot go on exactly as it would have; "
-        "give a checkpoint-<step> folder that training wrote."
-    )
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.exists() and (a.samefile(b) or a.read_bytes() == b.read_bytes())
-
-
-def _newest_good(run: Path, say: Callable[[str], None]) -> Resume | None:
-    folders = [folder for _, folder in reversed(saved(run))]
-    for folder in folders:
-        try:
-            return read_state(folder)
-        except CheckpointError as e:
-            say(f"Passing over {folder}: {e}")
-    if folders:
-        raise CheckpointError(
-            f"None of the {len(folders)} checkpoints in {run} can be read. Start anew by --resume none, which "
-            "keeps them in a folder previous-<n> beside the new ones."
-        )
-    return None
-
-
-def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
-    """Make the output folder ready; what would be overwritten is never lost.
-
-    A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
-    checkpoint moves the newer ones there: they belong to a course that is left.
-
-    Returns:
-        Where earlier files were moved, or None.
-    Raises:
-        ConfigError: the folder cannot be made.
-    """
-    run = Path(options.output_dir)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--output-dir {run} cannot be made: {e.strerror}.") from None
-    own = (
-        resume is not None
-        and resume.model.path is not None
-        and resume.model.path.resolve().parent.parent == run.resolve()
-    )
-    if own and resume is not None:
-        return _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
-    if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
-        return None
-    patterns = (metrics.NAME, "last.pt", "loss.png", "quarantine.jsonl", "broken.rank*.jsonl", *metrics.WATCHED)
-    return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
-
-
-def _set_aside(run: Path, paths: list[Path]) -> Path | None:
-    if not paths:
-        return None
-    n = 1
-    while (run / f"previous-{n}").exists():
-        n += 1
-    target = run / f"previous-{n}"
-    target.mkdir()
-    for path in paths:
-        path.rename(target / path.name)
-    return target
+    return state

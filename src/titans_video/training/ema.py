@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titans_video.training.state import placed_like
 
 
 class Ema:
@@ -31,8 +34,8 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take the present weights in; `updates` is how many updates were made before."""
-        targets: list[Tensor] = [p.detach().float() for p in self.sources]
-        torch._foreach_lerp_(self.averages, targets, 1 - self.decay_at(updates))
+        targets = [whole_or_piece(p.detach()).float() for p in self.sources]
+        torch._foreach_lerp_([whole_or_piece(a) for a in self.averages], targets, 1 - self.decay_at(updates))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
@@ -42,7 +45,7 @@ class Ema:
     def load(self, state: dict[str, Tensor]) -> None:
         """Take averages back; `state` may hold more than them (a network's whole state dict)."""
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
+            average.copy_(placed_like(state[name], average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -58,6 +61,11 @@ class Ema:
             yield
         finally:
             _copy(self.sources, kept)
+
+
+def whole_or_piece(tensor: Tensor) -> Tensor:
+    """The tensor itself, or of a sharded one this process's piece: averaging needs no other."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

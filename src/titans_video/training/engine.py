@@ -1,24 +1,35 @@
 """Where a run runs: the only place that makes an Accelerator."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
-from torch import Tensor
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
 
 from titans_video.errors import ConfigError, UserError
-from titans_video.options import DataOptions, TrainOptions
+from titans_video.options import TrainOptions
+from titans_video.training import launch
 
 Engine: TypeAlias = Accelerator
 """What other packages call it by: accelerate is imported under training/ alone."""
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GROUPS: dict[Any, Any] = {}
 
 
@@ -26,30 +37,113 @@ def start(options: TrainOptions) -> Engine:
     """The engine for this process, as its launcher set it up. Several processes without a GPU talk over gloo.
 
     Raises:
-        ConfigError: a precision that this device does not have, or processes that do not see each other.
+        ConfigError: a precision that this device does not have, processes that do not see each other, a number of them
+            that was not expected, or sharding that would not happen.
     """
-    # Harmless, and about tensors with an axis of one element, whose stride means nothing.
+    launch.refuse_fsdp1()
+    launch.refuse_lost_processes(options)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    # Harmless: about tensors with an axis of one element, whose stride means nothing; about changing a network's output
+    # in place, which nothing here does.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # Without this word Accelerate lets each process of a launcher train alone where there is no GPU.
-    cpu = world > 1 and not torch.accelerator.is_available()
+    cpu = launch.world_size() > 1 and not torch.accelerator.is_available()
     # Gradients as views of the buckets that are reduced save a copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    plugin = _sharding(options) if launch.fsdp_asked() else None
     try:
-        made = Accelerator(cpu=cpu, mixed_precision=options.mixed_precision, kwargs_handlers=[ddp])
+        made = Accelerator(cpu=cpu, mixed_precision=options.mixed_precision, kwargs_handlers=[ddp], fsdp_plugin=plugin)
     except ValueError as e:
         raise ConfigError(
             f"--mixed-precision {options.mixed_precision} does not work on this machine: {e} Use bf16 or no."
         ) from None
+    if plugin and cpu:
+        _shard_on_cpu(made, plugin)
+    _refuse_silent_changes(made)
+    return made
+
+
+def _sharding(options: TrainOptions) -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launcher's configuration says, by our block class: the network names it (`_no_split_modules`).
+
+    Weights are gathered in the lower precision, gradients summed in float32. Inputs are not cast: a time rounded to
+    bfloat16 is off by more than a step of the schedule; `prepare` puts autocast around the network, as DDP has it.
+    """
+    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    dtype = AUTOCAST.get(precision)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        mixed_precision_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else None,
+    )
+
+
+def prepare(engine: Engine, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """The network as it is called in training, and its optimizer: on the device, replicated or sharded, in autocast."""
+    if engine.is_fsdp2:
+        # Accelerate refuses names that the network has no module of, such as the byte encoder's beside a frozen T5.
+        present = {type(m).__name__ for m in network.modules()}
+        named = getattr(network, "_no_split_modules", None) or ()
+        engine.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in named if name in present]
+    if engine.is_fsdp2 and engine.native_amp:
+        # Accelerate does this itself for every engine but FSDP2.
+        network.forward = torch.autocast(engine.device.type, AUTOCAST[engine.mixed_precision])(network.forward)
+    model, wrapped = engine.prepare(network, optimizer)
+    return model, wrapped
+
+
+def _shard_on_cpu(made: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let Accelerate's own FSDP2 path run over gloo.
+
+    Accelerate takes a plugin into its state on GPUs alone and trains with DDP elsewhere, without a word. The path
+    itself works on a CPU as it is; `_refuse_silent_changes` says so should a later version not take these words.
+    """
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def _refuse_silent_changes(made: Accelerator) -> None:
+    world = launch.world_size()
     if made.num_processes != world:
         raise ConfigError(
             f"The launcher started {world} processes, but they do not see each other (this one sees "
             f"{made.num_processes}): launch with `accelerate launch --config_file configs/accelerate/...`, or on a CPU "
             "set ACCELERATE_USE_CPU=true."
         )
+    if launch.fsdp_asked() and not made.is_fsdp2:
+        raise ConfigError(
+            f"FSDP was asked for, and {engine_name(made)} would run: there is nothing to shard among "
+            f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}. Start more "
+            f"processes, or take a configuration without FSDP (a run resumes with and without it)."
+        )
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16 has no effect on a CPU; use no, or bf16 (slow without its units).")
-    return made
+
+
+class PeerError(UserError):
+    """Another process of the run ended."""
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+    """Where another process has died, say that in place of what the message layer thinks of it.
+
+    Raises:
+        PeerError: a message to another process failed.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise PeerError(
+            "Another process of this run ended, and the run with it; what it said stands above, or in its own log. "
+            f"--resume auto goes on from the last checkpoint. ({next(iter(str(e).splitlines()), '')[:200]})"
+        ) from None
 
 
 def once(engine: Engine, make: Callable[[], T]) -> T:
@@ -66,7 +160,7 @@ def once(engine: Engine, make: Callable[[], T]) -> T:
             found = [(make(), None)]
         except UserError as e:
             found = [(None, e)]
-    dist.broadcast_object_list(found, src=0, group=_patient_group())
+    dist.broadcast_object_list(found, src=0, group=patient_group(engine))
     result, error = found[0]
     if error is not None:
         raise error
@@ -78,13 +172,15 @@ def gather(engine: Engine, value: T) -> list[T]:
     if engine.num_processes == 1:
         return [value]
     found: list[Any] = [None] * engine.num_processes
-    dist.all_gather_object(found, value, group=_patient_group())
+    dist.all_gather_object(found, value, group=patient_group(engine))
     return found
 
 
-def _patient_group() -> Any:
+def patient_group(engine: Engine) -> Any:
     """All processes, over the CPU and with patience: to look through a data set or to encode it takes longer than any
-    message of a training step may."""
+    message of a training step may. None for one process."""
+    if engine.num_processes == 1:
+        return None
     world = dist.group.WORLD
     if world not in _GROUPS:
         _GROUPS.clear()
@@ -92,16 +188,31 @@ def _patient_group() -> Any:
     return _GROUPS[world]
 
 
-def describe(engine: Engine, data: DataOptions, options: TrainOptions) -> str:
-    """One line: processes, devices, engine, precision, global batch."""
+def engine_name(engine: Engine) -> str:
+    """DDP, FSDP2, ...: how the processes of a run share the work."""
+    kind = engine.distributed_type
+    if kind == DistributedType.NO:
+        return "one process"
+    if kind == DistributedType.FSDP:
+        return "FSDP2"
+    return "DDP" if kind.value.startswith("MULTI_") else str(kind.value)
+
+
+def describe(engine: Engine, rows: str) -> str:
+    """One line: processes, devices, engine, precision, global batch.
+
+    Args:
+        rows: the global batch in words.
+    """
     n = engine.num_processes
-    kind = str(engine.distributed_type).rsplit(".", 1)[-1].replace("MULTI_", "")
-    batch = "" if data.tokens_per_batch else f" = {n * data.batch_size * options.grad_accum}"
-    per_process = f"{data.tokens_per_batch} tokens" if data.tokens_per_batch else f"{data.batch_size}"
+    nodes = n // max(int(os.environ.get("LOCAL_WORLD_SIZE", n)), 1)
+    where = f"{engine.device.type}{f', {nodes} nodes' if nodes > 1 else ''}"
+    if n > 1:
+        where += f", {engine_name(engine)} over {dist.get_backend()}"
+    slow = " (slow on a CPU)" if engine.mixed_precision == "bf16" and engine.device.type == "cpu" else ""
     return (
-        f"Running on {n} process{'es' if n > 1 else ''} ({engine.device.type}"
-        f"{'' if n == 1 else ', distributed ' + kind}), precision {engine.mixed_precision}, "
-        f"global batch {n} x {per_process} x {options.grad_accum} accumulated{batch}."
+        f"Running on {n} process{'es' if n > 1 else ''} ({where}), precision {engine.mixed_precision}{slow}, "
+        f"global batch {rows}."
     )
 
 

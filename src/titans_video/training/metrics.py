@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object an optimizer step."""
+"""Logs of one JSON object a line, by optimizer step: metrics.jsonl, events.jsonl, validation.jsonl."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from typing import Any
 from titans_video.checkpoint import atomic_path
 
 NAME = "metrics.jsonl"
+EVENTS = "events.jsonl"
 WATCHED = ("run.json", "validation.jsonl", "samples", "report.html", "tensorboard", "wandb")
 """What else of a run is there to be looked at."""
 FLUSH_SECONDS = 2.0
@@ -17,6 +18,8 @@ FLUSH_SECONDS = 2.0
 
 class MetricsLog:
     """Appends lines; lines past `step` (of a run that went on after its last checkpoint) are cut off first.
+
+    A full disk does not lose lines: they wait in memory until there is room.
 
     Args:
         path: of the file; it is created.
@@ -26,26 +29,39 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self._written = 0.0
+        self._pending = b""
         cut_after(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, values: dict[str, Any], now: float) -> None:
         """Add a line; values that JSON cannot say (infinities, NaN) become null.
 
         Args:
-            values: plain numbers by name.
-            now: seconds on any clock; the file is flushed every couple of them.
+            values: plain values by name.
+            now: seconds on any clock; lines go to the file every couple of them.
         """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._pending += (json.dumps(clean) + "\n").encode()
         if now - self._written >= FLUSH_SECONDS:
-            self._file.flush()
             self._written = now
+            try:
+                self._flush()
+            except OSError:  # said when a checkpoint fails for the same reason; the lines are kept until then
+                return
+
+    def _flush(self) -> None:
+        while self._pending:
+            count = os.write(self._file, self._pending)
+            self._pending = self._pending[count:]
 
     def sync(self) -> None:
-        """Make what was written survive anything; before a checkpoint that counts on it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make what was written survive anything; before a checkpoint that counts on it.
+
+        Raises:
+            OSError: it does not fit.
+        """
+        self._flush()
+        os.fsync(self._file)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -53,7 +69,13 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._flush()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            os.close(self._file)
 
 
 def cut_after(path: Path, step: int) -> None:

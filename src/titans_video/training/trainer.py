@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from titans_video.errors import CheckpointError, DataError
 from titans_video.options import TrainOptions
 from titans_video.seeding import derive
-from titans_video.training import checkpoints
-from titans_video.training.checkpoints import Resume
+from titans_video.training import engine as engines
+from titans_video.training.checkpoints import LAST
 from titans_video.training.ema import Ema
+from titans_video.training.engine import Engine
 from titans_video.training.flops import device_peak
-from titans_video.training.metrics import NAME, MetricsLog, last_line
+from titans_video.training.guards import Event, Guard, out_of_memory, suspects
+from titans_video.training.metrics import EVENTS, NAME, MetricsLog, last_line
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.rates import Rates, Work, work_of
 from titans_video.training.recipe import Recipe
+from titans_video.training.resuming import Resume
 from titans_video.training.signals import Interrupt
+from titans_video.training.snapshot import Snapshot, load_weights
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Watched
 from titans_video.types import Batch
@@ -44,6 +48,8 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def largest(self) -> Batch | None:
+        """Rows of the bucket that takes the most memory, as a trial; None where there is one bucket."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class StepResult:
         waited: seconds this process waited for data.
         signal: the signal that a process received, or 0.
         work: of this process.
+        skipped: nothing was learned from it: its loss or its gradient was not finite.
     """
 
     loss: float
@@ -82,6 +89,7 @@ class StepResult:
     waited: float
     signal: int
     work: Work
+    skipped: bool = False
 
 
 class Trainer:
@@ -92,8 +100,9 @@ class Trainer:
         stream: this process's batches.
         options: the run.
         engine: from `engine.start`.
-        resume: from `checkpoints.find_resume`; None starts anew.
+        resume: from `resuming.open_resume`; None starts anew.
         say: how to tell the user something; called on the main process alone.
+        about: plain values kept in every checkpoint's training state: what the run is.
         watched: the tracker that the run is sent to, and its validation; None: neither.
     """
 
@@ -102,9 +111,10 @@ class Trainer:
         recipe: Recipe,
         stream: Stream,
         options: TrainOptions,
-        engine: Accelerator,
+        engine: Engine,
         resume: Resume | None = None,
         say: Callable[[str], None] = tqdm.write,
+        about: dict[str, Any] | None = None,
         watched: Watched | None = None,
     ) -> None:
         self.recipe = recipe
@@ -112,38 +122,53 @@ class Trainer:
         self.options = options
         self.engine = engine
         self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
+        self.about = about or {}
         self.run_folder = Path(options.output_dir)
         self.watched = watched or Watched(Tracker(engine))
         self.peak = device_peak(engine.device, engine.mixed_precision) if engine.is_main_process else None
         self.step = 0
+        self.folder = self.run_folder
+        self.guard = Guard()
         self._drawn = 0.0
         network = recipe.network
         if resume:
-            _load_weights(network, resume)
+            load_weights(network, resume)
         network.train()
-        optimizer = build_optimizer(network, options)
         # Our count of supervised elements is the whole scaling; Accelerate's own accumulation stays at 1.
-        self.model, self.optimizer = engine.prepare(network, optimizer)
+        self.model, self.optimizer = engines.prepare(engine, network, build_optimizer(network, options))
         self.network = engine.unwrap_model(self.model)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = Ema(self.network, options.ema_decay) if options.ema_decay else None
+        self.snapshot = Snapshot(recipe, self.network, self.optimizer, self.ema, engine)
         if resume:
-            self._load_state(resume)
+            self._restore(resume)
 
     def run(self) -> Outcome:
-        """Train, save, and say what came of it."""
+        """Train, save, and say what came of it.
+
+        Raises:
+            CheckpointError: all steps are done, and the last checkpoint could not be written.
+            DivergedError, OutOfMemory, DataError: the run cannot go on; the checkpoints stand.
+            PeerError: another process of the run is gone.
+        """
+        with engines.peers_watched():
+            return self._run()
+
+    def _run(self) -> Outcome:
         result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
         signal = 0
-        with Interrupt() as interrupt, self._metrics() as metrics, self._bar() as bar:
+        with Interrupt() as interrupt, self._log(NAME) as metrics, self._log(EVENTS) as events, self._bar() as bar:
             if self.watched.validator:
                 self.watched.validator.start(self.step)
                 signal = self._validate(interrupt)  # a run that was stopped in the midst of it makes up for it
             rates = self._rates()
+            if self.step < self.options.max_steps and not signal:
+                self._try_largest()
             while self.step < self.options.max_steps and not signal:
                 began = time.perf_counter()
-                result = self._optimizer_step(batches, interrupt)
+                result = self._optimizer_step(batches, interrupt, events)
                 self.step += 1
                 ended = time.perf_counter()
                 if metrics:
@@ -153,13 +178,26 @@ class Trainer:
                 signal = result.signal or self._validate(interrupt)
                 last = bool(signal) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
-                    self._save(metrics, last)
-        folder = self.run_folder / f"checkpoint-{self.step}"
+                    self._save([metrics, events], last, fatal=last and not signal)
         self._say_goodbye(started_at, signal)
-        return Outcome(self.step, result.loss if result else None, folder, 128 + signal if signal else 0)
+        return Outcome(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
 
-    def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt) -> StepResult:
-        """Forward and backward over `grad_accum` micro-batches, then one update."""
+    def _try_largest(self) -> None:
+        """Run the largest bucket once, forwards and backwards, before anything is learned: what does not fit is said
+        now and not after a day. Nothing of it remains; no random number of a step depends on it."""
+        batch = self.stream.largest()
+        if batch is None:
+            return
+        # What the optimizer will keep, which it does not yet: two numbers a weight.
+        held = (
+            [torch.empty_like(p) for p in self.parameters for _ in range(2)] if self.engine.device.type != "cpu" else []
+        )
+        self._backward(batch, 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        del held
+
+    def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt, events: MetricsLog | None) -> StepResult:
+        """Forward and backward over `grad_accum` micro-batches, then one update, unless something is not finite."""
         began = time.perf_counter()
         micro = [next(batches) for _ in range(self.options.grad_accum)]
         waited = time.perf_counter() - began
@@ -172,28 +210,44 @@ class Trainer:
         # Whatever a network draws while training (dropout) is a function of the step too.
         torch.manual_seed(derive(self.options.seed, "network", self.step, self.engine.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, self.options))
-        total = torch.zeros((), device=self.engine.device)
+        losses = []
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             with contextlib.nullcontext() if last else self.engine.no_sync(self.model):
-                loss = self.recipe.loss(self.model, batch)
                 # Processes' gradients are averaged, so their number comes back in.
-                self.engine.backward(loss * (self.engine.num_processes / elements))
-            total += loss.detach()
+                losses.append(self._backward(batch, self.engine.num_processes / elements))
         norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.step)
         work = work_of(self.recipe, micro, count_flops=self.peak is not None)
-        return self._result(total, norm, elements, waited, interrupt, work)
+        result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
+        if not result.skipped or self.engine.scaler:  # a scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema and not result.skipped:
+            self.ema.update(self.step)
+        self._watch(result, micro, losses, events)
+        return result
+
+    def _backward(self, batch: Batch, scale: float) -> Tensor:
+        """Gradients of the scaled loss of one micro-batch; gives the loss itself.
+
+        Raises:
+            OutOfMemory: naming the bucket and what to lower.
+        """
+        try:
+            loss = self.recipe.loss(self.model, batch)
+            self.engine.backward(loss * scale)
+        except torch.OutOfMemoryError as e:
+            checkpointing = bool(getattr(self.network, "gradient_checkpointing", False))
+            raise out_of_memory(e, batch, self.engine.device, checkpointing) from None
+        return loss.detach()
 
     def _result(
-        self, total: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
+        self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
     ) -> StepResult:
-        """Share what the processes know, in one message and one wait for the device."""
-        loss_sum, signal = self._share(total, interrupt)
-        return StepResult(loss_sum / elements, float(norm), elements, waited, signal, work)
+        """Share what the processes know, in one message and one wait for the device; judge the step."""
+        loss_sum, signal = self._share(losses.sum(), interrupt)
+        loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return StepResult(loss, length, elements, waited, signal, work, self.guard.is_bad(loss, length))
 
     def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
         """A sum over all processes, and the signal that any of them received, or 0."""
@@ -210,6 +264,22 @@ class Trainer:
             return 0
         nothing = torch.zeros((), device=self.engine.device)
         return validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
+
+    def _watch(self, result: StepResult, micro: list[Batch], losses: list[Tensor], events: MetricsLog | None) -> None:
+        """Record a step that was skipped and one whose loss leaps, with their rows; on every process.
+
+        Raises:
+            DivergedError: too many in a row were skipped.
+        """
+        spike = not result.skipped and self.guard.is_spike(result.loss)
+        if not (result.skipped or spike):
+            return
+        found = engines.gather(self.engine, suspects(micro, [float(x) for x in losses]))
+        rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
+        event = Event(self.step + 1, "skipped" if result.skipped else "spike", result.loss, result.grad_norm, rows)
+        if events:
+            events.write(asdict(event), time.perf_counter())
+        self.say(self.guard.judge(event, self.options.max_bad_steps, self.run_folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -230,11 +300,11 @@ class Trainer:
             "data_seconds": round(result.waited, 4),
         }
 
-    def _metrics(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    def _log(self, name: str) -> contextlib.AbstractContextManager[MetricsLog | None]:
         if not self.engine.is_main_process:
             return contextlib.nullcontext()
         self.run_folder.mkdir(parents=True, exist_ok=True)
-        return MetricsLog(self.run_folder / NAME, self.step)
+        return MetricsLog(self.run_folder / name, self.step)
 
     def _bar(self) -> "tqdm[Any]":
         quiet = not self.engine.is_main_process
@@ -255,26 +325,47 @@ class Trainer:
             bar.set_postfix_str(rates.text(), refresh=False)
         bar.update()
 
-    def _save(self, metrics: MetricsLog | None, last: bool) -> None:
-        """Called on every process; the main one writes."""
-        self.engine.wait_for_everyone()
-        if metrics:  # the main process
-            metrics.sync()
-            raw = self.network.state_dict()
-            averaged = {**raw, **self.ema.state_dict()} if self.ema else raw
-            state = {
-                "step": self.step,
-                "weights": raw if self.ema else None,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.engine.scaler.state_dict() if self.engine.scaler else None,
-                "stream": self.stream.state_dict(),
-                "options": asdict(self.options),
-                "processes": self.engine.num_processes,
-            }
-            model = self.recipe.checkpoint(averaged, self.step)
-            checkpoints.save(self.run_folder, model, state, self.options.save_limit)
+    def _save(self, logs: list[MetricsLog | None], last: bool, fatal: bool) -> None:
+        """Called on every process. A checkpoint that cannot be written does not end the run.
+
+        Args:
+            logs: what must be on the disk before a checkpoint counts on it.
+            last: the run ends here.
+            fatal: nobody will try again.
+        Raises:
+            CheckpointError: it could not be written, and that is fatal.
+        """
+        rest = {
+            **self.about,
+            "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
+            "processes": self.engine.num_processes,
+        }
+        try:
+            self._sync(logs)
+            self.folder = self.snapshot.save(self.run_folder, self.step, rest, self.options.save_limit)
+        except OSError as e:
+            older = f"The last checkpoint is {self.folder}." if self.folder != self.run_folder else "There is none yet."
+            words = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e.strerror or e}. {older}"
+            if fatal:
+                raise CheckpointError(f"{words} Make room, then give --resume auto.") from None
+            self.say(f"\n*** {words} Training goes on and tries again in {self.options.save_every} steps. ***\n")
+            return
+        if logs[0]:  # the main process
             self._draw_curve(always=last)
-        self.engine.wait_for_everyone()
+
+    def _sync(self, logs: list[MetricsLog | None]) -> None:
+        """Raises OSError on every process where the main one cannot write."""
+        error = None
+        try:
+            for log in logs:
+                if log:
+                    log.sync()
+        except OSError as e:
+            error = e.strerror or str(e)
+        failed = [said for said in engines.gather(self.engine, error) if said]
+        if failed:
+            raise OSError(failed[0])
 
     def _draw_curve(self, always: bool) -> None:
         """Draw the loss curve; frequent checkpoints do not wait for a picture each."""
@@ -286,20 +377,21 @@ class Trainer:
         loss_curve(self.run_folder / NAME, self.run_folder / CURVE)
         self._drawn = now
 
-    def _load_state(self, resume: Resume) -> None:
-        state = resume.state
-        self.step = resume.step
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stream.load_state_dict(state["stream"])
-        if self.engine.scaler and state["scaler"]:
-            self.engine.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load(resume.model.model)
-        self.say(f"Going on from step {self.step} ({resume.model.path}).")
+    def _restore(self, resume: Resume) -> None:
+        self.step, self.folder = resume.step, resume.folder
+        self.snapshot.restore(resume)
+        self.stream.load_state_dict(resume.state["stream"])
+        self.guard.load_state_dict(resume.state["guard"])
+        self.say(f"Going on from step {self.step} ({resume.folder}).")
 
     def _say_goodbye(self, started_at: int, signal: int) -> None:
-        last = self.run_folder / "last.pt"
-        if signal:
+        last = self.run_folder / LAST
+        saved = self.folder.name == f"checkpoint-{self.step}"
+        if signal and not saved:
+            self.say(
+                f"Stopped after step {self.step}; it could not be saved. --resume auto goes on from {self.folder}."
+            )
+        elif signal:
             self.say(
                 f"Stopped after step {self.step}; everything is saved. The same command with --resume auto goes on."
             )
@@ -313,20 +405,3 @@ class Trainer:
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
         command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]
         self.say(f"Make a video from it:\n  {shlex.join([*command, '--out', 'out.mp4'])}")
-
-
-def _load_weights(network: torch.nn.Module, resume: Resume) -> None:
-    """Load the raw weights: kept beside the averaged ones where EMA was on, else the checkpoint's own.
-
-    Raises:
-        CheckpointError: the flags make another network than the one that was saved.
-    """
-    weights = resume.state["weights"] or resume.model.model
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise CheckpointError(
-            f"--resume: the checkpoint {resume.model.path} is of another network than the flags make. Give the "
-            f"flags of the first run, or start anew. ({reason[:300]})"
-        ) from None

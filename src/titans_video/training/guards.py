@@ -1,0 +1,138 @@
+"""What keeps a long run from going wrong in silence: steps without a finite loss or gradient, and loss spikes."""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from titans_video.errors import UserError
+from titans_video.training.metrics import EVENTS
+from titans_video.types import Batch
+
+NAMED_ROWS = 8
+SPIKE_WARMUP = 50
+SPIKE_DEVIATIONS = 6.0
+SPIKE_FACTOR = 1.5
+SPIKE_MEMORY = 0.98
+
+
+class DivergedError(UserError):
+    """The run cannot go on: too many steps in a row had no finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step that was skipped or whose loss leapt (`kind` spike), and the rows that are to blame or may be."""
+
+    step: int
+    kind: Literal["skipped", "spike"]
+    loss: float
+    grad_norm: float
+    rows: list[str]
+
+
+@dataclass
+class Guard:
+    """Judges each optimizer step by its loss and gradient norm, which all processes share.
+
+    Attributes:
+        bad_in_a_row: steps skipped since the last good one.
+        skipped: steps skipped in all.
+        mean, variance: of the log of the loss over the last some fifty good steps.
+        seen: good steps.
+    """
+
+    bad_in_a_row: int = 0
+    skipped: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+
+    def is_bad(self, loss: float, norm: float) -> bool:
+        """Count a step; whether it must be skipped."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad_in_a_row = 0
+            return False
+        self.bad_in_a_row += 1
+        self.skipped += 1
+        return True
+
+    def is_spike(self, loss: float) -> bool:
+        """Take a good step's loss in; whether it stands out: more than 6 standard deviations of its logarithm (and a
+        factor of 1.5) above the recent mean. Losses at random times spread by a factor, not by a sum."""
+        value = math.log(max(loss, 1e-12))
+        border = self.mean + max(SPIKE_DEVIATIONS * math.sqrt(self.variance), math.log(SPIKE_FACTOR))
+        spike = self.seen >= SPIKE_WARMUP and value > border
+        # A spike moves the statistics no further than the border, or the next would not be seen.
+        value = min(value, border) if self.seen >= SPIKE_WARMUP else value
+        keep = min(SPIKE_MEMORY, self.seen / (self.seen + 1))
+        change = value - self.mean
+        self.mean += (1 - keep) * change
+        self.variance = keep * (self.variance + (1 - keep) * change * change)
+        self.seen += 1
+        return spike
+
+    def judge(self, event: Event, most: int, folder: Path) -> str:
+        """What to say of a step that was skipped or whose loss leapt.
+
+        Raises:
+            DivergedError: it is the last of `most` steps in a row that were skipped.
+        """
+        rows = rows_in_words(event.rows)
+        if event.kind == "spike":
+            return f"Step {event.step}: the loss leapt to {event.loss:.4g}. Rows: {rows}."
+        said = f"loss {event.loss:.4g} and gradient norm {event.grad_norm:.4g} are not both finite"
+        if self.bad_in_a_row < most:
+            return f"Step {event.step} is skipped: {said} ({self.bad_in_a_row} in a row). Rows: {rows}."
+        raise DivergedError(
+            f"Step {event.step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: {rows} "
+            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; the last checkpoint stands. Look "
+            "at the rows, lower --lr, or raise --lr-warmup-steps."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def rows_in_words(ids: list[str]) -> str:
+    """The first few rows."""
+    more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+    return ", ".join(ids[:NAMED_ROWS]) + more
+
+
+def suspects(batches: list[Batch], losses: list[float]) -> tuple[list[str], list[str]]:
+    """(rows of micro-batches whose own loss is not finite, all rows) of one process."""
+    own = [i for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss) for i in batch.ids]
+    return own, [i for batch in batches for i in batch.ids]
+
+
+class OutOfMemory(UserError):
+    """The device's memory does not hold a step."""
+
+    alone = True
+
+
+def out_of_memory(
+    error: torch.OutOfMemoryError, batch: Batch, device: torch.device, checkpointing: bool
+) -> OutOfMemory:
+    """The error that says which bucket did not fit and what to lower."""
+    wanted = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+    ways = [
+        f"--batch-size {max(len(batch) // 2, 1)} with a larger --grad-accum" if len(batch) > 1 else "",
+        "" if checkpointing else "--gradient-checkpointing",
+        "a smaller --resolution (or --height, --width, --buckets) or --num-frames",
+        "--mixed-precision bf16, and --cache so that no VAE or text encoder is loaded",
+        "FSDP2 (configs/accelerate/fsdp2.yaml) where weights and optimizer fill the memory",
+    ]
+    return OutOfMemory(
+        f"Out of memory on {device} with the bucket {batch.height}x{batch.width}x{batch.frames} "
+        f"({len(batch)} clips at once). {wanted[0] + '. ' if wanted else ''}What helps, the cheapest first: "
+        + "; ".join(w for w in ways if w)
+        + "."
+    )

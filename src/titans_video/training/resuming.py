@@ -1,0 +1,185 @@
+"""How a run goes on: which checkpoint, whether it is sound, and what has changed since it was written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_video import checkpoint as files
+from titans_video.checkpoint import Checkpoint
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.options import TrainOptions
+from titans_video.training import checkpoints, metrics
+from titans_video.training.checkpoints import EMA, MODEL, SHARDS, STATE, saved
+
+
+@dataclass
+class Resume:
+    """What a run goes on from.
+
+    Attributes:
+        folder: of the checkpoint.
+        state: the training state in it.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @property
+    def shards(self) -> Path | None:
+        """The folder of the pieces that a sharded run's optimizer keeps."""
+        folder = self.folder / SHARDS
+        return folder if folder.is_dir() else None
+
+    def model(self) -> Checkpoint:
+        """The trained weights."""
+        return files.read(self.folder / MODEL, mmap=True)
+
+    def averages(self) -> Checkpoint | None:
+        """The averaged weights, where the run had them."""
+        return files.read(self.folder / EMA, mmap=True) if (self.folder / EMA).exists() else None
+
+
+def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
+    """Which checkpoint folder `--resume` asks to go on from, or None to start anew; with remarks. Reads only.
+
+    `auto` takes the newest checkpoint of the output folder whose checksums are right, and starts anew where there is
+    none. To be called on one process: all bytes are read.
+
+    Args:
+        options: `resume` and `output_dir` are read.
+    Raises:
+        CheckpointError: the path given holds no training state, or it is damaged.
+    """
+    if options.resume == "none":
+        return None, []
+    run = Path(options.output_dir)
+    if options.resume == "auto":
+        return _newest_good(run)
+    folder = _folder_of(Path(options.resume))
+    if folder is None:
+        return _newest_good(Path(options.resume))
+    try:
+        checkpoints.check(folder, contents=True)
+    except CheckpointError as e:
+        raise CheckpointError(f"--resume {options.resume}: {folder} is damaged: {e}.") from None
+    return folder, []
+
+
+def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
+    """Read what `find_resume` found; on every process.
+
+    Raises:
+        CheckpointError: of another version, or sharded and not of this run.
+    """
+    if folder is None:
+        return None
+    resume = Resume(folder, checkpoints.read_state(folder))
+    if resume.shards and not _is_own(folder, options):
+        raise CheckpointError(
+            f"--resume {options.resume}: this checkpoint is sharded, and torch's format for that may run code when it "
+            f"is read; it is read from the run's own folder alone. If you trust it, move or copy {folder} into "
+            f"--output-dir {options.output_dir} and give --resume auto."
+        )
+    return resume
+
+
+def _is_own(folder: Path, options: TrainOptions) -> bool:
+    return folder.resolve().parent == Path(options.output_dir).resolve()
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The checkpoint folder that a path names; None where it is a run's folder.
+
+    Raises:
+        CheckpointError: it names neither.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"--resume {path}: there is nothing there; give auto, none, or a checkpoint-<step> folder."
+        )
+    if path.is_dir():
+        if (path / STATE).exists():
+            return path
+        if saved(path):
+            return None
+    else:
+        beside = [path.parent, *(f for _, f in reversed(saved(path.parent)) if _same(f, path))]
+        whole = next((folder for folder in beside if (folder / STATE).exists()), None)
+        if whole:
+            return whole
+    raise CheckpointError(
+        f"--resume {path}: no {STATE} lies with it, so training cannot go on exactly as it would have; "
+        "give a checkpoint-<step> folder that training wrote."
+    )
+
+
+def _same(folder: Path, path: Path) -> bool:
+    """Whether `path` is (a copy of) one of the folder's models."""
+    models = [folder / name for name in (MODEL, EMA) if (folder / name).exists()]
+    return any(
+        m.samefile(path) or (m.stat().st_size == path.stat().st_size and m.read_bytes() == path.read_bytes())
+        for m in models
+    )
+
+
+def _newest_good(run: Path) -> tuple[Path | None, list[str]]:
+    folders = [folder for _, folder in reversed(saved(run))]
+    notes: list[str] = []
+    for folder in folders:
+        try:
+            checkpoints.check(folder, contents=True)
+        except CheckpointError as e:
+            notes.append(f"Passing over {folder}: {e}.")
+        else:
+            return folder, notes
+    if folders:
+        raise CheckpointError(
+            f"None of the {len(folders)} checkpoints in {run} is whole ({' '.join(notes)}). Start anew by "
+            "--resume none, which keeps them in a folder previous-<n> beside the new ones."
+        )
+    return None, notes
+
+
+def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
+    """Make the output folder ready; what would be overwritten is never lost. To be called on one process.
+
+    A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
+    checkpoint moves the newer ones there: they belong to a course that is left.
+
+    Returns:
+        Where earlier files were moved, or None.
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    run = Path(options.output_dir)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--output-dir {run} cannot be made: {e.strerror}.") from None
+    checkpoints.sweep(run)
+    if resume is not None and _is_own(resume.folder, options):
+        moved = _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
+        checkpoints.link_last(run, resume.folder)  # a kill may have come between the folder and the link
+        return moved
+    if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
+        return None
+    written = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    patterns = (*written, *metrics.WATCHED)
+    return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
+
+
+def _set_aside(run: Path, paths: list[Path]) -> Path | None:
+    if not paths:
+        return None
+    n = 1
+    while (run / f"previous-{n}").exists():
+        n += 1
+    target = run / f"previous-{n}"
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)
+    return target

@@ -1,0 +1,109 @@
+"""The whole state of a run, to a checkpoint folder and back, whatever engine divides it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from titans_video.checkpoint import Checkpoint
+from titans_video.errors import CheckpointError
+from titans_video.training import checkpoints, state
+from titans_video.training.checkpoints import EMA, MODEL, Group
+from titans_video.training.ema import Ema
+from titans_video.training.engine import Engine, gather, patient_group
+from titans_video.training.recipe import Recipe
+from titans_video.training.resuming import Resume
+
+OPTIMIZER = "optimizer"
+
+
+def load_weights(network: nn.Module, resume: Resume) -> None:
+    """Load the trained weights of a checkpoint, before the network is divided.
+
+    Raises:
+        CheckpointError: the flags make another network than the one that was saved.
+    """
+    saved = resume.model()
+    try:
+        network.load_state_dict(saved.model)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise CheckpointError(
+            f"--resume: the checkpoint {saved.path} is of another network than the flags make. Give the "
+            f"flags of the first run, or start anew. ({reason[:300]})"
+        ) from None
+
+
+class Snapshot:
+    """Saves and restores what a run is made of.
+
+    Args:
+        recipe: describes its network in checkpoints.
+        network: as the engine prepared it, unwrapped.
+        optimizer: as the engine prepared it.
+        ema: the averages, or None.
+        engine: of the run.
+    """
+
+    def __init__(
+        self, recipe: Recipe, network: nn.Module, optimizer: Optimizer, ema: Ema | None, engine: Engine
+    ) -> None:
+        self.recipe, self.network, self.ema, self.engine = recipe, network, ema, engine
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps nothing
+
+    def save(self, run: Path, step: int, rest: dict[str, Any], limit: int) -> Path:
+        """Write a checkpoint; on every process.
+
+        Args:
+            rest: plain values that belong to the state.
+        Raises:
+            OSError: on every process, as `checkpoints.save`.
+        """
+        main = self.engine.is_main_process
+        sharded = state.is_sharded(self.network)
+        models = self._models(step, main)
+        tensors = state.optimizer_tensors(self.optimizer, self.network)
+        scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
+        values = {**rest, "scaler": scaler, OPTIMIZER: None if sharded else tensors}
+
+        def write_shards(folder: Path) -> None:
+            state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.engine))
+
+        group = Group(main, lambda value: gather(self.engine, value))
+        return checkpoints.save(run, step, models, values, limit, group=group, shards=write_shards if sharded else None)
+
+    def _models(self, step: int, main: bool) -> dict[str, Checkpoint]:
+        """What generation reads, whole, on the main process."""
+        trained = state.gather_whole(self.network.state_dict(), main)
+        averaged = state.gather_whole(self.ema.state_dict(), main) if self.ema else {}
+        if not main:
+            return {}
+        models = {MODEL: self.recipe.checkpoint(trained, step)}
+        if averaged:
+            models[EMA] = self.recipe.checkpoint({**trained, **averaged}, step)
+        return models
+
+    def restore(self, resume: Resume) -> None:
+        """Take the optimizer, the averages and the scaler from a checkpoint whose weights are loaded already.
+
+        Raises:
+            CheckpointError: the state is damaged, or of another network.
+        """
+        state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
+        if self.engine.scaler and resume.state["scaler"]:
+            self.engine.scaler.load_state_dict(resume.state["scaler"])
+        averages = resume.averages()
+        if self.ema and averages:
+            self.ema.load(averages.model)
+
+    def _optimizer_tensors(self, resume: Resume) -> dict[str, Tensor]:
+        if resume.shards is None:
+            whole: dict[str, Tensor] = resume.state[OPTIMIZER]
+            return whole
+        parameters = {name: p for p, name in state.parameter_names(self.network).items()}
+
+        def like(group: str, name: str, shape: Any) -> Tensor:
+            return state.empty_like(parameters.get(name.rpartition("/")[0]), shape)
+
+        return state.load_sharded(resume.shards, like, patient_group(self.engine)).get(OPTIMIZER, {})

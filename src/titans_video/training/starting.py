@@ -1,0 +1,128 @@
+"""The beginning of every training run: where it runs, what it goes on from, and what that obliges it to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from titans_video.errors import ConfigError
+from titans_video.options import DataOptions, TrainOptions
+from titans_video.training import engine
+from titans_video.training.changes import refuse_changes, settings_of
+from titans_video.training.engine import Engine
+from titans_video.training.resuming import Resume, find_resume, open_resume
+
+
+class Rows(Protocol):
+    """What a run's data says of its global batches."""
+
+    world: int
+
+    def rows_of_step(self, grad_accum: int) -> dict[str, int]: ...
+    def divided(self, rows: Mapping[str, int]) -> "tuple[Any, int]": ...
+    def fingerprint(self) -> str: ...
+
+
+UNCOMPARED = ("advice", "watch")
+"""Groups of options that do not change what is learned."""
+DataT = TypeVar("DataT", bound=Rows)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that has begun.
+
+    Attributes:
+        engine: of this process.
+        resume: the checkpoint to go on from; None starts anew.
+        say: how to speak: once, on the main process.
+        running: the first line that was said: what runs.
+    """
+
+    engine: Engine
+    resume: Resume | None
+    say: Callable[[str], None]
+    running: str
+
+
+def begin(data: DataOptions, train: TrainOptions) -> Start:
+    """Make the engine, find the checkpoint to go on from, and say first of all what runs.
+
+    Raises:
+        UserError: as `engine.start` and `resuming.find_resume`.
+    """
+    accelerator = engine.start(train)
+    say: Callable[[str], None] = print if accelerator.is_main_process else lambda text: None
+    folder, notes = engine.once(accelerator, lambda: find_resume(train))
+    resume = open_resume(folder, train)
+    running = engine.describe(accelerator, _batch_in_words(data, train, accelerator.num_processes, resume))
+    say("\n".join([running, *notes]))
+    return Start(accelerator, resume, say, running)
+
+
+def _batch_in_words(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
+    """The rows of an optimizer step: as before where a run goes on with the same flags, on any number of processes."""
+    if resume and resume.state["batching"] == _batching(data, train):
+        rows = sorted(set(resume.state["stream"]["rows"].values()), reverse=True)
+        return f"{' or '.join(map(str, rows))} clips as before"
+    parts = f"{processes} x {{}} x {train.grad_accum} accumulated"
+    if data.tokens_per_batch:
+        return parts.format(f"{data.tokens_per_batch} tokens")
+    return f"{processes * data.batch_size * train.grad_accum} clips = " + parts.format(data.batch_size)
+
+
+def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
+    """The flags that make the global batch."""
+    size = None if data.tokens_per_batch else data.batch_size
+    return {"batch_size": size, "tokens_per_batch": data.tokens_per_batch, "grad_accum": train.grad_accum}
+
+
+def settle(
+    options: Any, data: DataT, config: Mapping[str, Any], resume: Resume | None, say: Callable[[str], None]
+) -> tuple[DataT, TrainOptions, dict[str, Any]]:
+    """Hold a run against the checkpoint that it goes on from, and divide its global batch among its processes.
+
+    Args:
+        options: of the recipe, groups of flags.
+        data: the usable rows, on this number of processes.
+        config: of the recipe's checkpoints; fingerprints of frozen parts are compared.
+        say: told what was changed or adapted.
+    Returns:
+        The data with the micro-batches of this number of processes, the options with the accumulation that makes the
+        same global batches, and what checkpoints keep to compare with.
+    Raises:
+        ConfigError: something is another without `--allow-changes`, or the global batch cannot be divided.
+    """
+    train: TrainOptions = options.train
+    groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in UNCOMPARED}
+    facts = {"the manifest": data.fingerprint(), "--validation-split": options.watch.validation_split}
+    for part, name in (("codec", "fingerprint"), ("text", "fingerprints")):
+        facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
+    settings = settings_of(groups, facts)
+    batching = _batching(options.data, train)
+    about = {"settings": settings, "batching": batching}
+    rows = data.rows_of_step(train.grad_accum)
+    if resume is None:
+        return data, train, about
+    for line in refuse_changes(resume.state["settings"], settings, train.allow_changes):
+        say(f"Changed, as allowed: {line}.")
+    before: dict[str, int] = resume.state["stream"]["rows"]
+    other = sorted(name for name in rows.keys() & before.keys() if rows[name] != before[name])
+    if not other:
+        return data, train, about
+    if batching != resume.state["batching"]:
+        name = other[0]
+        words = f"optimizer steps of {before[name]} rows (bucket {name}) would become ones of {rows[name]}"
+        if not train.allow_changes:
+            raise ConfigError(
+                f"--resume: {words}, by another --batch-size or --grad-accum. Give those of before (another number of "
+                "processes is adapted to by itself), or --allow-changes."
+            )
+        say(f"Changed, as allowed: {words}.")
+        return data, train, about
+    data, accum = data.divided(before)
+    say(
+        f"{resume.state['processes']} processes before, {data.world} now: --grad-accum {train.grad_accum} becomes "
+        f"{accum}, so that optimizer steps keep their rows."
+    )
+    # The flags stay the run's own: its next resume may be on any number of processes again.
+    return data, replace(train, grad_accum=accum), about
