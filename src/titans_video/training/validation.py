@@ -85,7 +85,11 @@ class Validator:
             return looks.signal
         self.done = step
         if self.machine.is_main_process:
-            self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
+            try:
+                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
+            except OSError as e:
+                words = f"WHAT VALIDATION SAW AT STEP {step} COULD NOT BE WRITTEN: {e.strerror or e}."
+                self.say(f"\n*** {words} Training goes on. ***\n")
         return 0
 
     def _look(
