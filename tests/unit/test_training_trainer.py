@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
+from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video import checkpoint as files
 from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, engine, resuming
+from titans_video.training import checkpoints, engine
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch
 
@@ -35,11 +35,7 @@ def train(
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """What the recipes do: resume, folder, trainer."""
     say = (said if said is not None else []).append
-    folder, notes = resuming.find_resume(run)
-    for note in notes:
-        say(note)
-    resume = resuming.open_resume(folder, run)
-    resuming.prepare_folder(run, resume)
+    resume = going_on(run, say)
     recipe = ToyRecipe(dropout)
     outcome = Trainer(recipe, stream or ToyStream(4), run, engine.start(run), resume, say).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}

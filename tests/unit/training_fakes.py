@@ -1,6 +1,6 @@
 """A toy recipe and stream for tests of the trainer: a two-layer network that learns a fixed map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from titans_video.checkpoint import Checkpoint
 from titans_video.data.buckets import Bucket
 from titans_video.generation.requests import Sampled
+from titans_video.options import TrainOptions
 from titans_video.preparing.held_out import Piece
 from titans_video.seeding import derive, keyed_normal
+from titans_video.training import resuming
 from titans_video.training.recipe import Sampler
+from titans_video.training.resuming import Resume
 from titans_video.types import Batch
 
 WIDTH = 6
@@ -84,6 +87,16 @@ class ToyRecipe:
         """(B, WIDTH): rows have 1 to WIDTH supervised elements, by their seed."""
         counts = torch.tensor([1 + s % WIDTH for s in batch.seeds])
         return (torch.arange(WIDTH)[None] < counts[:, None]).float()
+
+
+def going_on(run: TrainOptions, say: Callable[[str], object] = lambda text: None) -> Resume | None:
+    """What the recipes do before they train: find the checkpoint to go on from, and make the folder ready."""
+    folder, notes = resuming.find_resume(run)
+    for note in notes:
+        say(note)
+    resume = resuming.open_resume(folder, run)
+    resuming.prepare_folder(run, resume)
+    return resume
 
 
 class ToyStream:
