@@ -235,6 +235,30 @@ def test_a_new_run_in_the_same_folder_moves_what_was_seen_aside(tmp_path: Path) 
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-0000002"]
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_moves_later_samples_away(tmp_path: Path) -> None:
+    train(options(tmp_path, max_steps=6, save_every=2, save_limit=0))
+    train(options(tmp_path, max_steps=3, resume=str(tmp_path / "checkpoint-2")), every=3)
+    assert [look["step"] for look in looks(tmp_path)] == [2, 3]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000002", "step-0000003"}
+    assert {p.name for p in (tmp_path / "previous-1").glob("step-*")} == {"step-0000004", "step-0000006"}
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, said = samples.contact_sheet, []
+
+    def full(*given: Any, **more: Any) -> Path:
+        if "Step 2" in more["title"]:
+            raise OSError(28, "No space left on device")
+        return plain(*given, **more)
+
+    monkeypatch.setattr(samples, "contact_sheet", full)
+    outcome, _ = train(options(tmp_path), say=said.append)
+    assert outcome.step == 6
+    assert [look["step"] for look in looks(tmp_path)] == [4, 6]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000004", "step-0000006"}
+    assert "The validation of step 2 could not be written: No space left on device." in said
+
+
 def test_without_held_out_rows_there_are_videos_alone(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=2, ema_decay=0.0), rows=None)
     assert looks(tmp_path) == [{"step": 2, "weights": "trained", "samples": "samples/step-0000002"}]

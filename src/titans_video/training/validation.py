@@ -87,9 +87,8 @@ class Validator:
         if self.machine.is_main_process:
             try:
                 self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
-            except OSError as e:
-                words = f"WHAT VALIDATION SAW AT STEP {step} COULD NOT BE WRITTEN: {e.strerror or e}."
-                self.say(f"\n*** {words} Training goes on. ***\n")
+            except OSError as e:  # a full disk, for which no run ends
+                self.say(f"The validation of step {step} could not be written: {e.strerror or e}.")
         return 0
 
     def _look(
