@@ -16,13 +16,14 @@ from titans_video import checkpoint as files
 from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
 from titans_video.training import checkpoints, engine
+from titans_video.training.recorder import Recorder
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_draw_curve", lambda self, always: None)
+    monkeypatch.setattr(Recorder, "draw_curve", lambda self, always, say: None)
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:

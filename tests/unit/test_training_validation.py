@@ -23,6 +23,7 @@ from titans_video.media.reading import read_indices
 from titans_video.options import TrainOptions, WatchOptions
 from titans_video.training import engine, loss_table, samples
 from titans_video.training.ema import Ema
+from titans_video.training.recorder import Recorder
 from titans_video.training.tracking import Tracker
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.training.validation import NAME, Validator, Watched
@@ -38,7 +39,7 @@ ROWS = (
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_draw_curve", lambda self, always: None)
+    monkeypatch.setattr(Recorder, "draw_curve", lambda self, always, say: None)
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:
