@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from tests.unit.training_fakes import ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
+from tests.unit.training_fakes import WIDTH, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.options import TrainOptions, WatchOptions
@@ -132,6 +134,25 @@ def test_the_averaged_weights_are_looked_at_and_taken_out_again_whatever_happens
         raise RuntimeError("in the midst")
     assert all(torch.equal(raw[k], v) for k, v in network.state_dict().items())
     assert all(torch.equal(averages[k], v) for k, v in ema.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_sharded_network_that_stays_whole_after_a_forward_pass_gets_its_own_weights_back(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        network, x = ToyRecipe().network.eval(), torch.randn(3, WIDTH)
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+        ema, first = Ema(network, 0.9), network(x)
+        network.reshard()
+        for p in network.parameters():
+            p.add_(torch.ones_like(p))
+        raw = network(x)
+        with ema.applied():
+            assert torch.equal(network(x), first)
+        assert torch.equal(network(x), raw)
+        assert not torch.equal(raw, first)
+    finally:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
