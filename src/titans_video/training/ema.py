@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titans_video.training.state import placed_like
@@ -27,6 +28,7 @@ class Ema:
         self.names = list(trained)
         self.sources = list(trained.values())
         self.averages = [p.detach().float().clone() for p in self.sources]
+        self.sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
 
     def decay_at(self, updates: int) -> float:
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
@@ -57,18 +59,21 @@ class Ema:
         """
         kept = [p.detach().clone() for p in self.sources]
         try:
-            _copy(self.sources, self.averages)
+            self._put(self.averages)
             yield
         finally:
-            _copy(self.sources, kept)
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """Into the network. Modules that FSDP leaves whole after a forward pass are sharded again first: they would
+        compute with what they had gathered before."""
+        for module in self.sharded:
+            module.reshard()
+        for source, weight in zip(self.sources, weights, strict=True):
+            source.copy_(weight)
 
 
 def whole_or_piece(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a sharded one this process's piece: averaging needs no other."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
