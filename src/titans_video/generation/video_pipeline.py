@@ -94,7 +94,8 @@ class VideoPipeline(DiffusionPipeline):
         names = {value: name for name, value in DTYPES.items()}
         if precision not in names or offload not in ("none", "model", "group"):
             raise ConfigError(
-                f"dtype is {precision} and offload {offload!r}: neither is anything else than documented."
+                f"dtype {precision} and offload {offload!r}: a dtype is float32, bfloat16 or float16 of torch, and an "
+                "offload none, model or group."
             )
         run = RunOptions(
             device=None if device is None else str(device),
