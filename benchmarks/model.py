@@ -23,8 +23,6 @@ from measuring import Parent, Worker, map_large_blocks, resident, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 GROUPS = (("SoraDiT st", "Latte"), ("SoraDiT full", "Wan", "CogVideoX"))  # ours, then its peers
 CHANNELS, TEXT_WIDTH = 16, 512
 
@@ -149,14 +147,12 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
 def count_flops(name: str, a: argparse.Namespace) -> int:
     """FLOPs of one forward and backward pass, counted without computing anything."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from titans_video.training import flops
 
     with torch.device("meta"):
         net, run = build(name, a)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run(net.to("meta"), "meta").sum().backward()
-    return counter.get_total_flops()
+    return flops.count_flops(lambda: run(net.to("meta"), "meta"))
 
 
 def worker(a: argparse.Namespace) -> None:
@@ -230,6 +226,8 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
     """The results as markdown."""
+    from titans_video.training.flops import peak_flops
+
     first = next(iter(results.values()))
     tokens = a.frames * (a.size // 2) ** 2
     lines = [
@@ -239,7 +237,7 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
         "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time, ours : its | memory, ours : its |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    peak_rate = next((rate for key, rate in PEAKS.items() if key in first["device"]), None)
+    peak_rate = peak_flops(first["device"], "bf16" if a.dtype == "bf16" else "no")
     for group in GROUPS:
         ours = results[group[0]]
         for name in group:

@@ -36,25 +36,21 @@ class Line:
     dots: bool = False
 
 
-def chart(
-    title: str, lines: Sequence[Line], *, wide: bool = True, percent: bool = False, loss: bool = False, note: str = ""
-) -> str:
+def chart(title: str, lines: Sequence[Line], *, wide: bool = True, percent: bool = False, loss: bool = False) -> str:
     """A chart against steps, as HTML; nothing where no line has a point.
 
     Args:
         wide: over the whole page, or a half of it.
         percent: the values are shares.
-        loss: the scale is chosen as for a loss: by all lines but the first, which may have spikes.
-        note: a sentence under the title.
+        loss: the scale is chosen as for a loss, where faint lines may have spikes; else it begins at 0.
     """
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
         return ""
     picture = data_url(_svg(lines, wide, percent, loss), "image/svg+xml")
-    said = f'<div class="small">{escape(note)}</div>' if note else ""
     kind = "wide" if wide else "half"
     return (
-        f'<figure class="chart {kind}"><figcaption>{escape(title)}{said}</figcaption>'
+        f'<figure class="chart {kind}"><figcaption>{escape(title)}</figcaption>'
         f'<img src="{picture}" alt="{escape(title, quote=True)}"></figure>'
     )
 
@@ -83,7 +79,7 @@ def _svg(lines: Sequence[Line], wide: bool, percent: bool, loss: bool) -> bytes:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "titans"}):
         figure = Figure(figsize=(12.0, 3.6) if wide else (6.0, 2.7), layout="constrained")
@@ -98,13 +94,14 @@ def _svg(lines: Sequence[Line], wide: bool, percent: bool, loss: bool) -> bytes:
                 style |= {"marker": "o", "markersize": 3.5}
             axis.plot(x, y, color=line.colour, label=line.name or "_", **style)
         if loss:
-            raw, *clean = [line.y for line in lines]
-            choose_scale(axis, raw, np.concatenate(clean))
-        if percent:
-            axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+            spiky = [line.y for line in lines if line.faint] or [line.y for line in lines]
+            choose_scale(axis, np.concatenate(spiky), np.concatenate([line.y for line in lines if not line.faint]))
+        if axis.get_yscale() == "log":
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        elif not loss:
             axis.set_ylim(bottom=0)
-        elif axis.get_yscale() == "linear":
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
         axis.tick_params(colors=_INK, which="both", labelsize=9)
@@ -120,5 +117,7 @@ def _svg(lines: Sequence[Line], wide: bool, percent: bool, loss: bool) -> bytes:
     return written.getvalue()
 
 
-def _tick(value: float) -> str:
+def _tick(value: float, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:.3g}%"
     return in_short(value) if abs(value) >= 10_000 else f"{value:.3g}" if abs(value) < 1000 else f"{value:g}"

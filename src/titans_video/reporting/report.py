@@ -25,7 +25,7 @@ h1 small{font-weight:400;color:var(--faint);font-size:1rem;margin-left:.6rem}h3{
 .charts{display:flex;flex-wrap:wrap;gap:1rem 1.5rem}figure{margin:0}figcaption{font-weight:600;font-size:.95rem}
 .chart.wide{flex:1 1 100%}.chart.half{flex:1 1 32rem;min-width:18rem}
 .chart img{width:100%;display:block;margin-top:.3rem}
-.chart .small{font-weight:400}.strip{display:flex;flex-wrap:wrap;gap:.8rem}
+.strip{display:flex;flex-wrap:wrap;gap:.8rem}
 .strip figure{width:calc((100% - 4rem)/6);min-width:7rem}.strip figcaption{font-weight:400;font-size:.8rem;
 color:var(--faint)}.strip video,.strip img{width:100%;display:block;border-radius:4px;background:var(--band)}
 .none{aspect-ratio:1;background:var(--band);border-radius:4px;display:grid;place-items:center;color:var(--faint);
@@ -142,10 +142,11 @@ def _validation(run: Run) -> str:
     ]
     weights = last.get("weights", "trained")
     return (
-        f"<h2>Held-out loss</h2><p class=small>Of {last['rows']} rows that training never sees, with the {weights} "
-        "weights, at fixed noise and at fixed quantiles of the training times: the lowest is nearest to the clean clip."
-        f'</p><div class="charts">{chart("By quantile of the training times", times, wide=False)}'
-        f"{chart('By task and bucket', cells, wide=False)}</div>"
+        "<h2>Held-out loss</h2><p class=small>Of clips that training never sees, each in every task it may be drawn "
+        f"for, with the {weights} weights, at fixed noise and fixed quantiles of the training times (low ones are near "
+        "the clean clip).</p>"
+        f'<div class="charts">{chart("By quantile of the training times", times, wide=False, loss=True)}'
+        f"{chart('By task and bucket', cells, wide=False, loss=True)}</div>"
         f'<h3>Step {last["step"]}</h3><div class="scroll">{table(head, rows, "losses")}</div>'
     )
 

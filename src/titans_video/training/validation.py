@@ -85,7 +85,10 @@ class Validator:
             return looks.signal
         self.done = step
         if self.machine.is_main_process:
-            self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
+            try:
+                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
+            except OSError as e:  # a full disk, for which no run ends
+                self.say(f"The validation of step {step} could not be written: {e.strerror or e}.")
         return 0
 
     def _look(
