@@ -30,7 +30,7 @@ check: setup ## formatting, lint, types and the import floors
 	@$(BIN)/python -m pytest -q tests/unit/test_floors.py
 
 bench: setup ## the comparisons with other libraries, memory and speed of training
-	@for script in $(filter-out %/measuring.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove caches of tools; .venv and outputs stay
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
