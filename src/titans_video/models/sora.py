@@ -54,6 +54,9 @@ class SoraDiT(ModelMixin, ConfigMixin):
         ConfigError: sizes that do not go together.
     """
 
+    frame_times: ClassVar[bool] = True
+    """Takes a time for each latent frame, so that given frames are clean while others are noisy."""
+
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SoraBlock", "EncoderLayer"]
     _repeated_blocks: ClassVar = ["SoraBlock"]
