@@ -1,6 +1,7 @@
 """Long video from whole commands: real clips, the bouncing world's preset, and memory that does not grow."""
 
 import json
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -34,17 +35,17 @@ def test_eight_seconds_from_a_model_of_real_clips(
 
 
 def test_the_bouncing_preset_continues(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    mock = ["data", "mock", "--world", "bounce", "--clips", "6", "--frames", "12", "--out", str(tmp_path / "data")]
+    mock = ["data", "mock", "--world", "bounce", "--clips", "6", "--frames", "16", "--out", str(tmp_path / "data")]
     assert main(mock) == 0
     train = ["train", "--config", str(repository / "configs/sora/bounce.yaml"), *SMALL]
     train += ["--manifest", str(tmp_path / "data/manifest.jsonl"), "--output-dir", str(tmp_path / "run")]
     assert main(train) == 0
     model = load_model(str(tmp_path / "run"), Overrides(), "cpu")
     assert model.trained("tasks") == ["t2v", "v2v"]
-    words = ["generate", "--checkpoint", str(tmp_path / "run"), "--num-frames", "52", "--overlap", "4", "--steps", "1"]
+    words = ["generate", "--checkpoint", str(tmp_path / "run"), "--num-frames", "56", "--overlap", "8", "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "o.mp4")]) == 0
-    assert "52 frames in 6 windows of 12 that share 4 (continue; the last begins at 40)." in capsys.readouterr().err
-    assert json.loads((tmp_path / "o.mp4.json").read_text())["frames"] == 52
+    assert "56 frames in 6 windows of 16 that share 8 (continue; the last begins at 40)." in capsys.readouterr().err
+    assert json.loads((tmp_path / "o.mp4.json").read_text())["frames"] == 56
 
 
 PEAK = """
@@ -68,6 +69,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     peaks = []
     for frames in (64, 256, 1024):
         words = [sys.executable, "-c", PEAK, str(tmp_path / "m.pt"), str(frames), str(tmp_path / f"{frames}.mp4")]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        # glibc's own hoard of freed blocks varies by more than what is asked for.
+        plain = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=plain)
         peaks.append(float(done.stdout.rpartition("peak ")[2]))
     assert max(peaks) <= 1.05 * min(peaks), peaks
