@@ -183,6 +183,7 @@ class Batch:
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
         known_moments: the same of `known_pixels`.
         text: cached hidden states, in place of running the frozen encoders.
+        step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
     """
 
     ids: list[str]
@@ -199,6 +200,7 @@ class Batch:
     moments: Tensor | None = None
     known_moments: Tensor | None = None
     text: TextCondition | None = None
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

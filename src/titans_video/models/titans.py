@@ -101,7 +101,7 @@ class TitansVideoDiT(Backbone):
         super().__init__()
         _check(memory, mem_tokens, persistent_tokens, memory_layers, depth)
         self.build()
-        self.persistent = nn.Parameter(torch.empty(persistent_tokens, model_dim)) if persistent_tokens else None
+        self.persistent = nn.Embedding(persistent_tokens, model_dim) if persistent_tokens else None
         self.tokens = GatedTokens(mem_tokens, model_dim) if memory != "none" else None
         layers = memory_layers or default_layers(depth)
         self.memory_layers = tuple(layers) if memory == "neural" else ()
@@ -112,8 +112,6 @@ class TitansVideoDiT(Backbone):
     def initialise(self) -> None:
         """As SoraDiT; memories have their own starting values, whose gates are never shut."""
         super().initialise()
-        if self.persistent is not None:
-            nn.init.normal_(self.persistent, std=0.02)
         for part in self.modules():
             if isinstance(part, GatedTokens | NeuralMemory):
                 part.initialise()
@@ -204,7 +202,7 @@ class TitansVideoDiT(Backbone):
         """Persistent and memory tokens (B, R, D); None where there are neither."""
         parts = []
         if self.persistent is not None:
-            parts.append(self.persistent.to(x.dtype).expand(x.shape[0], -1, -1))
+            parts.append(self.persistent.weight.to(x.dtype).expand(x.shape[0], -1, -1))
         if self.tokens is not None and memory.tokens is not None:
             parts.append(self.tokens.read(memory.tokens).to(x.dtype))
         return torch.cat(parts, dim=1) if parts else None

@@ -5,6 +5,7 @@ latent grid.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from titans_video.codecs.table import (
     parse_init,
 )
 from titans_video.data.store import EncodingStore
-from titans_video.diffusion.flow import RectifiedFlow, count_tokens
+from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
 from titans_video.errors import CodecError
 from titans_video.models.conditioning import fold_known_mask
@@ -42,7 +43,7 @@ from titans_video.training import engine
 from titans_video.training.resuming import Resume, prepare_folder
 from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
-from titans_video.types import Batch, CodecSpec, Condition, TextCondition
+from titans_video.types import Batch, CodecSpec, Condition, Prediction, TextCondition
 
 FIT_CLIPS = 512
 PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
@@ -89,20 +90,31 @@ class SoraRecipe:
         """Weighted squared error, summed over the supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
-            times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds]).to(self.device)
-            times = times_B.to(self.device)[:, None].expand(-1, clean.shape[2])  # (B, t)
+            times = self.times(batch, clean).to(self.device)
             held = condition.wholly_known()
             if held is not None and condition.known is not None:
                 # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
                 clean = torch.where(held[:, None, :, None, None], condition.known, clean)
                 times = times.masked_fill(held, 0.0)
             corrupted = self.process.corrupt(clean, noise, times)
-        value = model(corrupted.model_input, corrupted.model_time, condition).value.float()
+        value = self.predict(model, batch, clean, corrupted, condition).value.float()
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
             error = error.masked_fill(held[:, None, :, None, None], 0.0)
         return error.sum()
+
+    def times(self, batch: Batch, clean: Tensor) -> Tensor:
+        """(B, t): a clip's time is that of all its frames."""
+        times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
+        return times_B[:, None].expand(-1, clean.shape[2])
+
+    def predict(
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+    ) -> Prediction:
+        """The one call of the wrapped model."""
+        prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition)
+        return prediction
 
     def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
         """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache."""
@@ -140,23 +152,41 @@ class SoraRecipe:
         return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
 
 
-def train_sora(options: SoraOptions) -> Outcome:
+@dataclass(frozen=True)
+class Variant:
+    """A run like SoraDiT's with another network.
+
+    Attributes:
+        build: as `build_recipe`.
+        clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
+        notes: what to say of it.
+    """
+
+    build: Callable[..., SoraRecipe]
+    clip_grid: tuple[int, int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     """Build every part of a run from its options, and train.
 
+    Args:
+        variant: what is another than SoraDiT's.
     Raises:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
+    variant = variant or Variant(build_recipe)
     accelerator, resume, say = begin(options.data, options.train)
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
-    data, codec = open_data_and_codec(options, accelerator, resume)
+    data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     store: EncodingStore | None = None
     if options.data.cache is not None:
         filled = fill(options, data, codec, text, accelerator)
         data, store = filled.data, filled.store
         text.release()
         codec.release()
-    recipe = build_recipe(options, data, codec, text, accelerator.device, store)
+    recipe = variant.build(options, data, codec, text, accelerator.device, store)
     data, train, about = settle(options, data, recipe.config, resume, say)
     moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
@@ -167,14 +197,19 @@ def train_sora(options: SoraOptions) -> Outcome:
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
-    say(f"SoraDiT, {size:.1f} million parameters.")
+    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
     stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
     outcome = Trainer(recipe, stream, train, accelerator, resume, say, about).run()
     accelerator.end_training()
     return outcome
 
 
-def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume: Resume | None) -> tuple[Data, Codec]:
+def open_data_and_codec(
+    options: SoraOptions,
+    accelerator: engine.Engine,
+    resume: Resume | None,
+    clip_grid: tuple[int, int, int] | None = None,
+) -> tuple[Data, Codec]:
     """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
     fitted = options.codec.vae_backend == "patch"
     codec: Codec | None = None
@@ -186,7 +221,7 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
     data = open_data(
         options.data,
         codec.spec if codec else spec_of(options.codec),
-        options.model.patch_size,
+        clip_grid or options.model.patch_size,
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -269,10 +304,15 @@ def build_recipe(
     text: TextEncoder,
     device: torch.device,
     store: EncodingStore | None = None,
+    network_of: Callable[..., dict[str, Any]] = sora_config,
 ) -> SoraRecipe:
-    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed."""
+    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed.
+
+    Args:
+        network_of: gives the network's configuration from its options, the codec's shapes and the texts' widths.
+    """
     torch.manual_seed(derive(options.train.seed, "initialisation"))
-    network = build_network(sora_config(options.model, codec.spec, text.widths))
+    network = build_network(network_of(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if options.model.compile:
