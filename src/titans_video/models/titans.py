@@ -43,6 +43,7 @@ class Rollout:
         state_noise: (B, n, M, D) added to the memory tokens that each segment reads; None: nothing.
         texts: a text for each segment; None: the condition's, for all.
         write_last: write the last segment too, so that the memory given back is of the whole clip.
+        read: which segments are read; None: all. The others are only written, and missing in the value.
     """
 
     segment: int
@@ -55,6 +56,7 @@ class Rollout:
     state_noise: Tensor | None = None
     texts: tuple[TextCondition, ...] | None = None
     write_last: bool = False
+    read: tuple[int, ...] | None = None
 
 
 class TitansVideoDiT(Backbone):
@@ -227,14 +229,15 @@ class TitansVideoDiT(Backbone):
             start, stop = i * plan.segment, (i + 1) * plan.segment
             front = max(start - plan.overlap, 0)
             text = condition.text if plan.texts is None else plan.texts[i]
-            value = self._read(
-                torch.cat((plan.shown[:, :, front:start], latents[:, :, start:stop]), dim=2),
-                torch.cat((plan.shown_time[:, front:start], time[:, start:stop]), dim=1),
-                _part(replace(condition, text=text), start, stop, start - front),
-                _disturbed(memory, plan.state_noise, i),
-                start - front,
-            )
-            values.append(value[:, :, start - front :])
+            if plan.read is None or i in plan.read:
+                value = self._read(
+                    torch.cat((plan.shown[:, :, front:start], latents[:, :, start:stop]), dim=2),
+                    torch.cat((plan.shown_time[:, front:start], time[:, start:stop]), dim=1),
+                    _part(replace(condition, text=text), start, stop, start - front),
+                    _disturbed(memory, plan.state_noise, i),
+                    start - front,
+                )
+                values.append(value[:, :, start - front :])
             last = i == count - 1
             if last and learned and not plan.write_last:
                 break
