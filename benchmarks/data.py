@@ -28,6 +28,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from measuring import show
 
 from titans_video.codecs.patch import PatchCodec
 from titans_video.media.info import VideoInfo
@@ -278,9 +279,7 @@ def main() -> None:
         text = report(tasks, compare(tasks, here, a.repeats), ready, waited)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(text)
-    if a.out:
-        a.out.write_text(text + "\n")
+    show(text, a.out)
 
 
 if __name__ == "__main__":

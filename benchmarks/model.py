@@ -11,21 +11,18 @@ peak), FLOPs are counted by torch with attention as plain products (a backward p
 """
 
 import argparse
-import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measuring import Parent, Worker, map_large_blocks, resident, show
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}
 GROUPS = (("SoraDiT st", "Latte"), ("SoraDiT full", "Wan", "CogVideoX"))  # ours, then its peers
 CHANNELS, TEXT_WIDTH = 16, 512
 
@@ -150,28 +147,24 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
 def count_flops(name: str, a: argparse.Namespace) -> int:
     """FLOPs of one forward and backward pass, counted without computing anything."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from titans_video.training import flops
 
     with torch.device("meta"):
         net, run = build(name, a)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run(net.to("meta"), "meta").sum().backward()
-    return counter.get_total_flops()
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return flops.count_flops(lambda: run(net.to("meta"), "meta"))
 
 
 def worker(a: argparse.Namespace) -> None:
     """One candidate: a step for each line on stdin, answered with its seconds; at the end a report.
 
-    With --memory two steps at once and the peak of the process, malloc told (by the parent) to give back what is freed.
+    With --memory two steps at once and the peak of the process, malloc told to give back what is freed.
     """
     import torch
 
+    parent = Parent()
+    if a.memory:
+        map_large_blocks(True)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     cuda = a.device.startswith("cuda")
@@ -195,62 +188,46 @@ def worker(a: argparse.Namespace) -> None:
     warm_up = [step() for _ in range(2)]
     if a.memory:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        print(json.dumps({"peak": torch.cuda.max_memory_allocated() if cuda else peak}), flush=True)
+        parent.tell({"peak": torch.cuda.max_memory_allocated() if cuda else peak})
         return
-    print(json.dumps({"seconds": warm_up}), flush=True)
-    for line in sys.stdin:
-        if line.strip() != "step":
-            break
-        print(json.dumps({"seconds": step()}), flush=True)
+    parent.tell({"seconds": warm_up})
+    while parent.order() == "step":
+        parent.tell({"seconds": step()})
     report = {
         "parameters": sum(p.numel() for p in net.parameters()),
         "flops": count_flops(a.worker, a),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads",
         "torch": torch.__version__,
     }
-    print(json.dumps(report), flush=True)
+    parent.tell(report)
 
 
-def start(name: str, *flags: str) -> subprocess.Popen[str]:
-    """A worker, on this command's own flags. Large blocks are mapped one by one when memory is measured, so that the
-    peak is that of live tensors and not of malloc's free lists (it costs time, so never when time is)."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, *flags]
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if "--memory" in flags else {})
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+def start(name: str, *flags: str) -> Worker:
+    """A worker, on this command's own flags."""
+    return Worker([sys.executable, __file__, *sys.argv[1:], "--worker", name, *flags])
 
 
 def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Memory of each candidate alone, then the time of all, interleaved."""
     names = [name for group in GROUPS for name in group]
-    results = {name: ask(start(name, "--memory")) for name in names}
-    processes: dict[str, subprocess.Popen[str]] = {}
+    results = {name: start(name, "--memory").ask() for name in names}
+    workers: dict[str, Worker] = {}
     for name in names:
-        processes[name] = start(name)
-        ask(processes[name])  # warm: one at a time, together they would slow each other
+        workers[name] = start(name)
+        workers[name].ask()  # warm: one at a time, together they would slow each other
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(a.repeats):
         for name in names:
-            seconds[name].append(ask(processes[name], "step")["seconds"])
+            seconds[name].append(workers[name].ask("step")["seconds"])
     for name in names:
-        results[name] |= {"seconds": statistics.median(seconds[name])} | ask(processes[name], "end")
+        results[name] |= {"seconds": statistics.median(seconds[name])} | workers[name].ask("end")
     return results
-
-
-def ask(process: subprocess.Popen[str], line: str | None = None) -> dict[str, Any]:
-    """Send a line to a worker, if any, and wait for its answer."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if line is not None:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise SystemExit(f"A candidate stopped with exit code {process.wait()}; its message stands above.")
-    return json.loads(answer)
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
     """The results as markdown."""
+    from titans_video.training.flops import peak_flops
+
     first = next(iter(results.values()))
     tokens = a.frames * (a.size // 2) ** 2
     lines = [
@@ -260,7 +237,7 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
         "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time, ours : its | memory, ours : its |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    peak_rate = next((rate for key, rate in PEAKS.items() if key in first["device"]), None)
+    peak_rate = peak_flops(first["device"], "bf16" if a.dtype == "bf16" else "no")
     for group in GROUPS:
         ours = results[group[0]]
         for name in group:
@@ -280,10 +257,7 @@ def main() -> None:
     if a.worker:
         worker(a)
         return
-    text = table(a, measure(a))
-    print(text)
-    if a.out:
-        a.out.write_text(text + "\n")
+    show(table(a, measure(a)), a.out)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def save_tensors(data: dict[str, Any], path: Path) -> None:
         try:
             torch.save(data, temporary)
         except RuntimeError as e:  # torch's writer knows no other
-            if "PytorchStreamWriter" not in str(e) and "inline_container" not in str(e):
+            if not any(word in str(e) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
                 raise
             free = shutil.disk_usage(path.parent).free / 2**20
             raise OSError(errno.ENOSPC, f"cannot be written ({free:.0f} MB are free)", str(path)) from None

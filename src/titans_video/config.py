@@ -1,4 +1,4 @@
-"""Configuration files: a YAML mapping of flag names to values, turned into the flags that it stands for.
+"""Files that flags name: a YAML mapping of flag names to values, turned into the flags that it stands for; prompts.
 
 A file never becomes options by itself. It becomes a list of flags put ahead of the command line's own, so that names,
 types and choices are checked by the one parser that also makes the help text.
@@ -90,3 +90,19 @@ def _flag(name: str, value: Any, repeatable: bool, path: Path | str) -> list[str
     if isinstance(value, Scalar):
         return [flag, str(value)]
     raise ConfigError(f"{path}: {name} is neither a plain value nor a list of them: {value!r}.")
+
+
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The prompts of a text file: its lines that are not empty.
+
+    Raises:
+        ConfigError: it is missing, not text, or without a line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--validation-prompts {path} cannot be read as a text file: {e}") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"--validation-prompts {path}: there is no prompt in it; write one a line.")
+    return prompts

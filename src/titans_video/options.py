@@ -289,6 +289,28 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class WatchOptions:
+    """How a run is watched while it goes on."""
+
+    validate_every: int = 0
+    """Optimizer steps between validations, and one at the end; 0: none."""
+    validation_prompt: tuple[str, ...] = ()
+    """A prompt that validation makes a video of; may be given several times (default: a few captions of the data)."""
+    validation_prompts: str | None = None
+    """Text file of such prompts, one a line."""
+    validation_manifest: tuple[str, ...] = ()
+    """Manifest of clips that are never trained on, for the held-out loss; may be given several times."""
+    validation_split: float = 0.0
+    """In its place: share of the training clips that is held out, chosen by the rows' ids."""
+    validation_rows: int = 128
+    """Held-out rows that each validation looks at, at most; 0: all."""
+    validation_times: int = 9
+    """Held-out loss at this many quantiles of the training times (9: 0.1 to 0.9)."""
+    log_with: Literal["tensorboard", "wandb", "none"] = "none"
+    """Also send curves, tables and samples to a tracker."""
+
+
+@dataclass(frozen=True)
 class AdviceOptions:
     """What generation does by default with this model; kept in its checkpoints."""
 
@@ -312,6 +334,7 @@ class SoraOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     process: ProcessOptions = field(default_factory=ProcessOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     advice: AdviceOptions = field(default_factory=AdviceOptions)
 
 

@@ -92,6 +92,8 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add="train" in words)
     if "train/videos" not in script:
         return words
+    if "--validate-every" in words:
+        words = with_flags(words, {"--sample-steps": "2"}, add=True)
     sizes = {k: v for k, v in TRAINING.items() if "--buckets" not in words or k not in ("--height", "--width")}
     return with_flags(words, {**sizes, "--text-model": "models/umt5"}, add=True)
 
@@ -132,6 +134,13 @@ class Workspace:
         words = self.words(command)
         if words[0] == "make":
             return self.spawn(["make", "--dry-run", "--old-file=.venv/.ready", *words[1:]])
+        if words[0] == "torchrun":
+            return self.spawn([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words[3:]])
+        if "--config_file" in words:  # its counterpart for a CPU, and nothing else changed
+            at = words.index("--config_file") + 1
+            words[at] = words[at].replace("/fsdp2", "/cpu2_fsdp2").replace("/ddp", "/cpu2")
+            words = with_flags(words, {"--expect-processes": "2"}, add=False)
+            return self.spawn([sys.executable, "-m", "accelerate.commands.launch", *words[2:]])
         if words[:2] == ["accelerate", "launch"]:
             rest = with_flags(words[2:], {"--num_processes": "2"}, add=True)
             return self.spawn([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *rest])

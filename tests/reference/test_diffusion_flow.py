@@ -131,6 +131,16 @@ def test_times_are_logit_normal_and_each_clips_own():
     assert torch.equal(process.sample_time(seeds[7:9], 64), times[7:9])
 
 
+@pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (1.2, 0.7, 3.0), (-0.5, 1.5, None)])
+def test_a_quantile_lies_above_its_share_of_the_training_times(mean, std, shift):
+    process = RectifiedFlow(time_mean=mean, time_std=std, shift=shift)
+    times = process.sample_time([derive(0, i) for i in range(4000)], tokens=1024)
+    for quantile in (0.1, 0.5, 0.9):
+        at = process.time_at(quantile, 1024)
+        assert float((times < at).float().mean()) == pytest.approx(quantile, abs=0.02)
+        assert at == pytest.approx(float(torch.quantile(times, quantile)), abs=0.03)
+
+
 def test_the_shift_goes_by_size_and_reaches_training_and_sampling_alike():
     assert [default_shift(n) for n in (1, 64, 256, 1024, 4096, 10**9)] == [1, 1, 1, 2, 4, 12]
     free, fixed = RectifiedFlow(), RectifiedFlow(shift=1.0)

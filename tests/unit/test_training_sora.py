@@ -277,3 +277,78 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
     assert torch.equal(model.codec.encode(pixels), recipe.codec.encode(pixels))
     for name, weight in recipe.network.state_dict().items():
         assert torch.equal(model.network.state_dict()[name], weight)
+
+
+def test_held_out_loss_of_each_row_at_fixed_noise_and_times() -> None:
+    recipe, spy, batch = recipe_of(options(drop=1.0)), Spy(), batch_of([0, 1, 2, 3])
+    quantiles = [0.1, 0.5, 0.9]
+    sums, elements = recipe.held_out(spy, batch, quantiles)
+    assert batch.pixels is not None
+    clean, given = recipe.codec.encode(batch.pixels), batch.known_frame_mask()
+    free = ~given[:, None, :, None, None].expand_as(clean)
+    assert elements.tolist() == free.flatten(1).sum(1).tolist()
+    for i, quantile in enumerate(quantiles):
+        noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+        expected = ((noise - clean).square() * free).flatten(1).sum(1).double()  # the spy answers 0
+        torch.testing.assert_close(sums[i], expected, rtol=1e-5, atol=0)
+    time = torch.sigmoid(torch.tensor(1.2815515655446004))  # the 0.9 quantile of a normal; no shift
+    torch.testing.assert_close(spy.time, torch.where(given, 0.0, time))
+    assert spy.condition.text is not None  # captions stay, whatever training drops
+    assert spy.condition.text.masks[0].sum(1).tolist() == [len(c.encode()) + 1 for c in batch.captions]
+
+
+def test_held_out_loss_is_the_rows_own_and_the_same_each_time() -> None:
+    recipe, batch = recipe_of(options("x0")), batch_of([0, 2])
+    with torch.no_grad():
+        sums, elements = recipe.held_out(recipe.network, batch, [0.3, 0.6])
+        again, _ = recipe.held_out(recipe.network, batch, [0.3, 0.6])
+        rows = [recipe.held_out(recipe.network, row_of(batch, i), [0.3, 0.6]) for i in range(4)]
+    assert torch.equal(sums, again)
+    torch.testing.assert_close(sums, torch.cat([r[0] for r in rows], dim=1), rtol=1e-4, atol=1e-4)
+    assert elements.tolist() == [int(r[1]) for r in rows]
+    assert not torch.equal(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_held_out_loss_over_all_times_is_the_training_loss(prediction: str) -> None:
+    """Even quantiles are a quadrature of the distribution that training draws its times from."""
+    recipe = recipe_of(options(prediction, drop=0.0))
+    one = batch_of([0], rows=1)
+    many = replace(one, seeds=[derive(11, i) for i in range(400)], ids=one.ids * 400, captions=one.captions * 400)
+    many = replace(many, tasks=one.tasks * 400, known_frames=one.known_frames.expand(400), fps=one.fps.expand(400))
+    assert one.pixels is not None
+    many.pixels = one.pixels.expand(400, *one.pixels.shape[1:])
+    with torch.no_grad():
+        drawn = float(recipe.loss(recipe.network, many)) / 400
+        sums, _ = recipe.held_out(recipe.network, one, [(i + 0.5) / 40 for i in range(40)])
+    assert float(sums.mean()) == pytest.approx(drawn, rel=0.05)
+
+
+def test_samples_are_what_the_checkpoint_generates(tmp_path: Path) -> None:
+    from titans_video.generation.loading import load_model
+    from titans_video.generation.requests import sample
+
+    recipe = recipe_of(options("x0"))
+    files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
+    model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
+    with recipe.sampler(recipe.network, 12) as sampler:
+        made = sampler("a blue square", 3)
+    theirs = sample(model, "a blue square", 3)
+    assert torch.equal(made.video, theirs.video)
+    assert made.fps == theirs.fps == 8.0
+    assert made.about | {"checkpoint": ""} == theirs.about | {"checkpoint": ""}
+    assert made.about["trained_steps"] == 12
+
+
+def test_tokens_and_flops_of_a_batch() -> None:
+    recipe, batch = recipe_of(options()), batch_of([0])
+    assert recipe.tokens(batch) == 4 * FRAMES * (SIDE // 2 // 2) ** 2
+    state = torch.get_rng_state()
+    flops = recipe.flops(batch)
+    assert torch.equal(state, torch.get_rng_state())
+    assert flops == 4 * recipe.flops(row_of(batch, 3))  # captions of up to 64 bytes count alike
+    assert recipe.flops(replace(batch, captions=["a" * 100] * 4)) > flops
+    assert len(recipe.counted_flops) == 2
+    # Of a network this narrow the parameters are not all in use for each token; its matrices are most of the work.
+    matrices = sum(p.numel() for n, p in recipe.network.blocks.named_parameters() if p.ndim == 2)
+    assert flops > 6 * 0.5 * matrices * recipe.tokens(batch)

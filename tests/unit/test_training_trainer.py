@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
+from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video import checkpoint as files
 from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, engine, resuming
+from titans_video.training import checkpoints, engine
+from titans_video.training.recorder import Recorder
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "_draw_curve", lambda self, always: None)
+    monkeypatch.setattr(Recorder, "draw_curve", lambda self, always, say: None)
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:
@@ -35,11 +36,7 @@ def train(
 ) -> tuple[Outcome, dict[str, Tensor]]:
     """What the recipes do: resume, folder, trainer."""
     say = (said if said is not None else []).append
-    folder, notes = resuming.find_resume(run)
-    for note in notes:
-        say(note)
-    resume = resuming.open_resume(folder, run)
-    resuming.prepare_folder(run, resume)
+    resume = going_on(run, say)
     recipe = ToyRecipe(dropout)
     outcome = Trainer(recipe, stream or ToyStream(4), run, engine.start(run), resume, say).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}

@@ -1,13 +1,21 @@
 """A toy recipe and stream for tests of the trainer: a two-layer network that learns a fixed map."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
+from titans_video.data.buckets import Bucket
+from titans_video.generation.requests import Sampled
+from titans_video.options import TrainOptions
+from titans_video.preparing.held_out import Piece
 from titans_video.seeding import derive, keyed_normal
+from titans_video.training import resuming
+from titans_video.training.recipe import Sampler
+from titans_video.training.resuming import Resume
 from titans_video.types import Batch
 
 WIDTH = 6
@@ -50,10 +58,45 @@ class ToyRecipe:
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config={"recipe": "toy"}, step=step)
 
+    def tokens(self, batch: Batch) -> int:
+        return 3 * len(batch)
+
+    def flops(self, batch: Batch) -> float:
+        return 1000.0 * len(batch)
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Careless with the global generator, as a library may be: validation must put it back."""
+        torch.randn(7)
+        x, mask = keyed_normal((WIDTH,), [derive(s, "x") for s in batch.seeds]), self._mask(batch)
+        rows = [((model(q * x) - x.flip(1)).square() * mask).sum(1).double() for q in quantiles]
+        return torch.stack(rows), mask.sum(1).long()
+
+    @contextmanager
+    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
+        """Videos whose grey is what the network says of the seed."""
+
+        def sample(prompt: str, seed: int) -> Sampled:
+            torch.randn(5)
+            grey = network(keyed_normal((WIDTH,), [seed])).mean().tanh()
+            video = torch.stack([grey * k / 4 for k in range(4)])[None, :, None, None].expand(3, 4, 16, 16)
+            return Sampled(video, 8.0, {"prompt": prompt, "seed": seed})
+
+        yield sample
+
     def _mask(self, batch: Batch) -> Tensor:
         """(B, WIDTH): rows have 1 to WIDTH supervised elements, by their seed."""
         counts = torch.tensor([1 + s % WIDTH for s in batch.seeds])
         return (torch.arange(WIDTH)[None] < counts[:, None]).float()
+
+
+def going_on(run: TrainOptions, say: Callable[[str], object] = lambda text: None) -> Resume | None:
+    """What the recipes do before they train: find the checkpoint to go on from, and make the folder ready."""
+    folder, notes = resuming.find_resume(run)
+    for note in notes:
+        say(note)
+    resume = resuming.open_resume(folder, run)
+    resuming.prepare_folder(run, resume)
+    return resume
 
 
 class ToyStream:
@@ -92,3 +135,20 @@ def toy_batch(rows: range) -> Batch:
         fps=torch.ones(n),
         known_frames=torch.zeros(n, dtype=torch.int64),
     )
+
+
+class ToyRows:
+    """Held-out rows in pieces of (task, frames of the bucket, numbers of the rows); those in `lost` cannot be read."""
+
+    def __init__(self, *pieces: tuple[str, int, range], lost: Sequence[int] = ()) -> None:
+        self.given, self.lost = pieces, lost
+        self.broken: dict[str, str] = {}
+
+    def pieces(self) -> list[Piece]:
+        numbers: Any = [rows for _, _, rows in self.given]
+        return [Piece(task, Bucket(t, 1, 1), numbers[i]) for i, (task, t, _) in enumerate(self.given)]
+
+    def read(self, piece: Piece) -> tuple[Batch, list[bool]]:
+        rows: Any = piece.entries
+        self.broken |= {str(i): "gone" for i in rows if i in self.lost}
+        return toy_batch(rows), [i not in self.lost for i in rows]

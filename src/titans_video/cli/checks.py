@@ -1,9 +1,11 @@
 """What can be said about a run's numbers before anything is loaded."""
 
 import math
+from importlib.util import find_spec
 
+from titans_video.config import read_prompts
 from titans_video.errors import ConfigError
-from titans_video.options import DataOptions, MemoryOptions, SoraOptions, TrainOptions
+from titans_video.options import DataOptions, MemoryOptions, SoraOptions, TrainOptions, WatchOptions
 
 
 def check_training(options: SoraOptions) -> None:
@@ -25,6 +27,7 @@ def check_training(options: SoraOptions) -> None:
     low, high = options.advice.sample_guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+    _check_watch(options.watch)
     check_data(options.data)
 
 
@@ -72,6 +75,40 @@ def check_data(data: DataOptions) -> None:
             "No clips are named: give --manifest manifest.jsonl or --metadata metadata.json "
             "(the mock data is train/videos/mock_data/manifest.jsonl)."
         )
+
+
+def _check_watch(watch: WatchOptions) -> None:
+    _need("--validate-every", watch.validate_every, 0)
+    _need("--validation-rows", watch.validation_rows, 0)
+    _need("--validation-times", watch.validation_times, 1)
+    if not 0 <= watch.validation_split < 1:
+        raise ConfigError(f"--validation-split {watch.validation_split:g}: it must be at least 0 and below 1.")
+    if watch.validation_split and watch.validation_manifest:
+        raise ConfigError("--validation-split and --validation-manifest both say what is held out; give one of them.")
+    if watch.validation_prompts is not None and watch.validation_prompt:
+        raise ConfigError("--validation-prompts and --validation-prompt both name prompts; put them all in the file.")
+    given = {
+        "--validation-split": watch.validation_split,
+        "--validation-manifest": watch.validation_manifest,
+        "--validation-prompts": watch.validation_prompts,
+        "--validation-prompt": watch.validation_prompt,
+    }
+    unused = [flag for flag, value in given.items() if value]
+    if unused and not watch.validate_every:
+        raise ConfigError(f"{' and '.join(unused)}: nothing is validated; give --validate-every N too.")
+    if watch.validation_prompts is not None:
+        read_prompts(watch.validation_prompts)
+    if watch.log_with != "none" and not _is_installed(watch.log_with):
+        raise ConfigError(
+            f"--log-with {watch.log_with}: it is not installed here; `pip install {watch.log_with}` (or, in the "
+            f"repository, `pip install -e .[{watch.log_with}]`) installs it."
+        )
+
+
+def _is_installed(module: str) -> bool:
+    """A mere folder of that name, such as the one that wandb leaves behind, is none."""
+    found = find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def _check_train(train: TrainOptions) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titans_video.cli.checks import check_training
-from titans_video.cli.parsing import parse
+from titans_video.cli.parsing import first_word_is, parse
 from titans_video.errors import ConfigError
 from titans_video.options import CodecOptions, ModelOptions, SoraOptions
 
@@ -44,7 +44,7 @@ class VerifyFlags:
 
 def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> int:
     """Scan, write the report, print where it lies."""
-    flags = parse(CheckFlags(), _named(argv, "--manifest"), prog=prog, description=CHECK)
+    flags = parse(CheckFlags(), first_word_is(argv, "--manifest"), prog=prog, description=CHECK)
     check_training(flags)
     from titans_video.preparing.check import check
     from titans_video.recipes.sora import spec_of
@@ -56,7 +56,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
 
 def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> int:
     """Fill the cache."""
-    options = parse(SoraOptions(), _named(argv, "--manifest"), prog=prog, description=CACHE)
+    options = parse(SoraOptions(), first_word_is(argv, "--manifest"), prog=prog, description=CACHE)
     if options.data.cache is None:
         raise ConfigError("--cache FOLDER is missing: say where the encodings go.")
     check_training(options)
@@ -68,7 +68,7 @@ def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> in
 
 def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") -> int:
     """Read a cache through."""
-    flags = parse(VerifyFlags(), _named(argv, "--cache"), prog=prog, description=VERIFY)
+    flags = parse(VerifyFlags(), first_word_is(argv, "--cache"), prog=prog, description=VERIFY)
     if flags.cache is None:
         raise ConfigError(f"Which cache? Use `{prog} FOLDER`.")
     from tqdm import tqdm
@@ -84,8 +84,3 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
         sound, wrong = verify(Path(flags.cache), show)
     print("\n".join([*wrong, f"{sound} of {sound + len(wrong)} files are sound."]))
     return FOUND_FAULTS if wrong else 0
-
-
-def _named(argv: Sequence[str], flag: str) -> list[str]:
-    """A first word that is no flag is the value of `flag`."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)

@@ -53,6 +53,11 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str
     return _parse(default, argv, prog, description)
 
 
+def first_word_is(argv: Sequence[str], flag: str) -> list[str]:
+    """The words with `flag` before the first one, where that is no flag itself: `report RUN` is `report --run RUN`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)
+
+
 def flags_of(options: Any) -> dict[str, bool]:
     """Each flag's field name, and whether it may be repeated."""
     known: dict[str, bool] = {}

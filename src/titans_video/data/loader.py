@@ -128,20 +128,13 @@ class BatchReader(Dataset[RawBatch]):
             instead = () if k == 0 else ("in place of", asked)
             seed = derive(self.seed, item.epoch, entry.row.id, item.count, *instead)
             try:
-                return self._read(seed, self.reader.sample(entry, seed))
+                return read_sample(seed, self.reader.sample(entry, seed), self.reader, self.store)
             except BrokenRow as e:
                 record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step, str(entry.bucket))
                 self.broken.add(record)
                 found.append(record)
                 self._refuse_too_many(record)
         raise DataError(f"No row of the bucket {self.entries[item.row].bucket} can be read any more.")
-
-    def _read(self, seed: int, sample: Sample) -> Read:
-        if self.store is not None:
-            moments, known = self.store.read_clip(sample)
-            return Read(seed, sample, moments=moments, known=known)
-        picture = self.reader.picture(sample) if sample.picture else None
-        return Read(seed, sample, self.reader.clip(sample), picture)
 
     def _refuse_too_many(self, last: Broken) -> None:
         count = len(self.broken.known)
@@ -150,6 +143,18 @@ class BatchReader(Dataset[RawBatch]):
                 f"{count} of {len(self.entries)} rows broke during training, more than --max-bad {self.most_broken:g} "
                 f"allows. The last: {last.video} ({last.reason}): {last.detail}"
             )
+
+
+def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingStore | None) -> Read:
+    """One row, from its files or from a store of encodings.
+
+    Raises:
+        BrokenRow: it cannot be read.
+    """
+    if store is not None:
+        moments, known = store.read_clip(sample)
+        return Read(seed, sample, moments=moments, known=known)
+    return Read(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
 
 
 def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:

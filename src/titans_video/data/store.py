@@ -136,6 +136,19 @@ class EncodingStore:
         return self._kept[key]
 
 
+class StoredText:
+    """Encodes prompts as a text encoder does, as far as they are in a store."""
+
+    def __init__(self, store: EncodingStore) -> None:
+        self.store = store
+
+    def __call__(self, prompts: Sequence[str]) -> TextCondition:
+        return self.store.text(prompts)
+
+    def empty(self, n: int) -> TextCondition:
+        return self([""] * n)
+
+
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[int, list[str]]:
     """Read every file of a store and check it against its name and its checksum.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from titans_video.demo.scoring import Scored, Split, summary
+from titans_video.media.page import page
 
 _TITLES: dict[Split, str] = {
     "seen": "seen combinations",
@@ -13,10 +14,9 @@ _TITLES: dict[Split, str] = {
     "i2v": "given a first frame",
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }
-table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: .3rem .7rem; text-align: right; }
-img { max-width: 100%; } video { width: 128px; height: 128px; image-rendering: pixelated; background: #000; }
-figure { display: inline-block; width: 150px; margin: .5rem; vertical-align: top; font-size: 13px; }
+td,th{border:1px solid var(--line);padding:.3rem .7rem;text-align:right}th{font-size:inherit}
+img{max-width:100%}video{width:128px;height:128px;image-rendering:pixelated;background:#000}
+figure{display:inline-block;width:150px;margin:.5rem;vertical-align:top;font-size:13px}
 """
 
 
@@ -36,8 +36,7 @@ def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Se
     """
     wrong = [video for videos in scored.values() for video in videos if not video.right]
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Titans Video: the mock world</title>",
-        f"<style>{_STYLE}</style><h1>Titans Video: the mock world</h1>",
+        "<h1>Titans Video: the mock world</h1>",
         "<p>Shares of the generated videos whose file, read back, shows what the prompt says. <em>shape</em> is the "
         "nearest template, <em>shape_strict</em> also asks for its overlap, <em>all</em> for colour, direction and "
         "strict shape.</p>",
@@ -51,9 +50,8 @@ def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Se
         *(_figure(path, video) for video in shown),
         f"<h2>Not wholly right: {len(wrong)}</h2>",
         *(_figure(path, video) for video in wrong),
-        "</html>",
     ]
-    path.write_text("\n".join(parts) + "\n")
+    path.write_text(page("Titans Video: the mock world", parts, _STYLE), encoding="utf-8")
 
 
 def _table(scored: Mapping[Split, Sequence[Scored]]) -> str:
@@ -67,10 +65,10 @@ def _table(scored: Mapping[Split, Sequence[Scored]]) -> str:
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _figure(page: Path, video: Scored) -> str:
+def _figure(report: Path, video: Scored) -> str:
     reading = video.reading
     read = f"{reading.colour} {reading.shape} {reading.direction}, overlap {reading.overlap:.2f}"
-    source = html.escape(os.path.relpath(video.path, page.parent))
+    source = html.escape(os.path.relpath(video.path, report.parent))
     return (
         f"<figure><video src='{source}' autoplay loop muted playsinline></video>"
         f"<figcaption>{html.escape(caption_of(video))}<br><small>read: {read}</small></figcaption></figure>"

@@ -7,6 +7,7 @@ clean, time 1 is noise. A time is one a clip (B,), or one a latent frame (B, t),
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -142,8 +143,15 @@ class RectifiedFlow:
             (B,) float32 in [0, 1].
         Source: Esser et al. 2024, section 3.1.
         """
-        z_B = keyed_normal((), [derive(seed, "time") for seed in seeds])
-        return shift_time(torch.sigmoid(self.time_mean + self.time_std * z_B), self._shift(tokens))
+        return self._time(keyed_normal((), [derive(seed, "time") for seed in seeds]), tokens)
+
+    def time_at(self, quantile: float, tokens: int) -> float:
+        """The time that a share `quantile`, in (0, 1), of the training times of clips of `tokens` tokens lies below."""
+        return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64), tokens))
+
+    def _time(self, z: Tensor, tokens: int) -> Tensor:
+        """Training times from standard normal `z`."""
+        return shift_time(torch.sigmoid(self.time_mean + self.time_std * z), self._shift(tokens))
 
     def schedule(self, steps: int, tokens: int) -> Tensor:
         """(steps + 1,) float64 times from 1 to 0, both included: even steps under the shift of training."""

@@ -1,10 +1,10 @@
 """From a checkpoint to the parts that make a video."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,10 +18,18 @@ from titans_video.diffusion.table import build_process
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.table import build_network
 from titans_video.options import Overrides
-from titans_video.text.table import TextEncoder, text_from_checkpoint
+from titans_video.text.table import text_from_checkpoint
+from titans_video.types import TextCondition
 
 PartT = TypeVar("PartT")
 LATEST = "latest"
+
+
+class PromptEncoder(Protocol):
+    """What makes a condition of prompts; see `text.table.TextEncoder`."""
+
+    def __call__(self, prompts: Sequence[str]) -> TextCondition: ...
+    def empty(self, n: int) -> TextCondition: ...
 
 
 @dataclass
@@ -39,7 +47,7 @@ class VideoModel:
 
     network: nn.Module
     codec: Codec
-    text: TextEncoder
+    text: PromptEncoder
     process: RectifiedFlow
     config: dict[str, Any]
     step: int = 0

@@ -117,7 +117,7 @@ def generate(model: VideoModel, request: Request, progress: bool = True) -> Tens
         for note in made.notes:
             tqdm.write(note, file=sys.stderr)
     # Not inference_mode: a table that the network caches on the way must still serve training afterwards.
-    with torch.no_grad(), _evaluating(model.network):
+    with torch.no_grad(), evaluating(model.network):
         condition = _condition(model, request, made)
         negative = _negative_text(model, request) if request.guidance_scale != 1.0 else None
         denoise = guided(_predictor(model), condition, negative, request.guidance_scale, request.guidance_interval)
@@ -174,7 +174,8 @@ def _negative_text(model: VideoModel, request: Request) -> TextCondition:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode; the mode it was in is given back."""
     training = network.training
     network.eval()
     try:

@@ -2,9 +2,12 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from titans_video.errors import ConfigError
 from titans_video.generation.loading import VideoModel, choose_device, load_model
@@ -104,6 +107,27 @@ def run_generate(options: GenerateOptions, overrides: Overrides) -> Path:
     video = generate(model, request)
     print(save_video(video[0], out, fps, _about(request, model)))
     return out
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A video, and what belongs to it.
+
+    Attributes:
+        video: (3, T, H, W) in [-1, 1], on the CPU.
+        fps: of its file.
+        about: how it was made; kept in the file.
+    """
+
+    video: Tensor
+    fps: float
+    about: dict[str, Any]
+
+
+def sample(model: VideoModel, prompt: str, seed: int) -> Sampled:
+    """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file."""
+    request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
+    return Sampled(generate(model, request, progress=False)[0], fps, _about(request, model))
 
 
 def _about(request: Request, model: VideoModel) -> dict[str, Any]:

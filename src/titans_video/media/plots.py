@@ -31,10 +31,10 @@ def loss_curve(metrics: Path | str, out: Path | str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = _read(Path(metrics))
+    rows = read_metrics(Path(metrics))
     step = np.array([row["step"] for row in rows], dtype=np.float64)
-    loss = _column(rows, "loss")
-    panels = [(name, colour) for name, colour in (("lr", _RATE), ("grad_norm", _NORM)) if _is_there(rows, name)]
+    loss = column(rows, "loss")
+    panels = [(name, colour) for name, colour in (("lr", _RATE), ("grad_norm", _NORM)) if is_there(rows, name)]
     figure = Figure(figsize=(8.0, 4.2 + 1.1 * len(panels)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
@@ -43,14 +43,14 @@ def loss_curve(metrics: Path | str, out: Path | str) -> Path:
     smooth = smoothed(loss)
     axes[0].plot(step, loss, color=_LOSS, alpha=0.25, linewidth=0.8, label="each step")
     axes[0].plot(step, smooth, color=_LOSS, linewidth=1.8, label="smoothed")
-    _choose_scale(axes[0], loss, smooth)
+    choose_scale(axes[0], loss, smooth)
     axes[0].set_ylabel("loss")
     axes[0].set_title(
         f"{_count(len(rows))}, loss {smooth[-1]:.4g} at step {int(step[-1])} (smoothed)", loc="left", fontsize=11
     )
     axes[0].legend(frameon=False, loc="upper right")
     for axis, (name, colour) in zip(axes[1:], panels, strict=True):
-        axis.plot(step, _column(rows, name), color=colour, linewidth=1.0)
+        axis.plot(step, column(rows, name), color=colour, linewidth=1.0)
         axis.set_ylabel({"lr": "learning\nrate", "grad_norm": "gradient\nnorm"}[name], fontsize=9)
         axis.set_ylim(bottom=0)
     for axis in axes:
@@ -79,7 +79,12 @@ def smoothed(values: Series) -> Series:
     return np.divide(totals, weights, out=np.full_like(values, np.nan), where=weights > 0)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in the order of their steps, each step as it was last; torn lines are passed over.
+
+    Raises:
+        DataError: there is no such file, or no step in it.
+    """
     if not path.is_file():
         raise DataError(f"{path}: there is no such metrics file, so there is no loss to draw.")
     by_step: dict[int, dict[str, Any]] = {}
@@ -95,16 +100,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _column(rows: list[dict[str, Any]], name: str) -> Series:
+def column(rows: list[dict[str, Any]], name: str) -> Series:
+    """One value of each line; NaN where it is missing."""
     values = [row.get(name) for row in rows]
     return np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
 
 
-def _is_there(rows: list[dict[str, Any]], name: str) -> bool:
-    return bool(np.isfinite(_column(rows, name)).any())
+def is_there(rows: list[dict[str, Any]], name: str) -> bool:
+    """Whether any line has this value."""
+    return bool(np.isfinite(column(rows, name)).any())
 
 
-def _choose_scale(axis: Any, loss: Series, smooth: Series) -> None:
+def choose_scale(axis: Any, loss: Series, smooth: Series) -> None:
     """Logarithmic where the smoothed loss spans more than a factor of 5 and is never 0; rare spikes are cut off."""
     finite, line = loss[np.isfinite(loss)], smooth[np.isfinite(smooth)]
     if not len(finite):

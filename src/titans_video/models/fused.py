@@ -2,7 +2,8 @@
 
 Plain autograd keeps, for each token and sub-layer, the normalised vector beside the input it came from: a sixth of a
 block's activations. Both functions keep the input alone, which lives on anyway (the residual; the fused qkv).
-They work under autocast, gradient checkpointing and DDP; not under forward-mode differentiation.
+They work under autocast, gradient checkpointing and DDP; not under forward-mode differentiation. A compiled block uses
+plain operations in their place.
 
 Legend: B batch, s slots, p tokens of a slot, D width, d head dim; "..." any axes.
 """
@@ -11,8 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from titans_video.models.rope import rotate
 
 NORM_EPS = 1e-6
 
@@ -84,6 +88,9 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     Returns:
         (B, s, p, D) in x's dtype.
     """
+    if torch.compiler.is_compiling():  # which fuses, and recomputes in the backward pass, by itself
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
+        return torch.addcmul(shift.to(x.dtype), normed, scale.to(x.dtype) + 1)
     return _ModulatedNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
 
 
@@ -97,4 +104,7 @@ def head_norm(x: Tensor, weight: Tensor, rotation: Tensor | None = None) -> Tens
     Returns:
         (..., d) in x's dtype.
     """
+    if torch.compiler.is_compiling():
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * weight
+        return (y if rotation is None else rotate(y, rotation)).to(x.dtype)
     return _HeadNorm.apply(x, weight, rotation)

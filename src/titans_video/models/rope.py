@@ -64,4 +64,7 @@ def rotation_3d(
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of float32 `x` (..., d) by `rotation` (..., d / 2), which broadcasts."""
+    if torch.compiler.is_compiling():  # which fuses the real form, and does not know complex numbers
+        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(rotation).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)

@@ -79,12 +79,19 @@ class Filled:
 
 
 def fill_cache(
-    data: Data, folder: Path | str, encoders: Encoders, *, progress: bool = True, together: Together = ALONE
+    data: Data,
+    folder: Path | str,
+    encoders: Encoders,
+    *,
+    prompts: Sequence[str] = (),
+    progress: bool = True,
+    together: Together = ALONE,
 ) -> Filled:
     """Encode what this rank's share of rows and prompts lacks in a store.
 
     Args:
         folder: of the store; made if missing.
+        prompts: to be encoded beside the captions.
         together: the processes of the run, which come back together. By default this one does not wait for others.
     Returns:
         The store, whole when all ranks have come back.
@@ -102,7 +109,7 @@ def fill_cache(
     try:
         with bar:
             _fill_clips(filled, reader, encoders, bar)
-            _fill_text(filled, encoders, bar)
+            _fill_text(filled, encoders, prompts, bar)
         error = None
     except (UserError, OSError) as e:
         error = str(e)
@@ -202,10 +209,11 @@ def known_clip(clip: Tensor, picture: Tensor | None, known: int) -> Tensor:
     return given
 
 
-def _fill_text(filled: Filled, encoders: Encoders, bar: Any) -> None:
+def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: Any) -> None:
     """Prompt by prompt, so that what is stored does not depend on what was encoded beside it."""
     store, data = filled.store, filled.data
-    for prompt in _shard(["", *dict.fromkeys(e.row.caption for e in data.entries if e.row.caption)], data):
+    wanted = dict.fromkeys(["", *(e.row.caption for e in data.entries), *prompts])
+    for prompt in _shard(wanted, data):
         missing = [i for i in range(len(store.texts)) if not store.path(store.text_fields(prompt, i)).exists()]
         filled.found += len(store.texts) - len(missing)
         if not missing:

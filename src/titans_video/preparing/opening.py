@@ -52,6 +52,7 @@ class Data:
         seed, rank, world: of this process.
         ram: decoded clips kept in memory, shared by all that reads in this process.
         sizes: by bucket, the rows of a micro-batch on one process where they are not what the options say.
+        held_out: usable rows that are not trained on.
     """
 
     options: DataOptions
@@ -64,6 +65,7 @@ class Data:
     world: int = 1
     ram: RamCache = field(default_factory=lambda: RamCache(0))
     sizes: Mapping[str, int] = field(default_factory=dict)
+    held_out: list[Entry] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -157,7 +159,8 @@ class Data:
 
     def fingerprint(self) -> str:
         """A hash of what the manifests say, usable or not; of no path, so that a data set may be moved."""
-        rows = sorted([e.row for e in self.entries] + [q.row for q in self.quarantined], key=lambda r: r.id)
+        rows = [e.row for e in [*self.entries, *self.held_out]] + [q.row for q in self.quarantined]
+        rows.sort(key=lambda r: r.id)
         said = [(r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames) for r in rows]
         return f"{len(rows)} rows, {hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
 
@@ -191,9 +194,11 @@ class Data:
         Args:
             grad_accum: micro-batches of one optimizer step.
         """
-        share, total = self.world * grad_accum, len(self.entries) + len(self.quarantined)
+        share, usable = self.world * grad_accum, len(self.entries) + len(self.held_out)
         rate = f", {self.fps:g} frames a second" if self.entries else ""
-        lines = [f"Data: {len(self.entries)} of {total} rows usable{rate}."]
+        lines = [f"Data: {usable} of {usable + len(self.quarantined)} rows usable{rate}."]
+        if self.held_out:
+            lines.append(f"Held out for validation: {len(self.held_out)} rows; {len(self.entries)} are trained on.")
         if self.quarantined:
             lines.append(f"Left out: {reasons_in_words(self.quarantined)}.")
         counts = Counter(e.bucket for e in self.entries)

@@ -1,6 +1,5 @@
 """The data report: one HTML file with all pictures inside, to be looked at in any browser."""
 
-import base64
 import io
 import math
 from collections import Counter
@@ -18,6 +17,7 @@ from titans_video.data.buckets import Bucket
 from titans_video.data.plan import REASONS, RowPlan
 from titans_video.data.reading import Entry
 from titans_video.errors import DataError
+from titans_video.media.page import data_url, numbers, page
 from titans_video.media.reading import read_clip
 from titans_video.preparing.opening import Data
 from titans_video.preparing.scan import Quarantined
@@ -29,17 +29,10 @@ WIDEST = 3.2  # width over height where the plot ends
 COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1240px;padding:0 1rem;color:#1d2330;background:#fff}
-h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-.summary{white-space:pre-line;color:#465064;max-width:70rem}.plots{display:flex;flex-wrap:wrap;gap:2rem}
-.numbers{display:flex;gap:2.5rem;margin:1rem 0}.numbers b{display:block;font-size:1.9rem;line-height:1.2}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.45rem .7rem .45rem 0;
-border-bottom:1px solid #e3e6ec}th{font-size:.8rem;color:#667}td.small,.id{font-size:.82rem;color:#566}
-td img{display:block;border-radius:3px;height:64px}td.name{overflow-wrap:anywhere;min-width:10.5rem}
-td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke-dasharray:3 3}.grid{stroke:#e9ecf1}
-.bad{color:#b0302a;font-weight:600}svg text{fill:#465064;font-size:12px}
-@media(prefers-color-scheme:dark){body{background:#14171d;color:#e5e8ee}.summary,td.small,.id,th{color:#a3acbb}
-td,th{border-color:#2b303a}.grid{stroke:#262b35}svg text{fill:#a3acbb}.bad{color:#ff8b80}}
+.summary{white-space:pre-line;color:var(--soft);max-width:70rem}.plots{display:flex;flex-wrap:wrap;gap:2rem}
+table{width:100%}td img{display:block;border-radius:3px;height:64px}td.name{overflow-wrap:anywhere;min-width:10.5rem}
+td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke-dasharray:3 3}
+.grid{stroke:var(--line)}svg text{fill:var(--soft);font-size:12px}
 """
 
 
@@ -61,12 +54,8 @@ def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], *, progress
         _left_out(data.quarantined),
         _rows(data.entries, plans, strips),
     ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Data report</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
-    )
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page("Data report", body, STYLE), encoding="utf-8")
 
 
 def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
@@ -83,7 +72,7 @@ def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bo
             return entry.row.id, f"!{e}"
         written = io.BytesIO()
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)
-        return entry.row.id, "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+        return entry.row.id, data_url(written.getvalue(), "image/jpeg")
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         made = tqdm(
@@ -96,7 +85,7 @@ def _numbers(data: Data) -> str:
     usable, bad = len(data.entries), len(data.quarantined)
     empty = sum(not e.row.caption for e in data.entries)
     found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
-    return '<div class="numbers">' + "".join(f"<div><b>{n}</b>{name}</div>" for name, n in found.items()) + "</div>"
+    return numbers(found)
 
 
 def _bucket_counts(data: Data) -> dict[str, int]:
@@ -190,7 +179,7 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
     parts += [f"<li><b>{n} {reason}</b>: {escape(REASONS[reason])}</li>" for reason, n in counts.most_common()]
     parts.append("</ul><table><tr><th>reason<th>row<th>why, with the arithmetic<th>caption</tr>")
     parts += [
-        f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="id">'
+        f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="small">'
         f"{escape(q.row.id)}<br>{escape(q.row.where())}</div><td>{escape(q.detail)}"
         f'<td class="small">{escape(q.row.caption)}</tr>'
         for q in quarantined[:PICTURED]
@@ -207,7 +196,7 @@ def _rows(entries: Sequence[Entry], plans: Mapping[str, RowPlan], strips: Mappin
         notes = "".join(f"<br>{escape(note)}" for note in info.notes)
         enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
         parts.append(
-            f'<tr><td>{picture}<td class="name">{escape(e.row.video.name)}<div class="id">{escape(e.row.id)}</div>'
+            f'<tr><td>{picture}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
             f'<td class="small plan">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of '
             f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
             f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"

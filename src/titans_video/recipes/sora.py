@@ -5,8 +5,9 @@ latent grid.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,34 @@ from titans_video.codecs.table import (
     flags_to_name_again,
     parse_init,
 )
-from titans_video.data.store import EncodingStore
+from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
 from titans_video.errors import CodecError
+from titans_video.generation.loading import VideoModel
+from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
 from titans_video.options import CodecOptions, Overrides, SoraOptions
 from titans_video.preparing.check import QUARANTINE, write_quarantine
 from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
+from titans_video.preparing.held_out import open_validation, split
 from titans_video.preparing.opening import Data, Together, open_data
+from titans_video.recipes.watching import prompts_of, watch
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
 from titans_video.training import engine
+from titans_video.training.flops import clip_flops
+from titans_video.training.recipe import Sampler
 from titans_video.training.resuming import Resume, prepare_folder
 from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch, CodecSpec, Condition, Prediction, TextCondition
 
 FIT_CLIPS = 512
+TEXT_STEP, LONGEST_TEXT = 64, 512
 PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
 
 
@@ -76,6 +84,7 @@ class SoraRecipe:
     sample_prompt: str | None = None
     sample_flags: tuple[str, ...] = ()
     store: EncodingStore | None = None
+    counted_flops: dict[Any, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         empty = self.store.text([""]) if self.store is not None and self.store.has_text else self.text.empty(1)
@@ -83,15 +92,35 @@ class SoraRecipe:
 
     def supervised(self, batch: Batch) -> int:
         """Latent elements of frames that are not wholly known."""
-        c, _, h, w = self.codec.spec.latent_shape(batch.frames, batch.height, batch.width)
+        c, _, h, w = self._latent_shape(batch)
         return int((~self._known_mask(batch).all(dim=1)).sum()) * c * h * w
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Weighted squared error, summed over the supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
-            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds]).to(self.device)
-            times = self.times(batch, clean).to(self.device)
+            times = self.times(batch, clean)
+            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+        return self._errors(model, batch, clean, condition, times, noise).sum()
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """See `training.recipe.Validated`."""
+        clean, condition = self.encode(batch, drop=False)
+        tokens = self.tokens_at_once(clean)
+        sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
+        for i, quantile in enumerate(quantiles):
+            times = torch.full((len(batch), clean.shape[2]), self.process.time_at(quantile, tokens))
+            noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+            sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
+        free = ~self._known_mask(batch).all(dim=1)  # (B, t)
+        return sums, free.sum(dim=1) * clean[0, :, 0].numel()
+
+    def _errors(
+        self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned; `times` (B, t)."""
+        with torch.no_grad():
+            noise, times = noise.to(self.device), times.to(self.device)
             held = condition.wholly_known()
             if held is not None and condition.known is not None:
                 # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
@@ -102,11 +131,15 @@ class SoraRecipe:
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
             error = error.masked_fill(held[:, None, :, None, None], 0.0)
-        return error.sum()
+        return error
+
+    def tokens_at_once(self, clean: Tensor) -> int:
+        """How many tokens are denoised together; the time shift goes by it."""
+        return count_tokens(clean.shape[2:], self.patch_size)
 
     def times(self, batch: Batch, clean: Tensor) -> Tensor:
         """(B, t): a clip's time is that of all its frames."""
-        times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
+        times_B = self.process.sample_time(batch.seeds, self.tokens_at_once(clean))
         return times_B[:, None].expand(-1, clean.shape[2])
 
     def predict(
@@ -116,11 +149,16 @@ class SoraRecipe:
         prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition)
         return prediction
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
-        """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache."""
+    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
+        """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache.
+
+        Args:
+            drop: put the empty prompt in place of some captions.
+        """
         moments = self._moments(batch.moments, batch.pixels)
         clean = self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
-        text = self._dropped(batch, batch.text or self.text(batch.captions))
+        text = batch.text or self.text(batch.captions)
+        text = self._dropped(batch, text) if drop else text.to(self.device)
         if not bool((batch.known_frames > 0).any()):
             return clean, Condition(text=text)
         known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
@@ -130,10 +168,51 @@ class SoraRecipe:
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
 
+    def tokens(self, batch: Batch) -> int:
+        return len(batch) * count_tokens(self._latent_shape(batch)[1:], self.patch_size)
+
+    def flops(self, batch: Batch) -> float:
+        """Counted once for each size of clip and length of prompts."""
+        shape, lengths = self._latent_shape(batch), self._text_lengths(batch)
+        key = (shape, tuple(lengths))
+        if key not in self.counted_flops:
+            self.counted_flops[key] = clip_flops(
+                self.config["model"], shape, lengths, self.text.widths, self.network_arguments
+            )
+        return float(len(batch) * self.counted_flops[key])
+
+    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
+        """What the network's training forward is given beside these and the condition, for counting its FLOPs."""
+        return {}
+
+    @contextmanager
+    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
+        """See `training.recipe.Validated`."""
+        text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
+        model = VideoModel(network, self.codec, text, self.process, self.config, step)
+        try:
+            yield partial(sample, model)
+        finally:
+            if self.store is not None:
+                self.codec.release()
+
     @property
     def patch_size(self) -> tuple[int, int, int]:
         t, h, w = self.config["model"]["patch_size"]
         return t, h, w
+
+    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        return self.codec.spec.latent_shape(batch.frames, batch.height, batch.width)
+
+    def _text_lengths(self, batch: Batch) -> list[int]:
+        """Tokens of each text stream, in steps of `TEXT_STEP`. Prompts that are not encoded yet are not encoded for
+        this: a token of theirs is taken to be 4 bytes, as English is."""
+        if batch.text is not None:
+            lengths = [mask.shape[1] for mask in batch.text.masks]
+        else:
+            longest = max((len(caption.encode()) for caption in batch.captions), default=0)
+            lengths = [longest // (4 if width else 1) + 1 for width in self.text.widths]
+        return [-(-min(length, LONGEST_TEXT) // TEXT_STEP) * TEXT_STEP for length in lengths]
 
     def _moments(self, cached: Tensor | None, pixels: Tensor | None) -> Tensor:
         if cached is not None:
@@ -176,14 +255,17 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
     variant = variant or Variant(build_recipe)
-    accelerator, resume, say = begin(options.data, options.train)
+    run = begin(options.data, options.train)
+    accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
+    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
         filled = fill(options, data, codec, text, accelerator)
         data, store = filled.data, filled.store
+        held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
         text.release()
         codec.release()
     recipe = variant.build(options, data, codec, text, accelerator.device, store)
@@ -198,8 +280,21 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
     say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
+    step = resume.step if resume else 0
+    watched = watch(
+        options,
+        type(options)(),
+        recipe,
+        accelerator,
+        data,
+        held_out,
+        step=step,
+        store=store,
+        running=run.running,
+        say=say,
+    )
     stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
-    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about).run()
+    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
     accelerator.end_training()
     return outcome
 
@@ -227,6 +322,8 @@ def open_data_and_codec(
         world=accelerator.num_processes,
         together=together(accelerator),
     )
+    if options.watch.validation_split:
+        data = split(data, options.watch.validation_split)
     return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
 
 
@@ -285,14 +382,19 @@ def cache_sora(options: SoraOptions) -> None:
     data, codec = open_data_and_codec(options, accelerator, None)
     accelerator.print(data.summary())
     fill(options, data, codec, text, accelerator)
+    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    if held_out:
+        fill(options, held_out, codec, text, accelerator)
     accelerator.end_training()
 
 
 def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
-    """Encode what the cache lacks, shared out over the processes; whole when this returns."""
+    """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
+    returns."""
     encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
     assert options.data.cache is not None  # callers checked
-    filled = fill_cache(data, options.data.cache, encoders, together=together(accelerator))
+    prompts = prompts_of(options.watch, data)
+    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))
     accelerator.print(filled.summary())
     return filled
 

@@ -6,6 +6,7 @@ on every segment, each with a time of its own.
 Legend: B batch, C latent channels, t h w the latent grid, n segments, M memory tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.codecs.base import Codec
+from titans_video.data.loader import LATE
 from titans_video.data.store import EncodingStore
 from titans_video.diffusion.flow import Corrupted, count_tokens
 from titans_video.errors import ConfigError
@@ -41,25 +43,30 @@ class TitansRecipe(SoraRecipe):
     segments: SegmentPlan = field(kw_only=True)
     memory: MemoryOptions = field(kw_only=True)
 
-    def latents(self, batch: Batch) -> int:
-        """Latent frames that a batch trains on: the curriculum's share of its clips."""
-        t = len(self.codec.spec.frame_groups(batch.frames))
+    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        """Of what a batch trains on: the curriculum's share of its clips."""
+        c, t, h, w = super()._latent_shape(batch)
         count = segments_at(batch.step, t // self.segments.latents, self.memory.segment_curriculum)
-        return count * self.segments.latents
+        return c, count * self.segments.latents, h, w
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Condition]:
-        clean, condition = super().encode(batch)
-        t = self.latents(batch)
-        known = condition.known
+    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
+        clean, condition = super().encode(batch, drop)
+        t, known = self._latent_shape(batch)[1], condition.known
         return clean[:, :, :t], replace(condition, known=None if known is None else known[:, :, :t])
 
     def _known_mask(self, batch: Batch) -> Tensor:
-        return super()._known_mask(batch)[..., : self.latents(batch)]
+        return super()._known_mask(batch)[..., : self._latent_shape(batch)[1]]
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Whole clips, whatever the curriculum has come to."""
+        return super().held_out(model, replace(batch, step=LATE), quantiles)
+
+    def tokens_at_once(self, clean: Tensor) -> int:
+        return count_tokens((self.segments.latents, *clean.shape[3:]), self.patch_size)
 
     def times(self, batch: Batch, clean: Tensor) -> Tensor:
         """(B, t): each segment has its own time, drawn as for a clip of its size."""
-        n = self.segments.latents
-        tokens = count_tokens((n, *clean.shape[3:]), self.patch_size)
+        n, tokens = self.segments.latents, self.tokens_at_once(clean)
         each = [
             self.process.sample_time([derive(seed, "segment", i) for seed in batch.seeds], tokens)
             for i in range(clean.shape[2] // n)
@@ -104,6 +111,12 @@ class TitansRecipe(SoraRecipe):
             horizon=self.memory.bptt_segments,
             state_noise=state_noise,
         )
+
+    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
+        rollout = Rollout(
+            self.segments.latents, latents, times, latents, times, self.segments.overlap, self.memory.bptt_segments
+        )
+        return {"rollout": rollout}
 
     def _noise(self, shape: Any, batch: Batch, purpose: str) -> Tensor:
         return keyed_normal(shape, [derive(s, purpose) for s in batch.seeds]).to(self.device)

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 LAST = "last.pt"
 STATE_FORMAT = "titans-video-training/2"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp)")
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
 _BLOCK = 2**20
 
 
@@ -65,6 +65,7 @@ def save(
     limit: int,
     *,
     group: Group | None = None,
+    before: Callable[[], None] | None = None,
     shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint folder, point `last.pt` at it, and remove the oldest beyond `limit`; on every process.
@@ -76,6 +77,7 @@ def save(
         state: tensors and plain containers; what training needs beside them.
         limit: how many folders are kept; 0: all. The newest whole one is never removed.
         group: the processes; None: this one alone.
+        before: what this process must have done first.
         shards: writes this process's pieces into a folder.
     Returns:
         The new folder, named by the step.
@@ -102,6 +104,8 @@ def save(
             raise OSError(failed[0])
 
     def prepare() -> None:
+        if before is not None:
+            before()
         if group.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

@@ -1,7 +1,11 @@
 """An exponential moving average of the trained weights."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titans_video.training.state import placed_like
@@ -24,6 +28,7 @@ class Ema:
         self.names = list(trained)
         self.sources = list(trained.values())
         self.averages = [p.detach().float().clone() for p in self.sources]
+        self.sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
 
     def decay_at(self, updates: int) -> float:
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
@@ -43,6 +48,30 @@ class Ema:
         """Take averages back; `state` may hold more than them (a network's whole state dict)."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(placed_like(state[name], average))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network computes with the averages; on leaving, however that comes about, its own weights stand there
+        again to the bit.
+
+        The weights are copied aside, which takes the room that gradients need during a step: between steps there are
+        none.
+        """
+        kept = [p.detach().clone() for p in self.sources]
+        try:
+            self._put(self.averages)
+            yield
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """Into the network. Modules that FSDP leaves whole after a forward pass are sharded again first: they would
+        compute with what they had gathered before."""
+        for module in self.sharded:
+            module.reshard()
+        for source, weight in zip(self.sources, weights, strict=True):
+            source.copy_(weight)
 
 
 def whole_or_piece(tensor: Tensor) -> Tensor:

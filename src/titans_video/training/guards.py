@@ -1,12 +1,15 @@
 """What keeps a long run from going wrong in silence: steps without a finite loss or gradient, and loss spikes."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from titans_video.errors import UserError
+from titans_video.training.metrics import EVENTS
 from titans_video.types import Batch
 
 NAMED_ROWS = 8
@@ -18,6 +21,17 @@ SPIKE_MEMORY = 0.98
 
 class DivergedError(UserError):
     """The run cannot go on: too many steps in a row had no finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step that was skipped or whose loss leapt (`kind` spike), and the rows that are to blame or may be."""
+
+    step: int
+    kind: Literal["skipped", "spike"]
+    loss: float
+    grad_norm: float
+    rows: list[str]
 
 
 @dataclass
@@ -61,6 +75,24 @@ class Guard:
         self.seen += 1
         return spike
 
+    def judge(self, event: Event, most: int, folder: Path) -> str:
+        """What to say of a step that was skipped or whose loss leapt.
+
+        Raises:
+            DivergedError: it is the last of `most` steps in a row that were skipped.
+        """
+        rows = rows_in_words(event.rows)
+        if event.kind == "spike":
+            return f"Step {event.step}: the loss leapt to {event.loss:.4g}. Rows: {rows}."
+        said = f"loss {event.loss:.4g} and gradient norm {event.grad_norm:.4g} are not both finite"
+        if self.bad_in_a_row < most:
+            return f"Step {event.step} is skipped: {said} ({self.bad_in_a_row} in a row). Rows: {rows}."
+        raise DivergedError(
+            f"Step {event.step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: {rows} "
+            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; the last checkpoint stands. Look "
+            "at the rows, lower --lr, or raise --lr-warmup-steps."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -90,7 +122,7 @@ def out_of_memory(
     error: torch.OutOfMemoryError, batch: Batch, device: torch.device, checkpointing: bool
 ) -> OutOfMemory:
     """The error that says which bucket did not fit and what to lower."""
-    wanted = next((line for line in str(error).splitlines() if "Tried to allocate" in line), "").split(". GPU")[0]
+    wanted = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
     ways = [
         f"--batch-size {max(len(batch) // 2, 1)} with a larger --grad-accum" if len(batch) > 1 else "",
         "" if checkpointing else "--gradient-checkpointing",
@@ -100,7 +132,7 @@ def out_of_memory(
     ]
     return OutOfMemory(
         f"Out of memory on {device} with the bucket {batch.height}x{batch.width}x{batch.frames} "
-        f"({len(batch)} clips at once). {wanted + '. ' if wanted else ''}What helps, the cheapest first: "
+        f"({len(batch)} clips at once). {wanted[0] + '. ' if wanted else ''}What helps, the cheapest first: "
         + "; ".join(w for w in ways if w)
         + "."
     )

@@ -74,7 +74,8 @@ def _parents_words() -> list[str]:
 
 def _asked_of_launcher(words: list[str]) -> int:
     """--num_processes of an `accelerate launch` command line, 1 where it is none or does not say."""
-    if "launch" not in words or not any("accelerate" in w for w in words[: words.index("launch")]):
+    names = [word.rpartition("/")[2] for word in words[:3]]  # of the interpreter, the launcher, its first word
+    if not ({"accelerate-launch", "accelerate.commands.launch"} & set(names) or {"accelerate", "launch"} <= set(names)):
         return 1
     for i, word in enumerate(words):
         name, _, value = word.replace("-", "_").partition("=")

@@ -11,6 +11,8 @@ from titans_video.checkpoint import atomic_path
 
 NAME = "metrics.jsonl"
 EVENTS = "events.jsonl"
+WATCHED = ("run.json", "validation.jsonl", "samples", "report.html", "tensorboard", "wandb")
+"""What else of a run is there to be looked at."""
 FLUSH_SECONDS = 2.0
 
 
@@ -94,3 +96,10 @@ def _step(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and line.endswith("\n") else None
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The values of the last whole line; empty where there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found: dict[str, Any] = json.loads(lines[-1]) if lines and _step(lines[-1]) is not None else {}
+    return found

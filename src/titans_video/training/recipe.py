@@ -1,10 +1,13 @@
 """What a recipe hands to the trainer."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
+from titans_video.generation.requests import Sampled
 from titans_video.types import Batch
 
 
@@ -34,3 +37,44 @@ class Recipe(Protocol):
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         """The self-describing checkpoint around the network's state dict."""
+
+    def tokens(self, batch: Batch) -> int:
+        """How many video tokens the network sees of the batch; for the speeds that are shown."""
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of one forward and backward pass over the batch (see `training.flops`); asked for only where the
+        device's peak is known, to show how much of it is used."""
+
+
+Sampler = Callable[[str, int], Sampled]
+"""A video of a prompt, from noise of a seed."""
+
+
+class Validated(Protocol):
+    """What validation needs of a recipe beside what training does.
+
+    Nothing here may draw from a global generator, nor depend on the step: the same weights give the same answer
+    whenever they are asked. Where the model is sharded, every process calls at the same time: how often a method calls
+    the model may depend on the batch's frames and size and on the options, and on nothing else.
+    """
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The loss of each row, with the caption always there, at fixed noise and fixed times.
+
+        Args:
+            model: `network`, wrapped for distributed training, in evaluation mode and without gradients.
+            batch: rows that training never sees. Noise is keyed by `batch.seeds`, which do not depend on the step.
+            quantiles: in (0, 1), of the distribution of training times.
+        Returns:
+            (Q, B) float64, the summed loss of each row's supervised elements at each time, and (B,) int64, how many
+            elements those are.
+        """
+
+    def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[Sampler]:
+        """Makes videos as generation does by default from a checkpoint of this step.
+
+        What it loads for that (a VAE that training on cached latents does without) is let go on leaving.
+
+        Args:
+            network: `network` without what wraps it.
+        """

@@ -8,7 +8,7 @@ from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, metrics
+from titans_video.training import checkpoints, metrics, samples
 from titans_video.training.checkpoints import EMA, MODEL, SHARDS, STATE, saved
 
 
@@ -148,7 +148,7 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
     """Make the output folder ready; what would be overwritten is never lost. To be called on one process.
 
     A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
-    checkpoint moves the newer ones there: they belong to a course that is left.
+    checkpoint moves the newer ones there, with the samples made since: they belong to a course that is left.
 
     Returns:
         Where earlier files were moved, or None.
@@ -162,12 +162,14 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         raise ConfigError(f"--output-dir {run} cannot be made: {e.strerror}.") from None
     checkpoints.sweep(run)
     if resume is not None and _is_own(resume.folder, options):
-        moved = _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
+        left = [folder for step, folder in saved(run) if step > resume.step]
+        moved = _set_aside(run, left and [*left, *samples.later(run, resume.step)])
         checkpoints.link_last(run, resume.folder)  # a kill may have come between the folder and the link
         return moved
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
         return None
-    patterns = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    written = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
+    patterns = (*written, *metrics.WATCHED)
     return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
 
 

@@ -1,5 +1,6 @@
 """The whole state of a run, to a checkpoint folder and back, whatever engine divides it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,14 @@ class Snapshot:
         self.recipe, self.network, self.ema, self.engine = recipe, network, ema, engine
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps nothing
 
-    def save(self, run: Path, step: int, rest: dict[str, Any], limit: int) -> Path:
+    def save(
+        self, run: Path, step: int, rest: dict[str, Any], limit: int, before: Callable[[], None] | None = None
+    ) -> Path:
         """Write a checkpoint; on every process.
 
         Args:
             rest: plain values that belong to the state.
+            before: what this process must have done first; it may raise OSError.
         Raises:
             OSError: on every process, as `checkpoints.save`.
         """
@@ -71,7 +75,9 @@ class Snapshot:
             state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.engine))
 
         group = Group(main, lambda value: gather(self.engine, value))
-        return checkpoints.save(run, step, models, values, limit, group=group, shards=write_shards if sharded else None)
+        return checkpoints.save(
+            run, step, models, values, limit, group=group, before=before, shards=write_shards if sharded else None
+        )
 
     def _models(self, step: int, main: bool) -> dict[str, Checkpoint]:
         """What generation reads, whole, on the main process."""

@@ -1,7 +1,7 @@
 """The beginning of every training run: where it runs, what it goes on from, and what that obliges it to."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from titans_video.errors import ConfigError
@@ -22,13 +22,30 @@ class Rows(Protocol):
     def fingerprint(self) -> str: ...
 
 
+UNCOMPARED = ("advice", "watch")
+"""Groups of options that do not change what is learned."""
 DataT = TypeVar("DataT", bound=Rows)
 
 
-def begin(data: DataOptions, train: TrainOptions) -> tuple[Engine, Resume | None, Callable[[str], None]]:
-    """The engine, the checkpoint to go on from, and how to speak: once, on the main process.
+@dataclass(frozen=True)
+class Start:
+    """A run that has begun.
 
-    The first line says what runs.
+    Attributes:
+        engine: of this process.
+        resume: the checkpoint to go on from; None starts anew.
+        say: how to speak: once, on the main process.
+        running: the first line that was said: what runs.
+    """
+
+    engine: Engine
+    resume: Resume | None
+    say: Callable[[str], None]
+    running: str
+
+
+def begin(data: DataOptions, train: TrainOptions) -> Start:
+    """Make the engine, find the checkpoint to go on from, and say first of all what runs.
 
     Raises:
         UserError: as `engine.start` and `resuming.find_resume`.
@@ -37,12 +54,9 @@ def begin(data: DataOptions, train: TrainOptions) -> tuple[Engine, Resume | None
     say: Callable[[str], None] = print if accelerator.is_main_process else lambda text: None
     folder, notes = engine.once(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
-    say(
-        "\n".join(
-            [engine.describe(accelerator, _batch_in_words(data, train, accelerator.num_processes, resume)), *notes]
-        )
-    )
-    return accelerator, resume, say
+    running = engine.describe(accelerator, _batch_in_words(data, train, accelerator.num_processes, resume))
+    say("\n".join([running, *notes]))
+    return Start(accelerator, resume, say, running)
 
 
 def _batch_in_words(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
@@ -79,8 +93,8 @@ def settle(
         ConfigError: something is another without `--allow-changes`, or the global batch cannot be divided.
     """
     train: TrainOptions = options.train
-    groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in ("advice", "watch")}
-    facts = {"the manifest": data.fingerprint()}
+    groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in UNCOMPARED}
+    facts = {"the manifest": data.fingerprint(), "--validation-split": options.watch.validation_split}
     for part, name in (("codec", "fingerprint"), ("text", "fingerprints")):
         facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
     settings = settings_of(groups, facts)

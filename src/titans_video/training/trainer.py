@@ -25,18 +25,19 @@ from titans_video.training import engine as engines
 from titans_video.training.checkpoints import LAST
 from titans_video.training.ema import Ema
 from titans_video.training.engine import Engine
-from titans_video.training.guards import DivergedError, Guard, out_of_memory, rows_in_words, suspects
-from titans_video.training.metrics import EVENTS, NAME, MetricsLog
+from titans_video.training.flops import device_peak
+from titans_video.training.guards import Event, Guard, out_of_memory, suspects
+from titans_video.training.metrics import NAME
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from titans_video.training.rates import Work, work_of
 from titans_video.training.recipe import Recipe
+from titans_video.training.recorder import CURVE, Recorder, StepResult
 from titans_video.training.resuming import Resume
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
+from titans_video.training.tracking import Tracker
+from titans_video.training.validation import Watched
 from titans_video.types import Batch
-
-SMOOTHING = 0.95
-CURVE = "loss.png"
-CURVE_SECONDS = 60.0
 
 
 class Stream(Protocol):
@@ -66,27 +67,6 @@ class Outcome:
     exit_code: int
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Of one optimizer step, over all processes.
-
-    Attributes:
-        loss: mean over the supervised elements.
-        grad_norm: before clipping.
-        elements: supervised elements.
-        waited: seconds this process waited for data.
-        signal: the signal that a process received, or 0.
-        skipped: nothing was learned from it: its loss or its gradient was not finite.
-    """
-
-    loss: float
-    grad_norm: float
-    elements: int
-    waited: float
-    signal: int
-    skipped: bool = False
-
-
 class Trainer:
     """Trains `recipe.network` to `options.max_steps` optimizer steps.
 
@@ -98,6 +78,7 @@ class Trainer:
         resume: from `resuming.open_resume`; None starts anew.
         say: how to tell the user something; called on the main process alone.
         about: plain values kept in every checkpoint's training state: what the run is.
+        watched: the tracker that the run is sent to, and its validation; None: neither.
     """
 
     def __init__(
@@ -109,6 +90,7 @@ class Trainer:
         resume: Resume | None = None,
         say: Callable[[str], None] = tqdm.write,
         about: dict[str, Any] | None = None,
+        watched: Watched | None = None,
     ) -> None:
         self.recipe = recipe
         self.stream = stream
@@ -117,10 +99,11 @@ class Trainer:
         self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
         self.about = about or {}
         self.run_folder = Path(options.output_dir)
+        self.watched = watched or Watched(Tracker(engine))
+        self.peak = device_peak(engine.device, engine.mixed_precision) if engine.is_main_process else None
         self.step = 0
         self.folder = self.run_folder
         self.guard = Guard()
-        self._drawn = 0.0
         network = recipe.network
         if resume:
             load_weights(network, resume)
@@ -149,26 +132,23 @@ class Trainer:
         result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
-        with Interrupt() as interrupt, self._log(NAME) as metrics, self._log(EVENTS) as events, self._bar() as bar:
-            if self.step < self.options.max_steps:
+        signal = 0
+        with Interrupt() as interrupt, self._recording() as recorder:
+            if self.watched.validator:
+                self.watched.validator.start(self.step)
+                signal = self._validate(interrupt)  # a run that was stopped in the midst of it makes up for it
+            if self.step < self.options.max_steps and not signal:
                 self._try_largest()
-            smooth: float | None = None
-            while self.step < self.options.max_steps:
+            while self.step < self.options.max_steps and not signal:
                 began = time.perf_counter()
-                result = self._optimizer_step(batches, interrupt, events)
+                result = self._optimizer_step(batches, interrupt, recorder)
                 self.step += 1
-                ended = time.perf_counter()
-                if not result.skipped:
-                    smooth = result.loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * result.loss
-                if metrics:
-                    metrics.write(self._line(result, ended - began), ended)
-                self._show(bar, smooth, result.waited / (ended - began))
-                last = bool(result.signal) or self.step == self.options.max_steps
+                if recorder:
+                    recorder.step(self.step, result, time.perf_counter() - began)
+                signal = result.signal or self._validate(interrupt)
+                last = bool(signal) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
-                    self._save([metrics, events], last, fatal=last and not result.signal)
-                if result.signal:
-                    break
-        signal = result.signal if result else 0
+                    self._save(recorder, last, fatal=last and not signal)
         self._say_goodbye(started_at, signal)
         return Outcome(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
 
@@ -186,7 +166,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         del held
 
-    def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt, events: MetricsLog | None) -> StepResult:
+    def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt, recorder: Recorder | None) -> StepResult:
         """Forward and backward over `grad_accum` micro-batches, then one update, unless something is not finite."""
         began = time.perf_counter()
         micro = [next(batches) for _ in range(self.options.grad_accum)]
@@ -207,13 +187,14 @@ class Trainer:
                 # Processes' gradients are averaged, so their number comes back in.
                 losses.append(self._backward(batch, self.engine.num_processes / elements))
         norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
-        result = self._result(torch.stack(losses), norm, elements, waited, interrupt)
+        work = work_of(self.recipe, micro, count_flops=self.peak is not None)
+        result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
         if not result.skipped or self.engine.scaler:  # a scaler skips by itself, and lowers its scale
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema and not result.skipped:
             self.ema.update(self.step)
-        self._watch(result, micro, losses, events)
+        self._watch(result, micro, losses, recorder)
         return result
 
     def _backward(self, batch: Batch, scale: float) -> Tensor:
@@ -230,17 +211,33 @@ class Trainer:
             raise out_of_memory(e, batch, self.engine.device, checkpointing) from None
         return loss.detach()
 
-    def _result(self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt) -> StepResult:
+    def _result(
+        self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
+    ) -> StepResult:
         """Share what the processes know, in one message and one wait for the device; judge the step."""
+        loss_sum, signal = self._share(losses.sum(), interrupt)
+        loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        group = self.optimizer.param_groups[0]
+        lr = self.options.lr * group["lr"] / group["base_lr"]
+        return StepResult(loss, lr, length, elements, waited, signal, work, self.guard.is_bad(loss, length))
+
+    def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
+        """A sum over all processes, and the signal that any of them received, or 0."""
         told = torch.tensor([0.0, 0.0], device=self.engine.device)
         if interrupt.signal:
             told[0 if interrupt.signal == 2 else 1] = 1.0
-        loss_sum, ctrl_c, terminate = self._sum(torch.cat([losses.sum()[None], told])).tolist()
-        signal = 2 if ctrl_c else 15 if terminate else 0
-        loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return StepResult(loss, length, elements, waited, signal, self.guard.is_bad(loss, length))
+        summed, ctrl_c, terminate = self._sum(torch.cat([total[None], told])).tolist()
+        return summed, 2 if ctrl_c else 15 if terminate else 0
 
-    def _watch(self, result: StepResult, micro: list[Batch], losses: list[Tensor], events: MetricsLog | None) -> None:
+    def _validate(self, interrupt: Interrupt) -> int:
+        """Look at held-out rows and make videos, where that is due; the signal that cut it short, or 0."""
+        validator = self.watched.validator
+        if validator is None or not validator.due(self.step):
+            return 0
+        nothing = torch.zeros((), device=self.engine.device)
+        return validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
+
+    def _watch(self, result: StepResult, micro: list[Batch], losses: list[Tensor], recorder: Recorder | None) -> None:
         """Record a step that was skipped and one whose loss leaps, with their rows; on every process.
 
         Raises:
@@ -251,22 +248,10 @@ class Trainer:
             return
         found = engines.gather(self.engine, suspects(micro, [float(x) for x in losses]))
         rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
-        kind, step = ("skipped" if result.skipped else "spike"), self.step + 1
-        if events:
-            values = {"step": step, "kind": kind, "loss": result.loss, "grad_norm": result.grad_norm, "rows": rows}
-            events.write(values, time.perf_counter())
-        if spike:
-            self.say(f"Step {step}: the loss leapt to {result.loss:.4g}. Rows: {rows_in_words(rows)}.")
-            return
-        said = f"loss {result.loss:.4g} and gradient norm {result.grad_norm:.4g} are not both finite"
-        most = self.options.max_bad_steps
-        if self.guard.bad_in_a_row >= most:
-            raise DivergedError(
-                f"Step {step}: {said}, for the {most}th time in a row (--max-bad-steps {most}). Rows: "
-                f"{rows_in_words(rows)} (all are in {self.run_folder / EVENTS}). Nothing was learned from these steps; "
-                "the last checkpoint stands. Look at the rows, lower --lr, or raise --lr-warmup-steps."
-            )
-        self.say(f"Step {step} is skipped: {said} ({self.guard.bad_in_a_row} in a row). Rows: {rows_in_words(rows)}.")
+        event = Event(self.step + 1, "skipped" if result.skipped else "spike", result.loss, result.grad_norm, rows)
+        if recorder:
+            recorder.event(event)
+        self.say(self.guard.judge(event, self.options.max_bad_steps, self.run_folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -275,38 +260,17 @@ class Trainer:
         summed: Tensor = self.engine.reduce(values.to(self.engine.device), "sum")
         return summed
 
-    def _line(self, result: StepResult, seconds: float) -> dict[str, Any]:
-        groups = self.optimizer.param_groups
-        return {
-            "step": self.step,
-            "loss": result.loss,
-            "lr": self.options.lr * groups[0]["lr"] / groups[0]["base_lr"],
-            "grad_norm": result.grad_norm,
-            "elements": result.elements,
-            "seconds": round(seconds, 4),
-            "data_seconds": round(result.waited, 4),
-        }
-
-    def _log(self, name: str) -> contextlib.AbstractContextManager[MetricsLog | None]:
+    def _recording(self) -> contextlib.AbstractContextManager[Recorder | None]:
         if not self.engine.is_main_process:
             return contextlib.nullcontext()
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        return MetricsLog(self.run_folder / name, self.step)
+        watched, processes = self.watched.tracker, self.engine.num_processes
+        return Recorder(self.run_folder, self.options, self.step, processes, self.peak, watched)
 
-    def _bar(self) -> "tqdm[Any]":
-        quiet = not self.engine.is_main_process
-        return tqdm(total=self.options.max_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
-
-    def _show(self, bar: "tqdm[Any]", loss: float | None, waiting: float) -> None:
-        if loss is not None and (self.step % self.options.log_every == 0 or self.step == self.options.max_steps):
-            bar.set_postfix_str(f"loss {loss:.4f}, data wait {waiting:.0%}", refresh=False)
-        bar.update()
-
-    def _save(self, logs: list[MetricsLog | None], last: bool, fatal: bool) -> None:
+    def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
         """Called on every process. A checkpoint that cannot be written does not end the run.
 
         Args:
-            logs: what must be on the disk before a checkpoint counts on it.
+            recorder: of the main process, whose lines must be on the disk before a checkpoint counts on them.
             last: the run ends here.
             fatal: nobody will try again.
         Raises:
@@ -319,8 +283,8 @@ class Trainer:
             "processes": self.engine.num_processes,
         }
         try:
-            self._sync(logs)
-            self.folder = self.snapshot.save(self.run_folder, self.step, rest, self.options.save_limit)
+            before = recorder.sync if recorder else None
+            self.folder = self.snapshot.save(self.run_folder, self.step, rest, self.options.save_limit, before)
         except OSError as e:
             older = f"The last checkpoint is {self.folder}." if self.folder != self.run_folder else "There is none yet."
             words = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e.strerror or e}. {older}"
@@ -328,31 +292,8 @@ class Trainer:
                 raise CheckpointError(f"{words} Make room, then give --resume auto.") from None
             self.say(f"\n*** {words} Training goes on and tries again in {self.options.save_every} steps. ***\n")
             return
-        if logs[0]:  # the main process
-            self._draw_curve(always=last)
-
-    def _sync(self, logs: list[MetricsLog | None]) -> None:
-        """Raises OSError on every process where the main one cannot write."""
-        error = None
-        try:
-            for log in logs:
-                if log:
-                    log.sync()
-        except OSError as e:
-            error = e.strerror or str(e)
-        failed = [said for said in engines.gather(self.engine, error) if said]
-        if failed:
-            raise OSError(failed[0])
-
-    def _draw_curve(self, always: bool) -> None:
-        """Draw the loss curve; frequent checkpoints do not wait for a picture each."""
-        now = time.monotonic()
-        if not always and now - self._drawn < CURVE_SECONDS:
-            return
-        from titans_video.media.plots import loss_curve  # matplotlib takes a second to import
-
-        loss_curve(self.run_folder / NAME, self.run_folder / CURVE)
-        self._drawn = now
+        if recorder:
+            recorder.draw_curve(last, self.say)
 
     def _restore(self, resume: Resume) -> None:
         self.step, self.folder = resume.step, resume.folder
@@ -377,6 +318,7 @@ class Trainer:
         else:
             self.say(f"Trained to step {self.step}.")
         self.say(f"Checkpoint  {last}\nMetrics     {self.run_folder / NAME}\nLoss curve  {self.run_folder / CURVE}")
+        self.say(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         prompt = self.recipe.sample_prompt
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
         command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]

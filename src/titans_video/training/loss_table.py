@@ -1,0 +1,150 @@
+"""Held-out loss as a table: task x bucket x quantile of the training times.
+
+Legend: Q quantiles, B rows of a piece.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from titans_video.preparing.held_out import HeldOut, Piece
+from titans_video.training import engine
+from titans_video.training.engine import Engine
+from titans_video.training.recipe import Validated
+
+Cell = tuple[str, str]
+"""A task and a bucket."""
+
+
+@dataclass
+class Sums:
+    """Of the rows of one cell: the summed loss at each quantile, the elements that it is over, the rows."""
+
+    losses: list[float]
+    elements: int = 0
+    rows: int = 0
+
+    def add(self, losses: Sequence[float], elements: int, rows: int) -> None:
+        self.losses = [a + b for a, b in zip(self.losses, losses, strict=True)]
+        self.elements += elements
+        self.rows += rows
+
+    def means(self) -> list[float | None]:
+        return [x / self.elements if self.elements else None for x in self.losses]
+
+
+def quantiles(count: int) -> list[float]:
+    """`count` even quantiles without the ends: 9 are 0.1, 0.2, ... 0.9."""
+    return [round((i + 1) / (count + 1), 6) for i in range(count)]
+
+
+def measure(
+    recipe: Validated,
+    model: nn.Module,
+    rows: HeldOut,
+    count: int,
+    machine: Engine,
+    on_piece: Callable[[], bool],
+) -> dict[Cell, Sums] | None:
+    """The sums of every cell, the same on all processes.
+
+    Pieces are dealt to the processes in turn, bucket by bucket, and the last turn of a bucket is filled up with pieces
+    that count for nothing, so that all processes call the model equally often: a sharded one needs all of them at once.
+    The sums are added up in the order of the pieces, so they do not depend on the number of processes.
+
+    Args:
+        count: of quantiles.
+        on_piece: called on every process before each turn; gives False to leave off.
+    Returns:
+        None where it was left off.
+    """
+    times, pieces = quantiles(count), rows.pieces()
+    found: list[tuple[int, list[float], int, int]] = []
+    for turn in deal(pieces, machine.num_processes):
+        if not on_piece():
+            return None
+        number, piece, counts = turn[machine.process_index]
+        batch, good = rows.read(piece)
+        losses, elements = recipe.held_out(model, batch, times)  # (Q, B), (B,)
+        if counts and any(good):
+            found.append((number, losses[:, good].sum(dim=1).tolist(), int(elements[good].sum()), sum(good)))
+    cells: dict[Cell, Sums] = {}
+    for number, sums, total, kept in sorted(part for own in engine.gather(machine, found) for part in own):
+        cell = pieces[number].task, str(pieces[number].bucket)
+        cells.setdefault(cell, Sums([0.0] * count)).add(sums, total, kept)
+    return cells
+
+
+def deal(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, bool]]]:
+    """Turns: in each, every process has one piece with its number and whether it counts, all of one bucket."""
+    turns: list[list[tuple[int, Piece, bool]]] = []
+    buckets = dict.fromkeys(piece.bucket for piece in pieces)
+    for bucket in buckets:
+        numbered = [(i, piece, True) for i, piece in enumerate(pieces) if piece.bucket == bucket]
+        for start in range(0, len(numbered), world):
+            turn = numbered[start : start + world]
+            turns.append(turn + [(i, piece, False) for i, piece, _ in turn[:1]] * (world - len(turn)))
+    return turns
+
+
+def as_line(cells: dict[Cell, Sums], count: int) -> dict[str, Any]:
+    """What validation.jsonl says of them; losses are means over the supervised elements."""
+    total = whole(cells, count)
+    return {
+        "loss": _mean(total),
+        "quantiles": quantiles(count),
+        "losses": total.means(),
+        "rows": total.rows,
+        "cells": [
+            {
+                "task": task,
+                "bucket": bucket,
+                "rows": s.rows,
+                "elements": s.elements,
+                "loss": _mean(s),
+                "losses": s.means(),
+            }
+            for (task, bucket), s in sorted(cells.items())
+        ],
+    }
+
+
+def whole(cells: dict[Cell, Sums], count: int) -> Sums:
+    """All cells as one."""
+    total = Sums([0.0] * count)
+    for sums in cells.values():
+        total.add(sums.losses, sums.elements, sums.rows)
+    return total
+
+
+def _mean(sums: Sums) -> float | None:
+    return sum(sums.losses) / (sums.elements * len(sums.losses)) if sums.elements else None
+
+
+def as_table(line: Mapping[str, Any]) -> list[list[Any]]:
+    """The table of a line of validation.jsonl: a head, a row a cell, and one of all where there are several."""
+    rows = [[c["task"], c["bucket"], c["rows"], *c["losses"], c["loss"]] for c in line["cells"]]
+    if len(rows) > 1:
+        rows.append(["all", "", line["rows"], *line["losses"], line["loss"]])
+    return [["task", "bucket", "rows", *(f"{q:g}" for q in line["quantiles"]), "mean"], *rows]
+
+
+def in_cell(value: Any) -> str:
+    """A value of `as_table` in words: losses to four places."""
+    if value is None:
+        return "-"
+    return str(value) if not isinstance(value, float) else f"{value:.4f}" if value < 100 else f"{value:.4g}"
+
+
+def in_words(line: Mapping[str, Any]) -> str:
+    """The table of a line of validation.jsonl, for the terminal."""
+    rows = [[in_cell(x) for x in row] for row in as_table(line)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def aligned(row: Sequence[str]) -> str:
+        cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+        return "  " + "  ".join(cells).rstrip()
+
+    return "\n".join(map(aligned, rows))

@@ -1,0 +1,149 @@
+"""Sending a run to TensorBoard or Weights & Biases, through Accelerate.
+
+Both get the scalars of every `--log-every` steps, held-out losses, contact sheets and videos. On resume TensorBoard
+drops what was logged after the step that the run goes on from; W&B goes on with the same run and keeps what it had of
+steps that are made again.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import filter_trackers
+from PIL import Image
+
+from titans_video.errors import ConfigError
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_indices
+from titans_video.media.writing import GIF_FASTEST, write_video
+from titans_video.training.engine import Engine, once
+from titans_video.training.loss_table import as_table, in_cell
+from titans_video.training.samples import SHEET, video_name
+
+PROJECT = "titans-video"
+FOLDER = "tensorboard"
+"""In the run's folder: TensorBoard's event files."""
+TAG_LENGTH = 60
+
+
+def open_tracker(
+    machine: Engine, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]
+) -> "Tracker":
+    """The tracker that `--log-with` names, started on the main process.
+
+    Args:
+        kind: tensorboard, wandb or none.
+        run: the run's folder.
+        step: that the run begins at, or goes on from.
+        run_id: of this run, the same when it goes on.
+        options: of the run, by name.
+    Raises:
+        ConfigError: it cannot be started.
+    """
+    if kind != "none":
+        once(machine, lambda: _start(machine, kind, run, step, run_id, options))
+    return Tracker(machine, kind)
+
+
+def _start(machine: Engine, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]) -> None:
+    machine.project_configuration.set_directories(str(run))
+    machine.log_with = filter_trackers([kind], str(run))
+    if not machine.log_with:
+        raise ConfigError(f"--log-with {kind}: Accelerate does not find it; `pip install {kind}` installs it.")
+    given = {
+        "tensorboard": {"purge_step": step + 1 if step else None},
+        "wandb": {"dir": str(run), "id": run_id, "name": run.name, "resume": "allow", "config": dict(options)},
+    }
+    project = FOLDER if kind == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
+    try:
+        machine.init_trackers(project, init_kwargs=given)
+    except Exception as e:  # wandb's own errors, which cannot be named where it is not installed
+        if type(e).__module__.split(".")[0] != "wandb":
+            raise
+        raise ConfigError(
+            f"--log-with wandb does not start: {e} Run `wandb login`, or set WANDB_MODE=offline to keep the run on "
+            "this machine."
+        ) from None
+    if kind == "tensorboard":
+        text = "\n".join(f"    {name}: {json.dumps(value)}" for name, value in options.items())
+        machine.get_tracker(kind).log({"options": text}, step=step)
+
+
+class Tracker:
+    """What a run is sent to; to be called on the main process.
+
+    Args:
+        machine: whose tracker was started.
+        kind: tensorboard, wandb, or none: then nothing is done.
+    """
+
+    def __init__(self, machine: Engine, kind: str = "none") -> None:
+        self.machine, self.kind = machine, kind
+
+    def scalars(self, step: int, values: Mapping[str, Any], group: str = "train") -> None:
+        """Log the numbers among `values`."""
+        if self.kind == "none":
+            return
+        numbers = {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        self.machine.log(numbers, step=step)
+
+    def validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
+        """Log a line of validation.jsonl, and the videos in the folder of its step."""
+        if self.kind == "none":
+            return
+        if line.get("cells"):
+            values = {"loss": line["loss"]}
+            values |= {f"quantile {q:g}": x for q, x in zip(line["quantiles"], line["losses"], strict=True)}
+            values |= {f"{c['task']} {c['bucket']}": c["loss"] for c in line["cells"]}
+            self.scalars(step, values, "validation")
+        show = {"tensorboard": self._to_tensorboard, "wandb": self._to_wandb}[self.kind]
+        show(step, line, folder, prompts)
+
+    def _to_tensorboard(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
+        writer = self.machine.get_tracker("tensorboard", unwrap=True)
+        if line.get("cells"):
+            writer.add_text("validation/table", _markdown(line), step)
+        if folder is not None:
+            sheet = np.asarray(Image.open(folder / SHEET).convert("RGB"))
+            writer.add_image("samples/sheet", sheet, step, dataformats="HWC")
+            for i, prompt in enumerate(prompts):
+                _add_gif(writer, f"samples/{i + 1:02d} {prompt[:TAG_LENGTH]}", folder / video_name(i), step)
+        writer.flush()
+
+    def _to_wandb(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
+        import wandb
+
+        shown: dict[str, Any] = {}
+        if line.get("cells"):
+            head, *rows = as_table(line)
+            shown["validation/table"] = wandb.Table(columns=head, data=rows)
+        if folder is not None:
+            shown["samples/sheet"] = wandb.Image(str(folder / SHEET))
+            for i, prompt in enumerate(prompts):
+                shown[f"samples/{i + 1:02d}"] = wandb.Video(str(folder / video_name(i)), caption=prompt, format="mp4")
+        if shown:
+            self.machine.get_tracker("wandb").log(shown, step=step)
+
+
+def _markdown(line: Mapping[str, Any]) -> str:
+    """The table of a line of validation.jsonl, as TensorBoard's text panel shows one."""
+    head, *rows = [[in_cell(x) for x in row] for row in as_table(line)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _add_gif(writer: Any, tag: str, video: Path, step: int) -> None:
+    """A video that plays in TensorBoard's panel of images. Its `add_video` writes a GIF too, but needs moviepy, and
+    without it writes nothing."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    info = probe(video)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.gif"
+        write_video(path, read_indices(video, info, range(info.frames)), min(float(info.fps), GIF_FASTEST))
+        picture = path.read_bytes()
+    image = Summary.Image(height=info.height, width=info.width, colorspace=3, encoded_image_string=picture)
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

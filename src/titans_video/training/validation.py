@@ -1,0 +1,170 @@
+"""Looking at a run while it goes on: held-out loss and videos, every so many steps, with nothing of the run touched.
+
+Whatever is drawn here comes from generators of its own, the global ones are put back as they were, and the averaged
+weights stand in the network only as long as it is looked at. A run is therefore the same to the bit with and without
+validation. validation.jsonl has a line for each; it holds nothing that depends on time or on the machine.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from titans_video.generation.pipeline import evaluating
+from titans_video.options import WatchOptions
+from titans_video.preparing.held_out import HeldOut
+from titans_video.training import engine, loss_table, samples
+from titans_video.training.ema import Ema
+from titans_video.training.engine import Engine
+from titans_video.training.metrics import MetricsLog
+from titans_video.training.recipe import Validated
+from titans_video.training.tracking import Tracker
+
+NAME = "validation.jsonl"
+
+
+@dataclass
+class Validator:
+    """Validates when it is due.
+
+    Attributes:
+        recipe: computes losses and makes videos.
+        machine: from `engine.start`.
+        run: the run's folder.
+        options: how often, and how much.
+        last: the step that the run ends with, which is validated in any case.
+        prompts: of the videos.
+        rows: held-out rows; None: no loss is measured.
+        tracker: is sent what was found.
+        say: how to tell the user something; called on the main process alone.
+    """
+
+    recipe: Validated
+    machine: Engine
+    run: Path
+    options: WatchOptions
+    last: int
+    prompts: Sequence[str]
+    rows: HeldOut | None
+    tracker: Tracker
+    say: Callable[[str], None] = tqdm.write
+
+    def start(self, step: int) -> None:
+        """Begin at `step`, or go on from it: what was found at later ones is struck out and will be found again."""
+        self.done = engine.once(self.machine, lambda: self._cut(step))
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be validated and was not yet; a run that was stopped during it makes up for it."""
+        return self.done < step and (step % self.options.validate_every == 0 or step == self.last)
+
+    def validate(self, step: int, model: nn.Module, ema: Ema | None, stop: Callable[[], int]) -> int:
+        """Measure, make videos, write down.
+
+        Args:
+            step: optimizer steps done.
+            model: as it is trained, wrapped.
+            ema: whose averages are looked at, where there are any.
+            stop: called on all processes together; a signal that any of them received, or 0.
+        Returns:
+            The signal that made it leave off, with nothing written; or 0.
+        """
+        device = self.machine.device
+        devices = [device] if device.type == "cuda" else []
+        looks = _Looks(self._turns(), stop, f"validating step {step}", self.machine.is_main_process)
+        weights = ema.applied() if ema else contextlib.nullcontext()
+        with torch.random.fork_rng(devices), torch.no_grad(), weights, evaluating(model), looks:
+            line, made = self._look(step, model, looks.next)
+        if looks.signal:
+            return looks.signal
+        self.done = step
+        if self.machine.is_main_process:
+            try:
+                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
+            except OSError as e:  # a full disk, for which no run ends
+                self.say(f"The validation of step {step} could not be written: {e.strerror or e}.")
+        return 0
+
+    def _look(
+        self, step: int, model: nn.Module, on_turn: Callable[[], bool]
+    ) -> tuple[dict[str, Any], list[samples.Made] | None]:
+        line: dict[str, Any] = {}
+        if self.rows:
+            known = set(self.rows.broken)
+            cells = loss_table.measure(
+                self.recipe, model, self.rows, self.options.validation_times, self.machine, on_turn
+            )
+            for name in self.rows.broken.keys() - known:
+                tqdm.write(f"Left out of validation: {self.rows.broken[name]}")
+            if cells is None:
+                return {}, None
+            line = loss_table.as_line(cells, self.options.validation_times)
+        network = self.machine.unwrap_model(model)
+        return line, samples.make(self.recipe, network, step, self.prompts, self.machine, on_turn)
+
+    def _turns(self) -> int:
+        world = self.machine.num_processes
+        pieces = len(loss_table.deal(self.rows.pieces(), world)) if self.rows else 0
+        return pieces + math.ceil(len(self.prompts) / world)
+
+    def _write(self, step: int, line: dict[str, Any], made: Sequence[samples.Made]) -> None:
+        """On the main process."""
+        said = [f"Validation at step {step} ({line['weights']} weights)"]
+        if "cells" in line:
+            said[0] += ", held-out loss by quantile of the training times:"
+            said.append(loss_table.in_words(line))
+        folder = None
+        if made:
+            folder = samples.write(self.run, step, self.prompts, made)
+            line["samples"] = folder.relative_to(self.run).as_posix()
+            said.append(f"  Videos: {folder / samples.SHEET}")
+        with MetricsLog(self.run / NAME, step - 1) as log:
+            log.write(line, 0.0)
+            log.sync()
+        self.say("\n".join(said))
+        self.tracker.validation(step, line, folder, self.prompts)
+
+    def _cut(self, step: int) -> int:
+        """On the main process: the last step that the file tells of."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        with MetricsLog(self.run / NAME, step):
+            lines = (self.run / NAME).read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What looks at a run: the tracker that it is sent to, and its validation."""
+
+    tracker: Tracker
+    validator: Validator | None = None
+
+
+class _Looks:
+    """Counts turns: a bar, and a look for a signal before each."""
+
+    def __init__(self, turns: int, stop: Callable[[], int], name: str, show: bool) -> None:
+        self.stop = stop
+        self.signal = 0
+        self.bar = tqdm(total=turns, desc=name, unit="look", leave=False, disable=not show, dynamic_ncols=True)
+        self._begun = False
+
+    def next(self) -> bool:
+        """Whether to go on with the next turn."""
+        if self._begun:
+            self.bar.update()
+        self._begun = True
+        self.signal = self.signal or self.stop()
+        return not self.signal
+
+    def __enter__(self) -> "_Looks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

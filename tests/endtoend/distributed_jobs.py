@@ -1,0 +1,216 @@
+"""What two processes do for tests/endtoend/test_distributed.py: `torchrun ... distributed_jobs.py FOLDER`.
+
+Each job runs once under DDP and once under FSDP2, in the same two processes, and leaves a file for the test to judge.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from titans_video.codecs.identity import IdentityCodec
+from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.models.sora import SoraDiT
+from titans_video.models.table import network_config
+from titans_video.options import TextOptions, TrainOptions
+from titans_video.recipes.sora import SoraRecipe
+from titans_video.seeding import derive
+from titans_video.text.table import build_text
+from titans_video.training import engine, resuming, state
+from titans_video.training.trainer import Trainer
+from titans_video.types import Batch
+
+ACCUM = 2
+SHAPES = [(4, 8, 8), (8, 8, 8), (4, 8, 12), (2, 16, 8)]
+"""Frames, height, width of the four micro-batches of a mixed step."""
+
+
+def make_recipe() -> SoraRecipe:
+    """A small SoraDiT on pixels; its last layers are not zero, or no gradient would reach the others."""
+    codec = IdentityCodec()
+    text = build_text(TextOptions(), torch.device("cpu"))
+    torch.manual_seed(1)
+    network = SoraDiT(in_channels=3, patch_size=(1, 4, 4), model_dim=32, depth=2, heads=2, text_layers=1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    config = {"recipe": "sora", "model": network_config(network)}
+    return SoraRecipe(network, codec, text, RectifiedFlow(), config, torch.device("cpu"), cfg_drop_prob=0.3)
+
+
+def make_batch(rows: range, shape: tuple[int, int, int]) -> Batch:
+    """Clips with none, one or two known frames, so that rows differ in what is learned from them."""
+    frames, height, width = shape
+    n = len(rows)
+    known = torch.tensor([i % 3 for i in rows])
+    pixels = torch.stack([torch.rand(3, *shape, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in rows])
+    given = pixels * (torch.arange(frames)[None] < known[:, None])[:, None, :, None, None]
+    return Batch(
+        ids=[str(i) for i in rows],
+        seeds=[derive(0, "row", i) for i in rows],
+        captions=[f"clip {i}" for i in rows],
+        tasks=[("t2v", "i2v", "v2v")[i % 3] for i in rows],
+        frames=frames,
+        height=height,
+        width=width,
+        fps=torch.full((n,), 8.0),
+        known_frames=known,
+        pixels=pixels,
+        known_pixels=given,
+    )
+
+
+class Stream:
+    """Micro-batches of `size` rows; mixed: each of a shape of its own, on both ranks and over the accumulation."""
+
+    def __init__(self, size: int, mixed: bool, rank: int, world: int, accum: int = ACCUM) -> None:
+        self.size, self.mixed, self.rank, self.world, self.accum = size, mixed, rank, world, accum
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            place = self.position * self.world + self.rank
+            self.position += 1
+            shape = SHAPES[place % len(SHAPES)] if self.mixed else SHAPES[0]
+            yield make_batch(range(place * self.size, (place + 1) * self.size), shape)
+
+    def largest(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.position // self.accum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["step"] * self.accum
+
+
+def options(folder: Path, **changes: Any) -> TrainOptions:
+    given = TrainOptions(output_dir=str(folder), lr=1e-3, save_every=100, grad_accum=ACCUM, ema_decay=0.9)
+    return replace(given, **changes)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(folder: Path, kind: str) -> dict[str, Any]:
+    """The gradients that the first step clips, for equal and for mixed shapes, and what a sharded process holds."""
+    found: dict[str, Any] = {}
+    for mixed in (False, True):
+        given = options(folder / f"{kind} {mixed}", max_steps=1)
+        accelerator = start(given)
+        recipe = make_recipe()
+        trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), 2), given, accelerator, say=lambda text: None)
+        kept: dict[str, Tensor] = {}
+        clip = accelerator.clip_grad_norm_
+
+        def spy(parameters: Any, most: float, trainer: Trainer = trainer, kept: Any = kept, clip: Any = clip) -> Any:
+            kept.update({n: whole(p.grad).clone() for n, p in trainer.network.named_parameters()})
+            return clip(parameters, most)
+
+        accelerator.clip_grad_norm_ = spy
+        outcome = trainer.run()
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.parameters)
+        found["mixed" if mixed else "equal"] = {"loss": outcome.loss, "gradients": kept, "held": held}
+    return found
+
+
+def resume(folder: Path, kind: str) -> dict[str, Any]:
+    """Four steps in one go against two, and two more by a trainer that begins from the checkpoint: with both
+    optimizers, every bit of the pieces."""
+    same = {}
+    for optimizer in ("adamw", "muon"):
+        run = folder / f"{kind} {optimizer}"
+        pieces = []
+        for name, stops in (("straight", [4]), ("broken", [2, 4])):
+            for stop in stops:
+                given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer)
+                accelerator = start(given)
+                found, _ = engine.once(accelerator, lambda given=given: resuming.find_resume(given))
+                going_on = resuming.open_resume(found, given)
+                trainer = Trainer(
+                    make_recipe(), Stream(2, True, dist.get_rank(), 2), given, accelerator, going_on, lambda text: None
+                )
+                trainer.run()
+            named = state.optimizer_tensors(trainer.snapshot.optimizer, trainer.network)
+            named |= {f"{n}/weight": t for n, t in trainer.network.state_dict().items()}
+            named |= {f"{n}/average": t for n, t in trainer.ema.state_dict().items()} if trainer.ema else {}
+            pieces.append({n: t.to_local().clone() if isinstance(t, DTensor) else t.clone() for n, t in named.items()})
+        straight, broken = pieces
+        assert straight.keys() == broken.keys()
+        assert len(straight) > 50
+        same[optimizer] = all(torch.equal(straight[n], broken[n]) for n in straight)
+    return same
+
+
+def full_disk(folder: Path, kind: str) -> dict[str, Any]:
+    """A save that fails on one process alone fails on both, and leaves nothing."""
+    given = options(folder / kind, max_steps=2, save_every=1)
+    said: list[str] = []
+
+    class Full(Stream):
+        def __iter__(self) -> Iterator[Batch]:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            for place, batch in enumerate(super().__iter__()):
+                if self.rank == (1 if kind == "fsdp2" else 0):
+                    limit = 20_000 if place < ACCUM else soft
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+                yield batch
+
+    stream = Full(2, False, dist.get_rank(), 2)
+    Trainer(make_recipe(), stream, given, start(given), say=said.append).run()
+    names = sorted(p.name for p in (folder / kind).iterdir() if p.is_dir())
+    return {"said": said, "folders": names}
+
+
+def bf16(folder: Path, kind: str) -> dict[str, Any]:
+    """The loss in bfloat16, which must be the same whatever divides the network, and of a precise time."""
+    given = options(folder / f"{kind} bf16", max_steps=1, mixed_precision="bf16")
+    accelerator = start(given)
+    trainer = Trainer(make_recipe(), Stream(2, True, dist.get_rank(), 2), given, accelerator, say=lambda text: None)
+    return {"loss": trainer.run().loss, "dtype": str(next(iter(trainer.network.parameters())).dtype)}
+
+
+JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
+    "gradients": gradients,
+    "resume": resume,
+    "full_disk": full_disk,
+    "bf16": bf16,
+}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def start(given: TrainOptions) -> engine.Engine:
+    """A new engine in processes that already know one another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return engine.start(given)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for kind in ("ddp", "fsdp2"):
+        for name in FSDP:
+            os.environ.pop(name, None)
+        os.environ.update(FSDP if kind == "fsdp2" else {})
+        for name, job in JOBS.items():
+            found = job(folder / name, kind)
+            torch.save(found, folder / f"{name}.{kind}.rank{dist.get_rank()}.pt")
+            dist.barrier()
+    with contextlib.suppress(RuntimeError):  # the other one may have left first
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,160 @@
+"""Kill a small training run with SIGKILL at random instants, resume it, and compare its end with an unbroken run's.
+
+    python tests/endtoend/kill_and_resume.py --kills 50
+
+Every kill has a run of its own. Half of the instants are drawn over the whole run; the others fall while a checkpoint
+is being written. Compared are every byte of weights, averages, optimizer and data position, and the lines of
+metrics.jsonl but for their times. Runs are forked from a process that has everything imported, so that a kill costs a
+second.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS, SAVE_EVERY = 24, 2
+TIMES = ("seconds", "data_seconds", "frames_per_second", "tokens_per_second", "data_wait", "eta_seconds")
+
+
+def words(folder: Path) -> list[str]:
+    """A run of a second or two: two buckets of mixed tasks, dropped captions, EMA, a schedule, accumulation."""
+    return [
+        *(
+            "train",
+            "--manifest",
+            str(REPOSITORY / "train/videos/mock_data/manifest.jsonl"),
+            "--output-dir",
+            str(folder),
+        ),
+        *("--vae-backend", "identity", "--text-model", "builtin", "--buckets", "16x16,16x24", "--num-frames", "4"),
+        *("--patch-size", "2,4,4", "--model-dim", "24", "--depth", "1", "--heads", "2", "--batch-size", "2"),
+        *("--grad-accum", "2", "--task-mix", "t2v=0.5,i2v=0.5", "--cfg-drop-prob", "0.3", "--ema-decay", "0.9"),
+        *("--optimizer", "muon", "--lr-schedule", "cosine", "--lr-warmup-steps", "4", "--lr", "1e-3"),
+        *("--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--save-limit", "2", "--resume", "auto"),
+    ]
+
+
+def start(folder: Path) -> int:
+    """A training run in a process of its own; gives its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:  # whatever happens, this process must not go on as a copy of its parent
+        from titans_video.cli.main import main
+
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as said:
+            code = main(words(folder))
+        if code:
+            (folder.parent / f"{folder.name}.said.txt").write_text(said.getvalue())
+    finally:
+        os._exit(code)
+
+
+def finish(folder: Path) -> None:
+    """Run to the end."""
+    _, status = os.waitpid(start(folder), 0)
+    if status:
+        raise SystemExit(f"{folder}: the run ended with status {status}")
+
+
+def kill_within(folder: Path, rng: random.Random, length: float) -> str:
+    """Start a run, kill it at a random instant, and say where it stood."""
+    pid = start(folder)
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0.05, length))
+        when = "any time"
+    else:
+        wanted, seen = rng.randrange(1, STEPS // SAVE_EVERY + 1), 0
+        before: set[str] = set()
+        while seen < wanted and os.waitpid(pid, os.WNOHANG)[0] == 0:
+            now = {p.name for p in folder.glob(".*")} if folder.exists() else set()
+            seen += bool(now - before)
+            before = now
+        time.sleep(rng.uniform(0, 0.01))
+        when = "in a save"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")) if folder.exists() else []
+    half = [p.name for p in folder.glob(".*")] if folder.exists() else []
+    return f"{when}, after checkpoint {steps[-1] if steps else 'none'}{', leaving ' + half[0] if half else ''}"
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Everything that a run is at its end, but for times."""
+    last = folder / f"checkpoint-{STEPS}"
+    found: dict[str, Any] = {
+        name: torch.load(last / name, weights_only=True) for name in ("model.pt", "model_ema.pt", "training_state.pt")
+    }
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    found["folders"] = sorted(p.name for p in folder.glob("checkpoint-*"))
+    found["rubbish"] = sorted(p.name for p in folder.glob(".*"))
+    found["last"] = (folder / "last.pt").samefile(last / "model_ema.pt")
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise, through nested containers."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def run(folder: Path, kills: int, seed: int) -> list[str]:
+    """Kill and resume; a line for each kill.
+
+    Raises:
+        SystemExit: a resumed run failed, or ended otherwise than the unbroken one.
+    """
+    import titans_video.recipes.sora
+
+    del titans_video  # imported for the forks
+    rng = random.Random(seed)
+    began = time.monotonic()
+    finish(folder / "unbroken")
+    length = time.monotonic() - began
+    unbroken = state_of(folder / "unbroken")
+    told = []
+    for i in range(kills):
+        broken = folder / f"killed-{i}"
+        where = kill_within(broken, rng, length)
+        finish(broken)
+        state = state_of(broken)
+        differs = [name for name in unbroken if not same(unbroken[name], state[name])]
+        told.append(f"kill {i + 1}: {where}: {'DIFFERS in ' + ', '.join(differs) if differs else 'bitwise the same'}")
+        print(told[-1], flush=True)
+        if differs:
+            raise SystemExit(f"{broken} ends otherwise than the unbroken run.")
+    return told
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        run(Path(place), given.kills, given.seed)
+    print(f"{given.kills} kills, each resumed to the unbroken run's bits.")
+    sys.exit(0)

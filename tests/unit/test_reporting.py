@@ -1,0 +1,240 @@
+"""The report of a run: what stands in it, that it is one file, and what it says of runs that are odd."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from titans_video.cli.main import main
+from titans_video.errors import DataError
+from titans_video.media.writing import write_video
+from titans_video.options import SoraOptions
+from titans_video.reporting import samples as shown
+from titans_video.reporting.charts import MOST_POINTS, Line, chart, thinned
+from titans_video.reporting.report import duration, write_report
+from titans_video.training import run_record, samples
+from titans_video.training.samples import Made
+
+PROMPT = "a <red> circle & more"
+EVENTS = [(3, "skipped", None), (5, "spike", 7.25), (11, "spike", 8.5)]
+
+
+def metrics(folder: Path, steps: int) -> None:
+    lines = [
+        {"step": s, "loss": 2.0 / s, "lr": 1e-3, "grad_norm": 0.5, "seconds": 30.0, "data_wait": 0.25, "mfu": None}
+        | {"frames_per_second": 1234.5, "tokens_per_second": 98765.0, "eta_seconds": 30.0 * (10 - s)}
+        for s in range(1, steps + 1)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "lo')  # as a kill leaves it
+
+
+def look(step: int, losses: list[float]) -> dict[str, Any]:
+    mean = sum(losses) / len(losses)
+    cell = {"task": "t2v", "bucket": "16x16x4", "rows": 3, "elements": 9, "loss": mean, "losses": losses}
+    return {
+        "step": step,
+        "weights": "averaged",
+        "loss": mean,
+        "quantiles": [0.25, 0.75],
+        "losses": losses,
+        "rows": 3,
+        "cells": [cell],
+        "samples": f"samples/step-{step:07d}",
+    }
+
+
+def make_run(folder: Path, steps: int = 8) -> Path:
+    folder.mkdir()
+    metrics(folder, steps)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8)
+    write_video(folder / "one.mp4", frames, 8)
+    found = [look(s, [0.5 / s, 1.0 / s]) for s in (2, 4, 6, 8, 12)]  # 12: of a course that was left
+    for line in found:
+        samples.write(folder, line["step"], [PROMPT], [Made(0, (folder / "one.mp4").read_bytes(), frames)])
+    (folder / "one.mp4").unlink()
+    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    events = [{"step": s, "kind": k, "loss": x, "grad_norm": 9.5, "rows": ["a<b", "c"]} for s, k, x in EVENTS]
+    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    about = {
+        "network": "SoraDiT",
+        "parameters": 1_500_000,
+        "data": {
+            "manifests": ["clips/<mine>.jsonl"],
+            "rows": 30,
+            "held_out": 3,
+            "fps": 8.0,
+            "buckets": {"16x16x4": 30},
+            "tasks": {"t2v": 30},
+            "left_out": {"too-short": 2},
+        },
+    }
+    environment = {
+        "running": "Running on 2 processes",
+        "processes": 2,
+        "device": "NVIDIA H100 80GB HBM3",
+        "command": ["train.py", "--max-steps", "10", "--prompt", "two words"],
+        "platform": "Linux",
+        "versions": {"torch": "2.13.0"},
+        "commit": "abcdef",
+    }
+    options = {"max_steps": 10, "betas": [0.9, 0.95], "lr": 1e-4, "resume": None}
+    for step in (0, 6):
+        run_record.write_start(folder, step, SoraOptions(), SoraOptions(), about, environment)
+    record = run_record.read(folder)
+    record |= {"options": options, "defaults": options | {"max_steps": 100_000, "betas": [0.9, 0.999]}}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+class Outside(HTMLParser):
+    """What a page asks for beside itself, and whether its tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.asked += [v for k, v in attrs if k in ("src", "href", "poster") and v and not v.startswith("data:")]
+        if tag in ("script", "link", "iframe"):
+            self.wrong.append(tag)
+        if tag in (
+            "div",
+            "figure",
+            "figcaption",
+            "table",
+            "details",
+            "summary",
+            "h1",
+            "h2",
+            "h3",
+            "body",
+            "html",
+            "video",
+        ):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open and self.open[-1] == tag:
+            self.open.pop()
+        elif tag in ("div", "figure", "table", "details"):
+            self.wrong.append(f"/{tag}")
+
+
+def read(path: Path) -> tuple[str, Outside]:
+    text = path.read_text(encoding="utf-8")
+    parser = Outside()
+    parser.feed(text)
+    return text, parser
+
+
+def words_of(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+
+
+def test_everything_stands_in_one_file(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "my run")
+    assert main(["report", str(run)]) == 0
+    text, page = read(run / "report.html")
+    assert page.asked == []
+    assert page.wrong == []
+    assert page.open == []
+    words = words_of(text)
+    for said in (
+        "my run",
+        "SoraDiT, 1.5 million parameters",
+        "step 8 of 10, 1 min to go",
+        "1.23k frames/s",
+        "98.8k tokens/s",
+        "25% waiting for data",
+        "4 min of training",
+        "Steps that stood out: 1 skipped, 1 spike",
+        "5 spike 7.2500 9.5000 a&lt;b, c 3 skipped - 9.5000",
+        "too-short 2 fewer frames than the smallest bucket needs",
+        "--betas 0.9,0.95 0.9,0.999",
+        "2 options as they are by default",
+        "NVIDIA H100 80GB HBM3",
+        "commit abcdef",
+        "train.py --max-steps 10 --prompt 'two words'".replace("'", "&#x27;"),
+        "0.0625 0.1250 0.0938",
+    ):
+        assert said in words, said
+    for title in ("Loss", "Learning rate", "Gradient norm, before clipping", "By quantile of the training times"):
+        assert re.search(rf'<figcaption>{title}</figcaption><img src="data:image/svg\+xml;base64,', text), title
+    assert "Model FLOPs" not in text  # no such figure is known
+    assert text.count("<video ") == 4
+    assert "step 12" not in words
+    assert "a &lt;red&gt; circle &amp; more" in text
+    assert "<red>" not in text
+    assert "<mine>" not in text
+    assert text.count("(UTC)") == 1
+    assert len(run_record.read(run)["starts"]) == 2
+
+
+def test_large_videos_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown, "LARGEST_VIDEO", 10)
+    run = make_run(tmp_path / "run")
+    _, page = read(write_report(run))
+    assert page.asked == [f"samples/step-000000{s}/01.mp4" for s in (2, 4, 6, 8)]
+    assert all((run / path).is_file() for path in page.asked)
+
+
+def test_a_run_that_has_nothing_but_metrics(tmp_path: Path) -> None:
+    metrics(tmp_path, 3)
+    text, page = read(write_report(tmp_path))
+    assert (page.asked, page.wrong) == ([], [])
+    assert "step 3 of 3" in text
+    for missing in ("Held-out loss", "Samples over time", "Configuration", "Environment"):
+        assert missing not in text
+
+
+def test_samples_that_are_gone_or_damaged_do_not_stop_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "samples" / "step-0000002" / "01.mp4").unlink()
+    (run / "samples" / "step-0000004" / "01.mp4").write_bytes(b"no video")
+    text, page = read(write_report(run))
+    assert text.count("<video ") == 2
+    assert page.wrong == []
+
+
+@pytest.mark.parametrize(("path", "said"), [("none", "no such folder"), (".", "no metrics.jsonl")])
+def test_what_is_no_run(tmp_path: Path, path: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        write_report(tmp_path / path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report"]) == 2
+    assert "titans-video report RUN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_thinning_keeps_every_spike() -> None:
+    x = np.arange(100_000.0)
+    y = np.sin(x / 1e4)
+    y[[7, 55_555]] = [50.0, -50.0]
+    y[70_000:70_100] = np.nan
+    thin_x, thin_y = thinned(x, y)
+    assert len(thin_x) <= MOST_POINTS
+    assert (thin_y.max(), thin_y.min()) == (50.0, -50.0)
+    assert np.array_equal(y[thin_x.astype(int)], thin_y)
+    assert np.all(np.diff(thin_x) > 0)
+
+
+def test_a_chart_without_a_point_is_none() -> None:
+    nothing = np.full(3, np.nan)
+    assert chart("MFU", [Line("", np.arange(3.0), nothing)]) == ""

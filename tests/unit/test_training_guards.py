@@ -1,0 +1,226 @@
+"""What a run does when something goes wrong: no finite loss, a leap of the loss, no memory, a full disk."""
+
+import contextlib
+import json
+import math
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.unit.test_training_trainer import lines, no_pictures, options, train
+from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
+from titans_video.errors import CheckpointError
+from titans_video.options import TrainOptions
+from titans_video.training import checkpoints, engine
+from titans_video.training.guards import SPIKE_WARMUP, DivergedError, Guard, OutOfMemory
+from titans_video.training.metrics import MetricsLog
+from titans_video.training.trainer import Trainer
+from titans_video.types import Batch
+
+__all__ = ["no_pictures"]
+
+
+class Sabotaged(ToyRecipe):
+    """Multiplies the loss of some rows by a factor of its own."""
+
+    def __init__(self, factors: dict[str, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        for row in batch.ids:
+            loss = loss * self.factors.get(row, 1.0)
+        return loss
+
+
+def run(recipe: ToyRecipe, given: TrainOptions, batch: int = 2) -> list[str]:
+    said: list[str] = []
+    Trainer(recipe, ToyStream(batch), given, engine.start(given), say=said.append).run()
+    return said
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_rows(tmp_path: Path, factor: float) -> None:
+    recipe = Sabotaged({"5": factor})  # the third micro-batch: the second step's first
+    said = run(recipe, options(tmp_path / "bad", max_steps=2, grad_accum=2, weight_decay=0.1))
+    one = ToyRecipe()
+    run(one, options(tmp_path / "one", max_steps=1, grad_accum=2, weight_decay=0.1))
+    for name, weight in one.network.state_dict().items():
+        assert torch.equal(recipe.network.state_dict()[name], weight)
+    assert any("Step 2 is skipped" in text and "Rows: 4, 5." in text for text in said)
+    (event,) = events(tmp_path / "bad")
+    assert (event["step"], event["kind"], event["rows"]) == (2, "skipped", ["4", "5"])
+    assert [line["step"] for line in lines(tmp_path / "bad")] == [1, 2]
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(tmp_path: Path) -> None:
+    class Steep(ToyRecipe):
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            loss = super().loss(model, batch)
+            return loss + (loss - loss.detach()).abs().sqrt()  # infinitely steep at 0
+
+    recipe = Steep()
+    before = {k: v.clone() for k, v in recipe.network.state_dict().items()}
+    said = run(recipe, options(tmp_path, max_steps=1))
+    assert any("gradient norm" in text and "Rows: 0, 1." in text for text in said)
+    assert all(torch.equal(before[k], v) for k, v in recipe.network.state_dict().items())
+
+
+def test_too_many_in_a_row_stop_the_run_and_the_checkpoint_stands(tmp_path: Path) -> None:
+    recipe = Sabotaged({str(i): math.nan for i in range(8, 100)})
+    given = options(tmp_path, max_steps=50, max_bad_steps=3, save_every=2)
+    with pytest.raises(DivergedError, match=r"3 such steps in a row.*Rows: 12, 13"):
+        run(recipe, given)
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 4, 6]
+    outcome, _ = train(replace(given, resume="auto", max_steps=8))
+    assert outcome.step == 8
+
+
+def test_single_bad_steps_never_stop_a_run(tmp_path: Path) -> None:
+    recipe = Sabotaged({str(i): math.nan for i in range(0, 40, 4)})  # every second step
+    run(recipe, options(tmp_path, max_steps=20, max_bad_steps=2))
+    assert len(events(tmp_path)) == 10
+
+
+def test_a_leap_of_the_loss_is_recorded_with_its_rows(tmp_path: Path) -> None:
+    row = str(2 * (SPIKE_WARMUP + 5))
+    said = run(Sabotaged({row: 1000.0}), options(tmp_path, max_steps=SPIKE_WARMUP + 10, lr=1e-4))
+    (event,) = events(tmp_path)
+    assert event["kind"] == "spike"
+    assert event["step"] == SPIKE_WARMUP + 6
+    assert row in event["rows"]
+    assert any("leapt" in text for text in said)
+
+
+def test_the_statistics_of_losses_follow_their_definition() -> None:
+    guard = Guard()
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1
+    for v in values.tolist():
+        assert not guard.is_spike(math.exp(v))
+    assert guard.mean == pytest.approx(values.mean().item())
+    assert guard.variance == pytest.approx(values.var(correction=0).item())
+
+
+def test_the_guard_goes_on_where_it_was(tmp_path: Path) -> None:
+    bad = {str(i): math.nan for i in range(8, 100)}
+    given = options(tmp_path, max_steps=6, max_bad_steps=3, save_every=1)  # steps 5 and 6 are bad
+    run(Sabotaged(bad), given)
+    state = checkpoints.read_state(tmp_path / "checkpoint-6")
+    assert (state["guard"]["bad_in_a_row"], state["guard"]["skipped"]) == (2, 2)
+
+
+class Greedy(ToyRecipe):
+    """Finds no memory for batches above a size."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if batch.height > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 has 80 GiB")
+        return super().loss(model, batch)
+
+
+class TwoBuckets(ToyStream):
+    def largest(self) -> Batch:  # type: ignore[override]
+        return replace(toy_batch(range(2)), height=480, width=832, frames=81)
+
+
+def test_the_largest_bucket_is_tried_before_the_first_step(tmp_path: Path) -> None:
+    given = options(tmp_path)
+    trainer = Trainer(Greedy(), TwoBuckets(2), given, engine.start(given), say=lambda text: None)
+    with pytest.raises(
+        OutOfMemory, match=r"480x832x81 \(2 clips at once\). Tried to allocate 7.00 GiB.*--batch-size 1"
+    ):
+        trainer.run()
+    assert lines(tmp_path) == []
+
+
+def test_the_trial_leaves_no_trace(tmp_path: Path) -> None:
+    weights = []
+    for stream in (ToyStream(2), TwoBuckets(2)):
+        recipe = ToyRecipe(dropout=0.3)
+        given = options(tmp_path / type(stream).__name__)
+        Trainer(recipe, stream, given, engine.start(given), say=lambda text: None).run()
+        weights.append(recipe.network.state_dict())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@contextlib.contextmanager
+def full_disk(bytes_left: int) -> Iterator[None]:
+    """No file may grow beyond a size, so that real writes fail half-way, in torch's own writer too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class FullDuring(ToyStream):
+    """The disk is full while some steps run."""
+
+    def __init__(self, steps: range) -> None:
+        super().__init__(2)
+        self.steps, self.stack = steps, contextlib.ExitStack()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step, batch in enumerate(super().__iter__()):
+            if step == self.steps.start:
+                self.stack.enter_context(full_disk(1500))
+            if step == self.steps.stop:
+                self.stack.close()
+            yield batch
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    given = options(tmp_path, save_every=1, save_limit=2)
+    stream = FullDuring(range(2, 5))
+    try:
+        outcome, weights = train(given, stream, said=said)
+    finally:
+        stream.stack.close()
+    _, straight = train(options(tmp_path / "straight"), ToyStream(2))
+    assert all(torch.equal(weights[k], straight[k]) for k in straight)
+    failed = [text for text in said if "COULD NOT BE WRITTEN" in text]
+    assert [text.split("STEP ")[1][0] for text in failed] == ["3", "4", "5"]
+    assert all("checkpoint-2" in text for text in failed)
+    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 6]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert outcome.folder == tmp_path / "checkpoint-6"
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    stream = FullDuring(range(4, 99))
+    try:
+        with pytest.raises(CheckpointError, match=r"STEP 6 COULD NOT BE WRITTEN.*checkpoint-3.*--resume auto"):
+            train(options(tmp_path, save_every=3), stream)
+    finally:
+        stream.stack.close()
+    outcome, _ = train(options(tmp_path, save_every=3, resume="auto"), ToyStream(2))
+    assert outcome.step == 6
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_log_keeps_what_does_not_fit(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "m.jsonl", 0) as log:
+        with full_disk(10):
+            log.write({"step": 1, "loss": 0.5}, 100.0)
+            with pytest.raises(OSError, match="too large"):
+                log.sync()
+        log.write({"step": 2, "loss": math.nan}, 200.0)
+        log.sync()
+    assert [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+    ]
