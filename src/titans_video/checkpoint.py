@@ -12,7 +12,7 @@ A checkpoint is a dict of tensors and plain containers:
                   "fingerprint": str | None}
         text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...], "widths": [int, ...]}
         process  the noise process's own config
-        data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket
+        data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, and the "tasks" trained
         sample   recommended {"steps", "guidance_scale", "guidance_interval", "prompt"}; any may be missing
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
 can run code, and neither names code that is imported unasked.

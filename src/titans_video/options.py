@@ -373,6 +373,20 @@ class Overrides:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Where and in which precision a model runs."""
+
+    device: str | None = None
+    """cuda, cuda:1, cpu (default: cuda where there is one)."""
+    dtype: Dtype = "fp32"
+    """Precision of the network's weights."""
+    compile: bool = False
+    """torch.compile each block; the first window is slow."""
+    offload: Literal["none", "model", "group"] = "none"
+    """model: encoders, network and VAE take turns on the device; group: so do the network's own layers."""
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """What to make, and how."""
 
@@ -380,10 +394,14 @@ class GenerateOptions:
     """A .pt file, a run's folder, an exported folder, or `latest`; default: the shipped weights."""
     prompt: str | None = None
     """What the video shows."""
+    prompt_file: str | None = None
+    """Text file with one prompt a line: a video of each."""
     negative_prompt: str = ""
     """What it does not show (with guidance)."""
     image: str | None = None
     """First frame to go on from."""
+    video: str | None = None
+    """Clip to go on from: its last frames are the first ones of the video."""
     height: int | None = None
     """Pixels (default: the size trained on)."""
     width: int | None = None
@@ -394,6 +412,16 @@ class GenerateOptions:
     """Frames a second of the file (default: as trained on)."""
     seconds: float | None = None
     """In place of --num-frames: frames = ceil(seconds x fps)."""
+    gen_fps: float | None = None
+    """Frames a second to generate; the others are interpolated (default: --fps, nothing is interpolated)."""
+    interpolation: Literal["motion", "fade"] = "motion"
+    """How: along the motion (FFmpeg's minterpolate), or by cross-fading."""
+    window: int | None = None
+    """Frames made at once in a longer video (default: as trained on, where the video is longer)."""
+    overlap: int | None = None
+    """Frames that neighbouring windows share (default: a quarter of the window)."""
+    window_mode: Literal["auto", "continue", "blend"] = "auto"
+    """continue: each window goes on from the last frames of the one before; blend: all are averaged at each step."""
     steps: int | None = None
     """Denoising steps (default: the checkpoint's recommendation, else 50)."""
     guidance_scale: float | None = None
@@ -402,12 +430,16 @@ class GenerateOptions:
     """Guide only between these times, 0 clean and 1 noise, e.g. 0.7,1 (default: the checkpoint's, else 0,1)."""
     sampler: Literal["euler", "heun"] = "euler"
     """ODE solver."""
+    shift: float | None = None
+    """Time shift of the denoising steps towards noise (default: as trained)."""
     seed: int = 0
     """Seed of the noise."""
+    num_videos: int = 1
+    """Videos of each prompt, with seeds that count up from --seed."""
     out: str = "out.mp4"
-    """.mp4, .gif, or a folder of PNGs."""
-    device: str | None = None
-    """cuda, cuda:1, cpu (default: cuda where there is one)."""
+    """.mp4, .gif, or a folder of PNGs; several videos are numbered: out-000.mp4, ..."""
+    crf: int = 16
+    """Quality of an mp4: 0 (lossless) to 51."""
 
 
 def override(options: OptionsT, overrides: Overrides) -> OptionsT:

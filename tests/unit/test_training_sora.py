@@ -41,6 +41,7 @@ class FakeData:
     """Five clips of noise in one bucket."""
 
     rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    tasks = ("i2v", "t2v")
     buckets = (Bucket(FRAMES, SIDE, SIDE),)
     fps = 8.0
 
@@ -266,7 +267,8 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
     assert model.step == 12
     assert model.process.config() == recipe.process.config()
-    assert model.config["data"] == {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0}
+    data = {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "tasks": ["i2v", "t2v"]}
+    assert model.config["data"] == data
     assert model.config["sample"] == {
         "steps": 7,
         "guidance_scale": 2.5,

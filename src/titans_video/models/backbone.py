@@ -35,6 +35,9 @@ class Backbone(ModelMixin, ConfigMixin):
     A subclass registers its configuration, whose names are those of `SoraDiT`, and then calls `build`.
     """
 
+    frame_times: ClassVar[bool] = True
+    """Takes a time for each latent frame, so that given frames are clean while others are noisy."""
+
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SoraBlock", "EncoderLayer"]
     _repeated_blocks: ClassVar = ["SoraBlock"]

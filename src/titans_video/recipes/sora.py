@@ -428,7 +428,13 @@ def build_recipe(
         "codec": describe_codec(codec, options.codec),
         "text": text.describe(),
         "process": process.config(),
-        "data": {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width, "fps": data.fps},
+        "data": {
+            "num_frames": bucket.frames,
+            "height": bucket.height,
+            "width": bucket.width,
+            "fps": data.fps,
+            "tasks": list(data.tasks),
+        },
         "sample": _advice(options, prompt),
     }
     return SoraRecipe(
