@@ -25,7 +25,8 @@ SHIFT = 12.0
 PROCESS = RectifiedFlow("x0", shift=SHIFT, variance=(0.35, 0.35, 0.35))
 STEPS = 8
 OVERLAP = 4
-Draw = Callable[[torch.Generator], Clips]
+Draw = Callable[[torch.Generator, float], Clips]
+"""Clips from a generator and the share of training that is done (1 in tests)."""
 
 
 def small_network(seed: int = 0, **changes: Any) -> TitansVideoDiT:
@@ -83,7 +84,7 @@ def train(
         while done < steps and used < cpu_seconds:
             progress = max(done / steps, used / cpu_seconds)
             set_learning_rates(optimizer, learning_rate_factor(min(done, 19), options) * (1 - progress))
-            loss = rollout_loss(network, draw(generator), overlap, generator)
+            loss = rollout_loss(network, draw(generator, progress), overlap, generator)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
@@ -167,7 +168,7 @@ def recall_of(
     network.eval()
     generator, right, done = torch.Generator().manual_seed(seed), 0, 0
     while done < samples:
-        clips = draw(generator)
+        clips = draw(generator, 1.0)
         last = len(clips.texts) - 1
         memory = change(remember(network, clips, last))
         colour = read_colour(generate(network, clips, last, memory, overlap, generator))

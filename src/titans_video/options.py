@@ -434,6 +434,12 @@ class GenerateOptions:
     """Time shift of the denoising steps towards noise (default: as trained)."""
     seed: int = 0
     """Seed of the noise."""
+    memory_out: str | None = None
+    """.safetensors file that a model with a memory keeps its state in, to go on from later."""
+    memory_in: str | None = None
+    """Go on with the video whose state --memory-out kept; --num-frames counts the new ones."""
+    segment_prompts: str | None = None
+    """Text file of `frames: prompt` lines: what a model with a memory shows for how long, in place of --prompt."""
     num_videos: int = 1
     """Videos of each prompt, with seeds that count up from --seed."""
     out: str = "out.mp4"

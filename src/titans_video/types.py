@@ -73,6 +73,12 @@ class CodecSpec:
             f += 1
         return f
 
+    def frames_of(self, latents: int) -> int:
+        """The pixel frames of a clip of this many latent frames."""
+        s = self.stride[0]
+        first_alone = self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and latents % 2 == 1)
+        return 1 + (latents - 1) * s if first_alone else latents * s
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip's latents.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import factories
-from tests.endtoend.test_sora_commands import ONE_THREAD, _leaves, metrics, run
+from tests.endtoend.test_sora_commands import ONE_THREAD, _leaves, frames_of, metrics, run
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 
@@ -27,6 +27,65 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factories.make_vae("svd", made / "svd")
     factories.make_vae("wan", made / "wan")
     return made
+
+
+@pytest.fixture(scope="module")
+def trained(repository: Path, folder: Path) -> Path:
+    """A checkpoint after a step, on pixels."""
+    manifest = repository / "train" / "videos" / "mock_data" / "manifest.jsonl"
+    flags = "--vae-backend identity --model-dim 24 --depth 1 --heads 2 --mem-tokens 4 --resolution 16 --num-frames 8"
+    more = f"--max-steps 1 --memory neural --output-dir {folder / 'trained'} --sample-steps 2"
+    assert main(["train", "titans", "--manifest", str(manifest), *shlex.split(flags), *shlex.split(more)]) == 0
+    return folder / "trained" / "last.pt"
+
+
+def pictures(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+
+
+def generate(trained: Path, words: str) -> int:
+    return main(["generate", "--checkpoint", str(trained), "--prompt", "a red circle", *shlex.split(words)])
+
+
+def test_a_video_is_stopped_and_gone_on_with(trained: Path, tmp_path: Path) -> None:
+    """Of twenty frames, as files; raw frames are compared in tests/unit/test_generation_streaming.py."""
+    state = tmp_path / "m.safetensors"
+    assert generate(trained, f"--num-frames 20 --out {tmp_path / 'whole'}") == 0
+    assert generate(trained, f"--num-frames 9 --memory-out {state} --out {tmp_path / 'a'}") == 0
+    assert generate(trained, f"--num-frames 11 --memory-in {state} --out {tmp_path / 'b'}") == 0
+    whole, a, b = (pictures(tmp_path / name) for name in ("whole", "a", "b"))
+    assert len(whole) == 20
+    assert a + b == whole
+
+
+def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("8: a red circle moving up\n6: a blue square moving left\n")
+    script = repository / "train" / "videos" / "infer_sora.py"
+    words = ["--checkpoint", trained, "--segment-prompts", "prompts.txt", "--out", "o.mp4"]
+    done = run(script, *words, cwd=tmp_path)
+    assert "14 frames in 7 segments of 2" in done.stderr
+    assert frames_of(tmp_path / "o.mp4") == (14, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--memory-in nowhere", "--memory-in nowhere"),
+        ("--window 8 --num-frames 20", "--window 8: this model has a memory"),
+        ("--memory-out m.safetensors --num-videos 2", "one at a time"),
+        ("--segment-prompts nowhere", "--prompt and --segment-prompts"),
+    ],
+)
+def test_mistakes_in_generating(flags: str, said: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(trained, flags) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_without_memory_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "o.mp4"
+    assert main(["generate", "--memory-out", str(tmp_path / "m"), "--out", str(out), "--steps", "1"]) == 2
+    assert "the model has no memory" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ BLOCKS = CodecSpec("patch", 8, (8, 4, 4), "blocks")
         (EACH, 17, 1, (4, 1, 4, 16)),
         (CAUSAL, 29, 1, (2, 1, 4, 29)),
         (CAUSAL, 13, 2, (2, 2, 2, 13)),
-        (COG, 16, 1, (1, 1, 4, 16)),
+        (COG, 16, 1, (2, 2, 2, 16)),
         (BLOCKS, 32, 1, (1, 1, 4, 32)),
     ],
 )
@@ -76,6 +76,7 @@ def test_a_plan_fits_its_clip(spec: CodecSpec, frames: int, patch: int) -> None:
     assert plan.frames <= frames
     assert len(spec.frame_groups(plan.frames)) == plan.latents * plan.count
     assert plan.latents % patch == plan.overlap % patch == 0
+    assert spec.frames_of(plan.latents * plan.count) == plan.frames
     assert 2 <= plan.count <= 4
     assert 0 < plan.overlap <= plan.latents
 

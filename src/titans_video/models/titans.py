@@ -233,7 +233,7 @@ class TitansVideoDiT(Backbone):
                 value = self._read(
                     torch.cat((plan.shown[:, :, front:start], latents[:, :, start:stop]), dim=2),
                     torch.cat((plan.shown_time[:, front:start], time[:, start:stop]), dim=1),
-                    _part(replace(condition, text=text), start, stop, start - front),
+                    part_of(replace(condition, text=text), start, stop, start - front),
                     _disturbed(memory, plan.state_noise, i),
                     start - front,
                 )
@@ -261,7 +261,7 @@ def _disturbed(memory: Memory, noise: Tensor | None, segment: int) -> Memory:
     return replace(memory, tokens=memory.tokens + noise[:, segment])
 
 
-def _part(condition: Condition, start: int, stop: int, overlap: int) -> Condition:
+def part_of(condition: Condition, start: int, stop: int, overlap: int) -> Condition:
     """What is known of latent frames [start, stop); the overlap before them is seen as it is, not as known."""
     if condition.known is None or condition.known_mask is None:
         return condition

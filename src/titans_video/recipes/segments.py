@@ -3,6 +3,7 @@
 Legend: S pixel frames of a latent frame, pt latent frames of a token.
 """
 
+import math
 from dataclasses import dataclass
 
 from titans_video.errors import ConfigError
@@ -46,6 +47,8 @@ def plan_segments(options: MemoryOptions, num_frames: int, spec: CodecSpec, patc
     Raises:
         ConfigError: a length that codec and patch do not divide, or a clip too short for two segments.
     """
+    if spec.frame_rule == "cogvideox":  # whole blocks of 8 frames, so that a first segment is as in a longer clip
+        patch_t = math.lcm(patch_t, 2)
     longest = spec.frames_at_most(num_frames, patch_t)
     if longest is None:
         raise ConfigError(
