@@ -49,12 +49,13 @@ def phase_text(phase: str, batch: int) -> TextCondition:
     return TextCondition((one_hot,), (torch.ones(batch, 1, dtype=torch.bool),))
 
 
-def occluded_identity(batch: int, hidden: int, generator: torch.Generator) -> Clips:
-    """Occluded identity recall: a moving square of one of 8 colours, `hidden` segments of a curtain, the square again.
+def occluded_identity(batch: int, hidden: int, generator: torch.Generator, colours: int = len(COLOURS)) -> Clips:
+    """Occluded identity recall: a moving square of one of some colours, `hidden` segments of a curtain, the square
+    again.
 
     The curtain's stripes, the square's places and its ways are drawn anew and tell nothing of the colour.
     """
-    colour = torch.randint(len(COLOURS), (batch,), generator=generator)
+    colour = torch.randint(colours, (batch,), generator=generator)
     show = _squares(colour, generator)
     curtain = _curtain(batch, hidden * FRAMES, generator)
     reveal = _squares(colour, generator)

@@ -42,6 +42,15 @@ TRAINING = {
     "--lr-warmup-steps": "1",
     "--grad-accum": "2",
 }
+TITANS = {
+    "--resolution": "32",
+    "--num-frames": "8",
+    "--model-dim": "24",
+    "--depth": "2",
+    "--heads": "2",
+    "--max-steps": "2",
+    "--grad-accum": "2",
+}
 GENERATING = {"--height": "32", "--width": "32", "--num-frames": "8", "--steps": "2"}
 MODELS = {
     "/path/to/diffusers_weights_or_dummy": "models/kl",
@@ -52,6 +61,7 @@ MODELS = {
     "/path/to/mistral_or_qwen": "models/qwen2",
     "/path/to/Qwen2.5-3B-or-7B": "models/qwen2",
     "/path/to/manifest.jsonl": "train/videos/mock_data/manifest.jsonl",
+    "/path/to/svd_or_sd_diffusers": "models/svd",
     "/path/to/data": "train/videos/mock_data",
 }
 
@@ -86,6 +96,10 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(words, {"--steps": "2"}, add=True)
     if "infer_sora" in script or "infer" in words:
         return with_flags(with_flags(words, GENERATING, add=False), {"--steps": "2"}, add=True)
+    if "train_titans_video_dit" in script:
+        return with_flags(words, TITANS, add=False)
+    if words[1:3] == ["train", "titans"]:
+        return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
     if words[0] == "titans-video":
         return with_flags(words, GENERATING, add=False)
     if "--mode" in words:
@@ -116,6 +130,7 @@ class Workspace:
             else:
                 shutil.copy2(source, folder / name)
         factories.make_vae("kl", folder / "models/kl")
+        factories.make_vae("svd", folder / "models/svd")
         factories.make_vae("cogvideox", folder / "models/cogvideox")
         factories.make_t5(folder / "models/umt5", umt5=True)
         factories.make_qwen2(folder / "models/qwen2")

@@ -171,6 +171,14 @@ def test_the_documented_flag_says_where_the_vae_is() -> None:
         with_vae(both)
 
 
+@pytest.mark.parametrize("kind", ["tokens", "neural", "none"])
+def test_flops_are_counted_for_the_segments_that_a_step_has(kind: str) -> None:
+    recipe, batch = recipe_of(options(memory=kind, segment_frames=1, segment_curriculum=100)), batch_of([0])
+    early, late = recipe.flops(batch), recipe.flops(replace(batch, step=100))
+    assert 1.9 < late / early < 2.5  # four segments, not two; the last one is never written
+    assert recipe.tokens(replace(batch, step=100)) == 2 * recipe.tokens(batch)
+
+
 def test_shorter_clips_have_fewer_segments() -> None:
     recipe, spy = recipe_of(options(segment_frames=2)), Spy()
     batch: Batch = batch_of([0])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_video.models.blocks import norm
+from titans_video.models.fused import without_autocast
 
 GATE_BIAS = -1.0
 
@@ -55,7 +56,7 @@ class GatedTokens(nn.Module):
         Returns:
             (B, M, D) float32.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device.type):
             seen = norm(seen.float())
             gate = torch.sigmoid(_linear(self.gate, torch.cat((tokens, seen), dim=-1)))
             return torch.lerp(tokens, torch.tanh(_linear(self.out, seen)), gate)

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans_video.models.blocks import norm
+from titans_video.models.fused import without_autocast
 
 LN_EPS = 1e-6
 EXPANSION = 4
@@ -156,7 +158,10 @@ def update(
         sums = add_up(Gates(gates.theta[..., part], gates.eta[..., part], gates.alpha[..., part]))
         shares = torch.stack((sums.into_weights, sums.into_momentum)).repeat_interleave(p, dim=-1)  # (2, B, H, N)
         keys, values = k[:, :, part].flatten(2, 3), v[:, :, part].flatten(2, 3)
-        grads = surprise(keys, values, shares, weights, scale, shift)
+        # What is inside is computed again in the backward pass: as many hidden values a token as a block's MLP has.
+        grads = checkpoint(
+            surprise, keys, values, shares, weights, scale, shift, use_reentrant=False, preserve_rng_state=False
+        )
         keep, carry, persist = (x[..., None, None] for x in (sums.keep, sums.carry, sums.persist))
         moved = [keep * w + carry * s - g[0] for w, s, g in zip(weights, momentum, grads, strict=True)]
         if towards is not None:
@@ -224,7 +229,7 @@ class NeuralMemory(nn.Module):
     def read(self, x: Tensor, weights: State) -> Tensor:
         """What the memory has to say to tokens x (B, N, D), gated; in x's dtype."""
         q = F.normalize(self._split(self.q(norm(x))), dim=-1)  # (B, H, N, d)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             found = recall(q, weights, self.scale.float(), self.shift.float())
         return (torch.tanh(self.gamma) * self.out(found.transpose(1, 2).flatten(2).to(x.dtype))).to(x.dtype)
 
@@ -234,7 +239,7 @@ class NeuralMemory(nn.Module):
         seen = norm(x)
         k, v = self.kv(seen.flatten(1, 2)).chunk(2, dim=-1)  # each (B, N, D)
         logits = self.gates(seen.mean(dim=2))  # (B, s, 3 H)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             k, v = (self._split(y).float().unflatten(2, (s, p)) for y in (k, v))
             theta, eta, alpha = torch.sigmoid(logits.float()).transpose(1, 2).chunk(3, dim=1)  # each (B, H, s)
             gates = Gates(theta / p, eta, alpha)
