@@ -5,7 +5,7 @@ latent grid.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from titans_video.codecs.table import (
     parse_init,
 )
 from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import RectifiedFlow, count_tokens
+from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
 from titans_video.errors import CodecError
 from titans_video.generation.loading import VideoModel
@@ -50,7 +50,7 @@ from titans_video.training.recipe import Sampler
 from titans_video.training.resuming import Resume, prepare_folder
 from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
-from titans_video.types import Batch, CodecSpec, Condition, TextCondition
+from titans_video.types import Batch, CodecSpec, Condition, Prediction, TextCondition
 
 FIT_CLIPS = 512
 TEXT_STEP, LONGEST_TEXT = 64, 512
@@ -99,38 +99,55 @@ class SoraRecipe:
         """Weighted squared error, summed over the supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
-            times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
+            times = self.times(batch, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
-        return self._errors(model, clean, condition, times_B, noise).sum()
+        return self._errors(model, batch, clean, condition, times, noise).sum()
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """See `training.recipe.Validated`."""
         clean, condition = self.encode(batch, drop=False)
-        tokens = count_tokens(clean.shape[2:], self.patch_size)
+        tokens = self.tokens_at_once(clean)
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
-            times_B = torch.full((len(batch),), self.process.time_at(quantile, tokens))
+            times = torch.full((len(batch), clean.shape[2]), self.process.time_at(quantile, tokens))
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
-            sums[i] = self._errors(model, clean, condition, times_B, noise).flatten(1).sum(1).double()
+            sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
         free = ~self._known_mask(batch).all(dim=1)  # (B, t)
         return sums, free.sum(dim=1) * clean[0, :, 0].numel()
 
-    def _errors(self, model: nn.Module, clean: Tensor, condition: Condition, times_B: Tensor, noise: Tensor) -> Tensor:
-        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned."""
+    def _errors(
+        self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned; `times` (B, t)."""
         with torch.no_grad():
-            noise = noise.to(self.device)
-            times = times_B.to(self.device)[:, None].expand(-1, clean.shape[2])  # (B, t)
+            noise, times = noise.to(self.device), times.to(self.device)
             held = condition.wholly_known()
             if held is not None and condition.known is not None:
                 # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
                 clean = torch.where(held[:, None, :, None, None], condition.known, clean)
                 times = times.masked_fill(held, 0.0)
             corrupted = self.process.corrupt(clean, noise, times)
-        value = model(corrupted.model_input, corrupted.model_time, condition).value.float()
+        value = self.predict(model, batch, clean, corrupted, condition).value.float()
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
             error = error.masked_fill(held[:, None, :, None, None], 0.0)
         return error
+
+    def tokens_at_once(self, clean: Tensor) -> int:
+        """How many tokens are denoised together; the time shift goes by it."""
+        return count_tokens(clean.shape[2:], self.patch_size)
+
+    def times(self, batch: Batch, clean: Tensor) -> Tensor:
+        """(B, t): a clip's time is that of all its frames."""
+        times_B = self.process.sample_time(batch.seeds, self.tokens_at_once(clean))
+        return times_B[:, None].expand(-1, clean.shape[2])
+
+    def predict(
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+    ) -> Prediction:
+        """The one call of the wrapped model."""
+        prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition)
+        return prediction
 
     def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
         """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache.
@@ -159,8 +176,14 @@ class SoraRecipe:
         shape, lengths = self._latent_shape(batch), self._text_lengths(batch)
         key = (shape, tuple(lengths))
         if key not in self.counted_flops:
-            self.counted_flops[key] = clip_flops(self.config["model"], shape, lengths, self.text.widths)
+            self.counted_flops[key] = clip_flops(
+                self.config["model"], shape, lengths, self.text.widths, self.network_arguments
+            )
         return float(len(batch) * self.counted_flops[key])
+
+    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
+        """What the network's training forward is given beside these and the condition, for counting its FLOPs."""
+        return {}
 
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
@@ -208,17 +231,35 @@ class SoraRecipe:
         return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
 
 
-def train_sora(options: SoraOptions) -> Outcome:
+@dataclass(frozen=True)
+class Variant:
+    """A run like SoraDiT's with another network.
+
+    Attributes:
+        build: as `build_recipe`.
+        clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
+        notes: what to say of it.
+    """
+
+    build: Callable[..., SoraRecipe]
+    clip_grid: tuple[int, int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     """Build every part of a run from its options, and train.
 
+    Args:
+        variant: what is another than SoraDiT's.
     Raises:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
+    variant = variant or Variant(build_recipe)
     run = begin(options.data, options.train)
     accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
-    data, codec = open_data_and_codec(options, accelerator, resume)
+    data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
@@ -227,7 +268,7 @@ def train_sora(options: SoraOptions) -> Outcome:
         held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
         text.release()
         codec.release()
-    recipe = build_recipe(options, data, codec, text, accelerator.device, store)
+    recipe = variant.build(options, data, codec, text, accelerator.device, store)
     data, train, about = settle(options, data, recipe.config, run)
     moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
@@ -238,11 +279,11 @@ def train_sora(options: SoraOptions) -> Outcome:
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
-    say(f"SoraDiT, {size:.1f} million parameters.")
+    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
     step = resume.step if resume else 0
     watched = watch(
         options,
-        SoraOptions(),
+        type(options)(),
         recipe,
         accelerator,
         data,
@@ -258,7 +299,12 @@ def train_sora(options: SoraOptions) -> Outcome:
     return outcome
 
 
-def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume: Resume | None) -> tuple[Data, Codec]:
+def open_data_and_codec(
+    options: SoraOptions,
+    accelerator: engine.Engine,
+    resume: Resume | None,
+    clip_grid: tuple[int, int, int] | None = None,
+) -> tuple[Data, Codec]:
     """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
     fitted = options.codec.vae_backend == "patch"
     codec: Codec | None = None
@@ -270,7 +316,7 @@ def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume
     data = open_data(
         options.data,
         codec.spec if codec else spec_of(options.codec),
-        options.model.patch_size,
+        clip_grid or options.model.patch_size,
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -359,10 +405,15 @@ def build_recipe(
     text: TextEncoder,
     device: torch.device,
     store: EncodingStore | None = None,
+    network_of: Callable[..., dict[str, Any]] = sora_config,
 ) -> SoraRecipe:
-    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed."""
+    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed.
+
+    Args:
+        network_of: gives the network's configuration from its options, the codec's shapes and the texts' widths.
+    """
     torch.manual_seed(derive(options.train.seed, "initialisation"))
-    network = build_network(sora_config(options.model, codec.spec, text.widths))
+    network = build_network(network_of(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if options.model.compile:
