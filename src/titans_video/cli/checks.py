@@ -127,6 +127,8 @@ def _check_train(train: TrainOptions) -> None:
         ("--seed", train.seed),
     ):
         _need(flag, whole, 0)
+    if not train.resume:
+        raise ConfigError("--resume is empty; it is auto, none, or the path of a checkpoint.")
     if not train.output_dir:
         raise ConfigError("--output-dir is empty; name a folder, e.g. --output-dir outputs.")
     _need("--lr", train.lr, 0, above=True)

@@ -258,7 +258,7 @@ class Trainer:
         event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
         if recorder:
             recorder.event(event)
-        self.say(self.guard.words(event, self.options.max_bad_steps, self.run_folder))
+        self.say(self.guard.words(event, self.options.max_bad_steps, self.run_folder, self.folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -306,7 +306,10 @@ class Trainer:
 
     def _restore(self, resume: Resume) -> None:
         self.step, self.folder = resume.step, resume.folder
-        self.snapshot.restore(resume)
+        before = resume.state.get("settings", {}).get("--optimizer", self.options.optimizer)
+        if before != self.options.optimizer:
+            self.say(f"The state of --optimizer {before} is of no use to {self.options.optimizer}, which starts anew.")
+        self.snapshot.restore(resume, optimizer=before == self.options.optimizer)
         self.stream.load_state_dict(resume.state["stream"])
         self.guard.load_state_dict(resume.state["guard"])
         self.say(f"Going on from step {self.step} ({resume.folder}).")
