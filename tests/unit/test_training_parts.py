@@ -165,9 +165,9 @@ def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ema.averages, other.averages, strict=True))
 
 
-@pytest.mark.parametrize(("variable", "expected"), [("WORLD_SIZE", signal.SIGTERM), ("UNRELATED", 0)])
+@pytest.mark.parametrize(("variable", "expected"), [("ACCELERATE_MIXED_PRECISION", 15), ("UNRELATED", 0)])
 def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int) -> None:
-    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv(variable, "no")
     with Interrupt() as interrupt:
         assert interrupt.signal == 0
         monkeypatch.setattr(os, "getppid", lambda: 1)

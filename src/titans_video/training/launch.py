@@ -21,7 +21,7 @@ def world_size() -> int:
 
 def is_launched() -> bool:
     """Whether torchrun or `accelerate launch` started this process."""
-    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"))
+    return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
 
 
 def fsdp_asked() -> bool:
