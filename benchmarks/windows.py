@@ -42,7 +42,7 @@ from titans_video.seeding import derive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET = REPOSITORY / "configs" / "sora" / "bounce.yaml"
-CLIPS, WINDOW, OVERLAP, WINDOWS = 4000, 16, 8, 6
+CLIPS, WINDOW, OVERLAP, WINDOWS = 6000, 12, 4, 6
 FRAMES = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
 _UNTRAINED = 1_000_000  # index of clips that no training set holds
 
