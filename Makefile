@@ -29,7 +29,7 @@ check: setup ## formatting, lint, types and the import floors
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_floors.py
 
-bench: setup ## the comparisons with other libraries
+bench: setup ## the comparisons with other libraries, memory and speed of training
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove caches of tools; .venv and outputs stay

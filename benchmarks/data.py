@@ -28,7 +28,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from measuring import show
+from common.measuring import show
 
 from titans_video.codecs.patch import PatchCodec
 from titans_video.media.info import VideoInfo

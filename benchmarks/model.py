@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import Parent, Worker, map_large_blocks, resident, show
+from common.measuring import Parent, Worker, map_large_blocks, resident, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 

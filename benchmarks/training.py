@@ -12,53 +12,31 @@ checkpointing.
 
 "State" is counted: the storages that this rank holds of weights, gradients and optimizer state. "Growth" is what a step
 needs beyond weights and optimizer state: activations, gradients as they come, and the weights that FSDP2 gathers; from
-torch's allocator on CUDA, from the peak of the process's resident memory elsewhere. "Peak" is all of it together. Of
-two processes the larger figure counts.
+torch's allocator on CUDA, from the peak of the process's resident memory elsewhere. "Peak" is all of it together. "CPU
+s" is the time that the step spent on cores: on a busy machine the steadier one. Of two processes the larger figure
+counts.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measuring import Meter, Parent, Worker, map_large_blocks, show
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from common.measuring import Worker, show
+from common.training_step import PATCH, STRIDE, Setup, Size, take_steps
 from tqdm import tqdm
 
-from titans_video.data.buckets import Bucket
-from titans_video.options import CodecOptions, ModelOptions, SoraOptions, TextOptions, TrainOptions
-from titans_video.seeding import derive, keyed_normal
-from titans_video.types import Batch
-
-STRIDE = 8  # pixels of a latent cell
-PATCH = (2, 2, 2)
-CAPTION = "a white dog runs along a beach at sunset, waves behind it"
 WARM_UP = 3  # steps before time counts; memory is that of the last of them
 QUICK = {"width": 48, "depth": 2, "heads": 2, "frames": 4, "resolution": 64, "repeats": 1}
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One configuration; `shard` is what FSDP2's reshard_after_forward is, None: no sharding."""
-
-    name: str
-    processes: int = 1
-    checkpointing: bool = False
-    precision: Any = "no"
-    compile: bool = False
-    shard: bool | None = None
+TIMES = {"seconds": "s/step", "cpu_seconds": "CPU s/step"}
 
 
 # The first of each number of processes is the baseline of the others.
@@ -73,19 +51,6 @@ SETUPS = (
     Setup("FSDP2, reshard_after_forward false", 2, shard=False),
     Setup("FSDP2 and checkpointing", 2, shard=True, checkpointing=True),
 )
-
-
-@dataclass(frozen=True)
-class Size:
-    """Clips of a process, and pixels of their side."""
-
-    batch: int
-    frames: int
-    resolution: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * (self.frames // PATCH[0]) * (self.resolution // STRIDE // PATCH[1]) ** 2
 
 
 def arguments() -> argparse.Namespace:
@@ -107,132 +72,6 @@ def arguments() -> argparse.Namespace:
     if a.quick:
         vars(a).update(QUICK)
     return a
-
-
-class Finished(Exception):
-    """Nothing more is asked."""
-
-
-class Turns:
-    """The trainer's stream: a made-up batch whenever the parent asks for a step, and the figures of it afterwards."""
-
-    def __init__(self, parent: Parent, engine: Any) -> None:
-        self.parent, self.engine = parent, engine
-        self.trainer: Any = None
-
-    def attend(self, trainer: Any) -> None:
-        """Count what this trainer holds, at the moment when it holds most: after each update, before gradients go."""
-        self.trainer = trainer
-        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: self._count())
-
-    def _count(self) -> None:
-        parameters = self.trainer.parameters
-        state = [x for p in parameters for x in self.trainer.optimizer.state[p].values() if isinstance(x, Tensor)]
-        self.weights, self.optimizer = held(parameters), held(state)
-        self.gradients = held(p.grad for p in parameters if p.grad is not None)
-
-    def __iter__(self) -> Iterator[Batch]:
-        from titans_video.training import engine as engines
-
-        figures: dict[str, float] = {}
-        cuda = self.engine.device.type == "cuda"
-        while True:
-            order = json.loads(engines.once(self.engine, partial(self._turn, figures)) or "{}")
-            if not order:
-                raise Finished
-            if not cuda:
-                map_large_blocks(order["memory"])
-            batch = made_up(Size(**order["size"]), self.engine.process_index)
-            meter = Meter(cuda)
-            meter.start()
-            yield batch
-            seconds, growth = meter.stop()
-            if engines.engine_name(self.engine) == "DDP":
-                growth += self.gradients  # it keeps them in its buckets between steps
-            own = {
-                "seconds": seconds,
-                "state": self.weights + self.gradients + self.optimizer,
-                "growth": growth,
-                "peak": self.weights + self.optimizer + growth,
-            }
-            every = engines.gather(self.engine, own)
-            figures = {name: max(one[name] for one in every) for name in own}
-
-    def _turn(self, figures: dict[str, float]) -> str:
-        self.parent.tell(figures)
-        return self.parent.order()
-
-    def largest(self) -> None:
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("nothing is resumed here")
-
-
-def held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind this rank's pieces of tensors, each storage once."""
-    storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def made_up(size: Size, rank: int) -> Batch:
-    """Latents as pixels of the identity codec."""
-    seeds = [derive(0, "row", rank, i) for i in range(size.batch)]
-    side = size.resolution // STRIDE
-    return Batch(
-        ids=[str(seed) for seed in seeds],
-        seeds=seeds,
-        captions=[CAPTION] * size.batch,
-        tasks=["t2v"] * size.batch,
-        frames=size.frames,
-        height=side,
-        width=side,
-        fps=torch.full((size.batch,), 8.0),
-        known_frames=torch.zeros(size.batch, dtype=torch.int64),
-        pixels=keyed_normal((3, size.frames, side, side), seeds),
-    )
-
-
-def worker(a: argparse.Namespace, setup: Setup) -> None:
-    """One configuration: a training step for each line on stdin, until there are no more."""
-    parent = Parent()
-    from titans_video.codecs.table import build_codec
-    from titans_video.recipes.sora import build_recipe
-    from titans_video.text.table import build_text
-    from titans_video.training import engine as engines
-    from titans_video.training.trainer import Trainer
-
-    torch.set_num_threads(max(a.threads // setup.processes, 1))
-    with tempfile.TemporaryDirectory(prefix="titans-bench-") as folder:
-        options = SoraOptions(
-            codec=CodecOptions(vae_backend="identity"),
-            text=TextOptions(text_model="builtin"),
-            model=ModelOptions(
-                model_dim=a.width,
-                depth=a.depth,
-                heads=a.heads,
-                patch_size=PATCH,
-                gradient_checkpointing=setup.checkpointing,
-                compile=setup.compile,
-            ),
-            train=TrainOptions(
-                output_dir=folder, max_steps=10**9, save_every=10**9, mixed_precision=setup.precision, lr=1e-5
-            ),
-        )
-        engine = engines.start(options.train)
-        side = a.resolution // STRIDE
-        data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0)
-        codec = build_codec(options.codec, device=engine.device)
-        recipe = build_recipe(options, data, codec, build_text(options.text, engine.device), engine.device)
-        stream = Turns(parent, engine)
-        trainer = Trainer(recipe, stream, options.train, engine, say=lambda text: None)
-        stream.attend(trainer)
-        with contextlib.suppress(Finished):
-            trainer.run()
-        engine.end_training()
 
 
 def start(a: argparse.Namespace, setup: Setup, folder: str) -> Worker:
@@ -270,43 +109,58 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
             first = i == 0 or setups[i - 1].processes != setup.processes
             if first and baseline:
                 baseline.end()
-            worker = start(a, setup, folder)
-            warm = [step(worker, size, memory=True) for _ in range(WARM_UP)]
-            step(worker, size)  # malloc fills its lists again
+            mine = start(a, setup, folder)
+            warm = [step(mine, size, memory=True) for _ in range(WARM_UP)]
+            step(mine, size)  # malloc fills its lists again
             if first or baseline is None:
-                baseline = worker
-            seconds: list[tuple[float, float]] = []
+                baseline = mine
+            theirs, own = [], []
             for _ in range(a.repeats):
-                base = step(baseline, size)["seconds"]
-                seconds.append((base, base if first else step(worker, size)["seconds"]))
-            before, mine = (statistics.median(one) for one in zip(*seconds, strict=True))
-            results[setup.name] = warm[-1] | {"seconds": mine, "time": mine / before, "first": warm[0]["seconds"]}
+                theirs.append(step(baseline, size))
+                own.append(theirs[-1] if first else step(mine, size))
+            results[setup.name] = warm[-1] | medians(own) | {"base": medians(theirs), "first": warm[0]["seconds"]}
             if not first:
-                worker.end()
+                mine.end()
             bar.update()
         assert baseline is not None
         baseline.end()
     return results
 
 
+def medians(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Of both kinds of time."""
+    return {name: statistics.median(one[name] for one in steps) for name in TIMES}
+
+
+def times_of(a: argparse.Namespace) -> dict[str, str]:
+    """The times that are shown, and what heads their columns. A GPU's work leaves no trace in the CPU's time."""
+    return {name: head for name, head in TIMES.items() if name == "seconds" or a.device == "cpu"}
+
+
+def row(name: str, cells: Iterable[str]) -> str:
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def beside(value: float, base: float, unit: float = 1.0, digits: int = 3) -> str:
+    """A figure, and how many times another one it is."""
+    return f"{value / unit:.{digits}f} ({value / base:.2f})"
+
+
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float) -> str:
     """The configurations as markdown."""
     size = Size(a.batch, a.frames, a.resolution)
-    lines = [
-        about(a, load),
-        "",
-        "| | state, MiB | growth, MiB | peak, MiB | s/step |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    times = times_of(a)
+    heads = ["state, MiB", "growth, MiB", "peak, MiB", *times.values()]
+    lines = [about(a, load), "", row("", heads), row("---", ["---"] * len(heads))]
     baselines: dict[int, dict[str, Any]] = {}
     for setup in SETUPS:
         if setup.name not in results:
             continue
         r = results[setup.name]
         base = baselines.setdefault(setup.processes, r)
-        cells = [f"{r[k] / MIB:.1f} ({r[k] / base[k]:.2f})" for k in ("state", "growth", "peak")]
-        processes = f", {setup.processes} processes" if setup.processes > 1 else ""
-        lines.append(f"| {setup.name}{processes} | {' | '.join(cells)} | {r['seconds']:.3f} ({r['time']:.2f}) |")
+        cells = [beside(r[k], base[k], MIB, 1) for k in ("state", "growth", "peak")]
+        cells += [beside(r[k], r["base"][k]) for k in times]
+        lines.append(row(setup.name + (f", {setup.processes} processes" if setup.processes > 1 else ""), cells))
     lines += [
         "",
         f"{size.tokens} tokens a process. In brackets: times that of the first row of as many processes, taken in turn "
@@ -346,35 +200,32 @@ def measure_sizes(a: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
                 results[name].append(step(worker, size, memory=True))
                 bar.update()
             step(worker, max(sizes.values(), key=lambda s: s.tokens))  # malloc fills its lists again
-        seconds: dict[str, list[list[float]]] = {name: [[], []] for name in sizes}
+        steps: dict[str, list[list[dict[str, Any]]]] = {name: [[], []] for name in sizes}
         for _ in range(a.repeats):
             for name, size in sizes.items():
-                for i, worker in enumerate(workers):
-                    seconds[name][i].append(step(worker, size)["seconds"])
+                for taken, worker in zip(steps[name], workers, strict=True):
+                    taken.append(step(worker, size))
                     bar.update()
         for worker in workers:
             worker.end()
     for name, found in results.items():
-        for i, one in enumerate(found):
-            one["seconds"] = statistics.median(seconds[name][i])
+        for one, taken in zip(found, steps[name], strict=True):
+            one |= medians(taken)
     return results
 
 
 def sizes_table(a: argparse.Namespace, results: dict[str, list[dict[str, Any]]], load: float) -> str:
     """The sizes as markdown."""
-    lines = [
-        about(a, load),
-        "",
-        "| | tokens | peak, MiB | s/step | peak with checkpointing, MiB | s/step |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    times = times_of(a)
+    heads = ["peak, MiB", *times.values()]
+    heads = ["tokens", *heads, *(f"checkpointing: {head}" for head in heads)]
+    lines = [about(a, load), "", row("", heads), row("---", ["---"] * len(heads))]
     base = next(iter(results.values()))[0]
     for (name, size), found in zip(sizes_of(a).items(), results.values(), strict=True):
-        cells = []
+        cells = [str(size.tokens)]
         for one in found:
-            cells.append(f"{one['peak'] / MIB:.1f} ({one['peak'] / base['peak']:.2f})")
-            cells.append(f"{one['seconds']:.3f} ({one['seconds'] / base['seconds']:.2f})")
-        lines.append(f"| {name} | {size.tokens} | {' | '.join(cells)} |")
+            cells += [beside(one["peak"], base["peak"], MIB, 1), *(beside(one[k], base[k]) for k in times)]
+        lines.append(row(name, cells))
     lines += [
         "",
         f"In brackets: times that of the first row without checkpointing. State: {base['state'] / MIB:.1f} MiB.",
@@ -396,7 +247,7 @@ def about(a: argparse.Namespace, load: float) -> str:
 def main() -> None:
     a = arguments()
     if a.worker:
-        worker(a, next(s for s in SETUPS if s.name == a.worker))
+        take_steps(a, next(s for s in SETUPS if s.name == a.worker))
         return
     if a.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here.")

@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -42,6 +43,7 @@ TRAINING = {
     "--lr-warmup-steps": "1",
     "--grad-accum": "2",
 }
+LONG = {"--num-frames": "20", "--window": "8", "--overlap": "4"}
 TITANS = {
     "--resolution": "32",
     "--num-frames": "8",
@@ -95,7 +97,8 @@ def smaller(words: list[str]) -> list[str]:
         words = with_flags(words, {**GENERATING, "--fps": "16", "--seconds": "0.5"}, add=False)
         return with_flags(words, {"--steps": "2"}, add=True)
     if "infer_sora" in script or "infer" in words:
-        return with_flags(with_flags(words, GENERATING, add=False), {"--steps": "2"}, add=True)
+        small = GENERATING | (LONG if "--window" in words else {})
+        return with_flags(with_flags(words, small, add=False), {"--steps": "2"}, add=True)
     if "train_titans_video_dit" in script:
         return with_flags(words, TITANS, add=False)
     if words[1:3] == ["train", "titans"]:
@@ -207,6 +210,24 @@ def test_command(command: str, workspace: Workspace) -> None:
     assert done.code == 0, f"{shlex.join(workspace.words(command))}\n{done.output[-3000:]}"
     for made in re.findall(r"--out (\S+)", command):
         assert (workspace.folder / made).exists(), f"{made} was not made\n{done.output[-2000:]}"
+
+
+SMALL_CALL = {"num_frames=64": "num_frames=20", "=512": "=32", "num_inference_steps=50": "num_inference_steps=2"}
+
+
+def test_the_python_code_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the folder that the commands exported."""
+    (code,) = blocks(README, "python")
+    assert blocks(CHINESE, "python") == [code]
+    for theirs, ours in SMALL_CALL.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(workspace.folder)
+    names: dict[str, object] = {}
+    exec(code, names)
+    frames = names["frames"]
+    assert isinstance(frames, np.ndarray)
+    assert frames.shape == (20, 32, 32, 3)
 
 
 def sizes(path: Path) -> list[tuple[str, ...]]:

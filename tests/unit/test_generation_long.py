@@ -159,7 +159,11 @@ def test_what_is_taken_without_a_window_is_announced():
     assert (windows.window, windows.overlap, windows.mode) == (8, 2, "continue")
     assert notes[0] == "The model was trained on 8 frames; longer videos are made in windows of that many."
     assert "20 frames in 3 windows of 8 that share 2" in notes[1]
-    assert plan_video(model, replace(REQUEST, frames=9))[0].starts == (0,)  # training would round 9 down to 8
+    rounded, notes = plan_video(model, replace(REQUEST, frames=9))  # training would round 9 down to 8
+    assert rounded.starts == (0,)
+    assert "10 frames together, more than the 8 trained on; they are cut to the 9" in notes[0]
+    coarse = tiny_model(factor=(8, 4, 4), patch=(1, 2, 2))  # and here 15, but 16 frames are no little more
+    assert len(plan_video(coarse, replace(REQUEST, frames=15))[0].starts) == 2
     assert "trained on 8 frames" in plan_video(model, REQUEST, window=12)[1][0]
     model.config["data"]["tasks"] = ["t2v"]
     assert plan_video(model, REQUEST)[0].mode == "blend"

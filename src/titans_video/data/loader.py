@@ -262,29 +262,31 @@ class BatchStream:
         except RuntimeError as e:
             if "DataLoader worker" not in str(e):
                 raise
-            raise DataError(
-                f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}"
+            raise _alone(
+                DataError(f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}")
             ) from None
         self._note(raw.broken)
-        if raw.error is not None:
-            error = DataError(raw.error)
-            error.alone = True
-            raise error
         self._delivered += 1
-        return to_batch(raw, self.store)
+        return self._sound(raw)
 
-    def largest(self) -> Batch | None:
-        """A micro-batch of the bucket with the most pixels at once, read for a trial alone; None where there is one
-        bucket, whose first batch is no later than a trial."""
-        if len(self.buckets) == 1:
-            return None
+    def _sound(self, raw: RawBatch) -> Batch:
+        """The batch, or the error that came in its place: this process's alone."""
+        if raw.error is not None:
+            raise _alone(DataError(raw.error))
+        try:
+            return to_batch(raw, self.store)
+        except DataError as e:
+            raise _alone(e) from None
+
+    def largest(self) -> Batch:
+        """A micro-batch of the bucket with the most pixels at once, read for a trial alone."""
         pixels = [self.batch_sizes[b] * b.frames * b.height * b.width for b in self.buckets]
         lane = pixels.index(max(pixels))
         rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
         apart = BrokenRows(None)
         apart.known = dict(self.broken.known)
         read = self._reader(apart).rows([Occurrence(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
-        return replace(to_batch(read, self.store), step=LATE)
+        return replace(self._sound(read), step=LATE)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of optimizer steps whose micro-batches were all delivered, and the rows of a step by bucket."""
@@ -327,6 +329,11 @@ class BatchStream:
             collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
         return iter(loader)
+
+
+def _alone(error: DataError) -> DataError:
+    error.alone = True
+    return error
 
 
 class _From(IndexSampler[int]):

@@ -36,6 +36,9 @@ from titans_video.generation.streaming import plan_stream, stream
 from titans_video.generation.windows import WindowPlan, plan_windows
 from titans_video.types import Condition
 
+MOST_BEYOND = 1.5
+"""Without --window, the longest that is made at once, as a multiple of the length trained on."""
+
 
 def plan_video(
     model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None, mode: Wanted = "auto"
@@ -44,7 +47,7 @@ def plan_video(
     everything is checked here, before any denoising.
 
     Args:
-        window: W; None: the length trained on, used only where the video is longer.
+        window: W; None: the length trained on, where the video is longer.
         overlap: O; None: a quarter of the window, or 1 for a model that goes on from one frame.
         mode: how windows are joined; `auto`: as the network was trained.
     Raises:
@@ -55,15 +58,16 @@ def plan_video(
         _refuse_windows(window, overlap, mode)
         return plan_stream(model, request)
     trained = model.trained("num_frames")
-    # What training would round down to the trained length is still made in one go.
-    fits = trained is None or (spec.frames_at_most(request.frames, patch_t) or 0) <= trained
-    if window is None and fits:
+    made = spec.frames_at_least(request.frames, patch_t)
+    # What training would round down to the trained length is made in one go, if that is not much longer.
+    rounded = trained is not None and (spec.frames_at_most(request.frames, patch_t) or 0) <= trained
+    if window is None and (trained is None or made <= trained or (rounded and made <= MOST_BEYOND * trained)):
         if overlap is not None:
             raise ConfigError(
                 f"--overlap {overlap}: {request.frames} frames are made in one window, so nothing overlaps; "
                 "leave it out, or give --window."
             )
-        return plan_windows(spec, patch_t, request.frames, spec.frames_at_least(request.frames, patch_t)), []
+        return plan_windows(spec, patch_t, request.frames, made), plan(model, request, made).notes
     notes = []
     if window is None:
         window = int(trained)  # type: ignore[arg-type]  # not None: it did not fit

@@ -95,7 +95,8 @@ class VideoPipeline(DiffusionPipeline):
         names = {value: name for name, value in DTYPES.items()}
         if precision not in names or offload not in ("none", "model", "group"):
             raise ConfigError(
-                f"dtype is {precision} and offload {offload!r}: neither is anything else than documented."
+                f"dtype {precision} and offload {offload!r}: a dtype is float32, bfloat16 or float16 of torch, and an "
+                "offload none, model or group."
             )
         run = RunOptions(
             device=None if device is None else str(device),
@@ -262,11 +263,11 @@ def _frames(image: Any, video: Any, height: int, width: int) -> Tensor | None:
         return None
     if isinstance(given, Image.Image):
         given = np.asarray(given.convert("RGB"))
-    frames = torch.as_tensor(given)
+    frames = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
     if image is not None:
         frames = frames[None] if frames.dtype == torch.uint8 else frames[:, None]
     if frames.dtype != torch.uint8:  # (3, k, H, W)
         frames = ((frames.float().movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ConfigError(f"given frames have the shape {tuple(torch.as_tensor(given).shape)}; see VideoPipeline.")
+        raise ConfigError(f"given frames have the shape {tuple(given.shape)}; see VideoPipeline.")
     return to_tensor(cover_crop(frames.cpu().numpy(), height, width))[None]

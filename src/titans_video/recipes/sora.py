@@ -269,7 +269,7 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
         text.release()
         codec.release()
     recipe = variant.build(options, data, codec, text, accelerator.device, store)
-    data, train, about = settle(options, data, recipe.config, resume, say)
+    data, train, about = settle(options, data, recipe.config, run)
     moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
@@ -355,8 +355,7 @@ def spec_of(options: CodecOptions) -> CodecSpec:
 
 def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
     patch, channels = _patch_arguments(options)
-    codec = PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels)
-    return PatchCodec.from_config(codec.config(), engine.from_main(accelerator, codec.state_dict()))
+    return engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels))
 
 
 def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:

@@ -5,10 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from titans_video.training.state import placed_like
+from titans_video.training.state import piece_of, placed_like, reshard
 
 
 class Ema:
@@ -23,12 +21,12 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float, warmup: bool = True) -> None:
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.network = network
         self.decay = decay
         self.warmup = warmup
         self.names = list(trained)
         self.sources = list(trained.values())
         self.averages = [p.detach().float().clone() for p in self.sources]
-        self.sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
 
     def decay_at(self, updates: int) -> float:
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
@@ -36,8 +34,8 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take the present weights in; `updates` is how many updates were made before."""
-        targets = [whole_or_piece(p.detach()).float() for p in self.sources]
-        torch._foreach_lerp_([whole_or_piece(a) for a in self.averages], targets, 1 - self.decay_at(updates))
+        targets = [piece_of(p.detach()).float() for p in self.sources]
+        torch._foreach_lerp_([piece_of(a) for a in self.averages], targets, 1 - self.decay_at(updates))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
@@ -66,14 +64,7 @@ class Ema:
 
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:
-        """Into the network. Modules that FSDP leaves whole after a forward pass are sharded again first: they would
-        compute with what they had gathered before."""
-        for module in self.sharded:
-            module.reshard()
+        """Into the network, whose sharded modules must not compute with what they gathered before."""
+        reshard(self.network)
         for source, weight in zip(self.sources, weights, strict=True):
             source.copy_(weight)
-
-
-def whole_or_piece(tensor: Tensor) -> Tensor:
-    """The tensor itself, or of a sharded one this process's piece: averaging needs no other."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

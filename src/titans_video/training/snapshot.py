@@ -55,8 +55,8 @@ class Snapshot:
 
     def save(
         self, run: Path, step: int, rest: dict[str, Any], limit: int, before: Callable[[], None] | None = None
-    ) -> Path:
-        """Write a checkpoint; on every process.
+    ) -> tuple[Path, str | None]:
+        """Write a checkpoint; on every process. Gives its folder, and what could not be tidied up after it.
 
         Args:
             rest: plain values that belong to the state.
@@ -64,6 +64,7 @@ class Snapshot:
         Raises:
             OSError: on every process, as `checkpoints.save`.
         """
+        state.reshard(self.network)  # a look at the network may have left some of it whole
         main = self.engine.is_main_process
         sharded = state.is_sharded(self.network)
         models = self._models(step, main)
@@ -97,6 +98,7 @@ class Snapshot:
             CheckpointError: the state is damaged, or of another network.
         """
         state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
+        resume.state[OPTIMIZER] = None  # as large as the weights, twice
         if self.engine.scaler and resume.state["scaler"]:
             self.engine.scaler.load_state_dict(resume.state["scaler"])
         averages = resume.averages()

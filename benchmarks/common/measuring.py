@@ -1,4 +1,4 @@
-"""What the benchmarks share: workers in processes of their own, asked for one thing at a time, and their memory.
+"""Workers in processes of their own, asked for one thing at a time; their memory and time.
 
 A worker lives in a process of its own, so that its memory is its own; its parent asks the workers in turn, so that a
 slow minute of the machine falls on all alike. Nothing here imports torch before a worker does.
@@ -95,6 +95,8 @@ class Meter:
     """Seconds from `start` to `stop`, and by how much memory grew at most in between, over what was held at `start`.
 
     On CUDA memory is torch's own count of allocated bytes, elsewhere the resident memory of the process (Linux alone).
+    Seconds are of the clock; `cpu_seconds`, those that all threads of this process spent on a core, hardly depend on
+    what else the machine does.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -110,20 +112,23 @@ class Meter:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (proc(5))
             self.before = resident()
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
-    def stop(self) -> tuple[float, int]:
-        """(seconds, bytes)."""
+    def stop(self) -> dict[str, float]:
+        """`seconds`, `cpu_seconds`, and `growth` in bytes."""
         if self.cuda:
             import torch
 
             torch.cuda.synchronize()
-            seconds, peak = time.perf_counter() - self.began, torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()
         else:
-            seconds = time.perf_counter() - self.began
             status = Path("/proc/self/status").read_text()
             peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-        return seconds, max(peak - self.before, 0)
+        return {
+            "seconds": time.perf_counter() - self.began,
+            "cpu_seconds": time.process_time() - self.cpu_began,
+            "growth": max(peak - self.before, 0),
+        }
 
 
 def show(text: str, out: Path | None) -> None:
