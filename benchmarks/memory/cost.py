@@ -49,7 +49,7 @@ def make_model(memory: str, size: int) -> Any:
 
     torch.manual_seed(0)
     codec = IdentityCodec((1, 8, 8))
-    network = TitansVideoDiT(codec.spec.channels, 1, (2, 1, 1), 128, 4, 4, memory=memory, mem_tokens=16, text_layers=1)
+    network = TitansVideoDiT(codec.spec.channels, 1, (2, 1, 1), 64, 2, 4, memory=memory, mem_tokens=16, text_layers=1)
     config = {
         "model": network_config(network),
         "data": {"num_frames": 16, "height": size, "width": size, "fps": 24.0},

@@ -13,7 +13,12 @@ import torch
 from tests import factories
 from tests.endtoend.test_sora_commands import ONE_THREAD, _leaves, frames_of, metrics, run
 from titans_video import checkpoint as files
+from titans_video.cli.checks import check_memory
 from titans_video.cli.main import main
+from titans_video.cli.parsing import parse
+from titans_video.options import TitansOptions
+from titans_video.recipes.segments import plan_segments
+from titans_video.types import CodecSpec
 
 DOCUMENTED = (
     "--resolution 32 --num-frames 8 --model-dim 24 --depth 2 --heads 2 --mem-tokens 4 --patch-size 2,4,4 "
@@ -175,3 +180,13 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
     assert said in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["base", "tiny"])
+def test_presets_are_flags_that_there_are(name: str, repository: Path) -> None:
+    path = repository / "configs" / "titans" / f"{name}.yaml"
+    options = parse(TitansOptions(), ["--config", str(path)], prog="x", description="")
+    check_memory(options.memory)
+    spec = CodecSpec("kl", 4, (1, 8, 8))
+    plan = plan_segments(options.memory, options.data.num_frames, spec, options.model.patch_size[0])
+    assert (plan.count, plan.latents, plan.overlap) == (4, 4, 2)

@@ -22,8 +22,8 @@ from titans_video.options import (
     TitansOptions,
     TrainOptions,
 )
+from titans_video.recipes.opening import spec_of
 from titans_video.recipes.segments import plan_segments
-from titans_video.recipes.sora import spec_of
 from titans_video.recipes.titans import TitansRecipe, build_titans, with_vae
 from titans_video.text.table import build_text
 from titans_video.training import engine

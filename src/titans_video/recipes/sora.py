@@ -4,7 +4,6 @@ Legend: B batch, C latent channels, T H W pixel frames, height and width, S pixe
 latent grid.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,43 +17,36 @@ from tqdm import tqdm
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
-from titans_video.codecs.patch import PatchCodec
 from titans_video.codecs.table import (
-    build_codec,
-    codec_from_checkpoint,
     describe_codec,
     flags_to_name_again,
-    parse_init,
 )
 from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
-from titans_video.errors import CodecError
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
-from titans_video.options import CodecOptions, Overrides, SoraOptions
+from titans_video.options import SoraOptions
 from titans_video.preparing.check import QUARANTINE, write_quarantine
-from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
-from titans_video.preparing.held_out import open_validation, split
-from titans_video.preparing.opening import Data, Together, open_data
-from titans_video.recipes.watching import prompts_of, watch
+from titans_video.preparing.held_out import open_validation
+from titans_video.preparing.opening import Data
+from titans_video.recipes.opening import fill, frames_in_words, open_data_and_codec, together
+from titans_video.recipes.watching import watch
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
 from titans_video.training import engine
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.resuming import Resume, prepare_folder
+from titans_video.training.resuming import prepare_folder
 from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
-from titans_video.types import Batch, CodecSpec, Condition, Prediction, TextCondition
+from titans_video.types import Batch, Condition, Prediction, TextCondition
 
-FIT_CLIPS = 512
 TEXT_STEP, LONGEST_TEXT = 64, 512
-PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
 
 
 @dataclass
@@ -299,77 +291,6 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     return outcome
 
 
-def open_data_and_codec(
-    options: SoraOptions,
-    accelerator: engine.Engine,
-    resume: Resume | None,
-    clip_grid: tuple[int, int, int] | None = None,
-) -> tuple[Data, Codec]:
-    """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
-    fitted = options.codec.vae_backend == "patch"
-    codec: Codec | None = None
-    if resume and fitted:
-        fitted_codec = resume.model()
-        codec = codec_from_checkpoint(fitted_codec.config["codec"], fitted_codec.codec, Overrides())
-    elif not fitted:
-        codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
-    data = open_data(
-        options.data,
-        codec.spec if codec else spec_of(options.codec),
-        clip_grid or options.model.patch_size,
-        seed=options.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        together=together(accelerator),
-    )
-    if options.watch.validation_split:
-        data = split(data, options.watch.validation_split)
-    return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
-
-
-def together(accelerator: engine.Engine) -> Together:
-    """How these processes share what one of them knows."""
-    return Together(partial(engine.once, accelerator), partial(engine.gather, accelerator))
-
-
-def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
-    """(patch, channels) of the patch codec: the defaults, changed by --vae-init-json."""
-    given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
-    patch, channels = given["patch"], given["channels"]
-    whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
-    if not whole or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
-        raise CodecError(
-            f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, and components kept)."
-        )
-    return (patch[0], patch[1], patch[2]), channels
-
-
-def spec_of(options: CodecOptions) -> CodecSpec:
-    """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
-    if options.vae_backend != "patch":
-        return build_codec(options, load=False).spec
-    patch, channels = _patch_arguments(options)
-    return CodecSpec("patch", channels, patch, "blocks")
-
-
-def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
-    patch, channels = _patch_arguments(options)
-    return engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels))
-
-
-def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:
-    """A line that says so where clips have another length than `--num-frames`."""
-    asked, patch = options.data.num_frames, options.model.patch_size[0]
-    used = data.buckets[0].frames
-    if options.data.buckets is not None or spec.is_legal(asked, patch):
-        return []
-    return [
-        f"--num-frames {asked} is not legal for the codec {spec.name} and a temporal patch of {patch} together; "
-        f"{used} is used, {spec.frames_at_least(asked, patch)} would be the next."
-    ]
-
-
 def cache_sora(options: SoraOptions) -> None:
     """Fill `--cache` with all that a training with the same options would encode; nothing is trained.
 
@@ -385,17 +306,6 @@ def cache_sora(options: SoraOptions) -> None:
     if held_out:
         fill(options, held_out, codec, text, accelerator)
     accelerator.end_training()
-
-
-def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
-    """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
-    returns."""
-    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
-    assert options.data.cache is not None  # callers checked
-    prompts = prompts_of(options.watch, data)
-    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))
-    accelerator.print(filled.summary())
-    return filled
 
 
 def build_recipe(

@@ -23,8 +23,9 @@ from titans_video.models.presets import titans_config
 from titans_video.models.titans import Rollout
 from titans_video.options import MemoryOptions, TitansOptions
 from titans_video.preparing.opening import Data
+from titans_video.recipes.opening import spec_of
 from titans_video.recipes.segments import SegmentPlan, plan_segments, segments_at
-from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, spec_of, train_sora
+from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import TextEncoder
 from titans_video.training.trainer import Outcome
