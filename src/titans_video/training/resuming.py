@@ -15,7 +15,7 @@ from titans_video.training import checkpoints, metrics, samples
 from titans_video.training.checkpoints import EMA, MODEL, SHARDS, STATE, saved
 
 LOCK = "run.lock"
-_held: list[TextIO] = []
+_held: dict[Path, list[TextIO]] = {}
 """Locks are given up when their file is closed, so it is kept open."""
 
 
@@ -182,7 +182,7 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
 
 
 def _lock(run: Path) -> None:
-    """Hold the folder until this process ends: two runs that write to one folder prune each other's checkpoints.
+    """Hold the folder until `release_folder`, or the end of this process: two runs that write to one folder prune each other's checkpoints.
 
     Raises:
         ConfigError: another process holds it.
@@ -202,7 +202,13 @@ def _lock(run: Path) -> None:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
-    _held.append(lock)
+    _held.setdefault(run.resolve(), []).append(lock)
+
+
+def release_folder(run: Path) -> None:
+    """Let others write to the folder of a run that is over."""
+    for lock in _held.pop(run.resolve(), []):
+        lock.close()
 
 
 def _set_aside(run: Path, paths: list[Path]) -> Path | None:

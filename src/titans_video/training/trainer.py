@@ -32,7 +32,7 @@ from titans_video.training.optim import build_optimizer, learning_rate_factor, s
 from titans_video.training.rates import Work, work_of
 from titans_video.training.recipe import Recipe
 from titans_video.training.recorder import CURVE, Recorder, StepResult
-from titans_video.training.resuming import Resume
+from titans_video.training.resuming import Resume, release_folder
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
 from titans_video.training.state import reshard
@@ -126,8 +126,11 @@ class Trainer:
             DivergedError, OutOfMemory, DataError: the run cannot go on; the checkpoints stand.
             PeerError: another process of the run is gone.
         """
-        with engines.peers_watched():
-            return self._run()
+        try:
+            with engines.peers_watched():
+                return self._run()
+        finally:
+            release_folder(self.run_folder)
 
     def _run(self) -> Outcome:
         result: StepResult | None = None
