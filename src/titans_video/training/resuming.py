@@ -182,7 +182,9 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
 
 
 def _lock(run: Path) -> None:
-    """Hold the folder until `release_folder`, or the end of this process: two runs that write to one folder prune each other's checkpoints.
+    """Hold the folder until `release_folder`, or the end of this process.
+
+    Two runs that write to one folder prune each other's checkpoints.
 
     Raises:
         ConfigError: another process holds it.
