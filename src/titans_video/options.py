@@ -36,38 +36,20 @@ def _integers(args: list[str]) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-PatchSize = Annotated[
-    tuple[int, int, int],
-    tyro.constructors.PrimitiveConstructorSpec(
+def _joined(metavar: str, parse: Any, length: int | None) -> Any:
+    """A tuple of `length` (None: any number of) values written in one word, with commas."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="T,H,W",
-        instance_from_str=_triple,
-        is_instance=lambda x: isinstance(x, tuple) and len(x) == 3,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda x: isinstance(x, tuple) and length in (None, len(x)),
         str_from_instance=lambda x: [",".join(map(str, x))],
-    ),
-]
-Pair = Annotated[
-    tuple[float, float],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="A,B",
-        instance_from_str=_pair,
-        is_instance=lambda x: isinstance(x, tuple) and len(x) == 2,
-        str_from_instance=lambda x: [",".join(map(str, x))],
-    ),
-]
+    )
 
 
-Integers = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N,N,...",
-        instance_from_str=_integers,
-        is_instance=lambda x: isinstance(x, tuple),
-        str_from_instance=lambda x: [",".join(map(str, x))],
-    ),
-]
+PatchSize = Annotated[tuple[int, int, int], _joined("T,H,W", _triple, 3)]
+Pair = Annotated[tuple[float, float], _joined("A,B", _pair, 2)]
+Integers = Annotated[tuple[int, ...], _joined("N,N,...", _integers, None)]
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,16 @@ def test_flops_are_counted_for_the_segments_that_a_step_has(kind: str) -> None:
     assert recipe.tokens(replace(batch, step=100)) == 2 * recipe.tokens(batch)
 
 
+def test_held_out_loss_is_of_whole_clips_whatever_the_curriculum() -> None:
+    recipe, batch = recipe_of(options(segment_frames=1, segment_curriculum=100)), batch_of([0, 1])
+    with torch.no_grad():
+        sums, counts = recipe.held_out(recipe.network, batch, (0.25, 0.75))
+        again, _ = recipe.held_out(recipe.network, batch, (0.25, 0.75))
+    assert torch.equal(sums, again)
+    assert sums.shape == (2, 4)
+    assert counts.tolist() == [n * 3 * SIDE * SIDE for n in (4, 3, 4, 3)]
+
+
 def test_shorter_clips_have_fewer_segments() -> None:
     recipe, spy = recipe_of(options(segment_frames=2)), Spy()
     batch: Batch = batch_of([0])
