@@ -46,7 +46,7 @@ class _Shown:
         self.frames: list[Pixels] = []
 
     def look(self, frames: Pixels) -> None:
-        self.frames += [frame for number, frame in enumerate(frames, self.seen) if number in self.wanted]
+        self.frames += [frame.copy() for number, frame in enumerate(frames, self.seen) if number in self.wanted]
         self.seen += len(frames)
 
 
