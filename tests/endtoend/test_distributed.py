@@ -146,7 +146,7 @@ def test_two_processes_then_one_then_two_sharded_and_not(tmp_path: Path, capfd: 
     assert said.startswith("Running on 2 processes (cpu, FSDP2 over gloo), precision no, global batch 4 clips")
     assert (run / "checkpoint-2" / "shards" / "__1_0.distcp").exists()
     assert main(["train", *small(run, "--max-steps", 4)]) == 0
-    assert "--grad-accum 1 becomes 2" in capfd.readouterr().out
+    assert "each takes 2 clips at once, 2 times a step" in capfd.readouterr().out
     assert not (run / "checkpoint-4" / "shards").exists()
     assert "DDP over gloo" in accelerate("cpu2.yaml", *small(run, "--max-steps", 6)).stdout
     accelerate("cpu2_fsdp2.yaml", *small(run, "--max-steps", 8, "--save-limit", 0))

@@ -44,6 +44,15 @@ TRAINING = {
     "--grad-accum": "2",
 }
 LONG = {"--num-frames": "20", "--window": "8", "--overlap": "4"}
+TITANS = {
+    "--resolution": "32",
+    "--num-frames": "8",
+    "--model-dim": "24",
+    "--depth": "2",
+    "--heads": "2",
+    "--max-steps": "2",
+    "--grad-accum": "2",
+}
 GENERATING = {"--height": "32", "--width": "32", "--num-frames": "8", "--steps": "2"}
 MODELS = {
     "/path/to/diffusers_weights_or_dummy": "models/kl",
@@ -54,6 +63,7 @@ MODELS = {
     "/path/to/mistral_or_qwen": "models/qwen2",
     "/path/to/Qwen2.5-3B-or-7B": "models/qwen2",
     "/path/to/manifest.jsonl": "train/videos/mock_data/manifest.jsonl",
+    "/path/to/svd_or_sd_diffusers": "models/svd",
     "/path/to/data": "train/videos/mock_data",
 }
 
@@ -89,6 +99,10 @@ def smaller(words: list[str]) -> list[str]:
     if "infer_sora" in script or "infer" in words:
         small = GENERATING | (LONG if "--window" in words else {})
         return with_flags(with_flags(words, small, add=False), {"--steps": "2"}, add=True)
+    if "train_titans_video_dit" in script:
+        return with_flags(words, TITANS, add=False)
+    if words[1:3] == ["train", "titans"]:
+        return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
     if words[0] == "titans-video":
         return with_flags(words, GENERATING, add=False)
     if "--mode" in words:
@@ -119,6 +133,7 @@ class Workspace:
             else:
                 shutil.copy2(source, folder / name)
         factories.make_vae("kl", folder / "models/kl")
+        factories.make_vae("svd", folder / "models/svd")
         factories.make_vae("cogvideox", folder / "models/cogvideox")
         factories.make_t5(folder / "models/umt5", umt5=True)
         factories.make_qwen2(folder / "models/qwen2")

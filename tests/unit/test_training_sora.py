@@ -22,7 +22,8 @@ from titans_video.options import (
     TextOptions,
     TrainOptions,
 )
-from titans_video.recipes.sora import SoraRecipe, build_recipe, frames_in_words, open_data_and_codec, spec_of
+from titans_video.recipes.opening import frames_in_words, open_data_and_codec, spec_of
+from titans_video.recipes.sora import SoraRecipe, build_recipe
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
 from titans_video.training import engine
@@ -73,7 +74,7 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
 
 def open_codec(run: SoraOptions, start: engine.Engine) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titans_video.recipes.sora.open_data", lambda *a, **k: FakeData())
+        patch.setattr("titans_video.recipes.opening.open_data", lambda *a, **k: FakeData())
         return open_data_and_codec(run, start, None)[1]
 
 

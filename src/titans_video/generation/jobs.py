@@ -17,6 +17,7 @@ from titans_video.generation.record import fingerprint, full_record, write_side_
 from titans_video.generation.requests import build_request, check_options, read_prompts
 from titans_video.generation.running import load_for
 from titans_video.generation.saving import check_out, in_words, numbered
+from titans_video.generation.stream_state import StreamPlan, read_segment_prompts, with_state
 from titans_video.generation.timing import Timing, timing
 from titans_video.generation.video_pipeline import VideoPipeline, with_shift
 from titans_video.generation.windows import WindowPlan
@@ -62,11 +63,16 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     """
     run = run or RunOptions()
     out = check_options(options)
+    texts = None if options.segment_prompts is None else read_segment_prompts(options.segment_prompts)
+    if texts is not None:
+        length = options.num_frames if options.seconds or options.num_frames else sum(n for n, _ in texts)
+        options = replace(options, prompt=texts[0][1], num_frames=length)
     model = with_shift(load_for(run, options.checkpoint, overrides), options.shift)
     pipeline = VideoPipeline.of(model)
     usual, _ = build_request(options, model)
     when = timing(options, model)
     windows, notes = plan_video(model, usual, options.window, options.overlap, options.window_mode)
+    windows = with_state(model, windows, options, texts)
     if usual.known is not None and not model.joins.goes_on_from_one:
         notes.append("The model was not trained to go on from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
@@ -80,7 +86,8 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     rows: list[tuple[str, Pixels]] = []
     for (prompt, seed), place in zip(jobs, places, strict=True):
         request = replace(usual, prompts=[prompt], seeds=[seed])
-        own = replace(options, prompt=prompt, prompt_file=None, seed=seed, num_videos=1, out=str(place))
+        said = prompt if texts is None else None  # they say it themselves
+        own = replace(options, prompt=said, prompt_file=None, seed=seed, num_videos=1, out=str(place))
         record = full_record(own, overrides, run, request, model, weights)
         shown = _Shown(when.frames)
         written = _write(pipeline, request, windows, when, own, record, shown)
@@ -100,7 +107,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
 def _write(
     pipeline: VideoPipeline,
     request: Request,
-    windows: WindowPlan,
+    windows: WindowPlan | StreamPlan,
     when: Timing,
     options: GenerateOptions,
     record: dict[str, object],
@@ -122,7 +129,11 @@ def _write(
 
 
 def _at_full_rate(
-    pipeline: VideoPipeline, request: Request, windows: WindowPlan, when: Timing, options: GenerateOptions
+    pipeline: VideoPipeline,
+    request: Request,
+    windows: WindowPlan | StreamPlan,
+    when: Timing,
+    options: GenerateOptions,
 ) -> Iterator[Pixels]:
     """The frames of the file, uint8 (n, H, W, 3), stretch by stretch."""
     made = (to_uint8(stretch[0]) for stretch in pipeline.stream(request, windows))

@@ -90,6 +90,11 @@ class VideoModel:
         t, h, w = self.config["model"]["patch_size"]
         return t, h, w
 
+    @property
+    def segments(self) -> dict[str, int] | None:
+        """`latents` and `overlap` of a segment, in latent frames, of a network with a memory; else None."""
+        return self.config.get("segments")
+
     def trained(self, name: str) -> Any:
         """`num_frames`, `height`, `width`, `fps` or `tasks` of training; None where the checkpoint does not say."""
         return self.config.get("data", {}).get(name)

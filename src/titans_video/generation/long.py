@@ -31,6 +31,8 @@ from titans_video.generation.denoising import (
 from titans_video.generation.joining import Wanted, choose
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.pipeline import Plan, Request, finish, make_clip, plan
+from titans_video.generation.stream_state import StreamPlan
+from titans_video.generation.streaming import plan_stream, stream
 from titans_video.generation.windows import WindowPlan, plan_windows
 from titans_video.types import Condition
 
@@ -40,8 +42,9 @@ MOST_BEYOND = 1.5
 
 def plan_video(
     model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None, mode: Wanted = "auto"
-) -> tuple[WindowPlan, list[str]]:
-    """The windows of a request, and what the person should be told; everything is checked here, before any denoising.
+) -> tuple[WindowPlan | StreamPlan, list[str]]:
+    """The windows of a request, or the segments of a network with a memory, and what the person should be told;
+    everything is checked here, before any denoising.
 
     Args:
         window: W; None: the length trained on, where the video is longer.
@@ -51,6 +54,9 @@ def plan_video(
         ConfigError: as `pipeline.plan`, `windows.plan_windows` and `joining.choose`.
     """
     spec, patch_t = model.codec.spec, model.patch_size[0]
+    if model.segments is not None:
+        _refuse_windows(window, overlap, mode)
+        return plan_stream(model, request)
     trained = model.trained("num_frames")
     made = spec.frames_at_least(request.frames, patch_t)
     # What training would round down to the trained length is made in one go, if that is not much longer.
@@ -79,7 +85,7 @@ def plan_video(
 def generate_long(
     model: VideoModel,
     request: Request,
-    windows: WindowPlan,
+    windows: WindowPlan | StreamPlan,
     progress: bool = True,
     edit: EditState | None = None,
 ) -> Iterator[Tensor]:
@@ -94,6 +100,9 @@ def generate_long(
     Yields:
         (B, 3, n, H, W) float32 in [-1, 1] on the CPU: finished frames in order, together exactly `request.frames`.
     """
+    if isinstance(windows, StreamPlan):
+        yield from stream(model, request, windows, progress, edit)
+        return
     single = len(windows.starts) == 1
     blended = windows.mode == "blend" and not single
     made = plan(model, _first_window(request, windows), windows.window)
@@ -196,6 +205,16 @@ def _part(condition: Condition, start: int, length: int) -> Condition:
 
 def _first_window(request: Request, windows: WindowPlan) -> Request:
     return request if len(windows.starts) == 1 else replace(request, frames=windows.window)
+
+
+def _refuse_windows(window: int | None, overlap: int | None, mode: Wanted) -> None:
+    given = [f"--{n} {v}" for n, v in (("window", window), ("overlap", overlap)) if v is not None]
+    given += [f"--window-mode {mode}"] if mode != "auto" else []
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)}: this model has a memory and makes a video segment by segment, as it was trained; "
+            "leave the windows out."
+        )
 
 
 def _check_known(request: Request, windows: WindowPlan) -> None:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titans_video.errors import ConfigError
 from titans_video.generation.given import load_clip_end, load_first_frame
 from titans_video.generation.loading import VideoModel
-from titans_video.generation.pipeline import Request, generate
+from titans_video.generation.long import generate_long, plan_video
+from titans_video.generation.pipeline import Request
 from titans_video.generation.record import about
 from titans_video.generation.saving import check_out
 from titans_video.generation.timing import timing
@@ -32,6 +34,10 @@ def check_options(options: GenerateOptions) -> Path:
         ("--seconds", "--num-frames", "both say how long the video is"),
         ("--prompt", "--prompt-file", "both say what it shows"),
         ("--image", "--video", "both say what it goes on from"),
+        ("--image", "--memory-in", "both say what it goes on from"),
+        ("--video", "--memory-in", "both say what it goes on from"),
+        ("--prompt", "--segment-prompts", "both say what it shows"),
+        ("--prompt-file", "--segment-prompts", "both say what it shows"),
     ):
         if getattr(options, _name(one)) is not None and getattr(options, _name(other)) is not None:
             raise ConfigError(f"{one} and {other} {both}; give one of them.")
@@ -63,7 +69,9 @@ def check_options(options: GenerateOptions) -> Path:
         raise ConfigError(f"--crf {options.crf}: it must be at least 0 (lossless) and at most {LOSSIEST}.")
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed}: it must be at least 0.")
-    for flag in ("--image", "--video", "--prompt-file"):
+    if options.memory_out is not None and (options.num_videos > 1 or options.prompt_file is not None):
+        raise ConfigError("--memory-out keeps the state of one video; make one at a time.")
+    for flag in ("--image", "--video", "--prompt-file", "--memory-in", "--segment-prompts"):
         path = getattr(options, _name(flag))
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"{flag} {path}: there is no such file.")
@@ -134,7 +142,8 @@ class Sampled:
 def sample(model: VideoModel, prompt: str, seed: int) -> Sampled:
     """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file."""
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
-    return Sampled(generate(model, request, progress=False)[0], fps, about(request, model))
+    video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
+    return Sampled(video[0], fps, about(request, model))
 
 
 def _given(

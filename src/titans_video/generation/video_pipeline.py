@@ -26,6 +26,7 @@ from titans_video.generation.long import generate_long, plan_video
 from titans_video.generation.pipeline import Request
 from titans_video.generation.requests import build_request, check_options
 from titans_video.generation.running import DTYPES, load_for
+from titans_video.generation.stream_state import StreamPlan
 from titans_video.generation.windows import WindowPlan
 from titans_video.media.pixels import to_tensor
 from titans_video.media.resize import cover_crop
@@ -123,7 +124,12 @@ class VideoPipeline(DiffusionPipeline):
         return self
 
     def stream(
-        self, request: Request, windows: WindowPlan, *, progress: bool = True, edit: EditState | None = None
+        self,
+        request: Request,
+        windows: WindowPlan | StreamPlan,
+        *,
+        progress: bool = True,
+        edit: EditState | None = None,
     ) -> Iterator[Tensor]:
         """Finished frames, stretch by stretch; see `generation.long.generate_long`."""
         return generate_long(self.model, request, windows, progress, edit)

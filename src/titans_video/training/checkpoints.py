@@ -178,6 +178,9 @@ def check(folder: Path, *, contents: bool) -> None:
         raise CheckpointError(f"it has no {MANIFEST}: it was not written to its end") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"its {MANIFEST} cannot be read") from None
+    lacking = [name for name in (MODEL, STATE) if name not in expected]
+    if lacking:
+        raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
     for name, (size, checksum) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -246,5 +249,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state = files.load_tensors(folder / STATE, mmap=True)
     if state.get("format") != STATE_FORMAT:
-        raise CheckpointError(f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}).")
+        raise CheckpointError(
+            f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}): go on with "
+            "the version that wrote it, or start anew by --resume none, which keeps it in previous-<n>."
+        )
     return state

@@ -85,8 +85,13 @@ class Guard:
         self.seen += 1
         return spike
 
-    def words(self, event: Event, most: int, folder: Path) -> str:
+    def words(self, event: Event, most: int, folder: Path, last: Path) -> str:
         """What to say of a step that was skipped or whose loss leapt.
+
+        Args:
+            most: steps in a row that may be skipped.
+            folder: of the run.
+            last: its last checkpoint; the folder itself where there is none.
 
         Raises:
             DivergedError: it is the last of `most` steps in a row that were skipped.
@@ -97,9 +102,10 @@ class Guard:
         said = f"loss {event.loss:.4g} and gradient norm {event.grad_norm:.4g} are not both finite"
         if self.bad_in_a_row < most:
             return f"Step {event.step} is skipped: {said} ({self.bad_in_a_row} in a row). Rows: {rows}."
+        stands = "there is no checkpoint yet" if last == folder else f"{last} stands"
         raise DivergedError(
             f"Step {event.step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: {rows} "
-            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; the last checkpoint stands. Look "
+            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; {stands}. Look "
             "at the rows, lower --lr, or raise --lr-warmup-steps."
         )
 

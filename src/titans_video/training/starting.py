@@ -125,9 +125,10 @@ def settle(
         say(f"Changed, as allowed: {words}.")
         return data, train, about
     data, accum = data.divided(before)
+    clips = " or ".join(str(n) for n in sorted({n // (data.world * accum) for n in before.values()}))
     say(
-        f"{resume.state['processes']} processes before, {data.world} now: --grad-accum {train.grad_accum} becomes "
-        f"{accum}, so that optimizer steps keep their rows."
+        f"{resume.state['processes']} processes before, {data.world} now: each takes {clips} clips at once, {accum} "
+        "times a step, so that optimizer steps keep their rows."
     )
     # The flags stay the run's own: its next resume may be on any number of processes again.
     return data, replace(train, grad_accum=accum), about

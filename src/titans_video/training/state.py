@@ -129,7 +129,8 @@ def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGro
         errors = [error for error, _ in e.failures.values()]
         if not all(isinstance(error, OSError) or is_write_error(error) for error in errors):
             raise RuntimeError(f"the pieces of a checkpoint could not be written: {e}") from e
-        raise OSError("; ".join(sorted({str(error) for error in errors}))[:300]) from None
+        said = {str(error) if isinstance(error, OSError) else "the disk takes no more" for error in errors}
+        raise OSError("; ".join(sorted(said))[:300]) from None
 
 
 def load_sharded(folder: Path, like: Callable[[str, str, torch.Size], Tensor], group: Any) -> dict[str, Named]:

@@ -32,7 +32,7 @@ from titans_video.training.optim import build_optimizer, learning_rate_factor, s
 from titans_video.training.rates import Work, work_of
 from titans_video.training.recipe import Recipe
 from titans_video.training.recorder import CURVE, Recorder, StepResult
-from titans_video.training.resuming import Resume
+from titans_video.training.resuming import Resume, release_folder
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
 from titans_video.training.state import reshard
@@ -126,8 +126,11 @@ class Trainer:
             DivergedError, OutOfMemory, DataError: the run cannot go on; the checkpoints stand.
             PeerError: another process of the run is gone.
         """
-        with engines.peers_watched():
-            return self._run()
+        try:
+            with engines.peers_watched():
+                return self._run()
+        finally:
+            release_folder(self.run_folder)
 
     def _run(self) -> Outcome:
         result: StepResult | None = None
@@ -258,7 +261,7 @@ class Trainer:
         event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
         if recorder:
             recorder.event(event)
-        self.say(self.guard.words(event, self.options.max_bad_steps, self.run_folder))
+        self.say(self.guard.words(event, self.options.max_bad_steps, self.run_folder, self.folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -306,7 +309,10 @@ class Trainer:
 
     def _restore(self, resume: Resume) -> None:
         self.step, self.folder = resume.step, resume.folder
-        self.snapshot.restore(resume)
+        before = resume.state.get("settings", {}).get("--optimizer", self.options.optimizer)
+        if before != self.options.optimizer:
+            self.say(f"The state of --optimizer {before} is of no use to {self.options.optimizer}, which starts anew.")
+        self.snapshot.restore(resume, optimizer=before == self.options.optimizer)
         self.stream.load_state_dict(resume.state["stream"])
         self.guard.load_state_dict(resume.state["guard"])
         self.say(f"Going on from step {self.step} ({resume.folder}).")
