@@ -78,7 +78,8 @@ def spec_of(options: CodecOptions) -> CodecSpec:
 
 def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
     patch, channels = _patch_arguments(options)
-    return engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels))
+    codec = engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels))
+    return PatchCodec.from_config(codec.config(), codec.state_dict())  # as a run that goes on will have it
 
 
 def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:
