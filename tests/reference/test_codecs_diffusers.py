@@ -74,7 +74,11 @@ def test_latents_and_pixels_are_the_pipelines(kind: str, tmp_path: Path) -> None
     z = codec.encode(x)
     assert z.shape[1:] == codec.spec.latent_shape(*x.shape[2:])
     torch.testing.assert_close(z, pipeline_latents(kind, vae, x), atol=1e-5, rtol=0)
-    torch.testing.assert_close(codec.decode(z, x.shape[2]), pipeline_pixels(kind, vae, z), atol=1e-5, rtol=1e-5)
+    # How much float32 loses in these random networks differs between CPUs: we may lose no more than the pipeline does.
+    truth = pipeline_pixels(kind, tiny_vae(kind).double(), z.double())
+    ours, theirs = ((p - truth).abs().max() for p in (codec.decode(z, x.shape[2]), pipeline_pixels(kind, vae, z)))
+    assert theirs < 1e-3
+    assert ours <= 2 * theirs + 1e-6
 
 
 @pytest.mark.parametrize("kind", VAE_KINDS)
