@@ -168,5 +168,6 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
         trainer = Trainer(recipe, stream, options.train, engine, say=lambda text: None)
         stream.attend(trainer)
         with contextlib.suppress(Finished):
-            trainer.run()
+            outcome = trainer.run()
+            raise SystemExit(f"Ended by signal {outcome.exit_code - 128}, after step {outcome.step}.")
         engine.end_training()
