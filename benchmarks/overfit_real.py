@@ -3,7 +3,10 @@
 Trains on 8 clips at 64x64 and 8 frames, generates one clip for each caption, and asks which of the 8 originals it is
 nearest to (mean squared error after a small blur). Writes originals beside generated clips as a PNG, the table as JSON.
 
-    python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 2500] [--keep]
+    python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 2500] [--keep] [--watch]
+
+With --watch every third of the other clips is held out and looked at on the way, first frames are given in a part of
+the steps, so that there are two tasks to compare, and the run's report is made.
 
 The clips lie in $TITANS_REAL_CLIPS (default ../shared/real_clips), a folder with manifest.jsonl.
 """
@@ -33,6 +36,7 @@ from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.options import DataOptions, GenerateOptions, Overrides
 from titans_video.preparing.opening import open_data
+from titans_video.reporting.report import write_report
 from titans_video.seeding import derive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,6 +61,8 @@ TRAIN_FLAGS = shlex.split(
     "--lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 --save-every 100000 --sample-steps 25 "
     "--sample-guidance 1.0"
 )
+WATCH_FLAGS = shlex.split("--validate-every 250 --task-mix t2v=0.7,i2v=0.3")
+WATCHED = ("horse_gallop_1878.mp4", "bee_thistle.mp4", "red_cups_shuffle.mp4", "coffee_pour.mp4")
 BLUR = 5  # pixels; an average of this width, twice
 WANTED = 7
 
@@ -67,6 +73,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/overfit_real"))
     parser.add_argument("--max-steps", type=int, default=2500)
     parser.add_argument("--keep", action="store_true", help="use the run that is already there")
+    parser.add_argument("--watch", action="store_true", help="hold other clips out, sample on the way, make the report")
     arguments = parser.parse_args()
     clips = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips")).resolve()
     if not (clips / "manifest.jsonl").is_file():
@@ -75,8 +82,11 @@ def main() -> int:
     captions, manifest = write_manifest(clips, arguments.out)
     started = time.monotonic()
     if not arguments.keep:
-        train(manifest, clips, arguments.out / "run", arguments.max_steps)
+        watching = watch_flags(clips, arguments.out) if arguments.watch else []
+        train(manifest, clips, arguments.out / "run", [*watching, "--max-steps", str(arguments.max_steps)])
     minutes = (time.monotonic() - started) / 60
+    if arguments.watch:
+        print(f"Report: {write_report(arguments.out / 'run')}")
     model = load_model(str(arguments.out / "run"), Overrides(), "cpu")
     originals = read_originals(manifest, clips, model)
     made = generate_all(model, captions)
@@ -93,11 +103,21 @@ def write_manifest(clips: Path, out: Path) -> tuple[list[str], Path]:
     return [row["caption"] for row in chosen], manifest
 
 
-def train(manifest: Path, clips: Path, run: Path, max_steps: int) -> None:
+def watch_flags(clips: Path, out: Path) -> list[str]:
+    """Flags that hold out every third of the clips that are not CLIPS, and sample the captions of WATCHED."""
+    rows = list(map(json.loads, (clips / "manifest.jsonl").read_text().splitlines()))
+    others = [{k: row[k] for k in ("video", "caption")} for row in rows if row["video"] not in CLIPS][::3]
+    (out / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    captions = {row["video"]: row["caption"] for row in rows}
+    prompts = [word for name in WATCHED for word in ("--validation-prompt", captions[name])]
+    return [*WATCH_FLAGS, "--validation-manifest", str(out / "held_out.jsonl"), *prompts]
+
+
+def train(manifest: Path, clips: Path, run: Path, more: list[str]) -> None:
     """The documented training command, in a process of its own."""
     script = REPOSITORY / "train" / "videos" / "video_framework.py"
     flags = ["--manifest", str(manifest), "--data-root", str(clips), "--output-dir", str(run)]
-    flags += [*DATA_FLAGS, *MODEL_FLAGS, *TRAIN_FLAGS, "--max-steps", str(max_steps)]
+    flags += [*DATA_FLAGS, *MODEL_FLAGS, *TRAIN_FLAGS, *more]
     print("python", shlex.join([str(script), *flags]), flush=True)
     subprocess.run([sys.executable, str(script), *flags], check=True)
 

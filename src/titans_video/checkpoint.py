@@ -12,7 +12,7 @@ A checkpoint is a dict of tensors and plain containers:
                   "fingerprint": str | None}
         text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...], "widths": [int, ...]}
         process  the noise process's own config
-        data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket
+        data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, and the "tasks" trained
         sample   recommended {"steps", "guidance_scale", "guidance_interval", "prompt"}; any may be missing
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
 can run code, and neither names code that is imported unasked.
@@ -85,11 +85,17 @@ def save_tensors(data: dict[str, Any], path: Path) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(data, temporary)
-        except RuntimeError as e:  # torch's writer knows no other
-            if not any(word in str(e) for word in ("PytorchStreamWriter", "inline_container", "iostream")):
+        except RuntimeError as e:
+            if not is_write_error(e):
                 raise
             free = shutil.disk_usage(path.parent).free / 2**20
             raise OSError(errno.ENOSPC, f"cannot be written ({free:.0f} MB are free)", str(path)) from None
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether torch's own writer could not write (a full disk): it raises RuntimeError for that as for all else."""
+    words = ("PytorchStreamWriter", "inline_container", "iostream")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -29,26 +29,27 @@ def _pair(args: list[str]) -> tuple[float, float]:
     return float(parts[0]), float(parts[1])
 
 
-PatchSize = Annotated[
-    tuple[int, int, int],
-    tyro.constructors.PrimitiveConstructorSpec(
+def _integers(args: list[str]) -> tuple[int, ...]:
+    parts = args[0].split(",")
+    if not all(p.strip().isdigit() for p in parts):
+        raise ValueError(f"expected whole numbers such as 2,5,8; got {args[0]!r}")
+    return tuple(int(p) for p in parts)
+
+
+def _joined(metavar: str, parse: Any, length: int | None) -> Any:
+    """A tuple of `length` (None: any number of) values written in one word, with commas."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="T,H,W",
-        instance_from_str=_triple,
-        is_instance=lambda x: isinstance(x, tuple) and len(x) == 3,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda x: isinstance(x, tuple) and length in (None, len(x)),
         str_from_instance=lambda x: [",".join(map(str, x))],
-    ),
-]
-Pair = Annotated[
-    tuple[float, float],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="A,B",
-        instance_from_str=_pair,
-        is_instance=lambda x: isinstance(x, tuple) and len(x) == 2,
-        str_from_instance=lambda x: [",".join(map(str, x))],
-    ),
-]
+    )
+
+
+PatchSize = Annotated[tuple[int, int, int], _joined("T,H,W", _triple, 3)]
+Pair = Annotated[tuple[float, float], _joined("A,B", _pair, 2)]
+Integers = Annotated[tuple[int, ...], _joined("N,N,...", _integers, None)]
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,34 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """TitansVideoDiT's memory, and how it is trained."""
+
+    memory: Literal["tokens", "neural", "none"] = "tokens"
+    """tokens: gated memory tokens; neural: and Titans' neural memory in some blocks; none: the overlap alone."""
+    mem_tokens: int = 64
+    """Memory tokens."""
+    memory_layers: Integers | None = None
+    """Blocks with a neural memory, e.g. 2,5,8 (default: a third of them, evenly spread)."""
+    persistent_tokens: int = 4
+    """Learned tokens beside those of every segment."""
+    segment_frames: int | None = None
+    """Frames of a segment (default: --num-frames cut in 4, 3 or 2 equal ones)."""
+    segments: int | None = None
+    """Segments of a clip (default: as many as --num-frames has)."""
+    segment_curriculum: int = 0
+    """Steps over which the segments of a clip grow from 2 to all; 0: all from the first step on."""
+    bptt_segments: int = 4
+    """Segments that gradients flow back through."""
+    write_noise: float = 0.1
+    """Largest noise time of what is written and shown as overlap in training, and of the noise on the memory read."""
+    overlap: int | None = None
+    """Frames of the segment before that each one sees (default: those of one token)."""
+    overlap_drop: float = 0.3
+    """Share of overlaps that are hidden in training, so that the memory is needed."""
+
+
+@dataclass(frozen=True)
 class ProcessOptions:
     """Rectified flow."""
 
@@ -292,6 +321,16 @@ class SoraOptions:
 
 
 @dataclass(frozen=True)
+class TitansOptions(SoraOptions):
+    """All options of a run that trains TitansVideoDiT."""
+
+    pretrained_vae: str | None = None
+    """Folder of SVD's or Stable Diffusion's weights, or of any VAE that --pretrained-model takes."""
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(2, 4, 4)))
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+
+
+@dataclass(frozen=True)
 class Overrides:
     """Where a checkpoint's encoders and VAE are now, in place of the paths that it was trained with."""
 
@@ -316,6 +355,20 @@ class Overrides:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Where and in which precision a model runs."""
+
+    device: str | None = None
+    """cuda, cuda:1, cpu (default: cuda where there is one)."""
+    dtype: Dtype = "fp32"
+    """Precision of the network's weights."""
+    compile: bool = False
+    """torch.compile each block; the first window is slow."""
+    offload: Literal["none", "model", "group"] = "none"
+    """model: encoders, network and VAE take turns on the device; group: so do the network's own layers."""
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """What to make, and how."""
 
@@ -323,10 +376,14 @@ class GenerateOptions:
     """A .pt file, a run's folder, an exported folder, or `latest`; default: the shipped weights."""
     prompt: str | None = None
     """What the video shows."""
+    prompt_file: str | None = None
+    """Text file with one prompt a line: a video of each."""
     negative_prompt: str = ""
     """What it does not show (with guidance)."""
     image: str | None = None
     """First frame to go on from."""
+    video: str | None = None
+    """Clip to go on from: its last frames are the first ones of the video."""
     height: int | None = None
     """Pixels (default: the size trained on)."""
     width: int | None = None
@@ -337,6 +394,16 @@ class GenerateOptions:
     """Frames a second of the file (default: as trained on)."""
     seconds: float | None = None
     """In place of --num-frames: frames = ceil(seconds x fps)."""
+    gen_fps: float | None = None
+    """Frames a second to generate; the others are interpolated (default: --fps, nothing is interpolated)."""
+    interpolation: Literal["motion", "fade"] = "motion"
+    """How: along the motion (FFmpeg's minterpolate), or by cross-fading."""
+    window: int | None = None
+    """Frames made at once in a longer video (default: as trained on, where the video is longer)."""
+    overlap: int | None = None
+    """Frames that neighbouring windows share (default: a quarter of the window)."""
+    window_mode: Literal["auto", "continue", "blend"] = "auto"
+    """continue: each window goes on from the last frames of the one before; blend: all are averaged at each step."""
     steps: int | None = None
     """Denoising steps (default: the checkpoint's recommendation, else 50)."""
     guidance_scale: float | None = None
@@ -345,12 +412,22 @@ class GenerateOptions:
     """Guide only between these times, 0 clean and 1 noise, e.g. 0.7,1 (default: the checkpoint's, else 0,1)."""
     sampler: Literal["euler", "heun"] = "euler"
     """ODE solver."""
+    shift: float | None = None
+    """Time shift of the denoising steps towards noise (default: as trained)."""
     seed: int = 0
     """Seed of the noise."""
+    memory_out: str | None = None
+    """.safetensors file that a model with a memory keeps its state in, to go on from later."""
+    memory_in: str | None = None
+    """Go on with the video whose state --memory-out kept; --num-frames counts the new ones."""
+    segment_prompts: str | None = None
+    """Text file of `frames: prompt` lines: what a model with a memory shows for how long, in place of --prompt."""
+    num_videos: int = 1
+    """Videos of each prompt, with seeds that count up from --seed."""
     out: str = "out.mp4"
-    """.mp4, .gif, or a folder of PNGs."""
-    device: str | None = None
-    """cuda, cuda:1, cpu (default: cuda where there is one)."""
+    """.mp4, .gif, or a folder of PNGs; several videos are numbered: out-000.mp4, ..."""
+    crf: int = 16
+    """Quality of an mp4: 0 (lossless) to 51."""
 
 
 def override(options: OptionsT, overrides: Overrides) -> OptionsT:

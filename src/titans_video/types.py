@@ -73,6 +73,12 @@ class CodecSpec:
             f += 1
         return f
 
+    def frames_of(self, latents: int) -> int:
+        """The pixel frames of a clip of this many latent frames."""
+        s = self.stride[0]
+        first_alone = self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and latents % 2 == 1)
+        return 1 + (latents - 1) * s if first_alone else latents * s
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip's latents.
 
@@ -183,6 +189,7 @@ class Batch:
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
         known_moments: the same of `known_pixels`.
         text: cached hidden states, in place of running the frozen encoders.
+        step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
     """
 
     ids: list[str]
@@ -199,6 +206,7 @@ class Batch:
     moments: Tensor | None = None
     known_moments: Tensor | None = None
     text: TextCondition | None = None
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,6 +1,6 @@
-"""What two processes do for tests/endtoend/test_distributed.py: `torchrun ... distributed_jobs.py FOLDER`.
+"""What several processes do for test_distributed.py: `torchrun distributed_jobs.py FOLDER [JOB, ddp or fsdp2 ...]`.
 
-Each job runs once under DDP and once under FSDP2, in the same two processes, and leaves a file for the test to judge.
+Each job runs once under DDP and once under FSDP2, in the same processes, and leaves a file for the test to judge.
 """
 
 import contextlib
@@ -84,8 +84,8 @@ class Stream:
             shape = SHAPES[place % len(SHAPES)] if self.mixed else SHAPES[0]
             yield make_batch(range(place * self.size, (place + 1) * self.size), shape)
 
-    def largest(self) -> None:
-        return None
+    def largest(self) -> Batch:
+        return make_batch(range(self.size), SHAPES[1])
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.position // self.accum}
@@ -110,7 +110,9 @@ def gradients(folder: Path, kind: str) -> dict[str, Any]:
         given = options(folder / f"{kind} {mixed}", max_steps=1)
         accelerator = start(given)
         recipe = make_recipe()
-        trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), 2), given, accelerator, say=lambda text: None)
+        trainer = Trainer(
+            recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator, say=lambda text: None
+        )
         kept: dict[str, Tensor] = {}
         clip = accelerator.clip_grad_norm_
 
@@ -139,7 +141,12 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
                 found, _ = engine.once(accelerator, lambda given=given: resuming.find_resume(given))
                 going_on = resuming.open_resume(found, given)
                 trainer = Trainer(
-                    make_recipe(), Stream(2, True, dist.get_rank(), 2), given, accelerator, going_on, lambda text: None
+                    make_recipe(),
+                    Stream(2, True, dist.get_rank(), dist.get_world_size()),
+                    given,
+                    accelerator,
+                    going_on,
+                    lambda text: None,
                 )
                 trainer.run()
             named = state.optimizer_tensors(trainer.snapshot.optimizer, trainer.network)
@@ -177,7 +184,13 @@ def bf16(folder: Path, kind: str) -> dict[str, Any]:
     """The loss in bfloat16, which must be the same whatever divides the network, and of a precise time."""
     given = options(folder / f"{kind} bf16", max_steps=1, mixed_precision="bf16")
     accelerator = start(given)
-    trainer = Trainer(make_recipe(), Stream(2, True, dist.get_rank(), 2), given, accelerator, say=lambda text: None)
+    trainer = Trainer(
+        make_recipe(),
+        Stream(2, True, dist.get_rank(), dist.get_world_size()),
+        given,
+        accelerator,
+        say=lambda text: None,
+    )
     return {"loss": trainer.run().loss, "dtype": str(next(iter(trainer.network.parameters())).dtype)}
 
 
@@ -197,15 +210,15 @@ def start(given: TrainOptions) -> engine.Engine:
     return engine.start(given)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for kind in ("ddp", "fsdp2"):
+    for kind in [kind for kind in ("ddp", "fsdp2") if kind in names] or ["ddp", "fsdp2"]:
         for name in FSDP:
             os.environ.pop(name, None)
         os.environ.update(FSDP if kind == "fsdp2" else {})
-        for name, job in JOBS.items():
-            found = job(folder / name, kind)
+        for name in [name for name in names or JOBS if name not in ("ddp", "fsdp2")]:
+            found = JOBS[name](folder / name, kind)
             torch.save(found, folder / f"{name}.{kind}.rank{dist.get_rank()}.pt")
             dist.barrier()
     with contextlib.suppress(RuntimeError):  # the other one may have left first
@@ -213,4 +226,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

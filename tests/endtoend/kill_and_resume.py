@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 24, 2
+SAMPLES = [f"samples/step-{step:07d}/01.mp4" for step in (STEPS // 2, STEPS)]
 TIMES = ("seconds", "data_seconds", "frames_per_second", "tokens_per_second", "data_wait", "eta_seconds")
 
 
@@ -43,6 +45,8 @@ def words(folder: Path) -> list[str]:
         *("--patch-size", "2,4,4", "--model-dim", "24", "--depth", "1", "--heads", "2", "--batch-size", "2"),
         *("--grad-accum", "2", "--task-mix", "t2v=0.5,i2v=0.5", "--cfg-drop-prob", "0.3", "--ema-decay", "0.9"),
         *("--optimizer", "muon", "--lr-schedule", "cosine", "--lr-warmup-steps", "4", "--lr", "1e-3"),
+        *("--validate-every", str(STEPS // 2), "--validation-split", "0.2", "--validation-times", "2"),
+        *("--validation-prompt", "a red circle", "--sample-steps", "2"),
         *("--max-steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--save-limit", "2", "--resume", "auto"),
     ]
 
@@ -72,27 +76,39 @@ def finish(folder: Path) -> None:
 
 
 def kill_within(folder: Path, rng: random.Random, length: float) -> str:
-    """Start a run, kill it at a random instant, and say where it stood."""
-    pid = start(folder)
-    if rng.random() < 0.5:
-        time.sleep(rng.uniform(0.05, length))
-        when = "any time"
-    else:
-        wanted, seen = rng.randrange(1, STEPS // SAVE_EVERY + 1), 0
-        before: set[str] = set()
-        while seen < wanted and os.waitpid(pid, os.WNOHANG)[0] == 0:
-            now = {p.name for p in folder.glob(".*")} if folder.exists() else set()
-            seen += bool(now - before)
-            before = now
-        time.sleep(rng.uniform(0, 0.01))
-        when = "in a save"
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
+    """Start a run, kill it at a random instant, and say where it stood. A run that ended first is begun anew."""
+    while True:
+        pid = start(folder)
+        if rng.random() < 0.5:
+            when, alive = "any time", _sleep(pid, rng.uniform(0.05, length))
+        else:
+            when, alive = "in a save", _until_saving(folder, pid, rng.randrange(1, STEPS // SAVE_EVERY + 1))
+            time.sleep(rng.uniform(0, 0.01))
+        if alive:
+            os.kill(pid, signal.SIGKILL)  # it is waited for below, so its number is still its own
+            _, status = os.waitpid(pid, 0)
+            if os.WIFSIGNALED(status):
+                break
+        shutil.rmtree(folder)
     steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")) if folder.exists() else []
     half = [p.name for p in folder.glob(".*")] if folder.exists() else []
     return f"{when}, after checkpoint {steps[-1] if steps else 'none'}{', leaving ' + half[0] if half else ''}"
+
+
+def _sleep(pid: int, seconds: float) -> bool:
+    """Whether the process is still there after a while."""
+    time.sleep(seconds)
+    return os.waitpid(pid, os.WNOHANG)[0] == 0
+
+
+def _until_saving(folder: Path, pid: int, wanted: int) -> bool:
+    """Wait until the process is at its checkpoint number `wanted`; False where it ended before."""
+    seen: set[str] = set()
+    while len(seen) < wanted:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        seen |= {p.name for p in folder.glob(".checkpoint-*.tmp")} if folder.exists() else set()
+    return True
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -103,6 +119,8 @@ def state_of(folder: Path) -> dict[str, Any]:
     }
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    found["validation"] = (folder / "validation.jsonl").read_text()
+    found["samples"] = {name: (folder / name).read_bytes() for name in SAMPLES}
     found["folders"] = sorted(p.name for p in folder.glob("checkpoint-*"))
     found["rubbish"] = sorted(p.name for p in folder.glob(".*"))
     found["last"] = (folder / "last.pt").samefile(last / "model_ema.pt")

@@ -307,7 +307,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_slow_and_without_a_tr
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("titans_video.recipes.sora.open_data", refuse)
+    monkeypatch.setattr("titans_video.recipes.opening.open_data", refuse)
     factories.make_vae("kl", desk.folder / "vae")
     words = with_flags(documented("qwen_or_mistral_or_llama"), {"--pretrained-model": "vae"}, add=False)
     words.remove("--local-files-only")

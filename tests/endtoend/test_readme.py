@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -42,6 +43,16 @@ TRAINING = {
     "--lr-warmup-steps": "1",
     "--grad-accum": "2",
 }
+LONG = {"--num-frames": "20", "--window": "8", "--overlap": "4"}
+TITANS = {
+    "--resolution": "32",
+    "--num-frames": "8",
+    "--model-dim": "24",
+    "--depth": "2",
+    "--heads": "2",
+    "--max-steps": "2",
+    "--grad-accum": "2",
+}
 GENERATING = {"--height": "32", "--width": "32", "--num-frames": "8", "--steps": "2"}
 MODELS = {
     "/path/to/diffusers_weights_or_dummy": "models/kl",
@@ -52,6 +63,7 @@ MODELS = {
     "/path/to/mistral_or_qwen": "models/qwen2",
     "/path/to/Qwen2.5-3B-or-7B": "models/qwen2",
     "/path/to/manifest.jsonl": "train/videos/mock_data/manifest.jsonl",
+    "/path/to/svd_or_sd_diffusers": "models/svd",
     "/path/to/data": "train/videos/mock_data",
 }
 
@@ -85,13 +97,20 @@ def smaller(words: list[str]) -> list[str]:
         words = with_flags(words, {**GENERATING, "--fps": "16", "--seconds": "0.5"}, add=False)
         return with_flags(words, {"--steps": "2"}, add=True)
     if "infer_sora" in script or "infer" in words:
-        return with_flags(with_flags(words, GENERATING, add=False), {"--steps": "2"}, add=True)
+        small = GENERATING | (LONG if "--window" in words else {})
+        return with_flags(with_flags(words, small, add=False), {"--steps": "2"}, add=True)
+    if "train_titans_video_dit" in script:
+        return with_flags(words, TITANS, add=False)
+    if words[1:3] == ["train", "titans"]:
+        return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
     if words[0] == "titans-video":
         return with_flags(words, GENERATING, add=False)
     if "--mode" in words:
         return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add="train" in words)
     if "train/videos" not in script:
         return words
+    if "--validate-every" in words:
+        words = with_flags(words, {"--sample-steps": "2"}, add=True)
     sizes = {k: v for k, v in TRAINING.items() if "--buckets" not in words or k not in ("--height", "--width")}
     return with_flags(words, {**sizes, "--text-model": "models/umt5"}, add=True)
 
@@ -114,6 +133,7 @@ class Workspace:
             else:
                 shutil.copy2(source, folder / name)
         factories.make_vae("kl", folder / "models/kl")
+        factories.make_vae("svd", folder / "models/svd")
         factories.make_vae("cogvideox", folder / "models/cogvideox")
         factories.make_t5(folder / "models/umt5", umt5=True)
         factories.make_qwen2(folder / "models/qwen2")
@@ -190,6 +210,24 @@ def test_command(command: str, workspace: Workspace) -> None:
     assert done.code == 0, f"{shlex.join(workspace.words(command))}\n{done.output[-3000:]}"
     for made in re.findall(r"--out (\S+)", command):
         assert (workspace.folder / made).exists(), f"{made} was not made\n{done.output[-2000:]}"
+
+
+SMALL_CALL = {"num_frames=64": "num_frames=20", "=512": "=32", "num_inference_steps=50": "num_inference_steps=2"}
+
+
+def test_the_python_code_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the folder that the commands exported."""
+    (code,) = blocks(README, "python")
+    assert blocks(CHINESE, "python") == [code]
+    for theirs, ours in SMALL_CALL.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(workspace.folder)
+    names: dict[str, object] = {}
+    exec(code, names)
+    frames = names["frames"]
+    assert isinstance(frames, np.ndarray)
+    assert frames.shape == (20, 32, 32, 3)
 
 
 def sizes(path: Path) -> list[tuple[str, ...]]:

@@ -103,17 +103,21 @@ def test_video_framework_trains_and_infers(repository: Path, manifest: Path, tmp
     assert frames_of(tmp_path / "o.mp4") == (4, 16, 24)
 
 
-def test_infer_sora_takes_seconds_and_refuses_more_than_was_trained(
+def test_infer_sora_takes_seconds_and_makes_longer_videos_in_windows(
     repository: Path, trained: Path, tmp_path: Path
 ) -> None:
     script = repository / "train" / "videos" / "infer_sora.py"
     words = ["--checkpoint", str(trained / "last.pt"), "--prompt", "a cat", "--fps", "24", "--steps", "2"]
     run(script, *words, "--seconds", "0.3", "--out", "o.mp4", cwd=tmp_path)  # ceil(7.2)
     assert frames_of(tmp_path / "o.mp4") == (8, 32, 32)
-    done = run(script, *words, "--seconds", "8", "--out", "o.mp4", cwd=tmp_path, code=2)
-    assert "192" in done.stderr
-    assert "8" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run(script, *words, "--seconds", "8", "--out", "long.mp4", cwd=tmp_path)
+    assert frames_of(tmp_path / "long.mp4") == (192, 32, 32)
+    assert "trained on 8 frames; longer videos are made in windows" in done.stderr
+    assert {p.name for p in tmp_path.glob("long*")} == {"long.mp4", "long.mp4.json", "long.mp4.sheet.png"}
+    wrong = run(script, *words, "--seconds", "8", "--overlap", "3", "--out", "no.mp4", cwd=tmp_path, code=2)
+    assert "--overlap 3" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_two_processes_equal_one(repository: Path, tiny: list[str], tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from PIL import Image
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
 from titans_video.errors import ConfigError, DataError
-from titans_video.generation.requests import build_request, check_options, exact_frames, run_generate
-from titans_video.generation.saving import save_video
+from titans_video.generation.jobs import run_generate
+from titans_video.generation.requests import build_request, check_options
+from titans_video.generation.saving import in_words
+from titans_video.generation.timing import exact_frames
+from titans_video.media.writing import write_video
 from titans_video.options import GenerateOptions, Overrides
 
 
@@ -117,7 +120,7 @@ def test_the_image_covers_the_frame(tmp_path):
 def test_the_command_writes_the_file_and_says_where(tmp_path, capsys, out):
     checkpoints.write(as_checkpoint(tiny_model()), tmp_path / "last.pt")
     options = GenerateOptions(
-        checkpoint=str(tmp_path), prompt="a cat", num_frames=5, fps=10.0, out=str(tmp_path / "made" / out), device="cpu"
+        checkpoint=str(tmp_path), prompt="a cat", num_frames=5, fps=10.0, out=str(tmp_path / "made" / out)
     )
     path = run_generate(options, Overrides())
     shown = capsys.readouterr()
@@ -138,7 +141,7 @@ def test_the_command_writes_the_file_and_says_where(tmp_path, capsys, out):
 
 
 def test_what_the_file_had_to_change_is_said(tmp_path):
-    line = save_video(torch.zeros(3, 4, 15, 16), tmp_path / "odd.mp4", 23.976)
+    line = in_words(write_video(tmp_path / "odd.mp4", np.zeros((4, 15, 16, 3), np.uint8), 23.976), 15, 16)
     assert "4 frames of 15x16 at 23.976 frames a second" in line
     assert "edge-padded" in line
 

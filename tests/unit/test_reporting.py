@@ -20,6 +20,7 @@ from titans_video.training import run_record, samples
 from titans_video.training.samples import Made
 
 PROMPT = "a <red> circle & more"
+EVENTS = [(3, "skipped", None), (5, "spike", 7.25), (11, "spike", 8.5)]
 
 
 def metrics(folder: Path, steps: int) -> None:
@@ -57,6 +58,8 @@ def make_run(folder: Path, steps: int = 8) -> Path:
         samples.write(folder, line["step"], [PROMPT], [Made(0, (folder / "one.mp4").read_bytes(), frames)])
     (folder / "one.mp4").unlink()
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    events = [{"step": s, "kind": k, "loss": x, "grad_norm": 9.5, "rows": ["a<b", "c"]} for s, k, x in EVENTS]
+    (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     about = {
         "network": "SoraDiT",
         "parameters": 1_500_000,
@@ -151,6 +154,8 @@ def test_everything_stands_in_one_file(tmp_path: Path) -> None:
         "98.8k tokens/s",
         "25% waiting for data",
         "4 min of training",
+        "Steps that stood out: 1 skipped, 1 spike",
+        "5 spike 7.2500 9.5000 a&lt;b, c 3 skipped - 9.5000",
         "too-short 2 fewer frames than the smallest bucket needs",
         "--betas 0.9,0.95 0.9,0.999",
         "2 options as they are by default",

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from tests.unit.test_training_trainer import lines, no_pictures, options, train
-from tests.unit.training_fakes import ToyRecipe, ToyStream, toy_batch
+from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video.errors import CheckpointError
 from titans_video.options import TrainOptions
 from titans_video.training import checkpoints, engine
@@ -118,6 +119,47 @@ def test_the_guard_goes_on_where_it_was(tmp_path: Path) -> None:
     run(Sabotaged(bad), given)
     state = checkpoints.read_state(tmp_path / "checkpoint-6")
     assert (state["guard"]["bad_in_a_row"], state["guard"]["skipped"]) == (2, 2)
+    more = replace(given, resume="auto", max_steps=9)
+    with pytest.raises(DivergedError, match="Step 7"):
+        Trainer(Sabotaged(bad), ToyStream(2), more, engine.start(more), going_on(more), lambda text: None).run()
+
+
+def with_scaler(
+    recipe: ToyRecipe, given: TrainOptions, scale: float, patch: pytest.MonkeyPatch
+) -> tuple[Trainer, torch.amp.GradScaler]:
+    """A trainer with fp16's loss scaling, which Accelerate has on GPUs alone."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator = engine.start(given)
+    accelerator.scaler, accelerator.native_amp = scaler, True
+    trainer = Trainer(recipe, ToyStream(2), given, accelerator, say=lambda text: None)
+    patch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+    return trainer, scaler
+
+
+def test_a_gradient_scale_settles_without_a_word_and_then_trains_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(tmp_path / "scaled", max_steps=24, max_bad_steps=2, max_grad_norm=0.0, ema_decay=0.0)
+    trainer, scaler = with_scaler(Sabotaged({str(i): 4.0 for i in range(99)}), given, 2.0**126, monkeypatch)
+    trainer.run()
+    norms = [line["grad_norm"] for line in lines(tmp_path / "scaled")]
+    settled = sum(norm is None for norm in norms)
+    assert 2 < settled < 20  # more in a row than --max-bad-steps
+    assert norms[settled:] == [n for n in norms if n is not None]
+    assert scaler.get_scale() == 2.0 ** (126 - settled)
+    assert events(tmp_path / "scaled") == []
+
+
+def test_a_loss_that_is_not_finite_lowers_the_scale_and_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Sabotaged({"0": math.nan})
+    before = {k: v.clone() for k, v in recipe.network.state_dict().items()}
+    trainer, scaler = with_scaler(recipe, options(tmp_path, max_steps=1, weight_decay=0.1), 8.0, monkeypatch)
+    trainer.run()
+    assert all(torch.equal(before[k], v) for k, v in recipe.network.state_dict().items())
+    assert scaler.get_scale() == 4.0
+    assert [event["kind"] for event in events(tmp_path)] == ["skipped"]
 
 
 class Greedy(ToyRecipe):
@@ -130,7 +172,7 @@ class Greedy(ToyRecipe):
 
 
 class TwoBuckets(ToyStream):
-    def largest(self) -> Batch:  # type: ignore[override]
+    def largest(self) -> Batch:
         return replace(toy_batch(range(2)), height=480, width=832, frames=81)
 
 

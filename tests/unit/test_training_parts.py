@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
     other.names, other.averages = ema.names, [torch.zeros_like(a) for a in ema.averages]
     other.load({**network.state_dict(), **ema.state_dict()})
     assert all(torch.equal(a, b) for a, b in zip(ema.averages, other.averages, strict=True))
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("ACCELERATE_MIXED_PRECISION", 15), ("UNRELATED", 0)])
+def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int) -> None:
+    monkeypatch.setenv(variable, "no")
+    with Interrupt() as interrupt:
+        assert interrupt.signal == 0
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert interrupt.signal == expected
 
 
 @pytest.mark.parametrize(("world", "ended"), [("1", [130]), ("2", [])])

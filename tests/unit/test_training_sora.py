@@ -22,7 +22,8 @@ from titans_video.options import (
     TextOptions,
     TrainOptions,
 )
-from titans_video.recipes.sora import SoraRecipe, build_recipe, frames_in_words, open_data_and_codec, spec_of
+from titans_video.recipes.opening import frames_in_words, open_data_and_codec, spec_of
+from titans_video.recipes.sora import SoraRecipe, build_recipe
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
 from titans_video.training import engine
@@ -41,6 +42,7 @@ class FakeData:
     """Five clips of noise in one bucket."""
 
     rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    tasks = ("i2v", "t2v")
     buckets = (Bucket(FRAMES, SIDE, SIDE),)
     fps = 8.0
 
@@ -72,7 +74,7 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
 
 def open_codec(run: SoraOptions, start: engine.Engine) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titans_video.recipes.sora.open_data", lambda *a, **k: FakeData())
+        patch.setattr("titans_video.recipes.opening.open_data", lambda *a, **k: FakeData())
         return open_data_and_codec(run, start, None)[1]
 
 
@@ -266,7 +268,8 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
     assert model.step == 12
     assert model.process.config() == recipe.process.config()
-    assert model.config["data"] == {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0}
+    data = {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "tasks": ["i2v", "t2v"]}
+    assert model.config["data"] == data
     assert model.config["sample"] == {
         "steps": 7,
         "guidance_scale": 2.5,

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from tests.unit.training_fakes import ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
+from tests.unit.training_fakes import WIDTH, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.options import TrainOptions, WatchOptions
@@ -135,6 +137,25 @@ def test_the_averaged_weights_are_looked_at_and_taken_out_again_whatever_happens
 
 
 @torch.no_grad()
+def test_a_sharded_network_that_stays_whole_after_a_forward_pass_gets_its_own_weights_back(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        network, x = ToyRecipe().network.eval(), torch.randn(3, WIDTH)
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+        ema, first = Ema(network, 0.9), network(x)
+        network.reshard()
+        for p in network.parameters():
+            p.add_(torch.ones_like(p))
+        raw = network(x)
+        with ema.applied():
+            assert torch.equal(network(x), first)
+        assert torch.equal(network(x), raw)
+        assert not torch.equal(raw, first)
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
 def test_the_table_against_a_plain_computation(tmp_path: Path) -> None:
     run = options(tmp_path)
     recipe, machine = ToyRecipe(), engine.start(run)
@@ -234,6 +255,30 @@ def test_a_new_run_in_the_same_folder_moves_what_was_seen_aside(tmp_path: Path) 
     assert [look["step"] for look in looks(tmp_path)] == [2]
     assert [look["step"] for look in looks(tmp_path / "previous-1")] == [2, 4]
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-0000002"]
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_moves_later_samples_away(tmp_path: Path) -> None:
+    train(options(tmp_path, max_steps=6, save_every=2, save_limit=0))
+    train(options(tmp_path, max_steps=3, resume=str(tmp_path / "checkpoint-2")), every=3)
+    assert [look["step"] for look in looks(tmp_path)] == [2, 3]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000002", "step-0000003"}
+    assert {p.name for p in (tmp_path / "previous-1").glob("step-*")} == {"step-0000004", "step-0000006"}
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, said = samples.contact_sheet, []
+
+    def full(*given: Any, **more: Any) -> Path:
+        if "Step 2" in more["title"]:
+            raise OSError(28, "No space left on device")
+        return plain(*given, **more)
+
+    monkeypatch.setattr(samples, "contact_sheet", full)
+    outcome, _ = train(options(tmp_path), say=said.append)
+    assert outcome.step == 6
+    assert [look["step"] for look in looks(tmp_path)] == [4, 6]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000004", "step-0000006"}
+    assert "The validation of step 2 could not be written: No space left on device." in said
 
 
 def test_without_held_out_rows_there_are_videos_alone(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ class ToyStream:
             self.position += 1
             yield toy_batch(range(start, start + self.batch))
 
-    def largest(self) -> None:
-        return None
+    def largest(self) -> Batch:
+        return toy_batch(range(self.batch))
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

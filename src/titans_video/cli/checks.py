@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from titans_video.config import read_prompts
 from titans_video.errors import ConfigError
-from titans_video.options import DataOptions, SoraOptions, TrainOptions, WatchOptions
+from titans_video.options import DataOptions, MemoryOptions, SoraOptions, TrainOptions, WatchOptions
 
 
 def check_training(options: SoraOptions) -> None:
@@ -29,6 +29,23 @@ def check_training(options: SoraOptions) -> None:
         raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
     _check_watch(options.watch)
     check_data(options.data)
+
+
+def check_memory(memory: MemoryOptions) -> None:
+    """Refuse values of a memory that have no meaning.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    _need("--segment-frames", memory.segment_frames, 1)
+    _need("--segments", memory.segments, 1)
+    _need("--segment-curriculum", memory.segment_curriculum, 0)
+    _need("--overlap", memory.overlap, 0)
+    _need("--overlap-drop", memory.overlap_drop, 0, 1)
+    _need("--write-noise", memory.write_noise, 0, 1)
+    if memory.memory != "none":
+        # Through fewer than two segments nothing that was written is ever read with a gradient.
+        _need("--bptt-segments", memory.bptt_segments, 2)
 
 
 def check_data(data: DataOptions) -> None:
@@ -110,6 +127,8 @@ def _check_train(train: TrainOptions) -> None:
         ("--seed", train.seed),
     ):
         _need(flag, whole, 0)
+    if not train.resume:
+        raise ConfigError("--resume is empty; it is auto, none, or the path of a checkpoint.")
     if not train.output_dir:
         raise ConfigError("--output-dir is empty; name a folder, e.g. --output-dir outputs.")
     _need("--lr", train.lr, 0, above=True)

@@ -47,7 +47,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     flags = parse(CheckFlags(), first_word_is(argv, "--manifest"), prog=prog, description=CHECK)
     check_training(flags)
     from titans_video.preparing.check import check
-    from titans_video.recipes.sora import spec_of
+    from titans_video.recipes.opening import spec_of
 
     report = check(flags.data, spec_of(flags.codec), flags.model.patch_size, flags.out)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")

@@ -20,6 +20,13 @@ def train_sora_accelerate() -> int:
     return guarded(lambda: _train(sys.argv[1:], "train_sora_accelerate.py"))
 
 
+def train_titans_video_dit_accelerate() -> int:
+    """Train the model with a memory; a launcher says on how many processes."""
+    from titans_video.cli.titans import main
+
+    return guarded(lambda: main(sys.argv[1:], "train_titans_video_dit_accelerate.py"))
+
+
 def infer_sora() -> int:
     """Generate."""
     return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))

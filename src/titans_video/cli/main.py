@@ -10,8 +10,10 @@ from titans_video.errors import ConfigError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titans_video.cli.train:main", "train SoraDiT on captioned clips"),
+    "train titans": ("titans_video.cli.titans:main", "train TitansVideoDiT, with a memory, for video of any length"),
     "report": ("titans_video.cli.report:main", "one HTML page of a run: curves, samples, data, options"),
     "generate": ("titans_video.cli.generate:main", "make a video from a prompt"),
+    "export": ("titans_video.cli.export:main", "write a model as one folder that needs nothing else"),
     "data mock": ("titans_video.cli.mock:main_mock", "write the built-in data set of moving shapes"),
     "data check": ("titans_video.cli.data:main_check", "say which rows of a manifest can be used, and why not"),
     "data cache": ("titans_video.cli.data:main_cache", "encode clips and captions once, before training"),

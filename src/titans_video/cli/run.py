@@ -60,7 +60,7 @@ def guarded(command: Callable[[], int]) -> int:
         # A path that the user named (too long, not allowed, on a full disk); anything else is a fault of ours.
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _tell(f"Error: {e.filename or 'cannot write'}: {e.strerror}.")
+        _tell(f"Error: {e.filename or 'cannot write'}: {e.strerror}.", alone=True)
         return BAD_INPUT
 
 

@@ -20,6 +20,8 @@ NO_NOISE = -30.0
 """The log-variance of a codec that is a plain function: `from_moments` then gives exactly the mean."""
 MAX_LOGVAR = 20.0
 """Log-variances are clamped to [NO_NOISE, MAX_LOGVAR], as diffusers' DiagonalGaussianDistribution does."""
+CONTEXT = 4
+"""See `Codec.decode_context`."""
 
 
 def without_noise(mean: Tensor) -> Tensor:
@@ -47,6 +49,12 @@ class Codec(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that differs when the codec would give other latents: of its weights and its configuration."""
+
+    @property
+    def decode_context(self) -> int:
+        """Latent frames before a stretch that are decoded with it, so that a stream has no seams of the codec's; what
+        a codec whose frames mix in time sees beyond four is little."""
+        return 0 if self.spec.frame_rule in ("each", "blocks") else CONTEXT
 
     def scale(self, unscaled: Tensor) -> Tensor:
         """Unscaled latents -> the network's latents."""

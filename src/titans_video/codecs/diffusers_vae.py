@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titans_video.codecs.base import Codec
+from titans_video.codecs.base import CONTEXT, Codec
 from titans_video.errors import CodecError
 from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors, first_line
 from titans_video.types import CodecSpec, FrameRule
@@ -48,6 +48,7 @@ class Family:
         shift_and_factor: what its pipeline does: latents = (unscaled - shift) * factor, each a scalar or C values.
         encode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w).
         decode: (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
+        context: see `Codec.decode_context`.
     """
 
     frame_rule: FrameRule
@@ -55,6 +56,7 @@ class Family:
     shift_and_factor: Callable[[Any], tuple[Any, Any]]
     encode: Callable[[Any, Tensor], Tensor]
     decode: Callable[[Any, Tensor], Tensor]
+    context: int = CONTEXT
 
 
 def _moments(vae: Any, x: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
 
 
 FAMILIES = {
-    "AutoencoderKL": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise),
+    "AutoencoderKL": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise, 0),
     "AutoencoderKLTemporalDecoder": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_temporal),
     "AutoencoderKLCogVideoX": Family("cogvideox", _cog_stride, _by_factor, _moments, _decode_clip),
     "AutoencoderKLWan": Family("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
@@ -188,6 +190,10 @@ class DiffusersCodec(Codec):
         self._vae = None if vae.device.type == "meta" else vae.eval().requires_grad_(False)
         self._dtype = dtype
         self._describe(vae, folder)
+
+    @property
+    def decode_context(self) -> int:
+        return self.family.context
 
     @property
     def vae(self) -> Any:

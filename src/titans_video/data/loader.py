@@ -29,6 +29,9 @@ from titans_video.errors import DataError
 from titans_video.seeding import derive
 from titans_video.types import Batch
 
+LATE = 10**9
+"""The step of a trial batch: any curriculum is at its end, where batches are largest."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -57,6 +60,7 @@ class RawBatch:
         moments, known_moments: (B, 2C, t, h, w) from a store, in place of frames.
         broken: rows that turned out to be broken.
         error: why there is no batch: errors of worker processes are handed on as words.
+        step: the optimizer step that it is for.
     """
 
     seeds: list[int]
@@ -67,6 +71,7 @@ class RawBatch:
     known_moments: Tensor | None = None
     broken: tuple[Broken, ...] = ()
     error: str | None = None
+    step: int = 0
 
 
 @dataclass
@@ -107,7 +112,7 @@ class BatchReader(Dataset[RawBatch]):
         """A batch of these rows of one bucket, as optimizer step `step` sees them."""
         found: list[Broken] = []
         try:
-            return collate([self._row(step, o, found) for o in items], found)
+            return replace(collate([self._row(step, o, found) for o in items], found), step=step)
         except DataError as e:
             return RawBatch([], [], broken=tuple(found), error=str(e))
 
@@ -257,29 +262,31 @@ class BatchStream:
         except RuntimeError as e:
             if "DataLoader worker" not in str(e):
                 raise
-            raise DataError(
-                f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}"
+            raise _alone(
+                DataError(f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}")
             ) from None
         self._note(raw.broken)
-        if raw.error is not None:
-            error = DataError(raw.error)
-            error.alone = True
-            raise error
         self._delivered += 1
-        return to_batch(raw, self.store)
+        return self._sound(raw)
 
-    def largest(self) -> Batch | None:
-        """A micro-batch of the bucket with the most pixels at once, read for a trial alone; None where there is one
-        bucket, whose first batch is no later than a trial."""
-        if len(self.buckets) == 1:
-            return None
+    def _sound(self, raw: RawBatch) -> Batch:
+        """The batch, or the error that came in its place: this process's alone."""
+        if raw.error is not None:
+            raise _alone(DataError(raw.error))
+        try:
+            return to_batch(raw, self.store)
+        except DataError as e:
+            raise _alone(e) from None
+
+    def largest(self) -> Batch:
+        """A micro-batch of the bucket with the most pixels at once, read for a trial alone."""
         pixels = [self.batch_sizes[b] * b.frames * b.height * b.width for b in self.buckets]
         lane = pixels.index(max(pixels))
         rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
         apart = BrokenRows(None)
         apart.known = dict(self.broken.known)
         read = self._reader(apart).rows([Occurrence(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
-        return to_batch(read, self.store)
+        return replace(self._sound(read), step=LATE)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of optimizer steps whose micro-batches were all delivered, and the rows of a step by bucket."""
@@ -324,6 +331,11 @@ class BatchStream:
         return iter(loader)
 
 
+def _alone(error: DataError) -> DataError:
+    error.alone = True
+    return error
+
+
 class _From(IndexSampler[int]):
     """The whole numbers from `start` on, without an end."""
 
@@ -354,6 +366,7 @@ def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
         known_frames=torch.tensor([s.known for s in samples], dtype=torch.int64),
         moments=raw.moments,
         known_moments=raw.known_moments,
+        step=raw.step,
     )
     if raw.frames is not None:
         batch.pixels = to_floats(raw.frames)

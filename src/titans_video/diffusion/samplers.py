@@ -15,15 +15,30 @@ from titans_video.errors import ConfigError
 Denoise = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int], object]
 """Called with the number of steps done, after each."""
+EditState = Callable[[int, Tensor, float], Tensor]
+"""Called after each step with the number of steps done, the state and its time; what it gives is gone on with."""
 
 
 class Sampler(Protocol):
     """A solver: `noise` (B, C, t, h, w) at `schedule[0]` -> the state at `schedule[-1]`."""
 
-    def __call__(self, denoise: Denoise, noise: Tensor, schedule: Tensor, on_step: OnStep | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        denoise: Denoise,
+        noise: Tensor,
+        schedule: Tensor,
+        on_step: OnStep | None = None,
+        edit: EditState | None = None,
+    ) -> Tensor: ...
 
 
-def euler(denoise: Denoise, noise: Tensor, schedule: Tensor, on_step: OnStep | None = None) -> Tensor:
+def euler(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Tensor,
+    on_step: OnStep | None = None,
+    edit: EditState | None = None,
+) -> Tensor:
     """First order, one forward a step.
 
     Args:
@@ -31,18 +46,27 @@ def euler(denoise: Denoise, noise: Tensor, schedule: Tensor, on_step: OnStep | N
         noise: the state at `schedule[0]`.
         schedule: (steps + 1,) falling times; the last may be 0, where the result is the last x0 itself.
         on_step: told after each step.
+        edit: may change the state after each step.
     Source: Euler's method, in the interpolating form of DDIM (Song et al. 2020, equation 12 with sigma = 0).
     """
     x = noise
     for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
         x0 = denoise(x, time)
         x = x0 + (after / time) * (x - x0)
+        if edit is not None:
+            x = edit(done, x, after)
         if on_step is not None:
             on_step(done)
     return x
 
 
-def heun(denoise: Denoise, noise: Tensor, schedule: Tensor, on_step: OnStep | None = None) -> Tensor:
+def heun(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Tensor,
+    on_step: OnStep | None = None,
+    edit: EditState | None = None,
+) -> Tensor:
     """Second order, two forwards a step; a last step to time 0, where velocities have no value, is Euler's.
 
     Args: as `euler`.
@@ -56,6 +80,8 @@ def heun(denoise: Denoise, noise: Tensor, schedule: Tensor, on_step: OnStep | No
             end_slope = (guess - denoise(guess, after)) / after
             guess = x + (after - time) * (slope + end_slope) / 2
         x = guess
+        if edit is not None:
+            x = edit(done, x, after)
         if on_step is not None:
             on_step(done)
     return x

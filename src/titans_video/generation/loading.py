@@ -1,10 +1,11 @@
 """From a checkpoint to the parts that make a video."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from titans_video.codecs.table import codec_from_checkpoint
 from titans_video.diffusion.flow import RectifiedFlow
 from titans_video.diffusion.table import build_process
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generation.joining import Joins
 from titans_video.models.table import build_network
 from titans_video.options import Overrides
 from titans_video.text.table import text_from_checkpoint
@@ -23,6 +25,8 @@ from titans_video.types import TextCondition
 
 PartT = TypeVar("PartT")
 LATEST = "latest"
+BUNDLED = {"pretrained_model": "vae", "text_model": "text_encoder", "llm_model": "llm"}
+"""Where an exported folder has its own copies of the frozen parts, by the override that names them."""
 
 
 class PromptEncoder(Protocol):
@@ -43,6 +47,8 @@ class VideoModel:
         config: the checkpoint's, as `titans_video.checkpoint` lists it.
         step: optimizer steps that the network has seen.
         path: where it came from, for messages.
+        run_on: the device of the computation, where weights wait elsewhere (offloading).
+        turns: which of `text`, `codec` and `network` are on that device only while they are used.
     """
 
     network: nn.Module
@@ -52,10 +58,31 @@ class VideoModel:
     config: dict[str, Any]
     step: int = 0
     path: Path | None = None
+    run_on: torch.device | None = None
+    turns: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.run_on or next(self.network.parameters()).device
+
+    @contextmanager
+    def on_device(self, part: Literal["text", "codec", "network"]) -> Iterator[None]:
+        """That part is on the device of the computation: always, or where it takes turns for as long as the block."""
+        if part not in self.turns:
+            yield
+            return
+        moved: Any = getattr(self, part)
+        moved.to(self.device)
+        try:
+            yield
+        finally:
+            moved.to("cpu")
+
+    @property
+    def joins(self) -> Joins:
+        """What the network can do about the frames that it is to go on from."""
+        tasks = self.trained("tasks")
+        return Joins(bool(getattr(self.network, "frame_times", True)), None if tasks is None else frozenset(tasks))
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -63,8 +90,13 @@ class VideoModel:
         t, h, w = self.config["model"]["patch_size"]
         return t, h, w
 
+    @property
+    def segments(self) -> dict[str, int] | None:
+        """`latents` and `overlap` of a segment, in latent frames, of a network with a memory; else None."""
+        return self.config.get("segments")
+
     def trained(self, name: str) -> Any:
-        """`num_frames`, `height`, `width` or `fps` of the training clips; None where the checkpoint does not say."""
+        """`num_frames`, `height`, `width`, `fps` or `tasks` of training; None where the checkpoint does not say."""
         return self.config.get("data", {}).get(name)
 
 
@@ -125,6 +157,7 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
     path = find_checkpoint(checkpoint)
     read = checkpoints.read(path)
     config = read.config
+    overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: build_network(config["model"]))
     _load_weights(network, read, path)
     return VideoModel(
@@ -138,6 +171,16 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
         step=read.step,
         path=path,
     )
+
+
+def with_bundled(path: Path, overrides: Overrides) -> Overrides:
+    """The frozen parts that an exported folder brings along, where no flag names others."""
+    found: dict[str, Any] = {
+        name: str(path / folder)
+        for name, folder in BUNDLED.items()
+        if getattr(overrides, name) is None and (path / folder).is_dir()
+    }
+    return replace(overrides, **found)
 
 
 def _part(path: Path, name: str, build: Callable[[], PartT]) -> PartT:

@@ -1,30 +1,27 @@
-"""From flags to a request, and the command that carries it out."""
+"""From flags to a request."""
 
 import math
-import sys
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titans_video.errors import ConfigError
-from titans_video.generation.loading import VideoModel, choose_device, load_model
-from titans_video.generation.pipeline import Request, generate
-from titans_video.generation.saving import check_out, load_first_frame, save_video
+from titans_video.generation.given import load_clip_end, load_first_frame
+from titans_video.generation.loading import VideoModel
+from titans_video.generation.long import generate_long, plan_video
+from titans_video.generation.pipeline import Request
+from titans_video.generation.record import about
+from titans_video.generation.saving import check_out
+from titans_video.generation.timing import timing
 from titans_video.media.writing import GIF_FASTEST
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.options import GenerateOptions
 
 DEFAULT_PROMPT = "a red circle moving right"
 DEFAULT_STEPS = 50
-DEFAULT_FPS = 24.0
-
-
-def exact_frames(seconds: float, fps: float) -> int:
-    """ceil(seconds x fps) of the decimal numbers as they were written: 0.07 x 100 is 7, not 7.000000000000001."""
-    # A rate such as 24000/1001 comes out of a checkpoint as the nearest float; this finds it again.
-    return math.ceil(Fraction(str(seconds)) * Fraction(str(fps)).limit_denominator(1001))
+LOSSIEST = 51  # of H.264's crf
 
 
 def check_options(options: GenerateOptions) -> Path:
@@ -33,8 +30,17 @@ def check_options(options: GenerateOptions) -> Path:
     Raises:
         ConfigError: a value or a combination that has no meaning.
     """
-    if options.seconds is not None and options.num_frames is not None:
-        raise ConfigError("--seconds and --num-frames both say how long the video is; give one of them.")
+    for one, other, both in (
+        ("--seconds", "--num-frames", "both say how long the video is"),
+        ("--prompt", "--prompt-file", "both say what it shows"),
+        ("--image", "--video", "both say what it goes on from"),
+        ("--image", "--memory-in", "both say what it goes on from"),
+        ("--video", "--memory-in", "both say what it goes on from"),
+        ("--prompt", "--segment-prompts", "both say what it shows"),
+        ("--prompt-file", "--segment-prompts", "both say what it shows"),
+    ):
+        if getattr(options, _name(one)) is not None and getattr(options, _name(other)) is not None:
+            raise ConfigError(f"{one} and {other} {both}; give one of them.")
     for flag, value in (
         ("--seconds", options.seconds),
         ("--fps", options.fps),
@@ -42,6 +48,11 @@ def check_options(options: GenerateOptions) -> Path:
         ("--height", options.height),
         ("--width", options.width),
         ("--steps", options.steps),
+        ("--gen-fps", options.gen_fps),
+        ("--window", options.window),
+        ("--overlap", options.overlap),
+        ("--shift", options.shift),
+        ("--num-videos", options.num_videos),
     ):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{flag} {value}: it must be above 0.")
@@ -54,33 +65,53 @@ def check_options(options: GenerateOptions) -> Path:
             raise ConfigError(f"--guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
     if options.fps is not None and options.fps > GIF_FASTEST and options.out.lower().endswith(".gif"):
         raise ConfigError(f"--fps {options.fps:g}: a gif shows at most {GIF_FASTEST} frames a second; write an mp4.")
-    if options.image is not None and not Path(options.image).is_file():
-        raise ConfigError(f"--image {options.image}: there is no such file.")
+    if not 0 <= options.crf <= LOSSIEST:
+        raise ConfigError(f"--crf {options.crf}: it must be at least 0 (lossless) and at most {LOSSIEST}.")
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: it must be at least 0.")
+    if options.memory_out is not None and (options.num_videos > 1 or options.prompt_file is not None):
+        raise ConfigError("--memory-out keeps the state of one video; make one at a time.")
+    for flag in ("--image", "--video", "--prompt-file", "--memory-in", "--segment-prompts"):
+        path = getattr(options, _name(flag))
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{flag} {path}: there is no such file.")
     return check_out(options.out)
 
 
+def read_prompts(path: str) -> list[str]:
+    """The lines of --prompt-file that are not empty.
+
+    Raises:
+        ConfigError: it is no text, or there is none in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompt-file {path} is not text in UTF-8.") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompt-file {path} has no prompt in it; write one a line.")
+    return prompts
+
+
 def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request, float]:
-    """The request of checked flags, and the file's frames a second.
+    """The request of checked flags (of its first video), and the file's frames a second.
 
     What the flags leave open is as the model was trained, and as its checkpoint recommends.
 
     Raises:
-        ConfigError: neither the flags nor the checkpoint say a size or a length.
-        DataError: --image is no picture.
+        ConfigError: neither the flags nor the checkpoint say a size or a length, or the rates do not go together.
+        DataError: --image is no picture, or --video no clip.
     """
     advice: dict[str, Any] = model.config.get("sample") or {}
-    fps = float(_first(options.fps, model.trained("fps"), DEFAULT_FPS))
-    if options.seconds is not None:
-        frames = exact_frames(options.seconds, fps)
-    else:
-        frames = _known("--num-frames", options.num_frames, model, "num_frames")
+    when = timing(options, model)
     height = _known("--height", options.height, model, "height")
     width = _known("--width", options.width, model, "width")
     interval = _first(options.guidance_interval, advice.get("guidance_interval"), (0.0, 1.0))
     request = Request(
         prompts=[_first(options.prompt, advice.get("prompt"), DEFAULT_PROMPT)],
         negative_prompt=options.negative_prompt,
-        frames=frames,
+        frames=when.made,
         height=height,
         width=width,
         seeds=[options.seed],
@@ -88,25 +119,9 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
         guidance_scale=float(_first(options.guidance_scale, advice.get("guidance_scale"), 1.0)),
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=options.sampler,
-        known=None if options.image is None else load_first_frame(options.image, height, width),
+        known=_given(options, model, when.made, when.gen_fps, height, width),
     )
-    return request, fps
-
-
-def run_generate(options: GenerateOptions, overrides: Overrides) -> Path:
-    """Make the video that the flags ask for, write it, and say where it lies.
-
-    Raises:
-        UserError: whatever the flags, the checkpoint or the picture have wrong, before any denoising.
-    """
-    out = check_options(options)
-    model = load_model(options.checkpoint, overrides, choose_device(options.device))
-    request, fps = build_request(options, model)
-    if options.prompt is None:
-        print(f'No --prompt was given; making "{request.prompts[0]}".', file=sys.stderr)
-    video = generate(model, request)
-    print(save_video(video[0], out, fps, _about(request, model)))
-    return out
+    return request, when.fps
 
 
 @dataclass(frozen=True)
@@ -127,14 +142,23 @@ class Sampled:
 def sample(model: VideoModel, prompt: str, seed: int) -> Sampled:
     """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file."""
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
-    return Sampled(generate(model, request, progress=False)[0], fps, _about(request, model))
+    video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
+    return Sampled(video[0], fps, about(request, model))
 
 
-def _about(request: Request, model: VideoModel) -> dict[str, Any]:
-    """What makes the same video again."""
-    names = ("negative_prompt", "steps", "guidance_scale", "guidance_interval", "sampler")
-    made = {"prompt": request.prompts[0], "seed": request.seeds[0]} | {n: getattr(request, n) for n in names}
-    return made | {"checkpoint": str(model.path), "trained_steps": model.step}
+def _given(
+    options: GenerateOptions, model: VideoModel, frames: int, fps: float, height: int, width: int
+) -> Tensor | None:
+    """What the video begins with, (1, 3, k, H, W)."""
+    if options.image is not None:
+        return load_first_frame(options.image, height, width)
+    if options.video is not None:
+        return load_clip_end(options.video, model, frames, options.window, options.overlap, fps, height, width)
+    return None
+
+
+def _name(flag: str) -> str:
+    return flag[2:].replace("-", "_")
 
 
 def _first(*values: Any) -> Any:

@@ -1,20 +1,10 @@
-"""Videos to files, and a picture to a first frame.
-
-Legend: T H W frames, height and width.
-"""
+"""Where videos go, and what is said of them."""
 
 import os
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from titans_video.errors import ConfigError, UserError
-from titans_video.media.pixels import to_tensor, to_uint8
-from titans_video.media.reading import read_image
-from titans_video.media.resize import cover_crop
-from titans_video.media.writing import output_kind, write_video
+from titans_video.media.writing import Written, output_kind
 
 
 def check_out(out: str) -> Path:
@@ -34,29 +24,22 @@ def check_out(out: str) -> Path:
     return path
 
 
-def load_first_frame(path: str | Path, height: int, width: int) -> Tensor:
-    """A picture as the known first frame (1, 3, 1, H, W) in [-1, 1]: scaled to cover the size, the middle kept.
-
-    Raises:
-        DataError: missing or no picture.
-    """
-    picture = read_image(Path(path))  # (h, w, 3)
-    return to_tensor(cover_crop(picture[None], height, width))[None]
-
-
-def save_video(video: Tensor, path: Path, fps: float | Fraction, about: dict[str, Any] | None = None) -> str:
-    """Write one video.
+def in_words(written: Written, height: int, width: int) -> str:
+    """A line that says where a video lies and what it is, and a second one where something had to be changed.
 
     Args:
-        video: (3, T, H, W) in [-1, 1].
-        path: .mp4, .gif, or a folder of PNGs.
-        fps: of the file.
-        about: how it was made; kept in the file.
-    Returns:
-        A line that says where it lies and what it is, and a second one where something had to be changed.
+        height, width: of the frames as they were made.
     """
-    frames, height, width = video.shape[1:]
-    written = write_video(path, to_uint8(video), fps, metadata=about)
     rate = float(written.fps)
-    line = f"{path}: {frames} frames of {height}x{width} at {rate:g} frames a second ({frames / rate:.2f} s)"
+    line = (
+        f"{written.path}: {written.frames} frames of {height}x{width} at {rate:g} frames a second "
+        f"({written.frames / rate:.2f} s)"
+    )
     return f"{line}\n{written.note}" if written.note else line
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """The place of one of several videos: out-000.mp4, out-001.mp4, ...; of a single one `path` itself."""
+    if count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{number:0{max(3, len(str(count - 1)))}d}{path.suffix}")

@@ -18,16 +18,15 @@ from uuid import uuid4
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
 from titans_video.errors import UserError
-from titans_video.media.colour import ACCURATE, Pixels
+from titans_video.media.colour import Pixels
+from titans_video.media.h264 import CODEC, clock, configure, padding, to_yuv
 
 Kind = Literal["mp4", "gif", "png"]
 Metadata = dict[str, Any]
 
-_BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer function
 _GIF_TICKS = 100  # a second; GIF knows no finer time
 GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
 
@@ -169,30 +168,21 @@ class VideoWriter:
         self.rate, self.crf, self.metadata = exact_rate(fps), crf, metadata
         if output_kind(self.path) != "mp4":
             raise UserError(f"{self.path}: frames can be added one by one to .mp4 files only.")
-        self.padded = (height % 2, width % 2)
+        self.padded = padding(height, width)
         self.count = 0
-        self._scaler = VideoReformatter()
 
     def __enter__(self) -> Self:
-        self._place = _beside(self.path)
+        self._place = beside(self.path)
         temporary = self._place.__enter__()
         try:
-            # One clock for track and movie in which a frame is a whole number of ticks: with the usual milliseconds
-            # the edit list is rounded and may cut off the last frame.
-            ticks = str(self.rate.numerator * -(-10_000 // self.rate.numerator))
-            options = {"movflags": "+faststart", "video_track_timescale": ticks, "movie_timescale": ticks}
+            options = {"movflags": "+faststart", **clock(self.rate)}
             self._container = av.open(str(temporary), "w", format="mp4", options=options)
-            self._stream = self._container.add_stream("libx264", rate=self.rate)
-            stream = self._stream
-            stream.height, stream.width = self.height + self.padded[0], self.width + self.padded[1]
-            stream.pix_fmt, stream.time_base = "yuv420p", 1 / self.rate
-            # Without macroblock trees, which make x264 read what it did not write: equal frames give equal files.
-            stream.options = {"crf": str(self.crf), "preset": "medium", "x264-params": "mbtree=0"}
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = ColorRange.MPEG
+            self._stream = self._container.add_stream(CODEC, rate=self.rate)
+            down, right = self.padded
+            configure(self._stream.codec_context, self.height + down, self.width + right, self.rate, self.crf)
+            self._stream.time_base = 1 / self.rate
             if self.metadata is not None:
-                self._container.metadata["comment"] = json.dumps(self.metadata, ensure_ascii=False)
+                self._container.metadata["comment"] = as_comment(self.metadata)
         except BaseException as error:
             self._place.__exit__(type(error), error, error.__traceback__)
             raise
@@ -200,30 +190,10 @@ class VideoWriter:
 
     def write(self, frames: Pixels) -> None:
         """Add frames, uint8 (T, H, W, 3)."""
-        if frames.shape[1:] != (self.height, self.width, 3) or frames.dtype != np.uint8:
-            raise ValueError(f"expected uint8 (T, {self.height}, {self.width}, 3), got {frames.dtype} {frames.shape}")
-        down, right = self.padded
-        for picture in frames:
-            if down or right:
-                picture = np.pad(picture, ((0, down), (0, right), (0, 0)), mode="edge")
-            frame = self._to_yuv(np.ascontiguousarray(picture))
-            frame.pts, frame.time_base = self.count, 1 / self.rate
+        check_frames(frames, self.height, self.width)
+        for frame in to_yuv(frames, self.count, self.rate):
             self._container.mux(self._stream.encode(frame))
             self.count += 1
-
-    def _to_yuv(self, picture: Pixels) -> VideoFrame:
-        frame = self._scaler.reformat(
-            VideoFrame.from_ndarray(picture, format="rgb24"),
-            format="yuv420p",
-            src_color_range=ColorRange.JPEG,
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=ACCURATE,
-            threads=1,
-        )
-        frame.colorspace = frame.color_primaries = frame.color_trc = _BT709
-        frame.color_range = ColorRange.MPEG
-        return frame
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -246,8 +216,19 @@ class VideoWriter:
         return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
 
 
+def check_frames(frames: Pixels, height: int, width: int) -> None:
+    """Raises ValueError unless these are uint8 (T, height, width, 3)."""
+    if frames.shape[1:] != (height, width, 3) or frames.dtype != np.uint8:
+        raise ValueError(f"expected uint8 (T, {height}, {width}, 3), got {frames.dtype} {frames.shape}")
+
+
+def as_comment(metadata: Metadata) -> str:
+    """What the clip is, as an mp4's comment holds it."""
+    return json.dumps(metadata, ensure_ascii=False)
+
+
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, moved to `path` at the end, removed if anything goes wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
@@ -269,7 +250,7 @@ def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
     height, width = frames.shape[1:3]
     shown_at = [round(number * _GIF_TICKS / rate) for number in range(len(frames) + 1)]
     options = {"loop": "0", "final_delay": str(shown_at[-1] - shown_at[-2])}
-    with _beside(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
+    with beside(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
         stream = container.add_stream("gif", rate=_GIF_TICKS)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         stream.time_base = Fraction(1, _GIF_TICKS)

@@ -76,6 +76,18 @@ def place(frames: np.ndarray) -> np.ndarray:
     return np.full((len(frames), 2), np.nan) if scene is None else _centroids(scene.presence)
 
 
+def object_radius(frames: np.ndarray, shape: str) -> float:
+    """The radius in pixels of an object of that shape, from its median area; NaN without one.
+
+    Args:
+        frames: uint8 RGB (T, H, W, 3).
+    """
+    scene = _Scene.of(frames)
+    if scene is None:
+        return float("nan")
+    return float(np.sqrt(np.median(scene.presence.sum(axis=(1, 2))) / AREA[shape]))
+
+
 @dataclass(frozen=True)
 class _Scene:
     """A clip taken apart: the object's colour and `presence` float32 (T, H, W), 0 on the ground and 1 on the paint."""

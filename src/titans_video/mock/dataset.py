@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.writing import write_video
-from titans_video.mock.options import MockOptions
-from titans_video.mock.world import sample_clip
+from titans_video.mock.bounce import BounceClip, sample_bounce
+from titans_video.mock.options import MockOptions, World
+from titans_video.mock.world import Clip, sample_clip
 
 MARKER = "dataset.json"
 _OWN_FILE = re.compile(r"\d{5,}\.(mp4|png)")
@@ -36,6 +37,7 @@ def make_dataset(
     include_held_out: bool = False,
     workers: int = 1,
     progress: bool = True,
+    world: World = "moving",
 ) -> Path:
     """Write a data set of the mock world; equal arguments give equal clips.
 
@@ -50,13 +52,14 @@ def make_dataset(
         include_held_out: draw from all combinations in place of the 40 that training may see.
         workers: threads.
         progress: show a bar.
+        world: `moving` (see `mock.world`) or `bounce` (see `mock.bounce`).
     Returns:
         The path of manifest.jsonl.
     Raises:
         ConfigError: an argument is out of range.
         DataError: the folder holds something else.
     """
-    options = MockOptions(str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, workers)
+    options = MockOptions(world, str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, workers)
     _check(options)
     root = Path(folder)
     _clear(root)
@@ -88,6 +91,8 @@ def _check(options: MockOptions) -> None:
         if not good:
             given = getattr(options, flag[2:].replace("-", "_"))
             raise ConfigError(f"{flag} {given}: it must be {wanted}.")
+    if options.include_held_out and options.world != "moving":
+        raise ConfigError(f"--include-held-out: the world {options.world} holds nothing back; leave it out.")
 
 
 def _clear(root: Path) -> None:
@@ -110,8 +115,12 @@ def _clear(root: Path) -> None:
 
 def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
     """Write one clip, and its reference picture where its task is i2v; returns its manifest row."""
-    held_out = None if options.include_held_out else False
-    clip = sample_clip(options.seed, index, held_out, options.size, options.frames)
+    clip: Clip | BounceClip
+    if options.world == "bounce":
+        clip = sample_bounce(options.seed, index, options.size, options.frames)
+    else:
+        held_out = None if options.include_held_out else False
+        clip = sample_clip(options.seed, index, held_out, options.size, options.frames)
     video = f"videos/{index:05d}.mp4"
     write_video(root / video, clip.frames, options.fps, crf=_CRF)
     row = {"video": video, "caption": clip.caption, "task": "t2v"}

@@ -1,7 +1,7 @@
 """Attention with qk-norm, through diffusers' dispatch (flash, sage, flex, context parallelism: by its settings).
 
-Legend: B batch, G groups, L tokens that attend to each other, N = G L tokens, M text tokens, H heads, d head dim,
-D = H d width.
+Legend: B batch, G groups, L tokens that attend to each other, N = G L tokens, M text tokens, R register tokens that
+stand beside every group, H heads, d head dim, D = H d width.
 """
 
 from typing import Any
@@ -43,17 +43,35 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
 
     def forward(self, x_BGLD: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
         """`rotation` complex (G or 1, L, d / 2); `mask` (B, 1, 1, L) bool, True where keys count, only with G = 1."""
-        qkv = self.qkv(x_BGLD).unflatten(-1, (3, self.heads, -1))  # (B, G, L, 3, H, d)
-        qk, v = qkv.split((2, 1), dim=3)
-        turn = rotation[:, :, None, None]
-        if self.qk_scale is None:
-            qk = rotate(qk.float(), turn).to(v.dtype)
-        else:
-            qk = head_norm(qk, self.qk_scale, turn)
-        q, k = qk.unbind(3)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.squeeze(3).flatten(0, 1)  # each (B G, L, H, d)
+        q, k, v = (x.flatten(0, 1) for x in self._heads(x_BGLD, rotation))  # each (B G, L, H, d)
         y = self.processor(q, k, v, mask)
         return self.out(y.flatten(2).view(x_BGLD.shape))
+
+    def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Each group looks at the registers beside its own tokens; the registers look at one another and at all groups.
+
+        Registers have no place, so nothing turns them. The cost stays linear in the number of groups.
+        """
+        G = x_BGLD.shape[1]
+        q, k, v = self._heads(x_BGLD, rotation)  # each (B, G, L, H, d)
+        rq, rk, rv = self._heads(registers_BRD[:, None], None)  # each (B, 1, R, H, d)
+        beside = [torch.cat((r.expand(-1, G, -1, -1, -1), x), dim=2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
+        all_over = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk[:, 0], k), (rv[:, 0], v))]
+        y = self.processor(q.flatten(0, 1), *beside)
+        z = self.processor(rq[:, 0], *all_over)
+        return self.out(y.flatten(2).view(x_BGLD.shape)), self.out(z.flatten(2))
+
+    def _heads(self, x_BGLD: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, G, L, H, d)."""
+        qkv = self.qkv(x_BGLD).unflatten(-1, (3, self.heads, -1))  # (B, G, L, 3, H, d)
+        qk, v = qkv.split((2, 1), dim=3)
+        turn = None if rotation is None else rotation[:, :, None, None]
+        if self.qk_scale is not None:
+            qk = head_norm(qk, self.qk_scale, turn)
+        elif turn is not None:
+            qk = rotate(qk.float(), turn).to(v.dtype)
+        q, k = qk.unbind(3)
+        return q, k, v.squeeze(3)
 
 
 class CrossAttention(AttentionModuleMixin, nn.Module):

@@ -1,6 +1,7 @@
 """The transformer block of SoraDiT.
 
-Legend: B batch, s temporal slots (latent frames / patch), p tokens of one slot (rows x columns), D width.
+Legend: B batch, s temporal slots (latent frames / patch), p tokens of one slot (rows x columns), D width, R registers:
+tokens without a place, such as a memory's, that stand beside the video's.
 Tokens are carried as (B, s, p, D), so that spatial attention is a view, and a slot's modulation a broadcast.
 """
 
@@ -103,33 +104,44 @@ class SoraBlock(nn.Module):
         columns: int,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
-    ) -> Tensor:
+        registers: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             x_BspD: tokens.
-            condition: (B, s, D) for adaLN "block"; (B, s, 9 D or 6 D) from the network's Linear for "shared".
+            condition: (B, s, D) for adaLN "block"; (B, s, 9 D or 6 D) from the network's Linear for "shared". With
+                registers (B, s + 1, ...), the last of it theirs.
             rotation: complex (s, p, d / 2).
             columns: tokens of one row of the grid.
             text, text_mask: (B, M, D), and (B, 1, 1, M) bool.
+            registers: (B, R, D). The temporal attention and the convolution, which go by place, pass them over.
         Returns:
-            (B, s, p, D).
+            (B, s, p, D), and the registers or None.
         """
-        x = x_BspD
+        x, r = x_BspD, None if registers is None else registers[:, None]  # (B, 1, R, D)
         B, s, p, D = x.shape
         ada = condition if self.modulation is None else self.modulation(condition)
         if self.modulation_table is not None:
             ada = ada + self.modulation_table
-        ada = ada.view(B, s, 1, -1, 3, D).unbind(3)  # one (B, s, 1, 3, D) a sub-layer
+        ada = ada.view(B, ada.shape[1], 1, -1, 3, D)
+        of_x = ada[:, :s].unbind(3)  # one (B, s, 1, 3, D) a sub-layer
+        of_r = ada[:, s:].unbind(3)
         if self.conv is not None:
             x = x + self.conv(x, columns)
 
-        shift, scale, gate = ada[0].unbind(3)
+        shift, scale, gate = of_x[0].unbind(3)
+        seen, turn = modulated_norm(x, shift, scale), rotation
         if self.temporal_attn is None:
-            y = self.attn(modulated_norm(x, shift, scale).reshape(B, 1, s * p, D), rotation.reshape(1, s * p, -1))
-            x = torch.addcmul(x, gate, y.view(B, s, p, D))
+            seen, turn = seen.reshape(B, 1, s * p, D), rotation.reshape(1, s * p, -1)
+        if r is None:
+            y = self.attn(seen, turn)
         else:
-            x = torch.addcmul(x, gate, self.attn(modulated_norm(x, shift, scale), rotation))
-            shift, scale, gate = ada[1].unbind(3)
+            shift, scale, register_gate = of_r[0].unbind(3)
+            y, z = self.attn.with_registers(seen, modulated_norm(r, shift, scale)[:, 0], turn)
+            r = torch.addcmul(r, register_gate, z[:, None])
+        x = torch.addcmul(x, gate, y.view(B, s, p, D))
+        if self.temporal_attn is not None:
+            shift, scale, gate = of_x[1].unbind(3)
             across = modulated_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
             y = self.temporal_attn(across, rotation.transpose(0, 1))
             x = torch.addcmul(x, gate, y.transpose(1, 2))
@@ -137,5 +149,9 @@ class SoraBlock(nn.Module):
         if self.cross_attn is not None:
             x = x + self.cross_attn(norm(x).view(B, s * p, D), text, text_mask).view(B, s, p, D)
 
-        shift, scale, gate = ada[-1].unbind(3)
+        x = self._mlp(x, of_x[-1])
+        return x, None if r is None else self._mlp(r, of_r[-1])[:, 0]
+
+    def _mlp(self, x: Tensor, ada: Tensor) -> Tensor:
+        shift, scale, gate = ada.unbind(3)
         return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))

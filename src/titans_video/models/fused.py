@@ -21,7 +21,8 @@ from titans_video.models.rope import rotate
 NORM_EPS = 1e-6
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within it everything is computed in the precision that it comes in."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device, on which shapes and FLOPs are counted
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -30,7 +31,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             # The kernel's statistics are float32 whatever x is.
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
             factor = scale + 1
@@ -53,7 +54,7 @@ class _ModulatedNorm(torch.autograd.Function):
 class _HeadNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rotation: Tensor | None) -> Tensor:
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             rrms = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()

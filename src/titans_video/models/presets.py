@@ -8,7 +8,7 @@ temporal and cross-attention beside them each block is larger than there, and wi
 from typing import Any
 
 from titans_video.errors import ConfigError
-from titans_video.options import ModelOptions
+from titans_video.options import MemoryOptions, ModelOptions
 from titans_video.types import CodecSpec
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -39,4 +39,20 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
         "patch_size": tuple(options.patch_size),
         "attention_type": options.attention_type,
         "text_widths": tuple(text_widths),
+    }
+
+
+def titans_config(
+    memory: MemoryOptions, options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
+) -> dict[str, Any]:
+    """Arguments of TitansVideoDiT: SoraDiT's, and its memory.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
+    return {
+        "network": "TitansVideoDiT",
+        **sora_config(options, spec, text_widths),
+        **{name: getattr(memory, name) for name in names},
     }

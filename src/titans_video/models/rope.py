@@ -28,17 +28,21 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * third, third, third
 
 
-def rotation_1d(length: int, pairs: int, theta: float, device: torch.device | str | None = None) -> Tensor:
-    """exp(i * position * theta^(-k / pairs)) as complex64 (length, pairs)."""
+def rotation_1d(
+    length: int, pairs: int, theta: float, device: torch.device | str | None = None, first: int = 0
+) -> Tensor:
+    """exp(i * position * theta^(-k / pairs)) as complex64 (length, pairs), for positions from `first` on."""
     # Angles in float64: at position 1000 a float32 angle is already off by 1e-4. Apple's GPUs have no float64.
     dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
     frequency = theta ** -(torch.arange(pairs, dtype=dtype, device=device) / pairs)
-    angle = torch.outer(torch.arange(length, dtype=dtype, device=device), frequency)
+    angle = torch.outer(torch.arange(first, first + length, dtype=dtype, device=device), frequency)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotation_3d(grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Rotations of a (slots, rows, columns) grid of tokens.
+def rotation_3d(
+    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None, first_slot: int = 0
+) -> Tensor:
+    """Rotations of a (slots, rows, columns) grid of tokens, whose slots are counted from `first_slot`.
 
     Returns:
         complex64 (s, p, d / 2) with p = rows x columns, channel pairs in the order time, height, width.
@@ -47,7 +51,8 @@ def rotation_3d(grid: tuple[int, int, int], head_dim: int, theta: float, device:
     """
     s, rows, columns = grid
     time, height, width = (
-        rotation_1d(n, pairs, theta, device) for n, pairs in zip(grid, axis_pairs(head_dim), strict=True)
+        rotation_1d(n, pairs, theta, device, first)
+        for n, pairs, first in zip(grid, axis_pairs(head_dim), (first_slot, 0, 0), strict=True)
     )
     parts = (
         time[:, None, None].expand(s, rows, columns, -1),

@@ -6,8 +6,9 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.sora import SoraDiT
+from titans_video.models.titans import TitansVideoDiT
 
-NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT}
+NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT}
 
 
 def build_network(config: dict[str, Any]) -> Any:

@@ -100,6 +100,7 @@ class HeldOut:
     store: EncodingStore | None = None
     most: int | None = None
     broken: dict[str, str] = field(default_factory=dict)
+    _pieces: list[Piece] | None = None
 
     def __post_init__(self) -> None:
         reader = self.data.reader()
@@ -107,6 +108,11 @@ class HeldOut:
 
     def pieces(self) -> list[Piece]:
         """All there is to look at: the same list on every process."""
+        if self._pieces is None:
+            self._pieces = self._cut()
+        return self._pieces
+
+    def _cut(self) -> list[Piece]:
         by_id = sorted(self.data.entries, key=lambda e: (derive(0, "validation", e.row.id), e.row.id))
         cells: dict[tuple[Bucket, str], list[Entry]] = {}
         for entry in by_id[: self.most]:

@@ -73,6 +73,11 @@ class Data:
         return [e.row for e in self.entries]
 
     @property
+    def tasks(self) -> list[str]:
+        """What is trained: t2v, i2v, v2v, by `--task-mix` or by the rows themselves."""
+        return sorted({task for task, _ in self.mix.shares} or {row.task for row in self.rows})
+
+    @property
     def buckets(self) -> list[Bucket]:
         """Those with at least one row, the largest first."""
         used = {e.bucket for e in self.entries}

@@ -4,8 +4,7 @@ Legend: B batch, C latent channels, T H W pixel frames, height and width, S pixe
 latent grid.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,43 +17,36 @@ from tqdm import tqdm
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
-from titans_video.codecs.patch import PatchCodec
 from titans_video.codecs.table import (
-    build_codec,
-    codec_from_checkpoint,
     describe_codec,
     flags_to_name_again,
-    parse_init,
 )
 from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import RectifiedFlow, count_tokens
+from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
 from titans_video.diffusion.table import build_process, process_config
-from titans_video.errors import CodecError
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
-from titans_video.options import CodecOptions, Overrides, SoraOptions
+from titans_video.options import SoraOptions
 from titans_video.preparing.check import QUARANTINE, write_quarantine
-from titans_video.preparing.fill import Encoders, Filled, codec_key, fill_cache, text_keys
-from titans_video.preparing.held_out import open_validation, split
-from titans_video.preparing.opening import Data, Together, open_data
-from titans_video.recipes.watching import prompts_of, watch
+from titans_video.preparing.held_out import open_validation
+from titans_video.preparing.opening import Data
+from titans_video.recipes.opening import fill, frames_in_words, open_data_and_codec, together
+from titans_video.recipes.watching import watch
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
 from titans_video.training import engine
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.resuming import Resume, prepare_folder
+from titans_video.training.resuming import prepare_folder
 from titans_video.training.starting import begin, settle
 from titans_video.training.trainer import Outcome, Trainer
-from titans_video.types import Batch, CodecSpec, Condition, TextCondition
+from titans_video.types import Batch, Condition, Prediction, TextCondition
 
-FIT_CLIPS = 512
 TEXT_STEP, LONGEST_TEXT = 64, 512
-PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
 
 
 @dataclass
@@ -99,38 +91,55 @@ class SoraRecipe:
         """Weighted squared error, summed over the supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
-            times_B = self.process.sample_time(batch.seeds, count_tokens(clean.shape[2:], self.patch_size))
+            times = self.times(batch, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
-        return self._errors(model, clean, condition, times_B, noise).sum()
+        return self._errors(model, batch, clean, condition, times, noise).sum()
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """See `training.recipe.Validated`."""
         clean, condition = self.encode(batch, drop=False)
-        tokens = count_tokens(clean.shape[2:], self.patch_size)
+        tokens = self.tokens_at_once(clean)
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
-            times_B = torch.full((len(batch),), self.process.time_at(quantile, tokens))
+            times = torch.full((len(batch), clean.shape[2]), self.process.time_at(quantile, tokens))
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
-            sums[i] = self._errors(model, clean, condition, times_B, noise).flatten(1).sum(1).double()
+            sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
         free = ~self._known_mask(batch).all(dim=1)  # (B, t)
         return sums, free.sum(dim=1) * clean[0, :, 0].numel()
 
-    def _errors(self, model: nn.Module, clean: Tensor, condition: Condition, times_B: Tensor, noise: Tensor) -> Tensor:
-        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned."""
+    def _errors(
+        self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned; `times` (B, t)."""
         with torch.no_grad():
-            noise = noise.to(self.device)
-            times = times_B.to(self.device)[:, None].expand(-1, clean.shape[2])  # (B, t)
+            noise, times = noise.to(self.device), times.to(self.device)
             held = condition.wholly_known()
             if held is not None and condition.known is not None:
                 # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
                 clean = torch.where(held[:, None, :, None, None], condition.known, clean)
                 times = times.masked_fill(held, 0.0)
             corrupted = self.process.corrupt(clean, noise, times)
-        value = model(corrupted.model_input, corrupted.model_time, condition).value.float()
+        value = self.predict(model, batch, clean, corrupted, condition).value.float()
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
             error = error.masked_fill(held[:, None, :, None, None], 0.0)
         return error
+
+    def tokens_at_once(self, clean: Tensor) -> int:
+        """How many tokens are denoised together; the time shift goes by it."""
+        return count_tokens(clean.shape[2:], self.patch_size)
+
+    def times(self, batch: Batch, clean: Tensor) -> Tensor:
+        """(B, t): a clip's time is that of all its frames."""
+        times_B = self.process.sample_time(batch.seeds, self.tokens_at_once(clean))
+        return times_B[:, None].expand(-1, clean.shape[2])
+
+    def predict(
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+    ) -> Prediction:
+        """The one call of the wrapped model."""
+        prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition)
+        return prediction
 
     def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
         """Clean latents (B, C, t, h, w) float32 and what the network is told, from pixels or from the cache.
@@ -159,8 +168,14 @@ class SoraRecipe:
         shape, lengths = self._latent_shape(batch), self._text_lengths(batch)
         key = (shape, tuple(lengths))
         if key not in self.counted_flops:
-            self.counted_flops[key] = clip_flops(self.config["model"], shape, lengths, self.text.widths)
+            self.counted_flops[key] = clip_flops(
+                self.config["model"], shape, lengths, self.text.widths, self.network_arguments
+            )
         return float(len(batch) * self.counted_flops[key])
+
+    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
+        """What the network's training forward is given beside these and the condition, for counting its FLOPs."""
+        return {}
 
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
@@ -208,17 +223,35 @@ class SoraRecipe:
         return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
 
 
-def train_sora(options: SoraOptions) -> Outcome:
+@dataclass(frozen=True)
+class Variant:
+    """A run like SoraDiT's with another network.
+
+    Attributes:
+        build: as `build_recipe`.
+        clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
+        notes: what to say of it.
+    """
+
+    build: Callable[..., SoraRecipe]
+    clip_grid: tuple[int, int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     """Build every part of a run from its options, and train.
 
+    Args:
+        variant: what is another than SoraDiT's.
     Raises:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
+    variant = variant or Variant(build_recipe)
     run = begin(options.data, options.train)
     accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
-    data, codec = open_data_and_codec(options, accelerator, resume)
+    data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
@@ -227,8 +260,8 @@ def train_sora(options: SoraOptions) -> Outcome:
         held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
         text.release()
         codec.release()
-    recipe = build_recipe(options, data, codec, text, accelerator.device, store)
-    data, train, about = settle(options, data, recipe.config, resume, say)
+    recipe = variant.build(options, data, codec, text, accelerator.device, store)
+    data, train, about = settle(options, data, recipe.config, run)
     moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
@@ -238,11 +271,11 @@ def train_sora(options: SoraOptions) -> Outcome:
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
-    say(f"SoraDiT, {size:.1f} million parameters.")
+    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
     step = resume.step if resume else 0
     watched = watch(
         options,
-        SoraOptions(),
+        type(options)(),
         recipe,
         accelerator,
         data,
@@ -256,73 +289,6 @@ def train_sora(options: SoraOptions) -> Outcome:
     outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
     accelerator.end_training()
     return outcome
-
-
-def open_data_and_codec(options: SoraOptions, accelerator: engine.Engine, resume: Resume | None) -> tuple[Data, Codec]:
-    """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
-    fitted = options.codec.vae_backend == "patch"
-    codec: Codec | None = None
-    if resume and fitted:
-        fitted_codec = resume.model()
-        codec = codec_from_checkpoint(fitted_codec.config["codec"], fitted_codec.codec, Overrides())
-    elif not fitted:
-        codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
-    data = open_data(
-        options.data,
-        codec.spec if codec else spec_of(options.codec),
-        options.model.patch_size,
-        seed=options.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        together=together(accelerator),
-    )
-    if options.watch.validation_split:
-        data = split(data, options.watch.validation_split)
-    return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
-
-
-def together(accelerator: engine.Engine) -> Together:
-    """How these processes share what one of them knows."""
-    return Together(partial(engine.once, accelerator), partial(engine.gather, accelerator))
-
-
-def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
-    """(patch, channels) of the patch codec: the defaults, changed by --vae-init-json."""
-    given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
-    patch, channels = given["patch"], given["channels"]
-    whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
-    if not whole or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
-        raise CodecError(
-            f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, and components kept)."
-        )
-    return (patch[0], patch[1], patch[2]), channels
-
-
-def spec_of(options: CodecOptions) -> CodecSpec:
-    """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
-    if options.vae_backend != "patch":
-        return build_codec(options, load=False).spec
-    patch, channels = _patch_arguments(options)
-    return CodecSpec("patch", channels, patch, "blocks")
-
-
-def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
-    patch, channels = _patch_arguments(options)
-    codec = PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels)
-    return PatchCodec.from_config(codec.config(), engine.from_main(accelerator, codec.state_dict()))
-
-
-def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:
-    """A line that says so where clips have another length than `--num-frames`."""
-    asked, patch = options.data.num_frames, options.model.patch_size[0]
-    used = data.buckets[0].frames
-    if options.data.buckets is not None or spec.is_legal(asked, patch):
-        return []
-    return [
-        f"--num-frames {asked} is not legal for the codec {spec.name} and a temporal patch of {patch} together; "
-        f"{used} is used, {spec.frames_at_least(asked, patch)} would be the next."
-    ]
 
 
 def cache_sora(options: SoraOptions) -> None:
@@ -342,17 +308,6 @@ def cache_sora(options: SoraOptions) -> None:
     accelerator.end_training()
 
 
-def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
-    """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
-    returns."""
-    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
-    assert options.data.cache is not None  # callers checked
-    prompts = prompts_of(options.watch, data)
-    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))
-    accelerator.print(filled.summary())
-    return filled
-
-
 def build_recipe(
     options: SoraOptions,
     data: Data,
@@ -360,10 +315,15 @@ def build_recipe(
     text: TextEncoder,
     device: torch.device,
     store: EncodingStore | None = None,
+    network_of: Callable[..., dict[str, Any]] = sora_config,
 ) -> SoraRecipe:
-    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed."""
+    """The trained and the frozen parts, with freshly initialised weights that are a function of the seed.
+
+    Args:
+        network_of: gives the network's configuration from its options, the codec's shapes and the texts' widths.
+    """
     torch.manual_seed(derive(options.train.seed, "initialisation"))
-    network = build_network(sora_config(options.model, codec.spec, text.widths))
+    network = build_network(network_of(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if options.model.compile:
@@ -377,7 +337,13 @@ def build_recipe(
         "codec": describe_codec(codec, options.codec),
         "text": text.describe(),
         "process": process.config(),
-        "data": {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width, "fps": data.fps},
+        "data": {
+            "num_frames": bucket.frames,
+            "height": bucket.height,
+            "width": bucket.width,
+            "fps": data.fps,
+            "tasks": list(data.tasks),
+        },
         "sample": _advice(options, prompt),
     }
     return SoraRecipe(

@@ -60,7 +60,7 @@ def ramp(count: int) -> list[str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(colormaps["plasma"](x)) for x in np.linspace(0.82, 0.08, count)]
+    return [to_hex(colormaps["plasma"](x)) for x in np.linspace(0.85, 0.22, count)]
 
 
 def thinned(x: Series, y: Series) -> tuple[Series, Series]:

@@ -1,6 +1,7 @@
 """The report of a run: one HTML file with everything in it, to be looked at, kept and sent."""
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +20,7 @@ from titans_video.training.loss_table import as_table, in_cell
 from titans_video.training.rates import in_short
 
 NAME = "report.html"
+MOST_EVENTS = 20
 
 STYLE = """
 h1 small{font-weight:400;color:var(--faint);font-size:1rem;margin-left:.6rem}h3{font-size:.95rem;margin:1.2rem 0 .4rem}
@@ -32,6 +34,7 @@ color:var(--faint)}.strip video,.strip img{width:100%;display:block;border-radiu
 font-size:.75rem;overflow:hidden}.sheet{max-width:100%;border-radius:4px;border:1px solid var(--line)}
 .losses td,.losses th{text-align:right;padding:.35rem .9rem .35rem 0;font-variant-numeric:tabular-nums}
 .losses td:nth-child(-n+2),.losses th:nth-child(-n+2){text-align:left}.scroll{overflow-x:auto}
+.dense td{padding:.15rem 1.4rem .15rem 0;font-size:.87rem;overflow-wrap:anywhere}
 .two{display:flex;flex-wrap:wrap;gap:.5rem 4rem}code{font-size:.82rem;overflow-wrap:anywhere}
 details{margin:.8rem 0}summary{cursor:pointer;color:var(--soft)}
 """
@@ -106,7 +109,23 @@ def _training(run: Run) -> str:
         ),
         chart("Model FLOPs utilisation", [Line("", step, run.values("mfu"), GREEN)], wide=False, percent=True),
     ]
-    return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>'
+    return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>{_events(run)}'
+
+
+def _events(run: Run) -> str:
+    """Steps that were skipped, and leaps of the loss, the latest first; nothing where all went well."""
+    if not run.events:
+        return ""
+    rows = [
+        [str(e["step"]), e["kind"], in_cell(e.get("loss")), in_cell(e.get("grad_norm")), ", ".join(e.get("rows", []))]
+        for e in run.events[: -MOST_EVENTS - 1 : -1]
+    ]
+    counts = ", ".join(f"{n} {kind}" for kind, n in Counter(e["kind"] for e in run.events).items())
+    shown = f"; the last {len(rows)}" if len(rows) < len(run.events) else ""
+    return (
+        f"<h3>Steps that stood out: {escape(counts)}{shown}</h3>"
+        f"{table(['step', 'what', 'loss', 'gradient norm', 'rows'], rows, 'dense')}"
+    )
 
 
 def _smooth_pair(run: Run, name: str, colour: str) -> list[Line]:
@@ -186,9 +205,9 @@ def _options(run: Run) -> str:
     rows = [[flag(name), in_words(value), in_words(defaults.get(name))] for name, value in changed.items()]
     rest = [[flag(name), in_words(value)] for name, value in options.items() if name not in changed]
     return (
-        f"<h2>Configuration</h2>{table(['option', 'value', 'default'], rows)}"
-        f"<details><summary>{len(rest)} options as they are by default</summary>{table(['option', 'value'], rest)}"
-        "</details>"
+        f"<h2>Configuration</h2>{table(['option', 'value', 'default'], rows, 'dense')}"
+        f"<details><summary>{len(rest)} options as they are by default</summary>"
+        f"{table(['option', 'value'], rest, 'dense')}</details>"
     )
 
 

@@ -20,12 +20,14 @@ class Run:
         folder: its own.
         lines: of metrics.jsonl, in the order of their steps.
         looks: of validation.jsonl, the same; none past the last of `lines`.
+        events: of events.jsonl, the same: steps that were skipped, and leaps of the loss.
         record: run.json; empty for a run that has none.
     """
 
     folder: Path
     lines: list[dict[str, Any]]
     looks: list[dict[str, Any]]
+    events: list[dict[str, Any]]
     record: dict[str, Any]
 
     @property
@@ -64,17 +66,19 @@ def read_run(folder: Path) -> Run:
     if not (folder / metrics.NAME).is_file():
         raise DataError(f"{folder}: there is no {metrics.NAME} in it, so it is not the --output-dir of a training.")
     lines = read_metrics(folder / metrics.NAME)
-    looks = [look for look in _looks(folder / validation.NAME) if look["step"] <= lines[-1]["step"]]
-    return Run(folder, lines, looks, run_record.read(folder))
+    last = int(lines[-1]["step"])
+    looks, events = (_lines(folder / name, last) for name in (validation.NAME, metrics.EVENTS))
+    return Run(folder, lines, looks, events, run_record.read(folder))
 
 
-def _looks(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path, last: int) -> list[dict[str, Any]]:
+    """Whole lines of steps up to `last`, each step as it was last."""
     found: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            look = json.loads(line)
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if isinstance(look, dict) and isinstance(look.get("step"), int):
-            found[look["step"]] = look
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= last:
+            found[line["step"]] = line
     return [found[step] for step in sorted(found)]

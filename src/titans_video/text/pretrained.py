@@ -142,7 +142,7 @@ class PretrainedStream:
     def fingerprint(self) -> str:
         """A hash of weights, config and tokenizer."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint_folder(self._folder())
+            self._fingerprint = fingerprint_folder(self.folder)
         return self._fingerprint
 
     def to(self, device: torch.device | str) -> None:
@@ -273,7 +273,9 @@ class PretrainedStream:
         alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
         return _transformers().T5Tokenizer if self._encoder_alone() and alone else _transformers().AutoTokenizer
 
-    def _folder(self) -> Path:
+    @property
+    def folder(self) -> Path:
+        """Where the encoder's files lie: its own folder, or the hub cache's."""
         if Path(self.source.path).is_dir():
             return Path(self.source.path)
         from transformers.utils import cached_file

@@ -18,9 +18,11 @@ FREE = frozenset(
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),
         # compared as the global batch that they make
         *("batch_size", "tokens_per_batch", "grad_accum"),
+        # compared as it is in force
+        "mixed_precision",
     }
 )
-"""Options that may be another on a resume. `max_steps` is among them, though schedules end there: see the notes."""
+"""Options that may be another on a resume; `max_steps` too, though schedules end there: to train longer is no slip."""
 
 
 def settings_of(groups: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Settings:

@@ -67,7 +67,7 @@ def save(
     group: Group | None = None,
     before: Callable[[], None] | None = None,
     shards: Callable[[Path], None] | None = None,
-) -> Path:
+) -> tuple[Path, str | None]:
     """Write a checkpoint folder, point `last.pt` at it, and remove the oldest beyond `limit`; on every process.
 
     Args:
@@ -80,7 +80,7 @@ def save(
         before: what this process must have done first.
         shards: writes this process's pieces into a folder.
     Returns:
-        The new folder, named by the step.
+        The new folder, named by the step; and on the main process what could not be done after it stood, in words.
     Raises:
         OSError: on every process, where one could not write (a full disk); nothing of it remains, and the older
             checkpoints stand as they did.
@@ -128,12 +128,20 @@ def save(
                 _remove(folder)
             temporary.rename(folder)
             files.sync_folder(run)
-            link_last(run, folder)
-            _prune(run, limit)
 
     for part in (prepare, write, finish):
         stage(part)
-    return folder
+    return folder, _tidy(run, folder, limit) if group.main else None
+
+
+def _tidy(run: Path, folder: Path, limit: int) -> str | None:
+    """What follows a checkpoint that stands: `last.pt`, and the removal of old ones. Says what did not work."""
+    try:
+        link_last(run, folder)
+        _prune(run, limit)
+    except OSError as e:
+        return f"{folder} is written, but {e.filename or run} could not be brought up to date: {e.strerror or e}."
+    return None
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -170,6 +178,9 @@ def check(folder: Path, *, contents: bool) -> None:
         raise CheckpointError(f"it has no {MANIFEST}: it was not written to its end") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"its {MANIFEST} cannot be read") from None
+    lacking = [name for name in (MODEL, STATE) if name not in expected]
+    if lacking:
+        raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
     for name, (size, checksum) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -195,14 +206,11 @@ def link_last(run: Path, folder: Path) -> None:
     last = run / LAST
     if last.exists() and last.samefile(model):
         return
-    temporary = run / f".{LAST}.tmp"
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(model, temporary)
-    except OSError:
-        shutil.copyfile(model, temporary)
-    os.replace(temporary, last)
-    files.sync_folder(run)
+    with files.atomic_path(last) as temporary:
+        try:
+            os.link(model, temporary)
+        except OSError:
+            shutil.copyfile(model, temporary)
 
 
 def _prune(run: Path, limit: int) -> None:
@@ -239,7 +247,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
-    state = files.load_tensors(folder / STATE)
+    state = files.load_tensors(folder / STATE, mmap=True)
     if state.get("format") != STATE_FORMAT:
-        raise CheckpointError(f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}).")
+        raise CheckpointError(
+            f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}): go on with "
+            "the version that wrote it, or start anew by --resume none, which keeps it in previous-<n>."
+        )
     return state

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from titans_video.training.state import placed_like
+from titans_video.training.state import piece_of, placed_like, reshard
 
 
 class Ema:
@@ -22,6 +21,7 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float, warmup: bool = True) -> None:
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.network = network
         self.decay = decay
         self.warmup = warmup
         self.names = list(trained)
@@ -34,8 +34,8 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take the present weights in; `updates` is how many updates were made before."""
-        targets = [whole_or_piece(p.detach()).float() for p in self.sources]
-        torch._foreach_lerp_([whole_or_piece(a) for a in self.averages], targets, 1 - self.decay_at(updates))
+        targets = [piece_of(p.detach()).float() for p in self.sources]
+        torch._foreach_lerp_([piece_of(a) for a in self.averages], targets, 1 - self.decay_at(updates))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
@@ -57,18 +57,14 @@ class Ema:
         """
         kept = [p.detach().clone() for p in self.sources]
         try:
-            _copy(self.sources, self.averages)
+            self._put(self.averages)
             yield
         finally:
-            _copy(self.sources, kept)
+            self._put(kept)
 
-
-def whole_or_piece(tensor: Tensor) -> Tensor:
-    """The tensor itself, or of a sharded one this process's piece: averaging needs no other."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        """Into the network, whose sharded modules must not compute with what they gathered before."""
+        reshard(self.network)
+        for source, weight in zip(self.sources, weights, strict=True):
+            source.copy_(weight)

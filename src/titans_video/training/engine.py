@@ -15,9 +15,8 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    broadcast,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
@@ -29,6 +28,10 @@ Engine: TypeAlias = Accelerator
 """What other packages call it by: accelerate is imported under training/ alone."""
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
+GONE = (
+    "Another process of this run ended, and the run with it; what it said stands above, or in its own log. --resume "
+    "auto goes on from the last checkpoint."
+)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GROUPS: dict[Any, Any] = {}
 
@@ -60,7 +63,7 @@ def start(options: TrainOptions) -> Engine:
         raise ConfigError(
             f"--mixed-precision {options.mixed_precision} does not work on this machine: {e} Use bf16 or no."
         ) from None
-    if plugin and cpu:
+    if plugin and made.num_processes > 1 and made.device.type == "cpu":
         _shard_on_cpu(made, plugin)
     _refuse_silent_changes(made)
     return made
@@ -74,11 +77,17 @@ def _sharding(options: TrainOptions) -> FullyShardedDataParallelPlugin:
     """
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype = AUTOCAST.get(precision)
-    return FullyShardedDataParallelPlugin(
+    plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         mixed_precision_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else None,
     )
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "The Accelerate configuration asks for fsdp_activation_checkpointing, which renames the weights in "
+            "checkpoints. Take it out, and give --gradient-checkpointing: it does the same, block by block."
+        )
+    return plugin
 
 
 def prepare(engine: Engine, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -120,12 +129,20 @@ def _refuse_silent_changes(made: Accelerator) -> None:
             f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}. Start more "
             f"processes, or take a configuration without FSDP (a run resumes with and without it)."
         )
+    if made.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "The Accelerate configuration asks for DeepSpeed, whose engine would make an optimizer step of every "
+            "micro-batch, and keeps a state that cannot be resumed exactly. FSDP2 shards the same things: "
+            "configs/accelerate/fsdp2.yaml."
+        )
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16 has no effect on a CPU; use no, or bf16 (slow without its units).")
 
 
 class PeerError(UserError):
     """Another process of the run ended."""
+
+    alone = True
 
 
 @contextlib.contextmanager
@@ -140,10 +157,7 @@ def peers_watched() -> Iterator[None]:
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        raise PeerError(
-            "Another process of this run ended, and the run with it; what it said stands above, or in its own log. "
-            f"--resume auto goes on from the last checkpoint. ({next(iter(str(e).splitlines()), '')[:200]})"
-        ) from None
+        raise PeerError(f"{GONE} ({next(iter(str(e).splitlines()), '')[:200]})") from None
 
 
 def once(engine: Engine, make: Callable[[], T]) -> T:
@@ -160,11 +174,23 @@ def once(engine: Engine, make: Callable[[], T]) -> T:
             found = [(make(), None)]
         except UserError as e:
             found = [(None, e)]
+        except Exception:  # the others must not wait for ever
+            dist.broadcast_object_list([(None, PeerError(GONE))], src=0, group=patient_group(engine))
+            raise
     dist.broadcast_object_list(found, src=0, group=patient_group(engine))
     result, error = found[0]
     if error is not None:
         raise error
     return cast(T, result)
+
+
+def total(engine: Engine, count: int) -> int:
+    """The sum over all processes. It goes over the CPU: the device is not waited for."""
+    if engine.num_processes == 1:
+        return count
+    value = torch.tensor(count)
+    dist.all_reduce(value, group=patient_group(engine))
+    return int(value)
 
 
 def gather(engine: Engine, value: T) -> list[T]:
@@ -214,10 +240,3 @@ def describe(engine: Engine, rows: str) -> str:
         f"Running on {n} process{'es' if n > 1 else ''} ({where}), precision {engine.mixed_precision}{slow}, "
         f"global batch {rows}."
     )
-
-
-def from_main(engine: Engine, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The main process's tensors on every process: what each computed alone may differ in the last bit."""
-    if engine.num_processes == 1:
-        return tensors
-    return {k: broadcast(v.to(engine.device)).to(v.device) for k, v in sorted(tensors.items())}

@@ -80,7 +80,11 @@ def count_flops(forward: Callable[[], Tensor]) -> int:
 
 
 def clip_flops(
-    model: dict[str, Any], latent_shape: Sequence[int], text_lengths: Sequence[int], text_widths: Sequence[int]
+    model: dict[str, Any],
+    latent_shape: Sequence[int],
+    text_lengths: Sequence[int],
+    text_widths: Sequence[int],
+    extra: Callable[[Tensor, Tensor], dict[str, Any]] = lambda latents, times: {},
 ) -> int:
     """FLOPs of one clip's forward and backward pass; those of a batch are its multiple.
 
@@ -88,6 +92,7 @@ def clip_flops(
         model: the config of a network of `models.table`.
         latent_shape: (C, t, h, w).
         text_lengths, text_widths: tokens and width of each text stream (width 0: byte ids).
+        extra: what the network is given beside latents, times and condition.
     """
     with torch.device("meta"):
         network = build_network(model)
@@ -98,4 +103,4 @@ def clip_flops(
         masks = [torch.empty(1, length, dtype=torch.bool) for length in text_lengths]
         condition = Condition(text=TextCondition(tuple(states), tuple(masks)))
         latents, times = torch.empty(1, *latent_shape), torch.empty(1, latent_shape[1])
-        return count_flops(lambda: network(latents, times, condition).value)
+        return count_flops(lambda: network(latents, times, condition, **extra(latents, times)).value)

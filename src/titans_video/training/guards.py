@@ -1,17 +1,21 @@
 """What keeps a long run from going wrong in silence: steps without a finite loss or gradient, and loss spikes."""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from titans_video.errors import UserError
 from titans_video.training.metrics import EVENTS
 from titans_video.types import Batch
 
+Verdict = Literal["good", "skipped", "settling"]
 NAMED_ROWS = 8
 SPIKE_WARMUP = 50
 SPIKE_DEVIATIONS = 6.0
@@ -51,14 +55,20 @@ class Guard:
     variance: float = 0.0
     seen: int = 0
 
-    def is_bad(self, loss: float, norm: float) -> bool:
-        """Count a step; whether it must be skipped."""
+    def judge(self, loss: float, norm: float, settling: bool = False) -> Verdict:
+        """Count a step.
+
+        Args:
+            settling: a gradient scaler still has room to lower its scale, so that an overflow means nothing.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             self.bad_in_a_row = 0
-            return False
+            return "good"
+        if settling and math.isfinite(loss):
+            return "settling"
         self.bad_in_a_row += 1
         self.skipped += 1
-        return True
+        return "skipped"
 
     def is_spike(self, loss: float) -> bool:
         """Take a good step's loss in; whether it stands out: more than 6 standard deviations of its logarithm (and a
@@ -75,8 +85,13 @@ class Guard:
         self.seen += 1
         return spike
 
-    def judge(self, event: Event, most: int, folder: Path) -> str:
+    def words(self, event: Event, most: int, folder: Path, last: Path) -> str:
         """What to say of a step that was skipped or whose loss leapt.
+
+        Args:
+            most: steps in a row that may be skipped.
+            folder: of the run.
+            last: its last checkpoint; the folder itself where there is none.
 
         Raises:
             DivergedError: it is the last of `most` steps in a row that were skipped.
@@ -87,9 +102,10 @@ class Guard:
         said = f"loss {event.loss:.4g} and gradient norm {event.grad_norm:.4g} are not both finite"
         if self.bad_in_a_row < most:
             return f"Step {event.step} is skipped: {said} ({self.bad_in_a_row} in a row). Rows: {rows}."
+        stands = "there is no checkpoint yet" if last == folder else f"{last} stands"
         raise DivergedError(
             f"Step {event.step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: {rows} "
-            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; the last checkpoint stands. Look "
+            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; {stands}. Look "
             "at the rows, lower --lr, or raise --lr-warmup-steps."
         )
 
@@ -116,6 +132,20 @@ class OutOfMemory(UserError):
     """The device's memory does not hold a step."""
 
     alone = True
+
+
+@contextlib.contextmanager
+def memory_watched(batch: Batch, network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Where the memory does not hold what is done here with batches like this one, say which bucket, and what to lower.
+
+    Raises:
+        OutOfMemory: the device has no more memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        checkpointing = bool(getattr(network, "gradient_checkpointing", False))
+        raise out_of_memory(e, batch, device, checkpointing) from None
 
 
 def out_of_memory(

@@ -19,6 +19,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_launched() -> bool:
+    """Whether torchrun or `accelerate launch` started this process."""
+    return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+
+
 def fsdp_asked() -> bool:
     """Whether the launcher was told to shard."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -60,9 +60,9 @@ def measure(
     Returns:
         None where it was left off.
     """
-    times = quantiles(count)
+    times, pieces = quantiles(count), rows.pieces()
     found: list[tuple[int, list[float], int, int]] = []
-    for turn in deal(rows.pieces(), machine.num_processes):
+    for turn in deal(pieces, machine.num_processes):
         if not on_piece():
             return None
         number, piece, counts = turn[machine.process_index]
@@ -71,7 +71,6 @@ def measure(
         if counts and any(good):
             found.append((number, losses[:, good].sum(dim=1).tolist(), int(elements[good].sum()), sum(good)))
     cells: dict[Cell, Sums] = {}
-    pieces = rows.pieces()
     for number, sums, total, kept in sorted(part for own in engine.gather(machine, found) for part in own):
         cell = pieces[number].task, str(pieces[number].bucket)
         cells.setdefault(cell, Sums([0.0] * count)).add(sums, total, kept)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from titans_video.options import TrainOptions
+from titans_video.training.state import piece_of, placed_like, whole_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch's default
 
@@ -112,10 +113,9 @@ class Float32Muon(Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            if any(p.device.type != "cpu" or type(p.data) is not Tensor for p in group["params"]):
-                super().step(closure)
-                return
+        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+            super().step(closure)
+            return
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -125,19 +125,21 @@ class Float32Muon(Muon):
                 self._step_shape(params, group)
 
     def _step_shape(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Algorithm of `torch.optim.Muon` for N matrices of one shape (A, B)."""
-        grads = [p.grad for p in params if p.grad is not None]
+        """Algorithm of `torch.optim.Muon` for N matrices of one shape (A, B), which may be sharded."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [piece_of(p.grad) for p in params if p.grad is not None]
+        buffers = [piece_of(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        directions = orthogonalise(torch.stack(list(updates)), group["ns_steps"])  # (N, A, B)
+        whole = [whole_of(u, p) for u, p in zip(updates, params, strict=True)]
+        directions = orthogonalise(torch.stack(whole), group["ns_steps"]).unbind()  # each (A, B)
+        pieces = [piece_of(placed_like(d, p)) for d, p in zip(directions, params, strict=True)]
         rows, columns = params[0].shape
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        torch._foreach_add_(params, list(directions.unbind()), alpha=-scale)
+        targets = [piece_of(p) for p in params]
+        torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(targets, pieces, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from titans_video.options import TrainOptions
-from titans_video.training.guards import Event
+from titans_video.training.guards import Event, Verdict
 from titans_video.training.metrics import EVENTS, NAME, MetricsLog, last_line
 from titans_video.training.rates import Rates, Work
 from titans_video.training.tracking import Tracker
@@ -31,7 +31,8 @@ class StepResult:
         waited: seconds this process waited for data.
         signal: the signal that a process received, or 0.
         work: of this process.
-        skipped: nothing was learned from it: its loss or its gradient was not finite.
+        verdict: `good`; or nothing was learned from it: `skipped`, its loss or gradient was not finite; `settling`, its
+            fp16 gradient overflowed and the loss scale was lowered.
     """
 
     loss: float
@@ -41,7 +42,7 @@ class StepResult:
     waited: float
     signal: int
     work: Work
-    skipped: bool = False
+    verdict: Verdict = "good"
 
 
 class Recorder:

@@ -1,15 +1,22 @@
 """How a run goes on: which checkpoint, whether it is sound, and what has changed since it was written."""
 
+import fcntl
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, metrics
+from titans_video.training import checkpoints, metrics, samples
 from titans_video.training.checkpoints import EMA, MODEL, SHARDS, STATE, saved
+
+LOCK = "run.lock"
+_held: dict[Path, list[TextIO]] = {}
+"""Locks are given up when their file is closed, so it is kept open."""
 
 
 @dataclass
@@ -148,7 +155,7 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
     """Make the output folder ready; what would be overwritten is never lost. To be called on one process.
 
     A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
-    checkpoint moves the newer ones there: they belong to a course that is left.
+    checkpoint moves the newer ones there, with the samples made since: they belong to a course that is left.
 
     Returns:
         Where earlier files were moved, or None.
@@ -160,9 +167,11 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"--output-dir {run} cannot be made: {e.strerror}.") from None
+    _lock(run)
     checkpoints.sweep(run)
     if resume is not None and _is_own(resume.folder, options):
-        moved = _set_aside(run, [folder for step, folder in saved(run) if step > resume.step])
+        left = [folder for step, folder in saved(run) if step > resume.step]
+        moved = _set_aside(run, left and [*left, *samples.later(run, resume.step)])
         checkpoints.link_last(run, resume.folder)  # a kill may have come between the folder and the link
         return moved
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
@@ -170,6 +179,38 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
     written = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
     patterns = (*written, *metrics.WATCHED)
     return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
+
+
+def _lock(run: Path) -> None:
+    """Hold the folder until `release_folder`, or the end of this process.
+
+    Two runs that write to one folder prune each other's checkpoints.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    lock = (run / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: its children do not inherit it
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        who = lock.read().strip() or "it does not say which"
+        raise ConfigError(
+            f"--output-dir {run}: another run writes there ({who}). Wait for it or end it; or give another folder."
+        ) from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _held.setdefault(run.resolve(), []).append(lock)
+
+
+def release_folder(run: Path) -> None:
+    """Let others write to the folder of a run that is over."""
+    for lock in _held.pop(run.resolve(), []):
+        lock.close()
 
 
 def _set_aside(run: Path, paths: list[Path]) -> Path | None:

@@ -39,6 +39,11 @@ def folder_of(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:07d}"
 
 
+def later(run: Path, step: int) -> list[Path]:
+    """The folders of steps after this one."""
+    return sorted(p for p in (run / FOLDER).glob("step-*") if p > folder_of(run, step))
+
+
 def video_name(number: int) -> str:
     """Of the prompt with this number, counted from 0."""
     return f"{number + 1:02d}.mp4"
@@ -96,11 +101,15 @@ def write(run: Path, step: int, prompts: Sequence[str], made: Sequence[Made]) ->
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for video in made:
-        (temporary / video_name(video.number)).write_bytes(video.file)
-    contact_sheet(temporary / SHEET, [m.frames for m in made], prompts, title=f"Step {step}", frames=STRIP)
-    (temporary / PROMPTS).write_text(json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        for video in made:
+            (temporary / video_name(video.number)).write_bytes(video.file)
+        contact_sheet(temporary / SHEET, [m.frames for m in made], prompts, title=f"Step {step}", frames=STRIP)
+        named = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
+        (temporary / PROMPTS).write_text(named, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)
     return folder

@@ -6,24 +6,32 @@ import threading
 import time
 from types import FrameType, TracebackType
 
+from titans_video.training import launch
+
 ECHO_SECONDS = 1.0
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; the next SIGINT ends the process at once.
+    """While entered, the first SIGINT or SIGTERM only sets `signal`; another one ends the process at once.
 
-    A launcher passes the terminal's Ctrl-C on to processes that already had it. Under one, a signal that follows
-    another within a second is therefore that echo, and is ignored.
-
-    Attributes:
-        signal: the signal received, or 0.
+    A launcher passes on what it gets, sometimes twice. Under one, a signal that follows another within a second is
+    therefore an echo, and is ignored. A process whose launcher is gone is told so as by a SIGTERM: nobody would
+    end it any more, and the next start would find it still writing.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self._signal = 0
         self._at = 0.0
-        self._launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._launched = launch.is_launched()
+        self._parent = os.getppid()
         self._before: dict[int, object] = {}
+
+    @property
+    def signal(self) -> int:
+        """The signal received, or 0."""
+        if not self._signal and self._launched and os.getppid() != self._parent:
+            self._signal = signal.SIGTERM
+        return self._signal
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is not threading.main_thread():
@@ -40,7 +48,7 @@ class Interrupt:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.signal:
-            self.signal, self._at = number, now
-        elif number == signal.SIGINT and not (self._launched and now - self._at < ECHO_SECONDS):
+        if not self._signal:
+            self._signal, self._at = number, now
+        elif not (self._launched and now - self._at < ECHO_SECONDS):
             os._exit(128 + number)

@@ -31,8 +31,8 @@ def load_weights(network: nn.Module, resume: Resume) -> None:
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise CheckpointError(
-            f"--resume: the checkpoint {saved.path} is of another network than the flags make. Give the "
-            f"flags of the first run, or start anew. ({reason[:300]})"
+            f"--resume: the checkpoint {saved.path} is of another network than the flags make, which --allow-changes "
+            f"cannot change. Give the flags of the first run, or start anew by --resume none. ({reason[:300]})"
         ) from None
 
 
@@ -55,8 +55,8 @@ class Snapshot:
 
     def save(
         self, run: Path, step: int, rest: dict[str, Any], limit: int, before: Callable[[], None] | None = None
-    ) -> Path:
-        """Write a checkpoint; on every process.
+    ) -> tuple[Path, str | None]:
+        """Write a checkpoint; on every process. Gives its folder, and what could not be tidied up after it.
 
         Args:
             rest: plain values that belong to the state.
@@ -64,6 +64,7 @@ class Snapshot:
         Raises:
             OSError: on every process, as `checkpoints.save`.
         """
+        state.reshard(self.network)  # a look at the network may have left some of it whole
         main = self.engine.is_main_process
         sharded = state.is_sharded(self.network)
         models = self._models(step, main)
@@ -90,13 +91,18 @@ class Snapshot:
             models[EMA] = self.recipe.checkpoint({**trained, **averaged}, step)
         return models
 
-    def restore(self, resume: Resume) -> None:
+    def restore(self, resume: Resume, optimizer: bool = True) -> None:
         """Take the optimizer, the averages and the scaler from a checkpoint whose weights are loaded already.
+
+        Args:
+            optimizer: whether its state is of use.
 
         Raises:
             CheckpointError: the state is damaged, or of another network.
         """
-        state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
+        if optimizer:
+            state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
+        resume.state[OPTIMIZER] = None  # as large as the weights, twice
         if self.engine.scaler and resume.state["scaler"]:
             self.engine.scaler.load_state_dict(resume.state["scaler"])
         averages = resume.averages()

@@ -77,7 +77,7 @@ def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
 
 
 def settle(
-    options: Any, data: DataT, config: Mapping[str, Any], resume: Resume | None, say: Callable[[str], None]
+    options: Any, data: DataT, config: Mapping[str, Any], start: Start
 ) -> tuple[DataT, TrainOptions, dict[str, Any]]:
     """Hold a run against the checkpoint that it goes on from, and divide its global batch among its processes.
 
@@ -85,7 +85,7 @@ def settle(
         options: of the recipe, groups of flags.
         data: the usable rows, on this number of processes.
         config: of the recipe's checkpoints; fingerprints of frozen parts are compared.
-        say: told what was changed or adapted.
+        start: from `begin`; its `say` is told what was changed or adapted.
     Returns:
         The data with the micro-batches of this number of processes, the options with the accumulation that makes the
         same global batches, and what checkpoints keep to compare with.
@@ -93,8 +93,13 @@ def settle(
         ConfigError: something is another without `--allow-changes`, or the global batch cannot be divided.
     """
     train: TrainOptions = options.train
+    resume, say = start.resume, start.say
     groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in UNCOMPARED}
-    facts = {"the manifest": data.fingerprint(), "--validation-split": options.watch.validation_split}
+    facts = {
+        "the manifest": data.fingerprint(),
+        "--validation-split": options.watch.validation_split,
+        "--mixed-precision": start.engine.mixed_precision,  # by flag or by the launcher
+    }
     for part, name in (("codec", "fingerprint"), ("text", "fingerprints")):
         facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
     settings = settings_of(groups, facts)
@@ -120,9 +125,10 @@ def settle(
         say(f"Changed, as allowed: {words}.")
         return data, train, about
     data, accum = data.divided(before)
+    clips = " or ".join(str(n) for n in sorted({n // (data.world * accum) for n in before.values()}))
     say(
-        f"{resume.state['processes']} processes before, {data.world} now: --grad-accum {train.grad_accum} becomes "
-        f"{accum}, so that optimizer steps keep their rows."
+        f"{resume.state['processes']} processes before, {data.world} now: each takes {clips} clips at once, {accum} "
+        "times a step, so that optimizer steps keep their rows."
     )
     # The flags stay the run's own: its next resume may be on any number of processes again.
     return data, replace(train, grad_accum=accum), about

@@ -17,9 +17,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from titans_video.checkpoint import is_write_error
 from titans_video.errors import CheckpointError
 
 Named = dict[str, Tensor]
@@ -33,6 +35,16 @@ def parameter_names(network: nn.Module) -> dict[nn.Parameter, str]:
 def is_sharded(network: nn.Module) -> bool:
     """Whether this process holds pieces of the network's parameters."""
     return any(isinstance(p, DTensor) for p in network.parameters())
+
+
+def reshard(network: nn.Module) -> None:
+    """Give up the whole parameters that FSDP2 keeps after a forward pass without a backward pass.
+
+    It keeps those of the root at least, and would compute with them again though the pieces were changed meanwhile.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def optimizer_tensors(optimizer: Optimizer, network: nn.Module) -> Named:
@@ -60,6 +72,19 @@ def load_optimizer_tensors(optimizer: Optimizer, network: nn.Module, saved: Name
         optimizer.state[parameters[name]][key] = placed_like(value, parameters[name])
 
 
+def piece_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, sharing its memory; a whole one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_of(piece: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which every process has a piece, divided as `like` is; called on every process."""
+    if not isinstance(like, DTensor):
+        return piece
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=shape, stride=stride).full_tensor()
+
+
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor as a tensor of its own, divided as `parameter` is where it has that shape, on its device.
 
@@ -74,7 +99,7 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
         return distribute_tensor(
             value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
-    return value.to(parameter.device).clone()
+    return value.to(parameter.device, copy=True)
 
 
 def gather_whole(tensors: Named, keep: bool) -> Named:
@@ -101,8 +126,11 @@ def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGro
         # One file a process, fsynced by the writer.
         dcp.save(dict(groups), storage_writer=FileSystemWriter(folder, thread_count=1), process_group=group)
     except dcp.api.CheckpointException as e:
-        reasons = {str(error) or type(error).__name__ for error, _ in e.failures.values()}
-        raise OSError(f"{'; '.join(sorted(reasons))[:300]}") from None
+        errors = [error for error, _ in e.failures.values()]
+        if not all(isinstance(error, OSError) or is_write_error(error) for error in errors):
+            raise RuntimeError(f"the pieces of a checkpoint could not be written: {e}") from e
+        said = {str(error) if isinstance(error, OSError) else "the disk takes no more" for error in errors}
+        raise OSError("; ".join(sorted(said))[:300]) from None
 
 
 def load_sharded(folder: Path, like: Callable[[str, str, torch.Size], Tensor], group: Any) -> dict[str, Named]:

@@ -26,15 +26,16 @@ from titans_video.training.checkpoints import LAST
 from titans_video.training.ema import Ema
 from titans_video.training.engine import Engine
 from titans_video.training.flops import device_peak
-from titans_video.training.guards import Event, Guard, out_of_memory, suspects
+from titans_video.training.guards import Event, Guard, memory_watched, suspects
 from titans_video.training.metrics import NAME
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.rates import Work, work_of
 from titans_video.training.recipe import Recipe
 from titans_video.training.recorder import CURVE, Recorder, StepResult
-from titans_video.training.resuming import Resume
+from titans_video.training.resuming import Resume, release_folder
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
+from titans_video.training.state import reshard
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Watched
 from titans_video.types import Batch
@@ -46,8 +47,8 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def largest(self) -> Batch | None:
-        """Rows of the bucket that takes the most memory, as a trial; None where there is one bucket."""
+    def largest(self) -> Batch:
+        """Rows of the bucket that takes the most memory, for a trial."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Trainer:
         network.train()
         # Our count of supervised elements is the whole scaling; Accelerate's own accumulation stays at 1.
         self.model, self.optimizer = engines.prepare(engine, network, build_optimizer(network, options))
-        self.network = engine.unwrap_model(self.model)
+        self.network = network  # every engine wraps around it, or changes it in place
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = Ema(self.network, options.ema_decay) if options.ema_decay else None
         self.snapshot = Snapshot(recipe, self.network, self.optimizer, self.ema, engine)
@@ -125,8 +126,11 @@ class Trainer:
             DivergedError, OutOfMemory, DataError: the run cannot go on; the checkpoints stand.
             PeerError: another process of the run is gone.
         """
-        with engines.peers_watched():
-            return self._run()
+        try:
+            with engines.peers_watched():
+                return self._run()
+        finally:
+            release_folder(self.run_folder)
 
     def _run(self) -> Outcome:
         result: StepResult | None = None
@@ -153,25 +157,27 @@ class Trainer:
         return Outcome(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
 
     def _try_largest(self) -> None:
-        """Run the largest bucket once, forwards and backwards, before anything is learned: what does not fit is said
-        now and not after a day. Nothing of it remains; no random number of a step depends on it."""
+        """Run the largest bucket once, forwards and backwards, before anything is learned.
+
+        What does not fit is said now and not after a day. And DDP lays out its messages anew after the first backward
+        pass, which changes the order of sums: with it out of the way, a run that goes on adds up as one that ran
+        through. Nothing else of it remains; no random number of a step depends on it.
+        """
         batch = self.stream.largest()
-        if batch is None:
-            return
-        # What the optimizer will keep, which it does not yet: two numbers a weight.
-        held = (
-            [torch.empty_like(p) for p in self.parameters for _ in range(2)] if self.engine.device.type != "cpu" else []
-        )
-        self._backward(batch, 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        del held
+        with memory_watched(batch, self.network, self.engine.device):
+            # What the optimizer will keep and does not yet: two numbers a weight.
+            fresh = self.engine.device.type != "cpu" and not self.snapshot.optimizer.state
+            held = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if fresh else []
+            self.engine.backward(self.recipe.loss(self.model, batch))
+            self.optimizer.zero_grad(set_to_none=True)
+            del held
 
     def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt, recorder: Recorder | None) -> StepResult:
         """Forward and backward over `grad_accum` micro-batches, then one update, unless something is not finite."""
         began = time.perf_counter()
         micro = [next(batches) for _ in range(self.options.grad_accum)]
         waited = time.perf_counter() - began
-        elements = int(self._sum(torch.tensor([sum(map(self.recipe.supervised, micro))], dtype=torch.int64))[0])
+        elements = engines.total(self.engine, sum(map(self.recipe.supervised, micro)))
         if elements == 0:
             raise DataError(
                 f"Step {self.step + 1} has nothing to learn from: every latent frame of every clip in it is given "
@@ -180,46 +186,48 @@ class Trainer:
         # Whatever a network draws while training (dropout) is a function of the step too.
         torch.manual_seed(derive(self.options.seed, "network", self.step, self.engine.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, self.options))
-        losses = []
-        for i, batch in enumerate(micro):
-            last = i == len(micro) - 1
-            with contextlib.nullcontext() if last else self.engine.no_sync(self.model):
-                # Processes' gradients are averaged, so their number comes back in.
-                losses.append(self._backward(batch, self.engine.num_processes / elements))
-        norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
-        work = work_of(self.recipe, micro, count_flops=self.peak is not None)
-        result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
-        if not result.skipped or self.engine.scaler:  # a scaler skips by itself, and lowers its scale
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema and not result.skipped:
-            self.ema.update(self.step)
+        with memory_watched(micro[0], self.network, self.engine.device):
+            losses = [self._backward(batch, elements, last=batch is micro[-1]) for batch in micro]
+            norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
+            work = work_of(self.recipe, micro, count_flops=self.peak is not None)
+            result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
+            self._update(result)
         self._watch(result, micro, losses, recorder)
         return result
 
-    def _backward(self, batch: Batch, scale: float) -> Tensor:
-        """Gradients of the scaled loss of one micro-batch; gives the loss itself.
+    def _backward(self, batch: Batch, elements: int, last: bool) -> Tensor:
+        """Gradients of one micro-batch of a step with so many supervised elements; gives its summed loss.
 
-        Raises:
-            OutOfMemory: naming the bucket and what to lower.
+        Replicas exchange gradients once a step. Sharded processes do so each time: what they add up in between would be
+        whole, and whole gradients are what they have no room for.
         """
-        try:
+        with contextlib.nullcontext() if last or self.engine.is_fsdp2 else self.engine.no_sync(self.model):
             loss = self.recipe.loss(self.model, batch)
-            self.engine.backward(loss * scale)
-        except torch.OutOfMemoryError as e:
-            checkpointing = bool(getattr(self.network, "gradient_checkpointing", False))
-            raise out_of_memory(e, batch, self.engine.device, checkpointing) from None
+            # Processes' gradients are averaged, so their number comes back in.
+            self.engine.backward(loss * (self.engine.num_processes / elements))
         return loss.detach()
+
+    def _update(self, result: StepResult) -> None:
+        """Move the weights, unless the step is skipped."""
+        scaler = self.engine.scaler
+        if result.verdict == "good":
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.step)
+        elif scaler:  # all processes lower it alike, whichever of them saw what was not finite
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _result(
         self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
     ) -> StepResult:
-        """Share what the processes know, in one message and one wait for the device; judge the step."""
+        """Share the losses and signals of all processes, and judge the step."""
         loss_sum, signal = self._share(losses.sum(), interrupt)
         loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        group = self.optimizer.param_groups[0]
+        group, scaler = self.optimizer.param_groups[0], self.engine.scaler
         lr = self.options.lr * group["lr"] / group["base_lr"]
-        return StepResult(loss, lr, length, elements, waited, signal, work, self.guard.is_bad(loss, length))
+        verdict = self.guard.judge(loss, length, settling=scaler is not None and scaler.get_scale() > 1)
+        return StepResult(loss, lr, length, elements, waited, signal, work, verdict)
 
     def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
         """A sum over all processes, and the signal that any of them received, or 0."""
@@ -235,7 +243,9 @@ class Trainer:
         if validator is None or not validator.due(self.step):
             return 0
         nothing = torch.zeros((), device=self.engine.device)
-        return validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
+        signal = validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
+        reshard(self.network)
+        return signal
 
     def _watch(self, result: StepResult, micro: list[Batch], losses: list[Tensor], recorder: Recorder | None) -> None:
         """Record a step that was skipped and one whose loss leaps, with their rows; on every process.
@@ -243,15 +253,15 @@ class Trainer:
         Raises:
             DivergedError: too many in a row were skipped.
         """
-        spike = not result.skipped and self.guard.is_spike(result.loss)
-        if not (result.skipped or spike):
+        spike = result.verdict == "good" and self.guard.is_spike(result.loss)
+        if not spike and result.verdict != "skipped":
             return
         found = engines.gather(self.engine, suspects(micro, [float(x) for x in losses]))
         rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
-        event = Event(self.step + 1, "skipped" if result.skipped else "spike", result.loss, result.grad_norm, rows)
+        event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
         if recorder:
             recorder.event(event)
-        self.say(self.guard.judge(event, self.options.max_bad_steps, self.run_folder))
+        self.say(self.guard.words(event, self.options.max_bad_steps, self.run_folder, self.folder))
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
@@ -284,7 +294,7 @@ class Trainer:
         }
         try:
             before = recorder.sync if recorder else None
-            self.folder = self.snapshot.save(self.run_folder, self.step, rest, self.options.save_limit, before)
+            self.folder, remark = self.snapshot.save(self.run_folder, self.step, rest, self.options.save_limit, before)
         except OSError as e:
             older = f"The last checkpoint is {self.folder}." if self.folder != self.run_folder else "There is none yet."
             words = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e.strerror or e}. {older}"
@@ -292,12 +302,17 @@ class Trainer:
                 raise CheckpointError(f"{words} Make room, then give --resume auto.") from None
             self.say(f"\n*** {words} Training goes on and tries again in {self.options.save_every} steps. ***\n")
             return
+        if remark:
+            self.say(remark)
         if recorder:
             recorder.draw_curve(last, self.say)
 
     def _restore(self, resume: Resume) -> None:
         self.step, self.folder = resume.step, resume.folder
-        self.snapshot.restore(resume)
+        before = resume.state.get("settings", {}).get("--optimizer", self.options.optimizer)
+        if before != self.options.optimizer:
+            self.say(f"The state of --optimizer {before} is of no use to {self.options.optimizer}, which starts anew.")
+        self.snapshot.restore(resume, optimizer=before == self.options.optimizer)
         self.stream.load_state_dict(resume.state["stream"])
         self.guard.load_state_dict(resume.state["guard"])
         self.say(f"Going on from step {self.step} ({resume.folder}).")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from titans_video.generation.pipeline import evaluating
+from titans_video.generation.denoising import evaluating
 from titans_video.options import WatchOptions
 from titans_video.preparing.held_out import HeldOut
 from titans_video.training import engine, loss_table, samples

@@ -1,0 +1,178 @@
+"""What length costs: the state, the peak memory and time of generating, and the FLOPs of training.
+
+    python -m benchmarks.memory.cost --out docs/memory
+
+State: bytes of all that streaming carries, after 10 and after 1000 segments. Generating: 64, 256 and 1024 frames from
+random weights through the command's own path, mp4 included, each in a process of its own: peak resident memory, and
+CPU seconds a frame. Training: FLOPs of one step (torch's counter, on the meta device) of the size of the documented
+command, for clips of 2 to 32 segments, beside SoraDiT with full and with `st` attention over the whole clip; the
+exponent is the slope in log space between the two longest.
+"""
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+FRAMES = (64, 256, 1024)
+SEGMENT, OVERLAP = 4, 2
+SEGMENTS = (2, 4, 8, 16, 32)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", nargs="+", default=["tokens", "neural"])
+    parser.add_argument("--size", type=int, default=64, help="pixels of the generated videos")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_model(memory: str, size: int) -> Any:
+    """A streaming model of random weights on pixels folded 8 by 8."""
+    import torch
+
+    from titans_video.codecs.identity import IdentityCodec
+    from titans_video.diffusion.flow import RectifiedFlow
+    from titans_video.generation.loading import VideoModel
+    from titans_video.models.table import network_config
+    from titans_video.models.titans import TitansVideoDiT
+    from titans_video.options import TextOptions
+    from titans_video.text.table import build_text
+
+    torch.manual_seed(0)
+    codec = IdentityCodec((1, 8, 8))
+    network = TitansVideoDiT(codec.spec.channels, 1, (2, 1, 1), 64, 2, 4, memory=memory, mem_tokens=16, text_layers=1)
+    config = {
+        "model": network_config(network),
+        "data": {"num_frames": 16, "height": size, "width": size, "fps": 24.0},
+        "segments": {"latents": SEGMENT, "overlap": OVERLAP},
+    }
+    return VideoModel(network.eval(), codec, build_text(TextOptions()), RectifiedFlow(), config)
+
+
+def generate(memory: str, frames: int, size: int) -> dict[str, float]:
+    """In this process: make a video of so many frames, into a file."""
+    from titans_video.generation.long import generate_long, plan_video
+    from titans_video.generation.pipeline import Request
+    from titans_video.media.pixels import to_uint8
+    from titans_video.media.streaming import open_sink
+
+    model = make_model(memory, size)
+
+    def run(count: int, folder: str) -> None:
+        request = Request(["a"], count, size, size, [0], steps=2)
+        plan, _ = plan_video(model, request)
+        with open_sink(f"{folder}/o.mp4", size, size, 24.0) as sink:
+            for stretch in generate_long(model, request, plan, progress=False):
+                sink.write(to_uint8(stretch[0]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(16, folder)  # whatever is set up once
+        began = time.process_time()
+        run(frames, folder)
+    return {
+        "seconds_a_frame": (time.process_time() - began) / frames,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def carried_bytes(memory: str, size: int) -> dict[int, int]:
+    """Of all that streaming carries, after some segments."""
+    import torch
+
+    from titans_video.generation import streaming
+    from titans_video.generation.denoising import encode_prompts, evaluating
+    from titans_video.generation.long import plan_video
+    from titans_video.generation.pipeline import Request
+
+    model = make_model(memory, size)
+    request = Request(["a"], SEGMENT, size, size, [0], steps=1)
+    plan: Any = plan_video(model, request)[0]
+    state, found = streaming._fresh(model, request), {}
+    bar = argparse.Namespace(update=lambda: None)
+    with evaluating(model.network), torch.no_grad():
+        prompts = encode_prompts(model, request.prompts, "", 1.0)
+        for i in range(1, 1001):
+            state = streaming.next_segment(model, request, plan, state, prompts, bar)
+            if i in (10, 1000):
+                found[i] = state.bytes
+    return found
+
+
+def training_flops() -> dict[str, list[int]]:
+    """Of one step on a clip of each length, in the documented command's size at 256 pixels through an 8x VAE."""
+    import torch
+
+    from titans_video.models.titans import Rollout
+    from titans_video.training.flops import clip_flops
+
+    size: dict[str, Any] = {"in_channels": 4, "patch_size": (2, 4, 4), "model_dim": 1024, "depth": 12, "heads": 16}
+    kinds: dict[str, dict[str, Any]] = {
+        "memory tokens": {"network": "TitansVideoDiT", "memory": "tokens", **size},
+        "neural memory": {"network": "TitansVideoDiT", "memory": "neural", **size},
+        "no memory (sliding window)": {"network": "TitansVideoDiT", "memory": "none", **size},
+        "SoraDiT, full attention": {"network": "SoraDiT", "attention_type": "full", **size},
+        "SoraDiT, st attention": {"network": "SoraDiT", "attention_type": "st", **size},
+    }
+
+    def rolling(latents: torch.Tensor, times: torch.Tensor) -> dict[str, Any]:
+        return {"rollout": Rollout(SEGMENT, latents, times, latents, times, OVERLAP, horizon=4)}
+
+    found = {}
+    for name, config in kinds.items():
+        extra = {} if config["network"] == "SoraDiT" else {"extra": rolling}
+        found[name] = [clip_flops(config, (4, n * SEGMENT, 32, 32), [64], [0], **extra) for n in SEGMENTS]
+    return found
+
+
+def main() -> None:
+    a = arguments()
+    if a.worker:
+        import torch
+
+        torch.set_num_threads(a.threads)
+        print(json.dumps(generate(a.worker[0], int(a.worker[1]), a.size)))
+        return
+    from benchmarks.memory.reporting import figure, save, table
+
+    numbers: dict[str, Any] = {"state": {}, "generating": {}}
+    for memory in a.memory:
+        numbers["state"][memory] = carried_bytes(memory, a.size)
+        for frames in FRAMES:
+            command = [sys.executable, "-m", "benchmarks.memory.cost", "--worker", memory, str(frames)]
+            command += ["--size", str(a.size), "--threads", str(a.threads)]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            numbers["generating"].setdefault(memory, {})[frames] = json.loads(said.splitlines()[-1])
+    flops = numbers["training_flops"] = training_flops()
+
+    states = table(
+        ["state", "after 10 segments", "after 1000"], [[m, s[10], s[1000]] for m, s in numbers["state"].items()]
+    )
+    made = []
+    for memory, by_length in numbers["generating"].items():
+        for key, said in (("peak_mib", "peak MiB"), ("seconds_a_frame", "CPU-s a frame")):
+            values = [by_length[f][key] for f in FRAMES]
+            made.append([f"{memory}: {said}", *(f"{v:.4g}" for v in values), f"{max(values) / min(values) - 1:.1%}"])
+    generating = table(["generating", *(f"{f} frames" for f in FRAMES), "spread"], made)
+    slopes = {name: math.log(f[-1] / f[-2]) / math.log(SEGMENTS[-1] / SEGMENTS[-2]) for name, f in flops.items()}
+    rows = [[name, *(f"{x / 1e12:.2f}" for x in f), f"{slopes[name]:.3f}"] for name, f in flops.items()]
+    training = table(["training, TFLOP a step", *(f"{n * SEGMENT} frames" for n in SEGMENTS), "exponent"], rows)
+    save(a.out, "cost", "python -m benchmarks.memory.cost", "\n\n".join((states, generating, training)), numbers)
+    fig, axis = figure()
+    for name, values in flops.items():
+        axis.plot([n * SEGMENT for n in SEGMENTS], [v / 1e12 for v in values], marker="o", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="frames of a clip", ylabel="TFLOP a training step")
+    axis.legend(frameon=False, fontsize=8)
+    fig.savefig(a.out / "cost.png")
+
+
+if __name__ == "__main__":
+    main()

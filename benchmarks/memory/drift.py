@@ -1,0 +1,166 @@
+"""Real clips: train with memory tokens and without memory, make ten segments, look at seams, drift and likeness.
+
+    python -m benchmarks.memory.drift --clips FOLDER --out docs/memory
+
+FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on pixels (there is no VAE to be
+had without a download); without memory the network is a sliding window that sees the last frames alone. Each then
+makes a video of ten segments for some captions. Seam ratio: the median step at segment edges over the median
+elsewhere. Drift: slope a segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20 apart, to be
+read beside the motion.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+SEGMENT, SEGMENTS = 4, 10
+LAGS = (2, 5, 10, 20)
+KINDS = ("tokens", "none")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--work", type=Path, default=Path("outputs/drift"), help="checkpoints and videos")
+    parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
+    return parser.parse_args()
+
+
+def train(kind: str, a: argparse.Namespace) -> Path:
+    """The documented command, small."""
+    out = a.work / kind
+    command = [sys.executable, str(ROOT / "train/videos/train_titans_video_dit_accelerate.py")]
+    flags: dict[str, Any] = {
+        "manifest": a.clips / "manifest.jsonl",
+        "data-root": a.clips,
+        "vae-backend": "identity",
+        "vae-init-json": '{"space_to_depth": 4}',
+        "output-dir": out,
+        "height": 32,
+        "width": 32,
+        "num-frames": 16,
+        "fps": 8,
+        "model-dim": 128,
+        "depth": 4,
+        "heads": 4,
+        "mem-tokens": 16,
+        "patch-size": "2,2,2",
+        "max-steps": a.steps,
+        "batch-size": 4,
+        "prediction": "x0",
+        "memory": kind,
+        "optimizer": "muon",
+        "lr": 3e-3,
+        "muon-lr": 0.02,
+        "lr-schedule": "linear",
+        "lr-warmup-steps": 20,
+        "ema-decay": 0.99,
+        "sample-steps": 12,
+        "save-every": a.steps,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    subprocess.run([*command, *words], check=True)
+    return out / "last.pt"
+
+
+def captions(a: argparse.Namespace) -> list[str]:
+    lines = (a.clips / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    said = [json.loads(line).get("caption") for line in lines if line.strip()]
+    found = list(dict.fromkeys(c for c in said if c))
+    return found[:: max(len(found) // a.videos, 1)][: a.videos]
+
+
+def generate(checkpoint: Path, prompt: str, number: int, folder: Path) -> np.ndarray:
+    """(T, H, W, 3) in [0, 1], of raw frames."""
+    from PIL import Image
+
+    place = folder / f"video-{number}"
+    words = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--num-frames", str(SEGMENT * SEGMENTS)]
+    command = [sys.executable, "-m", "titans_video.cli.main", "generate", *words, "--out", str(place)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    frames = [np.asarray(Image.open(path)) for path in sorted(place.glob("*.png"))]
+    return np.stack(frames) / 255.0
+
+
+def real_clips(a: argparse.Namespace) -> list[np.ndarray]:
+    """The clips as training sees them, as long as they are."""
+    from titans_video.options import DataOptions
+    from titans_video.preparing.opening import open_data
+    from titans_video.types import CodecSpec
+
+    options = DataOptions(
+        manifest=(str(a.clips / "manifest.jsonl"),),
+        data_root=str(a.clips),
+        height=32,
+        width=32,
+        num_frames=SEGMENT * SEGMENTS,
+        fps=8,
+    )
+    data = open_data(options, CodecSpec("pixels", 3, (1, 1, 1)), (SEGMENT, 8, 8), seed=0)
+    return [(pixels.permute(1, 2, 3, 0).double().numpy() + 1) / 2 for pixels in data.sample_pixels(64)]
+
+
+def main() -> None:
+    a = arguments()
+    from benchmarks.memory import watching
+    from benchmarks.memory.reporting import figure, save, table
+    from titans_video.media.sheets import contact_sheet
+
+    prompts, real = captions(a), real_clips(a)
+    edges = range(SEGMENT, SEGMENT * SEGMENTS, SEGMENT)
+    usual = watching.spread(real, SEGMENT)
+    made: dict[str, list[np.ndarray]] = {"real": real}
+    for kind in KINDS:
+        checkpoint = train(kind, a)
+        made[kind] = [generate(checkpoint, prompt, i, a.work / kind) for i, prompt in enumerate(prompts)]
+    numbers: dict[str, Any] = {}
+    for kind, clips in made.items():
+        motion = float(np.mean([watching.quantities(clip)["motion"].mean() for clip in clips]))
+        numbers[kind] = {
+            "videos": len(clips),
+            "seam": watching.seam_ratio(clips, edges),
+            "drift": watching.drift(clips, SEGMENT, usual),
+            "motion": motion,
+            "likeness": watching.likeness(clips, LAGS),
+        }
+    head = [
+        "",
+        "videos",
+        "seam ratio",
+        *(f"drift: {q}" for q in watching.QUANTITIES),
+        "motion",
+        *(f"lag {n}" for n in LAGS),
+    ]
+    rows = [
+        [kind, f["videos"], f["seam"], *f["drift"].values(), f["motion"], *(f["likeness"].get(n) for n in LAGS)]
+        for kind, f in numbers.items()
+    ]
+    text = f"{a.steps} steps each, {SEGMENTS} segments of {SEGMENT} frames at 32x32.\n\n{table(head, rows)}"
+    save(a.out, "drift", f"python -m benchmarks.memory.drift --clips FOLDER --steps {a.steps}", text, numbers)
+    shown = [(clip * 255).round().astype(np.uint8) for kind in KINDS for clip in made[kind]]
+    said = [f"{kind}: {prompt}" for kind in KINDS for prompt in prompts]
+    contact_sheet(a.out / "ten_segments.png", shown, said, frames=10, columns=2)
+    fig, (left, right) = figure(9, 3.4, 2)
+    for kind, clips in made.items():
+        luma = np.mean(
+            [watching.quantities(c)["luma"][: SEGMENT * SEGMENTS] for c in clips if len(c) >= SEGMENT * SEGMENTS], 0
+        )
+        if np.ndim(luma):
+            left.plot(luma, label=kind)
+        right.plot(list(numbers[kind]["likeness"]), list(numbers[kind]["likeness"].values()), marker="o", label=kind)
+    left.set(xlabel="frame", ylabel="luma")
+    right.set(xlabel="lag in frames", ylabel="likeness")
+    left.legend(frameon=False, fontsize=8)
+    fig.savefig(a.out / "drift.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Code replay: n colours over n segments, then the same n in order. How much does the state hold?
+
+    python -m benchmarks.memory.replay --out docs/memory
+
+For 1 to 64 memory tokens and for the neural memory the same network is trained for the same FLOPs (counted by torch,
+the learning rate falling over them), and asked for every place of the code: bits recalled are n (mutual information
+of a symmetric channel with the measured share of right answers). `tokens+` has one block more than `tokens`, which
+costs what the neural memory costs.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory.learning import OVERLAP, generate, remember, rollout_loss, small_network, train
+from benchmarks.memory.reporting import figure, save, table
+from benchmarks.memory.worlds import Clips, code_replay, read_colour
+from titans_video.models.titans import TitansVideoDiT
+from titans_video.training.flops import count_flops
+
+COLOURS = 4
+BATCH = 16
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"tokens {n}": {"memory": "tokens", "mem_tokens": n} for n in (1, 2, 4, 8, 16, 32, 64)},
+    "neural 8": {"memory": "neural", "mem_tokens": 8, "memory_layers": (1, 2)},
+    "tokens+ 8": {"memory": "tokens", "mem_tokens": 8, "depth": 4},
+    "none": {"memory": "none"},
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tflop", type=float, default=12.0, help="of training each network")
+    parser.add_argument("--length", type=int, default=4, help="n, colours of a code")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
+    return parser.parse_args()
+
+
+def bits(share: float) -> float:
+    """Of one place: what a channel tells that is right with this share and errs evenly."""
+    wrong = 1 - share
+    told = math.log2(COLOURS)
+    if share > 0:
+        told += share * math.log2(share)
+    if wrong > 0:
+        told += wrong * math.log2(wrong / (COLOURS - 1))
+    return told if share > 1 / COLOURS else 0.0
+
+
+def step_flops(network: TitansVideoDiT, length: int) -> int:
+    """Of one training step, forward and backward."""
+    clips = code_replay(BATCH, length, COLOURS, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return count_flops(lambda: rollout_loss(network, clips, OVERLAP, generator))
+
+
+@torch.no_grad()
+def recalled(network: TitansVideoDiT, length: int, samples: int) -> list[float]:
+    """Share of right colours at each place of the code, each reveal generated after true frames before it."""
+    generator = torch.Generator().manual_seed(10_000)
+    right, done = [0] * length, 0
+    while done < samples:
+        clips = code_replay(64, length, COLOURS, generator)
+        for i in range(length):
+            memory = remember(network, clips, length + i)
+            colour = read_colour(generate(network, clips, length + i, memory, OVERLAP, generator), COLOURS)
+            right[i] += int((colour == clips.identity[:, i]).sum())
+        done += 64
+    return [n / done for n in right]
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    results = {}
+    for kind in a.kinds:
+        network = small_network(**KINDS[kind])
+        flops = step_flops(network, a.length)
+        steps = int(a.tflop * 1e12 / flops)
+
+        def draw(generator: torch.Generator, progress: float) -> Clips:
+            """A curriculum: codes of one colour, then two, ..., then all."""
+            length = min(1 + int(progress * 1.5 * a.length), a.length)
+            return code_replay(BATCH, length, COLOURS, generator)
+
+        made = train(network, draw, steps=steps, lr=4e-3, muon_lr=0.03, label=kind)
+        shares = recalled(network, a.length, a.samples)
+        state = network.start(1).bytes
+        results[kind] = {
+            "state_bytes": state,
+            "gflop_step": flops / 1e9,
+            "steps": steps,
+            "cpu_seconds": made.cpu_seconds,
+            "shares": shares,
+            "bits": sum(map(bits, shares)),
+        }
+        print(f"{kind}: {results[kind]}", flush=True)
+    head = ["", "state bytes", "GFLOP a step", "steps", "right", "bits", f"of {a.length * math.log2(COLOURS):.0f}"]
+    rows = [
+        [
+            kind,
+            r["state_bytes"],
+            r["gflop_step"],
+            r["steps"],
+            sum(r["shares"]) / a.length,
+            r["bits"],
+            " ".join(f"{s:.2f}" for s in r["shares"]),
+        ]
+        for kind, r in results.items()
+    ]
+    size = f"{a.length} colours of {COLOURS}, {a.tflop:g} TFLOP of training each, {a.samples} codes."
+    text = f"{size}\n\n{table(head, rows)}"
+    save(a.out, "replay", "python -m benchmarks.memory.replay", text, results)
+    fig, axis = figure()
+    for word in ("tokens", "neural", "tokens+", "none"):
+        points = [(max(r["state_bytes"], 1), r["bits"]) for kind, r in results.items() if kind.split()[0] == word]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", ls="-" if len(points) > 1 else "", label=word)
+    axis.set(xscale="log", xlabel="bytes of state", ylabel="bits recalled", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    fig.savefig(a.out / "replay.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Long video: do joins show, does memory stay, how long does it take, and what does interpolation bring.
+
+    python benchmarks/windows.py [bounce] [memory] [real] [interpolation] [--out outputs/windows] [--keep]
+
+bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
+*continue* and in *blend* mode, beside true clips. memory: peak memory of 64, 256 and 1024 frames, each in a process of
+its own. real: trains on real clips ($TITANS_REAL_CLIPS, default ../shared/real_clips) and makes 8 seconds at 24 frames
+a second. interpolation: PSNR against true 24 frames a second, beside repeated frames.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read when torch is imported
+
+import numpy as np
+import torch
+
+from titans_video.generation.loading import VideoModel, load_model
+from titans_video.generation.long import generate_long, plan_video
+from titans_video.generation.requests import build_request
+from titans_video.media.interpolating import interpolate
+from titans_video.media.pixels import to_uint8
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_clip
+from titans_video.media.seams import seam_jumps
+from titans_video.media.sheets import contact_sheet
+from titans_video.mock.bounce import sample_bounce
+from titans_video.mock.joins import read_joins
+from titans_video.options import GenerateOptions, Overrides
+from titans_video.seeding import derive
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRESET = REPOSITORY / "configs" / "sora" / "bounce.yaml"
+CLIPS, WINDOW, OVERLAP, WINDOWS = 4000, 16, 8, 6
+FRAMES = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
+_UNTRAINED = 1_000_000  # index of clips that no training set holds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", nargs="*", choices=["bounce", "memory", "real", "interpolation", []])
+    parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
+    parser.add_argument("--videos", type=int, default=48, help="of each mode of the bouncing world")
+    parser.add_argument("--keep", action="store_true", help="use the runs that are already there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        name: globals()[name](arguments) for name in arguments.what or ["bounce", "memory", "real", "interpolation"]
+    }
+    for name, found in figures.items():
+        (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Joins of the bouncing world, continued, blended and true."""
+    folder = arguments.out / "bounce"
+    command = [sys.executable, "-m", "titans_video.cli.main"]
+    data = [
+        "data",
+        "mock",
+        "--world",
+        "bounce",
+        "--clips",
+        f"{CLIPS}",
+        "--frames",
+        f"{WINDOW}",
+        "--out",
+        f"{folder}/data",
+    ]
+    train = [
+        "train",
+        "--config",
+        f"{PRESET}",
+        "--manifest",
+        f"{folder}/data/manifest.jsonl",
+        "--output-dir",
+        f"{folder}/run",
+    ]
+    found: dict[str, Any] = {}
+    if not arguments.keep:
+        run([*command, *data])
+        found["training"] = run([*command, *train])
+        print(f"Training: {found['training']}")
+    model = load_model(f"{folder}/run", Overrides(), "cpu")
+    shown, captions = [], []
+    edges: tuple[int, ...] = ()
+    for mode in ("continue", "blend"):
+        videos, prompts, edges = make_bouncing(model, mode, arguments.videos)
+        found[mode] = judge(videos, edges)
+        print(f"{mode:9} {found[mode]}")
+        shown += list(videos[:6])
+        captions += [f"{mode}: {prompt}" for prompt in prompts[:6]]
+    true = np.stack([sample_bounce(0, _UNTRAINED + i, frames=FRAMES).frames for i in range(arguments.videos)])
+    found["true"] = judge(true, edges)
+    print(f"true      {found['true']}")
+    print(f"Sheet: {contact_sheet(folder / 'sheet.png', shown, captions, columns=1, frames=FRAMES // 2)}")
+    return found
+
+
+def make_bouncing(model: VideoModel, mode: str, count: int) -> tuple[np.ndarray, list[str], tuple[int, ...]]:
+    """Videos uint8 (N, T, H, W, 3), their prompts, and the first frame of each window but the first."""
+    usual, _ = build_request(GenerateOptions(num_frames=FRAMES), model)
+    prompts = [sample_bounce(1, i, frames=1).caption for i in range(count)]
+    made = []
+    for start in range(0, count, 24):
+        rows = range(start, min(start + 24, count))
+        request = replace(usual, prompts=[prompts[i] for i in rows], seeds=[derive(0, "windows", i) for i in rows])
+        windows, _ = plan_video(model, request, WINDOW, OVERLAP, mode)  # type: ignore[arg-type]
+        videos = torch.cat(list(generate_long(model, request, windows)), dim=2)
+        made += [to_uint8(video) for video in videos]
+    assert len(windows.starts) == WINDOWS
+    return np.stack(made), prompts, windows.edges
+
+
+def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
+    """Shares of joins with the same object and a physical path, and the seam ratio over all videos."""
+    joins = [join for video in videos for join in read_joins(video, edges)]
+    at, elsewhere = (np.concatenate(part) for part in zip(*(seam_jumps(v, edges) for v in videos), strict=True))
+    misses = np.array([join.miss for join in joins])
+    return {
+        "joins": len(joins),
+        "right": round(float(np.mean([join.right for join in joins])), 4),
+        "same_object": round(float(np.mean([join.same for join in joins])), 4),
+        "physical_path": round(float(np.mean([join.physical for join in joins])), 4),
+        "miss_px_median": round(float(np.median(misses)), 3),
+        "seam_ratio": round(float(np.median(at) / np.median(elsewhere)), 3),
+    }
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """Run a command; minutes by the clock, and of both cores' time together."""
+    print("$", shlex.join(words), flush=True)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(words, check=True, cwd=Path.cwd(), env={**os.environ, "OMP_NUM_THREADS": "2"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"minutes": round((time.monotonic() - started) / 60, 2), "cpu_minutes": round(cpu / 60, 2)}
+
+
+PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+"""glibc hoards freed blocks (100 to 250 MiB here, at any length), which is not what is asked for."""
+PEAK = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from titans_video.generation.jobs import run_generate
+from titans_video.options import GenerateOptions, Overrides
+path, frames, out = sys.argv[1:]
+options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
+run_generate(options, Overrides())
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of the whole command against the length, at 256x256."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.unit.generation_parts import as_checkpoint, tiny_model
+    from titans_video import checkpoint
+
+    model = tiny_model(factor=(1, 16, 16), patch=(2, 2, 2))
+    model.config["data"] |= {"num_frames": 16, "height": 256, "width": 256}
+    path = arguments.out / "memory.pt"
+    checkpoint.write(as_checkpoint(model), path)
+    peaks: dict[str, float] = {}
+    for frames in (64, 256, 1024):
+        words = [sys.executable, "-c", PEAK, str(path), str(frames), str(arguments.out / f"memory_{frames}.mp4")]
+        done = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, **PLAIN_MALLOC})
+        peaks[f"{frames}"] = round(float(done.stdout.rpartition("peak ")[2]), 1)
+        print(f"{frames:5} frames: peak {peaks[f'{frames}']} MiB")
+    spread = max(peaks.values()) / min(peaks.values()) - 1
+    print(f"spread {spread:.1%}")
+    return {"peak_mib": peaks, "spread": round(spread, 4)}
+
+
+REAL = shlex.split(
+    "--height 64 --width 64 --num-frames 32 --fps 24 --vae-backend patch --text-model builtin --preset tiny "
+    "--attention-type full --patch-size 1,2,2 --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
+    "--task-mix t2v=0.3,v2v=0.7 --cond-frames 8 --batch-size 4 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
+    "--betas 0.9,0.98 --weight-decay 0 --lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 "
+    "--save-every 100000 --sample-steps 25 --sample-guidance 1.0 --max-steps 1500 --random-start"
+)
+REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")
+
+
+def real(arguments: argparse.Namespace) -> dict[str, Any]:
+    """192 frames from a model that was trained on real clips: read back."""
+    clips = real_clips()
+    if clips is None:
+        return {"skipped": "no real clips"}
+    folder = arguments.out / "real"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
+    chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in REAL_CLIPS]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
+    found: dict[str, Any] = {}
+    if not arguments.keep:
+        data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{clips}", "--output-dir", f"{folder}/run"]
+        found["training"] = run([sys.executable, script, *data, *REAL])
+        print(f"Training: {found['training']}")
+    for name, row in zip(REAL_CLIPS, chosen, strict=True):
+        out = folder / f"{Path(name).stem}.mp4"
+        words = ["infer", "--checkpoint", f"{folder}/run", "--prompt", row["caption"], "--fps", "24"]
+        words += ["--num-frames", "192", "--window", "32", "--overlap", "8", "--out", f"{out}"]
+        timing = run([sys.executable, script, *words])
+        info = probe(out)
+        frames = read_clip(out, info, range(info.frames), 64, 64)
+        edges = (*range(32, 180, 24), 176)
+        at, elsewhere = seam_jumps(frames, edges)
+        found[name] = {
+            "frames": info.frames,
+            "fps": str(info.fps),
+            "seconds": float(info.duration),
+            "seam_ratio": round(float(np.median(at) / np.median(elsewhere)), 3),
+            **timing,
+        }
+        print(name, found[name])
+    return found
+
+
+def interpolation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """PSNR of 8 frames a second brought to 24, against the true 24."""
+    clips = real_clips()
+    truths = {f"bounce {size}": sample_bounce(3, 0, size, 97).frames for size in (32, 64, 128)}
+    for name in (
+        ("highway_drive_a.mp4", "football_juggle_a.mp4", "rooftop_pan.mp4", "dog_fetch_start.mp4", "coffee_pour.mp4")
+        if clips
+        else ()
+    ):
+        assert clips is not None
+        info = probe(clips / name)
+        times = [Fraction(k, 24) for k in range(85)]
+        truths[name] = read_clip(clips / name, info, info.indices_at(times), 240, 320)
+    found = {}
+    for name, truth in truths.items():
+        few, count = truth[::3], len(truth)
+        ways = {"motion": interpolate(few, 8, 24, count), "fade": interpolate(few, 8, 24, count, "fade")}
+        ways["repeated"] = np.repeat(few, 3, axis=0)[:count]
+        found[name] = {way: round(psnr(made, truth), 2) for way, made in ways.items()}
+        print(f"{name:24} {found[name]}")
+    return found
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Over the frames that are not given, in dB."""
+    between = np.arange(len(a)) % 3 != 0
+    return float(10 * np.log10(255**2 / np.mean((a[between].astype(np.float64) - b[between]) ** 2)))
+
+
+def real_clips() -> Path | None:
+    folder = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips"))
+    if (folder / "manifest.jsonl").is_file():
+        return folder.resolve()
+    print(f"Skipped: {folder} holds no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
+    return None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,44 @@
+"""`titans-video export`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from titans_video.cli.parsing import parse
+from titans_video.errors import ConfigError
+from titans_video.options import Overrides
+
+DESCRIPTION = """Write a model as one folder that needs nothing else: weights, configuration, VAE and text encoders.
+
+titans-video export RUN DIR. `VideoPipeline.from_pretrained(DIR)` and `--checkpoint DIR` read it."""
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """What goes where."""
+
+    checkpoint: str | None = None
+    """A .pt file, a run's folder, or `latest`."""
+    out: str | None = None
+    """The folder to make."""
+    encoders: bool = True
+    """Copy a diffusers VAE and the text encoders into it; --no-encoders remembers where they are."""
+    overrides: Overrides = field(default_factory=Overrides)
+
+
+def main(argv: Sequence[str], prog: str = "titans-video export") -> int:
+    """Write the folder and say where it lies; the exit code."""
+    words, names = list(argv), ["--checkpoint", "--out"]
+    named: list[str] = []
+    while words and names and not words[0].startswith("-"):
+        named += [names.pop(0), words.pop(0)]
+    flags = parse(ExportFlags(), [*named, *words], prog=prog, description=DESCRIPTION)
+    if flags.checkpoint is None or flags.out is None:
+        raise ConfigError(f"Which model, and where to? Use `{prog} RUN DIR`.")
+    from titans_video.generation.exporting import export
+    from titans_video.generation.loading import load_model
+
+    folder = export(load_model(flags.checkpoint, flags.overrides, "cpu"), Path(flags.out), encoders=flags.encoders)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+    print(f"{folder}: {size:.1f} MB; read by VideoPipeline.from_pretrained({str(folder)!r}) and --checkpoint {folder}")
+    return 0

@@ -1,0 +1,90 @@
+"""A model as one folder that needs nothing else: weights, configuration, VAE, text encoders and a card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from titans_video import checkpoint as checkpoints
+from titans_video.checkpoint import Checkpoint
+from titans_video.codecs.table import flags_to_name_again
+from titans_video.errors import CheckpointError
+from titans_video.frozen import restore_options
+from titans_video.generation.loading import BUNDLED, VideoModel
+from titans_video.options import CodecOptions
+
+CARD = """# {name}
+
+A video diffusion model of Titans Video: {size:.1f} million parameters, {step} optimizer steps on clips of {data}.
+
+```python
+from titans_video.generation.video_pipeline import VideoPipeline
+
+pipe = VideoPipeline.from_pretrained("{name}"{arguments})
+frames = pipe("{prompt}").frames[0]  # (T, H, W, 3), floats in [0, 1]
+```
+
+or `titans-video generate --checkpoint {name} --prompt "{prompt}"{flags}`.
+"""
+_LEFT_OUT = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.pb")
+
+
+def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
+    """Write a model as a folder; whole or not at all.
+
+    Args:
+        model: as it was loaded.
+        folder: to make; an empty one is taken too.
+        encoders: put copies of a diffusers VAE and of the text encoders into it (`vae`, `text_encoder`, `llm`), so that
+            the folder can be moved elsewhere. Without them it remembers where they are.
+    Returns:
+        The folder.
+    Raises:
+        CheckpointError: there is something in the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: there is something there already; name a new folder.")
+    temporary = folder.absolute().with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
+        saved = Checkpoint(weights, model.config, model.step, model.codec.state_dict())
+        checkpoints.write(saved, temporary)
+        if encoders:
+            for name, source in _sources(model).items():
+                shutil.copytree(source, temporary / BUNDLED[name], ignore=_LEFT_OUT)
+        (temporary / "README.md").write_text(_card(model, folder), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _sources(model: VideoModel) -> dict[str, Path]:
+    """Folders of the frozen parts, by the flag that names them."""
+    found: dict[str, Path] = {}
+    vae: Any = getattr(model.codec, "folder", None)
+    if vae is not None:
+        found["pretrained_model"] = vae
+    for stream in getattr(model.text, "streams", ()):
+        source = getattr(stream, "source", None)
+        if source is not None:
+            found[source.flag[2:].replace("-", "_")] = stream.folder
+    return found
+
+
+def _card(model: VideoModel, folder: Path) -> str:
+    options = restore_options(CodecOptions, model.config["codec"]["options"])
+    flags = flags_to_name_again(options)
+    named = dict(zip(flags[::2], flags[1::2], strict=True))
+    data = model.config.get("data", {})
+    return CARD.format(
+        name=folder.name,
+        step=model.step,
+        size=sum(p.numel() for p in model.network.parameters()) / 1e6,
+        data=f"{data.get('num_frames', '?')} frames of {data.get('height', '?')}x{data.get('width', '?')}",
+        prompt=(model.config.get("sample") or {}).get("prompt") or "a cat walking",
+        arguments="".join(f', {flag[2:].replace("-", "_")}="{value}"' for flag, value in named.items()),
+        flags="".join(f" {word}" for word in flags),
+    )

@@ -1,0 +1,273 @@
+"""`VideoPipeline`: a checkpoint as a diffusers pipeline, for notebooks and programs; the commands use it too.
+
+Legend: B videos of one batch, T H W frames, height and width, k given frames.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor, nn
+
+from titans_video.diffusion.samplers import EditState
+from titans_video.diffusion.table import build_process
+from titans_video.errors import ConfigError
+from titans_video.generation.exporting import export
+from titans_video.generation.joining import Wanted
+from titans_video.generation.loading import VideoModel
+from titans_video.generation.long import generate_long, plan_video
+from titans_video.generation.pipeline import Request
+from titans_video.generation.requests import build_request, check_options
+from titans_video.generation.running import DTYPES, load_for
+from titans_video.generation.stream_state import StreamPlan
+from titans_video.generation.windows import WindowPlan
+from titans_video.media.pixels import to_tensor
+from titans_video.media.resize import cover_crop
+from titans_video.options import GenerateOptions, Overrides, RunOptions
+
+Given = str | Path | Image.Image | np.ndarray | Tensor
+OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+"""Called with the pipeline, the step (from 0), its time (1 noise, 0 clean) and {"latents": ...}; a mapping that it
+returns may hold other latents to go on with."""
+
+OUTPUTS = ("np", "pt", "pil")
+
+
+@dataclass
+class VideoPipelineOutput(BaseOutput):
+    """`frames`: (B, T, H, W, 3) float in [0, 1] for `np`, (B, T, 3, H, W) for `pt`, lists of PIL pictures for `pil`."""
+
+    frames: Any
+
+
+class VideoPipeline(DiffusionPipeline):
+    """Prompts (and, if wanted, first frames) to videos of any length, in diffusers' manner.
+
+        pipe = VideoPipeline.from_pretrained("exported", dtype=torch.bfloat16, device="cuda")
+        frames = pipe("a red circle", num_frames=64, generator=torch.Generator().manual_seed(0)).frames[0]
+
+    Args:
+        transformer: the network.
+        model: everything that a prompt needs to become a video; its network is `transformer`.
+    """
+
+    model_cpu_offload_seq = "transformer"
+
+    def __init__(self, transformer: nn.Module, model: VideoModel | None = None) -> None:
+        super().__init__()
+        if model is None or model.network is not transformer:
+            raise ValueError("VideoPipeline is made by from_pretrained, or of a VideoModel and its own network.")
+        self.register_modules(transformer=transformer)
+        self.model = model
+        self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        offload: str = "none",
+        **overrides: Any,
+    ) -> Self:
+        """Read any checkpoint of this project.
+
+        Args:
+            pretrained_model_name_or_path: an exported folder, a run's folder, a .pt file, `latest`, or None for the
+                weights that come with the package. Nothing is ever fetched.
+            dtype: of the network's weights; `torch_dtype` is its older name.
+            device, compile, offload: as `options.RunOptions`.
+            overrides: where VAE and encoders are now, as `options.Overrides`.
+        Raises:
+            UserError: as `generation.running.load_for`.
+        """
+        precision = dtype or torch_dtype or torch.float32
+        names = {value: name for name, value in DTYPES.items()}
+        if precision not in names or offload not in ("none", "model", "group"):
+            raise ConfigError(
+                f"dtype {precision} and offload {offload!r}: a dtype is float32, bfloat16 or float16 of torch, and an "
+                "offload none, model or group."
+            )
+        run = RunOptions(
+            device=None if device is None else str(device),
+            dtype=names[precision],  # type: ignore[arg-type]
+            compile=compile,
+            offload=offload,  # type: ignore[arg-type]
+        )
+        path = pretrained_model_name_or_path
+        return cls.of(load_for(run, None if path is None else str(path), Overrides(**overrides)))
+
+    @classmethod
+    def of(cls, model: VideoModel) -> Self:
+        """The pipeline of a model that is already there."""
+        return cls(model.network, model)
+
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
+        """Write a folder that `from_pretrained` and `--checkpoint` read; see `generation.exporting.export`."""
+        export(self.model, Path(save_directory))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, and cast the network; as torch's `Module.to`. Codec and encoders move along."""
+        self.transformer.to(*args, **kwargs)
+        for moved in (self.model.codec, self.model.text):
+            moved.to(self.model.device)  # type: ignore[union-attr]
+        return self
+
+    def stream(
+        self,
+        request: Request,
+        windows: WindowPlan | StreamPlan,
+        *,
+        progress: bool = True,
+        edit: EditState | None = None,
+    ) -> Iterator[Tensor]:
+        """Finished frames, stretch by stretch; see `generation.long.generate_long`."""
+        return generate_long(self.model, request, windows, progress, edit)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = "",
+        *,
+        image: Given | None = None,
+        video: Given | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        sampler: str = "euler",
+        shift: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        window: int | None = None,
+        overlap: int | None = None,
+        window_mode: Wanted = "auto",
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> VideoPipelineOutput | tuple[Any]:
+        """Make videos.
+
+        What is not given is as the model was trained, and as its checkpoint recommends.
+
+        Args:
+            prompt: one or several.
+            image: the first frame of every video: a path, a PIL picture, uint8 (H, W, 3), or a tensor (3, H, W) in
+                [-1, 1]. Scaled to cover the size, the middle kept.
+            video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
+                last frames they are.
+            generator: where seeds are drawn from, one for all videos or one a video; None: torch's own generator.
+            window, overlap, window_mode: as `options.GenerateOptions`.
+            output_type: `np`, `pt` or `pil`.
+            callback_on_step_end: see `OnStepEnd`.
+        Returns:
+            `VideoPipelineOutput`, or a tuple of its one value.
+        Raises:
+            UserError: a size, a length or a plan of windows that cannot be.
+        """
+        if output_type not in OUTPUTS:
+            raise ConfigError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUTS)}.")
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+            raise ConfigError("callback_on_step_end_tensor_inputs can only be ['latents'].")
+        options = GenerateOptions(
+            negative_prompt=negative_prompt,
+            image=str(image) if isinstance(image, str | Path) else None,
+            video=str(video) if isinstance(video, str | Path) else None,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,  # type: ignore[arg-type]  # its names are checked where it is looked up
+            window=window,
+            overlap=overlap,
+            window_mode=window_mode,
+            shift=shift,
+        )
+        check_options(options)
+        model = with_shift(self.model, shift)
+        usual, _ = build_request(options, model)
+        given = [prompt] if isinstance(prompt, str) else list(prompt or usual.prompts)
+        prompts = [p for p in given for _ in range(num_videos_per_prompt)]
+        known = usual.known if usual.known is not None else _frames(image, video, usual.height, usual.width)
+        request = replace(
+            usual,
+            prompts=prompts,
+            seeds=draw_seeds(generator, len(prompts)),
+            known=None if known is None else known.expand(len(prompts), *known.shape[1:]),
+        )
+        windows, _ = plan_video(model, request, window, overlap, window_mode)
+        quiet = bool(getattr(self, "_progress_bar_config", {}).get("disable", False))
+        edit = None if callback_on_step_end is None else self._calling(callback_on_step_end)
+        made = torch.cat(list(generate_long(model, request, windows, not quiet, edit)), dim=2)
+        frames = self.video_processor.postprocess_video(made, output_type)
+        return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _calling(self, callback: OnStepEnd) -> EditState:
+        done = 0
+
+        def edit(_: int, latents: Tensor, time: float) -> Tensor:
+            nonlocal done
+            changed = callback(self, done, time, {"latents": latents}) or {}
+            done += 1
+            kept: Tensor = changed.get("latents", latents)
+            return kept
+
+        return edit
+
+
+def with_shift(model: VideoModel, shift: float | None) -> VideoModel:
+    """The model with another time shift in sampling; None: as it was trained."""
+    if shift is None:
+        return model
+    return replace(model, process=build_process({**model.process.config(), "shift": shift}))
+
+
+def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
+    """One seed a video. Equal generators give equal seeds, and used again they give others.
+
+    Raises:
+        ConfigError: a list of generators of another length than the videos.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return [_draw(generator) for _ in range(count)]
+    if len(generator) != count:
+        raise ConfigError(f"{len(generator)} generators were given for {count} videos; give one, or one for each.")
+    return [_draw(one) for one in generator]
+
+
+def _draw(generator: torch.Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (1,), generator=generator, device=device))
+
+
+def _frames(image: Any, video: Any, height: int, width: int) -> Tensor | None:
+    """Pictures that were given as such, (1, 3, k, H, W) in [-1, 1]; None where there are none."""
+    given = image if image is not None else video
+    if given is None:
+        return None
+    if isinstance(given, Image.Image):
+        given = np.asarray(given.convert("RGB"))
+    frames = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+    if image is not None:
+        frames = frames[None] if frames.dtype == torch.uint8 else frames[:, None]
+    if frames.dtype != torch.uint8:  # (3, k, H, W)
+        frames = ((frames.float().movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ConfigError(f"given frames have the shape {tuple(given.shape)}; see VideoPipeline.")
+    return to_tensor(cover_crop(frames.cpu().numpy(), height, width))[None]

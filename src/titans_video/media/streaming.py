@@ -1,0 +1,220 @@
+"""Clips that are written while they are made: in constant memory, and playable at every moment.
+
+Legend: T frames, H W pixel height and width.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+
+from titans_video.errors import UserError
+from titans_video.media.colour import Pixels
+from titans_video.media.h264 import CODEC, clock, configure, padding, to_yuv
+from titans_video.media.writing import (
+    Metadata,
+    Written,
+    as_comment,
+    beside,
+    check_frames,
+    exact_rate,
+    output_kind,
+    write_video,
+)
+
+
+class Sink:
+    """Where the frames of one clip go, in order. Leaving a `with` block closes it; an exception abandons it."""
+
+    def write(self, frames: Pixels) -> None:
+        """Add a stretch of frames, uint8 (T, H, W, 3)."""
+        raise NotImplementedError
+
+    def close(self) -> Written:
+        """All frames were added: put the clip in its place."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Stop without a clip in its place."""
+        raise NotImplementedError
+
+    @property
+    def written(self) -> Written:
+        """What lies in its place, once closed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class StreamWriter(Sink):
+    """An mp4 that grows by stretches of frames and can be watched at any time.
+
+    Frames go into `<name>.partial.mp4` beside the path: a fragmented mp4 of which all frames but one are on disk when
+    `write` returns, so that a killed run leaves it playable. `close` copies its packets (nothing is encoded again)
+    into an ordinary mp4 with the index first, which then takes the path's place; until then what was there stays.
+    An exception leaves the partial file, with all its frames. Memory does not grow with the length.
+
+    Each `write` is encoded on its own and begins with a key frame, so give it stretches (a window, a segment) and not
+    single frames. Otherwise the file is as `media.writing.VideoWriter` makes it.
+
+    Args:
+        path: ends in .mp4.
+        height, width: of the frames to come.
+        fps, crf, metadata: see `media.writing.write_video`.
+    Raises:
+        UserError: a bad path or rate; on `close`, no frames.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        height: int,
+        width: int,
+        fps: float | Fraction,
+        *,
+        crf: int = 16,
+        metadata: Metadata | None = None,
+    ) -> None:
+        self.path, self.height, self.width = Path(path), height, width
+        self.rate, self.crf, self.metadata = exact_rate(fps), crf, metadata
+        if output_kind(self.path) != "mp4":
+            raise UserError(f"{self.path}: frames can be added one by one to .mp4 files only.")
+        self.partial = partial_path(self.path)
+        self.padded = padding(height, width)
+        self.count = 0
+        self._open = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One fragment a frame, each written through at once; times begin at 0.
+        options = {"movflags": "+frag_every_frame+empty_moov+default_base_moof+negative_cts_offsets"}
+        options |= {"flush_packets": "1", **clock(self.rate)}
+        self._container = av.open(str(self.partial), "w", format="mp4", options=options)
+        self._stream = self._container.add_stream(CODEC, rate=self.rate)
+        self._configure(self._stream.codec_context)
+        self._stream.time_base = 1 / self.rate
+        if metadata is not None:
+            self._container.metadata["comment"] = as_comment(metadata)
+        self._container.start_encoding()
+
+    def write(self, frames: Pixels) -> None:
+        """Add a stretch of frames, uint8 (T, H, W, 3)."""
+        check_frames(frames, self.height, self.width)
+        # An encoder looks many frames ahead; one of its own for each stretch holds nothing back.
+        encoder = av.CodecContext.create(CODEC, "w")
+        self._configure(encoder)
+        encoder.flags |= av.codec.context.Flags.global_header
+        for frame in to_yuv(frames, self.count, self.rate):
+            self._mux(encoder.encode(frame))
+            self.count += 1
+        if len(frames):
+            self._mux(encoder.encode(None))
+
+    def close(self) -> Written:
+        """Put the clip in its place."""
+        self.abandon()
+        if self.count == 0:
+            raise UserError(f"{self.path}: there is no frame to write.")
+        with beside(self.path) as temporary:
+            self._copy_to(temporary)
+        self.partial.unlink(missing_ok=True)
+        return self.written
+
+    def abandon(self) -> None:
+        """Stop here: what was written stays as the partial file."""
+        if self._open:
+            self._open = False
+            self._container.close()
+            if self.count == 0:
+                self.partial.unlink(missing_ok=True)
+
+    @property
+    def written(self) -> Written:
+        """What there is so far."""
+        down, right = self.padded
+        return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
+
+    def _configure(self, context: av.VideoCodecContext) -> None:
+        configure(context, self.height + self.padded[0], self.width + self.padded[1], self.rate, self.crf)
+
+    def _mux(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            packet.stream = self._stream
+            packet.time_base = 1 / self.rate
+            self._container.mux_one(packet)
+
+    def _copy_to(self, place: Path) -> None:
+        """The partial file's packets in a file with its index first."""
+        options = {"movflags": "+faststart", **clock(self.rate)}
+        with av.open(str(self.partial)) as source, av.open(str(place), "w", format="mp4", options=options) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            if self.metadata is not None:
+                target.metadata["comment"] = as_comment(self.metadata)
+            for packet in source.demux(video=0):
+                if packet.dts is not None:  # the last one only says that there are no more
+                    packet.stream = stream
+                    target.mux_one(packet)
+
+
+class WholeWriter(Sink):
+    """A gif or a folder of PNGs: neither can be watched before it is whole, so the frames wait in memory as bytes.
+
+    Args: as `StreamWriter`.
+    """
+
+    def __init__(self, path: Path | str, fps: float | Fraction, metadata: Metadata | None = None) -> None:
+        self.path, self.rate, self.metadata = Path(path), exact_rate(fps), metadata
+        self._frames: list[Pixels] = []
+        self._written: Written | None = None
+
+    def write(self, frames: Pixels) -> None:
+        """Add frames, uint8 (T, H, W, 3)."""
+        self._frames.append(frames)
+
+    def close(self) -> Written:
+        """Write the clip."""
+        if not self._frames:
+            raise UserError(f"{self.path}: there is no frame to write.")
+        self._written = write_video(self.path, np.concatenate(self._frames), self.rate, metadata=self.metadata)
+        return self._written
+
+    def abandon(self) -> None:
+        """Forget the frames."""
+        self._frames.clear()
+
+    @property
+    def written(self) -> Written:
+        """What was written."""
+        if self._written is None:
+            raise ValueError(f"{self.path} is not closed yet")
+        return self._written
+
+
+def open_sink(
+    path: Path | str,
+    height: int,
+    width: int,
+    fps: float | Fraction,
+    *,
+    crf: int = 16,
+    metadata: Metadata | None = None,
+) -> Sink:
+    """What writes a clip to `path`, by its suffix (see `media.writing.output_kind`): an mp4 in constant memory."""
+    if output_kind(path) == "mp4":
+        return StreamWriter(path, height, width, fps, crf=crf, metadata=metadata)
+    return WholeWriter(path, fps, metadata)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a clip lies while it is being written."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")

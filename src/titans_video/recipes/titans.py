@@ -1,0 +1,183 @@
+"""TitansVideoDiT, trained from scratch segment by segment: SoraDiT's recipe with a memory.
+
+Each segment of a clip is read noisy and then written clean, all within one forward of the wrapped model; the loss is
+on every segment, each with a time of its own.
+
+Legend: B batch, C latent channels, t h w the latent grid, n segments, M memory tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.codecs.base import Codec
+from titans_video.data.loader import LATE
+from titans_video.data.store import EncodingStore
+from titans_video.diffusion.flow import Corrupted, count_tokens
+from titans_video.errors import ConfigError
+from titans_video.models.presets import titans_config
+from titans_video.models.titans import Rollout
+from titans_video.options import MemoryOptions, TitansOptions
+from titans_video.preparing.opening import Data
+from titans_video.recipes.opening import spec_of
+from titans_video.recipes.segments import SegmentPlan, plan_segments, segments_at
+from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
+from titans_video.seeding import derive, keyed_normal
+from titans_video.text.table import TextEncoder
+from titans_video.training.trainer import Outcome
+from titans_video.types import Batch, Condition, Prediction
+
+
+@dataclass
+class TitansRecipe(SoraRecipe):
+    """SoraDiT's recipe over segments.
+
+    Attributes:
+        segments: how clips are cut.
+        memory: how the memory is trained.
+    """
+
+    segments: SegmentPlan = field(kw_only=True)
+    memory: MemoryOptions = field(kw_only=True)
+
+    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        """Of what a batch trains on: the curriculum's share of its clips."""
+        c, t, h, w = super()._latent_shape(batch)
+        count = segments_at(batch.step, t // self.segments.latents, self.memory.segment_curriculum)
+        return c, count * self.segments.latents, h, w
+
+    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
+        clean, condition = super().encode(batch, drop)
+        t, known = self._latent_shape(batch)[1], condition.known
+        return clean[:, :, :t], replace(condition, known=None if known is None else known[:, :, :t])
+
+    def _known_mask(self, batch: Batch) -> Tensor:
+        return super()._known_mask(batch)[..., : self._latent_shape(batch)[1]]
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Whole clips, whatever the curriculum has come to."""
+        return super().held_out(model, replace(batch, step=LATE), quantiles)
+
+    def tokens_at_once(self, clean: Tensor) -> int:
+        return count_tokens((self.segments.latents, *clean.shape[3:]), self.patch_size)
+
+    def times(self, batch: Batch, clean: Tensor) -> Tensor:
+        """(B, t): each segment has its own time, drawn as for a clip of its size."""
+        n, tokens = self.segments.latents, self.tokens_at_once(clean)
+        each = [
+            self.process.sample_time([derive(seed, "segment", i) for seed in batch.seeds], tokens)
+            for i in range(clean.shape[2] // n)
+        ]
+        return torch.stack(each, dim=1).repeat_interleave(n, dim=1)
+
+    def predict(
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+    ) -> Prediction:
+        """All segments in one call of the wrapped model."""
+        with torch.no_grad():
+            rollout = self.rollout(batch, clean)
+        prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition, rollout=rollout)
+        return prediction
+
+    def rollout(self, batch: Batch, clean: Tensor) -> Rollout:
+        """What is written and shown: the clean frames under a little noise, since generation writes its own mistakes.
+
+        Overlaps are hidden at random, all noise at time 1, row by row: whatever can be copied from the last frames is
+        not asked of the memory.
+        """
+        n, count = self.segments.latents, clean.shape[2] // self.segments.latents
+        levels = self.memory.write_noise * _uniform(batch.seeds, "write time", count)  # (B, n)
+        time = levels.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
+        noise = self._noise(clean.shape[1:], batch, "write")
+        written = self.process.corrupt(clean, noise, time).model_input
+        hidden = _uniform(batch.seeds, "hide", count) < self.memory.overlap_drop
+        hidden = hidden.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
+        blank = self.process.corrupt(clean, self._noise(clean.shape[1:], batch, "hide"), torch.ones_like(time))
+        config = self.config["model"]
+        state_noise = None
+        if self.memory.write_noise and config["memory"] != "none":
+            shape = (count, config["mem_tokens"], config["model_dim"])
+            state_noise = levels.to(self.device)[..., None, None] * self._noise(shape, batch, "state")
+        return Rollout(
+            segment=n,
+            written=written,
+            written_time=time,
+            shown=torch.where(hidden[:, None, :, None, None], blank.model_input, written),
+            shown_time=time.masked_fill(hidden, 1.0),
+            overlap=self.segments.overlap,
+            horizon=self.memory.bptt_segments,
+            state_noise=state_noise,
+        )
+
+    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
+        rollout = Rollout(
+            self.segments.latents, latents, times, latents, times, self.segments.overlap, self.memory.bptt_segments
+        )
+        return {"rollout": rollout}
+
+    def _noise(self, shape: Any, batch: Batch, purpose: str) -> Tensor:
+        return keyed_normal(shape, [derive(s, purpose) for s in batch.seeds]).to(self.device)
+
+
+def _uniform(seeds: list[int], purpose: str, count: int) -> Tensor:
+    """(B, count) in [0, 1), each a function of its row's seed."""
+    return torch.tensor([[derive(s, purpose, i) / 2**63 for i in range(count)] for s in seeds])
+
+
+def train_titans(options: TitansOptions) -> Outcome:
+    """Build every part of a run from its options, and train.
+
+    Raises:
+        UserError: whatever the flags, the data, the VAE or the encoders have wrong.
+    """
+    options = with_vae(options)
+    spec, (pt, ph, pw) = spec_of(options.codec), options.model.patch_size
+    plan = plan_segments(options.memory, options.data.num_frames, spec, pt)
+    note = plan.in_words(spec, options.data.num_frames)
+    budget = options.data.tokens_per_batch
+    data = replace(
+        options.data,
+        num_frames=plan.frames,
+        # Rows are planned by whole segments, which are as many times fewer as they are longer than a token.
+        tokens_per_batch=budget and max(budget * pt // plan.latents, 1),
+    )
+    variant = Variant(partial(build_titans, plan=plan), (plan.latents, ph, pw), (note,))
+    return train_sora(replace(options, data=data), variant)
+
+
+def with_vae(options: TitansOptions) -> TitansOptions:
+    """`--pretrained-vae` is where the codec is.
+
+    Raises:
+        ConfigError: it is given together with another place.
+    """
+    vae, codec = options.pretrained_vae, options.codec
+    if vae is None:
+        return options
+    if codec.pretrained_model not in (None, vae):
+        raise ConfigError("--pretrained-vae and --pretrained-model both say where the VAE is; give one of them.")
+    return replace(options, codec=replace(codec, pretrained_model=vae))
+
+
+def build_titans(
+    options: TitansOptions,
+    data: Data,
+    codec: Codec,
+    text: TextEncoder,
+    device: torch.device,
+    store: EncodingStore | None = None,
+    *,
+    plan: SegmentPlan,
+) -> TitansRecipe:
+    """As `recipes.sora.build_recipe`; checkpoints also say how segments are cut, which generation goes by."""
+    base = build_recipe(options, data, codec, text, device, store, partial(titans_config, options.memory))
+    config = base.config | {
+        "recipe": "titans",
+        "segments": {"latents": plan.latents, "overlap": plan.overlap},
+    }
+    parts = {f.name: getattr(base, f.name) for f in fields(base)} | {"config": config}
+    return TitansRecipe(**parts, segments=plan, memory=options.memory)
