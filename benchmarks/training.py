@@ -88,7 +88,7 @@ def start(a: argparse.Namespace, setup: Setup, folder: str) -> Worker:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup.processes)]
     launcher = torchrun if setup.processes > 1 else []
     found = Worker([sys.executable, *launcher, __file__, *sys.argv[1:], f"--worker={setup.name}"], environment)
-    found.ask()
+    found.ready = found.ask()
     return found
 
 
@@ -129,7 +129,7 @@ def compare(a: argparse.Namespace, worker: Worker, baseline: Worker) -> dict[str
     for _ in range(a.repeats):
         theirs.append(step(baseline, size))
         own.append(theirs[-1] if worker is baseline else step(worker, size))
-    return warm[-1] | medians(own) | {"base": medians(theirs), "first": warm[0]["seconds"]}
+    return warm[-1] | medians(own) | {"base": medians(theirs)} | worker.ready
 
 
 def medians(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -171,7 +171,8 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float
         "with it."
     ]
     if "--compile" in results:
-        notes.append(f"The first step of --compile takes {results['--compile']['first']:.0f} s.")
+        first = [results[name]["trial"] for name in (SETUPS[0].name, "--compile")]
+        notes.append(f"The first pass of all takes {first[0]:.1f} s, and {first[1]:.1f} s with --compile.")
     missing = [s.name for s in SETUPS if s.name not in results]
     if missing:
         notes.append(

@@ -32,7 +32,11 @@ class Worker:
     Args:
         command: what to run.
         environment: what is set for it beside this process's own.
+    Attributes:
+        ready: its first answer, where somebody waited for it.
     """
+
+    ready: dict[str, Any]
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
         # Warnings belong in no table: they are shown where a worker fails.
