@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.measuring import Worker, show
+from common.measuring import Worker, WorkerFailed, show
 from common.training_step import PATCH, STRIDE, Setup, Size, take_steps
 from tqdm import tqdm
 
@@ -88,7 +88,7 @@ def start(a: argparse.Namespace, setup: Setup, folder: str) -> Worker:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup.processes)]
     launcher = torchrun if setup.processes > 1 else []
     found = Worker([sys.executable, *launcher, __file__, *sys.argv[1:], f"--worker={setup.name}"], environment)
-    found.ask()
+    found.ready = found.ask()
     return found
 
 
@@ -97,34 +97,39 @@ def step(worker: Worker, size: Size, memory: bool = False) -> dict[str, Any]:
 
 
 def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Figures of every configuration that this machine can run, by its name."""
-    size = Size(a.batch, a.frames, a.resolution)
+    """Figures of every configuration that runs on this machine, by its name; a baseline that does not ends it all."""
     most = torch.cuda.device_count() if a.device == "cuda" else 2
     setups = [s for s in SETUPS if s.processes <= most]
     results: dict[str, dict[str, Any]] = {}
-    baseline: Worker | None = None
     with tempfile.TemporaryDirectory(prefix="titans-bench-") as folder, tqdm(total=len(setups), unit="setup") as bar:
-        for i, setup in enumerate(setups):
-            bar.set_postfix_str(setup.name)
-            first = i == 0 or setups[i - 1].processes != setup.processes
-            if first and baseline:
-                baseline.end()
-            mine = start(a, setup, folder)
-            warm = [step(mine, size, memory=True) for _ in range(WARM_UP)]
-            step(mine, size)  # malloc fills its lists again
-            if first or baseline is None:
-                baseline = mine
-            theirs, own = [], []
-            for _ in range(a.repeats):
-                theirs.append(step(baseline, size))
-                own.append(theirs[-1] if first else step(mine, size))
-            results[setup.name] = warm[-1] | medians(own) | {"base": medians(theirs), "first": warm[0]["seconds"]}
-            if not first:
-                mine.end()
+        for processes in sorted({s.processes for s in setups}):
+            first, *others = (s for s in setups if s.processes == processes)
+            baseline = start(a, first, folder)
+            results[first.name] = compare(a, baseline, baseline)
             bar.update()
-        assert baseline is not None
-        baseline.end()
+            for setup in others:
+                bar.set_postfix_str(setup.name)
+                try:
+                    worker = start(a, setup, folder)
+                    results[setup.name] = compare(a, worker, baseline)
+                    worker.end()
+                except WorkerFailed as e:  # such as one that does not fit into the memory
+                    tqdm.write(f"{setup.name}: {e}", file=sys.stderr)
+                bar.update()
+            baseline.end()
     return results
+
+
+def compare(a: argparse.Namespace, worker: Worker, baseline: Worker) -> dict[str, Any]:
+    """Figures of a worker, with the times of the baseline's steps that were taken in turn with its own."""
+    size = Size(a.batch, a.frames, a.resolution)
+    warm = [step(worker, size, memory=True) for _ in range(WARM_UP)]
+    step(worker, size)  # malloc fills its lists again
+    theirs, own = [], []
+    for _ in range(a.repeats):
+        theirs.append(step(baseline, size))
+        own.append(theirs[-1] if worker is baseline else step(worker, size))
+    return warm[-1] | medians(own) | {"base": medians(theirs)} | worker.ready
 
 
 def medians(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -161,14 +166,19 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float
         cells = [beside(r[k], base[k], MIB, 1) for k in ("state", "growth", "peak")]
         cells += [beside(r[k], r["base"][k]) for k in times]
         lines.append(row(setup.name + (f", {setup.processes} processes" if setup.processes > 1 else ""), cells))
-    lines += [
-        "",
+    notes = [
         f"{size.tokens} tokens a process. In brackets: times that of the first row of as many processes, taken in turn "
-        f"with it. The first step of --compile takes {results['--compile']['first']:.0f} s.",
+        "with it."
     ]
+    if "--compile" in results:
+        first = [results[name]["trial"] for name in (SETUPS[0].name, "--compile")]
+        notes.append(f"The first pass of all takes {first[0]:.1f} s, and {first[1]:.1f} s with --compile.")
     missing = [s.name for s in SETUPS if s.name not in results]
     if missing:
-        lines.append(f"Not measured: {'; '.join(missing)}. They need two GPUs.")
+        notes.append(
+            f"Did not run (two processes take two GPUs; another reason stands on stderr): {'; '.join(missing)}."
+        )
+    lines += ["", " ".join(notes)]
     return "\n".join(lines)
 
 

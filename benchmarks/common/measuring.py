@@ -4,6 +4,7 @@ A worker lives in a process of its own, so that its memory is its own; its paren
 slow minute of the machine falls on all alike. Nothing here imports torch before a worker does.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -21,13 +22,21 @@ SMALL_BLOCKS, LARGEST_BLOCKS = 64 * 1024, 32 * 1024 * 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
+class WorkerFailed(SystemExit):
+    """A worker stopped before it was told to; with what it said."""
+
+
 class Worker:
     """A process that answers each line on its stdin with a line of JSON on its stdout; it is ready after the first.
 
     Args:
         command: what to run.
         environment: what is set for it beside this process's own.
+    Attributes:
+        ready: its first answer, where somebody waited for it.
     """
+
+    ready: dict[str, Any]
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
         # Warnings belong in no table: they are shown where a worker fails.
@@ -42,23 +51,29 @@ class Worker:
         )
 
     def ask(self, line: str | None = None) -> dict[str, Any]:
-        """Send a line, if any, and wait for the answer."""
+        """Send a line, if any, and wait for the answer.
+
+        Raises:
+            WorkerFailed: there is none; nobody who does not mind need catch it, as it ends the program with its words.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         if line is not None:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+                self.process.stdin.write(line + "\n")
+                self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             code = self.process.wait()
             self.words.seek(0)
-            raise SystemExit(f"{self.words.read()[-4000:]}\nA worker stopped with exit code {code}: see above.")
+            raise WorkerFailed(f"{self.words.read()[-4000:]}\nA worker stopped with exit code {code}: see above.")
         return json.loads(answer)
 
     def end(self) -> None:
         """Nothing more will be asked."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

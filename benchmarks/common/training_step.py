@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +58,8 @@ class Finished(Exception):
 class Turns:
     """The trainer's stream: a made-up batch whenever the parent asks for a step, and the figures of it afterwards."""
 
-    def __init__(self, parent: Parent, engine: Any) -> None:
-        self.parent, self.engine = parent, engine
+    def __init__(self, parent: Parent, engine: Any, size: Size) -> None:
+        self.parent, self.engine, self.size = parent, engine, size
         self.trainer: Any = None
 
     def attend(self, trainer: Any) -> None:
@@ -75,7 +76,7 @@ class Turns:
     def __iter__(self) -> Iterator[Batch]:
         from titans_video.training import engine as engines
 
-        figures: dict[str, float] = {}
+        figures = {"trial": time.perf_counter() - self.began}
         cuda = self.engine.device.type == "cuda"
         while True:
             order = json.loads(engines.once(self.engine, partial(self._turn, figures)) or "{}")
@@ -99,8 +100,10 @@ class Turns:
         self.parent.tell(figures)
         return self.parent.order()
 
-    def largest(self) -> None:
-        return None
+    def largest(self) -> Batch:
+        """For the trainer's trial before the first step."""
+        self.began = time.perf_counter()
+        return made_up(self.size, self.engine.process_index)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -161,12 +164,13 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
         )
         engine = engines.start(options.train)
         side = a.resolution // STRIDE
-        data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0)
+        data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0, tasks=("t2v",))
         codec = build_codec(options.codec, device=engine.device)
         recipe = build_recipe(options, data, codec, build_text(options.text, engine.device), engine.device)
-        stream = Turns(parent, engine)
+        stream = Turns(parent, engine, Size(a.batch, a.frames, a.resolution))
         trainer = Trainer(recipe, stream, options.train, engine, say=lambda text: None)
         stream.attend(trainer)
         with contextlib.suppress(Finished):
-            trainer.run()
+            outcome = trainer.run()
+            raise SystemExit(f"Ended by signal {outcome.exit_code - 128}, after step {outcome.step}.")
         engine.end_training()
