@@ -28,7 +28,7 @@ SEGMENTS = (2, 4, 8, 16, 32)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", nargs="+", default=["tokens", "neural"])
-    parser.add_argument("--size", type=int, default=64, help="pixels of the generated videos")
+    parser.add_argument("--size", type=int, default=32, help="pixels of the generated videos")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)

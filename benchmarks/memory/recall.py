@@ -20,7 +20,7 @@ from benchmarks.memory.worlds import FRAMES, Clips, occluded_identity
 
 HIDDEN = (0, 2, 6)
 CHANCE = 1 / 8
-BATCH = 32
+BATCH = 24
 
 
 def arguments() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
 def training_clips(generator: torch.Generator, progress: float) -> Clips:
     """A curriculum: at first at most two segments of curtain, later up to six."""
-    low, high = (0, 2) if progress < 0.75 else (0, 6)
+    low, high = (0, 2) if progress < 0.7 else (0, 6)
     return occluded_identity(BATCH, int(torch.randint(low, high + 1, (), generator=generator)), generator)
 
 
@@ -48,13 +48,13 @@ def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
     """Train one network and ask it."""
     # The large window: no memory, but every earlier frame in view.
     overlap = FRAMES * (max(HIDDEN) + 1) if kind == "window" else FRAMES
-    network = small_network(a.seed, depth=2, memory="none" if kind in ("none", "window") else kind)
+    network = small_network(a.seed, memory="none" if kind in ("none", "window") else kind)
     made = train(
         network,
         training_clips,
         cpu_seconds=a.cpu_seconds,
-        lr=5e-3,
-        muon_lr=0.04,
+        lr=1.5e-3,
+        muon_lr=0.01,
         overlap=overlap,
         seed=a.seed,
         label=kind,
