@@ -97,7 +97,10 @@ def train(
 
 
 def rollout_loss(network: TitansVideoDiT, clips: Clips, overlap: int, generator: torch.Generator) -> Tensor:
-    """Mean weighted error over all segments, each with a time of its own, as `recipes.titans` has it."""
+    """Mean weighted error over what is asked, each segment at a time of its own, as `recipes.titans` has it.
+
+    Of a clip that asks for several segments the last and one drawn anew take part.
+    """
     clean = clips.pixels
     B, n = len(clean), len(clips.texts)
     z = torch.randn(B, n, generator=generator)
@@ -107,8 +110,8 @@ def rollout_loss(network: TitansVideoDiT, clips: Clips, overlap: int, generator:
     corrupted = PROCESS.corrupt(clean, noise, t)
     level = (0.1 * torch.rand(B, n, generator=generator)).repeat_interleave(FRAMES, dim=1)
     written = PROCESS.corrupt(clean, torch.randn(clean.shape, generator=generator), level).model_input
-    # The last segment is what is asked; one more, drawn anew, keeps the network able to make all of them.
-    read = tuple(sorted({int(torch.randint(n, (), generator=generator)), n - 1}))
+    drawn = clips.asked[int(torch.randint(len(clips.asked), (), generator=generator))]
+    read = tuple(sorted({drawn, clips.asked[-1]}))
     rollout = Rollout(FRAMES, written, level, written, level, overlap, horizon=n, texts=clips.texts, read=read)
     value = network(corrupted.model_input, t, Condition(clips.texts[0]), rollout=rollout).value
     frames = torch.cat([torch.arange(i * FRAMES, (i + 1) * FRAMES) for i in read])

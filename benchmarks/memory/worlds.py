@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans_video.types import TextCondition
 
-SIDE, FRAMES, SQUARE = 16, 4, 5
+SIDE, FRAMES, SQUARE = 16, 4, 7
 PHASES = ("show", "hidden", "reveal")
 BACKGROUND = -0.6
 COLOURS = torch.tensor(
@@ -35,11 +35,13 @@ class Clips:
         pixels: (B, 3, n F, L, L).
         identity: what must be recalled: (B,) of one object, (B, n / 2) of a code.
         texts: of each segment; it says the phase and nothing else.
+        asked: the segments that cannot be made without a memory.
     """
 
     pixels: Tensor
     identity: Tensor
     texts: tuple[TextCondition, ...]
+    asked: range
 
 
 def phase_text(phase: str, batch: int) -> TextCondition:
@@ -60,7 +62,8 @@ def occluded_identity(batch: int, hidden: int, generator: torch.Generator, colou
     curtain = _curtain(batch, hidden * FRAMES, generator)
     reveal = _squares(colour, generator)
     phases = ["show"] + ["hidden"] * hidden + ["reveal"]
-    return Clips(torch.cat((show, curtain, reveal), 2), colour, tuple(phase_text(p, batch) for p in phases))
+    texts = tuple(phase_text(p, batch) for p in phases)
+    return Clips(torch.cat((show, curtain, reveal), 2), colour, texts, range(hidden + 1, hidden + 2))
 
 
 def code_replay(batch: int, length: int, colours: int, generator: torch.Generator) -> Clips:
@@ -69,7 +72,8 @@ def code_replay(batch: int, length: int, colours: int, generator: torch.Generato
     told = [_squares(code[:, i], generator) for i in range(length)]
     asked = [_squares(code[:, i], generator) for i in range(length)]
     phases = ["show"] * length + ["reveal"] * length
-    return Clips(torch.cat(told + asked, 2), code, tuple(phase_text(p, batch) for p in phases))
+    texts = tuple(phase_text(p, batch) for p in phases)
+    return Clips(torch.cat(told + asked, 2), code, texts, range(length, 2 * length))
 
 
 def read_colour(pixels: Tensor, colours: int = len(COLOURS)) -> Tensor:
