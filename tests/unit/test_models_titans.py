@@ -1,5 +1,6 @@
 """TitansVideoDiT: one forward for a whole clip, what flows through it and what does not, and its state."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,24 @@ def test_checkpointed_equals_plain(attention_type: str, kind: str) -> None:
     assert torch.equal(again, value)
     for a, b in zip(gradients, gradients_again, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["tokens", "neural"])
+def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -> None:
+    clean, time = frames(6), torch.rand(B, 6)
+    grads, values = [], []
+    plain = network(kind)
+    for net in (plain, copy.deepcopy(plain)):
+        if net is not plain:
+            net.enable_gradient_checkpointing()
+            net.compile_repeated_blocks(backend=backend)
+        value = net(clean, time, CONDITION, rollout=rollout(clean, overlap=1)).value
+        value.square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+        values.append(value.detach())
+    assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
+    assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_network_keeps_nothing_between_calls() -> None:
