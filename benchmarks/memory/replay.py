@@ -33,11 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflop", type=float, default=12.0, help="of training each network")
-    parser.add_argument("--length", type=int, default=4, help="n, colours of a code")
+    parser.add_argument("--tflop", type=float, default=4.0, help="of training each network")
+    parser.add_argument("--length", type=int, default=3, help="n, colours of a code")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
     return parser.parse_args()
 
@@ -89,7 +89,7 @@ def main() -> None:
             length = min(1 + int(progress * 1.5 * a.length), a.length)
             return code_replay(BATCH, length, COLOURS, generator)
 
-        made = train(network, draw, steps=steps, lr=4e-3, muon_lr=0.03, label=kind)
+        made = train(network, draw, steps=steps, lr=1.5e-3, muon_lr=0.01, label=kind)
         shares = recalled(network, a.length, a.samples)
         state = network.start(1).bytes
         results[kind] = {
