@@ -21,7 +21,7 @@ from benchmarks.memory.worlds import Clips, code_replay, read_colour
 from titans_video.models.titans import TitansVideoDiT
 from titans_video.training.flops import count_flops
 
-COLOURS = 4
+COLOURS = 8
 BATCH = 16
 KINDS: dict[str, dict[str, Any]] = {
     **{f"tokens {n}": {"memory": "tokens", "mem_tokens": n} for n in (1, 2, 4, 8, 16, 32, 64)},
@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflop", type=float, default=4.0, help="of training each network")
-    parser.add_argument("--length", type=int, default=3, help="n, colours of a code")
+    parser.add_argument("--length", type=int, default=5, help="n, colours of a code")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--threads", type=int, default=1)
