@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory.drift --clips FOLDER --out docs/memory
 
-FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on pixels (there is no VAE to be
-had without a download); without memory the network is a sliding window that sees the last frames alone. Each then
+FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on a linear codec fitted to the
+clips (there is no VAE to be had without a download); without memory the network is a sliding window that sees the last frames alone. Each then
 makes a video of ten segments for some captions. Seam ratio: the median step at segment edges over the median
 elsewhere. Drift: slope a segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20 apart, to be
 read beside the motion.
@@ -41,29 +41,37 @@ def train(kind: str, a: argparse.Namespace) -> Path:
     flags: dict[str, Any] = {
         "manifest": a.clips / "manifest.jsonl",
         "data-root": a.clips,
-        "vae-backend": "identity",
-        "vae-init-json": '{"space_to_depth": 4}',
+        "vae-backend": "patch",
+        "vae-init-json": '{"patch": [4, 4, 4], "channels": 64}',
         "output-dir": out,
         "height": 32,
         "width": 32,
         "num-frames": 16,
+        "segments": 4,
         "fps": 8,
-        "model-dim": 128,
+        "preset": "tiny",
+        "model-dim": 160,
         "depth": 4,
         "heads": 4,
         "mem-tokens": 16,
-        "patch-size": "2,2,2",
+        "patch-size": "1,2,2",
         "max-steps": a.steps,
-        "batch-size": 4,
+        "batch-size": 8,
         "prediction": "x0",
+        "time-mean": 0.9,
+        "time-std": 1.2,
+        "shift": 1,
         "memory": kind,
         "optimizer": "muon",
-        "lr": 3e-3,
-        "muon-lr": 0.02,
+        "lr": 4e-3,
+        "muon-lr": 0.03,
+        "betas": "0.9,0.98",
+        "weight-decay": 0,
         "lr-schedule": "linear",
         "lr-warmup-steps": 20,
         "ema-decay": 0.99,
-        "sample-steps": 12,
+        "sample-steps": 25,
+        "sample-guidance": 1,
         "save-every": a.steps,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
