@@ -1,7 +1,8 @@
 """LoRA on any linear layer of any network: inject, train A and B alone, merge, several adapters at once.
 
-Legend: I and O the width of a layer's input and output, R rank. A layer becomes x W^T + scale (dropout(x) A^T) B^T with A
-(R, I), B (O, R) and scale = weight x alpha / R: B is 0 at first, so that an adapter begins as the identity.
+Legend: I and O the width of a layer's input and output, R rank.
+A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R) and scale = weight x alpha / R. B is 0 at
+first, so that a new adapter changes nothing.
 Source: Hu et al. 2021 (LoRA), section 4.1; names, initialisation and order of operations are those of PEFT's `Linear`.
 """
 
@@ -193,9 +194,7 @@ def inject(
     if config.rank < 1 or not 0 <= config.dropout < 1:
         raise ConfigError(f"a rank of {config.rank} and a dropout of {config.dropout:g}: at least 1, and in [0, 1).")
     found = find_targets(network, config.targets)
-    add_adapter(
-        network, name, {target: (config.rank, config.scaling_alpha) for target in found}, dropout=config.dropout
-    )
+    add_adapter(network, name, dict.fromkeys(found, (config.rank, config.scaling_alpha)), dropout=config.dropout)
     modules = dict(layers(network))
     for target in found:
         weight: Any = modules[target].lora_A[name].weight
@@ -299,7 +298,7 @@ def load(
             raise CheckpointError(f"the adapter is for another network: there is no linear layer {layer} here.")
         if (b.shape[0], a.shape[1]) != (found.out_features, found.in_features) or a.shape[0] != b.shape[1]:
             raise CheckpointError(
-                f"the adapter is for another network: {layer} is {found.in_features} to {found.out_features} wide here, "
+                f"the adapter is for another network: {layer} is {found.in_features} to {found.out_features} wide, "
                 f"and A {tuple(a.shape)} with B {tuple(b.shape)} are for {a.shape[1]} to {b.shape[0]}."
             )
         alpha = alphas.get(layer) if isinstance(alphas, Mapping) else alphas

@@ -1,11 +1,12 @@
 """LoRA files: diffusers' safetensors with the adapter's configuration in its header, and what else is read.
 
 Written is what stock diffusers loads as it stands: keys `transformer.<layer>.lora_A.weight`, and the header
-`lora_adapter_metadata` with rank and alpha. Without that header diffusers and everyone else takes alpha to be the rank, and
-an adapter of another alpha is too strong or too weak, in silence.
+`lora_adapter_metadata` with rank and alpha. Without that header diffusers takes alpha to be the rank, and an adapter of
+another alpha is too strong or too weak, in silence.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from titans_video.checkpoint import atomic_path, load_tensors
 from titans_video.errors import CheckpointError
+from titans_video.models.lora import rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -142,8 +144,6 @@ def _from_checkpoint(path: Path) -> LoraFile:
     config = (data.get("config") or {}).get("lora") if isinstance(data.get("config"), dict) else None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no LoRA of this project; `--checkpoint` reads whole models.")
-    from titans_video.models.lora import rename
-
     tensors = {name: value.float() for name, value in rename(data["model"]).items()}
     alphas = {name: float(config["alpha"]) for name in _ranks(tensors)}
     return LoraFile(path, tensors, alphas, float(config.get("dropout", 0.0)))
@@ -191,8 +191,6 @@ def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    import re
-
     if config.get("use_dora"):
         raise CheckpointError(f"{path} is a DoRA adapter; plain LoRA is read.")
     try:
