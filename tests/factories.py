@@ -205,7 +205,7 @@ def make_cogvideox(folder: Path, kind: str = "2b", **changes: Any) -> Path:
     transformer = diffusers.CogVideoXTransformer3DModel(**(config | changes))
     for p in transformer.parameters():  # untrained, it would hardly look at its prompt, time and picture
         if p.dim() > 1:
-            torch.nn.init.normal_(p, std=1.5 * p[0].numel() ** -0.5)
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     t5 = transformers.T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipeline = diffusers.CogVideoXImageToVideoPipeline if i2v else diffusers.CogVideoXPipeline
     scheduler = diffusers.CogVideoXDDIMScheduler if kind == "2b" else diffusers.CogVideoXDPMScheduler

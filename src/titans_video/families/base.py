@@ -104,8 +104,12 @@ class Family(ABC):
         """The pretrained transformer, frozen."""
 
     @abstractmethod
-    def small_network(self, blocks: int) -> nn.Module:
-        """A copy of the transformer's first blocks in float32, for tiny latents."""
+    def outline(self) -> nn.Module:
+        """The transformer without weights, on the device `meta`."""
+
+    @abstractmethod
+    def small_network(self, blocks: int | None) -> nn.Module:
+        """A copy of the transformer's first blocks (None: of all) in float32, for tiny latents."""
 
     @abstractmethod
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> DiffusersCodec: ...

@@ -79,9 +79,14 @@ class CogVideoX(Family):
         network = load_part(self._kind(), self.folder / "transformer", dtype)
         return network.requires_grad_(False)
 
-    def small_network(self, blocks: int) -> nn.Module:
+    def outline(self) -> nn.Module:
+        with torch.device("meta"):
+            made: nn.Module = self._kind().from_config(self.config)
+        return made
+
+    def small_network(self, blocks: int | None) -> nn.Module:
         side = 2 * self.patch_size[1]
-        layers = min(blocks, int(self.config["num_layers"]))
+        layers = min(blocks or 10**6, int(self.config["num_layers"]))
         changes = {"num_layers": layers, "sample_height": side, "sample_width": side}
         return first_blocks(self._kind(), self.folder / "transformer", changes, lacking={"patch_embed.pos_embedding"})
 

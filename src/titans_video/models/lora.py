@@ -156,7 +156,7 @@ def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
         ConfigError: a word means nothing here (the nearest names are shown), or the expression is none.
     """
     linear = list(_linear_names(network))
-    if isinstance(targets, str) and _REGEX.search(targets):
+    if isinstance(targets, str) and is_expression(targets):
         try:
             pattern = re.compile(targets)
         except re.error as e:
@@ -175,6 +175,11 @@ def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
             raise ConfigError(f"--target-modules {word}: no linear layer, and no part with one, has this name; {hint}.")
         chosen.update(own)
     return [name for name in linear if name in chosen]
+
+
+def is_expression(word: str) -> bool:
+    """Whether a target is a regular expression, and not the end of a name."""
+    return _REGEX.search(word) is not None
 
 
 def inject(

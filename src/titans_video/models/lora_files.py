@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from titans_video.checkpoint import atomic_path, load_tensors
@@ -24,6 +24,8 @@ from titans_video.models.lora import rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
+OWN = "titans_video"
+"""Our own word in the header: what the adapter was trained on."""
 PREFIX = "transformer"
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _OLDER = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
@@ -40,6 +42,8 @@ class LoraFile:
         alphas: of each layer.
         dropout: that it was trained with, where the file says.
         notes: what the person should know.
+        about: what this project's own files say of the training: `data` and `sample`, as `titans_video.checkpoint`
+            lists them.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class LoraFile:
     alphas: dict[str, float]
     dropout: float = 0.0
     notes: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def metadata(sizes: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def write(
     said = {f"{PREFIX}.{key}": value for key, value in metadata(sizes, dropout).items()}
     header = {"format": "pt", **(about or {}), HEADER: json.dumps(said, indent=2, sort_keys=True)}
     with atomic_path(path) as temporary:
-        save_file(named, temporary, header)
+        temporary.write_bytes(save(named, header))  # `save_file` would let nobody else read it
 
 
 def read(path: Path | str) -> LoraFile:
@@ -123,7 +128,8 @@ def read(path: Path | str) -> LoraFile:
         )
     else:
         alphas = _alphas(path, config, _ranks(tensors))
-    return LoraFile(path, tensors, alphas, float((config or {}).get("lora_dropout") or 0.0), notes)
+    dropout = float((config or {}).get("lora_dropout") or 0.0)
+    return LoraFile(path, tensors, alphas, dropout, notes, _about(header))
 
 
 def _find(path: Path) -> Path:
@@ -146,7 +152,7 @@ def _from_checkpoint(path: Path) -> LoraFile:
         raise CheckpointError(f"{path} holds no LoRA of this project; `--checkpoint` reads whole models.")
     tensors = {name: value.float() for name, value in rename(data["model"]).items()}
     alphas = {name: float(config["alpha"]) for name in _ranks(tensors)}
-    return LoraFile(path, tensors, alphas, float(config.get("dropout", 0.0)))
+    return LoraFile(path, tensors, alphas, float(config.get("dropout", 0.0)), about=data["config"])
 
 
 def _tensors(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -188,6 +194,14 @@ def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
     except (ValueError, AttributeError, OSError) as e:
         raise CheckpointError(f"{path}: what it says of its rank and alpha cannot be read ({e}).") from None
     return None
+
+
+def _about(header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(header.get(OWN, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
