@@ -161,14 +161,14 @@ def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) ->
     ).frames  # fmt: skip
     network = family.load_network(torch.float32)
     vae = family.codec("fp32", "cpu", load=True).vae
-    call = Call(9, 32, 32, 3, 3.0, noise, prompt="a red circle", image=image, seed=5)
-    ours = family.run(family.pipeline(network, vae, text=True, dtype=torch.float32), call)
-    torch.testing.assert_close((ours.transpose(1, 2) + 1) / 2, expected, rtol=0, atol=1e-6)
     text = family.text("fp32", "cpu")
-    states = {"states": text(["a red circle"]).streams[0], "negative_states": text.empty(1).streams[0]}
-    call = Call(9, 32, 32, 3, 3.0, noise, image=image, seed=5, **states)
-    again = family.run(family.pipeline(network, vae, text=False, dtype=torch.float32), call)
-    torch.testing.assert_close(again, ours, rtol=0, atol=1e-6)
+    states = text(["a red circle"]).streams[0], text.empty(1).streams[0]
+    call = Call(9, 32, 32, 3, 3.0, noise, *states, image=image, seed=5)
+    ours = family.run(family.pipeline(network, vae, text=False, dtype=torch.float32), call)
+    torch.testing.assert_close((ours.transpose(1, 2) + 1) / 2, expected, rtol=0, atol=1e-5)
+    own = family.encode(family.pipeline(network, vae, text=True, dtype=torch.float32), "a red circle", "")
+    for a, b in zip(own, states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path: Path) -> None:

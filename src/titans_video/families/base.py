@@ -33,8 +33,8 @@ class Call:
     """One call of a family's diffusers pipeline, which makes one video.
 
     Attributes:
-        prompt, negative_prompt: as text; None where their states are given.
-        states, negative_states: (1, L, E) in place of text.
+        states, negative_states: (1, L, E) of the prompt and of what guidance leans away from, in the VAE's precision,
+            which is that of the latents too.
         noise: (1, C, t', h, w).
         image: (1, 3, 1, H, W) in [-1, 1], the first frame; None for a family without.
         seed: of whatever else is drawn.
@@ -47,10 +47,8 @@ class Call:
     steps: int
     guidance_scale: float
     noise: Tensor
-    prompt: str | None = None
-    negative_prompt: str = ""
-    states: Tensor | None = None
-    negative_states: Tensor | None = None
+    states: Tensor
+    negative_states: Tensor
     image: Tensor | None = None
     seed: int = 0
     on_step: Any = None
@@ -160,8 +158,12 @@ class Family(ABC):
         """The diffusers pipeline around a transformer.
 
         Args:
-            text: with the text encoder; without it calls give states.
+            text: with the text encoder.
         """
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+        """(1, L, E) states of two prompts by the pipeline's own text encoder."""
 
     @abstractmethod
     def run(self, pipeline: Any, call: Call) -> Tensor:

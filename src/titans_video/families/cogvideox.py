@@ -179,6 +179,12 @@ class CogVideoX(Family):
             tokenizer, encoder = stream.tokenizer, stream.model  # type: ignore[attr-defined]
         return kind(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=network, scheduler=self.scheduler())
 
+    @torch.no_grad()
+    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+        return cast(
+            tuple[Tensor, Tensor], pipeline.encode_prompt(prompt, negative, True, max_sequence_length=self.text_length)
+        )
+
     def run(self, pipeline: Any, call: Call) -> Tensor:
         first_frame = {} if call.image is None else {"image": (call.image[:, :, 0] + 1) / 2}
 
@@ -189,8 +195,6 @@ class CogVideoX(Family):
 
         frames = pipeline(
             **first_frame,
-            prompt=call.prompt,
-            negative_prompt=None if call.prompt is None else call.negative_prompt,
             prompt_embeds=call.states,
             negative_prompt_embeds=call.negative_states,
             height=call.height,

@@ -38,11 +38,13 @@ class PretrainedModel(VideoModel):
         text: encodes prompts in place of the pipeline's own text encoder; unused where the pipeline has one.
         family: what its transformer expects.
         pipeline: of diffusers.
+        dtype: that its transformer computes in; latents have the VAE's.
         loras: files and weights that are on it.
     """
 
     family: Family = field(kw_only=True)
     pipeline: Any = field(kw_only=True)
+    dtype: torch.dtype = torch.float32
     loras: list[tuple[Path, float]] = field(default_factory=list)
 
     @property
@@ -78,7 +80,8 @@ class PretrainedPipeline:
             if blended:
                 length = family.padded_frames(len(family.spec.frame_groups(windows.window)))
                 with evaluating(model.network), windowed(family, model.network, windows.latent_starts, length):
-                    yield self._call(request, windows.frames, None, 0, bar)[:, :, : request.frames]
+                    video = self._call(request, windows.frames, None, 0, bar)
+                yield video[:, :, : request.frames]
                 return
             known, left = request.known, request.frames
             for number, (first, shared) in enumerate(zip(windows.latent_starts, windows.shared, strict=True)):
@@ -100,6 +103,7 @@ class PretrainedPipeline:
         (seed,), (prompt,) = request.seeds, request.prompts
         c, t, h, w = family.spec.latent_shape(frames, request.height, request.width)
         noise = frame_noise((c, family.padded_frames(t), h, w), [seed], first)
+        states, negative = self._prompts(prompt, request.negative_prompt)
         call = Call(
             frames=frames,
             height=request.height,
@@ -107,21 +111,25 @@ class PretrainedPipeline:
             steps=request.steps,
             guidance_scale=request.guidance_scale,
             noise=noise,
+            states=states,
+            negative_states=negative,
             image=image,
             seed=derive(seed, "pipeline", first),
             on_step=lambda _: bar.update(),
-            **self._prompts(prompt, request),
         )
-        return family.run(model.pipeline, call)
+        with cast_inputs(model.network, model.dtype):
+            return family.run(model.pipeline, call)
 
-    def _prompts(self, prompt: str, request: Request) -> dict[str, Any]:
-        if getattr(self.model.pipeline, "text_encoder", None) is not None:
-            return {"prompt": prompt, "negative_prompt": request.negative_prompt}
-        text = self.model.text
-        negative = text([request.negative_prompt]) if request.negative_prompt else text.empty(1)
-        kind, device = next(self.model.network.parameters()).dtype, self.model.device
-        states = {"states": text([prompt]), "negative_states": negative}
-        return {name: condition.streams[0].to(device, kind) for name, condition in states.items()}
+    def _prompts(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+        """(1, L, E) each, in the VAE's precision."""
+        model, pipeline = self.model, self.model.pipeline
+        if pipeline.text_encoder is not None:
+            states = model.family.encode(pipeline, prompt, negative)
+        else:
+            no = model.text([negative]) if negative else model.text.empty(1)
+            states = model.text([prompt]).streams[0], no.streams[0]
+        first, second = (x.to(model.device, pipeline.vae.dtype) for x in states)
+        return first, second
 
 
 def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateOptions) -> tuple[WindowPlan, list[str]]:
@@ -171,6 +179,22 @@ def sampled(model: PretrainedModel, prompt: str, seed: int, image: Tensor | None
     windows, _ = plan_pretrained(model, request, options)
     video = torch.cat(list(PretrainedPipeline(model).stream(request, windows, progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
+
+
+@contextmanager
+def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While it lasts, the transformer takes tensors of any precision: schedulers and VAEs may be more exact than it."""
+    whole: Callable[..., Any] = network.forward
+
+    def forward(**given: Any) -> Any:
+        cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+        return whole(**cast)
+
+    network.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        network.forward = whole  # type: ignore[method-assign]
 
 
 @contextmanager

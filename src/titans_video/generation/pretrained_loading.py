@@ -58,6 +58,7 @@ def load_pretrained(
         run_on=device,
         family=family,
         pipeline=pipeline,
+        dtype=dtype,
         loras=parsed,
     )
     return model, notes

@@ -135,6 +135,7 @@ class LoraRecipe(SoraRecipe):
             run_on=self.device,
             family=self.family,
             pipeline=pipeline,
+            dtype=self.dtype,
         )
         try:
             yield lambda prompt, seed: sampled(model, prompt, seed, self._first_frame(prompt))
