@@ -207,12 +207,17 @@ def make_cogvideox(folder: Path, kind: str = "2b", **changes: Any) -> Path:
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
     t5 = transformers.T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = tiny_vae("cogvideox", scaling_factor=0.7, invert_scale_latents=kind == "5b-i2v")
+    with torch.no_grad():  # a trained VAE is sure of its latents
+        last = vae.encoder.conv_out.conv
+        last.weight[4:] *= 0.1
+        last.bias[4:] = -8.0
     pipeline = diffusers.CogVideoXImageToVideoPipeline if i2v else diffusers.CogVideoXPipeline
     scheduler = diffusers.CogVideoXDDIMScheduler if kind == "2b" else diffusers.CogVideoXDPMScheduler
     pipeline(
         tokenizer=make_tokenizer(folder / "tokenizer", eos=True),
         text_encoder=transformers.T5EncoderModel(t5).eval(),
-        vae=tiny_vae("cogvideox", scaling_factor=0.7, invert_scale_latents=kind == "5b-i2v"),
+        vae=vae,
         transformer=transformer.eval(),
         scheduler=scheduler(
             prediction_type="v_prediction",
