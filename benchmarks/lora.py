@@ -150,9 +150,9 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], 
     where = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU, {a.threads} threads, load {load:.1f} before"
     tokens = a.frames * (a.side // 2) ** 2 + 64
     lines = [
-        f"CogVideoX transformer of {a.layers} blocks, {a.heads} heads of {a.head_dim}, {millions['frozen']:.1f} million "
-        f"parameters, {tokens} tokens; LoRA of rank {a.rank} on attention, {millions['trained']:.2f} million; {where}, "
-        f"torch {torch.__version__}, peft {peft.__version__}; median of {a.repeats} steps taken in turn.",
+        f"CogVideoX transformer of {a.layers} blocks, {a.heads} heads of {a.head_dim}, {millions['frozen']:.1f} "
+        f"million parameters, {tokens} tokens; LoRA of rank {a.rank} on attention, {millions['trained']:.2f} million; "
+        f"{where}, torch {torch.__version__}, peft {peft.__version__}; median of {a.repeats} steps taken in turn.",
         "",
         "| | s/step, ours | PEFT | ratio | CPU s, ratio | growth MiB, ours | PEFT | ratio | losses apart by |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from tests import factories
 from tests.conftest import REPOSITORY
 from titans_video.families.table import open_family
+from titans_video.lora_options import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.models import lora, lora_files
-from titans_video.options import (
-    BaseOptions,
-    CogVideoXLoraOptions,
-    DataOptions,
-    LoraOptions,
-    TrainOptions,
-)
-from titans_video.recipes.lora import LoraRecipe, _as_sora, _open, build_lora
+from titans_video.options import DataOptions, TrainOptions
+from titans_video.recipes.lora import LoraRecipe, build_lora
+from titans_video.recipes.lora_opening import as_sora, open_clips
 from titans_video.seeding import derive, keyed_normal
 from titans_video.training import engine
 from titans_video.types import Batch
@@ -49,7 +45,7 @@ def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> 
     )
     machine = engine.start(options.train)
     family = open_family(folder)
-    data = _open(_as_sora(options, family), family, machine)
+    data = open_clips(as_sora(options, family), family, machine)
     codec, text = family.codec("fp32", "cpu", load=True), family.text("fp32", "cpu")
     recipe = build_lora(options, data, family, codec, text, machine)
     torch.manual_seed(2)

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 
 from titans_video.config import read_prompts
 from titans_video.errors import ConfigError
+from titans_video.lora_options import CogVideoXLoraOptions
 from titans_video.options import (
     AdviceOptions,
-    CogVideoXLoraOptions,
     DataOptions,
     MemoryOptions,
     SoraOptions,

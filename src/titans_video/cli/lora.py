@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from titans_video.cli.checks import check_lora
 from titans_video.cli.parsing import parse
-from titans_video.options import CogVideoXLoraOptions
+from titans_video.lora_options import CogVideoXLoraOptions
 
 DESCRIPTION = """Train a LoRA on CogVideoX (1.0 or 1.5, text-to-video or image-to-video), on captioned clips.
 

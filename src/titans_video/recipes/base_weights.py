@@ -5,8 +5,8 @@ from torch import nn
 
 from titans_video.errors import ConfigError
 from titans_video.families.base import Family
+from titans_video.lora_options import BaseOptions
 from titans_video.models import lora
-from titans_video.options import BaseOptions
 from titans_video.training.engine import AUTOCAST, Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

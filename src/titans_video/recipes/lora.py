@@ -7,30 +7,28 @@ width.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.codecs.table import describe_codec
 from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted
-from titans_video.errors import ConfigError
 from titans_video.families.base import Family
 from titans_video.families.table import open_family
-from titans_video.frozen import fingerprint_folder
 from titans_video.generation.pretrained import PretrainedModel, sampled
+from titans_video.lora_options import CogVideoXLoraOptions
 from titans_video.models import lora, lora_files
-from titans_video.options import CodecOptions, CogVideoXLoraOptions, DataOptions, ModelOptions, SoraOptions
-from titans_video.preparing.held_out import open_validation, split
-from titans_video.preparing.opening import Data, open_data
+from titans_video.preparing.held_out import open_validation
+from titans_video.preparing.opening import Data
 from titans_video.recipes.base_weights import load_base, move_adapter
+from titans_video.recipes.lora_opening import as_sora, lora_config, open_clips, parse_targets
 from titans_video.recipes.opening import fill, frames_in_words, together
 from titans_video.recipes.parity import check_parity
 from titans_video.recipes.running import train_recipe
-from titans_video.recipes.sora import SoraRecipe, advice_of
+from titans_video.recipes.sora import SoraRecipe
 from titans_video.seeding import derive
 from titans_video.text.table import TextEncoder
 from titans_video.training.engine import Engine
@@ -189,8 +187,8 @@ def train_lora(options: CogVideoXLoraOptions) -> Outcome:
     family = open_family(base.pretrained_model)
     text = family.text(base.text_dtype, accelerator.device, offload=base.text_offload == "cpu")
     codec = family.codec(base.vae_dtype, accelerator.device, load=options.data.cache is None)
-    shared = _as_sora(options, family)
-    data = _open(shared, family, accelerator)
+    shared = as_sora(options, family)
+    data = open_clips(shared, family, accelerator)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if shared.data.cache is not None:
@@ -228,7 +226,7 @@ def build_lora(
         codec=codec,
         text=text,
         process=family.process(),
-        config=_config(options, data, family, codec, text, config, prompt),
+        config=lora_config(options, data, family, codec, text, config, prompt),
         device=accelerator.device,
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=prompt,
@@ -241,107 +239,12 @@ def build_lora(
     )
 
 
-def parse_targets(words: str) -> tuple[str, ...] | str:
-    """`--target-modules`: words with commas, or a regular expression as it is."""
-    if lora.is_expression(words):
-        return words
-    return tuple(part.strip() for part in words.split(",") if part.strip())
-
-
-def _config(
-    options: CogVideoXLoraOptions,
-    data: Data,
-    family: Family,
-    codec: Any,
-    text: TextEncoder,
-    config: lora.LoraConfig,
-    prompt: str | None,
-) -> dict[str, Any]:
-    """Of checkpoints, as `titans_video.checkpoint` lists it; `base` and `lora` in place of a network's own."""
-    bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
-    return {
-        "recipe": "cogvideox-lora",
-        "base": {
-            "pipeline": str(family.folder),
-            "family": family.name,
-            "fingerprint": fingerprint_folder(family.folder / "transformer"),
-        },
-        "lora": {
-            "rank": config.rank,
-            "alpha": config.scaling_alpha,
-            "dropout": config.dropout,
-            "targets": config.targets if isinstance(config.targets, str) else list(config.targets),
-        },
-        "model": {"patch_size": list(family.patch_size)},
-        "codec": describe_codec(codec, _codec_options(options)),
-        "text": text.describe(),
-        "process": family.process().config(),
-        "data": {
-            "num_frames": bucket.frames,
-            "height": bucket.height,
-            "width": bucket.width,
-            "fps": data.fps,
-            "tasks": [family.task],
-        },
-        "sample": {
-            "steps": family.steps,
-            "guidance_scale": family.guidance_scale,
-            **advice_of(options.advice, prompt),
-        },
-    }
-
-
-def _codec_options(options: CogVideoXLoraOptions) -> CodecOptions:
-    return CodecOptions(pretrained_model=options.base.pretrained_model, vae_dtype=options.base.vae_dtype)
-
-
-def _as_sora(options: CogVideoXLoraOptions, family: Family) -> SoraOptions:
-    """What the shared parts of a run look at."""
-    return SoraOptions(
-        data=options.data,
-        codec=_codec_options(options),
-        model=ModelOptions(patch_size=family.clip_grid),
-        train=options.train,
-        watch=options.watch,
-    )
-
-
-def _open(options: SoraOptions, family: Family, accelerator: Engine) -> Data:
-    """The clips, every one of them with the family's task.
-
-    Raises:
-        ConfigError: a size that the network does not know.
-    """
-    data = open_data(
-        _with_task(options.data, family),
-        family.spec,
-        family.clip_grid,
-        seed=options.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        together=together(accelerator),
-    )
-    for bucket in data.buckets:
-        family.check_size(bucket.frames, bucket.height, bucket.width)
-    if options.watch.validation_split:
-        data = split(data, options.watch.validation_split)
-    return data
-
-
-def _with_task(options: DataOptions, family: Family) -> DataOptions:
-    if options.task_mix is not None:
-        raise ConfigError(
-            f"--task-mix {options.task_mix}: {family.name} trains {family.task} alone, whatever rows say; leave it out."
-        )
-    return replace(options, task_mix=f"{family.task}=1")
-
-
 def _notes(options: CogVideoXLoraOptions, data: Data, recipe: LoraRecipe) -> list[str]:
     family, network = recipe.family, recipe.network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     layers = len(list(lora.layers(network)))
-    notes = frames_in_words(_as_sora(options, family), data, family.spec)
+    notes = frames_in_words(as_sora(options, family), data, family.spec)
     others = sorted({row.task for row in data.rows if row.task != family.task})
     if others and family.image_to_video:
         notes.append(f"Rows of {' and '.join(others)} train as i2v: {family.name} is told of every clip's first frame.")
