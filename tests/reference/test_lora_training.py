@@ -249,3 +249,16 @@ def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     optimizer.step()
     lora.remove(recipe.network)
     assert all(torch.equal(value, before[name]) for name, value in recipe.network.state_dict().items())
+
+
+def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
+    """A forward pass and the gradients of what flows, not of the weights; the adapter's own are few."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe, batch = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
+    lora.remove(recipe.network)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        recipe.loss(recipe.network, batch)
+        module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
+    assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
+    assert recipe.tokens(batch) == 2 * 2 * 2 * 2

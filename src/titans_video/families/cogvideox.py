@@ -72,7 +72,8 @@ class CogVideoX(Family):
             f"{self.folder} has learned positions, for {self.trained[1]}x{self.trained[2]} and "
             f"{' or '.join(map(str, counts))} frames alone; at {height}x{width} and {frames} frames it would be given "
             f"positions that it never saw. Give --height {self.trained[1]} --width {self.trained[2]} "
-            f"--num-frames {counts[-1]}."
+            f"--num-frames {counts[-1]}; in training --buckets {self.trained[1]}x{self.trained[2]}x{counts[-1]} also "
+            "leaves shorter clips out."
         )
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:

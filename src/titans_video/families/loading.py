@@ -51,6 +51,17 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return made
 
 
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile each block: one graph for all of them. (diffusers' `compile_repeated_blocks` knows the blocks of
+    some classes alone.)"""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    for part in network.children():
+        if isinstance(part, nn.ModuleList):
+            for block in part:
+                if type(block).__name__ in names:
+                    block.compile()
+
+
 def first_blocks(kind: Any, folder: Path, changes: dict[str, Any], lacking: set[str]) -> nn.Module:
     """A smaller network from the weights that it shares with the whole one, in float32 on the CPU.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from titans_video.errors import ConfigError
 from titans_video.families.base import Family
+from titans_video.families.loading import compile_blocks
 from titans_video.families.table import open_family
 from titans_video.generation.loading import choose_device
 from titans_video.generation.pretrained import PretrainedModel
@@ -46,7 +47,7 @@ def load_pretrained(
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, network, run, device)
     if run.compile:
-        network.compile_repeated_blocks()  # type: ignore[operator]
+        compile_blocks(network)
     said = next((file.about for file, _ in reversed(read) if file.about), {})
     model = PretrainedModel(
         network=network,

@@ -5,6 +5,7 @@ from torch import nn
 
 from titans_video.errors import ConfigError
 from titans_video.families.base import Family
+from titans_video.families.loading import compile_blocks
 from titans_video.lora_options import BaseOptions
 from titans_video.models import lora
 from titans_video.training.engine import AUTOCAST, Engine
@@ -48,7 +49,7 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
             use_stream=engine.device.type == "cuda",
         )
     if options.compile:
-        network.compile_repeated_blocks()  # type: ignore[operator]
+        compile_blocks(network)
     return network, dtype
 
 

@@ -24,7 +24,7 @@ from titans_video.models import lora, lora_files
 from titans_video.preparing.held_out import open_validation
 from titans_video.preparing.opening import Data
 from titans_video.recipes.base_weights import load_base, move_adapter
-from titans_video.recipes.lora_opening import as_sora, lora_config, open_clips, parse_targets
+from titans_video.recipes.lora_opening import as_sora, check_sizes, lora_config, open_clips, parse_targets
 from titans_video.recipes.opening import fill, frames_in_words, together
 from titans_video.recipes.parity import check_parity
 from titans_video.recipes.running import train_recipe
@@ -190,6 +190,7 @@ def train_lora(options: CogVideoXLoraOptions) -> Outcome:
     shared = as_sora(options, family)
     data = open_clips(shared, family, accelerator)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    check_sizes(family, held_out)
     store: EncodingStore | None = None
     if shared.data.cache is not None:
         filled = fill(shared, data, codec, text, accelerator)

@@ -98,11 +98,20 @@ def open_clips(options: SoraOptions, family: Family, accelerator: Engine) -> Dat
         world=accelerator.num_processes,
         together=together(accelerator),
     )
-    for bucket in data.buckets:
-        family.check_size(bucket.frames, bucket.height, bucket.width)
+    check_sizes(family, data)
     if options.watch.validation_split:
         data = split(data, options.watch.validation_split)
     return data
+
+
+def check_sizes(family: Family, data: Data | None) -> None:
+    """Hold every bucket that has rows against the positions that the transformer knows.
+
+    Raises:
+        ConfigError: as `Family.check_size`.
+    """
+    for bucket in data.buckets if data else ():
+        family.check_size(bucket.frames, bucket.height, bucket.width)
 
 
 def _with_task(options: DataOptions, family: Family) -> DataOptions:
