@@ -257,11 +257,18 @@ def test_mistakes_in_generating(
 def test_a_lora_for_another_model_or_without_one(
     pipelines: dict[str, Path], trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    said = generate(pipelines["5b-i2v"], f"--lora {trained['2b']} --image x --out {tmp_path / 'o.mp4'}", capsys, code=2)
+    assert "--image x" in said
     wide = factories.make_cogvideox(tmp_path / "wide", "2b", num_attention_heads=3)
     said = generate(wide, f"--lora {trained['2b']} --prompt x --out {tmp_path / 'o.mp4'}", capsys, code=2)
     assert "for another network" in said
     assert main(["generate", "--lora", str(trained["2b"]), "--out", str(tmp_path / "o.mp4")]) == 2
     assert "give --pretrained-model DIR" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", str(trained["2b"]), "--out", str(tmp_path / "o.mp4")]) == 2
+    assert f"--pretrained-model {pipelines['2b']} --lora" in capsys.readouterr().err
+    other = factories.make_cogvideox(tmp_path / "other", "5b")
+    asked = f"--lora {trained['2b']} --prompt x --num-frames 9 --height 32 --width 32 --out {tmp_path / 'o.mp4'}"
+    assert "was trained on another transformer" in generate(other, asked, capsys)
 
 
 @pytest.mark.parametrize(
@@ -349,3 +356,34 @@ def test_without_peft_the_gate_is_skipped_with_a_word(
     flags = f"{SIZE} --max-steps 1 --output-dir {tmp_path}"
     assert main(["train", "cogvideox-lora", *words(repository, pipelines["2b"], flags)]) == 0
     assert "pip install peft" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_the_documented_command_word_for_word(repository: Path, pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """At its own size, on two processes; stopped once it has learned from a step."""
+    written = (repository / "README.md").read_text().replace("\\\n", " ")
+    command = next(line for line in written.splitlines() if "train_cogvideox_lora_accelerate.py" in line)
+    mock = repository / "train" / "videos" / "mock_data"
+    for theirs, ours in {
+        "/path/to/manifest.jsonl": str(mock / "manifest.jsonl"),
+        "/path/to/data": str(mock),
+        "/path/to/cogvideox_diffusers_pipeline": str(pipelines["2b"]),
+        "outputs_cogvideox_lora": str(tmp_path / "outputs_cogvideox_lora"),
+        "accelerate launch --num_processes 8": "-m accelerate.commands.launch --multi_gpu --num_processes 2",
+    }.items():
+        assert theirs in command
+        command = command.replace(theirs, ours)
+    assert "--height 512 --width 512 --num-frames 16" in " ".join(command.split())
+    environment = {**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"}
+    running = subprocess.Popen([sys.executable, *shlex.split(command)], env=environment, cwd=repository)
+    try:
+        lines = tmp_path / "outputs_cogvideox_lora" / "metrics.jsonl"
+        began = time.monotonic()
+        while not (lines.exists() and lines.read_text().strip()):
+            assert running.poll() is None
+            assert time.monotonic() - began < 800
+            time.sleep(0.5)
+        assert metrics(lines.parent)[0]["elements"] == 8 * 4 * 4 * 64 * 64
+    finally:
+        running.terminate()
+        running.wait()

@@ -12,6 +12,7 @@ from titans_video.errors import ConfigError
 from titans_video.families.base import Family
 from titans_video.families.loading import compile_blocks
 from titans_video.families.table import open_family
+from titans_video.frozen import fingerprint_folder
 from titans_video.generation.loading import choose_device
 from titans_video.generation.pretrained import PretrainedModel
 from titans_video.models import lora, lora_files
@@ -42,6 +43,9 @@ def load_pretrained(
     for number, (file, weight) in enumerate(read):
         lora.load(network, file.tensors, file.alphas, f"lora{number}", weight=weight)
         notes += file.notes
+        trained_on = file.about.get("base", {}).get("fingerprint")
+        if trained_on not in (None, fingerprint_folder(family.folder / "transformer")):
+            notes.append(f"{file.path} was trained on another transformer than the one in {family.folder}.")
     codec = family.codec(overrides.vae_dtype or run.dtype, "cpu", load=True)
     pipeline = family.pipeline(network, codec.vae, text=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)

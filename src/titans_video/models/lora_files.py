@@ -42,8 +42,8 @@ class LoraFile:
         alphas: of each layer.
         dropout: that it was trained with, where the file says.
         notes: what the person should know.
-        about: what this project's own files say of the training: `data` and `sample`, as `titans_video.checkpoint`
-            lists them.
+        about: what this project's own files say of the training: `base`, `data` and `sample`, as
+            `recipes.lora_opening.lora_config` has them.
     """
 
     path: Path

@@ -143,7 +143,7 @@ class LoraRecipe(SoraRecipe):
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
         """See `training.recipe.Adapting`."""
-        said = {lora_files.OWN: json.dumps({k: self.config[k] for k in ("recipe", "data", "sample")})}
+        said = {lora_files.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "data", "sample")})}
         tensors = lora.rename(model)
         lora_files.write(folder, tensors, self._sizes(tensors), dropout=self.adapter.dropout, about=said)
 
