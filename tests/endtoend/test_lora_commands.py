@@ -79,6 +79,7 @@ def test_two_processes_equal_one(sharded: bool, repository: Path, pipelines: dic
     script = repository / "train" / "videos" / "train_cogvideox_lora_accelerate.py"
     done = run(*launch, script, *flags, "--batch-size", "1", "--output-dir", tmp_path / "two", cwd=repository)
     assert "Running on 2 processes" in done.stdout
+    assert done.stdout.count("Rows of i2v train as t2v: CogVideoX 1.0 cannot be told of a first frame.") == 1
     assert "lora_0000003: stock diffusers loads it and computes the same" in done.stdout + done.stderr
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["elements"] == b["elements"]
@@ -341,6 +342,27 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
         monkeypatch.setattr(lora_files, "write", write)
         assert main(["train", "cogvideox-lora", *given, "--resume", "auto", "--parity-gate", "each"]) == 0
         assert "computes the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"), [("to_q,ff", "in the first 2 blocks"), (r"transformer_blocks\.2\..*to_q", "the same (")]
+)
+def test_the_gate_takes_two_blocks_of_a_large_transformer(
+    targets: str,
+    said: str,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Or all of them, where the adapter is in none of the two."""
+    from titans_video.recipes import parity
+
+    monkeypatch.setattr(parity, "LARGE", 0)
+    deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=3)
+    flags = words(repository, deep, f"{SIZE} --max-steps 1 --lr 0.02 --output-dir {tmp_path / 'out'} --target-modules")
+    assert main(["train", "cogvideox-lora", *flags, targets]) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_without_peft_the_gate_is_skipped_with_a_word(

@@ -4,6 +4,7 @@ Files that load nothing, load at another strength, or land on other layers say s
 days later. So the file is loaded as anyone would load it, and the outputs are compared.
 """
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from titans_video.errors import CheckpointError
 from titans_video.families.base import Family
-from titans_video.models import lora
+from titans_video.models import lora, lora_files
 
 BLOCKS = 2
 """A copy of the transformer has this many blocks where it is large."""
@@ -41,9 +42,12 @@ def check_parity(
             "(`pip install peft`); --parity-gate none leaves the comparison out."
         )
     large = sum(p.numel() for p in family.outline().parameters()) > LARGE
-    ours, theirs = (family.small_network(BLOCKS if large else None) for _ in range(2))
-    present = {name for name, m in ours.named_modules() if isinstance(m, nn.Linear)}
-    kept = {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}
+    ours, kept = _copy(family, tensors, BLOCKS if large else None)
+    if not kept:  # all of it is in later blocks
+        ours, kept = _copy(family, tensors, None)
+    theirs, whole = copy.deepcopy(ours), kept.keys() == tensors.keys()
+    if not whole:
+        _compare_names(tensors, folder)
     base = _output(family, ours)
     lora.load(ours, kept, {name: alpha for name, (_, alpha) in sizes.items()})
     if not any(bool(v.any()) for k, v in kept.items() if ".lora_B." in k):
@@ -51,7 +55,8 @@ def check_parity(
     weight = _visible(ours)
     lora.set_adapters(ours, {lora.DEFAULT: weight})
     try:
-        name = family.load_with_diffusers(theirs, folder, None if kept.keys() == tensors.keys() else present)
+        present = {key.rpartition(".lora_")[0] for key in kept}
+        name = family.load_with_diffusers(theirs, folder, None if whole else present)
         theirs.set_adapters(name, weights=weight)  # type: ignore[operator]
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         said = " ".join(str(e).split())[:300]
@@ -65,9 +70,31 @@ def check_parity(
             "of no use elsewhere; the checkpoint stands, and --resume auto goes on from it. --parity-gate none does "
             "not look."
         )
-    blocks = "" if kept.keys() == tensors.keys() else f" in the first {BLOCKS} blocks"
+    blocks = "" if whole else f" in the first {BLOCKS} blocks"
     share = difference / max(effect, 1e-6)
     return f"{folder.name}: stock diffusers loads it and computes the same{blocks} (to {share:.1g} of its effect)."
+
+
+def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
+    """The layers that a copy of two blocks does not have, by name and value.
+
+    Raises:
+        CheckpointError: the file lacks one, or has another.
+    """
+    found = lora_files.read(folder).tensors
+    wrong = [*(tensors.keys() ^ found.keys())]
+    wrong += [k for k in tensors.keys() & found.keys() if not torch.equal(tensors[k].cpu(), found[k])]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not hold what was trained: {min(wrong)} and {len(wrong) - 1} more differ."
+        )
+
+
+def _copy(family: Family, tensors: dict[str, Tensor], blocks: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A fresh transformer, and what of an adapter is for its layers."""
+    network = family.small_network(blocks)
+    present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return network, {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}
 
 
 @torch.no_grad()
