@@ -262,3 +262,22 @@ def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
         module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
     assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
     assert recipe.tokens(batch) == 2 * 2 * 2 * 2
+
+
+def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict[str, Path]) -> None:
+    """In the size of the videos, whatever bucket the row is in; rows that cannot be read are passed over."""
+    recipe, _ = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
+    assert recipe_of(pipelines["1.5"], 9, (32, 32))[0]._first_frame("x") is None
+    entry = next(e for e in recipe.data.entries if e.row.cond_image is None)
+    reader = recipe.data.reader()
+    first = reader.clip(reader.decide(entry, "i2v", 0))[0]
+    expected = torch.from_numpy(first).permute(2, 0, 1).float() / 127.5 - 1
+    entries = [e for e in recipe.data.entries if e.row.caption != entry.row.caption]
+    recipe.data = replace(recipe.data, entries=[*entries, entry])
+    found = recipe._first_frame(entry.row.caption)
+    assert found is not None
+    torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
+    recipe.config["data"] |= {"height": 16, "width": 48}
+    found = recipe._first_frame("nothing of the kind")
+    assert found is not None
+    assert found.shape == (1, 3, 1, 16, 48)

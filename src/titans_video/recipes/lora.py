@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titans_video.data.reading import BrokenRow
 from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted
+from titans_video.errors import DataError
 from titans_video.families.base import Family
 from titans_video.families.table import open_family
 from titans_video.generation.pretrained import PretrainedModel, sampled
 from titans_video.lora_options import CogVideoXLoraOptions
+from titans_video.media.pixels import to_tensor
+from titans_video.media.resize import cover_crop
 from titans_video.models import lora, lora_files
 from titans_video.preparing.held_out import open_validation
 from titans_video.preparing.opening import Data
@@ -165,14 +169,18 @@ class LoraRecipe(SoraRecipe):
         return dict.fromkeys(names, (self.adapter.rank, self.adapter.scaling_alpha))
 
     def _first_frame(self, prompt: str) -> Tensor | None:
-        """Of the row with this caption, else of the first one."""
+        """Of a row with this caption, else of another, as large as the videos; None for a model without."""
         if not self.family.image_to_video:
             return None
-        entry = min(self.data.entries, key=lambda e: (e.row.caption != prompt, derive(0, "picture", e.row.id)))
-        reader = self.data.reader()
-        sample = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
-        frame = reader.picture(sample) if sample.picture else reader.clip(sample)[0]
-        return torch.from_numpy(frame).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
+        reader, size = self.data.reader(), (self.config["data"]["height"], self.config["data"]["width"])
+        for entry in sorted(self.data.entries, key=lambda e: (e.row.caption != prompt, derive(0, "picture", e.row.id))):
+            sample = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
+            try:
+                frame = reader.picture(sample) if sample.picture else reader.clip(sample)[0]
+            except BrokenRow:
+                continue  # training comes to it too, and records it
+            return to_tensor(cover_crop(frame[None], *size))[None]
+        raise DataError("Not one clip can be read any more, and a validation video needs a first frame.")
 
 
 def train_lora(options: CogVideoXLoraOptions) -> Outcome:
