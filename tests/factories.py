@@ -174,3 +174,61 @@ def make_vae(kind: str, folder: Path, **changes: Any) -> Path:
 VAE_KINDS = ("kl", "svd", "cogvideox", "wan", "hunyuan", "ltx")
 LLM_FAMILIES = ("Qwen2", "Qwen3", "Mistral", "Llama", "Gemma3")
 MULTIMODAL_FAMILIES = ("Gemma3", "Qwen2VL", "Qwen2_5_VL")
+
+
+def make_cogvideox(folder: Path, kind: str = "2b", **changes: Any) -> Path:
+    """A whole CogVideoX pipeline: `2b` (sincos positions), `5b` (rotary), `5b-i2v` (learned positions too), `1.5` or
+    `1.5-i2v` (pairs of latent frames; `ofs`). Its LoRA layers start from weights that are not trivial."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    i2v, newer = kind.endswith("i2v"), kind.startswith("1.5")
+    config: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 8 if i2v else 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 16,
+        "num_layers": 2,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "max_text_seq_length": 12,
+        "use_rotary_positional_embeddings": kind != "2b",
+        "use_learned_positional_embeddings": kind == "5b-i2v",
+        "patch_size_t": 2 if newer else None,
+        "patch_bias": not newer,
+        "ofs_embed_dim": 8 if kind == "1.5-i2v" else None,
+    }
+    transformer = diffusers.CogVideoXTransformer3DModel(**(config | changes))
+    for p in transformer.parameters():  # untrained, it would hardly look at its prompt, time and picture
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    t5 = transformers.T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = tiny_vae("cogvideox", scaling_factor=0.7, invert_scale_latents=kind == "5b-i2v")
+    with torch.no_grad():  # a trained VAE is sure of its latents
+        last = vae.encoder.conv_out.conv
+        last.weight[4:] *= 0.1
+        last.bias[4:] = -8.0
+    pipeline = diffusers.CogVideoXImageToVideoPipeline if i2v else diffusers.CogVideoXPipeline
+    scheduler = diffusers.CogVideoXDDIMScheduler if kind == "2b" else diffusers.CogVideoXDPMScheduler
+    pipeline(
+        tokenizer=make_tokenizer(folder / "tokenizer", eos=True),
+        text_encoder=transformers.T5EncoderModel(t5).eval(),
+        vae=vae,
+        transformer=transformer.eval(),
+        scheduler=scheduler(
+            prediction_type="v_prediction",
+            snr_shift_scale=1.0 if newer else 3.0,
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=True,
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+COGVIDEOX_KINDS = ("2b", "5b", "5b-i2v", "1.5", "1.5-i2v")

@@ -125,19 +125,21 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     return data
 
 
+def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a `.pt` file holds."""
+    return {
+        "format": FORMAT,
+        "model": checkpoint.model,
+        "codec": checkpoint.codec,
+        "config": checkpoint.config,
+        "step": checkpoint.step,
+    }
+
+
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write a `.pt` file, or for any other name a folder of `model.safetensors` and `config.json`."""
     if path.suffix == ".pt":
-        save_tensors(
-            {
-                "format": FORMAT,
-                "model": checkpoint.model,
-                "codec": checkpoint.codec,
-                "config": checkpoint.config,
-                "step": checkpoint.step,
-            },
-            path,
-        )
+        save_tensors(as_dict(checkpoint), path)
         return
     tensors = {f"model.{k}": v.contiguous() for k, v in checkpoint.model.items()}
     tensors |= {f"codec.{k}": v.contiguous() for k, v in checkpoint.codec.items()}

@@ -374,6 +374,8 @@ class GenerateOptions:
 
     checkpoint: str | None = None
     """A .pt file, a run's folder, an exported folder, or `latest`; default: the shipped weights."""
+    lora: tuple[str, ...] = ()
+    """LoRA on the pipeline of --pretrained-model: FILE or FILE:WEIGHT; may be given several times."""
     prompt: str | None = None
     """What the video shows."""
     prompt_file: str | None = None

@@ -50,3 +50,14 @@ def test_every_size_has_its_tokens() -> None:
         "--num-frames 2",
         "--num-frames 8",
     ]
+
+
+@pytest.mark.long
+def test_the_lora_of_both_libraries_learns_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("lora.py")), "--quick", "--out", str(tmp_path / "table.md")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = re.findall(r"^\| ([^|]+) \|.*\| ([\d.e+-]+) \|$", (tmp_path / "table.md").read_text(), re.MULTILINE)
+    found = {name: float(apart) for name, apart in rows if name != "---"}
+    assert len(found) == 4
+    assert max(found.values()) < 1e-5

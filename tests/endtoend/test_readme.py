@@ -53,11 +53,13 @@ TITANS = {
     "--max-steps": "2",
     "--grad-accum": "2",
 }
+LORA = {"--height": "32", "--width": "32", "--num-frames": "8", "--max-steps": "2", "--grad-accum": "2"}
 GENERATING = {"--height": "32", "--width": "32", "--num-frames": "8", "--steps": "2"}
 MODELS = {
     "/path/to/diffusers_weights_or_dummy": "models/kl",
     "/path/to/diffusers_weights": "models/kl",
     "/path/to/CogVideoX-2b": "models/cogvideox",
+    "/path/to/cogvideox_diffusers_pipeline": "models/cogvideox_pipeline",
     "google/umt5-xxl": "models/umt5",
     "/path/to/qwen_or_mistral_or_llama": "models/qwen2",
     "/path/to/mistral_or_qwen": "models/qwen2",
@@ -101,6 +103,8 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(with_flags(words, small, add=False), {"--steps": "2"}, add=True)
     if "train_titans_video_dit" in script:
         return with_flags(words, TITANS, add=False)
+    if "train_cogvideox_lora" in script:
+        return with_flags(words, LORA, add=False)
     if words[1:3] == ["train", "titans"]:
         return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
     if words[0] == "titans-video":
@@ -135,6 +139,7 @@ class Workspace:
         factories.make_vae("kl", folder / "models/kl")
         factories.make_vae("svd", folder / "models/svd")
         factories.make_vae("cogvideox", folder / "models/cogvideox")
+        factories.make_cogvideox(folder / "models/cogvideox_pipeline")
         factories.make_t5(folder / "models/umt5", umt5=True)
         factories.make_qwen2(folder / "models/qwen2")
         mock = folder / "train/videos/mock_data"

@@ -16,9 +16,10 @@ LAUNCHERS = [REPOSITORY / "train.py", *sorted((REPOSITORY / "train" / "videos").
 LAUNCHER_LINES = 15
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(["types", "options", "errors", "seeding", "config", "checkpoint", "frozen", "media"], 0),
+    **dict.fromkeys(["types", "options", "lora_options", "errors", "seeding", "config", "checkpoint"], 0),
+    **dict.fromkeys(["frozen", "media"], 0),
     **dict.fromkeys(["data", "codecs", "text", "models", "mock"], 1),
-    "diffusion": 2,
+    **dict.fromkeys(["diffusion", "families"], 2),
     **dict.fromkeys(["preparing", "training", "generation", "reporting"], 3),
     **dict.fromkeys(["recipes", "demo"], 4),
     "cli": 5,

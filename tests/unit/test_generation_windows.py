@@ -147,3 +147,5 @@ def test_the_way_to_join_follows_from_what_a_network_can_do(joins, wanted, overl
 def test_a_network_with_one_time_a_clip_cannot_hold_several_frames() -> None:
     with pytest.raises(ConfigError, match="--overlap 8: this network has one time"):
         choose(Joins(False, frozenset({"i2v"})), "continue", 8)
+    with pytest.raises(ConfigError, match="use --window-mode blend"):
+        choose(Joins(False, frozenset({"t2v"})), "continue", None)

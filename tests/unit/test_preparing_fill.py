@@ -42,6 +42,9 @@ class Codec:
         self.calls += 1
         return torch.cat([pixels, torch.full_like(pixels, -1.0)], dim=1)
 
+    def encode_known(self, pixels: Tensor) -> Tensor:
+        return self.encode_moments(pixels)
+
 
 def text(prompts: Sequence[str]) -> TextCondition:
     """Two streams: a letter's code a token, and half as many tokens in bf16."""

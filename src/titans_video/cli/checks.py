@@ -5,7 +5,15 @@ from importlib.util import find_spec
 
 from titans_video.config import read_prompts
 from titans_video.errors import ConfigError
-from titans_video.options import DataOptions, MemoryOptions, SoraOptions, TrainOptions, WatchOptions
+from titans_video.lora_options import CogVideoXLoraOptions
+from titans_video.options import (
+    AdviceOptions,
+    DataOptions,
+    MemoryOptions,
+    SoraOptions,
+    TrainOptions,
+    WatchOptions,
+)
 
 
 def check_training(options: SoraOptions) -> None:
@@ -22,11 +30,7 @@ def check_training(options: SoraOptions) -> None:
     _need("--llm-max-length", options.text.llm_max_length, 1)
     _need("--time-std", options.process.time_std, 0, above=True)
     _need("--shift", options.process.shift, 0, above=True)
-    _need("--sample-steps", options.advice.sample_steps, 1)
-    _need("--sample-guidance", options.advice.sample_guidance, 0)
-    low, high = options.advice.sample_guidance_interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+    _check_advice(options.advice)
     _check_watch(options.watch)
     check_data(options.data)
 
@@ -46,6 +50,33 @@ def check_memory(memory: MemoryOptions) -> None:
     if memory.memory != "none":
         # Through fewer than two segments nothing that was written is ever read with a gradient.
         _need("--bptt-segments", memory.bptt_segments, 2)
+
+
+def check_lora(options: CogVideoXLoraOptions) -> None:
+    """Refuse values of a LoRA run that have no meaning.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    _check_train(options.train)
+    if options.base.pretrained_model is None:
+        raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
+    _need("--rank", options.lora.rank, 1)
+    _need("--lora-alpha", options.lora.lora_alpha, 0, above=True)
+    if not 0 <= options.lora.lora_dropout < 1:
+        raise ConfigError(f"--lora-dropout {options.lora.lora_dropout:g}: it must be at least 0 and below 1.")
+    if not options.lora.target_modules.strip(", "):
+        raise ConfigError("--target-modules is empty; name at least one layer, e.g. to_q.")
+    if options.base.offload == "group" and not options.base.gradient_checkpointing:
+        raise ConfigError(
+            "--offload group without --gradient-checkpointing would keep every layer for the backward pass, and save "
+            "nothing; give both."
+        )
+    _check_advice(options.advice)
+    if options.advice.sample_guidance_interval is not None:
+        raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
+    _check_watch(options.watch)
+    check_data(options.data)
 
 
 def check_data(data: DataOptions) -> None:
@@ -75,6 +106,14 @@ def check_data(data: DataOptions) -> None:
             "No clips are named: give --manifest manifest.jsonl or --metadata metadata.json "
             "(the mock data is train/videos/mock_data/manifest.jsonl)."
         )
+
+
+def _check_advice(advice: AdviceOptions) -> None:
+    _need("--sample-steps", advice.sample_steps, 1)
+    _need("--sample-guidance", advice.sample_guidance, 0)
+    low, high = advice.sample_guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
 
 
 def _check_watch(watch: WatchOptions) -> None:

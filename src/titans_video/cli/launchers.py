@@ -27,6 +27,13 @@ def train_titans_video_dit_accelerate() -> int:
     return guarded(lambda: main(sys.argv[1:], "train_titans_video_dit_accelerate.py"))
 
 
+def train_cogvideox_lora_accelerate() -> int:
+    """Train a LoRA on CogVideoX; a launcher says on how many processes."""
+    from titans_video.cli.lora import main
+
+    return guarded(lambda: main(sys.argv[1:], "train_cogvideox_lora_accelerate.py"))
+
+
 def infer_sora() -> int:
     """Generate."""
     return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))

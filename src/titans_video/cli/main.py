@@ -11,6 +11,7 @@ from titans_video.errors import ConfigError
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titans_video.cli.train:main", "train SoraDiT on captioned clips"),
     "train titans": ("titans_video.cli.titans:main", "train TitansVideoDiT, with a memory, for video of any length"),
+    "train cogvideox-lora": ("titans_video.cli.lora:main", "train a LoRA on CogVideoX"),
     "report": ("titans_video.cli.report:main", "one HTML page of a run: curves, samples, data, options"),
     "generate": ("titans_video.cli.generate:main", "make a video from a prompt"),
     "export": ("titans_video.cli.export:main", "write a model as one folder that needs nothing else"),
@@ -59,7 +60,8 @@ def dispatch(words: list[str]) -> int:
 
 def usage(group: str) -> str:
     """The commands whose names begin with `group`, a line each."""
-    lines = [f"  titans-video {name:<13} {what}" for name, (_, what) in COMMANDS.items() if name.startswith(group)]
+    width = max(map(len, COMMANDS))
+    lines = [f"  titans-video {name:<{width}} {what}" for name, (_, what) in COMMANDS.items() if name.startswith(group)]
     return "\n".join(["Train and run video diffusion transformers.", "", *lines, "", "Each takes --help."])
 
 

@@ -137,6 +137,10 @@ class Codec(ABC):
         """
         return self.from_moments(self.encode_moments(pixels), generator, seeds)
 
+    def encode_known(self, pixels: Tensor) -> Tensor:
+        """The moments of known frames, of which the rest is blank, as the networks on this codec are told of them."""
+        return self.encode_moments(pixels)
+
     def encode_unscaled(self, pixels: Tensor) -> Tensor:
         """The mean, unscaled: for pipelines that condition on raw latents (Stable Video Diffusion)."""
         return self.encode_moments(pixels).chunk(2, dim=1)[0]

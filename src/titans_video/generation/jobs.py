@@ -11,8 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from titans_video.errors import ConfigError
+from titans_video.families.table import is_pipeline
+from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import plan_video
 from titans_video.generation.pipeline import Request
+from titans_video.generation.pretrained import PretrainedModel, PretrainedPipeline, plan_pretrained
+from titans_video.generation.pretrained_loading import load_pretrained
 from titans_video.generation.record import fingerprint, full_record, write_side_file
 from titans_video.generation.requests import build_request, check_options, read_prompts
 from titans_video.generation.running import load_for
@@ -67,17 +72,20 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     if texts is not None:
         length = options.num_frames if options.seconds or options.num_frames else sum(n for n, _ in texts)
         options = replace(options, prompt=texts[0][1], num_frames=length)
-    model = with_shift(load_for(run, options.checkpoint, overrides), options.shift)
-    pipeline = VideoPipeline.of(model)
+    model, pipeline, said_of_loras = _load(options, overrides, run)
     usual, _ = build_request(options, model)
     when = timing(options, model)
-    windows, notes = plan_video(model, usual, options.window, options.overlap, options.window_mode)
-    windows = with_state(model, windows, options, texts)
+    windows: WindowPlan | StreamPlan
+    if isinstance(model, PretrainedModel):
+        windows, notes = plan_pretrained(model, usual, options)
+    else:
+        windows, notes = plan_video(model, usual, options.window, options.overlap, options.window_mode)
+        windows = with_state(model, windows, options, texts)
     if usual.known is not None and not model.joins.goes_on_from_one:
         notes.append("The model was not trained to go on from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; making "{usual.prompts[0]}".')
-    for note in [*when.notes, *notes]:
+    for note in [*said_of_loras, *when.notes, *notes]:
         tqdm.write(note, file=sys.stderr)
     prompts = usual.prompts if options.prompt_file is None else read_prompts(options.prompt_file)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
@@ -104,8 +112,25 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     return out
 
 
+def _load(
+    options: GenerateOptions, overrides: Overrides, run: RunOptions
+) -> tuple[VideoModel, VideoPipeline | PretrainedPipeline, list[str]]:
+    """A checkpoint of this project; or, without one, the pretrained pipeline of --pretrained-model, with LoRA."""
+    folder = overrides.pretrained_model
+    if options.checkpoint is None and folder is not None and (options.lora or is_pipeline(folder)):
+        pretrained, notes = load_pretrained(run, folder, options.lora, overrides)
+        return pretrained, PretrainedPipeline(pretrained), notes
+    if options.lora:
+        raise ConfigError(
+            "--lora is put on a pretrained pipeline: give --pretrained-model DIR, the folder of that pipeline, and no "
+            "--checkpoint."
+        )
+    model = with_shift(load_for(run, options.checkpoint, overrides), options.shift)
+    return model, VideoPipeline.of(model), []
+
+
 def _write(
-    pipeline: VideoPipeline,
+    pipeline: VideoPipeline | PretrainedPipeline,
     request: Request,
     windows: WindowPlan | StreamPlan,
     when: Timing,
@@ -129,14 +154,14 @@ def _write(
 
 
 def _at_full_rate(
-    pipeline: VideoPipeline,
+    pipeline: VideoPipeline | PretrainedPipeline,
     request: Request,
     windows: WindowPlan | StreamPlan,
     when: Timing,
     options: GenerateOptions,
 ) -> Iterator[Pixels]:
     """The frames of the file, uint8 (n, H, W, 3), stretch by stretch."""
-    made = (to_uint8(stretch[0]) for stretch in pipeline.stream(request, windows))
+    made = (to_uint8(stretch[0]) for stretch in pipeline.stream(request, windows))  # type: ignore[arg-type]
     if not when.interpolated:
         yield from made
         return

@@ -54,6 +54,11 @@ def choose(joins: Joins, wanted: Wanted, overlap: int | None) -> tuple[Mode, int
     if wanted == "auto" and not joins.goes_on_from_one:
         return "blend", overlap, ["The model was not trained to go on from given frames, so windows are blended."]
     if not joins.frame_times:
+        if not joins.goes_on_from_one:
+            raise ConfigError(
+                f"--window-mode {wanted}: this network cannot be told of a first frame, so no window can go on from "
+                "another; use --window-mode blend."
+            )
         if overlap not in (None, 1):
             raise ConfigError(
                 f"--overlap {overlap}: this network has one time for the whole clip and cannot hold {overlap} frames "

@@ -157,6 +157,11 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
     path = find_checkpoint(checkpoint)
     read = checkpoints.read(path)
     config = read.config
+    if "lora" in config:
+        base = config.get("base", {}).get("pipeline", "DIR")
+        raise CheckpointError(
+            f"{path} is a LoRA and no whole model: give --pretrained-model {base} --lora {path}, and no --checkpoint."
+        )
     overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: build_network(config["model"]))
     _load_weights(network, read, path)

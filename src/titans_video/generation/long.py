@@ -139,6 +139,16 @@ def ramp(length: int, before: int, after: int) -> Tensor:
     return weights
 
 
+def window_weights(starts: Sequence[int], length: int) -> list[Tensor]:
+    """(t,) of each window: its `ramp`, divided by what all windows say of a frame, so that the weights sum to 1."""
+    shared = [a + length - b for a, b in pairwise(starts)]
+    ramps = [ramp(length, before, after) for before, after in zip([0, *shared], [*shared, 0], strict=True)]
+    total = torch.zeros(starts[-1] + length)
+    for start, weights in zip(starts, ramps, strict=True):
+        total[start : start + length] += weights
+    return [weights / total[start : start + length] for start, weights in zip(starts, ramps, strict=True)]
+
+
 def blend_windows(denoisers: Sequence[Denoise], starts: Sequence[int], length: int) -> Denoise:
     """One denoiser of a whole video from one a window.
 
@@ -149,19 +159,13 @@ def blend_windows(denoisers: Sequence[Denoise], starts: Sequence[int], length: i
         starts: the first latent frame of each window, rising.
         length: t.
     """
-    shared = [a + length - b for a, b in pairwise(starts)]
-    ramps = [
-        ramp(length, before, after)[:, None, None] for before, after in zip([0, *shared], [*shared, 0], strict=True)
-    ]
-    total = torch.zeros(starts[-1] + length, 1, 1)
-    for start, weights in zip(starts, ramps, strict=True):
-        total[start : start + length] += weights
+    ramps = [weights[:, None, None] for weights in window_weights(starts, length)]
 
     def denoise(x: Tensor, time: float) -> Tensor:
         mean = torch.zeros_like(x)
         for start, weights, one in zip(starts, ramps, denoisers, strict=True):
             stretch = slice(start, start + length)
-            mean[:, :, stretch] += (weights / total[stretch]).to(x) * one(x[:, :, stretch], time)
+            mean[:, :, stretch] += weights.to(x) * one(x[:, :, stretch], time)
         return mean
 
     return denoise

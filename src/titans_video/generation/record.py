@@ -24,7 +24,8 @@ def about(request: Request, model: VideoModel) -> dict[str, Any]:
     """The model and the request of one video, as plain values."""
     names = ("frames", "height", "width", "negative_prompt", "steps", "guidance_scale", "guidance_interval", "sampler")
     made = {"prompt": request.prompts[0], "seed": request.seeds[0]} | {n: getattr(request, n) for n in names}
-    return made | {"checkpoint": str(model.path), "trained_steps": model.step}
+    loras = [f"{path}:{weight:g}" for path, weight in getattr(model, "loras", [])]
+    return made | {"checkpoint": str(model.path), "trained_steps": model.step} | ({"loras": loras} if loras else {})
 
 
 def fingerprint(model: VideoModel) -> str:
@@ -41,7 +42,9 @@ def command(options: GenerateOptions, overrides: Overrides, run: RunOptions) -> 
             if value == getattr(default, f.name):
                 continue
             flag = "--" + f.name.replace("_", "-")
-            if isinstance(value, bool):
+            if f.name == "lora":
+                words += [word for one in value for word in (flag, one)]
+            elif isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")
             else:
                 words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -35,6 +35,7 @@ class CodecLike(Protocol):
     """What filling needs of a codec."""
 
     def encode_moments(self, pixels: Tensor) -> Tensor: ...
+    def encode_known(self, pixels: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,11 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
             filled.broken.append(Quarantined(sample.entry.row, e.reason, e.detail, sample.entry.place))
             continue
         for fields in missing:
-            pixels = clip if fields["kind"] == "clips" else known_clip(clip, picture, sample.known)
-            store.write(fields, codec.encode_moments(pixels)[0])
+            if fields["kind"] == "clips":
+                moments = codec.encode_moments(clip)
+            else:
+                moments = codec.encode_known(known_clip(clip, picture, sample.known))
+            store.write(fields, moments[0])
             filled.made += 1
             bar.update()
 

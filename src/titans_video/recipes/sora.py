@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
@@ -29,21 +27,19 @@ from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
 from titans_video.models.table import build_network, network_config
-from titans_video.options import SoraOptions
-from titans_video.preparing.check import QUARANTINE, write_quarantine
+from titans_video.options import AdviceOptions, SoraOptions
 from titans_video.preparing.held_out import open_validation
 from titans_video.preparing.opening import Data
 from titans_video.recipes.opening import fill, frames_in_words, open_data_and_codec, together
-from titans_video.recipes.watching import watch
+from titans_video.recipes.running import train_recipe
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.base import drop_captions
 from titans_video.text.table import TextEncoder, build_text
 from titans_video.training import engine
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.resuming import prepare_folder
-from titans_video.training.starting import begin, settle
-from titans_video.training.trainer import Outcome, Trainer
+from titans_video.training.starting import begin
+from titans_video.training.trainer import Outcome
 from titans_video.types import Batch, Condition, Prediction, TextCondition
 
 TEXT_STEP, LONGEST_TEXT = 64, 512
@@ -98,10 +94,9 @@ class SoraRecipe:
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """See `training.recipe.Validated`."""
         clean, condition = self.encode(batch, drop=False)
-        tokens = self.tokens_at_once(clean)
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
-            times = torch.full((len(batch), clean.shape[2]), self.process.time_at(quantile, tokens))
+            times = self.times_at(quantile, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
             sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
         free = ~self._known_mask(batch).all(dim=1)  # (B, t)
@@ -133,6 +128,10 @@ class SoraRecipe:
         """(B, t): a clip's time is that of all its frames."""
         times_B = self.process.sample_time(batch.seeds, self.tokens_at_once(clean))
         return times_B[:, None].expand(-1, clean.shape[2])
+
+    def times_at(self, quantile: float, clean: Tensor) -> Tensor:
+        """(B, t): the same for all, by a quantile of the training times."""
+        return torch.full((clean.shape[0], clean.shape[2]), self.process.time_at(quantile, self.tokens_at_once(clean)))
 
     def predict(
         self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
@@ -248,7 +247,7 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     """
     variant = variant or Variant(build_recipe)
     run = begin(options.data, options.train)
-    accelerator, resume, say = run.engine, run.resume, run.say
+    accelerator, resume = run.engine, run.resume
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
@@ -261,34 +260,12 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
         text.release()
         codec.release()
     recipe = variant.build(options, data, codec, text, accelerator.device, store)
-    data, train, about = settle(options, data, recipe.config, run)
-    moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
-    if moved:
-        say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
-    say("\n".join([data.summary(train.grad_accum), *frames_in_words(options, data, codec.spec)]))
-    left_out = Path(options.train.output_dir) / QUARANTINE
-    engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
-    if data.quarantined:
-        say(f"Which rows, and why: {left_out}")
-    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
-    step = resume.step if resume else 0
-    watched = watch(
-        options,
-        type(options)(),
-        recipe,
-        accelerator,
-        data,
-        held_out,
-        step=step,
-        store=store,
-        running=run.running,
-        say=say,
-    )
-    stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
-    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
-    accelerator.end_training()
-    return outcome
+    notes = [
+        *frames_in_words(options, data, codec.spec),
+        f"{type(recipe.network).__name__}, {size:.1f} million parameters.",
+    ]
+    return train_recipe(options, run, recipe, data, held_out, store, [*notes, *variant.notes])
 
 
 def cache_sora(options: SoraOptions) -> None:
@@ -344,7 +321,7 @@ def build_recipe(
             "fps": data.fps,
             "tasks": list(data.tasks),
         },
-        "sample": _advice(options, prompt),
+        "sample": advice_of(options.advice, prompt),
     }
     return SoraRecipe(
         network=network,
@@ -361,9 +338,9 @@ def build_recipe(
     )
 
 
-def _advice(options: SoraOptions, prompt: str | None) -> dict[str, Any]:
+def advice_of(options: AdviceOptions, prompt: str | None) -> dict[str, Any]:
     """What generation does by default, as `generation.requests` reads it."""
-    given = asdict(options.advice)
+    given = asdict(options)
     named = {
         "steps": given["sample_steps"],
         "guidance_scale": given["sample_guidance"],

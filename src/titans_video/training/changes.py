@@ -12,7 +12,7 @@ FREE = frozenset(
     {
         # where things lie: what lies there is compared by its content
         *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
-        *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload"),
+        *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
         # how the work is done and shown, not what it is
         *("max_steps", "save_every", "save_limit", "log_every", "resume", "num_workers", "ram_cache_mb", "max_bad"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),

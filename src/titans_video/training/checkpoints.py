@@ -7,6 +7,12 @@ checkpoint-<step>/shards/             the optimizer's state in pieces, where the
 checkpoint-<step>/manifest.json       every file with its size and checksum; written last
 last.pt                               the newest model_ema.pt or model.pt
 
+A run that trains an adapter keeps little, so each of its checkpoints is one file, with a folder for other programs:
+lora_<step>.pt                                the adapter, in the checkpoint format, and under `training` all the rest
+lora_<step>/pytorch_lora_weights.safetensors  the adapter for diffusers
+lora_<step>/training_state.pt                 the same file as lora_<step>.pt, which is linked when the folder stands
+lora_<step>/manifest.json                     as above
+
 A folder is written under another name, every file is fsynced, and the folder is renamed: a kill at any instant leaves
 the old checkpoints and at most a folder that nobody looks at.
 """
@@ -32,9 +38,11 @@ STATE = "training_state.pt"
 SHARDS = "shards"
 MANIFEST = "manifest.json"
 LAST = "last.pt"
+ADAPTER = "pytorch_lora_weights.safetensors"
+TRAINING = "training"
 STATE_FORMAT = "titans-video-training/2"
-_FOLDER = re.compile(r"checkpoint-(\d+)")
-_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
+_FOLDER = re.compile(r"(?:checkpoint-|lora_)(\d+)")
+_TEMPORARY = re.compile(r"\.((checkpoint-|lora_)\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
 _BLOCK = 2**20
 
 
@@ -53,8 +61,20 @@ class Group:
 
 def saved(run: Path) -> list[tuple[int, Path]]:
     """(step, folder) of a run's checkpoints, oldest first."""
-    matches = [(_FOLDER.fullmatch(p.name), p) for p in run.glob("checkpoint-*") if p.is_dir()]
+    matches = [(_FOLDER.fullmatch(p.name), p) for p in [*run.glob("checkpoint-*"), *run.glob("lora_*")] if p.is_dir()]
     return sorted((int(m[1]), p) for m, p in matches if m)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's name says; None for any other name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def paths_of(folder: Path) -> list[Path]:
+    """What a checkpoint is: its folder, and the file beside it where it has one."""
+    single = folder.with_name(f"{folder.name}.pt")
+    return [folder, *([single] if single.exists() else [])]
 
 
 def save(
@@ -67,6 +87,7 @@ def save(
     group: Group | None = None,
     before: Callable[[], None] | None = None,
     shards: Callable[[Path], None] | None = None,
+    export: Callable[[Path], None] | None = None,
 ) -> tuple[Path, str | None]:
     """Write a checkpoint folder, point `last.pt` at it, and remove the oldest beyond `limit`; on every process.
 
@@ -79,6 +100,8 @@ def save(
         group: the processes; None: this one alone.
         before: what this process must have done first.
         shards: writes this process's pieces into a folder.
+        export: writes an adapter for other programs into a folder; with it the checkpoint is a single file, of the only
+            one of `models` and the state together.
     Returns:
         The new folder, named by the step; and on the main process what could not be done after it stood, in words.
     Raises:
@@ -86,7 +109,7 @@ def save(
             checkpoints stand as they did.
     """
     group = group or Group()
-    folder = run / f"checkpoint-{step}"
+    folder = run / (f"checkpoint-{step}" if export is None else f"lora_{step:07d}")
     temporary = run / f".{folder.name}.tmp"
     found: dict[str, Any] = {}
 
@@ -113,10 +136,15 @@ def save(
     def write() -> None:
         if shards is not None:
             shards(temporary / SHARDS)
-        if group.main:
+        whole = {"format": STATE_FORMAT, "step": step, **state}
+        if group.main and export is not None:
+            (model,) = models.values()
+            export(temporary)
+            files.save_tensors({**files.as_dict(model), TRAINING: whole}, temporary / STATE)
+        elif group.main:
             for name, model in models.items():
                 files.write(model, temporary / name)
-            files.save_tensors({"format": STATE_FORMAT, "step": step, **state}, temporary / STATE)
+            files.save_tensors(whole, temporary / STATE)
 
     def finish() -> None:
         if group.main:
@@ -178,7 +206,7 @@ def check(folder: Path, *, contents: bool) -> None:
         raise CheckpointError(f"it has no {MANIFEST}: it was not written to its end") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"its {MANIFEST} cannot be read") from None
-    lacking = [name for name in (MODEL, STATE) if name not in expected]
+    lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
     if lacking:
         raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
     for name, (size, checksum) in expected.items():
@@ -201,16 +229,23 @@ def is_whole(folder: Path) -> bool:
 
 
 def link_last(run: Path, folder: Path) -> None:
-    """`last.pt` becomes the same file as the folder's best weights, or a copy where there are no hard links."""
-    model = folder / (EMA if (folder / EMA).exists() else MODEL)
-    last = run / LAST
-    if last.exists() and last.samefile(model):
+    """`last.pt` becomes the same file as the folder's best weights, or a copy where there are no hard links; and of an
+    adapter's checkpoint the file beside its folder."""
+    names = (EMA, MODEL, STATE)
+    model = next(folder / name for name in names if (folder / name).exists())
+    if model.name == STATE:
+        _link(model, folder.with_name(f"{folder.name}.pt"))
+    _link(model, run / LAST)
+
+
+def _link(file: Path, place: Path) -> None:
+    if place.exists() and place.samefile(file):
         return
-    with files.atomic_path(last) as temporary:
+    with files.atomic_path(place) as temporary:
         try:
-            os.link(model, temporary)
+            os.link(file, temporary)
         except OSError:
-            shutil.copyfile(model, temporary)
+            shutil.copyfile(file, temporary)
 
 
 def _prune(run: Path, limit: int) -> None:
@@ -224,6 +259,8 @@ def _prune(run: Path, limit: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; under another name first, so that half of one is never taken for a whole."""
+    for beside in paths_of(folder)[1:]:
+        beside.unlink()
     gone = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -242,15 +279,17 @@ def sweep(run: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The training state in a checkpoint folder.
+    """The training state in a checkpoint folder, or in the single file of an adapter's.
 
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
-    state = files.load_tensors(folder / STATE, mmap=True)
+    path = folder if folder.is_file() else folder / STATE
+    state = files.load_tensors(path, mmap=True)
+    state = state.get(TRAINING, state)
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{folder / STATE} is not a training state of this version ({STATE_FORMAT}): go on with "
+            f"{path} is not a training state of this version ({STATE_FORMAT}): go on with "
             "the version that wrote it, or start anew by --resume none, which keeps it in previous-<n>."
         )
     return state

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -44,6 +45,35 @@ class Recipe(Protocol):
     def flops(self, batch: Batch) -> float:
         """FLOPs of one forward and backward pass over the batch (see `training.flops`); asked for only where the
         device's peak is known, to show how much of it is used."""
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """What a recipe adds that trains an adapter beside frozen weights.
+
+    Its checkpoints hold what is trained alone, and are one file each: see `training.checkpoints`.
+    """
+
+    def export(self, model: dict[str, Tensor], folder: Path) -> None:
+        """Write the adapter for other programs into a new folder; on the main process.
+
+        Args:
+            model: the trained parameters (their averages, where there are any), by name, whole.
+        """
+
+    def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
+        """Look at what `export` wrote, once it stands; on the main process. Gives what to say of it.
+
+        Raises:
+            UserError: others would not read in it what was trained.
+        """
+
+    def sample_command(self, last: Path) -> list[str]:
+        """The words of a command that makes a video, in place of the one for whole models.
+
+        Args:
+            last: the newest checkpoint's link.
+        """
 
 
 Sampler = Callable[[str, int], Sampled]

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,7 @@ class Resume:
     """What a run goes on from.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: of the checkpoint; of an adapter's that was taken elsewhere its file.
         state: the training state in it.
     """
 
@@ -41,12 +41,24 @@ class Resume:
         folder = self.folder / SHARDS
         return folder if folder.is_dir() else None
 
+    @property
+    def single(self) -> Path | None:
+        """The one file of an adapter's checkpoint."""
+        if self.folder.is_file():
+            return self.folder
+        return None if (self.folder / MODEL).exists() else self.folder / STATE
+
     def model(self) -> Checkpoint:
         """The trained weights."""
+        if self.single:
+            read = files.read(self.single, mmap=True)
+            return replace(read, model=self.state.get("trained") or read.model)
         return files.read(self.folder / MODEL, mmap=True)
 
     def averages(self) -> Checkpoint | None:
         """The averaged weights, where the run had them."""
+        if self.single:
+            return files.read(self.single, mmap=True) if self.state.get("trained") else None
         return files.read(self.folder / EMA, mmap=True) if (self.folder / EMA).exists() else None
 
 
@@ -69,6 +81,9 @@ def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
     folder = _folder_of(Path(options.resume))
     if folder is None:
         return _newest_good(Path(options.resume))
+    if folder.is_file():
+        checkpoints.read_state(folder)
+        return folder, []
     try:
         checkpoints.check(folder, contents=True)
     except CheckpointError as e:
@@ -118,6 +133,8 @@ def _folder_of(path: Path) -> Path | None:
         whole = next((folder for folder in beside if (folder / STATE).exists()), None)
         if whole:
             return whole
+        if path.name.startswith("lora_"):
+            return path  # all that training needs is in this one file
     raise CheckpointError(
         f"--resume {path}: no {STATE} lies with it, so training cannot go on exactly as it would have; "
         "give a checkpoint-<step> folder that training wrote."
@@ -126,7 +143,8 @@ def _folder_of(path: Path) -> Path | None:
 
 def _same(folder: Path, path: Path) -> bool:
     """Whether `path` is (a copy of) one of the folder's models."""
-    models = [folder / name for name in (MODEL, EMA) if (folder / name).exists()]
+    names = (MODEL, EMA) if (folder / MODEL).exists() else (STATE,)
+    models = [folder / name for name in names if (folder / name).exists()]
     return any(
         m.samefile(path) or (m.stat().st_size == path.stat().st_size and m.read_bytes() == path.read_bytes())
         for m in models
@@ -170,15 +188,17 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
     _lock(run)
     checkpoints.sweep(run)
     if resume is not None and _is_own(resume.folder, options):
-        left = [folder for step, folder in saved(run) if step > resume.step]
+        left = [path for step, folder in saved(run) if step > resume.step for path in checkpoints.paths_of(folder)]
         moved = _set_aside(run, left and [*left, *samples.later(run, resume.step)])
-        checkpoints.link_last(run, resume.folder)  # a kill may have come between the folder and the link
+        if resume.folder.is_dir():
+            checkpoints.link_last(run, resume.folder)  # a kill may have come between the folder and the link
         return moved
     if not saved(run) and (options.resume == "auto" or not (run / metrics.NAME).exists()):
         return None
     written = (metrics.NAME, metrics.EVENTS, checkpoints.LAST, "loss.png", "quarantine.jsonl", "broken.rank*.jsonl")
     patterns = (*written, *metrics.WATCHED)
-    return _set_aside(run, [f for _, f in saved(run)] + [path for p in patterns for path in sorted(run.glob(p))])
+    old = [path for _, folder in saved(run) for path in checkpoints.paths_of(folder)]
+    return _set_aside(run, old + [path for p in patterns for path in sorted(run.glob(p))])
 
 
 def _lock(run: Path) -> None:

@@ -12,8 +12,8 @@ from titans_video.errors import CheckpointError
 from titans_video.training import checkpoints, state
 from titans_video.training.checkpoints import EMA, MODEL, Group
 from titans_video.training.ema import Ema
-from titans_video.training.engine import Engine, gather, patient_group
-from titans_video.training.recipe import Recipe
+from titans_video.training.engine import Engine, gather, once, patient_group
+from titans_video.training.recipe import Adapting, Recipe
 from titans_video.training.resuming import Resume
 
 OPTIMIZER = "optimizer"
@@ -27,7 +27,12 @@ def load_weights(network: nn.Module, resume: Resume) -> None:
     """
     saved = resume.model()
     try:
-        network.load_state_dict(saved.model)
+        missing, unknown = network.load_state_dict(saved.model, strict=False)
+        frozen = {name for name, p in network.named_parameters() if not p.requires_grad} if resume.single else set()
+        frozen |= {name for name, _ in network.named_buffers()} if resume.single else set()
+        wrong = [*(name for name in missing if name not in frozen), *unknown]
+        if wrong:
+            raise RuntimeError(f"missing or unknown are {', '.join(wrong[:5])}")
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise CheckpointError(
@@ -63,26 +68,51 @@ class Snapshot:
             before: what this process must have done first; it may raise OSError.
         Raises:
             OSError: on every process, as `checkpoints.save`.
+            UserError: on every process, as `Adapting.check_saved`; the checkpoint stands.
         """
         state.reshard(self.network)  # a look at the network may have left some of it whole
         main = self.engine.is_main_process
-        sharded = state.is_sharded(self.network)
+        adapting = self.recipe if isinstance(self.recipe, Adapting) else None
         models = self._models(step, main)
         tensors = state.optimizer_tensors(self.optimizer, self.network)
+        sharded = state.is_sharded(self.network) and adapting is None
+        if adapting:
+            tensors = state.gather_whole(tensors, main)
         scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
         values = {**rest, "scaler": scaler, OPTIMIZER: None if sharded else tensors}
+        if adapting and EMA in models:
+            values["trained"] = models.pop(MODEL).model
 
         def write_shards(folder: Path) -> None:
             state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.engine))
 
+        def export(folder: Path) -> None:
+            assert adapting is not None  # else it is not asked for
+            adapting.export(next(iter(models.values())).model, folder)
+
         group = Group(main, lambda value: gather(self.engine, value))
-        return checkpoints.save(
-            run, step, models, values, limit, group=group, before=before, shards=write_shards if sharded else None
+        folder, remark = checkpoints.save(
+            run,
+            step,
+            models,
+            values,
+            limit,
+            group=group,
+            before=before,
+            shards=write_shards if sharded else None,
+            export=export if adapting else None,
         )
+        if adapting:
+            said = once(self.engine, lambda: adapting.check_saved(next(iter(models.values())).model, folder))
+            remark = "\n".join(words for words in (remark, said) if words) or None
+        return folder, remark
 
     def _models(self, step: int, main: bool) -> dict[str, Checkpoint]:
         """What generation reads, whole, on the main process."""
-        trained = state.gather_whole(self.network.state_dict(), main)
+        own = self.network.state_dict()
+        if isinstance(self.recipe, Adapting):
+            own = {name: own[name] for name in state.parameter_names(self.network).values()}
+        trained = state.gather_whole(own, main)
         averaged = state.gather_whole(self.ema.state_dict(), main) if self.ema else {}
         if not main:
             return {}

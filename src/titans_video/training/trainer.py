@@ -22,7 +22,7 @@ from titans_video.errors import CheckpointError, DataError
 from titans_video.options import TrainOptions
 from titans_video.seeding import derive
 from titans_video.training import engine as engines
-from titans_video.training.checkpoints import LAST
+from titans_video.training.checkpoints import LAST, step_of
 from titans_video.training.ema import Ema
 from titans_video.training.engine import Engine
 from titans_video.training.flops import device_peak
@@ -30,7 +30,7 @@ from titans_video.training.guards import Event, Guard, memory_watched, suspects
 from titans_video.training.metrics import NAME
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.rates import Work, work_of
-from titans_video.training.recipe import Recipe
+from titans_video.training.recipe import Adapting, Recipe
 from titans_video.training.recorder import CURVE, Recorder, StepResult
 from titans_video.training.resuming import Resume, release_folder
 from titans_video.training.signals import Interrupt
@@ -319,7 +319,7 @@ class Trainer:
 
     def _say_goodbye(self, started_at: int, signal: int) -> None:
         last = self.run_folder / LAST
-        saved = self.folder.name == f"checkpoint-{self.step}"
+        saved = step_of(self.folder) == self.step
         if signal and not saved:
             self.say(
                 f"Stopped after step {self.step}; it could not be saved. --resume auto goes on from {self.folder}."
@@ -336,5 +336,7 @@ class Trainer:
         self.say(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         prompt = self.recipe.sample_prompt
         command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
+        if isinstance(self.recipe, Adapting):
+            command = self.recipe.sample_command(last)
         command += [*self.recipe.sample_flags, *(["--prompt", prompt] if prompt else [])]
         self.say(f"Make a video from it:\n  {shlex.join([*command, '--out', 'out.mp4'])}")

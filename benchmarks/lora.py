@@ -1,0 +1,181 @@
+"""Steps of our LoRA beside PEFT's on the same transformer: time and memory, in one run.
+
+    python benchmarks/lora.py
+    python benchmarks/lora.py --device cuda --heads 48 --head-dim 64 --layers 42
+
+CogVideoX's transformer with random weights, the same for both, gets the same adapter (A and B included) from
+`titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Each lives in a process of its own; steps
+(forward, backward, clipping, AdamW) are taken in turn, so that a slow minute of the machine falls on both alike. The
+losses of all steps are compared too: they are of the same numbers. Needs the package peft.
+
+"Growth" is what a step needs beyond what is held between steps: activations and gradients; from torch's allocator on
+CUDA, from the peak of the process's resident memory elsewhere, with malloc's hoard set aside. "CPU s" is the time that
+the step spent on cores: on a busy machine the steadier one.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.measuring import Meter, Parent, Worker, map_large_blocks, show
+
+SETUPS = {
+    "float32": {},
+    "gradient checkpointing": {"checkpointing": True},
+    "base in bfloat16": {"dtype": "bfloat16"},
+    "base in 8 bits (layerwise casting)": {"fp8": True, "checkpointing": True},
+}
+LIBRARIES = ("ours", "peft")
+WARM_UP = 2
+QUICK = {"heads": 2, "head_dim": 16, "layers": 2, "frames": 2, "side": 8, "repeats": 2, "rank": 4}
+MIB = 2**20
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=4, help="latent frames")
+    parser.add_argument("--side", type=int, default=24, help="latent height and width")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7, help="steps of each whose median is taken")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="at a tiny size, to see that it runs")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.quick:
+        vars(a).update(QUICK)
+    return a
+
+
+def build(a: argparse.Namespace, library: str, checkpointing: bool = False, dtype: str = "float32", fp8: bool = False):
+    """The transformer with an adapter, and the parameters that are trained."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    from titans_video.models import lora
+
+    torch.manual_seed(0)
+    network = CogVideoXTransformer3DModel(
+        num_attention_heads=a.heads,
+        attention_head_dim=a.head_dim,
+        num_layers=a.layers,
+        text_embed_dim=256,
+        max_text_seq_length=64,
+        use_rotary_positional_embeddings=True,
+    ).to(a.device, getattr(torch, dtype))
+    network.requires_grad_(False)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    if fp8:
+        network.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    targets = lora.find_targets(network, lora.ATTENTION)
+    if library == "ours":
+        lora.inject(network, lora.LoraConfig(a.rank, targets=targets))
+    else:
+        import peft
+
+        config = peft.LoraConfig(r=a.rank, lora_alpha=a.rank, target_modules=targets)
+        network = peft.inject_adapter_in_model(config, network)
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    for number, p in enumerate(trained.values()):
+        p.data = p.data.float()  # PEFT, too, trains in float32 where it is asked to (autocast_adapter_dtype)
+        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator(a.device).manual_seed(number))
+    return network, list(trained.values())
+
+
+def work(a: argparse.Namespace) -> None:
+    """A training step for each line on stdin, until there are no more."""
+    parent = Parent()
+    import torch
+
+    torch.set_num_threads(a.threads)
+    library, _, name = a.worker.partition(":")
+    network, trained = build(a, library, **SETUPS[name])
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    kind, cuda = next(network.parameters()).dtype, a.device == "cuda"
+    g = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(1, a.frames, 16, a.side, a.side, generator=g).to(a.device) for _ in range(2))
+    text = torch.randn(1, 64, 256, generator=g).to(a.device, kind)
+    shape = (a.frames * (a.side // 2) ** 2, a.head_dim)
+    rotary = torch.ones(shape, device=a.device), torch.zeros(shape, device=a.device)
+    time = torch.tensor([500], device=a.device)
+    parent.tell({"trained": sum(p.numel() for p in trained), "frozen": sum(p.numel() for p in network.parameters())})
+    while order := parent.order():
+        if not cuda:
+            map_large_blocks(order == "memory")
+        meter = Meter(cuda)
+        meter.start()
+        value = network(x.to(kind), text, time, image_rotary_emb=rotary, return_dict=False)[0]
+        loss = (value.float() - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        parent.tell({**meter.stop(), "loss": loss.item()})
+
+
+def measure(a: argparse.Namespace, name: str) -> dict[str, dict[str, Any]]:
+    """Figures of both libraries in one setup, their steps taken in turn."""
+    workers = {
+        library: Worker([sys.executable, __file__, *sys.argv[1:], f"--worker={library}:{name}"])
+        for library in LIBRARIES
+    }
+    found: dict[str, dict[str, Any]] = {library: worker.ask() for library, worker in workers.items()}
+    steps: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
+    for order in ["memory"] * (WARM_UP + 1) + ["time"] * (1 + a.repeats):
+        for library, worker in workers.items():
+            steps[library].append({**worker.ask(order), "order": order})
+    for library, worker in workers.items():
+        worker.end()
+        memory = [s for s in steps[library] if s["order"] == "memory"][-1]
+        timed = [s for s in steps[library] if s["order"] == "time"][1:]
+        found[library] |= {"growth": memory["growth"], "losses": [s["loss"] for s in steps[library]]}
+        found[library] |= {k: statistics.median(s[k] for s in timed) for k in ("seconds", "cpu_seconds")}
+    return found
+
+
+def table(a: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], load: float) -> str:
+    """As markdown: ours, PEFT's, and ours as a share of PEFT's."""
+    import peft
+    import torch
+
+    millions = {k: next(iter(results.values()))["ours"][k] / 1e6 for k in ("frozen", "trained")}
+    where = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU, {a.threads} threads, load {load:.1f} before"
+    tokens = a.frames * (a.side // 2) ** 2 + 64
+    lines = [
+        f"CogVideoX transformer of {a.layers} blocks, {a.heads} heads of {a.head_dim}, {millions['frozen']:.1f} "
+        f"million parameters, {tokens} tokens; LoRA of rank {a.rank} on attention, {millions['trained']:.2f} million; "
+        f"{where}, torch {torch.__version__}, peft {peft.__version__}; median of {a.repeats} steps taken in turn.",
+        "",
+        "| | s/step, ours | PEFT | ratio | CPU s, ratio | growth MiB, ours | PEFT | ratio | losses apart by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in results.items():
+        o, p = found["ours"], found["peft"]
+        apart = max(abs(x - y) / abs(y) for x, y in zip(o["losses"], p["losses"], strict=True))
+        lines.append(
+            f"| {name} | {o['seconds']:.3f} | {p['seconds']:.3f} | {o['seconds'] / p['seconds']:.3f} "
+            f"| {o['cpu_seconds'] / p['cpu_seconds']:.3f} | {o['growth'] / MIB:.1f} | {p['growth'] / MIB:.1f} "
+            f"| {o['growth'] / max(p['growth'], 1):.3f} | {apart:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    a = arguments()
+    if a.worker:
+        work(a)
+        return
+    load = os.getloadavg()[0]
+    show(table(a, {name: measure(a, name) for name in SETUPS}, load), a.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""LoRA on any linear layer of any network: inject, train A and B alone, merge, several adapters at once.
+
+Legend: I and O the width of a layer's input and output, R rank.
+A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R) and scale = weight x alpha / R. B is 0 at
+first, so that a new adapter changes nothing.
+Source: Hu et al. 2021 (LoRA), section 4.1; names, initialisation and order of operations are those of PEFT's `Linear`.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models.lora_layer import LoraLinear
+from titans_video.seeding import generator
+
+DEFAULT = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of attention, as diffusers names them."""
+_REGEX = re.compile(r"[\\*+?\[\](){}|^$]")
+_STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is.
+
+    Attributes:
+        rank: R.
+        alpha: numerator of the scale; None: the rank, so that the scale is 1.
+        dropout: of the adapter's input while training.
+        targets: see `find_targets`.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Sequence[str] | str = ATTENTION
+
+    @property
+    def scaling_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+def layers(network: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The layers with adapters, by the name that the linear layer had."""
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def adapters(network: nn.Module) -> list[str]:
+    """The names of all adapters, in the order in which they came."""
+    return list(dict.fromkeys(name for _, layer in layers(network) for name in layer.alphas))
+
+
+def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
+    """The linear layers that are meant.
+
+    Args:
+        targets: of several words, or one, each is the end of a layer's name (`to_q`, `to_out.0`) or the name of a part
+            all of whose linear layers are meant (`ff`); a single string with any of \\*+?[](){}|^$ in it is a regular
+            expression that a whole name must match.
+    Returns:
+        Names in the network's order.
+    Raises:
+        ConfigError: a word means nothing here (the nearest names are shown), or the expression is none.
+    """
+    linear = list(_linear_names(network))
+    if isinstance(targets, str) and is_expression(targets):
+        try:
+            pattern = re.compile(targets)
+        except re.error as e:
+            raise ConfigError(f"--target-modules {targets} is not a regular expression: {e}.") from None
+        found = [name for name in linear if pattern.fullmatch(name)]
+        if not found:
+            raise ConfigError(f"--target-modules {targets}: no linear layer has such a name, {_some(linear)}.")
+        return found
+    chosen: set[str] = set()
+    for word in [targets] if isinstance(targets, str) else targets:
+        own = [name for name in linear if f".{name}".endswith(f".{word}") or f".{word}." in f".{name}"]
+        if not own:
+            ends = {end for name in linear for end in (name.rpartition(".")[2], ".".join(name.split(".")[-2:]))}
+            near = difflib.get_close_matches(word, sorted(ends), n=3)
+            hint = f"near it are {', '.join(near)}" if near else _some(linear)
+            raise ConfigError(f"--target-modules {word}: no linear layer, and no part with one, has this name; {hint}.")
+        chosen.update(own)
+    return [name for name in linear if name in chosen]
+
+
+def is_expression(word: str) -> bool:
+    """Whether a target is a regular expression, and not the end of a name."""
+    return _REGEX.search(word) is not None
+
+
+def inject(
+    network: nn.Module, config: LoraConfig, name: str = DEFAULT, *, seed: int = 0, train: bool = True
+) -> list[str]:
+    """Put an adapter beside the layers that are meant.
+
+    Args:
+        name: of the adapter; several may stand beside one another.
+        seed: A is a function of it and of the layer's name, uniform as PEFT draws it.
+        train: freeze everything but this adapter.
+    Returns:
+        The layers.
+    Raises:
+        ConfigError: as `find_targets`; or a rank, dropout or name that has no meaning, or a name that is taken.
+    """
+    if config.rank < 1 or not 0 <= config.dropout < 1:
+        raise ConfigError(f"a rank of {config.rank} and a dropout of {config.dropout:g}: at least 1, and in [0, 1).")
+    found = find_targets(network, config.targets)
+    add_adapter(network, name, dict.fromkeys(found, (config.rank, config.scaling_alpha)), dropout=config.dropout)
+    modules = dict(layers(network))
+    for target in found:
+        weight: Any = modules[target].lora_A[name].weight
+        drawn = torch.empty(weight.shape)  # on the CPU, so that it is the same on every device
+        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator(seed, "lora", target))
+        with torch.no_grad():
+            weight.copy_(drawn)
+    if train:
+        train_only(network, name)
+    return found
+
+
+def add_adapter(network: nn.Module, name: str, sizes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> None:
+    """Room for an adapter with its own rank and alpha for each layer; see `LoraLinear.add`.
+
+    Raises:
+        ConfigError: the name is taken or has a dot in it; a layer is not there or not linear.
+    """
+    if not name or "." in name or name in adapters(network):
+        raise ConfigError(f"an adapter cannot be called {name!r}: the name is taken, empty, or has a dot in it.")
+    present = dict(network.named_modules())
+    wrong = [target for target in sizes if not isinstance(present.get(target), nn.Linear | LoraLinear)]
+    if wrong:
+        raise ConfigError(f"{len(wrong)} layers of the adapter are not in this network, e.g. {wrong[0]}.")
+    for target, (rank, alpha) in sizes.items():
+        layer = present[target]
+        if not isinstance(layer, LoraLinear):
+            layer = LoraLinear(layer)  # type: ignore[arg-type]  # checked above
+            layer.train(network.training)
+            _replace(network, target, layer)
+        layer.add(name, rank, alpha, dropout)
+
+
+def train_only(network: nn.Module, name: str = DEFAULT) -> None:
+    """Freeze everything but one adapter."""
+    network.requires_grad_(False)
+    for _, layer in layers(network):
+        if name in layer.alphas:
+            layer.lora_A[name].requires_grad_(True)
+            layer.lora_B[name].requires_grad_(True)
+
+
+def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
+    """Which adapters take part, and by how much; the others do not.
+
+    Raises:
+        ConfigError: there is no such adapter, or a layer is merged.
+    """
+    unknown = sorted(weights.keys() - set(adapters(network)))
+    if unknown:
+        raise ConfigError(f"there is no adapter {unknown[0]!r}; there are {', '.join(adapters(network)) or 'none'}.")
+    _refuse_merged(network)
+    for _, layer in layers(network):
+        layer.active = {name: float(weights[name]) for name in layer.alphas if name in weights}
+
+
+def state_dict(network: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
+    """The adapter's tensors as PEFT and diffusers name them: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    return rename(network.state_dict(), name)
+
+
+def rename(tensors: Mapping[str, Tensor], name: str = DEFAULT) -> dict[str, Tensor]:
+    """One adapter's tensors among those of a network's state dict, under PEFT's names."""
+    end = f".{name}.weight"
+    found = {}
+    for key, value in tensors.items():
+        part = key.removesuffix(end)
+        if part != key and part.endswith((".lora_A", ".lora_B")):
+            found[f"{part}.weight"] = value.detach()
+    return found
+
+
+def load(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float] | float | None = None,
+    name: str = DEFAULT,
+    *,
+    weight: float = 1.0,
+) -> list[str]:
+    """Put a saved adapter beside the layers that it is for; it is frozen.
+
+    Args:
+        tensors: by `state_dict`'s names.
+        alphas: of each layer, or of all; None: each layer's rank.
+        weight: see `set_adapters`.
+    Returns:
+        The layers.
+    Raises:
+        CheckpointError: it is for another network: a layer is not there or has another width; or it is not whole.
+    """
+    names = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | LoraLinear)}
+    sizes: dict[str, tuple[int, float]] = {}
+    for layer in names:
+        a, b = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
+        if a is None or b is None:
+            raise CheckpointError(f"the adapter is not whole: {layer} lacks {'A' if a is None else 'B'}.")
+        found = linear.get(layer)
+        if found is None:
+            raise CheckpointError(f"the adapter is for another network: there is no linear layer {layer} here.")
+        if (b.shape[0], a.shape[1]) != (found.out_features, found.in_features) or a.shape[0] != b.shape[1]:
+            raise CheckpointError(
+                f"the adapter is for another network: {layer} is {found.in_features} to {found.out_features} wide, "
+                f"and A {tuple(a.shape)} with B {tuple(b.shape)} are for {a.shape[1]} to {b.shape[0]}."
+            )
+        alpha = alphas.get(layer) if isinstance(alphas, Mapping) else alphas
+        sizes[layer] = a.shape[0], float(a.shape[0] if alpha is None else alpha)
+    if not sizes:
+        raise CheckpointError("the adapter holds no lora_A and lora_B tensors.")
+    add_adapter(network, name, sizes)
+    modules = dict(layers(network))
+    with torch.no_grad():
+        for layer in names:
+            for part, held in (("A", modules[layer].lora_A), ("B", modules[layer].lora_B)):
+                held[name].weight.copy_(tensors[f"{layer}.lora_{part}.weight"])  # type: ignore[union-attr,operator]
+            modules[layer].active[name] = weight
+            modules[layer].lora_A[name].requires_grad_(False)
+            modules[layer].lora_B[name].requires_grad_(False)
+    return names
+
+
+@torch.no_grad()
+def merge(network: nn.Module, *, keep: bool = True) -> None:
+    """Add the active adapters to the layers' own weights; what is merged already stays as it is.
+
+    Args:
+        keep: a copy of the weights on the CPU, which makes `unmerge` exact to the bit. Without it there is no way back.
+    Raises:
+        ConfigError: a layer is stored in 8 bits, in which a sum would be lost. Merge before casting.
+    """
+    for name, layer in layers(network):
+        if layer.merged:
+            continue
+        own = layer.base.weight
+        if own.dtype in _STORAGE:
+            raise ConfigError(f"{name} is stored as {own.dtype}, too coarse to hold an adapter; merge before casting.")
+        layer.original = own.detach().to("cpu", copy=True) if keep else None
+        own.copy_(own.float() + layer.delta())
+        layer.merged = True
+
+
+@torch.no_grad()
+def unmerge(network: nn.Module) -> None:
+    """Undo `merge`, to the bit.
+
+    Raises:
+        ConfigError: no copy was kept.
+    """
+    for name, layer in layers(network):
+        if not layer.merged:
+            continue
+        if layer.original is None:
+            raise ConfigError(f"{name} was merged without keeping its weights; load the network again.")
+        layer.base.weight.copy_(layer.original)
+        layer.original, layer.merged = None, False
+
+
+def remove(network: nn.Module, name: str | None = None) -> None:
+    """Take an adapter, or all of them, away. Layers without any are what they were, or, merged, what they became.
+
+    Raises:
+        ConfigError: there is no such adapter, or it is merged beside others.
+    """
+    gone = adapters(network) if name is None else [name]
+    if name is not None and name not in adapters(network):
+        raise ConfigError(f"there is no adapter {name!r}; there are {', '.join(adapters(network)) or 'none'}.")
+    if gone != adapters(network):
+        _refuse_merged(network)
+    for target, layer in list(layers(network)):
+        for one in gone:
+            if one in layer.alphas:
+                layer.discard(one)
+        if not layer.alphas:
+            _replace(network, target, layer.base)
+
+
+def layer_sizes(network: nn.Module, name: str = DEFAULT) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer of an adapter."""
+    return {target: (layer.rank(name), layer.alphas[name]) for target, layer in layers(network) if name in layer.alphas}
+
+
+def _linear_names(network: nn.Module) -> Iterator[str]:
+    """Linear layers with adapters or without, and none of the adapters' own."""
+    inside: Callable[[str], bool] = lambda name: any(name.startswith(f"{n}.") for n in wrapped)  # noqa: E731
+    wrapped = [name for name, _ in layers(network)]
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | LoraLinear) and not inside(name):
+            yield name
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
+
+
+def _refuse_merged(network: nn.Module) -> None:
+    if any(layer.merged for _, layer in layers(network)):
+        raise ConfigError("adapters are merged into the weights; unmerge them first.")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"linear layers are {', '.join(names[:3])}, ... ({len(names)})" if names else "there are no linear layers"

@@ -1,0 +1,60 @@
+"""The frozen transformer of a LoRA run: its precision, what its weights are stored in, and where they wait."""
+
+import torch
+from torch import nn
+
+from titans_video.errors import ConfigError
+from titans_video.families.base import Family
+from titans_video.families.loading import compile_blocks
+from titans_video.lora_options import BaseOptions
+from titans_video.models import lora
+from titans_video.training.engine import AUTOCAST, Engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.Module, torch.dtype]:
+    """The transformer as the flags ask for it, and the precision that it computes in.
+
+    Layers are cast and offloaded by diffusers' own hooks, which stay on them when adapters are put beside.
+
+    Raises:
+        ConfigError: what the engine or the device cannot do.
+    """
+    dtype = DTYPES[options.base_dtype] if options.base_dtype else AUTOCAST.get(engine.mixed_precision, torch.float32)
+    if dtype == torch.float16 and engine.device.type == "cpu":
+        raise ConfigError("--base-dtype fp16: CPUs compute in fp32 or bf16; use --base-dtype bf16.")
+    if engine.is_fsdp2 and (options.layerwise_casting != "none" or options.offload != "none"):
+        raise ConfigError(
+            "--layerwise-casting and --offload move weights layer by layer, and so does FSDP2; give one of them."
+        )
+    if options.offload == "group" and engine.num_processes > 1:
+        raise ConfigError(
+            "--offload group is for one process; several share the weights by FSDP2 "
+            "(--config_file configs/accelerate/fsdp2.yaml)."
+        )
+    network = family.load_network(dtype)
+    if options.gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+    if options.layerwise_casting != "none":
+        network.enable_layerwise_casting(  # type: ignore[operator]
+            storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
+        )
+    if options.offload == "group":
+        network.enable_group_offload(  # type: ignore[operator]
+            onload_device=engine.device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=engine.device.type == "cuda",
+        )
+    if options.compile:
+        compile_blocks(network)
+    return network, dtype
+
+
+def move_adapter(network: nn.Module, device: torch.device) -> None:
+    """What is trained lies on the device, wherever the frozen weights wait."""
+    for _, layer in lora.layers(network):
+        layer.lora_A.to(device)
+        layer.lora_B.to(device)

@@ -1,0 +1,283 @@
+"""A step of a LoRA run against the same step written with the parts of diffusers and PEFT."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import factories
+from tests.conftest import REPOSITORY
+from titans_video.families.table import open_family
+from titans_video.lora_options import BaseOptions, CogVideoXLoraOptions, LoraOptions
+from titans_video.models import lora, lora_files
+from titans_video.options import DataOptions, TrainOptions
+from titans_video.recipes.lora import LoraRecipe, build_lora
+from titans_video.recipes.lora_opening import as_sora, open_clips
+from titans_video.seeding import derive, keyed_normal
+from titans_video.training import engine
+from titans_video.types import Batch
+
+peft = pytest.importorskip("peft")
+
+MOCK = REPOSITORY / "train" / "videos" / "mock_data"
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("cogvideox")
+    return {kind: factories.make_cogvideox(root / kind, kind) for kind in factories.COGVIDEOX_KINDS}
+
+
+def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, Batch]:
+    """A recipe with an adapter that is not at its start, and two rows."""
+    options = CogVideoXLoraOptions(
+        data=DataOptions(
+            manifest=(str(MOCK / "manifest.jsonl"),), height=size[0], width=size[1], num_frames=frames, batch_size=2
+        ),
+        base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32", **base),
+        lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
+        train=TrainOptions(cfg_drop_prob=0.5),
+    )
+    machine = engine.start(options.train)
+    family = open_family(folder)
+    data = open_clips(as_sora(options, family), family, machine)
+    codec, text = family.codec("fp32", "cpu", load=True), family.text("fp32", "cpu")
+    recipe = build_lora(options, data, family, codec, text, machine)
+    torch.manual_seed(2)
+    for _, layer in lora.layers(recipe.network):
+        nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.2)  # type: ignore[arg-type,union-attr]
+    return recipe, next(iter(data.stream()))
+
+
+def with_peft(recipe: LoraRecipe, folder: Path) -> Any:
+    """The stock pipeline, PEFT's own adapter on its transformer."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.transformer.requires_grad_(False)
+    names = sorted(name for name, _ in lora.layers(recipe.network))
+    pipe.transformer.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, target_modules=names))
+    result = peft.set_peft_model_state_dict(pipe.transformer, lora.state_dict(recipe.network))
+    assert not result.unexpected_keys
+    return pipe
+
+
+def drawn(vae: Any, pixels: Tensor, seeds: list[int]) -> Tensor:
+    """Latents of clips (B, 3, T, H, W), their noise keyed by the rows."""
+    each = []
+    for x, seed in zip(pixels.split(1), seeds, strict=True):
+        found = vae.encode(x).latent_dist
+        each.append(found.mean + found.std * keyed_normal(found.mean.shape[1:], [seed]))
+    return torch.cat(each)
+
+
+def loss_by_hand(pipe: Any, batch: Batch) -> Tensor:
+    """As diffusers' example of training CogVideoX has it: x0 from v, the error weighted by 1 / (1 - a); summed."""
+    config, vae = pipe.transformer.config, pipe.vae
+    factor = vae.config.scaling_factor
+    assert batch.pixels is not None
+    with torch.no_grad():
+        x0 = drawn(vae, batch.pixels, [derive(s, "posterior") for s in batch.seeds]).transpose(1, 2) * factor
+        captions = [
+            "" if derive(s, "drop") / 2**63 < 0.5 else c for s, c in zip(batch.seeds, batch.captions, strict=True)
+        ]
+        assert set(captions) != set(batch.captions)
+        states, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=12)
+    if config.patch_size_t is not None:
+        copies = x0.shape[1] % config.patch_size_t
+        x0 = torch.cat([x0[:, :copies], x0], dim=1)
+    noise = keyed_normal(x0.transpose(1, 2).shape[1:], [derive(s, "noise") for s in batch.seeds]).transpose(1, 2)
+    steps = torch.tensor([derive(s, "time") / 2**63 * 1000 for s in batch.seeds]).long()
+    noisy = pipe.scheduler.add_noise(x0, noise, steps)
+    given = noisy
+    if config.in_channels == 8:
+        assert batch.known_pixels is not None
+        with torch.no_grad():
+            first = drawn(vae, batch.known_pixels[:, :, :1], [derive(s, "first frame") for s in batch.seeds])
+        first = (first / factor if vae.config.invert_scale_latents else first * factor).transpose(1, 2)
+        given = torch.cat([noisy, torch.cat([first, torch.zeros_like(x0[:, 1:])], dim=1)], dim=2)
+    height, width, device = batch.height, batch.width, torch.device("cpu")
+    rotary = (
+        pipe._prepare_rotary_positional_embeddings(height, width, x0.shape[1], device)
+        if config.use_rotary_positional_embeddings
+        else None
+    )
+    ofs = torch.full((1,), 2.0) if config.ofs_embed_dim else None
+    out = pipe.transformer(given, states, steps, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+    guess = pipe.scheduler.get_velocity(out, noisy, steps)
+    weight = 1 / (1 - pipe.scheduler.alphas_cumprod[steps]).float()
+    return (weight[:, None, None, None, None] * (guess - x0) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "size"),
+    [
+        ("2b", 16, (32, 48)),
+        ("5b", 9, (48, 32)),
+        ("5b-i2v", 9, (32, 32)),
+        ("1.5", 9, (16, 32)),
+        ("1.5", 16, (32, 32)),
+        ("1.5-i2v", 9, (32, 32)),
+    ],
+)
+def test_loss_and_gradients_of_a_step(
+    kind: str, frames: int, size: tuple[int, int], pipelines: dict[str, Path]
+) -> None:
+    recipe, batch = recipe_of(pipelines[kind], frames, size)
+    seeds = [next(s for s in range(99) if (derive(s, "drop") / 2**63 < 0.5) is dropped) for dropped in (True, False)]
+    batch = replace(batch, seeds=seeds)
+    assert (batch.known_pixels is not None) == kind.endswith("i2v")
+    pipe = with_peft(recipe, pipelines[kind])
+    expected = loss_by_hand(pipe, batch)
+    ours = recipe.loss(recipe.network, batch)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
+    elements = recipe.supervised(batch)
+    t = recipe.family.padded_frames(3 if frames == 9 else 4)
+    assert elements == 2 * 4 * t * (size[0] // 8) * (size[1] // 8)
+    (ours / elements).backward()
+    (expected / elements).backward()
+    wanted = {
+        n.replace("base_layer", "base"): p.grad for n, p in pipe.transformer.named_parameters() if p.requires_grad
+    }
+    found = {n: p.grad for n, p in recipe.network.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    largest = max(g.abs().max().item() for g in wanted.values())
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
+    assert all(p.grad is None for p in recipe.network.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5-i2v"])
+def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipelines: dict[str, Path]) -> None:
+    grads = []
+    for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": "group"}):
+        recipe, batch = recipe_of(pipelines[kind], 9, (32, 32), **flags)
+        recipe.network.train()
+        recipe.loss(recipe.network, batch).backward()
+        grads.append({n: p.grad for n, p in recipe.network.named_parameters() if p.grad is not None})
+        assert all(".lora_" in name for name in grads[-1])
+    for other in grads[1:]:
+        assert other.keys() == grads[0].keys()
+        assert all(torch.equal(value, grads[0][name]) for name, value in other.items())
+
+
+def test_a_base_in_8_bits_trains_as_its_rounded_weights_do(pipelines: dict[str, Path]) -> None:
+    recipe, batch = recipe_of(pipelines["5b"], 9, (32, 32), layerwise_casting="fp8_e4m3", gradient_checkpointing=True)
+    stored = [n for n, p in recipe.network.named_parameters() if p.dtype == torch.float8_e4m3fn]
+    assert any("ff.net" in name for name in stored)
+    assert any(name.endswith("to_q.base.weight") for name in stored)
+    assert all(p.dtype == torch.float32 for p in recipe.network.parameters() if p.requires_grad)
+    rounded, _ = recipe_of(pipelines["5b"], 9, (32, 32))
+    with torch.no_grad():
+        for name, p in rounded.network.named_parameters():
+            if name in stored:
+                p.copy_(p.to(torch.float8_e4m3fn).float())
+    a, b = recipe.loss(recipe.network, batch), rounded.loss(rounded.network, batch)
+    assert torch.equal(a, b)
+    a.backward()
+    b.backward()
+    wanted = {n: p.grad for n, p in rounded.network.named_parameters() if p.grad is not None}
+    for name, p in recipe.network.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p.grad, wanted[name]), name
+
+
+def test_a_base_in_bf16_is_near_and_the_adapter_stays_in_float32(pipelines: dict[str, Path]) -> None:
+    whole, batch = recipe_of(pipelines["2b"], 9, (32, 32))
+    half, _ = recipe_of(pipelines["2b"], 9, (32, 32), base_dtype="bf16")
+    assert {p.dtype for p in half.network.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in half.network.parameters() if not p.requires_grad} == {torch.bfloat16}
+    a, b = whole.loss(whole.network, batch), half.loss(half.network, batch)
+    assert b.dtype == torch.float32
+    assert b.item() == pytest.approx(a.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
+def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
+    kind: str, pipelines: dict[str, Path], tmp_path: Path
+) -> None:
+    """To 1e-5; and so do merged weights, and PEFT's own file read by us."""
+    recipe, _ = recipe_of(pipelines[kind], 9, (32, 32))
+    trained = {n: p for n, p in recipe.network.named_parameters() if p.requires_grad}
+    recipe.export(trained, tmp_path)
+    t = recipe.family.padded_frames(3)
+    image = {"image": torch.rand(1, 3, 32, 32)} if recipe.family.image_to_video else {}
+    noise = torch.randn(1, t, 4, 4, 4)
+
+    def video(pipe: Any) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        frames = pipe(
+            prompt="a red circle", **image, height=32, width=32, num_frames=9, num_inference_steps=3,
+            guidance_scale=3.0, latents=noise, generator=torch.Generator().manual_seed(5), max_sequence_length=12,
+            output_type="pt",
+        ).frames  # fmt: skip
+        return frames.detach()
+
+    stock = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
+    without = video(stock)
+    stock.load_lora_weights(tmp_path)
+    theirs = video(stock)
+    assert (theirs - without).abs().max() > 0.01  # it does something
+    family = recipe.family
+    network = recipe.network.eval()
+    ours = video(family.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    lora.merge(network)
+    merged = video(family.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
+    lora.unmerge(network)
+    # PEFT's own file of the same adapter.
+    pipe = with_peft(recipe, pipelines[kind])
+    pipe.transformer.save_lora_adapter(tmp_path / "peft")
+    read = lora_files.read(tmp_path / "peft")
+    fresh = family.load_network(torch.float32)
+    lora.load(fresh, read.tensors, read.alphas)
+    assert read.notes == []
+    assert read.alphas == {name: 6.0 for name, _ in lora.layers(network)}
+    back = video(family.pipeline(fresh, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    assert torch.equal(back, ours)
+
+
+def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
+    recipe, batch = recipe_of(pipelines["2b"], 9, (32, 32))
+    before = copy.deepcopy(recipe.family.load_network(torch.float32).state_dict())
+    optimizer = torch.optim.AdamW([p for p in recipe.network.parameters() if p.requires_grad], lr=0.1)
+    recipe.loss(recipe.network, batch).backward()
+    optimizer.step()
+    lora.remove(recipe.network)
+    assert all(torch.equal(value, before[name]) for name, value in recipe.network.state_dict().items())
+
+
+def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
+    """A forward pass and the gradients of what flows, not of the weights; the adapter's own are few."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe, batch = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
+    lora.remove(recipe.network)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        recipe.loss(recipe.network, batch)
+        module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
+    assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
+    assert recipe.tokens(batch) == 2 * 2 * 2 * 2
+
+
+def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict[str, Path]) -> None:
+    """In the size of the videos, whatever bucket the row is in; rows that cannot be read are passed over."""
+    recipe, _ = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
+    assert recipe_of(pipelines["1.5"], 9, (32, 32))[0]._first_frame("x") is None
+    entry = next(e for e in recipe.data.entries if e.row.cond_image is None)
+    reader = recipe.data.reader()
+    first = reader.clip(reader.decide(entry, "i2v", 0))[0]
+    expected = torch.from_numpy(first).permute(2, 0, 1).float() / 127.5 - 1
+    entries = [e for e in recipe.data.entries if e.row.caption != entry.row.caption]
+    recipe.data = replace(recipe.data, entries=[*entries, entry])
+    found = recipe._first_frame(entry.row.caption)
+    assert found is not None
+    torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
+    recipe.config["data"] |= {"height": 16, "width": 48}
+    found = recipe._first_frame("nothing of the kind")
+    assert found is not None
+    assert found.shape == (1, 3, 1, 16, 48)
