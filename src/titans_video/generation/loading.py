@@ -14,7 +14,7 @@ from titans_video import checkpoint as checkpoints
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
 from titans_video.codecs.table import codec_from_checkpoint
-from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.joining import Joins
@@ -54,7 +54,7 @@ class VideoModel:
     network: nn.Module
     codec: Codec
     text: PromptEncoder
-    process: RectifiedFlow
+    process: NoiseProcess
     config: dict[str, Any]
     step: int = 0
     path: Path | None = None

@@ -22,7 +22,8 @@ from titans_video.codecs.table import (
     flags_to_name_again,
 )
 from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
+from titans_video.diffusion.flow import Corrupted, count_tokens
+from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process, process_config
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.requests import sample
@@ -68,7 +69,7 @@ class SoraRecipe:
     network: nn.Module
     codec: Codec
     text: TextEncoder
-    process: RectifiedFlow
+    process: NoiseProcess
     config: dict[str, Any]
     device: torch.device
     cfg_drop_prob: float = 0.1
