@@ -89,7 +89,8 @@ def test_a_whole_sampling_equals_the_schedulers(steps: int) -> None:
         return process.to_x0(value, x, times)
 
     ours = euler(denoise, process.initial(noise), process.schedule(steps, 1))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # theirs is float32 at a scale of 700
+    # Theirs is float32 at a scale of 700, which a step or two leave no time to forget.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 if steps > 2 else 700 * 4 * 2**-23)
 
 
 def test_it_is_built_again_from_its_config() -> None:

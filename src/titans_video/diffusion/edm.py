@@ -1,4 +1,4 @@
-"""EDM with v-prediction: noise of any strength added to the data (Karras et al. 2022), as Stable Video Diffusion has it.
+"""EDM with v-prediction: noise of any strength upon the data (Karras et al. 2022), as in Stable Video Diffusion.
 
 EDM says x = x0 + sigma n, with sigma from 0 to infinity. Here, as everywhere in this project, time 0 is clean and 1 is
 noise: time = sigma / (1 + sigma), and the state is the same one in a bounded scale,
