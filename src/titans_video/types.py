@@ -1,7 +1,7 @@
 """What the floors say to each other.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid,
-S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text width.
+S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text or image width.
 Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
 """
 
@@ -143,6 +143,29 @@ class TextCondition:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The first frame as a network sees it that is told a picture beside the noise (Stable Video Diffusion).
+
+    Attributes:
+        embedding: (B, 1, E), of an image encoder; 0 for rows without a picture.
+        latents: (B, C, h, w) or (B, 1, 1, 1), unscaled; 0 for rows without a picture.
+        ids: (B, N), numbers that every row is told, with a picture or without.
+    """
+
+    embedding: Tensor
+    latents: Tensor
+    ids: Tensor
+
+    def without(self, rows: Tensor | None = None) -> "Picture":
+        """With the picture of the rows where (B,) bool is True taken away; None: of all rows."""
+        if rows is None:
+            return Picture(torch.zeros_like(self.embedding), torch.zeros_like(self.latents), self.ids)
+        gone = rows.to(self.ids.device)
+        embedding = self.embedding.masked_fill(gone[:, None, None], 0.0)
+        return Picture(embedding, self.latents.masked_fill(gone[:, None, None, None], 0.0), self.ids)
+
+
+@dataclass(frozen=True)
 class Condition:
     """Everything that the network is told beside the noisy latents and the time.
 
@@ -151,11 +174,13 @@ class Condition:
         known: (B, C, t, h, w) latents of the known frames with the rest blank, encoded by the codec; zeros for rows
             without known frames. None where no row has any.
         known_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
+        picture: in place of known frames, for networks that are told a picture.
     """
 
     text: TextCondition | None = None
     known: Tensor | None = None
     known_mask: Tensor | None = None
+    picture: Picture | None = None
 
     def wholly_known(self) -> Tensor | None:
         """(B, t) bool: latent frames all of whose pixel frames are given; no loss there, time 0 there."""

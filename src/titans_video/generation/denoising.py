@@ -31,7 +31,7 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
     trained)."""
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
-        if guidance_scale == 1.0:
+        if guidance_scale == 1.0 and model.image is None:  # a picture guides beside the negative prompt
             return Prompts(text, None)
         negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 

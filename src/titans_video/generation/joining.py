@@ -54,6 +54,9 @@ def choose(joins: Joins, wanted: Wanted, overlap: int | None) -> tuple[Mode, int
     if wanted == "auto" and not joins.goes_on_from_one:
         return "blend", overlap, ["The model was not trained to go on from given frames, so windows are blended."]
     if not joins.frame_times:
+        if wanted == "auto" and overlap not in (None, 1):
+            said = f"This network is told one first frame at most, so windows that share {overlap} frames are blended; "
+            return "blend", overlap, [said + "--window-mode continue chains each on the last frame of the one before."]
         if overlap not in (None, 1):
             raise ConfigError(
                 f"--overlap {overlap}: this network has one time for the whole clip and cannot hold {overlap} frames "

@@ -1,0 +1,124 @@
+"""Pictures to the embedding that Stable Video Diffusion is told: CLIP's, of the picture as its pipeline prepares it.
+
+Legend: B batch, H W pixel size, E width of the embedding.
+"""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from titans_video.codecs.diffusers_vae import parse_dtype
+from titans_video.errors import CodecError
+from titans_video.frozen import few, fingerprint_folder, first_line
+
+ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
+
+
+class ImageEncoder:
+    """A frozen CLIPVisionModelWithProjection; no `nn.Module` on purpose, as a codec is none.
+
+    Args:
+        folder: of a pipeline, with image_encoder/ and feature_extractor/ in it; nothing is ever fetched.
+        dtype: precision of weights and computation.
+        weights: read them now; otherwise when a picture is first encoded.
+    Attributes:
+        width: E.
+    Raises:
+        CodecError: something of it is missing or cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = True) -> None:
+        self.pipeline = Path(folder).expanduser()
+        self.folder = self.pipeline / ENCODER
+        self.dtype = parse_dtype(dtype)
+        self.device = torch.device("cpu")
+        config = _read(self.folder / "config.json")
+        prepared = _read(self.pipeline / EXTRACTOR / "preprocessor_config.json")
+        try:
+            self.width = int(config["projection_dim"])
+            side = prepared["crop_size"]
+            self.side = int(side["height"] if isinstance(side, dict) else side)
+            mean, std = torch.tensor(prepared["image_mean"]), torch.tensor(prepared["image_std"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise CodecError(f"{self.pipeline}: its image encoder or feature extractor lacks a setting: {e}.") from None
+        self.mean, self.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+        self._fingerprint: str | None = None
+        self._model: Any = self._load() if weights else None
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [-1, 1] -> (B, 1, E) float32.
+
+        Source: StableVideoDiffusionPipeline._encode_image of diffusers.
+        """
+        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
+            _resize_with_antialiasing,  # the very filter, of which there is no public name
+        )
+
+        small = (_resize_with_antialiasing(pictures.to(self.device, torch.float32), (self.side, self.side)) + 1) / 2
+        normal = (small - self.mean.to(small)) / self.std.to(small)
+        embedding: Tensor = self.model(normal.to(self.dtype)).image_embeds
+        return embedding.float()[:, None]
+
+    @property
+    def model(self) -> Any:
+        """The encoder, read at first use and again after `release`."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def fingerprint(self) -> str:
+        """A hash of its weights and configuration."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_folder(self.folder)
+        return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint stores as config["image"]."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"pretrained_model": str(self.pipeline), "dtype": dtype, "fingerprint": self.fingerprint()}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to `device`, in place."""
+        self.device = torch.device(device)
+        if self._model is not None:
+            self._model.to(self.device)
+        return self
+
+    def release(self) -> None:
+        """Free the weights; what needs them again loads them again."""
+        self._model = None
+        gc.collect()
+
+    def _load(self) -> Any:
+        from transformers import CLIPVisionModelWithProjection
+
+        try:
+            model, info = CLIPVisionModelWithProjection.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+            raise CodecError(f"The image encoder in {self.folder} cannot be loaded: {first_line(e)}") from None
+        if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
+            raise CodecError(
+                f"The weights in {self.folder} do not fill the image encoder that its config.json describes: missing "
+                f"or misshapen are {few(map(str, missing))}. They would be random; copy the folder again."
+            )
+        return model.eval().requires_grad_(False).to(self.device)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CodecError(
+            f"{path} is missing: Stable Video Diffusion is told a picture through its {path.parent.name}/, which lies "
+            "beside unet/ and vae/ in the folder that --pretrained-model names."
+        ) from None
+    except (OSError, ValueError) as e:
+        raise CodecError(f"{path} cannot be read: {first_line(e)}") from None
+    return read
