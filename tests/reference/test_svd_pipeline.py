@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 
 from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
+from titans_video.codecs.image_encoder import resized
 from titans_video.generation.denoising import frame_noise
 from titans_video.generation.pictures import NOISE, PictureSettings
 from titans_video.generation.pipeline import Request, generate
@@ -77,3 +79,9 @@ def test_the_text_branch_is_heard_once_it_says_something() -> None:
         assert float((videos[a] - videos[b]).abs().max()) > 1e-3
     guided = generate(model, request("a red circle", guidance_scale=4.0), progress=False)
     assert float((guided - videos[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (224, 224), (300, 520), (576, 1024)])
+def test_pictures_are_resized_as_the_pipeline_does(height: int, width: int) -> None:
+    pictures = torch.rand(2, 3, height, width)
+    torch.testing.assert_close(resized(pictures, 224), _resize_with_antialiasing(pictures, (224, 224)))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from titans_video.config import read_prompts
 from titans_video.errors import ConfigError
 from titans_video.options import DataOptions, MemoryOptions, SoraOptions, TrainOptions, WatchOptions
+from titans_video.recipes.svd_options import TuneOptions
 
 
 def check_training(options: SoraOptions) -> None:
@@ -46,6 +47,24 @@ def check_memory(memory: MemoryOptions) -> None:
     if memory.memory != "none":
         # Through fewer than two segments nothing that was written is ever read with a gradient.
         _need("--bptt-segments", memory.bptt_segments, 2)
+
+
+def check_tuning(tune: TuneOptions) -> None:
+    """Refuse values of a fine-tuning that have no meaning.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    _need("--image-drop-prob", tune.image_drop_prob, 0, 1)
+    _need("--sigma-std", tune.sigma_std, 0, above=True)
+    _need("--noise-aug's spread", tune.noise_aug[1], 0)
+    if tune.motion_bucket == "auto":
+        return
+    try:
+        bucket = float(tune.motion_bucket)
+    except ValueError:
+        raise ConfigError(f"--motion-bucket {tune.motion_bucket}: it is auto, or a number from 0 to 255.") from None
+    _need("--motion-bucket", bucket, 0, 255)
 
 
 def check_data(data: DataOptions) -> None:

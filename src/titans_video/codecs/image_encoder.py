@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titans_video.codecs.diffusers_vae import parse_dtype
@@ -55,11 +56,7 @@ class ImageEncoder:
 
         Source: StableVideoDiffusionPipeline._encode_image of diffusers.
         """
-        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-            _resize_with_antialiasing,  # the very filter, of which there is no public name
-        )
-
-        small = (_resize_with_antialiasing(pictures.to(self.device, torch.float32), (self.side, self.side)) + 1) / 2
+        small = (resized(pictures.to(self.device, torch.float32), self.side) + 1) / 2
         normal = (small - self.mean.to(small)) / self.std.to(small)
         embedding: Tensor = self.model(normal.to(self.dtype)).image_embeds
         return embedding.float()[:, None]
@@ -109,6 +106,24 @@ class ImageEncoder:
                 f"or misshapen are {few(map(str, missing))}. They would be random; copy the folder again."
             )
         return model.eval().requires_grad_(False).to(self.device)
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, side, side): blurred by as much as it shrinks, then bicubic with the corners kept.
+
+    Source: _resize_with_antialiasing of diffusers' StableVideoDiffusionPipeline, whose import would bring the whole
+    pipeline along.
+    """
+    for dim, size in zip((2, 3), pictures.shape[2:], strict=True):
+        sigma = max((size / side - 1) / 2, 0.001)
+        reach = int(max(4 * sigma, 3)) // 2
+        places = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+        kernel = torch.exp(-(places**2) / (2 * sigma**2))
+        shape, border = [1, 1, 1, 1], [0, 0, 0, 0]
+        shape[dim], border[2 * (3 - dim)], border[2 * (3 - dim) + 1] = -1, reach, reach
+        weights = (kernel / kernel.sum()).view(shape).repeat(3, 1, 1, 1)
+        pictures = F.conv2d(F.pad(pictures, border, mode="reflect"), weights, groups=3)
+    return F.interpolate(pictures, size=(side, side), mode="bicubic", align_corners=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From flags to a request."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,14 @@ class Sampled:
     about: dict[str, Any]
 
 
-def sample(model: VideoModel, prompt: str, seed: int) -> Sampled:
-    """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file."""
+def sample(model: VideoModel, prompt: str, seed: int, known: Tensor | None = None) -> Sampled:
+    """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file.
+
+    Args:
+        known: (1, 3, k, H, W), what it goes on from.
+    """
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
+    request = replace(request, known=known)
     video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
 

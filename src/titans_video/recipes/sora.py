@@ -85,16 +85,20 @@ class SoraRecipe:
 
     def supervised(self, batch: Batch) -> int:
         """Latent elements of frames that are not wholly known."""
+        return int(self.row_elements(batch).sum())
+
+    def row_elements(self, batch: Batch) -> Tensor:
+        """(B,): the same of each row."""
         c, _, h, w = self._latent_shape(batch)
-        return int((~self._known_mask(batch).all(dim=1)).sum()) * c * h * w
+        return (~self._known_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Weighted squared error, summed over the supervised elements."""
+        """Weighted squared error (B,), summed over each row's supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
             times = self.times(batch, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
-        return self._errors(model, batch, clean, condition, times, noise).sum()
+        return self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(dim=1)
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """See `training.recipe.Validated`."""
@@ -105,8 +109,7 @@ class SoraRecipe:
             times = torch.full((len(batch), clean.shape[2]), self.process.time_at(quantile, tokens))
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
             sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
-        free = ~self._known_mask(batch).all(dim=1)  # (B, t)
-        return sums, free.sum(dim=1) * clean[0, :, 0].numel()
+        return sums, self.row_elements(batch)
 
     def _errors(
         self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
@@ -148,15 +151,22 @@ class SoraRecipe:
         Args:
             drop: put the empty prompt in place of some captions.
         """
-        moments = self._moments(batch.moments, batch.pixels)
-        clean = self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
-        text = batch.text or self.text(batch.captions)
-        text = self._dropped(batch, text) if drop else text.to(self.device)
+        clean, text = self.clean(batch), self.texts(batch, drop)
         if not bool((batch.known_frames > 0).any()):
             return clean, Condition(text=text)
         known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
         has_known = (batch.known_frames > 0).to(self.device)[:, None, None, None, None]
         return clean, Condition(text=text, known=known * has_known, known_mask=self._known_mask(batch).to(self.device))
+
+    def clean(self, batch: Batch) -> Tensor:
+        """Clean latents (B, C, t, h, w) float32."""
+        moments = self._moments(batch.moments, batch.pixels)
+        return self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
+
+    def texts(self, batch: Batch, drop: bool) -> TextCondition:
+        """Encoded captions; with `drop` the empty prompt in place of some."""
+        text = batch.text or self.text(batch.captions)
+        return self._dropped(batch, text) if drop else text.to(self.device)
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
@@ -191,7 +201,7 @@ class SoraRecipe:
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        t, h, w = self.config["model"]["patch_size"]
+        t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
         return t, h, w
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
@@ -232,11 +242,13 @@ class Variant:
         build: as `build_recipe`.
         clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
         notes: what to say of it.
+        needs_text: it cannot be trained without.
     """
 
     build: Callable[..., SoraRecipe]
     clip_grid: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
+    needs_text: bool = True
 
 
 def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
@@ -251,7 +263,7 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     run = begin(options.data, options.train)
     accelerator, resume, say = run.engine, run.resume, run.say
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
-    text = build_text(options.text, accelerator.device, load=False)
+    text = build_text(options.text, accelerator.device, load=False, needed=variant.needs_text)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
