@@ -126,11 +126,21 @@ class TextCondition:
     Attributes:
         streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids when the
             encoder (`builtin`) is a part of the network.
-        masks: each (B, L) bool, True on real tokens. At least one token of every row is real.
+        masks: each (B, L) bool, True on real tokens. At least one token of every row is real, but for networks that
+            take rows without text (see `silent`).
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
+
+    def silent(self, rows: Tensor) -> "TextCondition":
+        """Without the text of some rows, not even an empty one.
+
+        Args:
+            rows: (B,) bool for all streams, or (B, number of streams).
+        """
+        each = rows[:, None].expand(-1, len(self.masks)) if rows.ndim == 1 else rows
+        return TextCondition(self.streams, tuple(m & ~each[:, i, None].to(m.device) for i, m in enumerate(self.masks)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextCondition":
         def move(x: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ class Joins:
         return self.frame_times and (self.tasks is None or "v2v" in self.tasks)
 
     @property
+    def makes_from_text(self) -> bool:
+        """Without any frame given."""
+        return self.tasks is None or "t2v" in self.tasks
+
+    @property
     def goes_on_from_one(self) -> bool:
         """From a single first frame."""
         return self.tasks is None or bool(self.tasks & {"i2v", "v2v"})
@@ -54,7 +59,8 @@ def choose(joins: Joins, wanted: Wanted, overlap: int | None) -> tuple[Mode, int
     if wanted == "auto" and not joins.goes_on_from_one:
         return "blend", overlap, ["The model was not trained to go on from given frames, so windows are blended."]
     if not joins.frame_times:
-        if wanted == "auto" and overlap not in (None, 1):
+        # Without text there would be nothing that the later windows could go by.
+        if wanted == "auto" and overlap not in (None, 1) and joins.makes_from_text:
             said = f"This network is told one first frame at most, so windows that share {overlap} frames are blended; "
             return "blend", overlap, [said + "--window-mode continue chains each on the last frame of the one before."]
         if overlap not in (None, 1):

@@ -11,6 +11,7 @@ and of the text here, D width of an attention, N tokens that a layer's rows have
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,13 +38,29 @@ BRANCH = ".processor."
 """In the names of what stands beside the pretrained attentions."""
 HEAD_WIDTH = 64  # of the byte encoder
 
-_TEXT: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("text", default=None)
-"""States (B, M, E) and mask (B, 1, 1, M) for the attentions of the forward pass that is running. diffusers' UNet hands
-nothing down to them but the picture's token; nothing of a call may stay on the module."""
+
+@dataclass(frozen=True)
+class Read:
+    """Text as the branch sees it.
+
+    Attributes:
+        states: (B, M, E).
+        mask: (B, 1, 1, M) bool; at least one token of every row.
+        heard: (B, 1, 1), 0 for rows that have no text, else 1.
+    """
+
+    states: Tensor
+    mask: Tensor
+    heard: Tensor
+
+
+_TEXT: ContextVar[Read | None] = ContextVar("text", default=None)
+"""For the attentions of the forward pass that is running. diffusers' UNet hands nothing down to them but the picture's
+token; nothing of a call may stay on the module."""
 
 
 @contextmanager
-def _telling(text: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+def _telling(text: Read | None) -> Iterator[None]:
     token = _TEXT.set(text)
     try:
         yield
@@ -87,12 +104,12 @@ class TextCrossAttention(nn.Module):
         seen: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
         text = _TEXT.get()
         assert text is not None  # the network was built with text and checks that it is given some
-        states, mask = text
-        B, heads = states.shape[0], attn.heads
+        B, heads = text.states.shape[0], attn.heads
         query = attn.to_q(hidden_states).reshape(B, -1, heads, attn.inner_dim // heads)  # (B, X N, heads, d)
-        key, value = (to(states).unflatten(-1, (heads, -1)) for to in (self.to_k, self.to_v))  # (B, M, heads, d)
-        read = dispatch_attention_fn(query, key, value, attn_mask=mask)
-        return seen + self.to_out(read.to(seen.dtype).reshape(*hidden_states.shape[:2], -1))
+        key, value = (to(text.states).unflatten(-1, (heads, -1)) for to in (self.to_k, self.to_v))  # (B, M, heads, d)
+        read = dispatch_attention_fn(query, key, value, attn_mask=text.mask)
+        said = self.to_out(read.to(seen.dtype).reshape(B, -1, attn.inner_dim)) * text.heard.to(seen.dtype)
+        return seen + said.reshape(seen.shape)
 
 
 class SVDUNet(ModelMixin, ConfigMixin):
@@ -170,7 +187,8 @@ class SVDUNet(ModelMixin, ConfigMixin):
             latents: (B, C, t, h, w), noisy, in the scale of `diffusion.edm.EDM.model_input`.
             time: (B,) in (0, 1), or (B, t) of which the first is taken. What the UNet is told of it is
                 logit(time) / 4 = ln(sigma) / 4.
-            condition: text, and the picture; without one it is zero, as are the numbers that go with it.
+            condition: text, and the picture; without one it is zero, as are the numbers that go with it. A row of text
+                without a real token is not heard: the network is then the one without the branch.
             memory: handed back as it came; there is none.
         Returns:
             Prediction with value (B, C, t, h, w) in the latents' dtype: EDM's v.
@@ -192,14 +210,20 @@ class SVDUNet(ModelMixin, ConfigMixin):
             )[0]
         return Prediction(value.transpose(1, 2).to(latents.dtype), memory)
 
-    def _read(self, condition: Condition) -> tuple[Tensor, Tensor] | None:
-        """Text of all streams in one row of tokens, and which of them are real."""
+    def _read(self, condition: Condition) -> Read | None:
+        """The text of all streams in one row of tokens."""
         if not self.text_embed:
             return None
         text = condition.text
         assert text is not None  # checked on entry
-        states = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, text.masks, strict=True)]
-        return torch.cat(states, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
+        whole = torch.cat(text.masks, dim=1)  # (B, M)
+        heard = whole.any(dim=1)
+        # Attention among no tokens is not a number: streams that are silent are read, and what came of it is masked.
+        masks = [mask | ~mask.any(dim=1, keepdim=True) for mask in text.masks]
+        states = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, masks, strict=True)]
+        return Read(
+            torch.cat(states, dim=1), (whole | ~heard[:, None])[:, None, None], heard[:, None, None].to(states[0].dtype)
+        )
 
     def _blank(self, latents: Tensor) -> Picture:
         B, C, _, h, w = latents.shape

@@ -228,10 +228,14 @@ class SoraRecipe:
         return fold_known_mask(batch.known_frame_mask(), self.codec.spec)
 
     def _dropped(self, batch: Batch, text: TextCondition) -> TextCondition:
-        """Captions, some of them replaced by the empty prompt; which ones depends on the rows' seeds alone."""
-        names = [f"drop {i}" for i in range(len(text.streams))] if self.cfg_drop_each else ["drop"]
+        """Captions, some of them replaced by the empty prompt."""
+        return drop_captions(text.to(self.device), self.empty, self.drawn(batch, len(text.streams)))
+
+    def drawn(self, batch: Batch, streams: int) -> Tensor:
+        """Which captions are dropped, by the rows' seeds alone: (B,), or with `cfg_drop_each` (B, streams)."""
+        names = [f"drop {i}" for i in range(streams)] if self.cfg_drop_each else ["drop"]
         drop = torch.tensor([[derive(s, n) / 2**63 < self.cfg_drop_prob for n in names] for s in batch.seeds])
-        return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
+        return drop if self.cfg_drop_each else drop[:, 0]
 
 
 @dataclass(frozen=True)
@@ -278,13 +282,15 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     moved = engine.once(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
-    size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
+    weights = list(recipe.network.parameters())
+    size, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (weights, [p for p in weights if p.requires_grad]))
     say("\n".join([data.summary(train.grad_accum), *frames_in_words(options, data, codec.spec)]))
     left_out = Path(options.train.output_dir) / QUARANTINE
     engine.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
-    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters.", *variant.notes]))
+    part = "" if trained == size else f", of which {trained:.1f} million are trained"
+    say("\n".join([f"{type(recipe.network).__name__}, {size:.1f} million parameters{part}.", *variant.notes]))
     step = resume.step if resume else 0
     watched = watch(
         options,

@@ -35,7 +35,7 @@ from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import TextEncoder
 from titans_video.training.recipe import Sampler
 from titans_video.training.trainer import Outcome
-from titans_video.types import Batch, CodecSpec, Condition, Picture
+from titans_video.types import Batch, CodecSpec, Condition, Picture, TextCondition
 
 STEPS = 25
 """Of the pipeline, where --sample-steps says nothing."""
@@ -61,6 +61,13 @@ class SVDRecipe(SoraRecipe):
         if drop:
             picture = picture.without(_uniform(batch, "drop picture") < self.tune.image_drop_prob)
         return self.clean(batch), Condition(text=self.texts(batch, drop), picture=picture)
+
+    def texts(self, batch: Batch, drop: bool) -> TextCondition:
+        """Encoded captions. Those that are dropped, and empty ones, are not heard at all: what is then trained is the
+        model without text, which an export gives."""
+        text = (batch.text or self.text(batch.captions)).to(self.device)
+        text = text.silent(torch.tensor([not caption for caption in batch.captions]))
+        return text.silent(self.drawn(batch, len(text.streams))) if drop else text
 
     def picture(self, batch: Batch) -> Picture:
         """What the network is told of first frames, rates, motion and noise; blank frames for t2v rows."""
@@ -116,6 +123,7 @@ def train_svd(options: SVDOptions) -> Outcome:
     Raises:
         UserError: whatever the flags, the data, the folder or the encoders have wrong.
     """
+    refuse_unused(options)
     if not trains_unet(options):
         note = f"{options.codec.pretrained_model} holds no unet/: SoraDiT is trained from scratch on its VAE."
         return train_sora(options, Variant(build_recipe, notes=(note,)))
@@ -137,6 +145,29 @@ def trains_unet(options: SVDOptions) -> bool:
         and options.codec.vae_backend == "diffusers"
         and (options.codec.pretrained_model is None or holds_unet(options.codec.pretrained_model))
     )
+
+
+def refuse_unused(options: SVDOptions) -> None:
+    """Stop where flags are given that the network that comes out of `--architecture` has no use for.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    unet = trains_unet(options)
+    kept = {"gradient_checkpointing", "compile"} if unet else {"architecture"}
+    usual = SVDOptions()
+    unused = [
+        "--" + f.name.replace("_", "-")
+        for group in (("model", "process") if unet else ("tune",))
+        for f in fields(getattr(usual, group))
+        if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(usual, group), f.name)
+    ]
+    if unused:
+        trained, other = ("Stable Video Diffusion's UNet", "SoraDiT") if unet else ("SoraDiT", "that UNet")
+        raise ConfigError(
+            f"{' and '.join(unused)}: {trained} is trained here, and that belongs to {other}. Leave it out, or choose "
+            "by --architecture svd|sora-dit."
+        )
 
 
 def build_svd(
