@@ -253,3 +253,12 @@ def test_flags_of_the_other_network() -> None:
 
 def test_the_pipelines_module_is_where_it_was() -> None:
     assert StableVideoDiffusionPipeline.__module__ == PIPELINE
+
+
+def test_its_arithmetic_is_counted_without_doing_it(data: Data) -> None:
+    """At every size, text or not: training on a GPU asks for it in each step."""
+    recipe, batch = recipe_of(options(), data), batch_of(["t2v", "i2v"])
+    assert recipe.flops(batch) > 1e8
+    wider = replace(batch, width=2 * batch.width)
+    assert 1.9 < recipe.flops(wider) / recipe.flops(batch) < 2.6
+    assert recipe.tokens(wider) == 2 * recipe.tokens(batch)
