@@ -220,9 +220,10 @@ class Batch:
         known_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
         pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
         known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
-            where no row has any.
+            where no row has any. With cached latents (B, 3, 1, H, W), where pictures are cached as they are.
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
         known_moments: the same of `known_pixels`.
+        motion: (B,) cached motion buckets, see `media.motion`.
         text: cached hidden states, in place of running the frozen encoders.
         step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
     """
@@ -240,6 +241,7 @@ class Batch:
     known_pixels: Tensor | None = None
     moments: Tensor | None = None
     known_moments: Tensor | None = None
+    motion: Tensor | None = None
     text: TextCondition | None = None
     step: int = 0
 

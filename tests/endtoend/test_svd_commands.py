@@ -154,6 +154,14 @@ def test_a_resumed_run_is_the_run(svd: Path, clips: Path, trained: Path, tmp_pat
         assert all(torch.equal(two[key], value) for key, value in one.items())
 
 
+def test_a_run_from_a_cache_is_the_run(svd: Path, clips: Path, trained: Path, tmp_path: Path) -> None:
+    """Pictures get the noise that they would have got; one frame of each is encoded, and nothing else."""
+    more = f"--batch-size 2 --mixed-precision no --lr 1e-3 --ema-decay 0.5 --max-steps 2 --cache {tmp_path / 'cache'}"
+    assert main(["train", "svd", *words(svd, clips, tmp_path / "out", more)]) == 0
+    for one, two in zip(metrics(trained), metrics(tmp_path / "out"), strict=False):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
 def test_the_export_is_ours_without_text(svd: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(trained / "checkpoint-8" / "model.pt"), str(tmp_path / "exported")]) == 0
     assert "branch for text is left out" in capsys.readouterr().out

@@ -15,12 +15,14 @@ from tests.reference.test_diffusion_edm import Paper
 from tests.unit.data_sets import make_set
 from tests.unit.svd_parts import PIPELINE, svd_folder
 from titans_video.codecs.table import build_codec
+from titans_video.data.store import verify
 from titans_video.errors import ConfigError
 from titans_video.media.motion import motion_bucket
 from titans_video.models.svd import ATTENTION, BRANCH, TEMPORAL, TextCrossAttention, plain_unet
 from titans_video.options import CodecOptions, DataOptions, ModelOptions, TextOptions, TrainOptions
+from titans_video.preparing.fill import Encoders, codec_key, fill_cache
 from titans_video.preparing.opening import Data, open_data
-from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_unused, train_svd
+from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_unused
 from titans_video.recipes.svd_options import SVDOptions, TuneOptions
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
@@ -247,8 +249,6 @@ def test_flags_of_the_other_network() -> None:
         refuse_unused(replace(options(), model=ModelOptions(preset="B", patch_size=(1, 2, 2))))
     with pytest.raises(ConfigError, match="--trainable: SoraDiT"):
         refuse_unused(options(architecture="sora-dit", trainable="temporal", image_drop_prob=0.1))
-    with pytest.raises(ConfigError, match="--cache"):
-        train_svd(replace(options(), data=replace(options().data, cache="x")))
 
 
 def test_the_pipelines_module_is_where_it_was() -> None:
@@ -262,3 +262,30 @@ def test_its_arithmetic_is_counted_without_doing_it(data: Data) -> None:
     wider = replace(batch, width=2 * batch.width)
     assert 1.9 < recipe.flops(wider) / recipe.flops(batch) < 2.6
     assert recipe.tokens(wider) == 2 * recipe.tokens(batch)
+
+
+def test_cached_rows_are_the_rows_themselves(tmp_path: Path) -> None:
+    """Latents, motion and pictures, one of them a row's own; the loss is the same."""
+    changes: dict[str, Any] = {f"row{i}": {"task": "i2v" if i % 2 else "t2v"} for i in range(4)}
+    changes["row3"]["cond_image"] = "white.png"
+    manifest = str(make_set(tmp_path / "rows", rows=4, wide=0, **changes))
+    chosen = options(manifest)
+    chosen = replace(chosen, data=replace(chosen.data, batch_size=4, cache_variants=1))
+    codec = build_codec(chosen.codec)
+    data = open_data(chosen.data, codec.spec, (1, 1, 1), seed=0)
+    key = codec_key(codec, chosen.codec)
+    filled = fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, pictures=True), progress=False)
+    assert filled.made == 4 + 4 + 2
+    recipe = recipe_of(chosen, data)
+    fresh = next(data.stream())
+    cached = next(filled.data.stream(store=filled.store))
+    assert cached.pixels is None
+    assert cached.ids == fresh.ids
+    one, two = recipe.picture(fresh), recipe.picture(replace(cached, seeds=fresh.seeds))
+    for name in ("embedding", "latents", "ids"):
+        torch.testing.assert_close(getattr(two, name), getattr(one, name))
+    assert bool(one.embedding.any())
+    losses = [recipe.loss(recipe.network, replace(b, seeds=fresh.seeds)) for b in (fresh, cached)]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, pictures=True), progress=False).made == 0
+    assert verify(tmp_path / "cache") == (10, [])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_video.codecs.base import CONTEXT, Codec
 from titans_video.errors import CodecError
-from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors, first_line
+from titans_video.frozen import fingerprint_folder, fingerprint_tensors, first_line, load_whole
 from titans_video.types import CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
@@ -339,14 +339,4 @@ def outline(folder: Path, dtype: torch.dtype) -> Any:
 
 def load_vae(folder: Path, dtype: torch.dtype) -> Any:
     kind = _class(folder)
-    name = kind.__name__
-    try:
-        vae, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CodecError(f"The {name} in {folder} cannot be loaded: {first_line(e)}") from None
-    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
-        raise CodecError(
-            f"The weights in {folder} do not fill the {name} that its config.json describes: missing or misshapen are "
-            f"{few(map(str, missing))}. They would be random; copy the folder again."
-        )
-    return vae
+    return load_whole(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)

@@ -4,7 +4,6 @@ Legend: B batch, H W pixel size, E width of the embedding.
 """
 
 import gc
-import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from titans_video.codecs.diffusers_vae import parse_dtype
 from titans_video.errors import CodecError
-from titans_video.frozen import few, fingerprint_folder, first_line
+from titans_video.frozen import fingerprint_folder, load_whole, read_json
 
 ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
 
@@ -94,17 +93,7 @@ class ImageEncoder:
     def _load(self) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        try:
-            model, info = CLIPVisionModelWithProjection.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-            raise CodecError(f"The image encoder in {self.folder} cannot be loaded: {first_line(e)}") from None
-        if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
-            raise CodecError(
-                f"The weights in {self.folder} do not fill the image encoder that its config.json describes: missing "
-                f"or misshapen are {few(map(str, missing))}. They would be random; copy the folder again."
-            )
+        model = load_whole(CLIPVisionModelWithProjection, self.folder, "image encoder", CodecError, dtype=self.dtype)
         return model.eval().requires_grad_(False).to(self.device)
 
 
@@ -127,13 +116,8 @@ def resized(pictures: Tensor, side: int) -> Tensor:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CodecError(
-            f"{path} is missing: Stable Video Diffusion is told a picture through its {path.parent.name}/, which lies "
-            "beside unet/ and vae/ in the folder that --pretrained-model names."
-        ) from None
-    except (OSError, ValueError) as e:
-        raise CodecError(f"{path} cannot be read: {first_line(e)}") from None
-    return read
+    missing = (
+        f"is missing: Stable Video Diffusion is told a picture through its {path.parent.name}/, which lies beside "
+        "unet/ and vae/ in the folder that --pretrained-model names."
+    )
+    return read_json(path, missing, CodecError)

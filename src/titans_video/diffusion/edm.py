@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.flow import Corrupted, spread
+from titans_video.diffusion.flow import Corrupted, arguments_of, spread
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive, keyed_normal
 
@@ -69,11 +69,7 @@ class EDM:
         Raises:
             ConfigError: a key that this process does not have.
         """
-        arguments = {k: v for k, v in config.items() if k != "name"}
-        unknown = sorted(set(arguments) - set(cls().config()))
-        if unknown:
-            raise ConfigError(f"EDM has no {', '.join(unknown)}.")
-        return cls(**arguments)
+        return cls(**arguments_of(config, cls().config(), "EDM"))
 
     def sample_time(self, seeds: Sequence[int], tokens: int) -> Tensor:
         """Training times, log-normal in sigma.

@@ -127,11 +127,7 @@ class RectifiedFlow:
         Raises:
             ConfigError: a key that this process does not have.
         """
-        arguments = {k: v for k, v in config.items() if k != "name"}
-        unknown = sorted(set(arguments) - set(cls().config()))
-        if unknown:
-            raise ConfigError(f"the rectified flow has no {', '.join(unknown)}.")
-        return cls(**arguments)
+        return cls(**arguments_of(config, cls().config(), "the rectified flow"))
 
     def sample_time(self, seeds: Sequence[int], tokens: int) -> Tensor:
         """Logit-normal training times, shifted.
@@ -215,6 +211,19 @@ class RectifiedFlow:
         # A channel that never moves on the data would divide 0 by 0 at time 0.
         lam = torch.tensor(self.variance, device=b.device, dtype=b.dtype).clamp(min=MIN_VARIANCE)
         return 1 - b, b, lam.view(1, -1, 1, 1, 1)
+
+
+def arguments_of(config: dict[str, Any], known: dict[str, Any], what: str) -> dict[str, Any]:
+    """The arguments of a process that a config holds.
+
+    Raises:
+        ConfigError: a key that is not among the known ones.
+    """
+    arguments = {k: v for k, v in config.items() if k != "name"}
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ConfigError(f"{what} has no {', '.join(unknown)}.")
+    return arguments
 
 
 def spread(time: Tensor, like: Tensor) -> Tensor:

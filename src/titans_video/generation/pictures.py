@@ -106,7 +106,7 @@ def check_picture(model: VideoModel, known: Tensor | None, guidance_scale: float
             f"{known.shape[2]} frames are given, but this network is told one picture. Give --image, or --video with "
             "no --overlap."
         )
-    if list(model.config["text"].get("widths", [0])):
+    if reads_text(model):
         return
     if known is None:
         raise ConfigError(
@@ -117,6 +117,11 @@ def check_picture(model: VideoModel, known: Tensor | None, guidance_scale: float
             f"--guidance-scale {guidance_scale:g} is guidance by text, and this model was trained without text. "
             "--image-guidance A,B is the picture's, on the first and on the last frame."
         )
+
+
+def reads_text(model: VideoModel) -> bool:
+    """Whether the model was trained with a text encoder."""
+    return bool(model.config["text"].get("widths", [0]))
 
 
 def _moved(picture: Picture, model: VideoModel) -> Picture:

@@ -23,7 +23,13 @@ from titans_video.generation.denoising import (
     predictor,
 )
 from titans_video.generation.loading import VideoModel
-from titans_video.generation.pictures import PictureSettings, check_picture, picture_condition, picture_scale
+from titans_video.generation.pictures import (
+    PictureSettings,
+    check_picture,
+    picture_condition,
+    picture_scale,
+    reads_text,
+)
 from titans_video.types import CodecSpec
 
 
@@ -109,6 +115,8 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         )
     if request.negative_prompt and request.guidance_scale == 1.0:
         notes.append("The negative prompt does nothing at a guidance scale of 1.")
+    if any(request.prompts) and not reads_text(model):
+        notes.append("The prompt does nothing: the model was trained without text.")
     shape = spec.latent_shape(frames, request.height, request.width)
     return Plan(frames, shape, count_tokens(shape[1:], patch), notes)
 

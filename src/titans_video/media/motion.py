@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would measure otherwise
 SIDE = 64
 """Frames are looked at with a short side of this many pixels."""
 REACH = 6

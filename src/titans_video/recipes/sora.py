@@ -25,7 +25,7 @@ from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted, count_tokens
 from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process, process_config
-from titans_video.generation.loading import VideoModel
+from titans_video.generation.loading import PromptEncoder, VideoModel
 from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
@@ -191,13 +191,17 @@ class SoraRecipe:
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
         """See `training.recipe.Validated`."""
-        text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
-        model = VideoModel(network, self.codec, text, self.process, self.config, step)
+        model = VideoModel(network, self.codec, self.prompt_encoder, self.process, self.config, step)
         try:
             yield partial(sample, model)
         finally:
             if self.store is not None:
                 self.codec.release()
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """What encodes the prompts of validation: the cache, where it has them."""
+        return StoredText(self.store) if self.store is not None and self.store.has_text else self.text
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -247,12 +251,14 @@ class Variant:
         clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
         notes: what to say of it.
         needs_text: it cannot be trained without.
+        pictures: it is told pictures, which a cache keeps as they are.
     """
 
     build: Callable[..., SoraRecipe]
     clip_grid: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
     needs_text: bool = True
+    pictures: bool = False
 
 
 def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
@@ -272,9 +278,9 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
-        filled = fill(options, data, codec, text, accelerator)
+        filled = fill(options, data, codec, text, accelerator, variant.pictures)
         data, store = filled.data, filled.store
-        held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
+        held_out = fill(options, held_out, codec, text, accelerator, variant.pictures).data if held_out else None
         text.release()
         codec.release()
     recipe = variant.build(options, data, codec, text, accelerator.device, store)

@@ -101,7 +101,9 @@ class SVDRecipe(SoraRecipe):
     def _motion(self, batch: Batch) -> Tensor:
         if self.tune.motion_bucket != "auto":
             return torch.full((len(batch),), float(self.tune.motion_bucket))
-        assert batch.pixels is not None  # nothing is cached
+        if batch.motion is not None:
+            return batch.motion
+        assert batch.pixels is not None  # a batch carries the one or the other
         return motion_bucket(batch.pixels, batch.fps)
 
     def _known_mask(self, batch: Batch) -> Tensor:
@@ -110,10 +112,8 @@ class SVDRecipe(SoraRecipe):
 
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
-        model = VideoModel(network, self.codec, self.text, self.process, self.config, step, image=self.image)
-        known = None
-        if self.sample_picture is not None:
-            known = self.sample_picture[None, :, None]
+        model = VideoModel(network, self.codec, self.prompt_encoder, self.process, self.config, step, image=self.image)
+        known = None if self.sample_picture is None else self.sample_picture[None, :, None]
         yield partial(sample, model, known=known)
 
 
@@ -129,12 +129,7 @@ def train_svd(options: SVDOptions) -> Outcome:
         return train_sora(options, Variant(build_recipe, notes=(note,)))
     folder = options.codec.pretrained_model
     unet_config(folder)  # what is wrong with it is said before anything slow is done
-    if options.data.cache is not None:
-        raise ConfigError(
-            "--cache: Stable Video Diffusion's picture gets new noise before it is encoded, each time, and motion is "
-            "measured in the clips themselves, so there is nothing that could be kept. Leave --cache out."
-        )
-    variant = Variant(build_svd, (1, 1, 1), needs_text=False)
+    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True)
     return train_sora(replace(options, model=replace(options.model, patch_size=(1, 1, 1))), variant)
 
 
@@ -193,9 +188,11 @@ def build_svd(
     process = process_of(folder, tune.sigma_mean, tune.sigma_std)
     config = base.config | {"recipe": "svd", "process": process.config(), "image": image.describe()}
     config["sample"] = {"steps": STEPS} | config["sample"]
-    picture = None if text.widths else data.sample_pixels(1)[0, :, 0]
     parts = {f.name: getattr(base, f.name) for f in fields(base)} | {"config": config, "process": process}
-    return SVDRecipe(**parts, image=image, tune=tune, sample_picture=picture)
+    if text.widths:
+        return SVDRecipe(**parts, image=image, tune=tune)
+    parts |= {"sample_prompt": None, "sample_flags": (*base.sample_flags, "--image", "first.png")}
+    return SVDRecipe(**parts, image=image, tune=tune, sample_picture=data.sample_pixels(1)[0, :, 0])
 
 
 def svd_config(

@@ -1,12 +1,11 @@
 """A pipeline's folder of Stable Video Diffusion: what is in it, its UNet's weights and its scheduler's settings."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from titans_video.diffusion.edm import EDM
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.frozen import few, first_line
+from titans_video.frozen import load_whole, read_json
 from titans_video.models.svd import BRANCH, SVDUNet
 
 UNET, SCHEDULER = "unet", "scheduler"
@@ -47,17 +46,7 @@ def load_unet(network: SVDUNet, folder: str) -> None:
     from diffusers import UNetSpatioTemporalConditionModel
 
     path = Path(folder).expanduser() / UNET
-    try:
-        unet, info = UNetSpatioTemporalConditionModel.from_pretrained(
-            path, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"The UNet in {path} cannot be loaded: {first_line(e)}") from None
-    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
-        raise CheckpointError(
-            f"The weights in {path} do not fill the UNet that its config.json describes: missing or misshapen are "
-            f"{few(map(str, missing))}. They would be random; copy the folder again."
-        )
+    unet = load_whole(UNetSpatioTemporalConditionModel, path, "UNet", CheckpointError)
     left = network.unet.load_state_dict(unet.state_dict(), strict=False)
     assert all(BRANCH in name for name in left.missing_keys)
     assert not left.unexpected_keys
@@ -83,13 +72,8 @@ def process_of(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} is missing: --pretrained-model must name a folder of Stable Video Diffusion with unet/, vae/, "
-            "image_encoder/, feature_extractor/ and scheduler/ in it (`hf download NAME --local-dir DIR` fetches one)."
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be read: {first_line(e)}") from None
-    return read
+    missing = (
+        "is missing: --pretrained-model must name a folder of Stable Video Diffusion with unet/, vae/, image_encoder/, "
+        "feature_extractor/ and scheduler/ in it (`hf download NAME --local-dir DIR` fetches one)."
+    )
+    return read_json(path, missing, ConfigError)
