@@ -232,3 +232,63 @@ def make_cogvideox(folder: Path, kind: str = "2b", **changes: Any) -> Path:
 
 
 COGVIDEOX_KINDS = ("2b", "5b", "5b-i2v", "1.5", "1.5-i2v")
+SVD_SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+}
+"""The scheduler of the released Stable Video Diffusion."""
+
+
+def make_svd(folder: Path, *, seed: int = 0) -> Path:
+    """Stable Video Diffusion's folder: unet, vae, image_encoder, feature_extractor, scheduler, model_index.json.
+
+    Its UNet has every kind of block, and weights that make all of its conditions count.
+    """
+    import diffusers
+    import transformers
+
+    torch.manual_seed(seed)
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 64),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        transformer_layers_per_block=1,
+        num_attention_heads=(2, 4),
+        num_frames=6,
+    )
+    clip = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=56,
+            projection_dim=16,
+        )
+    )
+    diffusers.StableVideoDiffusionPipeline(
+        vae=tiny_vae("svd"),
+        image_encoder=clip.eval(),
+        unet=unet.eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(**SVD_SCHEDULER),
+        feature_extractor=transformers.CLIPImageProcessor(crop_size={"height": 224, "width": 224}),
+    ).save_pretrained(folder)
+    return folder

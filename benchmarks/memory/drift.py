@@ -3,10 +3,10 @@
     python -m benchmarks.memory.drift --clips FOLDER --out docs/memory
 
 FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on a linear codec fitted to the
-clips (there is no VAE to be had without a download); without memory the network is a sliding window that sees the last frames alone. Each then
-makes a video of ten segments for some captions. Seam ratio: the median step at segment edges over the median
-elsewhere. Drift: slope a segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20 apart, to be
-read beside the motion.
+clips (there is no VAE to be had without a download); without memory the network is a sliding window that sees the last
+frames alone. Each then makes a video of ten segments for some captions. Seam ratio: the median step at segment edges
+over the median elsewhere. Drift: slope a segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10,
+20 apart, to be read beside the motion.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 What the network is given besides its memory does not depend on the colour, so a network without one is right in 12.5 %
 of cases. Controls: no memory (trained without), a zeroed memory, another sample's memory (the reveal must follow the
 donor: the causal proof), and one window that is large enough to see the cue. Training is counted in CPU seconds of all
-threads: tensors are so small that a second thread adds nothing, so by default there is one, and less than three minutes.
+threads. Tensors are so small that a second thread adds nothing, so by default there is one, and less than three
+minutes.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
-from titans_video.errors import CheckpointError
+from titans_video.errors import CheckpointError, UserError
 
 WHOLE_FILE = 64 * 2**20
 """Files up to this many bytes are hashed whole; of larger ones the start of each tensor and evenly spread blocks."""
@@ -97,6 +97,45 @@ def warn_if_changed(what: str, path: str | None, stored: str | None, now: str | 
             f"(fingerprint {now[:8]}, not {stored[:8]}); results may suffer.",
             file=sys.stderr,
         )
+
+
+def load_whole(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
+    """A model of diffusers or transformers from a folder, with no weight left at random; nothing is ever fetched.
+
+    Args:
+        kind: its class.
+        what: what to call it in messages.
+        error: what to raise.
+        arguments: of `from_pretrained`.
+    Raises:
+        error: it cannot be read, or weights are missing or misshapen.
+    """
+    try:
+        model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise error(f"The {what} in {folder} cannot be loaded: {first_line(e)}") from None
+    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
+        raise error(
+            f"The weights in {folder} do not fill the {what} that its config.json describes: missing or misshapen are "
+            f"{few(map(str, missing))}. They would be random; copy the folder again."
+        )
+    return model
+
+
+def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any]:
+    """A model's JSON file.
+
+    Args:
+        missing: what to say, after its path, where there is none.
+        error: what to raise.
+    """
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} {missing}") from None
+    except (OSError, ValueError) as e:
+        raise error(f"{path} cannot be read: {first_line(e)}") from None
+    return read
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:

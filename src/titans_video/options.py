@@ -412,6 +412,12 @@ class GenerateOptions:
     """Classifier-free guidance; 1.0: none (default: the checkpoint's recommendation, else 1.0)."""
     guidance_interval: Pair | None = None
     """Guide only between these times, 0 clean and 1 noise, e.g. 0.7,1 (default: the checkpoint's, else 0,1)."""
+    image_guidance: Pair | None = None
+    """A,B: guidance by the picture on the first and the last frame, of Stable Video Diffusion (default 1,3)."""
+    motion_bucket: float | None = None
+    """How much moves, 0 to 255, of Stable Video Diffusion (default 127)."""
+    noise_aug: float | None = None
+    """Strength of the noise on the picture, of Stable Video Diffusion (default 0.02)."""
     sampler: Literal["euler", "heun"] = "euler"
     """ODE solver."""
     shift: float | None = None

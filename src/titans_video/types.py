@@ -1,7 +1,7 @@
 """What the floors say to each other.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid,
-S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text width.
+S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text or image width.
 Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
 """
 
@@ -126,11 +126,21 @@ class TextCondition:
     Attributes:
         streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids when the
             encoder (`builtin`) is a part of the network.
-        masks: each (B, L) bool, True on real tokens. At least one token of every row is real.
+        masks: each (B, L) bool, True on real tokens. At least one token of every row is real, but for networks that
+            take rows without text (see `silent`).
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
+
+    def silent(self, rows: Tensor) -> "TextCondition":
+        """Without the text of some rows, not even an empty one.
+
+        Args:
+            rows: (B,) bool for all streams, or (B, number of streams).
+        """
+        each = rows[:, None].expand(-1, len(self.masks)) if rows.ndim == 1 else rows
+        return TextCondition(self.streams, tuple(m & ~each[:, i, None].to(m.device) for i, m in enumerate(self.masks)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextCondition":
         def move(x: Tensor) -> Tensor:
@@ -143,6 +153,29 @@ class TextCondition:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The first frame as a network sees it that is told a picture beside the noise (Stable Video Diffusion).
+
+    Attributes:
+        embedding: (B, 1, E), of an image encoder; 0 for rows without a picture.
+        latents: (B, C, h, w) or (B, 1, 1, 1), unscaled; 0 for rows without a picture.
+        ids: (B, N), numbers that every row is told, with a picture or without.
+    """
+
+    embedding: Tensor
+    latents: Tensor
+    ids: Tensor
+
+    def without(self, rows: Tensor | None = None) -> "Picture":
+        """With the picture of the rows where (B,) bool is True taken away; None: of all rows."""
+        if rows is None:
+            return Picture(torch.zeros_like(self.embedding), torch.zeros_like(self.latents), self.ids)
+        gone = rows.to(self.ids.device)
+        embedding = self.embedding.masked_fill(gone[:, None, None], 0.0)
+        return Picture(embedding, self.latents.masked_fill(gone[:, None, None, None], 0.0), self.ids)
+
+
+@dataclass(frozen=True)
 class Condition:
     """Everything that the network is told beside the noisy latents and the time.
 
@@ -151,11 +184,13 @@ class Condition:
         known: (B, C, t, h, w) latents of the known frames with the rest blank, encoded by the codec; zeros for rows
             without known frames. None where no row has any.
         known_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
+        picture: in place of known frames, for networks that are told a picture.
     """
 
     text: TextCondition | None = None
     known: Tensor | None = None
     known_mask: Tensor | None = None
+    picture: Picture | None = None
 
     def wholly_known(self) -> Tensor | None:
         """(B, t) bool: latent frames all of whose pixel frames are given; no loss there, time 0 there."""
@@ -185,9 +220,10 @@ class Batch:
         known_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
         pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
         known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
-            where no row has any.
+            where no row has any. With cached latents (B, 3, 1, H, W), where pictures are cached as they are.
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
         known_moments: the same of `known_pixels`.
+        motion: (B,) cached motion buckets, see `media.motion`.
         text: cached hidden states, in place of running the frozen encoders.
         step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
     """
@@ -205,6 +241,7 @@ class Batch:
     known_pixels: Tensor | None = None
     moments: Tensor | None = None
     known_moments: Tensor | None = None
+    motion: Tensor | None = None
     text: TextCondition | None = None
     step: int = 0
 

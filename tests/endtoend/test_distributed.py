@@ -45,7 +45,7 @@ def reference(size: int, shapes: list[tuple[int, int, int]]) -> tuple[float, dic
     recipe = make_recipe()
     recipe.network.train()
     batches = [make_batch(range(i * size, (i + 1) * size), shape) for i, shape in enumerate(shapes)]
-    loss = sum(recipe.loss(recipe.network, b) for b in batches) / sum(recipe.supervised(b) for b in batches)
+    loss = sum(recipe.loss(recipe.network, b).sum() for b in batches) / sum(recipe.supervised(b) for b in batches)
     assert isinstance(loss, torch.Tensor)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in recipe.network.named_parameters() if p.grad is not None}
@@ -70,7 +70,7 @@ def test_a_mean_of_means_would_be_another_gradient() -> None:
     """That the case above tells the two apart."""
     recipe = make_recipe()
     batches = [make_batch(range(i * 2, i * 2 + 2), shape) for i, shape in enumerate(SHAPES)]
-    means = [recipe.loss(recipe.network, b).item() / recipe.supervised(b) for b in batches]
+    means = [recipe.loss(recipe.network, b).sum().item() / recipe.supervised(b) for b in batches]
     assert sum(means) / len(means) != pytest.approx(reference(2, SHAPES)[0], rel=1e-3)
 
 

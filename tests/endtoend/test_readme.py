@@ -67,6 +67,8 @@ MODELS = {
     "/path/to/manifest.jsonl": "train/videos/mock_data/manifest.jsonl",
     "/path/to/svd_or_sd_diffusers": "models/svd",
     "/path/to/data": "train/videos/mock_data",
+    "/path/to/svd": "models/svd",
+    "outputs_video/checkpoint-5000": "outputs_video/checkpoint-2",
 }
 
 
@@ -105,6 +107,9 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(words, TITANS, add=False)
     if "train_cogvideox_lora" in script:
         return with_flags(words, LORA, add=False)
+    if "train_video_accelerate" in script:
+        sizes = {} if "--buckets" in words else {"--height": "32", "--width": "32"}
+        return with_flags(words, {"--num-frames": "4", "--max-steps": "2", "--grad-accum": "2", **sizes}, add=True)
     if words[1:3] == ["train", "titans"]:
         return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
     if words[0] == "titans-video":
@@ -137,7 +142,7 @@ class Workspace:
             else:
                 shutil.copy2(source, folder / name)
         factories.make_vae("kl", folder / "models/kl")
-        factories.make_vae("svd", folder / "models/svd")
+        factories.make_svd(folder / "models/svd")
         factories.make_vae("cogvideox", folder / "models/cogvideox")
         factories.make_cogvideox(folder / "models/cogvideox_pipeline")
         factories.make_t5(folder / "models/umt5", umt5=True)

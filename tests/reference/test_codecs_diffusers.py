@@ -150,6 +150,17 @@ def set_tiles(kind: str, vae: Any) -> None:
         vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile // 2
 
 
+@pytest.mark.parametrize("frames", [17, 30, 41])
+def test_long_clips_of_svd_are_decoded_in_stretches(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly as whole ones: its decoder normalises over all frames that it is given."""
+    codec, z = DiffusersCodec(tiny_vae("svd")), torch.randn(1, 4, frames, 6, 8)
+    whole = codec.decode(z, frames)
+    monkeypatch.setattr(diffusers_vae, "TEMPORAL_PIXELS", 17 * 12 * 16)
+    stretches = codec.decode(z, frames)
+    assert (stretches - whole).abs().mean() < 0.05 * whole.std()
+    assert torch.equal(stretches, whole) == (frames <= 17)
+
+
 @pytest.mark.parametrize("kind", ["kl", "cogvideox", "wan", "hunyuan", "ltx"])
 @torch.no_grad()
 def test_large_frames_are_tiled_as_diffusers_tiles_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from titans_video.diffusion.flow import RectifiedFlow
 from titans_video.diffusion.guidance import guided, join_text
 from titans_video.diffusion.samplers import euler
 from titans_video.errors import ConfigError
-from titans_video.types import Condition, TextCondition
+from titans_video.types import Condition, Picture, TextCondition
 
 
 def text(rows: int, length: int, seed: int) -> TextCondition:
@@ -105,3 +105,35 @@ def test_guidance_without_text_is_refused():
     for c, n in ((Condition(), negative), (condition, None)):
         with pytest.raises(ConfigError, match="needs a text condition"):
             guided(Network(), c, n, scale=2.0)
+
+
+def test_picture_and_text_guide_by_the_sum_of_their_own_differences():
+    """Against the formula, from separate calls; and fewer calls where there is nothing to tell apart."""
+    text = TextCondition((torch.tensor([[1, 2, 3]]),), (torch.ones(1, 3, dtype=torch.bool),))
+    empty = TextCondition((torch.tensor([[9]]),), (torch.ones(1, 1, dtype=torch.bool),))
+    picture = Picture(torch.randn(1, 1, 4), torch.randn(1, 2, 3, 3), torch.randn(1, 3))
+    rows = []
+
+    def predict(x, time, condition):
+        rows.append(x.shape[0])
+        told = (condition.text.streams[0] * condition.text.masks[0]).sum(1).float() if condition.text else 0
+        said = told + condition.picture.embedding.sum((1, 2)) * condition.picture.latents.sum((1, 2, 3))
+        return x * time + torch.as_tensor(said).view(-1, 1, 1, 1, 1)
+
+    x, scale = torch.randn(1, 2, 5, 3, 3), torch.linspace(1, 3, 5)
+    by = [(picture.without(), empty), (picture, empty), (picture, text)]
+    none, with_picture, both = (predict(x, 0.5, Condition(text=t, picture=p)) for p, t in by)
+    rows.clear()
+    p = scale.view(1, 1, 5, 1, 1)
+    expected = none + p * (with_picture - none) + 4.0 * (both - with_picture)
+    denoise = guided(predict, Condition(text=text, picture=picture), empty, 4.0, picture_scale=scale)
+    torch.testing.assert_close(denoise(x, 0.5), expected)
+    same = guided(predict, Condition(text=empty, picture=picture), empty, 4.0, picture_scale=scale)
+    torch.testing.assert_close(same(x, 0.5), none + p * (with_picture - none))
+    plain = guided(predict, Condition(picture=picture), None, 1.0, picture_scale=scale)(x, 0.5)
+    torch.testing.assert_close(plain, none - 9 + p * (with_picture - none))
+    outside = guided(predict, Condition(text=text, picture=picture), empty, 4.0, (0.7, 1.0), picture_scale=scale)
+    torch.testing.assert_close(outside(x, 0.5), both)
+    unguided = guided(predict, Condition(text=text, picture=picture), empty, 1.0, picture_scale=torch.ones(5))
+    torch.testing.assert_close(unguided(x, 0.5), both)
+    assert rows == [3, 2, 2, 1, 1]

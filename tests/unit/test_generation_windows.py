@@ -134,6 +134,8 @@ ALL = frozenset({"t2v", "i2v", "v2v"})
         (Joins(True, frozenset({"t2v", "i2v"})), "continue", 1, "continue", 1, ""),
         (Joins(False, frozenset({"i2v"})), "auto", None, "continue", 1, "last frame of the one before"),
         (Joins(False, frozenset({"i2v"})), "continue", 1, "continue", 1, "last frame of the one before"),
+        (Joins(False, frozenset({"t2v", "i2v"})), "auto", 8, "blend", 8, "share 8 frames are blended"),
+        (Joins(False, frozenset({"t2v", "i2v"})), "auto", 1, "continue", 1, "last frame of the one before"),
         (Joins(False, frozenset({"i2v"})), "blend", 8, "blend", 8, ""),
         (Joins(False, frozenset({"t2v"})), "auto", None, "blend", None, "blended"),
     ],

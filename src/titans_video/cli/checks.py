@@ -14,6 +14,7 @@ from titans_video.options import (
     TrainOptions,
     WatchOptions,
 )
+from titans_video.recipes.svd_options import TuneOptions
 
 
 def check_training(options: SoraOptions) -> None:
@@ -77,6 +78,24 @@ def check_lora(options: CogVideoXLoraOptions) -> None:
         raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
     _check_watch(options.watch)
     check_data(options.data)
+
+
+def check_tuning(tune: TuneOptions) -> None:
+    """Refuse values of a fine-tuning that have no meaning.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    _need("--image-drop-prob", tune.image_drop_prob, 0, 1)
+    _need("--sigma-std", tune.sigma_std, 0, above=True)
+    _need("--noise-aug's spread", tune.noise_aug[1], 0)
+    if tune.motion_bucket == "auto":
+        return
+    try:
+        bucket = float(tune.motion_bucket)
+    except ValueError:
+        raise ConfigError(f"--motion-bucket {tune.motion_bucket}: it is auto, or a number from 0 to 255.") from None
+    _need("--motion-bucket", bucket, 0, 255)
 
 
 def check_data(data: DataOptions) -> None:

@@ -10,7 +10,8 @@ from titans_video.options import Overrides
 
 DESCRIPTION = """Write a model as one folder that needs nothing else: weights, configuration, VAE and text encoders.
 
-titans-video export RUN DIR. `VideoPipeline.from_pretrained(DIR)` and `--checkpoint DIR` read it."""
+titans-video export RUN DIR. `VideoPipeline.from_pretrained(DIR)` and `--checkpoint DIR` read it. Of a fine-tuned Stable
+Video Diffusion it is a folder for diffusers' StableVideoDiffusionPipeline, without what reads text."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ def main(argv: Sequence[str], prog: str = "titans-video export") -> int:
     if flags.checkpoint is None or flags.out is None:
         raise ConfigError(f"Which model, and where to? Use `{prog} RUN DIR`.")
     from titans_video.generation.exporting import export
+    from titans_video.generation.exporting_svd import LEFT_OUT
     from titans_video.generation.loading import load_model
 
-    folder = export(load_model(flags.checkpoint, flags.overrides, "cpu"), Path(flags.out), encoders=flags.encoders)
+    model = load_model(flags.checkpoint, flags.overrides, "cpu")
+    folder = export(model, Path(flags.out), encoders=flags.encoders)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
-    print(f"{folder}: {size:.1f} MB; read by VideoPipeline.from_pretrained({str(folder)!r}) and --checkpoint {folder}")
+    if model.image is None:
+        by = f"VideoPipeline.from_pretrained({str(folder)!r}) and --checkpoint {folder}"
+    else:
+        by = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
+    print(f"{folder}: {size:.1f} MB; read by {by}")
     return 0

@@ -34,6 +34,13 @@ def train_cogvideox_lora_accelerate() -> int:
     return guarded(lambda: main(sys.argv[1:], "train_cogvideox_lora_accelerate.py"))
 
 
+def train_video_accelerate() -> int:
+    """Fine-tune Stable Video Diffusion; a launcher says on how many processes."""
+    from titans_video.cli.svd import main
+
+    return guarded(lambda: main(sys.argv[1:], "train_video_accelerate.py"))
+
+
 def infer_sora() -> int:
     """Generate."""
     return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))

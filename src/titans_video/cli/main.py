@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titans_video.cli.train:main", "train SoraDiT on captioned clips"),
     "train titans": ("titans_video.cli.titans:main", "train TitansVideoDiT, with a memory, for video of any length"),
     "train cogvideox-lora": ("titans_video.cli.lora:main", "train a LoRA on CogVideoX"),
+    "train svd": ("titans_video.cli.svd:main", "fine-tune Stable Video Diffusion, from pictures and from text"),
     "report": ("titans_video.cli.report:main", "one HTML page of a run: curves, samples, data, options"),
     "generate": ("titans_video.cli.generate:main", "make a video from a prompt"),
     "export": ("titans_video.cli.export:main", "write a model as one folder that needs nothing else"),

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from titans_video.codecs.base import CONTEXT, Codec
 from titans_video.errors import CodecError
-from titans_video.frozen import few, fingerprint_folder, fingerprint_tensors, first_line
+from titans_video.frozen import fingerprint_folder, fingerprint_tensors, first_line, load_whole
 from titans_video.types import CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
 """Frames of more pixels than this are encoded and decoded in blended spatial tiles."""
 CHUNK_PIXELS = 8 * 512 * 512
 """Frame-by-frame VAEs take at most this many pixels at once (always at least one frame)."""
+TEMPORAL_PIXELS = 33 * 576 * 1024
+"""Stable Video Diffusion's decoder takes at most this many pixels at once."""
 FRAMEWISE_ABOVE = 121 * 512 * 768
 """LTX clips of more pixels than this (all frames together) go through in blended temporal tiles too."""
 DTYPES = {
@@ -87,7 +89,17 @@ def _decode_framewise(vae: Any, z: Tensor) -> Tensor:
 
 def _decode_temporal(vae: Any, z: Tensor) -> Tensor:
     # The decoder's convolutions mix all frames of a clip, so a clip is decoded whole, as its pipeline does by default.
-    return _as_clip([vae.decode(_as_frames(z), num_frames=z.shape[2]).sample])
+    # A long video has no end of frames: it is decoded in stretches, each with a few frames more on either side.
+    frames, pixels = z.shape[2], z.shape[-2] * z.shape[-1] * _spatial(vae) ** 2
+    most = max(TEMPORAL_PIXELS // pixels, 4 * CONTEXT)
+    if frames <= most:
+        return _as_clip([vae.decode(_as_frames(z), num_frames=frames).sample])
+    step, found = most - 2 * CONTEXT, []
+    for start in range(0, frames, step):
+        first, stop = max(start - CONTEXT, 0), min(start + step + CONTEXT, frames)
+        decoded = vae.decode(_as_frames(z[:, :, first:stop]), num_frames=stop - first).sample
+        found.append(decoded[start - first : start - first + step])
+    return _as_clip(found)
 
 
 def _decode_clip(vae: Any, z: Tensor) -> Tensor:
@@ -327,14 +339,4 @@ def outline(folder: Path, dtype: torch.dtype) -> Any:
 
 def load_vae(folder: Path, dtype: torch.dtype) -> Any:
     kind = _class(folder)
-    name = kind.__name__
-    try:
-        vae, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CodecError(f"The {name} in {folder} cannot be loaded: {first_line(e)}") from None
-    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
-        raise CodecError(
-            f"The weights in {folder} do not fill the {name} that its config.json describes: missing or misshapen are "
-            f"{few(map(str, missing))}. They would be random; copy the folder again."
-        )
-    return vae
+    return load_whole(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)

@@ -58,6 +58,7 @@ class RawBatch:
         frames: (B, T, H, W, 3) uint8.
         pictures: by place in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
         moments, known_moments: (B, 2C, t, h, w) from a store, in place of frames.
+        motion: (B,) from a store that keeps it.
         broken: rows that turned out to be broken.
         error: why there is no batch: errors of worker processes are handed on as words.
         step: the optimizer step that it is for.
@@ -69,6 +70,7 @@ class RawBatch:
     pictures: dict[int, Tensor] = field(default_factory=dict)
     moments: Tensor | None = None
     known_moments: Tensor | None = None
+    motion: Tensor | None = None
     broken: tuple[Broken, ...] = ()
     error: str | None = None
     step: int = 0
@@ -84,6 +86,7 @@ class Read:
     picture: Frames | None = None
     moments: Tensor | None = None
     known: Tensor | None = None
+    motion: Tensor | None = None
 
 
 class BatchReader(Dataset[RawBatch]):
@@ -153,7 +156,9 @@ def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingSto
     """
     if store is not None:
         moments, known = store.read_clip(sample)
-        return Read(seed, sample, moments=moments, known=known)
+        picture, motion = store.read_told(sample)
+        shown = None if picture is None else picture.numpy()
+        return Read(seed, sample, picture=shown, moments=moments, known=known, motion=motion)
     return Read(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
 
 
@@ -162,9 +167,12 @@ def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:
     raw = RawBatch([r.seed for r in read], [r.sample for r in read], broken=tuple(broken))
     frames = [r.frames for r in read if r.frames is not None]
     moments = [r.moments for r in read if r.moments is not None]
+    raw.pictures = {i: torch.from_numpy(r.picture) for i, r in enumerate(read) if r.picture is not None}
+    motion = [r.motion for r in read if r.motion is not None]
+    if motion:
+        raw.motion = torch.stack(motion)
     if frames:
         raw.frames = torch.from_numpy(np.stack(frames))
-        raw.pictures = {i: torch.from_numpy(r.picture) for i, r in enumerate(read) if r.picture is not None}
     if moments:
         raw.moments = torch.stack(moments)
         if any(r.known is not None for r in read):
@@ -366,11 +374,15 @@ def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
         known_frames=torch.tensor([s.known for s in samples], dtype=torch.int64),
         moments=raw.moments,
         known_moments=raw.known_moments,
+        motion=raw.motion,
         step=raw.step,
     )
     if raw.frames is not None:
         batch.pixels = to_floats(raw.frames)
         batch.known_pixels = _known_pixels(batch, raw.pictures)
+    elif raw.pictures:
+        batch.known_pixels = torch.zeros(len(batch), 3, 1, bucket.height, bucket.width)
+        _put_in(batch.known_pixels, raw.pictures)
     if store is not None and store.has_text:
         batch.text = store.text(batch.captions)
     return batch
@@ -390,5 +402,10 @@ def _known_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
     for i, count in enumerate(counts):
         known[i, :, :count] = batch.pixels[i, :, :count]
     if pictures:
-        known[list(pictures), :, 0] = to_floats(torch.stack(list(pictures.values()))[:, None])[:, :, 0]
+        _put_in(known, pictures)
     return known
+
+
+def _put_in(known: Tensor, pictures: dict[int, Tensor]) -> None:
+    """Pictures as the first frames of their rows."""
+    known[list(pictures), :, 0] = to_floats(torch.stack(list(pictures.values()))[:, None])[:, :, 0]

@@ -23,10 +23,11 @@ from titans_video.checkpoint import atomic_path
 from titans_video.data.plan import PLAN_VERSION
 from titans_video.data.reading import BrokenRow, Sample
 from titans_video.errors import DataError
+from titans_video.media.motion import MOTION_VERSION
 from titans_video.types import TextCondition
 
 STORE_VERSION = 1  # raise it when the same clip would give other pixels
-CLIPS, KNOWN, TEXT = "clips", "known", "text"
+KINDS = CLIPS, KNOWN, PICTURES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
 KEPT_TEXTS = 4096
 
 
@@ -37,10 +38,12 @@ class EncodingStore:
         folder: of the store.
         codec: what tells the codec from any other: fingerprint of weights and configuration, and its precision.
         texts: the same of each text stream; () where text is not cached because the network reads bytes itself.
+        pictures: first frames are kept as pixels in place of moments, as they get noise before they are encoded, and so
+            is how much moves in each clip (Stable Video Diffusion).
     """
 
-    def __init__(self, folder: Path, codec: str, texts: Sequence[str] = ()) -> None:
-        self.folder, self.codec, self.texts = folder, codec, tuple(texts)
+    def __init__(self, folder: Path, codec: str, texts: Sequence[str] = (), pictures: bool = False) -> None:
+        self.folder, self.codec, self.texts, self.pictures = folder, codec, tuple(texts), pictures
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
@@ -65,6 +68,22 @@ class EncodingStore:
         """Everything that the moments of what a sample is conditioned on depend on."""
         picture = sample.entry.image_digest if sample.picture else None
         return {**self.clip_fields(sample), "kind": KNOWN, "known": sample.known, "picture": picture}
+
+    def told_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
+        """Everything that a sample's first frame, or its motion, depends on; no codec is among it."""
+        seen = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
+        if kind == MOTION:
+            return {**seen, "fps": round(sample.plan.fps, 6), "measure": MOTION_VERSION}
+        return {**seen, "picture": sample.entry.image_digest if sample.picture else None}
+
+    def wanted(self, sample: Sample) -> list[dict[str, Any]]:
+        """The fields of all that is kept of a sample."""
+        found = [self.clip_fields(sample)]
+        if self.pictures:
+            found.append(self.told_fields(sample, MOTION))
+        if sample.known:
+            found.append(self.told_fields(sample, PICTURES) if self.pictures else self.known_fields(sample))
+        return found
 
     def text_fields(self, prompt: str, stream: int) -> dict[str, Any]:
         """Everything that a prompt's hidden states depend on."""
@@ -106,8 +125,20 @@ class EncodingStore:
         Raises:
             BrokenRow: one is missing or unreadable.
         """
-        known = self.read(self.known_fields(sample)) if sample.known else None
+        known = self.read(self.known_fields(sample)) if sample.known and not self.pictures else None
         return self.read(self.clip_fields(sample)), known
+
+    def read_told(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
+        """The picture (H, W, 3) uint8 of a sample, if it has one, and the bucket of its motion (); None where pictures
+        are not kept.
+
+        Raises:
+            BrokenRow: one is missing or unreadable.
+        """
+        if not self.pictures:
+            return None, None
+        picture = self.read(self.told_fields(sample, PICTURES)) if sample.known else None
+        return picture, self.read(self.told_fields(sample, MOTION))
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
         """Hidden states of prompts as their encoders gave them, padded to the longest.
@@ -161,7 +192,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such cache.")
-    paths = sorted(p for kind in (CLIPS, KNOWN, TEXT) for p in (folder / kind).glob("*/*.safetensors"))
+    paths = sorted(p for kind in KINDS for p in (folder / kind).glob("*/*.safetensors"))
     if not paths:
         raise DataError(f"{folder}: there is no cached file in it; it is no cache, or nothing was cached yet.")
     store = EncodingStore(folder, "")

@@ -127,11 +127,7 @@ class RectifiedFlow:
         Raises:
             ConfigError: a key that this process does not have.
         """
-        arguments = {k: v for k, v in config.items() if k != "name"}
-        unknown = sorted(set(arguments) - set(cls().config()))
-        if unknown:
-            raise ConfigError(f"the rectified flow has no {', '.join(unknown)}.")
-        return cls(**arguments)
+        return cls(**arguments_of(config, cls().config(), "the rectified flow"))
 
     def sample_time(self, seeds: Sequence[int], tokens: int) -> Tensor:
         """Logit-normal training times, shifted.
@@ -159,9 +155,13 @@ class RectifiedFlow:
             raise ConfigError(f"{steps} denoising steps; at least 1 is needed.")
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self._shift(tokens))
 
+    def initial(self, noise: Tensor) -> Tensor:
+        """The state at the first time of the schedule, which is noise."""
+        return noise
+
     def noisy(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t (B, C, t, h, w) between `x0` and `noise` of that shape, at `time` (B,) or (B, t)."""
-        b = _spread(time, x0)
+        b = spread(time, x0)
         return (1 - b) * x0 + b * noise
 
     def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class RectifiedFlow:
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """The clean latents (B, C, t, h, w) that the network's `value` at `x_t` stands for; affine in `value`."""
         if self.prediction == "velocity":
-            return x_t - _spread(time, x_t) * value
+            return x_t - spread(time, x_t) * value
         a, b, lam = self._coefficients(x_t, time)
         d = lam * a * a + b * b
         return x_t * (lam * a / d) + value * (lam.sqrt() * b / d.sqrt())
@@ -200,7 +200,7 @@ class RectifiedFlow:
 
     def _coefficients(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a and b (B, 1, 1 or t, 1, 1), lambda (1, C or 1, 1, 1, 1)."""
-        b = _spread(time, x)
+        b = spread(time, x)
         if self.variance is None:
             return 1 - b, b, b.new_ones(1, 1, 1, 1, 1)
         if len(self.variance) != x.shape[1]:
@@ -213,7 +213,20 @@ class RectifiedFlow:
         return 1 - b, b, lam.view(1, -1, 1, 1, 1)
 
 
-def _spread(time: Tensor, like: Tensor) -> Tensor:
+def arguments_of(config: dict[str, Any], known: dict[str, Any], what: str) -> dict[str, Any]:
+    """The arguments of a process that a config holds.
+
+    Raises:
+        ConfigError: a key that is not among the known ones.
+    """
+    arguments = {k: v for k, v in config.items() if k != "name"}
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ConfigError(f"{what} has no {', '.join(unknown)}.")
+    return arguments
+
+
+def spread(time: Tensor, like: Tensor) -> Tensor:
     """`time` (B,) or (B, t) as (B, 1, 1 or t, 1, 1), at least float32 so that bf16 latents lose nothing to it."""
     time = time.to(like.device, torch.promote_types(like.dtype, torch.float32))
     return time[:, None, None, None, None] if time.ndim == 1 else time[:, None, :, None, None]

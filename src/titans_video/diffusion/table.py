@@ -4,13 +4,16 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from titans_video.diffusion.edm import EDM
 from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.diffusion.process import NoiseProcess
 from titans_video.errors import ConfigError
 from titans_video.options import ProcessOptions
 from titans_video.types import CodecSpec
 
-PROCESSES: dict[str, Callable[[dict[str, Any]], RectifiedFlow]] = {
+PROCESSES: dict[str, Callable[[dict[str, Any]], NoiseProcess]] = {
     "rectified_flow": RectifiedFlow.from_config,
+    "edm": EDM.from_config,
 }
 
 
@@ -25,7 +28,7 @@ def process_config(options: ProcessOptions, spec: CodecSpec) -> dict[str, Any]:
     ).config()
 
 
-def build_process(config: dict[str, Any]) -> RectifiedFlow:
+def build_process(config: dict[str, Any]) -> NoiseProcess:
     """The process that a checkpoint's `config["process"]` describes.
 
     Raises:

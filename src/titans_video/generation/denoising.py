@@ -31,7 +31,9 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
     trained)."""
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
-        if guidance_scale == 1.0:
+        if model.image is not None:
+            text = text.silent(torch.tensor([not prompt for prompt in prompts]))  # as it was trained
+        if guidance_scale == 1.0 and model.image is None:  # a picture guides beside the negative prompt
             return Prompts(text, None)
         negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 
@@ -39,6 +41,8 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
         return x.expand(len(prompts), *x.shape[1:])
 
     rows = TextCondition(tuple(map(repeat, negative.streams)), tuple(map(repeat, negative.masks)))
+    if model.image is not None:
+        rows = rows.silent(torch.full((len(prompts),), not negative_prompt))
     return Prompts(text, rows.to(model.device))
 
 

@@ -8,8 +8,9 @@ from uuid import uuid4
 from titans_video import checkpoint as checkpoints
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.table import flags_to_name_again
-from titans_video.errors import CheckpointError
+from titans_video.errors import CheckpointError, ConfigError
 from titans_video.frozen import restore_options
+from titans_video.generation.exporting_svd import write_pipeline
 from titans_video.generation.loading import BUNDLED, VideoModel
 from titans_video.options import CodecOptions
 
@@ -38,27 +39,37 @@ def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
         encoders: put copies of a diffusers VAE and of the text encoders into it (`vae`, `text_encoder`, `llm`), so that
             the folder can be moved elsewhere. Without them it remembers where they are.
     Returns:
-        The folder.
+        The folder. Of Stable Video Diffusion it is one that diffusers' own pipeline loads, without what reads text.
     Raises:
-        CheckpointError: there is something in the folder.
+        CheckpointError: there is something in the folder, or a part of Stable Video Diffusion is missing.
+        ConfigError: Stable Video Diffusion is to be written without its encoders.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there is something there already; name a new folder.")
     temporary = folder.absolute().with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
     try:
-        weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
-        saved = Checkpoint(weights, model.config, model.step, model.codec.state_dict())
-        checkpoints.write(saved, temporary)
-        if encoders:
-            for name, source in _sources(model).items():
-                shutil.copytree(source, temporary / BUNDLED[name], ignore=_LEFT_OUT)
-        (temporary / "README.md").write_text(_card(model, folder), encoding="utf-8")
+        if model.image is not None:
+            if not encoders:
+                raise ConfigError("--no-encoders: Stable Video Diffusion's pipeline is loaded with all of its parts.")
+            write_pipeline(model, temporary, folder.name)
+        else:
+            _write(model, temporary, folder.name, encoders)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _write(model: VideoModel, folder: Path, name: str, encoders: bool) -> None:
+    """Weights and configuration in this project's own format, the frozen parts, and the card."""
+    weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
+    checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), folder)
+    if encoders:
+        for part, source in _sources(model).items():
+            shutil.copytree(source, folder / BUNDLED[part], ignore=_LEFT_OUT)
+    (folder / "README.md").write_text(_card(model, name), encoding="utf-8")
 
 
 def _sources(model: VideoModel) -> dict[str, Path]:
@@ -74,13 +85,13 @@ def _sources(model: VideoModel) -> dict[str, Path]:
     return found
 
 
-def _card(model: VideoModel, folder: Path) -> str:
+def _card(model: VideoModel, name: str) -> str:
     options = restore_options(CodecOptions, model.config["codec"]["options"])
     flags = flags_to_name_again(options)
     named = dict(zip(flags[::2], flags[1::2], strict=True))
     data = model.config.get("data", {})
     return CARD.format(
-        name=folder.name,
+        name=name,
         step=model.step,
         size=sum(p.numel() for p in model.network.parameters()) / 1e6,
         data=f"{data.get('num_frames', '?')} frames of {data.get('height', '?')}x{data.get('width', '?')}",

@@ -32,6 +32,11 @@ class Joins:
         return self.frame_times and (self.tasks is None or "v2v" in self.tasks)
 
     @property
+    def makes_from_text(self) -> bool:
+        """Without any frame given."""
+        return self.tasks is None or "t2v" in self.tasks
+
+    @property
     def goes_on_from_one(self) -> bool:
         """From a single first frame."""
         return self.tasks is None or bool(self.tasks & {"i2v", "v2v"})
@@ -59,6 +64,10 @@ def choose(joins: Joins, wanted: Wanted, overlap: int | None) -> tuple[Mode, int
                 f"--window-mode {wanted}: this network cannot be told of a first frame, so no window can go on from "
                 "another; use --window-mode blend."
             )
+        # Without text there would be nothing that the later windows could go by.
+        if wanted == "auto" and overlap not in (None, 1) and joins.makes_from_text:
+            said = f"This network is told one first frame at most, so windows that share {overlap} frames are blended; "
+            return "blend", overlap, [said + "--window-mode continue chains each on the last frame of the one before."]
         if overlap not in (None, 1):
             raise ConfigError(
                 f"--overlap {overlap}: this network has one time for the whole clip and cannot hold {overlap} frames "

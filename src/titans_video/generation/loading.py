@@ -13,10 +13,12 @@ from torch import nn
 from titans_video import checkpoint as checkpoints
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
+from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.codecs.table import codec_from_checkpoint
-from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.frozen import warn_if_changed
 from titans_video.generation.joining import Joins
 from titans_video.models.table import build_network
 from titans_video.options import Overrides
@@ -48,17 +50,19 @@ class VideoModel:
         step: optimizer steps that the network has seen.
         path: where it came from, for messages.
         run_on: the device of the computation, where weights wait elsewhere (offloading).
-        turns: which of `text`, `codec` and `network` are on that device only while they are used.
+        image: what encodes the picture, for a network that is told one; else None.
+        turns: which of `text`, `codec`, `image` and `network` are on that device only while they are used.
     """
 
     network: nn.Module
     codec: Codec
     text: PromptEncoder
-    process: RectifiedFlow
+    process: NoiseProcess
     config: dict[str, Any]
     step: int = 0
     path: Path | None = None
     run_on: torch.device | None = None
+    image: ImageEncoder | None = None
     turns: frozenset[str] = frozenset()
 
     @property
@@ -66,7 +70,7 @@ class VideoModel:
         return self.run_on or next(self.network.parameters()).device
 
     @contextmanager
-    def on_device(self, part: Literal["text", "codec", "network"]) -> Iterator[None]:
+    def on_device(self, part: Literal["text", "codec", "image", "network"]) -> Iterator[None]:
         """That part is on the device of the computation: always, or where it takes turns for as long as the block."""
         if part not in self.turns:
             yield
@@ -87,7 +91,7 @@ class VideoModel:
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """Latent cells of one token along time, height and width."""
-        t, h, w = self.config["model"]["patch_size"]
+        t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
         return t, h, w
 
     @property
@@ -175,7 +179,20 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
         config=config,
         step=read.step,
         path=path,
+        image=_part(path, "image", lambda: _image_encoder(config.get("image"), overrides, device)),
     )
+
+
+def _image_encoder(
+    config: dict[str, Any] | None, overrides: Overrides, device: torch.device | str
+) -> ImageEncoder | None:
+    """The encoder that a checkpoint's network was told pictures by, at the place that `overrides` may give."""
+    if config is None:
+        return None
+    folder = overrides.pretrained_model or config["pretrained_model"]
+    encoder = ImageEncoder(folder, config["dtype"]).to(device)
+    warn_if_changed("image encoder", folder, config["fingerprint"], encoder.fingerprint())
+    return encoder
 
 
 def with_bundled(path: Path, overrides: Overrides) -> Overrides:

@@ -30,6 +30,7 @@ from titans_video.generation.denoising import (
 )
 from titans_video.generation.joining import Wanted, choose
 from titans_video.generation.loading import VideoModel
+from titans_video.generation.pictures import picture_condition, picture_scale
 from titans_video.generation.pipeline import Plan, Request, finish, make_clip, plan
 from titans_video.generation.stream_state import StreamPlan
 from titans_video.generation.streaming import plan_stream, stream
@@ -182,14 +183,22 @@ def _blend(
 ) -> Tensor:
     """All windows at once, (B, 3, T, H, W)."""
     length = made.latent_shape[1]
-    whole = known_condition(model, prompts.text, request.known, windows.frames)
-    predict = predictor(model)
+    predict, guide = predictor(model), None
+    if model.image is None:
+        whole = known_condition(model, prompts.text, request.known, windows.frames)
+        parts = [_part(whole, start, length) for start in windows.latent_starts]
+    else:
+        first = picture_condition(model, prompts.text, request.known, request.seeds, request.picture)
+        assert first.picture is not None
+        later = replace(first, picture=first.picture.without())
+        parts = [first, *[later] * (len(windows.starts) - 1)]
+        guide = picture_scale(request.known, request.picture, length)
     denoisers = [
-        guided(predict, part, prompts.negative, request.guidance_scale, request.guidance_interval)
-        for part in (_part(whole, start, length) for start in windows.latent_starts)
+        guided(predict, part, prompts.negative, request.guidance_scale, request.guidance_interval, scale)
+        for part, scale in zip(parts, [guide, *[None] * (len(parts) - 1)], strict=True)
     ]
     shape = (made.latent_shape[0], windows.latent_starts[-1] + length, *made.latent_shape[2:])
-    noise = frame_noise(shape, request.seeds).to(model.device)
+    noise = model.process.initial(frame_noise(shape, request.seeds)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
     denoise = blend_windows(denoisers, windows.latent_starts, length)
     with model.on_device("network"):

@@ -23,6 +23,13 @@ from titans_video.generation.denoising import (
     predictor,
 )
 from titans_video.generation.loading import VideoModel
+from titans_video.generation.pictures import (
+    PictureSettings,
+    check_picture,
+    picture_condition,
+    picture_scale,
+    reads_text,
+)
 from titans_video.types import CodecSpec
 
 
@@ -40,6 +47,7 @@ class Request:
         sampler: a name of `diffusion.samplers`.
         negative_prompt: what guidance leans away from.
         known: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: nothing is known.
+        picture: how a network that is told a picture is told it.
     """
 
     prompts: list[str]
@@ -53,6 +61,7 @@ class Request:
     sampler: str = "euler"
     negative_prompt: str = ""
     known: Tensor | None = None
+    picture: PictureSettings = field(default_factory=PictureSettings)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
     """
     _check_lists(request)
     sampler_by_name(request.sampler)
+    check_picture(model, request.known, request.guidance_scale)
     spec, patch = model.codec.spec, model.patch_size
     for name, size, axis in (("height", request.height, 1), ("width", request.width, 2)):
         _check_size(name, size, spec.stride[axis] * patch[axis], spec)
@@ -105,6 +115,8 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         )
     if request.negative_prompt and request.guidance_scale == 1.0:
         notes.append("The negative prompt does nothing at a guidance scale of 1.")
+    if any(request.prompts) and not reads_text(model):
+        notes.append("The prompt does nothing: the model was trained without text.")
     shape = spec.latent_shape(frames, request.height, request.width)
     return Plan(frames, shape, count_tokens(shape[1:], patch), notes)
 
@@ -150,9 +162,15 @@ def make_clip(
     Returns:
         As `generate`.
     """
-    condition = known_condition(model, prompts.text, request.known, made.frames)
-    denoise = guided(predictor(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval)
-    noise = frame_noise(made.latent_shape, request.seeds, first).to(model.device)
+    if model.image is None:
+        condition, guide = known_condition(model, prompts.text, request.known, made.frames), None
+    else:
+        condition = picture_condition(model, prompts.text, request.known, request.seeds, request.picture, first)
+        guide = picture_scale(request.known, request.picture, made.latent_shape[1])
+    denoise = guided(
+        predictor(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval, guide
+    )
+    noise = model.process.initial(frame_noise(made.latent_shape, request.seeds, first)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
     with model.on_device("network"):
         latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
@@ -160,11 +178,12 @@ def make_clip(
 
 
 def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) -> Tensor:
-    """Latents of `frames` frames decoded, cut to what was asked for, the known frames put back as they were given."""
+    """Latents of `frames` frames decoded, cut to what was asked for, the known frames put back as they were given; a
+    network that is told a picture makes its own first frame of it, as its training asked."""
     with model.on_device("codec"):
         video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()
-    if request.known is not None:
+    if request.known is not None and model.image is None:
         video[:, :, : request.known.shape[2]] = request.known.to(video)
     return video
 

@@ -1,7 +1,7 @@
 """From flags to a request."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from titans_video.errors import ConfigError
 from titans_video.generation.given import load_clip_end, load_first_frame
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import generate_long, plan_video
+from titans_video.generation.pictures import PictureSettings
 from titans_video.generation.pipeline import Request
 from titans_video.generation.record import about
 from titans_video.generation.saving import check_out
@@ -22,6 +23,7 @@ from titans_video.options import GenerateOptions
 DEFAULT_PROMPT = "a red circle moving right"
 DEFAULT_STEPS = 50
 LOSSIEST = 51  # of H.264's crf
+MOST_MOTION = 255
 
 
 def check_options(options: GenerateOptions) -> Path:
@@ -63,6 +65,13 @@ def check_options(options: GenerateOptions) -> Path:
         low, high = options.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"--guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+    if options.motion_bucket is not None and not 0 <= options.motion_bucket <= MOST_MOTION:
+        raise ConfigError(
+            f"--motion-bucket {options.motion_bucket:g}: it must be at least 0 and at most {MOST_MOTION}."
+        )
+    for flag, values in (("--noise-aug", (options.noise_aug,)), ("--image-guidance", options.image_guidance or ())):
+        if any(v is not None and not (math.isfinite(v) and v >= 0) for v in values):
+            raise ConfigError(f"{flag} {','.join(f'{v:g}' for v in values)}: it must be at least 0.")
     if options.fps is not None and options.fps > GIF_FASTEST and options.out.lower().endswith(".gif"):
         raise ConfigError(f"--fps {options.fps:g}: a gif shows at most {GIF_FASTEST} frames a second; write an mp4.")
     if not 0 <= options.crf <= LOSSIEST:
@@ -108,8 +117,10 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
     height = _known("--height", options.height, model, "height")
     width = _known("--width", options.width, model, "width")
     interval = _first(options.guidance_interval, advice.get("guidance_interval"), (0.0, 1.0))
+    # A picture alone is enough for a network that is told one.
+    usual = "" if model.image is not None and options.image is not None else advice.get("prompt")
     request = Request(
-        prompts=[_first(options.prompt, advice.get("prompt"), DEFAULT_PROMPT)],
+        prompts=[_first(options.prompt, usual, DEFAULT_PROMPT)],
         negative_prompt=options.negative_prompt,
         frames=when.made,
         height=height,
@@ -120,8 +131,32 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=options.sampler,
         known=_given(options, model, when.made, when.gen_fps, height, width),
+        picture=_picture(options, model, when.gen_fps),
     )
     return request, when.fps
+
+
+def _picture(options: GenerateOptions, model: VideoModel, fps: float) -> PictureSettings:
+    """How a network that is told a picture is told it.
+
+    Raises:
+        ConfigError: a flag of such networks for another one.
+    """
+    given = (options.motion_bucket, options.noise_aug, options.image_guidance)
+    names = ("--motion-bucket", "--noise-aug", "--image-guidance")
+    flags = [name for name, value in zip(names, given, strict=True) if value is not None]
+    if flags and model.image is None:
+        raise ConfigError(
+            f"{' and '.join(flags)}: only Stable Video Diffusion is told that, and the checkpoint is a "
+            f"{model.config.get('recipe')} model; leave it out."
+        )
+    usual = PictureSettings(fps)
+    return PictureSettings(
+        fps,
+        _first(options.motion_bucket, usual.motion_bucket),
+        _first(options.noise_aug, usual.noise_aug),
+        _first(options.image_guidance, usual.guidance),
+    )
 
 
 @dataclass(frozen=True)
@@ -139,9 +174,14 @@ class Sampled:
     about: dict[str, Any]
 
 
-def sample(model: VideoModel, prompt: str, seed: int) -> Sampled:
-    """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file."""
+def sample(model: VideoModel, prompt: str, seed: int, known: Tensor | None = None) -> Sampled:
+    """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file.
+
+    Args:
+        known: (1, 3, k, H, W), what it goes on from.
+    """
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
+    request = replace(request, known=known)
     video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
 

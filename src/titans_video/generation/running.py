@@ -26,7 +26,7 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
     if run.dtype != "fp32":
         model.network.to(DTYPES[run.dtype])
     if run.offload != "none":
-        turns = {"text", "codec"} | ({"network"} if run.offload == "model" else set())
+        turns = {"text", "codec", "image"} | ({"network"} if run.offload == "model" else set())
         model = replace(model, run_on=device, turns=frozenset(turns))
     if run.offload == "group":
         model.network.enable_group_offload(  # type: ignore[operator]  # diffusers' ModelMixin

@@ -119,8 +119,9 @@ class VideoPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move, and cast the network; as torch's `Module.to`. Codec and encoders move along."""
         self.transformer.to(*args, **kwargs)
-        for moved in (self.model.codec, self.model.text):
-            moved.to(self.model.device)  # type: ignore[union-attr]
+        for moved in (self.model.codec, self.model.text, self.model.image):
+            if moved is not None:
+                moved.to(self.model.device)  # type: ignore[union-attr]
         return self
 
     def stream(
@@ -148,6 +149,9 @@ class VideoPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        image_guidance: tuple[float, float] | None = None,
+        motion_bucket: float | None = None,
+        noise_aug: float | None = None,
         sampler: str = "euler",
         shift: float | None = None,
         num_videos_per_prompt: int = 1,
@@ -170,6 +174,7 @@ class VideoPipeline(DiffusionPipeline):
                 [-1, 1]. Scaled to cover the size, the middle kept.
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
                 last frames they are.
+            image_guidance, motion_bucket, noise_aug: as `options.GenerateOptions`, for Stable Video Diffusion.
             generator: where seeds are drawn from, one for all videos or one a video; None: torch's own generator.
             window, overlap, window_mode: as `options.GenerateOptions`.
             output_type: `np`, `pt` or `pil`.
@@ -193,6 +198,9 @@ class VideoPipeline(DiffusionPipeline):
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            image_guidance=image_guidance,
+            motion_bucket=motion_bucket,
+            noise_aug=noise_aug,
             sampler=sampler,  # type: ignore[arg-type]  # its names are checked where it is looked up
             window=window,
             overlap=overlap,

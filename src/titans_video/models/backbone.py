@@ -164,10 +164,11 @@ class Backbone(ModelMixin, ConfigMixin):
                 f"The network was built for latents of {self.config.in_channels} channels and got {latents.shape[1]}: "
                 "the codec is another than the one it was trained with."
             )
-        _check_text(condition.text, self.config.text_widths)
+        check_text(condition.text, self.config.text_widths)
 
 
-def _check_text(text: TextCondition | None, expected: tuple[int, ...]) -> None:
+def check_text(text: TextCondition | None, expected: tuple[int, ...]) -> None:
+    """Raises ConfigError where `text` has other streams than a network was built for."""
     given = [] if text is None else [x.shape[-1] if x.is_floating_point() else 0 for x in text.streams]
     if given != list(expected):
         raise ConfigError(

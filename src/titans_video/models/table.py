@@ -6,9 +6,10 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.sora import SoraDiT
+from titans_video.models.svd import SVDUNet
 from titans_video.models.titans import TitansVideoDiT
 
-NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT}
+NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT, "SVDUNet": SVDUNet}
 
 
 def build_network(config: dict[str, Any]) -> Any:

@@ -18,9 +18,10 @@ from titans_video.codecs.base import Codec
 from titans_video.codecs.external import source_digest
 from titans_video.data.loader import to_floats
 from titans_video.data.reading import BrokenRow, Entry, RamCache, RowReader, Sample
-from titans_video.data.store import EncodingStore
+from titans_video.data.store import CLIPS, MOTION, PICTURES, EncodingStore
 from titans_video.data.tasks import needs_picture
 from titans_video.errors import DataError, UserError
+from titans_video.media.motion import motion_bucket
 from titans_video.options import CodecOptions
 from titans_video.preparing.opening import ALONE, Data, Together, with_digests
 from titans_video.preparing.scan import Quarantined, look_into, reasons_in_words
@@ -47,12 +48,14 @@ class Encoders:
         codec: gives the codec; called only when a clip is missing.
         text_keys: of each text stream the same; () where the network reads bytes itself and nothing is cached.
         text: encodes prompts; called only when one is missing.
+        pictures: as `EncodingStore`.
     """
 
     codec_key: str
     codec: Callable[[], CodecLike]
     text_keys: tuple[str, ...] = ()
     text: Callable[[Sequence[str]], TextCondition] | None = None
+    pictures: bool = False
 
 
 @dataclass
@@ -99,7 +102,7 @@ def fill_cache(
     Raises:
         DataError: the store cannot be written, or more rows than `--max-bad` allows cannot be read.
     """
-    store = EncodingStore(Path(folder), encoders.codec_key, encoders.text_keys)
+    store = EncodingStore(Path(folder), encoders.codec_key, encoders.text_keys, encoders.pictures)
     total = len(data.entries)
     digests: dict[Path, str | Failed] = together.once(lambda: find_digests(data, progress=progress))
     lost = _undigested(data, digests)
@@ -172,8 +175,9 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
     codec: CodecLike | None = None
     store, broken = filled.store, set[int]()
     for number, sample in _samples(filled.data, reader):
-        missing = [f for f in _wanted(store, sample) if not store.path(f).exists()]
-        filled.found += len(_wanted(store, sample)) - len(missing)
+        wanted = store.wanted(sample)
+        missing = [f for f in wanted if not store.path(f).exists()]
+        filled.found += len(wanted) - len(missing)
         if not missing or number in broken:
             continue
         codec = codec or encoders.codec()
@@ -185,17 +189,21 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
             filled.broken.append(Quarantined(sample.entry.row, e.reason, e.detail, sample.entry.place))
             continue
         for fields in missing:
-            if fields["kind"] == "clips":
-                moments = codec.encode_moments(clip)
-            else:
-                moments = codec.encode_known(known_clip(clip, picture, sample.known))
-            store.write(fields, moments[0])
+            store.write(fields, _encoding(fields["kind"], sample, clip, picture, codec))
             filled.made += 1
             bar.update()
 
 
-def _wanted(store: EncodingStore, sample: Sample) -> list[dict[str, Any]]:
-    return [store.clip_fields(sample)] + ([store.known_fields(sample)] if sample.known else [])
+def _encoding(kind: str, sample: Sample, clip: Tensor, picture: Tensor | None, codec: CodecLike) -> Tensor:
+    """What is kept of a sample, by kind; `clip` and `picture` as `known_clip` takes them."""
+    if kind == MOTION:
+        return motion_bucket(clip, torch.tensor([sample.plan.fps]))[0]
+    if kind == PICTURES:
+        first = (clip if picture is None else picture)[0, :, 0]
+        return ((first.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
+    if kind == CLIPS:
+        return codec.encode_moments(clip)[0]
+    return codec.encode_known(known_clip(clip, picture, sample.known))[0]
 
 
 def known_clip(clip: Tensor, picture: Tensor | None, known: int) -> Tensor:

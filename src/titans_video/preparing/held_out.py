@@ -147,4 +147,7 @@ class HeldOut:
             return Read(seed, sample, frames, frames[0] if sample.picture else None)
         c, t, h, w = self.data.table.spec.latent_shape(bucket.frames, bucket.height, bucket.width)
         moments = torch.zeros(2 * c, t, h, w)
-        return Read(seed, sample, moments=moments, known=moments if sample.known else None)
+        if not self.store.pictures:
+            return Read(seed, sample, moments=moments, known=moments if sample.known else None)
+        picture = np.zeros((bucket.height, bucket.width, 3), np.uint8) if sample.known else None
+        return Read(seed, sample, picture=picture, moments=moments, motion=torch.zeros(()))

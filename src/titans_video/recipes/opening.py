@@ -94,10 +94,21 @@ def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[s
     ]
 
 
-def fill(options: SoraOptions, data: Data, codec: Codec, text: TextEncoder, accelerator: engine.Engine) -> Filled:
+def fill(
+    options: SoraOptions,
+    data: Data,
+    codec: Codec,
+    text: TextEncoder,
+    accelerator: engine.Engine,
+    pictures: bool = False,
+) -> Filled:
     """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
-    returns."""
-    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text)
+    returns.
+
+    Args:
+        pictures: as `data.store.EncodingStore`.
+    """
+    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text, pictures)
     assert options.data.cache is not None  # callers checked
     prompts = prompts_of(options.watch, data)
     filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))

@@ -20,9 +20,10 @@ from titans_video.codecs.table import (
     flags_to_name_again,
 )
 from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import Corrupted, RectifiedFlow, count_tokens
+from titans_video.diffusion.flow import Corrupted, count_tokens
+from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process, process_config
-from titans_video.generation.loading import VideoModel
+from titans_video.generation.loading import PromptEncoder, VideoModel
 from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
 from titans_video.models.presets import sora_config
@@ -64,7 +65,7 @@ class SoraRecipe:
     network: nn.Module
     codec: Codec
     text: TextEncoder
-    process: RectifiedFlow
+    process: NoiseProcess
     config: dict[str, Any]
     device: torch.device
     cfg_drop_prob: float = 0.1
@@ -80,16 +81,20 @@ class SoraRecipe:
 
     def supervised(self, batch: Batch) -> int:
         """Latent elements of frames that are not wholly known."""
+        return int(self.row_elements(batch).sum())
+
+    def row_elements(self, batch: Batch) -> Tensor:
+        """(B,): the same of each row."""
         c, _, h, w = self._latent_shape(batch)
-        return int((~self._known_mask(batch).all(dim=1)).sum()) * c * h * w
+        return (~self._known_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Weighted squared error, summed over the supervised elements."""
+        """Weighted squared error (B,), summed over each row's supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
             times = self.times(batch, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
-        return self._errors(model, batch, clean, condition, times, noise).sum()
+        return self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(dim=1)
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """See `training.recipe.Validated`."""
@@ -99,8 +104,7 @@ class SoraRecipe:
             times = self.times_at(quantile, clean)
             noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
             sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
-        free = ~self._known_mask(batch).all(dim=1)  # (B, t)
-        return sums, free.sum(dim=1) * clean[0, :, 0].numel()
+        return sums, self.row_elements(batch)
 
     def _errors(
         self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
@@ -146,15 +150,22 @@ class SoraRecipe:
         Args:
             drop: put the empty prompt in place of some captions.
         """
-        moments = self._moments(batch.moments, batch.pixels)
-        clean = self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
-        text = batch.text or self.text(batch.captions)
-        text = self._dropped(batch, text) if drop else text.to(self.device)
+        clean, text = self.clean(batch), self.texts(batch, drop)
         if not bool((batch.known_frames > 0).any()):
             return clean, Condition(text=text)
         known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
         has_known = (batch.known_frames > 0).to(self.device)[:, None, None, None, None]
         return clean, Condition(text=text, known=known * has_known, known_mask=self._known_mask(batch).to(self.device))
+
+    def clean(self, batch: Batch) -> Tensor:
+        """Clean latents (B, C, t, h, w) float32."""
+        moments = self._moments(batch.moments, batch.pixels)
+        return self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
+
+    def texts(self, batch: Batch, drop: bool) -> TextCondition:
+        """Encoded captions; with `drop` the empty prompt in place of some."""
+        text = batch.text or self.text(batch.captions)
+        return self._dropped(batch, text) if drop else text.to(self.device)
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
@@ -179,8 +190,7 @@ class SoraRecipe:
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
         """See `training.recipe.Validated`."""
-        text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
-        model = VideoModel(network, self.codec, text, self.process, self.config, step)
+        model = VideoModel(network, self.codec, self.prompt_encoder, self.process, self.config, step)
         try:
             yield partial(sample, model)
         finally:
@@ -188,8 +198,13 @@ class SoraRecipe:
                 self.codec.release()
 
     @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """What encodes the prompts of validation: the cache, where it has them."""
+        return StoredText(self.store) if self.store is not None and self.store.has_text else self.text
+
+    @property
     def patch_size(self) -> tuple[int, int, int]:
-        t, h, w = self.config["model"]["patch_size"]
+        t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
         return t, h, w
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
@@ -216,10 +231,14 @@ class SoraRecipe:
         return fold_known_mask(batch.known_frame_mask(), self.codec.spec)
 
     def _dropped(self, batch: Batch, text: TextCondition) -> TextCondition:
-        """Captions, some of them replaced by the empty prompt; which ones depends on the rows' seeds alone."""
-        names = [f"drop {i}" for i in range(len(text.streams))] if self.cfg_drop_each else ["drop"]
+        """Captions, some of them replaced by the empty prompt."""
+        return drop_captions(text.to(self.device), self.empty, self.drawn(batch, len(text.streams)))
+
+    def drawn(self, batch: Batch, streams: int) -> Tensor:
+        """Which captions are dropped, by the rows' seeds alone: (B,), or with `cfg_drop_each` (B, streams)."""
+        names = [f"drop {i}" for i in range(streams)] if self.cfg_drop_each else ["drop"]
         drop = torch.tensor([[derive(s, n) / 2**63 < self.cfg_drop_prob for n in names] for s in batch.seeds])
-        return drop_captions(text.to(self.device), self.empty, drop if self.cfg_drop_each else drop[:, 0])
+        return drop if self.cfg_drop_each else drop[:, 0]
 
 
 @dataclass(frozen=True)
@@ -230,11 +249,15 @@ class Variant:
         build: as `build_recipe`.
         clip_grid: latent cells that every clip's frames, height and width are multiples of; None: the patch.
         notes: what to say of it.
+        needs_text: it cannot be trained without.
+        pictures: it is told pictures, which a cache keeps as they are.
     """
 
     build: Callable[..., SoraRecipe]
     clip_grid: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
+    needs_text: bool = True
+    pictures: bool = False
 
 
 def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
@@ -249,21 +272,23 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     run = begin(options.data, options.train)
     accelerator, resume = run.engine, run.resume
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
-    text = build_text(options.text, accelerator.device, load=False)
+    text = build_text(options.text, accelerator.device, load=False, needed=variant.needs_text)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     store: EncodingStore | None = None
     if options.data.cache is not None:
-        filled = fill(options, data, codec, text, accelerator)
+        filled = fill(options, data, codec, text, accelerator, variant.pictures)
         data, store = filled.data, filled.store
-        held_out = fill(options, held_out, codec, text, accelerator).data if held_out else None
+        held_out = fill(options, held_out, codec, text, accelerator, variant.pictures).data if held_out else None
         text.release()
         codec.release()
     recipe = variant.build(options, data, codec, text, accelerator.device, store)
-    size = sum(p.numel() for p in recipe.network.parameters()) / 1e6
+    weights = list(recipe.network.parameters())
+    size, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (weights, [p for p in weights if p.requires_grad]))
+    part = "" if trained == size else f", of which {trained:.1f} million are trained"
     notes = [
         *frames_in_words(options, data, codec.spec),
-        f"{type(recipe.network).__name__}, {size:.1f} million parameters.",
+        f"{type(recipe.network).__name__}, {size:.1f} million parameters{part}.",
     ]
     return train_recipe(options, run, recipe, data, held_out, store, [*notes, *variant.notes])
 

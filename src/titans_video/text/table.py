@@ -56,13 +56,16 @@ class TextEncoder:
             s.release()
 
 
-def build_text(options: TextOptions, device: torch.device | str = "cpu", *, load: bool = True) -> TextEncoder:
+def build_text(
+    options: TextOptions, device: torch.device | str = "cpu", *, load: bool = True, needed: bool = True
+) -> TextEncoder:
     """Encoders as flags name them.
 
     Args:
         options: `text_model` is `builtin`, `none`, a folder or a hub name; `llm_model` a folder or a hub name.
         device: where encoders run and their states lie.
         load: read the weights now; otherwise at the first prompt (a run on cached states never needs them).
+        needed: the network cannot do without text.
     Raises:
         TextError: a model is missing, incomplete or disagrees with its flags.
     """
@@ -74,7 +77,7 @@ def build_text(options: TextOptions, device: torch.device | str = "cpu", *, load
         streams.append(_pretrained().text_stream(options, device, load))
     if options.llm_model is not None:
         streams.append(_pretrained().llm_stream(options, device, load))
-    if not streams:
+    if not streams and needed:
         raise TextError("--text-model none leaves no text encoder: give --llm-model, or --text-model builtin.")
     return TextEncoder(streams, options)
 
@@ -108,7 +111,7 @@ def text_from_checkpoint(
             f"--text-model {options.text_model}: the checkpoint was trained with {stored.text_model!r}; "
             "a frozen encoder and the built-in one cannot take each other's place."
         )
-    text = build_text(options, device)
+    text = build_text(options, device, needed=config.get("widths") != [])
     widths = config.get("widths", text.widths)
     if list(widths) != text.widths:
         raise CheckpointError(

@@ -95,7 +95,7 @@ def clip_flops(
         extra: what the network is given beside latents, times and condition.
     """
     with torch.device("meta"):
-        network = build_network(model)
+        network = build_network(model).to("meta")  # also what a library made elsewhere
         states = [
             torch.empty(1, length, width) if width else torch.empty(1, length, dtype=torch.int64)
             for length, width in zip(text_lengths, text_widths, strict=True)

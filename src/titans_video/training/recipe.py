@@ -29,7 +29,10 @@ class Recipe(Protocol):
         """How many elements of the batch carry loss; known without encoding anything."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The summed (not averaged) loss over those elements, a float32 scalar.
+        """The summed (not averaged) loss over those elements, float32: a scalar, or (B,) with each row's own.
+
+        With rows the recipe also has `row_elements(batch)`, (B,): how many of those elements are each row's. Metrics
+        then tell the tasks apart.
 
         Args:
             model: `network`, wrapped for distributed training; it is called exactly once.

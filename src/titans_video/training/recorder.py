@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class StepResult:
         work: of this process.
         verdict: `good`; or nothing was learned from it: `skipped`, its loss or gradient was not finite; `settling`, its
             fp16 gradient overflowed and the loss scale was lowered.
+        tasks: each task's own loss and rows, as `tasks.task_losses` names them.
     """
 
     loss: float
@@ -43,6 +44,7 @@ class StepResult:
     signal: int
     work: Work
     verdict: Verdict = "good"
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 class Recorder:
@@ -93,6 +95,7 @@ class Recorder:
             "elements": result.elements,
             "seconds": round(seconds, 4),
             "data_seconds": round(result.waited, 4),
+            **result.tasks,
             **self.rates.line,
         }
         self.metrics.write(line, time.perf_counter())

@@ -36,6 +36,7 @@ from titans_video.training.resuming import Resume, release_folder
 from titans_video.training.signals import Interrupt
 from titans_video.training.snapshot import Snapshot, load_weights
 from titans_video.training.state import reshard
+from titans_video.training.tasks import task_losses, task_sums
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Watched
 from titans_video.types import Batch
@@ -168,7 +169,7 @@ class Trainer:
             # What the optimizer will keep and does not yet: two numbers a weight.
             fresh = self.engine.device.type != "cpu" and not self.snapshot.optimizer.state
             held = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if fresh else []
-            self.engine.backward(self.recipe.loss(self.model, batch))
+            self.engine.backward(self.recipe.loss(self.model, batch).sum())
             self.optimizer.zero_grad(set_to_none=True)
             del held
 
@@ -190,13 +191,13 @@ class Trainer:
             losses = [self._backward(batch, elements, last=batch is micro[-1]) for batch in micro]
             norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
             work = work_of(self.recipe, micro, count_flops=self.peak is not None)
-            result = self._result(torch.stack(losses), norm, elements, waited, interrupt, work)
+            result = self._result(micro, losses, norm, elements, waited, interrupt, work)
             self._update(result)
         self._watch(result, micro, losses, recorder)
         return result
 
     def _backward(self, batch: Batch, elements: int, last: bool) -> Tensor:
-        """Gradients of one micro-batch of a step with so many supervised elements; gives its summed loss.
+        """Gradients of one micro-batch of a step with so many supervised elements; gives its loss as the recipe does.
 
         Replicas exchange gradients once a step. Sharded processes do so each time: what they add up in between would be
         whole, and whole gradients are what they have no room for.
@@ -204,7 +205,7 @@ class Trainer:
         with contextlib.nullcontext() if last or self.engine.is_fsdp2 else self.engine.no_sync(self.model):
             loss = self.recipe.loss(self.model, batch)
             # Processes' gradients are averaged, so their number comes back in.
-            self.engine.backward(loss * (self.engine.num_processes / elements))
+            self.engine.backward(loss.sum() * (self.engine.num_processes / elements))
         return loss.detach()
 
     def _update(self, result: StepResult) -> None:
@@ -219,22 +220,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _result(
-        self, losses: Tensor, norm: Tensor, elements: int, waited: float, interrupt: Interrupt, work: Work
+        self,
+        micro: list[Batch],
+        losses: list[Tensor],
+        norm: Tensor,
+        elements: int,
+        waited: float,
+        interrupt: Interrupt,
+        work: Work,
     ) -> StepResult:
         """Share the losses and signals of all processes, and judge the step."""
-        loss_sum, signal = self._share(losses.sum(), interrupt)
+        total = torch.stack([loss.sum() for loss in losses]).sum()
+        (loss_sum, *tasks), signal = self._share(
+            torch.cat([total[None], task_sums(self.recipe, micro, losses)]), interrupt
+        )
         loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         group, scaler = self.optimizer.param_groups[0], self.engine.scaler
         lr = self.options.lr * group["lr"] / group["base_lr"]
         verdict = self.guard.judge(loss, length, settling=scaler is not None and scaler.get_scale() > 1)
-        return StepResult(loss, lr, length, elements, waited, signal, work, verdict)
+        return StepResult(loss, lr, length, elements, waited, signal, work, verdict, task_losses(tasks))
 
-    def _share(self, total: Tensor, interrupt: Interrupt) -> tuple[float, int]:
-        """A sum over all processes, and the signal that any of them received, or 0."""
+    def _share(self, values: Tensor, interrupt: Interrupt) -> tuple[list[float], int]:
+        """Sums over all processes, and the signal that any of them received, or 0."""
         told = torch.tensor([0.0, 0.0], device=self.engine.device)
         if interrupt.signal:
             told[0 if interrupt.signal == 2 else 1] = 1.0
-        summed, ctrl_c, terminate = self._sum(torch.cat([total[None], told])).tolist()
+        *summed, ctrl_c, terminate = self._sum(torch.cat([values, told])).tolist()
         return summed, 2 if ctrl_c else 15 if terminate else 0
 
     def _validate(self, interrupt: Interrupt) -> int:
@@ -242,7 +253,7 @@ class Trainer:
         validator = self.watched.validator
         if validator is None or not validator.due(self.step):
             return 0
-        nothing = torch.zeros((), device=self.engine.device)
+        nothing = torch.zeros(0, device=self.engine.device)
         signal = validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
         reshard(self.network)
         return signal
@@ -256,7 +267,7 @@ class Trainer:
         spike = result.verdict == "good" and self.guard.is_spike(result.loss)
         if not spike and result.verdict != "skipped":
             return
-        found = engines.gather(self.engine, suspects(micro, [float(x) for x in losses]))
+        found = engines.gather(self.engine, suspects(micro, [float(x.sum()) for x in losses]))
         rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
         event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
         if recorder:

@@ -1,0 +1,96 @@
+"""How much moves in a clip, as a number from 0 to 255: what Stable Video Diffusion calls the motion bucket.
+
+Small blocks of one frame are looked for in a frame an eighth of a second later; how far they went, in the mean, is the
+motion. How the released model's buckets were measured was not published, beyond that it was by optical flow.
+
+Legend: B batch, T frames, H W pixel size, P pairs of frames.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would measure otherwise
+SIDE = 64
+"""Frames are looked at with a short side of this many pixels."""
+REACH = 6
+"""Blocks are looked for so many of those pixels away."""
+BLOCK = 8
+APART = 0.125
+"""Seconds between the two frames of a pair."""
+STILL = 2e-3
+"""How much worse, of the whole range of brightness, a place one pixel nearer may be and still be taken: what shows
+nothing is taken to stand still."""
+HALF = 0.1
+"""Motion, in short sides a second, that is bucket 127.5, the middle of ordinary clips; faster ones approach 255."""
+
+
+def motion(pixels: Tensor, fps: Tensor) -> Tensor:
+    """Mean speed of what the clips show.
+
+    Args:
+        pixels: (B, 3, T, H, W) in [-1, 1].
+        fps: (B,) frames a second.
+    Returns:
+        (B,) float32, in short sides of the picture a second; 0 of a single frame.
+    """
+    return torch.stack([_motion(clip, float(rate)) for clip, rate in zip(pixels, fps, strict=True)])
+
+
+def motion_bucket(pixels: Tensor, fps: Tensor) -> Tensor:
+    """(B,) whole numbers from 0 (still) to 255, float32; see `motion`."""
+    speed = motion(pixels, fps)
+    return (255 * speed / (speed + HALF)).round()
+
+
+def _motion(clip: Tensor, fps: float) -> Tensor:
+    """Of one clip (3, T, H, W)."""
+    frames = clip.float().mean(dim=0)[:, None] / 2  # (T, 1, H, W), a range of 1
+    count = frames.shape[0]
+    if count < 2:
+        return frames.new_zeros(())
+    step = min(max(round(fps * APART), 1), count - 1)
+    scale = SIDE / min(frames.shape[-2:])
+    if scale < 1:
+        size = [max(round(n * scale), 1) for n in frames.shape[-2:]]
+        frames = F.interpolate(frames, size=size, mode="area")
+    before, after = frames[:-step], frames[step:]  # (P, 1, h, w)
+    away = _displacement(before, after)  # (P, 2, blocks)
+    return away.norm(dim=1).mean() / min(frames.shape[-2:]) / (step / fps)
+
+
+def _displacement(before: Tensor, after: Tensor) -> Tensor:
+    """How far each block went, (P, 2, blocks) pixels down and right: the best whole shift, then the parabola through
+    its neighbours."""
+    height, width = before.shape[-2:]
+    block = min(BLOCK, height, width)
+    padded = F.pad(after, (REACH,) * 4, mode="replicate")
+    reach = range(2 * REACH + 1)
+    costs = torch.stack(
+        [
+            F.avg_pool2d((padded[..., y : y + height, x : x + width] - before).abs(), block).flatten(1)
+            for y in reach
+            for x in reach
+        ],
+        dim=1,
+    )  # (P, shifts, blocks)
+    ys, xs = torch.meshgrid(*[torch.arange(-REACH, REACH + 1, device=before.device)] * 2, indexing="ij")
+    shifts = torch.stack([ys.flatten(), xs.flatten()])  # (2, shifts)
+    best = (costs + STILL * shifts.float().norm(dim=0)[:, None]).argmin(dim=1)  # (P, blocks)
+    whole = shifts[:, best].transpose(0, 1).float()  # (P, 2, blocks)
+    return torch.stack(
+        [whole[:, axis] + _between(costs, best, shifts[axis], stride) for axis, stride in ((0, len(reach)), (1, 1))],
+        dim=1,
+    )
+
+
+def _between(costs: Tensor, best: Tensor, shift: Tensor, stride: int) -> Tensor:
+    """(P, blocks) in [-0.5, 0.5]: where the parabola through a cost and its two neighbours is lowest. 0 at the edge of
+    the search, and where the match is perfect or the neighbours hardly worse: there noise alone would move it."""
+    last = costs.shape[1] - 1
+    places = [(best + k * stride).clamp(0, last) for k in (-1, 0, 1)]
+    low, middle, high = (costs.gather(1, place[:, None])[:, 0] for place in places)
+    bend = low - 2 * middle + high
+    found = (low - high) / (2 * bend.clamp(min=STILL))
+    good = (shift[best].abs() < REACH) & (bend > STILL) & (middle > STILL)
+    return torch.where(good, found.clamp(-0.5, 0.5), 0.0)

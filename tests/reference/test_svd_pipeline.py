@@ -1,0 +1,87 @@
+"""Our image-to-video of Stable Video Diffusion against diffusers' own pipeline, from the same noise."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
+from titans_video.codecs.image_encoder import resized
+from titans_video.generation.denoising import frame_noise
+from titans_video.generation.pictures import NOISE, PictureSettings
+from titans_video.generation.pipeline import Request, generate
+from titans_video.media.pixels import to_tensor
+from titans_video.models.svd import TextCrossAttention
+from titans_video.seeding import derive, keyed_normal
+
+SEED = 11
+
+
+def request(prompt: str = "", **changes: object) -> Request:
+    known = to_tensor(picture()[None])[None]
+    usual = Request([prompt], FRAMES, HEIGHT, WIDTH, [SEED], steps=4, known=known)
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def theirs(settings: PictureSettings, steps: int = 4) -> torch.Tensor:
+    image_noise = keyed_normal((3, HEIGHT, WIDTH), [derive(SEED, NOISE, 0)])
+    noise = frame_noise((4, FRAMES, HEIGHT // 2, WIDTH // 2), [SEED])
+    return pipeline_video(
+        svd_folder(),
+        image_noise,
+        noise,
+        num_inference_steps=steps,
+        fps=int(settings.fps),
+        motion_bucket_id=int(settings.motion_bucket),
+        noise_aug_strength=settings.noise_aug,
+        min_guidance_scale=settings.guidance[0],
+        max_guidance_scale=settings.guidance[1],
+    )
+
+
+@pytest.mark.parametrize("text", ["builtin", "none"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PictureSettings(),
+        PictureSettings(fps=24, motion_bucket=40, noise_aug=0.3, guidance=(1.5, 6.0)),
+        PictureSettings(guidance=(1.0, 1.0)),
+    ],
+    ids=["usual", "other", "unguided"],
+)
+def test_an_untouched_model_makes_the_pipelines_video(text: str, settings: PictureSettings) -> None:
+    """Whatever the prompt says: the branch for text gives exactly nothing."""
+    model, expected = svd_model(text=text), theirs(settings)
+    for prompt in ("", "a red circle") if text == "builtin" else ("",):
+        ours = generate(model, request(prompt, picture=settings), progress=False)
+        torch.testing.assert_close(ours, expected.clamp(-1, 1), rtol=0, atol=1e-4)
+    assert float(expected.std()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "change", [{"fps": 8.0}, {"motion_bucket": 150.0}, {"noise_aug": 0.1}, {"guidance": (1.0, 4.0)}]
+)
+def test_every_setting_counts(change: dict[str, Any]) -> None:
+    """So that agreeing with the pipeline means something."""
+    usual, other = theirs(PictureSettings(), 2), theirs(replace(PictureSettings(), **change), 2)
+    assert float((usual - other).abs().max()) > 1e-2
+
+
+def test_the_text_branch_is_heard_once_it_says_something() -> None:
+    model = svd_model()
+    for module in model.network.modules():
+        if isinstance(module, TextCrossAttention):
+            torch.nn.init.normal_(module.to_out.weight, std=0.3)
+    videos = [generate(model, request(prompt), progress=False) for prompt in ("", "a red circle", "a blue square")]
+    for a, b in ((0, 1), (1, 2)):
+        assert float((videos[a] - videos[b]).abs().max()) > 1e-3
+    guided = generate(model, request("a red circle", guidance_scale=4.0), progress=False)
+    assert float((guided - videos[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (224, 224), (300, 520), (576, 1024)])
+def test_pictures_are_resized_as_the_pipeline_does(height: int, width: int) -> None:
+    pictures = torch.rand(2, 3, height, width)
+    torch.testing.assert_close(resized(pictures, 224), _resize_with_antialiasing(pictures, (224, 224)))

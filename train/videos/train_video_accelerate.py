@@ -1,0 +1,11 @@
+"""Fine-tune Stable Video Diffusion: accelerate launch --num_processes 8 train_video_accelerate.py --manifest ..."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository in place of this folder
+    import train  # noqa: F401
+    from titans_video.cli.launchers import train_video_accelerate
+
+    sys.exit(train_video_accelerate())
