@@ -132,7 +132,7 @@ def test_loss_and_gradients_of_a_step(
     assert (batch.known_pixels is not None) == kind.endswith("i2v")
     pipe = with_peft(recipe, pipelines[kind])
     expected = loss_by_hand(pipe, batch)
-    ours = recipe.loss(recipe.network, batch)
+    ours = recipe.loss(recipe.network, batch).sum()
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
     elements = recipe.supervised(batch)
     t = recipe.family.padded_frames(3 if frames == 9 else 4)
@@ -156,7 +156,7 @@ def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipel
     for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": "group"}):
         recipe, batch = recipe_of(pipelines[kind], 9, (32, 32), **flags)
         recipe.network.train()
-        recipe.loss(recipe.network, batch).backward()
+        recipe.loss(recipe.network, batch).sum().backward()
         grads.append({n: p.grad for n, p in recipe.network.named_parameters() if p.grad is not None})
         assert all(".lora_" in name for name in grads[-1])
     for other in grads[1:]:
@@ -175,7 +175,7 @@ def test_a_base_in_8_bits_trains_as_its_rounded_weights_do(pipelines: dict[str, 
         for name, p in rounded.network.named_parameters():
             if name in stored:
                 p.copy_(p.to(torch.float8_e4m3fn).float())
-    a, b = recipe.loss(recipe.network, batch), rounded.loss(rounded.network, batch)
+    a, b = recipe.loss(recipe.network, batch).sum(), rounded.loss(rounded.network, batch).sum()
     assert torch.equal(a, b)
     a.backward()
     b.backward()
@@ -190,7 +190,7 @@ def test_a_base_in_bf16_is_near_and_the_adapter_stays_in_float32(pipelines: dict
     half, _ = recipe_of(pipelines["2b"], 9, (32, 32), base_dtype="bf16")
     assert {p.dtype for p in half.network.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in half.network.parameters() if not p.requires_grad} == {torch.bfloat16}
-    a, b = whole.loss(whole.network, batch), half.loss(half.network, batch)
+    a, b = whole.loss(whole.network, batch).sum(), half.loss(half.network, batch).sum()
     assert b.dtype == torch.float32
     assert b.item() == pytest.approx(a.item(), rel=0.05)
 
@@ -245,7 +245,7 @@ def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     recipe, batch = recipe_of(pipelines["2b"], 9, (32, 32))
     before = copy.deepcopy(recipe.family.load_network(torch.float32).state_dict())
     optimizer = torch.optim.AdamW([p for p in recipe.network.parameters() if p.requires_grad], lr=0.1)
-    recipe.loss(recipe.network, batch).backward()
+    recipe.loss(recipe.network, batch).sum().backward()
     optimizer.step()
     lora.remove(recipe.network)
     assert all(torch.equal(value, before[name]) for name, value in recipe.network.state_dict().items())
@@ -258,7 +258,7 @@ def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
     recipe, batch = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
     lora.remove(recipe.network)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        recipe.loss(recipe.network, batch)
+        recipe.loss(recipe.network, batch).sum()
         module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
     assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
     assert recipe.tokens(batch) == 2 * 2 * 2 * 2
