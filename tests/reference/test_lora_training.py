@@ -241,6 +241,18 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     assert torch.equal(back, ours)
 
 
+def test_dropout_of_training_is_in_no_file(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers leaves a loaded adapter's dropout switched on."""
+    recipe, _ = recipe_of(pipelines["2b"], 9, (32, 32))
+    recipe.adapter = replace(recipe.adapter, dropout=0.5)
+    recipe.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(pipelines["2b"])
+    stock.load_lora_weights(tmp_path)
+    x, states, time = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
+    first, second = (stock.transformer(x, states, time, return_dict=False)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     recipe, batch = recipe_of(pipelines["2b"], 9, (32, 32))
     before = copy.deepcopy(recipe.family.load_network(torch.float32).state_dict())

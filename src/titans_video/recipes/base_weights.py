@@ -46,7 +46,7 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
             onload_device=engine.device,
             offload_device=torch.device("cpu"),
             offload_type="leaf_level",
-            use_stream=engine.device.type == "cuda",
+            use_stream=False,  # its prefetching knows one order of layers; checkpointing has another in the backward pass
         )
     if options.compile:
         compile_blocks(network)
