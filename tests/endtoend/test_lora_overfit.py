@@ -53,8 +53,8 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
     flags = [
         *("--manifest", str(manifest), "--data-root", str(real_clips), "--pretrained-model", str(pipeline)),
         *("--height", "32", "--width", "32", "--num-frames", "9", "--batch-size", "4", "--cache", str(tmp_path / "c")),
-        *("--max-steps", "400", "--lr", "0.005", "--rank", "16", "--target-modules", "transformer_blocks.*|proj_out"),
-        *("--text-dtype", "fp32", "--cfg-drop-prob", "0", "--save-every", "400", "--output-dir", str(tmp_path / "out")),
+        *("--max-steps", "300", "--lr", "0.005", "--rank", "16", "--target-modules", "transformer_blocks.*|proj_out"),
+        *("--text-dtype", "fp32", "--cfg-drop-prob", "0", "--save-every", "300", "--output-dir", str(tmp_path / "out")),
     ]
     assert main(["train", "cogvideox-lora", *flags]) == 0
     (recipe,) = made

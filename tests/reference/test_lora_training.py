@@ -164,6 +164,45 @@ def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipel
         assert all(torch.equal(value, grads[0][name]) for name, value in other.items())
 
 
+@pytest.mark.parametrize("kind", ["2b", "5b"])
+def test_weights_that_are_away_are_never_computed_with(
+    kind: str, pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a layer's weights are elsewhere but while it is used: here they are zeros meanwhile."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    away: dict[int, Tensor] = {}
+
+    def held(group: Any) -> list[Tensor]:
+        return [p for m in group.modules for p in m.parameters()] + list(group.parameters)
+
+    def offload(group: Any) -> None:
+        for p in held(group):
+            if id(p) not in away:
+                away[id(p)], p.data = p.data, torch.zeros_like(p.data)
+
+    def onload(group: Any) -> None:
+        for p in held(group):
+            p.data = away.pop(id(p), p.data)
+
+    plain, batch = recipe_of(pipelines[kind], 9, (32, 32))
+    plain.network.train()
+    plain.loss(plain.network, batch).backward()
+    wanted = {n: p.grad for n, p in plain.network.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    recipe, _ = recipe_of(pipelines[kind], 9, (32, 32), gradient_checkpointing=True, offload="group")
+    recipe.network.train()
+    loss = recipe.loss(recipe.network, batch)
+    assert len(away) > 20
+    assert all(not bool(p.any()) for p in recipe.network.parameters() if id(p) in away)
+    loss.backward()
+    found = {n: p.grad for n, p in recipe.network.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert len(away) > 20
+
+
 def test_a_base_in_8_bits_trains_as_its_rounded_weights_do(pipelines: dict[str, Path]) -> None:
     recipe, batch = recipe_of(pipelines["5b"], 9, (32, 32), layerwise_casting="fp8_e4m3", gradient_checkpointing=True)
     stored = [n for n, p in recipe.network.named_parameters() if p.dtype == torch.float8_e4m3fn]
@@ -239,6 +278,18 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     assert read.alphas == {name: 6.0 for name, _ in lora.layers(network)}
     back = video(family.pipeline(fresh, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
     assert torch.equal(back, ours)
+
+
+def test_dropout_of_training_is_in_no_file(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers leaves a loaded adapter's dropout switched on."""
+    recipe, _ = recipe_of(pipelines["2b"], 9, (32, 32))
+    recipe.adapter = replace(recipe.adapter, dropout=0.5)
+    recipe.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(pipelines["2b"])
+    stock.load_lora_weights(tmp_path)
+    x, states, time = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
+    first, second = (stock.transformer(x, states, time, return_dict=False)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:

@@ -40,7 +40,6 @@ class LoraFile:
         path: of the file.
         tensors: float32, by `models.lora.state_dict`'s names.
         alphas: of each layer.
-        dropout: that it was trained with, where the file says.
         notes: what the person should know.
         about: what this project's own files say of the training: `base`, `data` and `sample`, as
             `recipes.lora_opening.lora_config` has them.
@@ -49,13 +48,15 @@ class LoraFile:
     path: Path
     tensors: dict[str, Tensor]
     alphas: dict[str, float]
-    dropout: float = 0.0
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def metadata(sizes: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> dict[str, Any]:
+def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """An adapter as the arguments of PEFT's LoraConfig.
+
+    Dropout is always 0 in it, whatever training had: diffusers puts what it says into the transformer in training mode
+    and leaves it so, and every video would lose a part of the adapter at random.
 
     Args:
         sizes: rank and alpha of each layer. The commonest are said once, the others by layer.
@@ -66,7 +67,7 @@ def metadata(sizes: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> di
     return {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0,
         "target_modules": sorted(sizes),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -81,7 +82,6 @@ def write(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, tuple[int, float]],
     *,
-    dropout: float = 0.0,
     about: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter for diffusers, atomically.
@@ -94,7 +94,7 @@ def write(
     """
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
     named = {f"{PREFIX}.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()}
-    said = {f"{PREFIX}.{key}": value for key, value in metadata(sizes, dropout).items()}
+    said = {f"{PREFIX}.{key}": value for key, value in metadata(sizes).items()}
     header = {"format": "pt", **(about or {}), HEADER: json.dumps(said, indent=2, sort_keys=True)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(named, header))  # `save_file` would let nobody else read it
@@ -128,8 +128,7 @@ def read(path: Path | str) -> LoraFile:
         )
     else:
         alphas = _alphas(path, config, _ranks(tensors))
-    dropout = float((config or {}).get("lora_dropout") or 0.0)
-    return LoraFile(path, tensors, alphas, dropout, notes, _about(header))
+    return LoraFile(path, tensors, alphas, notes, _about(header))
 
 
 def _find(path: Path) -> Path:
@@ -152,7 +151,7 @@ def _from_checkpoint(path: Path) -> LoraFile:
         raise CheckpointError(f"{path} holds no LoRA of this project; `--checkpoint` reads whole models.")
     tensors = {name: value.float() for name, value in rename(data["model"]).items()}
     alphas = {name: float(config["alpha"]) for name in _ranks(tensors)}
-    return LoraFile(path, tensors, alphas, float(config.get("dropout", 0.0)), about=data["config"])
+    return LoraFile(path, tensors, alphas, about=data["config"])
 
 
 def _tensors(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -42,15 +42,34 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
             storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
         )
     if options.offload == "group":
-        network.enable_group_offload(  # type: ignore[operator]
-            onload_device=engine.device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=engine.device.type == "cuda",
-        )
+        offload_blocks(network, engine.device)
     if options.compile:
         compile_blocks(network)
     return network, dtype
+
+
+def offload_blocks(network: nn.Module, device: torch.device) -> None:
+    """Let the linear layers of the blocks wait in main memory; the rest, which is little, lies on the device.
+
+    A layer that is sent away after its forward takes along the weights that its backward pass needs. A linear layer's
+    backward pass holds on to a view of its own, which checkpointing makes anew; a norm's would compute with whatever
+    lies in the norm by then, in silence or on the wrong device. Nothing is fetched ahead (`use_stream`): that knows one
+    order of layers, and the backward pass has another.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    for part in network.children():
+        if not isinstance(part, nn.ModuleList):
+            part.to(device)
+            continue
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                apply_group_offloading(
+                    module, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level"
+                )
+            else:
+                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    tensor.data = tensor.data.to(device)
 
 
 def move_adapter(network: nn.Module, device: torch.device) -> None:

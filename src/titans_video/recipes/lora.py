@@ -147,9 +147,9 @@ class LoraRecipe(SoraRecipe):
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
         """See `training.recipe.Adapting`."""
-        said = {lora_files.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "data", "sample")})}
+        said = {lora_files.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "lora", "data", "sample")})}
         tensors = lora.rename(model)
-        lora_files.write(folder, tensors, self._sizes(tensors), dropout=self.adapter.dropout, about=said)
+        lora_files.write(folder, tensors, self._sizes(tensors), about=said)
 
     def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
         """See `training.recipe.Adapting`."""

@@ -71,8 +71,8 @@ def check_parity(
             "not look."
         )
     blocks = "" if whole else f" in the first {BLOCKS} blocks"
-    share = difference / max(effect, 1e-6)
-    return f"{folder.name}: stock diffusers loads it and computes the same{blocks} (to {share:.1g} of its effect)."
+    close = f"to {difference / effect:.1g} of its effect" if difference else "to the bit"
+    return f"{folder.name}: stock diffusers loads it and computes the same{blocks} ({close})."
 
 
 def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
