@@ -11,6 +11,7 @@ A checkpoint is a dict of tensors and plain containers:
         codec    {"options": CodecOptions as a dict, "spec": CodecSpec as a dict, "config": fitted codec's own,
                   "fingerprint": str | None}
         text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...], "widths": [int, ...]}
+        image    {"pretrained_model", "dtype", "fingerprint"} of the image encoder of networks that are told pictures
         process  the noise process's own config
         data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, and the "tasks" trained
         sample   recommended {"steps", "guidance_scale", "guidance_interval", "prompt"}; any may be missing

@@ -118,7 +118,8 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
     width = _known("--width", options.width, model, "width")
     interval = _first(options.guidance_interval, advice.get("guidance_interval"), (0.0, 1.0))
     # A picture alone is enough for a network that is told one.
-    usual = "" if model.image is not None and options.image is not None else advice.get("prompt")
+    given = options.image is not None or options.video is not None
+    usual = "" if model.image is not None and given else advice.get("prompt")
     request = Request(
         prompts=[_first(options.prompt, usual, DEFAULT_PROMPT)],
         negative_prompt=options.negative_prompt,

@@ -100,7 +100,8 @@ def settle(
         "--validation-split": options.watch.validation_split,
         "--mixed-precision": start.engine.mixed_precision,  # by flag or by the launcher
     }
-    for part, name in (("codec", "fingerprint"), ("text", "fingerprints"), ("base", "fingerprint")):
+    parts = (("codec", "fingerprint"), ("text", "fingerprints"), ("base", "fingerprint"), ("image", "fingerprint"))
+    for part, name in parts:
         facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
     settings = settings_of(groups, facts)
     batching = _batching(options.data, train)
