@@ -58,6 +58,7 @@ def offload_blocks(network: nn.Module, device: torch.device) -> None:
     """
     from diffusers.hooks import apply_group_offloading
 
+    network.offloaded = True  # type: ignore[assignment]  # told to `training.engine.prepare`
     for part in network.children():
         if not isinstance(part, nn.ModuleList):
             part.to(device)

@@ -100,7 +100,9 @@ def prepare(engine: Engine, network: nn.Module, optimizer: Optimizer) -> tuple[n
     if engine.is_fsdp2 and engine.native_amp:
         # Accelerate does this itself for every engine but FSDP2.
         network.forward = torch.autocast(engine.device.type, AUTOCAST[engine.mixed_precision])(network.forward)
-    model, wrapped = engine.prepare(network, optimizer)
+    # A network whose layers come and go says so, and is left where it lies.
+    placement = [False, None] if getattr(network, "offloaded", False) else None
+    model, wrapped = engine.prepare(network, optimizer, device_placement=placement)
     return model, wrapped
 
 
