@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from PIL import Image
 
 from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
 from titans_video.codecs.image_encoder import resized
 from titans_video.generation.denoising import frame_noise
 from titans_video.generation.pictures import NOISE, PictureSettings
 from titans_video.generation.pipeline import Request, generate
+from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
 from titans_video.media.pixels import to_tensor
 from titans_video.models.svd import TextCrossAttention
 from titans_video.seeding import derive, keyed_normal
@@ -85,3 +87,22 @@ def test_the_text_branch_is_heard_once_it_says_something() -> None:
 def test_pictures_are_resized_as_the_pipeline_does(height: int, width: int) -> None:
     pictures = torch.rand(2, 3, height, width)
     torch.testing.assert_close(resized(pictures, 224), _resize_with_antialiasing(pictures, (224, 224)))
+
+
+def test_programs_get_the_same_video() -> None:
+    """Through `VideoPipeline`, with its pictures and settings."""
+    model = svd_model()
+    seed = draw_seeds(torch.Generator().manual_seed(5), 1)[0]
+    settings = PictureSettings(fps=8.0, motion_bucket=90.0, noise_aug=0.1, guidance=(1.0, 2.0))
+    expected = generate(model, request(picture=settings, seeds=[seed], steps=2), progress=False)
+    made = VideoPipeline.of(model)(
+        "",
+        image=Image.fromarray(picture()),
+        num_inference_steps=2,
+        motion_bucket=90.0,
+        noise_aug=0.1,
+        image_guidance=(1.0, 2.0),
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).frames
+    torch.testing.assert_close(made.transpose(1, 2) * 2 - 1, expected, rtol=0, atol=1e-5)

@@ -85,7 +85,7 @@ def spoil(config, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (["process", "name"], "edm", "no noise process 'edm'"),
+        (["process", "name"], "brownian", "no noise process 'brownian'"),
         (["process", "sigma"], 3, "no sigma"),
         (["process"], None, "'process' is missing"),
         (["model", "depth"], 2, r"weights do not fit .* missing \(blocks\.1\."),
