@@ -120,8 +120,8 @@ def check_picture(model: VideoModel, known: Tensor | None, guidance_scale: float
 
 
 def reads_text(model: VideoModel) -> bool:
-    """Whether the model was trained with a text encoder."""
-    return bool(model.config["text"].get("widths", [0]))
+    """Whether the model was trained with a text encoder; pretrained pipelines, which say nothing of it, were."""
+    return bool(model.config.get("text", {}).get("widths", [0]))
 
 
 def _moved(picture: Picture, model: VideoModel) -> Picture:
