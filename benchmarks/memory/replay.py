@@ -75,6 +75,34 @@ def recalled(network: TitansVideoDiT, length: int, samples: int) -> list[float]:
     return [n / done for n in right]
 
 
+def report(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """Table, numbers and plot."""
+    head = ["", "state bytes", "GFLOP a step", "steps", "right", "bits", f"of {a.length * math.log2(COLOURS):.0f}"]
+    rows = [
+        [
+            kind,
+            r["state_bytes"],
+            r["gflop_step"],
+            r["steps"],
+            sum(r["shares"]) / a.length,
+            r["bits"],
+            " ".join(f"{s:.2f}" for s in r["shares"]),
+        ]
+        for kind, r in results.items()
+    ]
+    size = f"{a.length} colours of {COLOURS}, {a.tflop:g} TFLOP of training each, {a.samples} codes."
+    text = f"{size}\n\n{table(head, rows)}"
+    save(a.out, "replay", "python -m benchmarks.memory.replay", text, results)
+    fig, axis = figure()
+    for word in ("tokens", "neural", "tokens+", "none"):
+        points = sorted((max(r["state_bytes"], 1), r["bits"]) for kind, r in results.items() if kind.split()[0] == word)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", ls="-" if len(points) > 1 else "", label=word)
+    axis.set(xscale="log", xlabel="bytes of state", ylabel="bits recalled", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    fig.savefig(a.out / "replay.png")
+
+
 def main() -> None:
     a = arguments()
     torch.set_num_threads(a.threads)
@@ -101,30 +129,7 @@ def main() -> None:
             "bits": sum(map(bits, shares)),
         }
         print(f"{kind}: {results[kind]}", flush=True)
-    head = ["", "state bytes", "GFLOP a step", "steps", "right", "bits", f"of {a.length * math.log2(COLOURS):.0f}"]
-    rows = [
-        [
-            kind,
-            r["state_bytes"],
-            r["gflop_step"],
-            r["steps"],
-            sum(r["shares"]) / a.length,
-            r["bits"],
-            " ".join(f"{s:.2f}" for s in r["shares"]),
-        ]
-        for kind, r in results.items()
-    ]
-    size = f"{a.length} colours of {COLOURS}, {a.tflop:g} TFLOP of training each, {a.samples} codes."
-    text = f"{size}\n\n{table(head, rows)}"
-    save(a.out, "replay", "python -m benchmarks.memory.replay", text, results)
-    fig, axis = figure()
-    for word in ("tokens", "neural", "tokens+", "none"):
-        points = [(max(r["state_bytes"], 1), r["bits"]) for kind, r in results.items() if kind.split()[0] == word]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o", ls="-" if len(points) > 1 else "", label=word)
-    axis.set(xscale="log", xlabel="bytes of state", ylabel="bits recalled", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=8)
-    fig.savefig(a.out / "replay.png")
+    report(a, results)
 
 
 if __name__ == "__main__":
