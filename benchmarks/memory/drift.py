@@ -27,7 +27,7 @@ KINDS = ("tokens", "none")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--videos", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("outputs/drift"), help="checkpoints and videos")
     parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
@@ -119,7 +119,7 @@ def real_clips(a: argparse.Namespace) -> list[np.ndarray]:
 def main() -> None:
     a = arguments()
     from benchmarks.memory import watching
-    from benchmarks.memory.reporting import figure, save, table
+    from benchmarks.memory.reporting import save, table
     from titans_video.media.sheets import contact_sheet
 
     prompts, real = captions(a), real_clips(a)
@@ -156,18 +156,26 @@ def main() -> None:
     shown = [(clip * 255).round().astype(np.uint8) for kind in KINDS for clip in made[kind]]
     said = [f"{kind}: {prompt}" for kind in KINDS for prompt in prompts]
     contact_sheet(a.out / "ten_segments.png", shown, said, frames=10, columns=2)
+    draw_plot(made, numbers, a.out / "drift.png")
+
+
+def draw_plot(made: dict[str, list[np.ndarray]], numbers: dict[str, Any], path: Path) -> None:
+    """Luma frame by frame, and likeness against the lag."""
+    from benchmarks.memory import watching
+    from benchmarks.memory.reporting import figure
+
     fig, (left, right) = figure(9, 3.4, 2)
-    for kind, clips in made.items():
-        luma = np.mean(
-            [watching.quantities(c)["luma"][: SEGMENT * SEGMENTS] for c in clips if len(c) >= SEGMENT * SEGMENTS], 0
-        )
-        if np.ndim(luma):
-            left.plot(luma, label=kind)
-        right.plot(list(numbers[kind]["likeness"]), list(numbers[kind]["likeness"].values()), marker="o", label=kind)
+    length = SEGMENT * SEGMENTS
+    for kind, colour in zip(made, ("grey", "C0", "C1"), strict=True):
+        whole = [watching.quantities(clip)["luma"][:length] for clip in made[kind] if len(clip) >= length]
+        if whole:
+            left.plot(np.mean(whole, axis=0), label=kind, color=colour)
+        likeness = numbers[kind]["likeness"]
+        right.plot(list(likeness), list(likeness.values()), marker="o", label=kind, color=colour)
     left.set(xlabel="frame", ylabel="luma")
     right.set(xlabel="lag in frames", ylabel="likeness")
-    left.legend(frameon=False, fontsize=8)
-    fig.savefig(a.out / "drift.png")
+    right.legend(frameon=False, fontsize=8)
+    fig.savefig(path)
 
 
 if __name__ == "__main__":
