@@ -76,7 +76,7 @@ def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: P
     ("flags", "said"),
     [
         ("--memory-in nowhere", "--memory-in nowhere"),
-        ("--window 8 --num-frames 20", "--window 8: this model has a memory"),
+        ("--window 3 --num-frames 20", "--window 3: this model's windows"),
         ("--memory-out m.safetensors --num-videos 2", "one at a time"),
         ("--segment-prompts nowhere", "--prompt and --segment-prompts"),
     ],

@@ -205,10 +205,44 @@ def test_edges_are_where_segments_meet() -> None:
     assert plan.edges == (5, 13, 21, 29)
 
 
-def test_windows_and_other_models_are_refused(tmp_path: Path) -> None:
+def test_windows_are_segments_and_what_they_see_of_the_one_before(tmp_path: Path) -> None:
+    """Segments of 2 frames that see 1 are windows of 3; others are made too, and the state knows their overlap."""
     model = streaming_model()
-    with pytest.raises(ConfigError, match="--window 4 and --overlap 2"):
-        plan_video(model, request(8), 4, 2)
+    usual, notes = plan_video(model, request(7))
+    asked, same = plan_video(model, request(7), 3, 1)
+    assert (asked, same) == (usual, notes)
+    plan, notes = plan_video(model, request(7), 5, 2)
+    assert (plan.segment, plan.overlap, plan.edges) == (3, 2, (3, 6))
+    assert any("Windows of 5 frames with an overlap of 2: it was trained on 3 with 1" in note for note in notes)
+    whole = made(model, request(7), plan)
+    assert whole.shape[2] == 7
+    path = tmp_path / "m.safetensors"
+    first = made(model, request(4), replace(plan_video(model, request(4), 5, 2)[0], save_to=path))
+    going = GenerateOptions(memory_in=str(path))
+    rest = made(model, request(3), with_state(model, plan_video(model, request(3), 5, 2)[0], going, None))
+    assert torch.equal(torch.cat((first, rest), dim=2), whole)
+    with pytest.raises(CheckpointError, match="give --overlap 2"):
+        with_state(model, plan_video(model, request(3))[0], going, None)
+
+
+@pytest.mark.parametrize(
+    ("window", "overlap", "said"),
+    [
+        (1, None, "--window 1: .*the nearest legal: 2"),
+        (4, 3, "--window 4: .*the nearest legal: 6"),
+        (None, 3, "--overlap 3: a segment has 2 frames"),
+        (None, -1, "--overlap -1: .*the nearest legal: 0"),
+    ],
+)
+def test_impossible_windows_are_refused(window: int | None, overlap: int | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_video(streaming_model(), request(8), window, overlap)
+    with pytest.raises(ConfigError, match="--window-mode blend"):
+        plan_video(streaming_model(), request(8), None, None, "blend")
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    model = streaming_model()
     plain = tiny_model()
     plan, _ = plan_video(plain, request(8))
     with pytest.raises(ConfigError, match="--memory-out: the model has no memory"):

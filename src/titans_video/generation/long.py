@@ -56,8 +56,11 @@ def plan_video(
     """
     spec, patch_t = model.codec.spec, model.patch_size[0]
     if model.segments is not None:
-        _refuse_windows(window, overlap, mode)
-        return plan_stream(model, request)
+        if mode == "blend":
+            raise ConfigError(
+                "--window-mode blend: this model has a memory and makes a video segment by segment; leave it out."
+            )
+        return plan_stream(model, request, window, overlap)
     trained = model.trained("num_frames")
     made = spec.frames_at_least(request.frames, patch_t)
     # What training would round down to the trained length is made in one go, if that is not much longer.
@@ -218,16 +221,6 @@ def _part(condition: Condition, start: int, length: int) -> Condition:
 
 def _first_window(request: Request, windows: WindowPlan) -> Request:
     return request if len(windows.starts) == 1 else replace(request, frames=windows.window)
-
-
-def _refuse_windows(window: int | None, overlap: int | None, mode: Wanted) -> None:
-    given = [f"--{n} {v}" for n, v in (("window", window), ("overlap", overlap)) if v is not None]
-    given += [f"--window-mode {mode}"] if mode != "auto" else []
-    if given:
-        raise ConfigError(
-            f"{' and '.join(given)}: this model has a memory and makes a video segment by segment, as it was trained; "
-            "leave the windows out."
-        )
 
 
 def _check_known(request: Request, windows: WindowPlan) -> None:

@@ -196,6 +196,12 @@ def _check(model: VideoModel, plan: StreamPlan, start: Carried, path: str) -> No
             f"--memory-in {path}: its video is {height}x{width}, not {wanted[0]}x{wanted[1]}; give --height {height} "
             f"--width {width}."
         )
+    if start.overlap is not None and start.overlap.shape[2] != plan.overlap:
+        stride, seen = model.codec.spec.stride[0], start.overlap.shape[2]
+        raise CheckpointError(
+            f"--memory-in {path}: its segments see {seen * stride} frames of the one before, not "
+            f"{plan.overlap * stride}; give --overlap {seen * stride}."
+        )
     if len(start.seeds) != 1:
         raise CheckpointError(f"--memory-in {path}: it holds {len(start.seeds)} videos; one is made at a time.")
 

@@ -29,14 +29,19 @@ from titans_video.models.titans import part_of
 from titans_video.types import Condition
 
 
-def plan_stream(model: VideoModel, request: Request) -> tuple[StreamPlan, list[str]]:
+def plan_stream(
+    model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None
+) -> tuple[StreamPlan, list[str]]:
     """Check a request of any length, and say what the person should be told.
 
+    Args:
+        window: frames in view at once: a segment's, and before them `overlap` of the last segment's; None: as trained.
+        overlap: those, in frames; None: as trained.
     Raises:
-        ConfigError: a size off the grid, or given frames that the first segment cannot hold.
+        ConfigError: a size off the grid, a window that is no whole number of latent frames, or given frames that the
+            first segment cannot hold.
     """
-    assert model.segments is not None  # callers looked
-    n, overlap = model.segments["latents"], model.segments["overlap"]
+    n, overlap, said = _segments(model, window, overlap)
     spec = model.codec.spec
     first, stride = spec.frames_of(n), n * spec.stride[0]
     # Sizes and lists are checked as for a clip of one segment; longer than that is what a memory is for.
@@ -46,10 +51,43 @@ def plan_stream(model: VideoModel, request: Request) -> tuple[StreamPlan, list[s
     made = plan(model, replace(request, frames=max(min(request.frames, first), given + 1)), first)
     shape = spec.latent_shape(first, request.height, request.width)
     count = 1 + max(-(-(request.frames - first) // stride), 0)
-    notes = [note for note in made.notes if "frames together" not in note]
+    notes = said + [note for note in made.notes if "frames together" not in note]
     notes.append(f"{request.frames} frames in {count} segment{'s' * (count > 1)} of {stride}.")
     tokens = count_tokens(shape[1:], model.patch_size)
     return StreamPlan(n, overlap, shape, tokens, request.frames, first, stride), notes
+
+
+def _segments(model: VideoModel, window: int | None, overlap: int | None) -> tuple[int, int, list[str]]:
+    """Latent frames of a segment and of the overlap, and what is unlike training."""
+    assert model.segments is not None  # callers looked
+    trained = n, o = model.segments["latents"], model.segments["overlap"]
+    stride = model.codec.spec.stride[0]
+    unit = model.patch_size[0] * stride  # frames
+    whole = f"this model's windows and overlaps are multiples of {unit} frames"
+    if overlap is not None:
+        if overlap < 0 or overlap % unit:
+            raise ConfigError(f"--overlap {overlap}: {whole}; the nearest legal: {_near(overlap, unit, 0)}.")
+        o = overlap // stride
+    if window is not None:
+        # A segment is what comes after the overlap, and holds all that the next one sees of it.
+        least = o * stride + max(o * stride, unit)
+        if window < least or window % unit:
+            raise ConfigError(
+                f"--window {window}: {whole}, and one holds the overlap of {o * stride} and at least as many new ones; "
+                f"the nearest legal: {_near(window, unit, least)}."
+            )
+        n = window // stride - o
+    if o > n:
+        raise ConfigError(f"--overlap {o * stride}: a segment has {n * stride} frames; give a longer --window too.")
+    if (n, o) == trained:
+        return n, o, []
+    usual = f"it was trained on {(trained[0] + trained[1]) * stride} with {trained[1] * stride}"
+    return n, o, [f"Windows of {(n + o) * stride} frames with an overlap of {o * stride}: {usual}, and may look worse."]
+
+
+def _near(value: int, unit: int, least: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return " and ".join(f"{x}" for x in sorted({max(below, least), max(above, least)}))
 
 
 def stream(
