@@ -35,6 +35,7 @@ from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
 from titans_video.media.seams import seam_jumps
 from titans_video.media.sheets import contact_sheet
+from titans_video.media.writing import write_video
 from titans_video.mock.bounce import sample_bounce
 from titans_video.mock.joins import read_joins
 from titans_video.options import GenerateOptions, Overrides
@@ -205,14 +206,16 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
     chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in REAL_CLIPS]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    for name in REAL_CLIPS:
+        shrink(clips / name, folder / name)
     script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
     found: dict[str, Any] = {}
     if not arguments.keep:
-        data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{clips}", "--output-dir", f"{folder}/run"]
+        data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
         found["training"] = run([sys.executable, script, *data, *REAL])
         print(f"Training: {found['training']}")
     for name, row in zip(REAL_CLIPS, chosen, strict=True):
-        out = folder / f"{Path(name).stem}.mp4"
+        out = folder / f"{Path(name).stem}_8s.mp4"
         words = ["infer", "--checkpoint", f"{folder}/run", "--prompt", row["caption"], "--fps", "24"]
         words += ["--num-frames", "192", "--window", "32", "--overlap", "8", "--out", f"{out}"]
         timing = run([sys.executable, script, *words])
@@ -229,6 +232,13 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         print(name, found[name])
     return found
+
+
+def shrink(path: Path, out: Path) -> None:
+    """A copy at the size and rate of training: a processor that decodes 480 lines for every step does little else."""
+    info = probe(path)
+    times = [Fraction(k, 24) for k in range(int(info.duration * 24))]
+    write_video(out, read_clip(path, info, info.indices_at(times), 64, 64), 24, crf=8)
 
 
 def interpolation(arguments: argparse.Namespace) -> dict[str, Any]:
