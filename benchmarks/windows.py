@@ -221,13 +221,15 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         timing = run([sys.executable, script, *words])
         info = probe(out)
         frames = read_clip(out, info, range(info.frames), 64, 64)
-        edges = (*range(32, 180, 24), 176)
+        edges = (*range(32, 180, 24), 176)  # of the windows; the last is clamped
         at, elsewhere = seam_jumps(frames, edges)
+        blocks, _ = seam_jumps(frames, [k for k in range(8, info.frames, 8) if k not in edges])
         found[name] = {
             "frames": info.frames,
             "fps": str(info.fps),
             "seconds": float(info.duration),
             "seam_ratio": round(float(np.median(at) / np.median(elsewhere)), 3),
+            "beside_other_blocks": round(float(np.median(at) / np.median(blocks)), 3),
             **timing,
         }
         print(name, found[name])
