@@ -143,6 +143,7 @@ def test_checkpointed_equals_plain(attention_type: str, kind: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
 def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -> None:
+    torch.manual_seed(0)
     clean, time = frames(6), torch.rand(B, 6)
     grads, values = [], []
     plain = network(kind)
@@ -155,7 +156,8 @@ def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -
         grads.append([p.grad for p in net.parameters()])
         values.append(value.detach())
     assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
-    assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+    for fused, one_by_one in zip(grads[1], grads[0], strict=True):  # sums are added up in another order
+        assert (fused - one_by_one).norm() <= 1e-4 * one_by_one.norm() + 1e-6
 
 
 def test_the_network_keeps_nothing_between_calls() -> None:
