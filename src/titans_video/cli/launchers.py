@@ -1,6 +1,8 @@
 """What the scripts in train/videos do; their command lines are those of `titans-video train` and `generate`."""
 
+import os
 import sys
+from collections.abc import Callable
 
 from titans_video.cli.run import guarded
 
@@ -12,33 +14,33 @@ def video_framework() -> int:
         return guarded(lambda: _generate(words[1:], "video_framework.py infer"))
     if words[:1] == ["train"]:
         words = words[1:]
-    return guarded(lambda: _train(words, "video_framework.py"))
+    return _trained(lambda: _train(words, "video_framework.py"))
 
 
 def train_sora_accelerate() -> int:
     """Train; a launcher says on how many processes."""
-    return guarded(lambda: _train(sys.argv[1:], "train_sora_accelerate.py"))
+    return _trained(lambda: _train(sys.argv[1:], "train_sora_accelerate.py"))
 
 
 def train_titans_video_dit_accelerate() -> int:
     """Train the model with a memory; a launcher says on how many processes."""
     from titans_video.cli.titans import main
 
-    return guarded(lambda: main(sys.argv[1:], "train_titans_video_dit_accelerate.py"))
+    return _trained(lambda: main(sys.argv[1:], "train_titans_video_dit_accelerate.py"))
 
 
 def train_cogvideox_lora_accelerate() -> int:
     """Train a LoRA on CogVideoX; a launcher says on how many processes."""
     from titans_video.cli.lora import main
 
-    return guarded(lambda: main(sys.argv[1:], "train_cogvideox_lora_accelerate.py"))
+    return _trained(lambda: main(sys.argv[1:], "train_cogvideox_lora_accelerate.py"))
 
 
 def train_video_accelerate() -> int:
     """Fine-tune Stable Video Diffusion; a launcher says on how many processes."""
     from titans_video.cli.svd import main
 
-    return guarded(lambda: main(sys.argv[1:], "train_video_accelerate.py"))
+    return _trained(lambda: main(sys.argv[1:], "train_video_accelerate.py"))
 
 
 def infer_sora() -> int:
@@ -56,3 +58,17 @@ def _generate(words: list[str], prog: str) -> int:
     from titans_video.cli.generate import main
 
     return main(words, prog)
+
+
+def _trained(command: Callable[[], int]) -> int:
+    """`guarded`, for one of the processes of a launcher.
+
+    It ends at once. While an interpreter takes itself down, torch's message threads can still meet a peer that has
+    already gone, and abort a process whose work is done; the launcher would call that a failed run.
+    """
+    code = guarded(command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -62,5 +62,5 @@ def train_recipe(
     )
     stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
     outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
-    accelerator.end_training()
+    engine.finish(accelerator)
     return outcome

@@ -307,7 +307,7 @@ def cache_sora(options: SoraOptions) -> None:
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     if held_out:
         fill(options, held_out, codec, text, accelerator)
-    accelerator.end_training()
+    engine.finish(accelerator)
 
 
 def build_recipe(

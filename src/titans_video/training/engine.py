@@ -216,6 +216,18 @@ def patient_group(engine: Engine) -> Any:
     return _GROUPS[world]
 
 
+def finish(engine: Engine) -> None:
+    """Close the trackers, and leave the other processes once all of them have come to the end.
+
+    Message threads abort a process when a peer is gone while they are still open: nobody leaves early.
+    """
+    if engine.num_processes > 1:
+        with peers_watched():
+            dist.barrier(group=patient_group(engine))
+    engine.end_training()
+    _GROUPS.clear()
+
+
 def engine_name(engine: Engine) -> str:
     """DDP, FSDP2, ...: how the processes of a run share the work."""
     kind = engine.distributed_type
