@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.memory.learning import Draw, Trained, recall_of, small_network, swap, train, zero
 from benchmarks.memory.reporting import figure, save, table
-from benchmarks.memory.worlds import FRAMES, Clips, occluded_identity
+from benchmarks.memory.worlds import COLOURS, FRAMES, SQUARE, Clips, occluded_identity
 
 HIDDEN = (0, 2, 6)
-CHANCE = 1 / 8
+CHANCE = 1 / len(COLOURS)
 BATCH = 24
 
 
@@ -29,20 +29,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-seconds", type=float, default=170.0, help="of training each network")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--memory", nargs="+", default=["tokens", "neural", "none", "window"])
+    parser.add_argument("--square", type=int, default=SQUARE, help="side of the object in pixels, of 16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/memory"))
     return parser.parse_args()
 
 
-def training_clips(generator: torch.Generator, progress: float) -> Clips:
+def training_clips(square: int) -> Draw:
     """A curriculum: at first one segment of curtain, later up to six."""
-    hidden = 1 if progress < 0.6 else int(torch.randint(1, max(HIDDEN) + 1, (), generator=generator))
-    return occluded_identity(BATCH, hidden, generator)
+
+    def draw(generator: torch.Generator, progress: float) -> Clips:
+        hidden = 1 if progress < 0.6 else int(torch.randint(1, max(HIDDEN) + 1, (), generator=generator))
+        return occluded_identity(BATCH, hidden, generator, square=square)
+
+    return draw
 
 
-def test_clips(hidden: int) -> Draw:
-    return lambda generator, progress: occluded_identity(128, hidden, generator)
+def test_clips(hidden: int, square: int) -> Draw:
+    return lambda generator, progress: occluded_identity(128, hidden, generator, square=square)
 
 
 def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
@@ -52,7 +57,7 @@ def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
     network = small_network(a.seed, memory="none" if kind in ("none", "window") else kind)
     made = train(
         network,
-        training_clips,
+        training_clips(a.square),
         cpu_seconds=a.cpu_seconds,
         lr=1.5e-3,
         muon_lr=0.01,
@@ -62,7 +67,7 @@ def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
     )
     found: dict[str, Any] = {"cpu_seconds": made.cpu_seconds, "steps": made.steps}
     for hidden in HIDDEN:
-        draw = test_clips(hidden)
+        draw = test_clips(hidden, a.square)
         found[f"own {hidden}"] = recall_of(network, draw, a.samples, overlap=overlap)
         if network.config.memory != "none":
             found[f"swap {hidden}"] = recall_of(network, draw, a.samples, swap, overlap=overlap, donor=True)

@@ -51,16 +51,18 @@ def phase_text(phase: str, batch: int) -> TextCondition:
     return TextCondition((one_hot,), (torch.ones(batch, 1, dtype=torch.bool),))
 
 
-def occluded_identity(batch: int, hidden: int, generator: torch.Generator, colours: int = len(COLOURS)) -> Clips:
+def occluded_identity(
+    batch: int, hidden: int, generator: torch.Generator, colours: int = len(COLOURS), square: int = SQUARE
+) -> Clips:
     """Occluded identity recall: a moving square of one of some colours, `hidden` segments of a curtain, the square
     again.
 
     The curtain's stripes, the square's places and its ways are drawn anew and tell nothing of the colour.
     """
     colour = torch.randint(colours, (batch,), generator=generator)
-    show = _squares(colour, generator)
+    show = _squares(colour, generator, square)
     curtain = _curtain(batch, hidden * FRAMES, generator)
-    reveal = _squares(colour, generator)
+    reveal = _squares(colour, generator, square)
     phases = ["show"] + ["hidden"] * hidden + ["reveal"]
     texts = tuple(phase_text(p, batch) for p in phases)
     return Clips(torch.cat((show, curtain, reveal), 2), colour, texts, range(hidden + 1, hidden + 2))
@@ -91,15 +93,15 @@ def read_colour(pixels: Tensor, colours: int = len(COLOURS)) -> Tensor:
     return votes.argmax(-1)
 
 
-def _squares(colour: Tensor, generator: torch.Generator) -> Tensor:
+def _squares(colour: Tensor, generator: torch.Generator, square: int = SQUARE) -> Tensor:
     """A square that moves a pixel a frame, from a place and in a direction of its own: (B, 3, F, L, L)."""
     batch = len(colour)
     step = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])[torch.randint(4, (batch,), generator=generator)]
-    room = SIDE - SQUARE - 2 * (FRAMES - 1)
+    room = SIDE - square - 2 * (FRAMES - 1)
     start = torch.randint(room + 1, (batch, 2), generator=generator) + FRAMES - 1
     at = start[:, None] + step[:, None] * torch.arange(FRAMES)[:, None]  # (B, F, 2)
     line = torch.arange(SIDE)
-    inside = [(line >= at[..., i, None]) & (line < at[..., i, None] + SQUARE) for i in (0, 1)]  # each (B, F, L)
+    inside = [(line >= at[..., i, None]) & (line < at[..., i, None] + square) for i in (0, 1)]  # each (B, F, L)
     mask = (inside[0][..., :, None] & inside[1][..., None, :])[:, None]  # (B, 1, F, L, L)
     paint = COLOURS[colour][:, :, None, None, None]
     return torch.where(mask, paint, torch.tensor(BACKGROUND))
