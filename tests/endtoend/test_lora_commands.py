@@ -320,7 +320,7 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What peers write: no alpha; no prefix, so that nothing is loaded; and a file that cannot be loaded at all."""
+    """What peers write: no alpha; and names under another prefix, so that nothing is loaded."""
     write = lora_files.write
 
     def without_alpha(path: Path, tensors: Any, sizes: Any, **more: Any) -> None:
