@@ -26,6 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read 
 import numpy as np
 import torch
 
+from titans_video.demo.options import DemoOptions
+from titans_video.demo.run import training_command
 from titans_video.generation.loading import VideoModel, load_model
 from titans_video.generation.long import generate_long, plan_video
 from titans_video.generation.requests import build_request
@@ -68,32 +70,14 @@ def main() -> int:
 def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
     """Joins of the bouncing world, continued, blended and true."""
     folder = arguments.out / "bounce"
-    command = [sys.executable, "-m", "titans_video.cli.main"]
-    data = [
-        "data",
-        "mock",
-        "--world",
-        "bounce",
-        "--clips",
-        f"{CLIPS}",
-        "--frames",
-        f"{WINDOW}",
-        "--out",
-        f"{folder}/data",
-    ]
-    train = [
-        "train",
-        "--config",
-        f"{PRESET}",
-        "--manifest",
-        f"{folder}/data/manifest.jsonl",
-        "--output-dir",
-        f"{folder}/run",
-    ]
+    data = ["data", "mock", "--world", "bounce", "--clips", f"{CLIPS}", "--size", "64", "--frames", f"{WINDOW}"]
     found: dict[str, Any] = {}
     if not arguments.keep:
-        run([*command, *data])
-        found["training"] = run([*command, *train])
+        found["data"] = run([sys.executable, "-m", "titans_video.cli.main", *data, "--out", f"{folder}/data"])
+        # As the demo does it: two processes of one thread each, on a CPU.
+        training = training_command(DemoOptions(train_config=f"{PRESET}"), folder)
+        words = [*training.words, "--cache", f"{folder}/cache"]
+        found["training"] = run(words, training.environment)
         print(f"Training: {found['training']}")
     model = load_model(f"{folder}/run", Overrides(), "cpu")
     shown, captions = [], []
@@ -141,11 +125,11 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def run(words: list[str]) -> dict[str, float]:
+def run(words: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
     """Run a command; minutes by the clock, and of both cores' time together."""
     print("$", shlex.join(words), flush=True)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(words, check=True, cwd=Path.cwd(), env={**os.environ, "OMP_NUM_THREADS": "2"})
+    subprocess.run(words, check=True, cwd=REPOSITORY, env={**os.environ, **(environment or {"OMP_NUM_THREADS": "2"})})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"minutes": round((time.monotonic() - started) / 60, 2), "cpu_minutes": round(cpu / 60, 2)}

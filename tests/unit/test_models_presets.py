@@ -1,12 +1,14 @@
 """Presets: parameters counted by a formula of their own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from titans_video.errors import ConfigError
-from titans_video.models.presets import PRESETS, sora_config
+from titans_video.models.presets import PRESETS, sora_config, titans_config
 from titans_video.models.table import build_network
-from titans_video.options import ModelOptions
+from titans_video.options import MemoryOptions, ModelOptions
 from titans_video.types import CodecSpec
 
 WAN = CodecSpec("wan", 16, (4, 8, 8), "causal")
@@ -60,6 +62,12 @@ def test_flags_change_a_preset() -> None:
     assert (config["model_dim"], config["depth"], config["heads"]) == (128, 3, 2)
     assert (config["in_channels"], config["time_stride"]) == (16, 4)
     assert (config["patch_size"], config["text_widths"], config["attention_type"]) == ((1, 2, 4), (0, 64), "st")
+    options = replace(options, sine_positions=True, hold_known=True)
+    network = build_network(sora_config(options, WAN, (0, 64)))
+    assert network.config["sine_positions"]
+    assert network.config["hold_known"]
+    with pytest.raises(ConfigError, match="--hold-known: TitansVideoDiT"):
+        titans_config(MemoryOptions(), options, WAN, (0, 64))
 
 
 def test_an_unknown_preset_is_refused_with_the_list() -> None:

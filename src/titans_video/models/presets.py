@@ -38,6 +38,8 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
         "time_stride": spec.stride[0],
         "patch_size": tuple(options.patch_size),
         "attention_type": options.attention_type,
+        "sine_positions": options.sine_positions,
+        **({"hold_known": True} if options.hold_known else {}),
         "text_widths": tuple(text_widths),
     }
 
@@ -48,8 +50,10 @@ def titans_config(
     """Arguments of TitansVideoDiT: SoraDiT's, and its memory.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: there is no such preset, or --hold-known.
     """
+    if options.hold_known:
+        raise ConfigError("--hold-known: TitansVideoDiT goes on from its overlap and has no known frames to hold.")
     names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
     return {
         "network": "TitansVideoDiT",

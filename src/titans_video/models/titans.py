@@ -93,6 +93,7 @@ class TitansVideoDiT(Backbone):
         adaln: Literal["block", "shared"] = "shared",
         conv: bool = False,
         gated_skip: bool = False,
+        sine_positions: bool = False,
         rope_theta: float = 256.0,
         memory: MemoryKind = "tokens",
         mem_tokens: int = 64,
