@@ -1,6 +1,7 @@
 """Our image-to-video of Stable Video Diffusion against diffusers' own pipeline, from the same noise."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
 from titans_video.codecs.image_encoder import resized
+from titans_video.generation import long
 from titans_video.generation.denoising import frame_noise
 from titans_video.generation.pictures import NOISE, PictureSettings
 from titans_video.generation.pipeline import Request, generate
@@ -106,3 +108,22 @@ def test_programs_get_the_same_video() -> None:
         output_type="pt",
     ).frames
     torch.testing.assert_close(made.transpose(1, 2) * 2 - 1, expected, rtol=0, atol=1e-5)
+
+
+def test_a_picture_alone_is_enough_in_any_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a prompt none is encoded, not even the one that the checkpoint recommends."""
+    model, told = svd_model(), list[str]()
+    model.config["sample"]["prompt"] = "a red circle"
+    encode = long.encode_prompts
+    monkeypatch.setattr(
+        long, "encode_prompts", lambda m, prompts, *rest: told.extend(prompts) or encode(m, prompts, *rest)
+    )
+    Image.fromarray(picture()).save(tmp_path / "p.png")
+    pipe, call = VideoPipeline.of(model), {"num_inference_steps": 1, "output_type": "pt"}
+    pipe(image=Image.fromarray(picture()), **call)
+    pipe(image=to_tensor(picture()[None])[:, 0], num_videos_per_prompt=2, **call)
+    pipe(image=tmp_path / "p.png", **call)
+    pipe(video=picture()[None], **call)
+    assert told == [""] * 5
+    pipe(**call)
+    assert told[5:] == ["a red circle"]
