@@ -244,6 +244,16 @@ def test_without_text_pictures_are_enough(tmp_path: Path) -> None:
     assert made.video.shape == (3, *SIZE)
 
 
+def test_without_text_validation_goes_on_from_a_picture_of_its_videos_size(tmp_path: Path) -> None:
+    """The fullest bucket is a smaller one."""
+    manifest = make_set(tmp_path, rows=3, wide=1, **{f"row{i}": {"task": "i2v"} for i in range(4)})
+    chosen = options(str(manifest), text="none")
+    sizes = DataOptions(manifest=(str(manifest),), num_frames=SIZE[0], buckets="16x16,16x32")
+    recipe = recipe_of(chosen, open_data(sizes, build_codec(chosen.codec).spec, (1, 1, 1), seed=0))
+    with recipe.sampler(recipe.network, 0) as sample:
+        assert sample("grey 0", 0).video.shape == (3, SIZE[0], 16, 32)
+
+
 def test_flags_of_the_other_network() -> None:
     with pytest.raises(ConfigError, match="--preset and --patch-size: Stable Video"):
         refuse_unused(replace(options(), model=ModelOptions(preset="B", patch_size=(1, 2, 2))))

@@ -25,6 +25,8 @@ from titans_video.generation.loading import VideoModel
 from titans_video.generation.pictures import NOISE, picture_of
 from titans_video.generation.requests import sample
 from titans_video.media.motion import motion_bucket
+from titans_video.media.pixels import to_tensor, to_uint8
+from titans_video.media.resize import cover_crop
 from titans_video.models.svd import SVDUNet, choose_trainable
 from titans_video.options import ModelOptions
 from titans_video.preparing.opening import Data
@@ -192,7 +194,11 @@ def build_svd(
     if text.widths:
         return SVDRecipe(**parts, image=image, tune=tune)
     parts |= {"sample_prompt": None, "sample_flags": (*base.sample_flags, "--image", "first.png")}
-    return SVDRecipe(**parts, image=image, tune=tune, sample_picture=data.sample_pixels(1)[0, :, 0])
+    # Of the fullest bucket, while videos are as large as the largest.
+    frame, size = data.sample_pixels(1)[0, :, :1], (config["data"]["height"], config["data"]["width"])
+    return SVDRecipe(
+        **parts, image=image, tune=tune, sample_picture=to_tensor(cover_crop(to_uint8(frame), *size))[:, 0]
+    )
 
 
 def svd_config(
