@@ -19,6 +19,7 @@ from tests.endtoend.kill_and_resume import same
 from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics, run
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
+from titans_video.families.cogvideox import CogVideoX
 from titans_video.models import lora_files
 
 SIZE = "--height 32 --width 32 --num-frames 9 --rank 3 --lora-alpha 6 --text-dtype fp32"
@@ -345,24 +346,41 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"), [("to_q,ff", "in the first 2 blocks"), (r"transformer_blocks\.2\..*to_q", "the same (")]
+    ("targets", "blocks", "said"),
+    [
+        ("to_q,ff", [0, 1], "the same in blocks 0 and 1 ("),
+        (r"transformer_blocks\.[23]\..*to_q", [2, 3], "the same ("),
+        (r"transformer_blocks\.[1-3]\..*to_q", [1, 2], "the same in blocks 1 and 2 ("),
+        ("proj_out", [0], "the same ("),
+    ],
 )
 def test_the_gate_takes_two_blocks_of_a_large_transformer(
     targets: str,
+    blocks: list[int],
     said: str,
     repository: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Or all of them, where the adapter is in none of the two."""
+    """Those that the adapter is in, wherever they are; no other is copied."""
     from titans_video.recipes import parity
 
     monkeypatch.setattr(parity, "LARGE", 0)
-    deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=3)
+    copied, small_network = list[list[int]](), CogVideoX.small_network
+
+    def look(self: CogVideoX, numbers: Any) -> torch.nn.Module:
+        made = small_network(self, numbers)
+        names = made.state_dict()
+        copied.append([i for i in range(4) if any(k.startswith(f"transformer_blocks.{i}.") for k in names)])
+        return made
+
+    monkeypatch.setattr(CogVideoX, "small_network", look)
+    deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=4)
     flags = words(repository, deep, f"{SIZE} --max-steps 1 --lr 0.02 --output-dir {tmp_path / 'out'} --target-modules")
     assert main(["train", "cogvideox-lora", *flags, targets]) == 0
     assert said in capsys.readouterr().out
+    assert copied == [blocks]
 
 
 def test_without_peft_the_gate_is_skipped_with_a_word(
