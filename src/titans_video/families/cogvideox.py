@@ -91,7 +91,7 @@ class CogVideoX(Family):
         kept = range(layers) if blocks is None else blocks
         changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
         network: nn.Module = self._kind().from_config({**self.config, **changes})
-        made = dict(zip(kept, network.get_submodule(self.blocks), strict=True))
+        made = dict(zip(kept, network.get_submodule(self.blocks).children(), strict=True))
         setattr(network, self.blocks, nn.ModuleList(made.get(i, Through()) for i in range(layers)))
         return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
 

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from titans_video.checkpoint import load_tensors
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.frozen import few, first_line
 
@@ -68,7 +70,7 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
     Args:
         lacking: buffers that need not come from the file.
     Raises:
-        CheckpointError: other weights are missing.
+        CheckpointError: other weights are missing, or a file cannot be read.
     """
     wanted = network.state_dict().keys() - lacking
     found: dict[str, torch.Tensor] = {}
@@ -76,6 +78,10 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as f:
                 found |= {k: f.get_tensor(k).float() for k in wanted & set(f.keys())}
+        if not found:  # as diffusers does, which takes these where there are no others
+            for path in sorted(folder.glob("diffusion_pytorch_model*.bin")):
+                tensors = load_tensors(path, mmap=is_zipfile(path))
+                found |= {k: tensors[k].float() for k in wanted & tensors.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{folder} cannot be read: {e}") from None
     rest = wanted - found.keys()
