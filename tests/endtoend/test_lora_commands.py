@@ -69,10 +69,16 @@ def test_what_a_run_leaves(trained: dict[str, Path], capsys: pytest.CaptureFixtu
         assert all(torch.equal(v, weights[f"transformer.{k}"]) for k, v in read.tensors.items())
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(sharded: bool, repository: Path, pipelines: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharded", "more"),
+    [(False, ""), (True, ""), (False, "--layerwise-casting fp8_e4m3")],
+    ids=["ddp", "fsdp2", "ddp-8-bits"],
+)
+def test_two_processes_equal_one(
+    sharded: bool, more: str, repository: Path, pipelines: dict[str, Path], tmp_path: Path
+) -> None:
     """The documented command, small; and a run of two goes on on one."""
-    flags = words(repository, pipelines["2b"], f"{SIZE} --max-steps 3 --grad-accum 2 --lr 0.01 --save-limit 1")
+    flags = words(repository, pipelines["2b"], f"{SIZE} --max-steps 3 --grad-accum 2 --lr 0.01 --save-limit 1 {more}")
     one = [*flags, "--batch-size", "2", "--output-dir", str(tmp_path / "one"), "--parity-gate", "none"]
     assert main(["train", "cogvideox-lora", *one]) == 0
     config = repository / "configs" / "accelerate" / ("cpu2_fsdp2.yaml" if sharded else "cpu2.yaml")
@@ -91,8 +97,8 @@ def test_two_processes_equal_one(sharded: bool, repository: Path, pipelines: dic
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-2, atol=1e-3)
     flags[flags.index("--max-steps") + 1] = "4"
-    more = [*flags, "--batch-size", "1", "--output-dir", str(tmp_path / "two"), "--resume", "auto"]
-    assert main(["train", "cogvideox-lora", *more]) == 0
+    again = [*flags, "--batch-size", "1", "--output-dir", str(tmp_path / "two"), "--resume", "auto"]
+    assert main(["train", "cogvideox-lora", *again]) == 0
     assert [m["step"] for m in metrics(tmp_path / "two")] == [1, 2, 3, 4]
     assert [p.name for p in sorted((tmp_path / "two").glob("lora_*"))] == ["lora_0000004", "lora_0000004.pt"]
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
+from titans_video.errors import ConfigError
 from titans_video.families.table import open_family
 from titans_video.lora_options import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.models import lora, lora_files
 from titans_video.options import DataOptions, TrainOptions
+from titans_video.recipes import base_weights
 from titans_video.recipes.lora import LoraRecipe, build_lora
 from titans_video.recipes.lora_opening import as_sora, open_clips
 from titans_video.seeding import derive, keyed_normal
@@ -332,3 +334,12 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     found = recipe._first_frame("nothing of the kind")
     assert found is not None
     assert found.shape == (1, 3, 1, 16, 48)
+
+
+def test_processes_with_other_base_weights_are_refused(
+    pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing sends them from one to the other."""
+    monkeypatch.setattr(base_weights, "gather", lambda engine, own: [own, "another"])
+    with pytest.raises(ConfigError, match="different transformers"):
+        recipe_of(pipelines["2b"], 9, (32, 32))
