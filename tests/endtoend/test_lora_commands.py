@@ -304,12 +304,23 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = words(repository, pipelines["2b"], f"{SIZE} {flags} --output-dir {tmp_path / 'out'}")
-    assert main(["train", "cogvideox-lora", *given]) == 2
+    where = f"--output-dir {tmp_path / 'out'} --cache {tmp_path / 'cache'}"
+    assert main(["train", "cogvideox-lora", *words(repository, pipelines["2b"], f"{SIZE} {flags} {where}")]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())  # nothing was encoded either
+
+
+def test_what_is_wrong_with_the_pipeline_is_said_before_anything_is_encoded(
+    repository: Path, pipelines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pipelines["2b"], tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline" / "scheduler")
+    flags = f"{SIZE} --output-dir {tmp_path / 'out'} --cache {tmp_path / 'cache'}"
+    assert main(["train", "cogvideox-lora", *words(repository, tmp_path / "pipeline", flags)]) == 2
+    assert "scheduler_config.json is missing" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
 
 
 def test_sizes_that_learned_positions_do_not_know(

@@ -22,7 +22,7 @@ from titans_video.models.svd import ATTENTION, BRANCH, TEMPORAL, TextCrossAttent
 from titans_video.options import CodecOptions, DataOptions, ModelOptions, TextOptions, TrainOptions
 from titans_video.preparing.fill import Encoders, codec_key, fill_cache
 from titans_video.preparing.opening import Data, open_data
-from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_unused
+from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
 from titans_video.recipes.svd_options import SVDOptions, TuneOptions
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
@@ -232,7 +232,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(data: Data) -> None:
 def test_rows_that_cannot_be_trained(text: str, task: str, said: str, tmp_path: Path) -> None:
     rows = some_data(tmp_path, task)
     with pytest.raises(ConfigError, match=f"line 1: {task}.*{said}"):
-        recipe_of(options(text=text), rows)
+        refuse_tasks(rows, build_text(TextOptions(text_model=text), needed=False))
 
 
 def test_without_text_pictures_are_enough(tmp_path: Path) -> None:

@@ -129,10 +129,23 @@ def train_svd(options: SVDOptions) -> Outcome:
     if not trains_unet(options):
         note = f"{options.codec.pretrained_model} holds no unet/: SoraDiT is trained from scratch on its VAE."
         return train_sora(options, Variant(build_recipe, notes=(note,)))
-    folder = options.codec.pretrained_model
-    unet_config(folder)  # what is wrong with it is said before anything slow is done
-    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True)
+    check_folder(options)
+    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True, check=refuse_tasks)
     return train_sora(replace(options, model=replace(options.model, patch_size=(1, 1, 1))), variant)
+
+
+def check_folder(options: SVDOptions) -> None:
+    """Read what describes the folder's parts, none of their weights: what is wrong there is said before anything slow
+    is done.
+
+    Raises:
+        UserError: a description is missing, cannot be read, or is of another kind of model.
+    """
+    folder = options.codec.pretrained_model
+    unet_config(folder)
+    assert folder is not None  # its UNet was looked at
+    ImageEncoder(folder, options.codec.vae_dtype, weights=False)
+    process_of(folder, options.tune.sigma_mean, options.tune.sigma_std)
 
 
 def trains_unet(options: SVDOptions) -> bool:
@@ -178,11 +191,10 @@ def build_svd(
     """As `recipes.sora.build_recipe`, with the folder's weights.
 
     Raises:
-        UserError: tasks that the network does not have, or something in the folder.
+        UserError: something in the folder is missing or damaged.
     """
     folder, tune = options.codec.pretrained_model, options.tune
-    assert folder is not None  # its UNet was looked at
-    refuse_tasks(data, text)
+    assert folder is not None  # see check_folder
     image = ImageEncoder(folder, options.codec.vae_dtype).to(device)
     base = build_recipe(options, data, codec, text, device, store, partial(svd_config, folder))
     load_unet(base.network, folder)  # type: ignore[arg-type]  # what svd_config names
