@@ -323,12 +323,15 @@ def test_what_is_wrong_with_the_pipeline_is_said_before_anything_is_encoded(
     assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
 
 
-def test_sizes_that_learned_positions_do_not_know(
+def test_sizes_that_the_transformer_cannot_do(
     repository: Path, pipelines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = f"--height 48 --width 32 --num-frames 9 --output-dir {tmp_path / 'out'}"
     assert main(["train", "cogvideox-lora", *words(repository, pipelines["5b-i2v"], flags)]) == 2
     assert "--height 32 --width 32 --num-frames 9" in capsys.readouterr().err
+    flags = f"--height 32 --width 32 --num-frames 7 --output-dir {tmp_path / 'out'}"  # 1, rounded down
+    assert main(["train", "cogvideox-lora", *words(repository, pipelines["1.5-i2v"], flags)]) == 2
+    assert "a clip of 1 frame has nothing else. Give --num-frames 8" in capsys.readouterr().err
 
 
 def test_a_file_that_diffusers_reads_otherwise_stops_the_run(

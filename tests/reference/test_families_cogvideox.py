@@ -147,6 +147,16 @@ def test_learned_positions_refuse_what_they_do_not_know(pipelines: dict[str, Pat
         open_family(pipelines["1.5"]).check_size(9, 48, 32)
 
 
+def test_a_first_frame_alone_is_no_clip(pipelines: dict[str, Path]) -> None:
+    for kind in factories.COGVIDEOX_KINDS:
+        family = open_family(pipelines[kind])
+        if not family.image_to_video:
+            family.check_size(1, 32, 32)
+            continue
+        with pytest.raises(ConfigError, match=r"--num-frames 8 or more.*--buckets 32x32x8"):
+            family.check_size(1, 32, 32)
+
+
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
     """With text, and with states in its place."""

@@ -1,5 +1,6 @@
 """The recipe of Stable Video Diffusion: its loss against the paper, what it is told against the pipeline."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -233,6 +234,18 @@ def test_rows_that_cannot_be_trained(text: str, task: str, said: str, tmp_path: 
     rows = some_data(tmp_path, task)
     with pytest.raises(ConfigError, match=f"line 1: {task}.*{said}"):
         refuse_tasks(rows, build_text(TextOptions(text_model=text), needed=False))
+
+
+@pytest.mark.parametrize("text", ["builtin", "none"])
+def test_one_frame_has_nothing_to_go_on_with(text: str, tmp_path: Path) -> None:
+    """Drawn as i2v beside t2v it trains as t2v; as i2v alone it would be told a blank picture."""
+    chosen = DataOptions(manifest=(str(make_set(tmp_path, rows=2, wide=0)),), num_frames=1, height=16, width=24)
+    spec, encoder = build_codec(options().codec).spec, build_text(TextOptions(text_model=text), needed=False)
+    for mix in ("i2v=1", "t2v=0.5,i2v=0.5")[: 2 if text == "builtin" else 1]:
+        data = open_data(replace(chosen, task_mix=mix), spec, (1, 1, 1), seed=0)
+        refused = pytest.raises(ConfigError, match=r"line 1: i2v.*one frame.*16x24x2")
+        with refused if mix == "i2v=1" else nullcontext():
+            refuse_tasks(data, encoder)
 
 
 def test_without_text_pictures_are_enough(tmp_path: Path) -> None:

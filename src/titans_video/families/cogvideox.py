@@ -56,7 +56,14 @@ class CogVideoX(Family):
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Learned positions are of one size: at another number of frames diffusers puts others in their place, in
-        silence. Version 1.5 has a table of positions that ends."""
+        silence. Version 1.5 has a table of positions that ends. Beside a first frame there must be others."""
+        if self.image_to_video and frames < 2:
+            least = self.spec.frames_at_least(2)
+            raise ConfigError(
+                f"{self.folder} makes what follows upon a first frame, and a clip of 1 frame has nothing else. Give "
+                f"--num-frames {least} or more (other numbers are rounded down to a legal one); in training --buckets "
+                f"{height}x{width}x{least} also leaves shorter clips out."
+            )
         if self.p_t and (height > self.trained[1] or width > self.trained[2]):
             raise ConfigError(
                 f"{self.folder} knows positions up to {self.trained[1]}x{self.trained[2]}; {height}x{width} is larger."

@@ -224,7 +224,7 @@ def refuse_tasks(data: Data, text: TextEncoder) -> None:
     """Stop where rows ask for what the network cannot do.
 
     Raises:
-        ConfigError: v2v, or t2v without text; with the row.
+        ConfigError: v2v, t2v without text, or i2v of a clip of one frame; with the row.
     """
     drawn = data.mix.shares
     reasons = {"v2v": "Stable Video Diffusion is told one first frame, never several: make it i2v"}
@@ -237,6 +237,14 @@ def refuse_tasks(data: Data, text: TextEncoder) -> None:
         row = None if drawn else next(row for row in data.rows if row.task == task)
         where = f"--task-mix {data.options.task_mix}" if row is None else f"{row.where()}"
         raise ConfigError(f"{where}: {task} cannot be trained here, as {reasons[task]}.")
+    # Rows that call themselves i2v are left out where they have one frame; what --task-mix draws is not looked at.
+    for entry in data.entries if "t2v" not in data.tasks else ():
+        if entry.bucket.frames < 2:
+            raise ConfigError(
+                f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows upon its "
+                f"picture. Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also "
+                "leaves shorter clips out."
+            )
 
 
 def _uniform(batch: Batch, purpose: str) -> Tensor:
