@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
@@ -17,6 +18,9 @@ from titans_video.generation.pictures import NOISE, PictureSettings
 from titans_video.generation.pipeline import Request, generate
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
 from titans_video.media.pixels import to_tensor
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_clip
+from titans_video.media.writing import write_video
 from titans_video.models.svd import TextCrossAttention
 from titans_video.seeding import derive, keyed_normal
 
@@ -127,3 +131,20 @@ def test_a_picture_alone_is_enough_in_any_form(tmp_path: Path, monkeypatch: pyte
     assert told == [""] * 5
     pipe(**call)
     assert told[5:] == ["a red circle"]
+
+
+def test_a_clip_is_gone_on_from_as_its_last_frame_is(tmp_path: Path) -> None:
+    """Whatever windows share: blended ones too."""
+    frames = np.stack([np.roll(picture(), k, axis=1) for k in range(4)])
+    write_video(tmp_path / "c.mp4", frames, fps=8, crf=1)
+    Image.fromarray(read_clip(tmp_path / "c.mp4", probe(tmp_path / "c.mp4"), [3], HEIGHT, WIDTH)[0]).save(
+        tmp_path / "last.png"
+    )
+    pipe, call = VideoPipeline.of(svd_model()), {"num_inference_steps": 1, "output_type": "pt"}
+    windows = {"num_frames": 8, "window": FRAMES, "overlap": 2}
+    made = [
+        pipe(**given, **windows, **call, generator=torch.Generator().manual_seed(5)).frames
+        for given in ({"video": tmp_path / "c.mp4"}, {"image": tmp_path / "last.png"})
+    ]
+    assert made[0].shape[1] == 8
+    assert torch.equal(*made)
