@@ -247,6 +247,20 @@ def test_a_folder_with_a_vae_alone_trains_sora_dit(
     assert "--motion-bucket: only Stable Video Diffusion" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", ["--architecture sora-dit", "--vae-backend identity"])
+def test_whoever_asks_for_sora_dit_is_not_told_that_a_unet_is_missing(
+    more: str, svd: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--max-steps 1 --mixed-precision no --preset tiny --num-frames 2 --buckets 16x24"
+    given = words(svd, clips, tmp_path / "out", f"{small} {more}")
+    if "identity" in more:
+        at = given.index("--pretrained-model")
+        del given[at : at + 2]
+    assert main(["train", "svd", *given]) == 0
+    assert "holds no unet/" not in capsys.readouterr().out
+    assert files.read(tmp_path / "out").config["recipe"] == "sora"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

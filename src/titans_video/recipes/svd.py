@@ -128,7 +128,8 @@ def train_svd(options: SVDOptions) -> Outcome:
     refuse_unused(options)
     if not trains_unet(options):
         note = f"{options.codec.pretrained_model} holds no unet/: SoraDiT is trained from scratch on its VAE."
-        return train_sora(options, Variant(build_recipe, notes=(note,)))
+        surprising = options.tune.architecture == "auto" and options.codec.vae_backend == "diffusers"
+        return train_sora(options, Variant(build_recipe, notes=(note,) if surprising else ()))
     check_folder(options)
     variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True, check=refuse_tasks)
     return train_sora(replace(options, model=replace(options.model, patch_size=(1, 1, 1))), variant)
