@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -343,3 +344,20 @@ def test_processes_with_other_base_weights_are_refused(
     monkeypatch.setattr(base_weights, "gather", lambda engine, own: [own, "another"])
     with pytest.raises(ConfigError, match="different transformers"):
         recipe_of(pipelines["2b"], 9, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("base", "machine", "said"),
+    [
+        ({"offload": "group"}, {"num_processes": 2}, "for one process"),
+        ({"offload": "group"}, {"is_fsdp2": True}, "so does FSDP2"),
+        ({"layerwise_casting": "fp8_e5m2"}, {"is_fsdp2": True}, "so does FSDP2"),
+        ({}, {"mixed_precision": "fp16"}, "CPUs compute in fp32"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_said_without_the_base(
+    base: dict[str, Any], machine: dict[str, Any], said: str
+) -> None:
+    usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
+    with pytest.raises(ConfigError, match=said):
+        base_weights.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | machine)))  # type: ignore[arg-type]
