@@ -19,6 +19,7 @@ from tests.endtoend.kill_and_resume import same
 from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics, run
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
+from titans_video.families.cogvideox import CogVideoX
 from titans_video.models import lora_files
 
 SIZE = "--height 32 --width 32 --num-frames 9 --rank 3 --lora-alpha 6 --text-dtype fp32"
@@ -68,10 +69,16 @@ def test_what_a_run_leaves(trained: dict[str, Path], capsys: pytest.CaptureFixtu
         assert all(torch.equal(v, weights[f"transformer.{k}"]) for k, v in read.tensors.items())
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_equal_one(sharded: bool, repository: Path, pipelines: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sharded", "more"),
+    [(False, ""), (True, ""), (False, "--layerwise-casting fp8_e4m3")],
+    ids=["ddp", "fsdp2", "ddp-8-bits"],
+)
+def test_two_processes_equal_one(
+    sharded: bool, more: str, repository: Path, pipelines: dict[str, Path], tmp_path: Path
+) -> None:
     """The documented command, small; and a run of two goes on on one."""
-    flags = words(repository, pipelines["2b"], f"{SIZE} --max-steps 3 --grad-accum 2 --lr 0.01 --save-limit 1")
+    flags = words(repository, pipelines["2b"], f"{SIZE} --max-steps 3 --grad-accum 2 --lr 0.01 --save-limit 1 {more}")
     one = [*flags, "--batch-size", "2", "--output-dir", str(tmp_path / "one"), "--parity-gate", "none"]
     assert main(["train", "cogvideox-lora", *one]) == 0
     config = repository / "configs" / "accelerate" / ("cpu2_fsdp2.yaml" if sharded else "cpu2.yaml")
@@ -90,8 +97,8 @@ def test_two_processes_equal_one(sharded: bool, repository: Path, pipelines: dic
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-2, atol=1e-3)
     flags[flags.index("--max-steps") + 1] = "4"
-    more = [*flags, "--batch-size", "1", "--output-dir", str(tmp_path / "two"), "--resume", "auto"]
-    assert main(["train", "cogvideox-lora", *more]) == 0
+    again = [*flags, "--batch-size", "1", "--output-dir", str(tmp_path / "two"), "--resume", "auto"]
+    assert main(["train", "cogvideox-lora", *again]) == 0
     assert [m["step"] for m in metrics(tmp_path / "two")] == [1, 2, 3, 4]
     assert [p.name for p in sorted((tmp_path / "two").glob("lora_*"))] == ["lora_0000004", "lora_0000004.pt"]
 
@@ -297,20 +304,34 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = words(repository, pipelines["2b"], f"{SIZE} {flags} --output-dir {tmp_path / 'out'}")
-    assert main(["train", "cogvideox-lora", *given]) == 2
+    where = f"--output-dir {tmp_path / 'out'} --cache {tmp_path / 'cache'}"
+    assert main(["train", "cogvideox-lora", *words(repository, pipelines["2b"], f"{SIZE} {flags} {where}")]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())  # nothing was encoded either
 
 
-def test_sizes_that_learned_positions_do_not_know(
+def test_what_is_wrong_with_the_pipeline_is_said_before_anything_is_encoded(
+    repository: Path, pipelines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pipelines["2b"], tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline" / "scheduler")
+    flags = f"{SIZE} --output-dir {tmp_path / 'out'} --cache {tmp_path / 'cache'}"
+    assert main(["train", "cogvideox-lora", *words(repository, tmp_path / "pipeline", flags)]) == 2
+    assert "scheduler_config.json is missing" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_sizes_that_the_transformer_cannot_do(
     repository: Path, pipelines: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = f"--height 48 --width 32 --num-frames 9 --output-dir {tmp_path / 'out'}"
     assert main(["train", "cogvideox-lora", *words(repository, pipelines["5b-i2v"], flags)]) == 2
     assert "--height 32 --width 32 --num-frames 9" in capsys.readouterr().err
+    flags = f"--height 32 --width 32 --num-frames 7 --output-dir {tmp_path / 'out'}"  # 1, rounded down
+    assert main(["train", "cogvideox-lora", *words(repository, pipelines["1.5-i2v"], flags)]) == 2
+    assert "a clip of 1 frame has nothing else. Give --num-frames 8" in capsys.readouterr().err
 
 
 def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
@@ -345,24 +366,41 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"), [("to_q,ff", "in the first 2 blocks"), (r"transformer_blocks\.2\..*to_q", "the same (")]
+    ("targets", "blocks", "said"),
+    [
+        ("to_q,ff", [0, 1], "the same in blocks 0 and 1 ("),
+        (r"transformer_blocks\.[23]\..*to_q", [2, 3], "the same ("),
+        (r"transformer_blocks\.[1-3]\..*to_q", [1, 2], "the same in blocks 1 and 2 ("),
+        ("proj_out", [0], "the same ("),
+    ],
 )
 def test_the_gate_takes_two_blocks_of_a_large_transformer(
     targets: str,
+    blocks: list[int],
     said: str,
     repository: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Or all of them, where the adapter is in none of the two."""
+    """Those that the adapter is in, wherever they are; no other is copied."""
     from titans_video.recipes import parity
 
     monkeypatch.setattr(parity, "LARGE", 0)
-    deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=3)
+    copied, small_network = list[list[int]](), CogVideoX.small_network
+
+    def look(self: CogVideoX, numbers: Any) -> torch.nn.Module:
+        made = small_network(self, numbers)
+        names = made.state_dict()
+        copied.append([i for i in range(4) if any(k.startswith(f"transformer_blocks.{i}.") for k in names)])
+        return made
+
+    monkeypatch.setattr(CogVideoX, "small_network", look)
+    deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=4)
     flags = words(repository, deep, f"{SIZE} --max-steps 1 --lr 0.02 --output-dir {tmp_path / 'out'} --target-modules")
     assert main(["train", "cogvideox-lora", *flags, targets]) == 0
     assert said in capsys.readouterr().out
+    assert copied == [blocks]
 
 
 def test_without_peft_the_gate_is_skipped_with_a_word(

@@ -247,6 +247,20 @@ def test_a_folder_with_a_vae_alone_trains_sora_dit(
     assert "--motion-bucket: only Stable Video Diffusion" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", ["--architecture sora-dit", "--vae-backend identity"])
+def test_whoever_asks_for_sora_dit_is_not_told_that_a_unet_is_missing(
+    more: str, svd: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--max-steps 1 --mixed-precision no --preset tiny --num-frames 2 --buckets 16x24"
+    given = words(svd, clips, tmp_path / "out", f"{small} {more}")
+    if "identity" in more:
+        at = given.index("--pretrained-model")
+        del given[at : at + 2]
+    assert main(["train", "svd", *given]) == 0
+    assert "holds no unet/" not in capsys.readouterr().out
+    assert files.read(tmp_path / "out").config["recipe"] == "sora"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -269,11 +283,28 @@ def test_mistakes(
 def test_a_part_that_is_missing(
     part: str, svd: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Said before a clip is looked at or encoded."""
     for other in svd.iterdir():
         if other.name != part:
             (tmp_path / other.name).symlink_to(other)
-    more = "--max-steps 1 --mixed-precision no"
+    more = f"--max-steps 1 --mixed-precision no --cache {tmp_path / 'cache'}"
     assert main(["train", "svd", *words(tmp_path, clips, tmp_path / "out", more)]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / part}/" in said
     assert "is missing" in said
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_that_cannot_be_trained_are_refused_before_any_is_encoded(
+    held_out: bool, svd: Path, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of --validation-manifest, whose loss would be of something else."""
+    rows = [json.loads(line) | {"task": "v2v"} for line in clips.read_text().splitlines()]
+    other = clips.with_name(f"v2v-{held_out}.jsonl")
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = f"--max-steps 1 --mixed-precision no --cache {tmp_path / 'cache'}"
+    more += f" --validate-every 1 --validation-manifest {other}" if held_out else ""
+    assert main(["train", "svd", *words(svd, clips if held_out else other, tmp_path / "out", more)]) == 2
+    assert f"{other}, line 1: v2v cannot be trained here" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

@@ -1,5 +1,6 @@
 """CogVideoX as we train it against its own pipelines and scheduler: latents, noise, positions, prompts."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ def test_learned_positions_refuse_what_they_do_not_know(pipelines: dict[str, Pat
         open_family(pipelines["1.5"]).check_size(9, 48, 32)
 
 
+def test_a_first_frame_alone_is_no_clip(pipelines: dict[str, Path]) -> None:
+    for kind in factories.COGVIDEOX_KINDS:
+        family = open_family(pipelines[kind])
+        if not family.image_to_video:
+            family.check_size(1, 32, 32)
+            continue
+        with pytest.raises(ConfigError, match=r"--num-frames 8 or more.*--buckets 32x32x8"):
+            family.check_size(1, 32, 32)
+
+
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
     """With text, and with states in its place."""
@@ -181,3 +192,24 @@ def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ConfigError, match="is a WanPipeline; the pipelines known here are CogVideoXPipeline"):
         open_family(tmp_path)
+
+
+def test_a_small_copy_is_read_from_whatever_diffusers_reads(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """Safetensors and torch's .bin; in the blocks' places that it does not have nothing happens."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipelines["5b"], folder)
+    whole = open_family(folder).load_network(torch.float32)
+    shutil.rmtree(folder / "transformer")
+    whole.save_pretrained(folder / "transformer", safe_serialization=False)  # type: ignore[operator]
+    assert not list((folder / "transformer").glob("*.safetensors"))
+    for family in (open_family(pipelines["5b"]), open_family(folder)):
+        family.load_network(torch.float32)
+        small = family.small_network([1])
+        values, there = whole.state_dict(), small.state_dict()
+        assert {k for k in values if not k.startswith("transformer_blocks.0.")} == there.keys()
+        assert all(torch.equal(v, values[k]) for k, v in there.items() if k != "patch_embed.pos_embedding")
+        noisy, time, text = family.small_inputs(small, 0)
+        found = family.predict(small, noisy, time, text, None, torch.float32)
+        for other in (family.small_network(None), small):
+            del other.transformer_blocks[0]  # type: ignore[operator,union-attr]
+            assert torch.equal(family.predict(other, noisy, time, text, None, torch.float32), found)

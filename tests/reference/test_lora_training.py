@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
+from titans_video.errors import ConfigError
 from titans_video.families.table import open_family
 from titans_video.lora_options import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.models import lora, lora_files
 from titans_video.options import DataOptions, TrainOptions
+from titans_video.recipes import base_weights
 from titans_video.recipes.lora import LoraRecipe, build_lora
 from titans_video.recipes.lora_opening import as_sora, open_clips
 from titans_video.seeding import derive, keyed_normal
@@ -332,3 +335,29 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     found = recipe._first_frame("nothing of the kind")
     assert found is not None
     assert found.shape == (1, 3, 1, 16, 48)
+
+
+def test_processes_with_other_base_weights_are_refused(
+    pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing sends them from one to the other."""
+    monkeypatch.setattr(base_weights, "gather", lambda engine, own: [own, "another"])
+    with pytest.raises(ConfigError, match="different transformers"):
+        recipe_of(pipelines["2b"], 9, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("base", "machine", "said"),
+    [
+        ({"offload": "group"}, {"num_processes": 2}, "for one process"),
+        ({"offload": "group"}, {"is_fsdp2": True}, "so does FSDP2"),
+        ({"layerwise_casting": "fp8_e5m2"}, {"is_fsdp2": True}, "so does FSDP2"),
+        ({}, {"mixed_precision": "fp16"}, "CPUs compute in fp32"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_said_without_the_base(
+    base: dict[str, Any], machine: dict[str, Any], said: str
+) -> None:
+    usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
+    with pytest.raises(ConfigError, match=said):
+        base_weights.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | machine)))  # type: ignore[arg-type]

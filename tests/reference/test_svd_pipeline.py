@@ -1,8 +1,10 @@
 """Our image-to-video of Stable Video Diffusion against diffusers' own pipeline, from the same noise."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
@@ -10,11 +12,15 @@ from PIL import Image
 
 from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
 from titans_video.codecs.image_encoder import resized
+from titans_video.generation import long
 from titans_video.generation.denoising import frame_noise
 from titans_video.generation.pictures import NOISE, PictureSettings
 from titans_video.generation.pipeline import Request, generate
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
 from titans_video.media.pixels import to_tensor
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_clip
+from titans_video.media.writing import write_video
 from titans_video.models.svd import TextCrossAttention
 from titans_video.seeding import derive, keyed_normal
 
@@ -106,3 +112,39 @@ def test_programs_get_the_same_video() -> None:
         output_type="pt",
     ).frames
     torch.testing.assert_close(made.transpose(1, 2) * 2 - 1, expected, rtol=0, atol=1e-5)
+
+
+def test_a_picture_alone_is_enough_in_any_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a prompt none is encoded, not even the one that the checkpoint recommends."""
+    model, told = svd_model(), list[str]()
+    model.config["sample"]["prompt"] = "a red circle"
+    encode = long.encode_prompts
+    monkeypatch.setattr(
+        long, "encode_prompts", lambda m, prompts, *rest: told.extend(prompts) or encode(m, prompts, *rest)
+    )
+    Image.fromarray(picture()).save(tmp_path / "p.png")
+    pipe, call = VideoPipeline.of(model), {"num_inference_steps": 1, "output_type": "pt"}
+    pipe(image=Image.fromarray(picture()), **call)
+    pipe(image=to_tensor(picture()[None])[:, 0], num_videos_per_prompt=2, **call)
+    pipe(image=tmp_path / "p.png", **call)
+    pipe(video=picture()[None], **call)
+    assert told == [""] * 5
+    pipe(**call)
+    assert told[5:] == ["a red circle"]
+
+
+def test_a_clip_is_gone_on_from_as_its_last_frame_is(tmp_path: Path) -> None:
+    """Whatever windows share: blended ones too."""
+    frames = np.stack([np.roll(picture(), k, axis=1) for k in range(4)])
+    write_video(tmp_path / "c.mp4", frames, fps=8, crf=1)
+    Image.fromarray(read_clip(tmp_path / "c.mp4", probe(tmp_path / "c.mp4"), [3], HEIGHT, WIDTH)[0]).save(
+        tmp_path / "last.png"
+    )
+    pipe, call = VideoPipeline.of(svd_model()), {"num_inference_steps": 1, "output_type": "pt"}
+    windows = {"num_frames": 8, "window": FRAMES, "overlap": 2}
+    made = [
+        pipe(**given, **windows, **call, generator=torch.Generator().manual_seed(5)).frames
+        for given in ({"video": tmp_path / "c.mp4"}, {"image": tmp_path / "last.png"})
+    ]
+    assert made[0].shape[1] == 8
+    assert torch.equal(*made)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from titans_video.cli import launchers, script
 from titans_video.cli.checks import check_training
 from titans_video.cli.generate import GenerateFlags
-from titans_video.cli.main import COMMANDS, dispatch
+from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.parsing import parse
 from titans_video.cli.run import guarded
 from titans_video.cli.script import take_mode, with_defaults
@@ -17,6 +18,13 @@ from titans_video.config import flags_from_yaml
 from titans_video.errors import ConfigError
 from titans_video.options import AdviceOptions, DataOptions, SoraOptions
 
+TRAINING_SCRIPTS = (
+    "video_framework",
+    "train_sora_accelerate",
+    "train_titans_video_dit_accelerate",
+    "train_cogvideox_lora_accelerate",
+    "train_video_accelerate",
+)
 DOCUMENTED_TRAINING = [
     """--manifest train/videos/mock_data/manifest.jsonl --pretrained-model /path/to/diffusers_weights
     --text-model google/umt5-xxl --llm-model /path/to/qwen_or_mistral_or_llama --llm-dtype bf16 --llm-max-length 256
@@ -244,3 +252,36 @@ def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float
     )
     with pytest.raises(ConfigError, match="--sample-guidance-interval"):
         check_training(options)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words", "ends"),
+    [
+        (main, "train --max-steps 1", True),
+        (main, "train svd --max-steps 1", True),
+        (main, "data cache --cache x", True),
+        (main, "data check x", False),
+        (main, "generate --prompt x", False),
+        (lambda: script.main(Path()), "--mode train --max-steps 1", True),
+        (lambda: script.main(Path()), "--mode inference", False),
+        *((getattr(launchers, name), "--max-steps 1", True) for name in TRAINING_SCRIPTS),
+        (launchers.video_framework, "infer --prompt x", False),
+        (launchers.infer_sora, "--prompt x", False),
+    ],
+)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_launchers_process_ends_at_once_wherever_it_trained(
+    processes: str, entry: Any, words: str, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only where a command line began it: a program that calls a command goes on."""
+    ended: list[int] = []
+    monkeypatch.setattr("titans_video.cli.run.os._exit", ended.append)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("sys.argv", ["x", *shlex.split(words)])
+    for module in ("main", "script", "launchers"):
+        monkeypatch.setattr(f"titans_video.cli.{module}.guarded", lambda command: 3)
+    assert entry() == 3
+    assert ended == ([3] if ends and processes == "2" else [])
+    if entry is main:
+        assert main(shlex.split(words)) == 3
+        assert len(ended) <= 1

@@ -1,5 +1,6 @@
 """The recipe of Stable Video Diffusion: its loss against the paper, what it is told against the pipeline."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from titans_video.models.svd import ATTENTION, BRANCH, TEMPORAL, TextCrossAttent
 from titans_video.options import CodecOptions, DataOptions, ModelOptions, TextOptions, TrainOptions
 from titans_video.preparing.fill import Encoders, codec_key, fill_cache
 from titans_video.preparing.opening import Data, open_data
-from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_unused
+from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
 from titans_video.recipes.svd_options import SVDOptions, TuneOptions
 from titans_video.seeding import derive, keyed_normal
 from titans_video.text.table import build_text
@@ -232,7 +233,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(data: Data) -> None:
 def test_rows_that_cannot_be_trained(text: str, task: str, said: str, tmp_path: Path) -> None:
     rows = some_data(tmp_path, task)
     with pytest.raises(ConfigError, match=f"line 1: {task}.*{said}"):
-        recipe_of(options(text=text), rows)
+        refuse_tasks(rows, build_text(TextOptions(text_model=text), needed=False))
+
+
+@pytest.mark.parametrize("text", ["builtin", "none"])
+def test_one_frame_has_nothing_to_go_on_with(text: str, tmp_path: Path) -> None:
+    """Drawn as i2v beside t2v it trains as t2v; as i2v alone it would be told a blank picture."""
+    chosen = DataOptions(manifest=(str(make_set(tmp_path, rows=2, wide=0)),), num_frames=1, height=16, width=24)
+    spec, encoder = build_codec(options().codec).spec, build_text(TextOptions(text_model=text), needed=False)
+    for mix in ("i2v=1", "t2v=0.5,i2v=0.5")[: 2 if text == "builtin" else 1]:
+        data = open_data(replace(chosen, task_mix=mix), spec, (1, 1, 1), seed=0)
+        refused = pytest.raises(ConfigError, match=r"line 1: i2v.*one frame.*16x24x2")
+        with refused if mix == "i2v=1" else nullcontext():
+            refuse_tasks(data, encoder)
 
 
 def test_without_text_pictures_are_enough(tmp_path: Path) -> None:
@@ -242,6 +255,16 @@ def test_without_text_pictures_are_enough(tmp_path: Path) -> None:
     with recipe.sampler(recipe.network, 0) as sample:
         made = sample("", 0)
     assert made.video.shape == (3, *SIZE)
+
+
+def test_without_text_validation_goes_on_from_a_picture_of_its_videos_size(tmp_path: Path) -> None:
+    """The fullest bucket is a smaller one."""
+    manifest = make_set(tmp_path, rows=3, wide=1, **{f"row{i}": {"task": "i2v"} for i in range(4)})
+    chosen = options(str(manifest), text="none")
+    sizes = DataOptions(manifest=(str(manifest),), num_frames=SIZE[0], buckets="16x16,16x32")
+    recipe = recipe_of(chosen, open_data(sizes, build_codec(chosen.codec).spec, (1, 1, 1), seed=0))
+    with recipe.sampler(recipe.network, 0) as sample:
+        assert sample("grey 0", 0).video.shape == (3, SIZE[0], 16, 32)
 
 
 def test_flags_of_the_other_network() -> None:

@@ -1,10 +1,9 @@
 """What the scripts in train/videos do; their command lines are those of `titans-video train` and `generate`."""
 
-import os
 import sys
 from collections.abc import Callable
 
-from titans_video.cli.run import guarded
+from titans_video.cli.run import at_once, guarded
 
 
 def video_framework() -> int:
@@ -61,14 +60,4 @@ def _generate(words: list[str], prog: str) -> int:
 
 
 def _trained(command: Callable[[], int]) -> int:
-    """`guarded`, for one of the processes of a launcher.
-
-    It ends at once. While an interpreter takes itself down, torch's message threads can still meet a peer that has
-    already gone, and abort a process whose work is done; the launcher would call that a failed run.
-    """
-    code = guarded(command)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return at_once(guarded(command))

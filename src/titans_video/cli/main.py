@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from titans_video.cli.run import guarded
+from titans_video.cli.run import at_once, guarded
 from titans_video.errors import ConfigError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,12 +24,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("titans_video.cli.demo:main_score", "score what a checkpoint makes of the built-in prompts"),
 }
 """Command: (module:function of argv that gives an exit code, what it does)."""
+TOGETHER = ("train", "data cache")
+"""What the processes of a launcher do together begins so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the console script; gives the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: dispatch(words))
+    code = guarded(lambda: dispatch(words))
+    together = any(words[: len(name.split())] == name.split() for name in TOGETHER)
+    # A program that calls this has more to do.
+    return at_once(code) if argv is None and together else code
 
 
 def dispatch(words: list[str]) -> int:

@@ -64,6 +64,20 @@ def guarded(command: Callable[[], int]) -> int:
         return BAD_INPUT
 
 
+def at_once(code: int) -> int:
+    """What a training, or whatever else the processes of a launcher do together, leaves by: gives the exit code on, but
+    ends one of several processes with it here and now.
+
+    While an interpreter takes itself down, torch's message threads can still meet a peer that has already gone, and
+    abort a process whose work is done; the launcher would call that a failed run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _tell(text: str, alone: bool = False) -> None:
     """Once, however many processes a launcher started; `alone`: only this one has something to say."""
     rank = int(os.environ.get("RANK", "0"))

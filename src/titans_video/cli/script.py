@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from titans_video.cli.run import guarded
+from titans_video.cli.run import at_once, guarded
 from titans_video.errors import ConfigError
 
 USAGE = """Titans Video: train and run video diffusion transformers.
@@ -30,7 +30,8 @@ def main(root: Path, argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _main(root, words))
+    code = guarded(lambda: _main(root, words))
+    return at_once(code) if argv is None and take_mode(words)[0] == "train" else code
 
 
 def _main(root: Path, words: list[str]) -> int:

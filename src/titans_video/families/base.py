@@ -69,6 +69,7 @@ class Family(ABC):
         trained: frames, height and width that it was pretrained on.
         fps: frames a second of what it makes.
         steps, guidance_scale: what generation does by default.
+        blocks: name of the list of blocks in the transformer.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Family(ABC):
     fps: float
     steps: int
     guidance_scale: float
+    blocks: str
 
     @property
     def task(self) -> str:
@@ -106,8 +108,13 @@ class Family(ABC):
         """The transformer without weights, on the device `meta`."""
 
     @abstractmethod
-    def small_network(self, blocks: int | None) -> nn.Module:
-        """A copy of the transformer's first blocks (None: of all) in float32, for tiny latents."""
+    def small_network(self, blocks: Sequence[int] | None) -> nn.Module:
+        """A copy of the transformer in float32, for tiny latents.
+
+        Args:
+            blocks: the numbers of those that it has, under the names that they have in the whole one; what stands in
+                the others' places has no weights, and changes nothing. None: all.
+        """
 
     @abstractmethod
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> DiffusersCodec: ...

@@ -5,7 +5,7 @@ width, p and p_t the spatial and temporal patch, L text tokens, E text width.
 Source: CogVideoXPipeline, CogVideoXImageToVideoPipeline and CogVideoXTransformer3DModel in diffusers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from titans_video.codecs.first_frame import FirstFrameCodec
 from titans_video.diffusion.ddpm import VDiffusion
 from titans_video.errors import ConfigError
 from titans_video.families.base import Call, Family
-from titans_video.families.loading import first_blocks, load_part, lora_of, read_config
+from titans_video.families.loading import fill, load_part, lora_of, read_config
 from titans_video.seeding import generator
 from titans_video.text.padded import padded_text
 from titans_video.text.pretrained import DTYPES
@@ -36,6 +36,7 @@ class CogVideoX(Family):
     """
 
     fps, steps, guidance_scale = 8.0, 50, 6.0
+    blocks = "transformer_blocks"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,7 +56,14 @@ class CogVideoX(Family):
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Learned positions are of one size: at another number of frames diffusers puts others in their place, in
-        silence. Version 1.5 has a table of positions that ends."""
+        silence. Version 1.5 has a table of positions that ends. Beside a first frame there must be others."""
+        if self.image_to_video and frames < 2:
+            least = self.spec.frames_at_least(2)
+            raise ConfigError(
+                f"{self.folder} makes what follows upon a first frame, and a clip of 1 frame has nothing else. Give "
+                f"--num-frames {least} or more (other numbers are rounded down to a legal one); in training --buckets "
+                f"{height}x{width}x{least} also leaves shorter clips out."
+            )
         if self.p_t and (height > self.trained[1] or width > self.trained[2]):
             raise ConfigError(
                 f"{self.folder} knows positions up to {self.trained[1]}x{self.trained[2]}; {height}x{width} is larger."
@@ -85,11 +93,14 @@ class CogVideoX(Family):
             made: nn.Module = self._kind().from_config(self.config)
         return made
 
-    def small_network(self, blocks: int | None) -> nn.Module:
-        side = 2 * self.patch_size[1]
-        layers = min(blocks or 10**6, int(self.config["num_layers"]))
-        changes = {"num_layers": layers, "sample_height": side, "sample_width": side}
-        return first_blocks(self._kind(), self.folder / "transformer", changes, lacking={"patch_embed.pos_embedding"})
+    def small_network(self, blocks: Sequence[int] | None) -> nn.Module:
+        side, layers = 2 * self.patch_size[1], int(self.config["num_layers"])
+        kept = range(layers) if blocks is None else blocks
+        changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
+        network: nn.Module = self._kind().from_config({**self.config, **changes})
+        made = dict(zip(kept, network.get_submodule(self.blocks).children(), strict=True))
+        setattr(network, self.blocks, nn.ModuleList(made.get(i, Through()) for i in range(layers)))
+        return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
         return FirstFrameCodec.load(self.folder, dtype, weights=load).to(device)
@@ -229,3 +240,10 @@ class CogVideoX(Family):
         from diffusers import CogVideoXTransformer3DModel
 
         return CogVideoXTransformer3DModel
+
+
+class Through(nn.Module):
+    """Stands where a block was left out."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return hidden_states, encoder_hidden_states

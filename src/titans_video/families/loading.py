@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from titans_video.checkpoint import load_tensors
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.frozen import few, first_line
 
@@ -62,25 +64,27 @@ def compile_blocks(network: nn.Module) -> None:
                     block.compile()
 
 
-def first_blocks(kind: Any, folder: Path, changes: dict[str, Any], lacking: set[str]) -> nn.Module:
-    """A smaller network from the weights that it shares with the whole one, in float32 on the CPU.
+def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
+    """Give a network the weights of its names from a folder that may hold more; in float32 on the CPU, frozen.
 
     Args:
-        changes: of the configuration.
         lacking: buffers that need not come from the file.
     Raises:
-        CheckpointError: other weights are missing.
+        CheckpointError: other weights are missing, or a file cannot be read.
     """
-    network: nn.Module = kind.from_config({**kind.load_config(folder), **changes})
-    wanted = set(network.state_dict())
+    wanted = network.state_dict().keys() - lacking
     found: dict[str, torch.Tensor] = {}
     try:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as f:
-                found |= {k: f.get_tensor(k).float() for k in wanted & set(f.keys()) - lacking}
+                found |= {k: f.get_tensor(k).float() for k in wanted & set(f.keys())}
+        if not found:  # as diffusers does, which takes these where there are no others
+            for path in sorted(folder.glob("diffusion_pytorch_model*.bin")):
+                tensors = load_tensors(path, mmap=is_zipfile(path))
+                found |= {k: tensors[k].float() for k in wanted & tensors.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{folder} cannot be read: {e}") from None
-    rest = wanted - found.keys() - lacking
+    rest = wanted - found.keys()
     if rest:
         raise CheckpointError(f"{folder} lacks the weights {few(sorted(rest))}.")
     network.load_state_dict(found, strict=False)

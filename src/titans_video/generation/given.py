@@ -63,6 +63,8 @@ def load_clip_end(
 
 def known_frames(model: VideoModel, frames: int, window: int | None, overlap: int | None, most: int) -> int | None:
     """How many of at most `most` frames a video goes on from; None where no number will do."""
+    if not model.joins.frame_times:
+        return 1  # it is told no more, however its windows are joined
     spec, patch_t = model.codec.spec, model.patch_size[0]
     trained = model.trained("num_frames")
     length = min(frames, window or trained or frames)

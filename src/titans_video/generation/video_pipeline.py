@@ -169,7 +169,8 @@ class VideoPipeline(DiffusionPipeline):
         What is not given is as the model was trained, and as its checkpoint recommends.
 
         Args:
-            prompt: one or several.
+            prompt: one or several; None: the one that the checkpoint recommends, or none, where the network is told a
+                picture and one is given.
             image: the first frame of every video: a path, a PIL picture, uint8 (H, W, 3), or a tensor (3, H, W) in
                 [-1, 1]. Scaled to cover the size, the middle kept.
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
@@ -210,7 +211,11 @@ class VideoPipeline(DiffusionPipeline):
         check_options(options)
         model = with_shift(self.model, shift)
         usual, _ = build_request(options, model)
-        given = [prompt] if isinstance(prompt, str) else list(prompt or usual.prompts)
+        if prompt is None:
+            # A picture alone is enough for a network that is told one, in whatever form it is given.
+            alone = model.image is not None and (image is not None or video is not None)
+            prompt = [""] if alone else usual.prompts
+        given = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in given for _ in range(num_videos_per_prompt)]
         known = usual.known if usual.known is not None else _frames(image, video, usual.height, usual.width)
         request = replace(

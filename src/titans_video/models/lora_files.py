@@ -78,7 +78,7 @@ def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def write(
-    path: Path,
+    path: Path | str,
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, tuple[int, float]],
     *,
@@ -92,6 +92,7 @@ def write(
         sizes: from `models.lora.layer_sizes`.
         about: more words for the header.
     """
+    path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
     named = {f"{PREFIX}.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()}
     said = {f"{PREFIX}.{key}": value for key, value in metadata(sizes).items()}

@@ -8,19 +8,17 @@ from titans_video.families.base import Family
 from titans_video.families.loading import compile_blocks
 from titans_video.lora_options import BaseOptions
 from titans_video.models import lora
-from titans_video.training.engine import AUTOCAST, Engine
+from titans_video.training.engine import AUTOCAST, Engine, gather
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.Module, torch.dtype]:
-    """The transformer as the flags ask for it, and the precision that it computes in.
-
-    Layers are cast and offloaded by diffusers' own hooks, which stay on them when adapters are put beside.
+def precision_of(options: BaseOptions, engine: Engine) -> torch.dtype:
+    """What the transformer computes in.
 
     Raises:
-        ConfigError: what the engine or the device cannot do.
+        ConfigError: the flags ask for what the engine or the device cannot do.
     """
     dtype = DTYPES[options.base_dtype] if options.base_dtype else AUTOCAST.get(engine.mixed_precision, torch.float32)
     if dtype == torch.float16 and engine.device.type == "cpu":
@@ -34,6 +32,18 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
             "--offload group is for one process; several share the weights by FSDP2 "
             "(--config_file configs/accelerate/fsdp2.yaml)."
         )
+    return dtype
+
+
+def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.Module, torch.dtype]:
+    """The transformer as the flags ask for it, and the precision that it computes in.
+
+    Layers are cast and offloaded by diffusers' own hooks, which stay on them when adapters are put beside.
+
+    Raises:
+        ConfigError: as `precision_of`.
+    """
+    dtype = precision_of(options, engine)
     network = family.load_network(dtype)
     if options.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
@@ -78,3 +88,18 @@ def move_adapter(network: nn.Module, device: torch.device) -> None:
     for _, layer in lora.layers(network):
         layer.lora_A.to(device)
         layer.lora_B.to(device)
+
+
+def share_adapter_alone(network: nn.Module, fingerprint: str, engine: Engine) -> None:
+    """Let DDP send only what is trained from process to process: each has read the frozen weights itself, and gloo
+    cannot send those of 8 bits.
+
+    Args:
+        fingerprint: of the files that this process read.
+    Raises:
+        ConfigError: the processes have read different ones.
+    """
+    if len(set(gather(engine, fingerprint))) > 1:
+        raise ConfigError("--pretrained-model: the machines of this run have different transformers in this folder.")
+    frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+    network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them

@@ -27,7 +27,7 @@ from titans_video.media.resize import cover_crop
 from titans_video.models import lora, lora_files
 from titans_video.preparing.held_out import open_validation
 from titans_video.preparing.opening import Data
-from titans_video.recipes.base_weights import load_base, move_adapter
+from titans_video.recipes.base_weights import load_base, move_adapter, precision_of, share_adapter_alone
 from titans_video.recipes.lora_opening import as_sora, check_sizes, lora_config, open_clips, parse_targets
 from titans_video.recipes.opening import fill, frames_in_words, together
 from titans_video.recipes.parity import check_parity
@@ -193,6 +193,10 @@ def train_lora(options: CogVideoXLoraOptions) -> Outcome:
     accelerator, base = run.engine, options.base
     assert base.pretrained_model is not None  # checked with the flags
     family = open_family(base.pretrained_model)
+    # What is wrong with the flags and with the pipeline's small files is said before anything slow is done.
+    precision_of(base, accelerator)
+    family.process()
+    lora.find_targets(family.outline(), parse_targets(options.lora.target_modules))
     text = family.text(base.text_dtype, accelerator.device, offload=base.text_offload == "cpu")
     codec = family.codec(base.vae_dtype, accelerator.device, load=options.data.cache is None)
     shared = as_sora(options, family)
@@ -230,12 +234,14 @@ def build_lora(
     lora.inject(network, config, seed=options.train.seed)
     move_adapter(network, accelerator.device)
     prompt = next((row.caption for row in data.rows if row.caption), None)
+    said = lora_config(options, data, family, codec, text, config, prompt)
+    share_adapter_alone(network, said["base"]["fingerprint"], accelerator)
     return LoraRecipe(
         network=network,
         codec=codec,
         text=text,
         process=family.process(),
-        config=lora_config(options, data, family, codec, text, config, prompt),
+        config=said,
         device=accelerator.device,
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=prompt,

@@ -5,6 +5,8 @@ days later. So the file is loaded as anyone would load it, and the outputs are c
 """
 
 import copy
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from titans_video.families.base import Family
 from titans_video.models import lora, lora_files
 
 BLOCKS = 2
-"""A copy of the transformer has this many blocks where it is large."""
+"""A copy of the transformer has this many of the adapter's blocks where it is large."""
 LARGE = 300e6  # parameters
 TOLERANCE = 1e-4
 """Of the largest difference, as a share of the adapter's largest effect."""
@@ -42,9 +44,8 @@ def check_parity(
             "(`pip install peft`); --parity-gate none leaves the comparison out."
         )
     large = sum(p.numel() for p in family.outline().parameters()) > LARGE
-    ours, kept = _copy(family, tensors, BLOCKS if large else None)
-    if not kept:  # all of it is in later blocks
-        ours, kept = _copy(family, tensors, None)
+    chosen = _blocks_of(family, tensors)[:BLOCKS] if large else None
+    ours, kept = _copy(family, tensors, chosen)
     theirs, whole = copy.deepcopy(ours), kept.keys() == tensors.keys()
     if not whole:
         _compare_names(tensors, folder)
@@ -70,13 +71,13 @@ def check_parity(
             "of no use elsewhere; the checkpoint stands, and --resume auto goes on from it. --parity-gate none does "
             "not look."
         )
-    blocks = "" if whole else f" in the first {BLOCKS} blocks"
+    blocks = "" if whole else f" in blocks {' and '.join(map(str, chosen or ()))}"
     close = f"to {difference / effect:.1g} of its effect" if difference else "to the bit"
     return f"{folder.name}: stock diffusers loads it and computes the same{blocks} ({close})."
 
 
 def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
-    """The layers that a copy of two blocks does not have, by name and value.
+    """Every layer by name and value, also those that a copy of two blocks does not have.
 
     Raises:
         CheckpointError: the file lacks one, or has another.
@@ -90,7 +91,15 @@ def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
         )
 
 
-def _copy(family: Family, tensors: dict[str, Tensor], blocks: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
+def _blocks_of(family: Family, tensors: dict[str, Tensor]) -> list[int]:
+    """The numbers of the blocks that an adapter has layers in; the first, where it has none in any."""
+    found = (re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name) for name in tensors)
+    return sorted({int(match[1]) for match in found if match}) or [0]
+
+
+def _copy(
+    family: Family, tensors: dict[str, Tensor], blocks: Sequence[int] | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A fresh transformer, and what of an adapter is for its layers."""
     network = family.small_network(blocks)
     present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}

@@ -251,6 +251,7 @@ class Variant:
         notes: what to say of it.
         needs_text: it cannot be trained without.
         pictures: it is told pictures, which a cache keeps as they are.
+        check: refuses rows that it cannot be trained on, before anything is encoded.
     """
 
     build: Callable[..., SoraRecipe]
@@ -258,6 +259,7 @@ class Variant:
     notes: tuple[str, ...] = ()
     needs_text: bool = True
     pictures: bool = False
+    check: Callable[[Data, TextEncoder], None] | None = None
 
 
 def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
@@ -275,6 +277,9 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     text = build_text(options.text, accelerator.device, load=False, needed=variant.needs_text)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    for rows in (data, held_out):
+        if variant.check and rows:
+            variant.check(rows, text)
     store: EncodingStore | None = None
     if options.data.cache is not None:
         filled = fill(options, data, codec, text, accelerator, variant.pictures)

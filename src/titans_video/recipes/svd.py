@@ -25,6 +25,8 @@ from titans_video.generation.loading import VideoModel
 from titans_video.generation.pictures import NOISE, picture_of
 from titans_video.generation.requests import sample
 from titans_video.media.motion import motion_bucket
+from titans_video.media.pixels import to_tensor, to_uint8
+from titans_video.media.resize import cover_crop
 from titans_video.models.svd import SVDUNet, choose_trainable
 from titans_video.options import ModelOptions
 from titans_video.preparing.opening import Data
@@ -126,11 +128,25 @@ def train_svd(options: SVDOptions) -> Outcome:
     refuse_unused(options)
     if not trains_unet(options):
         note = f"{options.codec.pretrained_model} holds no unet/: SoraDiT is trained from scratch on its VAE."
-        return train_sora(options, Variant(build_recipe, notes=(note,)))
-    folder = options.codec.pretrained_model
-    unet_config(folder)  # what is wrong with it is said before anything slow is done
-    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True)
+        surprising = options.tune.architecture == "auto" and options.codec.vae_backend == "diffusers"
+        return train_sora(options, Variant(build_recipe, notes=(note,) if surprising else ()))
+    check_folder(options)
+    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True, check=refuse_tasks)
     return train_sora(replace(options, model=replace(options.model, patch_size=(1, 1, 1))), variant)
+
+
+def check_folder(options: SVDOptions) -> None:
+    """Read what describes the folder's parts, none of their weights: what is wrong there is said before anything slow
+    is done.
+
+    Raises:
+        UserError: a description is missing, cannot be read, or is of another kind of model.
+    """
+    folder = options.codec.pretrained_model
+    unet_config(folder)
+    assert folder is not None  # its UNet was looked at
+    ImageEncoder(folder, options.codec.vae_dtype, weights=False)
+    process_of(folder, options.tune.sigma_mean, options.tune.sigma_std)
 
 
 def trains_unet(options: SVDOptions) -> bool:
@@ -176,11 +192,10 @@ def build_svd(
     """As `recipes.sora.build_recipe`, with the folder's weights.
 
     Raises:
-        UserError: tasks that the network does not have, or something in the folder.
+        UserError: something in the folder is missing or damaged.
     """
     folder, tune = options.codec.pretrained_model, options.tune
-    assert folder is not None  # its UNet was looked at
-    refuse_tasks(data, text)
+    assert folder is not None  # see check_folder
     image = ImageEncoder(folder, options.codec.vae_dtype).to(device)
     base = build_recipe(options, data, codec, text, device, store, partial(svd_config, folder))
     load_unet(base.network, folder)  # type: ignore[arg-type]  # what svd_config names
@@ -192,7 +207,11 @@ def build_svd(
     if text.widths:
         return SVDRecipe(**parts, image=image, tune=tune)
     parts |= {"sample_prompt": None, "sample_flags": (*base.sample_flags, "--image", "first.png")}
-    return SVDRecipe(**parts, image=image, tune=tune, sample_picture=data.sample_pixels(1)[0, :, 0])
+    # Of the fullest bucket, while videos are as large as the largest.
+    frame, size = data.sample_pixels(1)[0, :, :1], (config["data"]["height"], config["data"]["width"])
+    return SVDRecipe(
+        **parts, image=image, tune=tune, sample_picture=to_tensor(cover_crop(to_uint8(frame), *size))[:, 0]
+    )
 
 
 def svd_config(
@@ -206,7 +225,7 @@ def refuse_tasks(data: Data, text: TextEncoder) -> None:
     """Stop where rows ask for what the network cannot do.
 
     Raises:
-        ConfigError: v2v, or t2v without text; with the row.
+        ConfigError: v2v, t2v without text, or i2v of a clip of one frame; with the row.
     """
     drawn = data.mix.shares
     reasons = {"v2v": "Stable Video Diffusion is told one first frame, never several: make it i2v"}
@@ -219,6 +238,14 @@ def refuse_tasks(data: Data, text: TextEncoder) -> None:
         row = None if drawn else next(row for row in data.rows if row.task == task)
         where = f"--task-mix {data.options.task_mix}" if row is None else f"{row.where()}"
         raise ConfigError(f"{where}: {task} cannot be trained here, as {reasons[task]}.")
+    # Rows that call themselves i2v are left out where they have one frame; what --task-mix draws is not looked at.
+    for entry in data.entries if "t2v" not in data.tasks else ():
+        if entry.bucket.frames < 2:
+            raise ConfigError(
+                f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows upon its "
+                f"picture. Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also "
+                "leaves shorter clips out."
+            )
 
 
 def _uniform(batch: Batch, purpose: str) -> Tensor:
