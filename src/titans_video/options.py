@@ -168,8 +168,6 @@ class ModelOptions:
     """Attention heads, in place of the preset's."""
     sine_positions: bool = False
     """Tell each token its place in the frame by fixed sines, beside the rotary positions."""
-    hold_known: bool = False
-    """Show unknown frames the last known latent frame, and let them go on from it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool = False

@@ -62,12 +62,9 @@ def test_flags_change_a_preset() -> None:
     assert (config["model_dim"], config["depth"], config["heads"]) == (128, 3, 2)
     assert (config["in_channels"], config["time_stride"]) == (16, 4)
     assert (config["patch_size"], config["text_widths"], config["attention_type"]) == ((1, 2, 4), (0, 64), "st")
-    options = replace(options, sine_positions=True, hold_known=True)
-    network = build_network(sora_config(options, WAN, (0, 64)))
-    assert network.config["sine_positions"]
-    assert network.config["hold_known"]
-    with pytest.raises(ConfigError, match="--hold-known: TitansVideoDiT"):
-        titans_config(MemoryOptions(), options, WAN, (0, 64))
+    options = replace(options, sine_positions=True)
+    for changed in (sora_config(options, WAN, (0, 64)), titans_config(MemoryOptions(), options, WAN, (0, 64))):
+        assert build_network(changed).config["sine_positions"]
 
 
 def test_an_unknown_preset_is_refused_with_the_list() -> None:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.embeddings import patchify, unpatchify
-from titans_video.models.sora import SoraDiT, last_known
+from titans_video.models.sora import SoraDiT
 from titans_video.models.table import build_network, network_config
 from titans_video.types import Condition, TextCondition
 
@@ -84,35 +84,6 @@ def test_sine_positions_tell_a_token_where_in_the_frame_it_is() -> None:
 def test_sine_positions_need_a_width_of_four_times_something() -> None:
     with pytest.raises(ConfigError, match="--model-dim 18 must be 16 or 20"):
         SoraDiT(C, S, model_dim=18, depth=1, heads=3, sine_positions=True)
-
-
-@pytest.mark.parametrize("counts", [(0, 5), (4, 9), (16, 1), (3, 8)])
-def test_the_last_known_frame_is_the_nearest_wholly_known_one_before(counts: tuple[int, int]) -> None:
-    known = torch.randn(LATENTS)
-    mask = torch.arange(4 * S).view(1, 4, S).mT < torch.tensor(counts)[:, None, None]  # (B, S, t)
-    held = last_known(torch.empty(LATENTS), Condition(known=known, known_mask=mask))
-    for row, count in enumerate(counts):
-        for frame in range(4):
-            before = [k for k in range(frame + 1) if count >= S * (k + 1)]
-            assert torch.equal(held[row, :, frame], known[row, :, before[-1]] if before else torch.zeros(C, 4, 6))
-    assert not last_known(torch.empty(LATENTS), Condition()).any()
-
-
-def test_held_frames_reach_the_answer_unchanged_and_only_where_nothing_is_known() -> None:
-    net = network(hold_known=True, gated_skip=True, patch_size=(1, 1, 1))
-    mask = torch.arange(4 * S).view(1, 4, S).mT < torch.tensor([2 * S, S + 1])[:, None, None]
-    condition = Condition(BYTES, torch.randn(LATENTS), mask)
-    x, times = torch.randn(LATENTS), torch.full((B,), 0.5)
-    held = last_known(x, condition)
-    told = net.embed_patches(x, condition, held)
-    filled = torch.where(mask.any(1)[:, None, :, None, None], condition.known, held)
-    assert_close(told, net.embed_patches(x, replace(condition, known=filled)))
-    # Its gate alone open: the answer is the held frame, past the residual stream and its norm.
-    for parameter in net.final.linear.parameters():
-        torch.nn.init.zeros_(parameter)
-    net.final.linear.bias.data[2 * C :] = 1.0
-    assert torch.equal(net(x, times, condition).value, held)
-    assert not net(x, times, Condition(BYTES)).value.any(), "nothing known, nothing held"
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (2, 2, 2), (1, 2, 2), (4, 2, 3)])

@@ -73,7 +73,7 @@ class Backbone(ModelMixin, ConfigMixin):
             SoraBlock(dim, heads, c.mlp_ratio, c.attention_type, bool(c.text_widths), c.qk_norm, c.adaln, c.conv)
             for _ in range(c.depth)
         )
-        self.final = FinalLayer(dim, c.in_channels * cells, c.gated_skip + c.get("hold_known", False))
+        self.final = FinalLayer(dim, c.in_channels * cells, c.gated_skip)
         self.gradient_checkpointing = False
 
     @torch.no_grad()
@@ -120,27 +120,19 @@ class Backbone(ModelMixin, ConfigMixin):
         """Complex (s, p, d / 2)."""
         return rotation_3d(grid, self.config.model_dim // self.config.heads, self.config.rope_theta, device, first_slot)
 
-    def to_value(self, x: Tensor, c: Tensor, latents: Tensor, held: Tensor | None = None) -> Tensor:
-        """Tokens (B, s, p, D) to (B, C, t, h, w), in the latents' dtype. `held` as `embed_patches` takes it."""
-        skipped = ([latents] if self.config.gated_skip else []) + ([] if held is None else [held])
-        out = self.final(x, c, *(patchify(latent, self.patch) for latent in skipped))
+    def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
+        """Tokens (B, s, p, D) to (B, C, t, h, w), in the latents' dtype."""
+        out = self.final(x, c, patchify(latents, self.patch))
         return unpatchify(out, self.patch, latents.shape[3] // self.patch[1]).to(latents.dtype)
 
-    def embed_patches(self, latents: Tensor, condition: Condition, held: Tensor | None = None) -> Tensor:
-        """Noisy latents, known latents and mask, folded to patches -> (B, s, p, D).
-
-        Args:
-            held: (B, C, t, h, w), what stands in the known latents' channels where nothing is known.
-        """
+    def embed_patches(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Noisy latents, known latents and mask, folded to patches -> (B, s, p, D)."""
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
         if condition.known is not None and condition.known_mask is not None:
             channels[:, C : 2 * C] = condition.known
             channels[:, 2 * C :] = condition.known_mask[..., None, None]
-            if held is not None:
-                told = condition.known_mask.any(dim=1)[:, None, :, None, None]
-                channels[:, C : 2 * C] = torch.where(told, condition.known, held)
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         if not self.config.sine_positions:
             return x

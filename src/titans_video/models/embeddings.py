@@ -77,21 +77,21 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class FinalLayer(nn.Module):
     """Modulated norm and a Linear to patches, zero at initialisation (DiT).
 
-    With `skips` each token also says how much of other patches that belong to it goes into the answer, value by value:
-    of its own noisy patch (what a network is asked for is mostly noise that stands in its input) and of the last known
-    patch at its place (what does not move is there already). Without this, all of it has to pass through the D channels
-    of the residual stream, which narrow networks need for what they have to say, and through its norm.
+    With `gated_skip` each token also says how much of its own noisy patch belongs in the answer, value by value. What a
+    network is asked for is mostly noise that stands in its input. Without this, all of it has to pass through the D
+    channels of the residual stream, which narrow networks need for what they have to say.
     """
 
-    def __init__(self, dim: int, values: int, skips: int = 0):
+    def __init__(self, dim: int, values: int, gated_skip: bool = False):
         super().__init__()
-        self.skips = skips
+        self.gated_skip = gated_skip
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, values * (1 + skips))
+        self.linear = nn.Linear(dim, values * (2 if gated_skip else 1))
 
-    def forward(self, x_BspD: Tensor, c_BsD: Tensor, *skipped_BspV: Tensor) -> Tensor:
+    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
         shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
-        value, *gates = self.linear(modulated_norm(x_BspD, shift, scale)).chunk(1 + self.skips, dim=-1)
-        for gate, patch in zip(gates, skipped_BspV, strict=True):
-            value = torch.addcmul(value, gate, patch.to(gate.dtype))
-        return value
+        out = self.linear(modulated_norm(x_BspD, shift, scale))
+        if not self.gated_skip:
+            return out
+        value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)
+        return torch.addcmul(value, gate, noisy_BspV.to(gate.dtype))

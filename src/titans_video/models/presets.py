@@ -39,7 +39,6 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
         "patch_size": tuple(options.patch_size),
         "attention_type": options.attention_type,
         "sine_positions": options.sine_positions,
-        **({"hold_known": True} if options.hold_known else {}),
         "text_widths": tuple(text_widths),
     }
 
@@ -50,10 +49,8 @@ def titans_config(
     """Arguments of TitansVideoDiT: SoraDiT's, and its memory.
 
     Raises:
-        ConfigError: there is no such preset, or --hold-known.
+        ConfigError: there is no such preset.
     """
-    if options.hold_known:
-        raise ConfigError("--hold-known: TitansVideoDiT goes on from its overlap and has no known frames to hold.")
     names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
     return {
         "network": "TitansVideoDiT",

@@ -5,7 +5,6 @@ Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one lat
 
 from typing import Any, Literal
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -37,8 +36,6 @@ class SoraDiT(Backbone):
             narrow against the values of a patch.
         sine_positions: each token is told its place in the frame by fixed sines (DiT) as well: rotary positions only
             say where tokens lie to one another, and some things depend on the borders.
-        hold_known: unknown frames are shown the last known latent frame, and may add it to their answer, gated: what
-            does not move goes on as it was, without a step in its brightness.
         rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells, not
             thousands).
     Raises:
@@ -64,7 +61,6 @@ class SoraDiT(Backbone):
         conv: bool = False,
         gated_skip: bool = False,
         sine_positions: bool = False,
-        hold_known: bool = False,
         rope_theta: float = 256.0,
     ):
         super().__init__()
@@ -85,22 +81,10 @@ class SoraDiT(Backbone):
         """
         self.check_inputs(latents, condition)
         grid = self.grid(latents)
-        held = last_known(latents, condition) if self.config.hold_known else None
-        x = self.embed_patches(latents, condition, held)  # (B, s, p, D)
+        x = self.embed_patches(latents, condition)  # (B, s, p, D)
         c, *text = self.embed_conditioning(latents, time, condition)
         rotation = self.rotation(grid, x.device)
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
             x, _ = self.run_block(block, x, c_block, rotation, grid[2], (text[0], text[1]))
-        return Prediction(self.to_value(x, c, latents, held), memory)
-
-
-def last_known(latents: Tensor, condition: Condition) -> Tensor:
-    """(B, C, t, h, w): for each latent frame the last wholly known one up to it; 0 where there is none."""
-    whole = condition.wholly_known()
-    if whole is None or condition.known is None:
-        return torch.zeros_like(latents)
-    frames = torch.arange(whole.shape[1], device=whole.device)
-    last = torch.where(whole, frames, -1).cummax(dim=1).values[:, None, :, None, None]  # (B, 1, t, 1, 1)
-    held = condition.known.gather(2, last.clamp(min=0).expand_as(condition.known))
-    return torch.where(last >= 0, held, 0).to(latents.dtype)
+        return Prediction(self.to_value(x, c, latents), memory)
