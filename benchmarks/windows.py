@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="use the runs that are already there")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    arguments.out = arguments.out.resolve()  # commands run in the repository's root, wherever this was called
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = {
         name: globals()[name](arguments) for name in arguments.what or ["bounce", "memory", "real", "interpolation"]
