@@ -122,6 +122,11 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
         "same_object": round(float(np.mean([join.same for join in joins])), 4),
         "physical_path": round(float(np.mean([join.physical for join in joins])), 4),
         "miss_px_median": round(float(np.median(misses)), 3),
+        "right_by_join": [
+            round(float(np.mean([join.right for join in joins if join.edge == edge])), 3) for edge in edges
+        ],
+        "jump_at_edges": round(float(np.median(at)), 2),
+        "jump_elsewhere": round(float(np.median(elsewhere)), 2),
         "seam_ratio": round(float(np.median(at) / np.median(elsewhere)), 3),
     }
 
