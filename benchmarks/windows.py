@@ -125,6 +125,8 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
         "right_by_join": [
             round(float(np.mean([join.right for join in joins if join.edge == edge])), 3) for edge in edges
         ],
+        # Not a join of windows, but where the first one's two blocks meet.
+        "right_in_first_window": round(float(np.mean([read_joins(video, [OVERLAP])[0].right for video in videos])), 3),
         "jump_at_edges": round(float(np.median(at)), 2),
         "jump_elsewhere": round(float(np.median(elsewhere)), 2),
         "seam_ratio": round(float(np.median(at) / np.median(elsewhere)), 3),

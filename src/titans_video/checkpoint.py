@@ -14,7 +14,8 @@ A checkpoint is a dict of tensors and plain containers:
         image    {"pretrained_model", "dtype", "fingerprint"} of the image encoder of networks that are told pictures
         process  the noise process's own config
         data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, and the "tasks" trained
-        sample   recommended {"steps", "guidance_scale", "guidance_interval", "prompt"}; any may be missing
+        sample   recommended {"steps", "guidance_scale", "guidance_interval", "draft_frames", "continue_steps",
+                 "continue_guidance", "prompt"}, or fewer
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
 can run code, and neither names code that is imported unasked.
 """

@@ -304,6 +304,18 @@ class AdviceOptions:
     """Classifier-free guidance."""
     sample_guidance_interval: Pair | None = None
     """LO,HI: guide only while LO <= time <= HI (1: pure noise, 0: clean)."""
+    sample_draft_frames: int | None = None
+    """Frames that a video from nothing keeps of a draft; the rest of its first window is made again, from them on."""
+    sample_continue_steps: int | None = None
+    """Denoising steps of windows that go on from known frames."""
+    sample_continue_guidance: float | None = None
+    """Classifier-free guidance of windows that go on from known frames."""
+
+    @property
+    def of_going_on(self) -> list[str]:
+        """The flags given that only networks have a use for that hold known frames clean."""
+        names = ("sample_draft_frames", "sample_continue_steps", "sample_continue_guidance")
+        return ["--" + n.replace("_", "-") for n in names if getattr(self, n) is not None]
 
 
 @dataclass(frozen=True)
@@ -414,6 +426,13 @@ class GenerateOptions:
     """Classifier-free guidance; 1.0: none (default: the checkpoint's recommendation, else 1.0)."""
     guidance_interval: Pair | None = None
     """Guide only between these times, 0 clean and 1 noise, e.g. 0.7,1 (default: the checkpoint's, else 0,1)."""
+    draft_frames: int | None = None
+    """Make the first window of a video from nothing twice: so many frames are kept of the first time, and the rest goes
+    on from them (default: the checkpoint's recommendation, else 0: once)."""
+    continue_steps: int | None = None
+    """Denoising steps of windows that go on from known frames (default: the checkpoint's, else as --steps)."""
+    continue_guidance: float | None = None
+    """Guidance of such windows (default: the checkpoint's, else as --guidance-scale)."""
     image_guidance: Pair | None = None
     """A,B: guidance by the picture on the first and the last frame, of Stable Video Diffusion (default 1,3)."""
     motion_bucket: float | None = None

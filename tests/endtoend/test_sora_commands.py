@@ -256,6 +256,8 @@ class Trap:
         ),
         ("train --manifest {m} --vae-backend identity --resume {missing}", "--resume"),
         ("train --manifest {m} --vae-backend identity --preset XXL", "--preset"),
+        ("train --manifest {m} --vae-backend identity --task-mix t2v=1 --sample-draft-frames 4", "v2v rows or"),
+        ("train --manifest {m} --vae-backend identity --sample-draft-frames -1", "--sample-draft-frames -1"),
         ("generate --checkpoint {missing}", "missing"),
         ("generate --checkpoint {broken}", "broken.pt"),
         ("generate --checkpoint {pickle}", "It was not run"),

@@ -170,6 +170,7 @@ def test_a_causal_vae_buckets_and_checkpointing(words: list[str], folder: Path, 
         ("--pretrained-model elsewhere", "--pretrained-vae and --pretrained-model"),
         ("--pretrained-vae nowhere", "nowhere"),
         ("--segmnts 2", "Did you mean --segments"),
+        ("--sample-draft-frames 2", "all segments alike"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_exit_code_2(

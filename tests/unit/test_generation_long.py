@@ -69,6 +69,72 @@ def test_a_longer_video_begins_as_a_shorter_one():
     assert (long[:, :, 14:20] - long[:, :, 8:14]).abs().max() > 0.01
 
 
+def test_the_rest_of_a_draft_is_made_again_as_if_its_first_frames_had_been_given():
+    model = tiny_model()
+    drafted = replace(REQUEST, draft_frames=2)
+    for frames in (5, 8, 20):
+        how = LAST if frames > 8 else {}
+        once = make(model, replace(REQUEST, frames=min(frames, 8)))
+        made = make(model, replace(drafted, frames=frames), **how)
+        assert torch.equal(made, make(model, replace(REQUEST, frames=frames, known=once[:, :, :2]), **how))
+        assert torch.equal(made[:, :, :2], once[:, :, :2])
+        assert (made[:, :, 2:5] - once[:, :, 2:5]).abs().max() > 1e-3
+    # One window is the unwindowed call, and a longer video begins as a shorter one.
+    short = generate(model, replace(drafted, frames=8), progress=False)
+    assert torch.equal(make(model, drafted, **LAST)[:, :, :8], short)
+
+
+@pytest.mark.parametrize(("scale", "going_on"), [(3.0, 1.0), (1.0, 3.0), (2.0, None)])
+def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on, capsys):
+    model = tiny_model(patch=(1, 2, 2))
+    model.network.__class__ = Recorder
+    own = {"continue_steps": 3, "continue_guidance": going_on}
+    request = replace(REQUEST, steps=2, guidance_scale=scale, draft_frames=2, **own)
+    windows, _ = plan_video(model, request, **LAST)
+    made = torch.cat(list(generate_long(model, request, windows)), dim=2)
+    assert "11/11" in capsys.readouterr().err  # a draft of 2 steps, and 3 windows of 3
+    rows = [len(x) for x, _, _ in model.network.asked]
+    assert rows == [1 if scale == 1.0 else 2] * 2 + [1 if going_on == 1.0 else 2] * 9
+    # The same as asking for it of a video that goes on from given frames.
+    alone = replace(request, steps=3, guidance_scale=going_on or scale, known=made[:, :, :2], draft_frames=0)
+    assert torch.equal(make(model, replace(alone, continue_steps=None, continue_guidance=None), **LAST), made)
+
+
+def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
+    model = tiny_model(patch=(1, 2, 2))
+    model.network.__class__ = Recorder
+    known = clip(2)
+    for request, how, forwards in (
+        (replace(REQUEST, known=known), LAST, 3),
+        (replace(REQUEST, frames=2), {}, 1),
+        (REQUEST, {**LAST, "mode": "blend"}, 3),
+        (REQUEST, LAST, 4),  # and here there is
+    ):
+        model.network.__dict__["asked"] = []
+        request = replace(request, steps=1, draft_frames=2)
+        windows, notes = plan_video(model, request, **how)
+        list(generate_long(model, request, windows))
+        assert len(model.network.asked) == forwards
+        steps = 1 if windows.mode == "blend" else forwards
+        assert f"{steps}/{steps}" in capsys.readouterr().err
+        assert any("without a draft" in note for note in notes) == (windows.mode == "blend")
+
+
+def test_a_draft_that_cannot_be_gone_on_from_is_refused():
+    request = replace(REQUEST, frames=8, draft_frames=3)
+    model = tiny_model(factor=(2, 4, 4), patch=(1, 2, 2))
+    with pytest.raises(ConfigError, match=r"--draft-frames 3: .* the nearest legal: 2 and 4"):
+        plan_video(model, request)
+    model.config["data"]["tasks"] = ["i2v", "t2v"]
+    with pytest.raises(ConfigError, match="--draft-frames 2: this model was not trained to go on from 2 frames"):
+        plan_video(model, replace(request, draft_frames=2))
+    plan_video(model, replace(request, draft_frames=1))
+    model.network.__class__ = type("OneTime", (SoraDiT,), {"frame_times": False})
+    for change in ({"draft_frames": 1}, {"draft_frames": 0, "continue_steps": 1}):
+        with pytest.raises(ConfigError, match="this network has one time"):
+            plan_video(model, replace(request, **change))
+
+
 def test_noise_is_a_function_of_seed_and_frame():
     noise = frame_noise((2, 12, 3, 3), [7, 8])
     assert torch.equal(frame_noise((2, 5, 3, 3), [7, 8], first=4), noise[:, :, 4:9])

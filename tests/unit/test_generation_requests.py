@@ -55,11 +55,15 @@ def test_flags_win():
     options = GenerateOptions(
         prompt="", height=32, width=8, seconds=0.1, fps=30.0, steps=9, guidance_scale=1.0, seed=5, sampler="heun"
     )
-    options = replace(options, guidance_interval=(0.25, 0.75))
+    model.config["sample"] |= {"draft_frames": 4, "continue_steps": 2, "continue_guidance": 1.0}
+    usual, _ = build_request(GenerateOptions(), model)
+    assert (usual.draft_frames, usual.continue_steps, usual.continue_guidance) == (4, 2, 1.0)
+    options = replace(options, guidance_interval=(0.25, 0.75), draft_frames=0, continue_steps=6, continue_guidance=3.0)
     request, fps = build_request(options, model)
     assert (request.prompts, request.frames, request.height, request.width, fps) == ([""], 3, 32, 8, 30.0)
     assert (request.steps, request.guidance_scale, request.seeds, request.sampler) == (9, 1.0, [5], "heun")
-    assert request.guidance_interval == (0.25, 0.75)
+    assert (request.guidance_interval, request.draft_frames) == ((0.25, 0.75), 0)
+    assert (request.continue_steps, request.continue_guidance) == (6, 3.0)
 
 
 def test_a_checkpoint_that_says_little():
@@ -70,6 +74,7 @@ def test_a_checkpoint_that_says_little():
         build_request(GenerateOptions(), model)
     request, fps = build_request(GenerateOptions(num_frames=2), model)
     assert (request.steps, request.guidance_scale, request.guidance_interval, fps) == (50, 1.0, (0, 1), 24.0)
+    assert (request.draft_frames, request.continue_steps, request.continue_guidance) == (0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,9 @@ def test_a_checkpoint_that_says_little():
         (GenerateOptions(steps=0), "--steps 0"),
         (GenerateOptions(height=-8), "--height"),
         (GenerateOptions(guidance_scale=-1.0), "--guidance-scale"),
+        (GenerateOptions(draft_frames=-1), "--draft-frames -1"),
+        (GenerateOptions(continue_steps=0), "--continue-steps 0"),
+        (GenerateOptions(continue_guidance=-2.0), "--continue-guidance -2"),
         (GenerateOptions(guidance_interval=(0.9, 0.2)), "--guidance-interval 0.9,0.2"),
         (GenerateOptions(image="absent.png"), r"--image absent\.png"),
         (GenerateOptions(out="x.avi"), r"--out x\.avi"),

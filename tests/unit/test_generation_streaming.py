@@ -12,6 +12,7 @@ from tests.factories import tiny_vae
 from tests.unit.generation_parts import tiny_model
 from titans_video.codecs.diffusers_vae import DiffusersCodec
 from titans_video.codecs.identity import IdentityCodec
+from titans_video.codecs.patch import PatchCodec
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import generate_long, plan_video
@@ -141,6 +142,22 @@ def test_segments_are_decoded_nearly_as_the_whole(kind: str) -> None:
     assert errors[True] < 0.6 * errors[False]
 
 
+def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
+    pixels = torch.rand(20, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)).cumsum(2) / 2 - 1
+    codec = PatchCodec.fit(pixels, (2, 4, 4), 24, smooth=0.2)
+    model = streaming_model(codec=codec, patch=(1, 1, 1))
+    latents = torch.randn(1, 24, 8, 4, 4)
+    state = Carried(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
+    pieces = []
+    for i in range(0, 8, 2):
+        frames, context = _decode(model, state, latents[:, :, i : i + 2])
+        pieces.append(frames)
+        state = replace(state, latents=i + 2, context=context)
+    torch.testing.assert_close(torch.cat(pieces, 2), codec.decode(latents, 16).clamp(-1, 1), rtol=0, atol=1e-6)
+    alone = torch.cat([codec.decode(latents[:, :, i : i + 2], 4) for i in range(0, 8, 2)], 2).clamp(-1, 1)
+    assert (torch.cat(pieces, 2) - alone).abs().max() > 0.01
+
+
 def test_a_batch_is_its_rows_and_known_frames_come_first() -> None:
     model = streaming_model("neural")
     known = torch.rand(2, 3, 1, H, W) * 2 - 1
@@ -249,6 +266,8 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         with_state(plain, plan, GenerateOptions(memory_out="m.safetensors"), None)
     with pytest.raises(ConfigError, match="2 frames are given"):
         plan_video(model, request(8, known=torch.zeros(1, 3, 2, H, W)))
+    with pytest.raises(ConfigError, match=r"--draft-frames 2 and --continue-guidance 1\.5: a model with"):
+        plan_video(model, request(8, draft_frames=2, continue_guidance=1.5))
     with pytest.raises(ConfigError, match="--height 17"):
         plan_video(model, request(8, height=17))
 

@@ -20,7 +20,7 @@ from titans_video.data.store import verify
 from titans_video.errors import ConfigError
 from titans_video.media.motion import motion_bucket
 from titans_video.models.svd import ATTENTION, BRANCH, TEMPORAL, TextCrossAttention, plain_unet
-from titans_video.options import CodecOptions, DataOptions, ModelOptions, TextOptions, TrainOptions
+from titans_video.options import AdviceOptions, CodecOptions, DataOptions, ModelOptions, TextOptions, TrainOptions
 from titans_video.preparing.fill import Encoders, codec_key, fill_cache
 from titans_video.preparing.opening import Data, open_data
 from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
@@ -270,6 +270,8 @@ def test_without_text_validation_goes_on_from_a_picture_of_its_videos_size(tmp_p
 def test_flags_of_the_other_network() -> None:
     with pytest.raises(ConfigError, match="--preset and --patch-size: Stable Video"):
         refuse_unused(replace(options(), model=ModelOptions(preset="B", patch_size=(1, 2, 2))))
+    with pytest.raises(ConfigError, match="--sample-draft-frames: Stable Video"):
+        refuse_unused(replace(options(), advice=AdviceOptions(sample_draft_frames=4)))
     with pytest.raises(ConfigError, match="--trainable: SoraDiT"):
         refuse_unused(options(architecture="sora-dit", trainable="temporal", image_drop_prob=0.1))
 

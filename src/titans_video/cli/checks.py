@@ -76,6 +76,7 @@ def check_lora(options: CogVideoXLoraOptions) -> None:
     _check_advice(options.advice)
     if options.advice.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
+    refuse_going_on(options.advice, "the pipelines of diffusers make all windows alike")
     _check_watch(options.watch)
     check_data(options.data)
 
@@ -96,6 +97,16 @@ def check_tuning(tune: TuneOptions) -> None:
     except ValueError:
         raise ConfigError(f"--motion-bucket {tune.motion_bucket}: it is auto, or a number from 0 to 255.") from None
     _need("--motion-bucket", bucket, 0, 255)
+
+
+def refuse_going_on(advice: AdviceOptions, why: str) -> None:
+    """Refuse advice on windows that go on from known frames, for models that have none.
+
+    Raises:
+        ConfigError: naming the flags.
+    """
+    if advice.of_going_on:
+        raise ConfigError(f"{' and '.join(advice.of_going_on)}: {why}; leave it out.")
 
 
 def check_data(data: DataOptions) -> None:
@@ -130,6 +141,9 @@ def check_data(data: DataOptions) -> None:
 def _check_advice(advice: AdviceOptions) -> None:
     _need("--sample-steps", advice.sample_steps, 1)
     _need("--sample-guidance", advice.sample_guidance, 0)
+    _need("--sample-draft-frames", advice.sample_draft_frames, 0)
+    _need("--sample-continue-steps", advice.sample_continue_steps, 1)
+    _need("--sample-continue-guidance", advice.sample_continue_guidance, 0)
     low, high = advice.sample_guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")

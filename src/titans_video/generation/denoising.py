@@ -26,14 +26,14 @@ class Prompts:
     negative: TextCondition | None
 
 
-def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, guidance_scale: float) -> Prompts:
+def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, guides: bool) -> Prompts:
     """Prompts and, where there is guidance, the negative prompt for every row (the empty one is what caption dropout
     trained)."""
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
         if model.image is not None:
             text = text.silent(torch.tensor([not prompt for prompt in prompts]))  # as it was trained
-        if guidance_scale == 1.0 and model.image is None:  # a picture guides beside the negative prompt
+        if not guides and model.image is None:  # a picture guides beside the negative prompt
             return Prompts(text, None)
         negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 

@@ -81,6 +81,8 @@ def plan_video(
     joined, overlap, said = choose(model.joins, mode, overlap)
     windows = plan_windows(spec, patch_t, request.frames, window, overlap, joined)
     if len(windows.starts) > 1:
+        if joined == "blend" and request.drafted:
+            said = [*said, "Blended windows are made together, once, without a draft."]
         notes += [*said, windows.in_words(request.frames)]
         _check_known(request, windows)
     return windows, [*notes, *plan(model, _first_window(request, windows), windows.window).notes]
@@ -111,8 +113,8 @@ def generate_long(
     blended = windows.mode == "blend" and not single
     made = plan(model, _first_window(request, windows), windows.window)
     with evaluating(model.network):
-        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guidance_scale)
-    steps = request.steps * (1 if blended else len(windows.starts))
+        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
+    steps = request.steps if blended else request.total_steps(len(windows.starts))
     with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
         if blended:
             with evaluating(model.network):

@@ -5,7 +5,7 @@ frames, S pixel frames of one latent frame.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from titans_video.generation.denoising import (
     known_condition,
     predictor,
 )
+from titans_video.generation.drafting import check_draft
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.pictures import (
     PictureSettings,
@@ -46,6 +47,9 @@ class Request:
         guidance_interval: (lo, hi) times between which guidance acts; None: all.
         sampler: a name of `diffusion.samplers`.
         negative_prompt: what guidance leans away from.
+        draft_frames: leading frames that a first window without known frames keeps of a draft, see `drafting`; 0: it is
+            made once.
+        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows with known frames; None: the same.
         known: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: nothing is known.
         picture: how a network that is told a picture is told it.
     """
@@ -60,8 +64,45 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "euler"
     negative_prompt: str = ""
+    draft_frames: int = 0
+    continue_steps: int | None = None
+    continue_guidance: float | None = None
     known: Tensor | None = None
     picture: PictureSettings = field(default_factory=PictureSettings)
+
+    @property
+    def drafted(self) -> bool:
+        """Whether a draft comes first."""
+        return self.known is None and 0 < self.draft_frames < self.frames
+
+    @property
+    def guides(self) -> bool:
+        """Whether any window is guided by text."""
+        return self.guidance_scale != 1.0 or self.continue_guidance not in (None, 1.0)
+
+    @property
+    def going_on_flags(self) -> list[str]:
+        """The flags that tell windows with known frames from others, where they were given."""
+        flags = {
+            "--draft-frames": self.draft_frames or None,
+            "--continue-steps": self.continue_steps,
+            "--continue-guidance": self.continue_guidance,
+        }
+        return [f"{flag} {value:g}" for flag, value in flags.items() if value is not None]
+
+    def total_steps(self, windows: int) -> int:
+        """Denoising steps of a video of so many windows that go on from one another."""
+        alone = int(self.known is None)
+        return alone * self.steps + (windows + self.drafted - alone) * self.going_on().steps
+
+    def going_on(self) -> "Request":
+        """The same with what was asked for of windows that go on from known frames."""
+        steps, scale = self.continue_steps, self.continue_guidance
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            guidance_scale=self.guidance_scale if scale is None else scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +143,13 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         )
     notes = []
     frames = spec.frames_at_least(request.frames, patch[0])
+    if request.going_on_flags and not model.joins.frame_times:
+        raise ConfigError(
+            f"{' and '.join(request.going_on_flags)}: this network has one time for the whole clip, and cannot hold "
+            "frames clean; leave it out."
+        )
+    if request.drafted:
+        check_draft("--draft-frames", request.draft_frames, model.joins, spec, frames)
     if frames != request.frames:
         longer = trained_frames is not None and frames > trained_frames
         beyond = f", more than the {trained_frames} trained on" if longer else ""
@@ -113,7 +161,7 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         notes.append(
             f"The model was trained at {trained[0]}x{trained[1]}; {request.height}x{request.width} may look worse."
         )
-    if request.negative_prompt and request.guidance_scale == 1.0:
+    if request.negative_prompt and not request.guides:
         notes.append("The negative prompt does nothing at a guidance scale of 1.")
     if any(request.prompts) and not reads_text(model):
         notes.append("The prompt does nothing: the model was trained without text.")
@@ -138,8 +186,9 @@ def generate(model: VideoModel, request: Request, progress: bool = True) -> Tens
         for note in made.notes:
             tqdm.write(note, file=sys.stderr)
     with evaluating(model.network):
-        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guidance_scale)
-        with tqdm(total=request.steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
+        total = request.total_steps(1)
+        with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
             return make_clip(model, request, made, prompts, on_step=lambda _: bar.update())
 
 
@@ -162,6 +211,11 @@ def make_clip(
     Returns:
         As `generate`.
     """
+    if request.drafted:
+        draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
+        request = replace(request, known=draft[:, :, : request.draft_frames])
+    if request.known is not None:
+        request = request.going_on()
     if model.image is None:
         condition, guide = known_condition(model, prompts.text, request.known, made.frames), None
     else:

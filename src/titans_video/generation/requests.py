@@ -50,6 +50,7 @@ def check_options(options: GenerateOptions) -> Path:
         ("--height", options.height),
         ("--width", options.width),
         ("--steps", options.steps),
+        ("--continue-steps", options.continue_steps),
         ("--gen-fps", options.gen_fps),
         ("--window", options.window),
         ("--overlap", options.overlap),
@@ -58,13 +59,18 @@ def check_options(options: GenerateOptions) -> Path:
     ):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{flag} {value}: it must be above 0.")
-    scale = options.guidance_scale
-    if scale is not None and not (math.isfinite(scale) and scale >= 0):
-        raise ConfigError(f"--guidance-scale {scale}: it must be a number, 0 or more (1: no guidance).")
+    for flag, scale in (
+        ("--guidance-scale", options.guidance_scale),
+        ("--continue-guidance", options.continue_guidance),
+    ):
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"{flag} {scale}: it must be a number, 0 or more (1: no guidance).")
     if options.guidance_interval is not None:
         low, high = options.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"--guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+    if options.draft_frames is not None and options.draft_frames < 0:
+        raise ConfigError(f"--draft-frames {options.draft_frames}: it must be at least 0 (no draft).")
     if options.motion_bucket is not None and not 0 <= options.motion_bucket <= MOST_MOTION:
         raise ConfigError(
             f"--motion-bucket {options.motion_bucket:g}: it must be at least 0 and at most {MOST_MOTION}."
@@ -131,6 +137,9 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
         guidance_scale=float(_first(options.guidance_scale, advice.get("guidance_scale"), 1.0)),
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=options.sampler,
+        draft_frames=_first(options.draft_frames, advice.get("draft_frames"), 0),
+        continue_steps=_either(options.continue_steps, advice.get("continue_steps")),
+        continue_guidance=_either(options.continue_guidance, advice.get("continue_guidance")),
         known=_given(options, model, when.made, when.gen_fps, height, width),
         picture=_picture(options, model, when.gen_fps),
     )
@@ -200,6 +209,10 @@ def _given(
 
 def _name(flag: str) -> str:
     return flag[2:].replace("-", "_")
+
+
+def _either(given: Any, usual: Any) -> Any:
+    return usual if given is None else given
 
 
 def _first(*values: Any) -> Any:

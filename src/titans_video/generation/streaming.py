@@ -42,6 +42,10 @@ def plan_stream(
             first segment cannot hold.
     """
     n, overlap, said = _segments(model, window, overlap)
+    if request.going_on_flags:
+        raise ConfigError(
+            f"{' and '.join(request.going_on_flags)}: a model with a memory makes all segments alike; leave it out."
+        )
     spec = model.codec.spec
     first, stride = spec.frames_of(n), n * spec.stride[0]
     # Sizes and lists are checked as for a clip of one segment; longer than that is what a memory is for.
@@ -116,7 +120,7 @@ def stream(
                 rows = list(request.prompts) if how.texts is None else [prompt] * len(request.prompts)
                 with evaluating(model.network):
                     if prompt not in prompts:
-                        prompts = {prompt: encode_prompts(model, rows, request.negative_prompt, request.guidance_scale)}
+                        prompts = {prompt: encode_prompts(model, rows, request.negative_prompt, request.guides)}
                     state = next_segment(model, request, how, state, prompts[prompt], bar, edit)
             fresh = state.pending[:, :, :left].clone()
             left -= fresh.shape[2]

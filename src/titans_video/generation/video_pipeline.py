@@ -149,6 +149,9 @@ class VideoPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        draft_frames: int | None = None,
+        continue_steps: int | None = None,
+        continue_guidance: float | None = None,
         image_guidance: tuple[float, float] | None = None,
         motion_bucket: float | None = None,
         noise_aug: float | None = None,
@@ -175,6 +178,7 @@ class VideoPipeline(DiffusionPipeline):
                 [-1, 1]. Scaled to cover the size, the middle kept.
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
                 last frames they are.
+            draft_frames, continue_steps, continue_guidance: as `options.GenerateOptions`.
             image_guidance, motion_bucket, noise_aug: as `options.GenerateOptions`, for Stable Video Diffusion.
             generator: where seeds are drawn from, one for all videos or one a video; None: torch's own generator.
             window, overlap, window_mode: as `options.GenerateOptions`.
@@ -199,6 +203,9 @@ class VideoPipeline(DiffusionPipeline):
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            draft_frames=draft_frames,
+            continue_steps=continue_steps,
+            continue_guidance=continue_guidance,
             image_guidance=image_guidance,
             motion_bucket=motion_bucket,
             noise_aug=noise_aug,

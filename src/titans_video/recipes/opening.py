@@ -1,6 +1,7 @@
 """The clips, the codec and the cache of a run, from its options; the same for every recipe."""
 
 import json
+import math
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from titans_video.training.resuming import Resume
 from titans_video.types import CodecSpec
 
 FIT_CLIPS = 512
-PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96}
+PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
 
 
 def open_data_and_codec(
@@ -55,30 +56,32 @@ def together(accelerator: engine.Engine) -> Together:
     return Together(partial(engine.once, accelerator), partial(engine.gather, accelerator))
 
 
-def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int]:
-    """(patch, channels) of the patch codec: the defaults, changed by --vae-init-json."""
+def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, float]:
+    """(patch, channels, smooth) of the patch codec: the defaults, changed by --vae-init-json."""
     given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
-    patch, channels = given["patch"], given["channels"]
+    patch, channels, smooth = given["patch"], given["channels"], given["smooth"]
     whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
-    if not whole or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
+    number = type(smooth) in (int, float) and math.isfinite(smooth) and smooth >= 0
+    if not whole or not number or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
         raise CodecError(
             f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, and components kept)."
+            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, components kept, and the "
+            "errors for which blocks are joined, as a standard deviation of pixels in [-1, 1])."
         )
-    return (patch[0], patch[1], patch[2]), channels
+    return (patch[0], patch[1], patch[2]), channels, float(smooth)
 
 
 def spec_of(options: CodecOptions) -> CodecSpec:
     """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
     if options.vae_backend != "patch":
         return build_codec(options, load=False).spec
-    patch, channels = _patch_arguments(options)
+    patch, channels, _ = _patch_arguments(options)
     return CodecSpec("patch", channels, patch, "blocks")
 
 
 def _fit(options: CodecOptions, data: Data, accelerator: engine.Engine) -> Codec:
-    patch, channels = _patch_arguments(options)
-    codec = engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), patch, channels))
+    arguments = _patch_arguments(options)
+    codec = engine.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
     return PatchCodec.from_config(codec.config(), codec.state_dict())  # as a run that goes on will have it
 
 

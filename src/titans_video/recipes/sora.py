@@ -23,6 +23,8 @@ from titans_video.data.store import EncodingStore, StoredText
 from titans_video.diffusion.flow import Corrupted, count_tokens
 from titans_video.diffusion.process import NoiseProcess
 from titans_video.diffusion.table import build_process, process_config
+from titans_video.generation.drafting import check_draft
+from titans_video.generation.joining import Joins
 from titans_video.generation.loading import PromptEncoder, VideoModel
 from titans_video.generation.requests import sample
 from titans_video.models.conditioning import fold_known_mask
@@ -277,6 +279,10 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
     text = build_text(options.text, accelerator.device, load=False, needed=variant.needs_text)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    draft = options.advice.sample_draft_frames
+    if draft:
+        longest = max(bucket.frames for bucket in data.buckets)
+        check_draft("--sample-draft-frames", draft, Joins(True, frozenset(data.tasks)), codec.spec, longest)
     for rows in (data, held_out):
         if variant.check and rows:
             variant.check(rows, text)
@@ -375,6 +381,9 @@ def advice_of(options: AdviceOptions, prompt: str | None) -> dict[str, Any]:
         "steps": given["sample_steps"],
         "guidance_scale": given["sample_guidance"],
         "guidance_interval": given["sample_guidance_interval"],
+        "draft_frames": given["sample_draft_frames"],
+        "continue_steps": given["sample_continue_steps"],
+        "continue_guidance": given["sample_continue_guidance"],
         "prompt": prompt,
     }
     return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if v is not None}

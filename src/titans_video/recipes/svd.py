@@ -173,6 +173,8 @@ def refuse_unused(options: SVDOptions) -> None:
         for f in fields(getattr(usual, group))
         if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(usual, group), f.name)
     ]
+    if unet:
+        unused += options.advice.of_going_on
     if unused:
         trained, other = ("Stable Video Diffusion's UNet", "SoraDiT") if unet else ("SoraDiT", "that UNet")
         raise ConfigError(
