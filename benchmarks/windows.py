@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read 
 import numpy as np
 import torch
 
+from titans_video.data.loader import to_floats
 from titans_video.demo.options import DemoOptions
 from titans_video.demo.run import training_command
 from titans_video.generation.loading import VideoModel, load_model
@@ -92,6 +93,8 @@ def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
     true = np.stack([sample_bounce(0, _UNTRAINED + i, frames=FRAMES).frames for i in range(arguments.videos)])
     found["true"] = judge(true, edges)
     print(f"true      {found['true']}")
+    found["after_true_frames"] = after_true_frames(model, arguments.videos)
+    print(f"after true frames {found['after_true_frames']}")
     print(f"Sheet: {contact_sheet(folder / 'sheet.png', shown, captions, columns=1, frames=FRAMES // 2)}")
     return found
 
@@ -109,6 +112,29 @@ def make_bouncing(model: VideoModel, mode: str, count: int) -> tuple[np.ndarray,
         made += [to_uint8(video) for video in videos]
     assert len(windows.starts) == WINDOWS
     return np.stack(made), prompts, windows.edges
+
+
+def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
+    """What follows the first block of true clips: joins; and PSNR in dB of the first four frames, with the codec's
+    blocks joined and as they are."""
+    clips = [sample_bounce(0, _UNTRAINED + i, frames=FRAMES) for i in range(count)]
+    truth = np.stack([clip.frames for clip in clips])
+    known = to_floats(torch.from_numpy(truth[:, :OVERLAP]))
+    usual, _ = build_request(GenerateOptions(num_frames=FRAMES), model)
+    request = replace(usual, prompts=[c.caption for c in clips], seeds=list(range(count)), known=known)
+    windows, _ = plan_video(model, request, WINDOW, OVERLAP, "continue")
+    videos = torch.cat(list(generate_long(model, request, windows)), dim=2)
+    found = judge(np.stack([to_uint8(video) for video in videos]), windows.edges)
+    alone = replace(request, frames=WINDOW)
+    plan, _ = plan_video(model, alone)
+    gain, near = model.codec.gain, slice(OVERLAP, OVERLAP + 4)  # type: ignore[attr-defined]  # the patch codec's
+    for name, used in (("joined", gain), ("as they are", None)):
+        model.codec.gain = used  # type: ignore[attr-defined]
+        made = torch.cat(list(generate_long(model, alone, plan)), dim=2)
+        error = np.stack([to_uint8(video) for video in made])[:, near].astype(np.float64) - truth[:, near]
+        found[f"psnr, blocks {name}"] = round(float(10 * np.log10(255**2 / np.mean(error**2))), 2)
+    model.codec.gain = gain  # type: ignore[attr-defined]
+    return found
 
 
 def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
@@ -180,6 +206,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 REAL = shlex.split(
     "--height 64 --width 64 --num-frames 32 --fps 24 --vae-backend patch --text-model builtin --preset tiny "
+    """--vae-init-json '{"smooth": 0.1}' """
     "--attention-type full --patch-size 1,2,2 --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
     "--task-mix t2v=0.3,v2v=0.7 --cond-frames 8 --batch-size 4 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
     "--betas 0.9,0.98 --weight-decay 0 --lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 "

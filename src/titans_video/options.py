@@ -307,9 +307,9 @@ class AdviceOptions:
     sample_draft_frames: int | None = None
     """Frames that a video from nothing keeps of a draft; the rest of its first window is made again, from them on."""
     sample_continue_steps: int | None = None
-    """Denoising steps of windows that go on from known frames."""
+    """Denoising steps of windows that go on from frames of the video."""
     sample_continue_guidance: float | None = None
-    """Classifier-free guidance of windows that go on from known frames."""
+    """Classifier-free guidance of such windows."""
 
     @property
     def of_going_on(self) -> list[str]:
@@ -430,7 +430,7 @@ class GenerateOptions:
     """Make the first window of a video from nothing twice: so many frames are kept of the first time, and the rest goes
     on from them (default: the checkpoint's recommendation, else 0: once)."""
     continue_steps: int | None = None
-    """Denoising steps of windows that go on from known frames (default: the checkpoint's, else as --steps)."""
+    """Denoising steps of windows that go on from frames of the video (default: the checkpoint's, else as --steps)."""
     continue_guidance: float | None = None
     """Guidance of such windows (default: the checkpoint's, else as --guidance-scale)."""
     image_guidance: Pair | None = None

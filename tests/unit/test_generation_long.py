@@ -98,6 +98,14 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
     # The same as asking for it of a video that goes on from given frames.
     alone = replace(request, steps=3, guidance_scale=going_on or scale, known=made[:, :, :2], draft_frames=0)
     assert torch.equal(make(model, replace(alone, continue_steps=None, continue_guidance=None), **LAST), made)
+    # Which is taken for going on, where it is several frames, and not where it is one picture.
+    for count, steps in ((2, [3, 3, 3]), (1, [2, 3, 3])):
+        model.network.__dict__["asked"] = []
+        known = replace(request, known=made[:, :, :count])
+        windows, _ = plan_video(model, known, **LAST)
+        list(generate_long(model, known, windows))
+        assert f"{sum(steps)}/{sum(steps)}" in capsys.readouterr().err
+        assert len(model.network.asked) == sum(steps)
 
 
 def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
@@ -117,7 +125,7 @@ def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
         assert len(model.network.asked) == forwards
         steps = 1 if windows.mode == "blend" else forwards
         assert f"{steps}/{steps}" in capsys.readouterr().err
-        assert any("without a draft" in note for note in notes) == (windows.mode == "blend")
+        assert any("no --draft-frames 2." in note for note in notes) == (windows.mode == "blend")
 
 
 def test_a_draft_that_cannot_be_gone_on_from_is_refused():

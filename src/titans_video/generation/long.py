@@ -81,8 +81,8 @@ def plan_video(
     joined, overlap, said = choose(model.joins, mode, overlap)
     windows = plan_windows(spec, patch_t, request.frames, window, overlap, joined)
     if len(windows.starts) > 1:
-        if joined == "blend" and request.drafted:
-            said = [*said, "Blended windows are made together, once, without a draft."]
+        if joined == "blend" and request.going_on_flags:
+            said = [*said, f"Blended windows do not go on from one another: no {' or '.join(request.going_on_flags)}."]
         notes += [*said, windows.in_words(request.frames)]
         _check_known(request, windows)
     return windows, [*notes, *plan(model, _first_window(request, windows), windows.window).notes]

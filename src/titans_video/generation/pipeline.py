@@ -49,7 +49,8 @@ class Request:
         negative_prompt: what guidance leans away from.
         draft_frames: leading frames that a first window without known frames keeps of a draft, see `drafting`; 0: it is
             made once.
-        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows with known frames; None: the same.
+        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows that go on from frames of the video,
+            its own or several given ones; None: the same. One given picture leaves all that follows to the prompt.
         known: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: nothing is known.
         picture: how a network that is told a picture is told it.
     """
@@ -76,6 +77,11 @@ class Request:
         return self.known is None and 0 < self.draft_frames < self.frames
 
     @property
+    def goes_on(self) -> bool:
+        """Whether the video begins with several given frames."""
+        return self.known is not None and self.known.shape[2] > 1
+
+    @property
     def guides(self) -> bool:
         """Whether any window is guided by text."""
         return self.guidance_scale != 1.0 or self.continue_guidance not in (None, 1.0)
@@ -92,11 +98,11 @@ class Request:
 
     def total_steps(self, windows: int) -> int:
         """Denoising steps of a video of so many windows that go on from one another."""
-        alone = int(self.known is None)
-        return alone * self.steps + (windows + self.drafted - alone) * self.going_on().steps
+        first = 0 if self.goes_on else self.steps
+        return first + (windows + self.drafted - (not self.goes_on)) * self.going_on().steps
 
     def going_on(self) -> "Request":
-        """The same with what was asked for of windows that go on from known frames."""
+        """The same with what was asked for of windows that go on."""
         steps, scale = self.continue_steps, self.continue_guidance
         return replace(
             self,
@@ -213,8 +219,8 @@ def make_clip(
     """
     if request.drafted:
         draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
-        request = replace(request, known=draft[:, :, : request.draft_frames])
-    if request.known is not None:
+        request = replace(request.going_on(), known=draft[:, :, : request.draft_frames])
+    elif first or request.goes_on:
         request = request.going_on()
     if model.image is None:
         condition, guide = known_condition(model, prompts.text, request.known, made.frames), None
