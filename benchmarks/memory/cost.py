@@ -99,7 +99,7 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
     state, found = streaming._fresh(model, request), {}
     bar = argparse.Namespace(update=lambda: None)
     with evaluating(model.network), torch.no_grad():
-        prompts = encode_prompts(model, request.prompts, "", 1.0)
+        prompts = encode_prompts(model, request.prompts, "", request.guides)
         for i in range(1, 1001):
             state = streaming.next_segment(model, request, plan, state, prompts, bar)
             if i in (10, 1000):

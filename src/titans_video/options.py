@@ -307,15 +307,15 @@ class AdviceOptions:
     sample_draft_frames: int | None = None
     """Frames that a video from nothing keeps of a draft; the rest of its first window is made again, from them on."""
     sample_continue_steps: int | None = None
-    """Denoising steps of windows that go on from frames of the video."""
+    """Denoising steps of windows that go on from several known frames."""
     sample_continue_guidance: float | None = None
     """Classifier-free guidance of such windows."""
 
     @property
-    def of_going_on(self) -> list[str]:
+    def continuation_flags(self) -> list[str]:
         """The flags given that only networks have a use for that hold known frames clean."""
         names = ("sample_draft_frames", "sample_continue_steps", "sample_continue_guidance")
-        return ["--" + n.replace("_", "-") for n in names if getattr(self, n) is not None]
+        return ["--" + n.replace("_", "-") for n in names if getattr(self, n) not in (None, 0)]
 
 
 @dataclass(frozen=True)
@@ -430,9 +430,10 @@ class GenerateOptions:
     """Make the first window of a video from nothing twice: so many frames are kept of the first time, and the rest goes
     on from them (default: the checkpoint's recommendation, else 0: once)."""
     continue_steps: int | None = None
-    """Denoising steps of windows that go on from frames of the video (default: the checkpoint's, else as --steps)."""
+    """Denoising steps of windows that go on from several known frames (default: --steps where given, else the
+    checkpoint's recommendation)."""
     continue_guidance: float | None = None
-    """Guidance of such windows (default: the checkpoint's, else as --guidance-scale)."""
+    """Guidance of such windows (default: --guidance-scale where given, else the checkpoint's recommendation)."""
     image_guidance: Pair | None = None
     """A,B: guidance by the picture on the first and the last frame, of Stable Video Diffusion (default 1,3)."""
     motion_bucket: float | None = None

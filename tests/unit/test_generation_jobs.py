@@ -156,7 +156,7 @@ def test_crf_changes_the_size(model):
     ("flags", "said"),
     [
         ({"window": 7, "num_frames": 20}, "--window 7 is not legal .* the nearest legal: 6 and 8"),
-        ({"window": 8, "overlap": 8, "num_frames": 20}, "--overlap 8: it must be below --window 8"),
+        ({"window": 8, "overlap": 8, "num_frames": 20}, "--overlap 8: it must be below the 8 frames of a window"),
         ({"overlap": 2}, "--overlap 2: 8 frames are made in one window"),
         ({"overlap": 0}, "--overlap 0: it must be above 0"),
         ({"window": -1}, "--window -1"),

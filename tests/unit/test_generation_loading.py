@@ -31,8 +31,10 @@ def test_a_loaded_model_makes_what_the_saved_one_made(tmp_path, name, prediction
     assert torch.equal(generate(loaded, REQUEST, progress=False), generate(model, REQUEST, progress=False))
 
 
-def test_a_fitted_codec_comes_along(tmp_path):
-    codec = PatchCodec.fit(torch.rand(4, 3, 8, 16, 24) * 2 - 1, (8, 4, 4), 48)
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["last.pt", "exported"])
+def test_a_fitted_codec_comes_along(tmp_path, name, smooth):
+    codec = PatchCodec.fit(torch.rand(4, 3, 8, 16, 24) * 2 - 1, (8, 4, 4), 48, smooth)
     model = tiny_model(factor=(1, 4, 4), patch=(1, 2, 2))
     saved = as_checkpoint(model)
     saved.config["codec"] = describe_codec(codec, CodecOptions(vae_backend="patch"))
@@ -41,10 +43,11 @@ def test_a_fitted_codec_comes_along(tmp_path):
     saved.codec = codec.state_dict()
     cells, width = 4, 24
     saved.model["patch_embed.weight"] = 0.1 * torch.randn(width, (2 * 48 + 8) * cells)
-    checkpoints.write(saved, tmp_path / "last.pt")
-    loaded = load_model(str(tmp_path), Overrides(), "cpu")
-    video = torch.rand(1, 3, 8, 16, 24)
+    checkpoints.write(saved, tmp_path / name)
+    loaded = load_model(str(tmp_path / name), Overrides(), "cpu")
+    video = torch.rand(1, 3, 16, 16, 24)
     assert torch.equal(loaded.codec.encode(video), codec.encode(video))
+    assert torch.equal(loaded.codec.decode(loaded.codec.encode(video), 16), codec.decode(codec.encode(video), 16))
     assert loaded.process.variance == codec.spec.variance
     assert generate(loaded, REQUEST, progress=False).shape == (1, 3, 8, 16, 24)
 

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from tests.unit.generation_parts import Oracle, tiny_model
 from titans_video.errors import ConfigError
 from titans_video.generation.denoising import frame_noise
+from titans_video.generation.drafting import check_draft
+from titans_video.generation.joining import Joins
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import blend_windows, generate_long, plan_video, ramp
 from titans_video.generation.pipeline import Request, generate
 from titans_video.models.sora import SoraDiT
 from titans_video.seeding import derive, keyed_normal
+from titans_video.types import CodecSpec
 
 REQUEST = Request(prompts=["a red circle"], frames=20, height=16, width=24, seeds=[3], steps=2)
 LAST = {"window": 8, "overlap": 2}
@@ -98,7 +101,7 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
     # The same as asking for it of a video that goes on from given frames.
     alone = replace(request, steps=3, guidance_scale=going_on or scale, known=made[:, :, :2], draft_frames=0)
     assert torch.equal(make(model, replace(alone, continue_steps=None, continue_guidance=None), **LAST), made)
-    # Which is taken for going on, where it is several frames, and not where it is one picture.
+    # Several given frames are gone on from like that, and one picture is not.
     for count, steps in ((2, [3, 3, 3]), (1, [2, 3, 3])):
         model.network.__dict__["asked"] = []
         known = replace(request, known=made[:, :, :count])
@@ -134,13 +137,51 @@ def test_a_draft_that_cannot_be_gone_on_from_is_refused():
     with pytest.raises(ConfigError, match=r"--draft-frames 3: .* the nearest legal: 2 and 4"):
         plan_video(model, request)
     model.config["data"]["tasks"] = ["i2v", "t2v"]
-    with pytest.raises(ConfigError, match="--draft-frames 2: this model was not trained to go on from 2 frames"):
+    with pytest.raises(ConfigError, match=r"--draft-frames 2: this model was not trained to go on from 2 .* from one"):
         plan_video(model, replace(request, draft_frames=2))
     plan_video(model, replace(request, draft_frames=1))
     model.network.__class__ = type("OneTime", (SoraDiT,), {"frame_times": False})
     for change in ({"draft_frames": 1}, {"draft_frames": 0, "continue_steps": 1}):
         with pytest.raises(ConfigError, match="this network has one time"):
             plan_video(model, replace(request, **change))
+
+
+@pytest.mark.parametrize(
+    ("rule", "draft", "said"),
+    [
+        ("causal", 5, None),
+        ("causal", 8, "--sample-draft-frames 8: it must be whole latent frames .* the nearest legal: 5 and 9"),
+        ("causal", 17, "--sample-draft-frames 17: it must be below the 17 frames of a window; the nearest legal: 13"),
+        ("blocks", 8, None),
+    ],
+)
+def test_a_draft_is_whole_latent_frames_of_every_kind_of_codec(rule, draft, said):
+    spec, frames = CodecSpec("codec", 16, (4, 8, 8), rule), 17 if rule == "causal" else 16
+    arguments = ("--sample-draft-frames", draft, Joins(True, frozenset({"t2v", "v2v"})), spec, frames)
+    if said is None:
+        check_draft(*arguments)
+    else:
+        with pytest.raises(ConfigError, match=said):
+            check_draft(*arguments)
+
+
+@pytest.mark.parametrize(("draft", "how"), [(8, {}), (12, {}), (8, {"window": 4, "overlap": 1})])
+def test_windows_no_longer_than_the_draft_are_made_once(draft, how, capsys):
+    model = tiny_model(patch=(1, 2, 2))
+    request = replace(REQUEST, draft_frames=draft)
+    windows, notes = plan_video(model, request, **how)
+    assert any(f"no draft of {draft} frames" in note for note in notes)
+    made = torch.cat(list(generate_long(model, request, windows)), dim=2)
+    steps = 2 * len(windows.starts)
+    assert f"{steps}/{steps}" in capsys.readouterr().err
+    assert torch.equal(made, make(model, REQUEST, **how))
+
+
+def test_drafts_of_a_batch_are_those_of_its_rows():
+    model = tiny_model(patch=(1, 2, 2))
+    both = replace(REQUEST, prompts=["a", "b"], seeds=[1, 2], draft_frames=2, continue_steps=1, sampler="heun")
+    alone = replace(both, prompts=["b"], seeds=[2])
+    torch.testing.assert_close(make(model, both, **LAST)[1:], make(model, alone, **LAST), rtol=1e-4, atol=1e-4)
 
 
 def test_noise_is_a_function_of_seed_and_frame():

@@ -58,6 +58,11 @@ def test_flags_win():
     model.config["sample"] |= {"draft_frames": 4, "continue_steps": 2, "continue_guidance": 1.0}
     usual, _ = build_request(GenerateOptions(), model)
     assert (usual.draft_frames, usual.continue_steps, usual.continue_guidance) == (4, 2, 1.0)
+    # What is asked for all windows goes before advice on some.
+    asked, _ = build_request(GenerateOptions(steps=7), model)
+    assert (asked.after(4).steps, asked.after(4).guidance_scale) == (7, 1.0)
+    asked, _ = build_request(GenerateOptions(guidance_scale=5.0, continue_steps=6), model)
+    assert (asked.after(4).steps, asked.after(4).guidance_scale, asked.after(1).steps) == (6, 5.0, 3)
     options = replace(options, guidance_interval=(0.25, 0.75), draft_frames=0, continue_steps=6, continue_guidance=3.0)
     request, fps = build_request(options, model)
     assert (request.prompts, request.frames, request.height, request.width, fps) == ([""], 3, 32, 8, 30.0)

@@ -63,6 +63,19 @@ def test_it_makes_what_generate_makes(pipe):
     torch.testing.assert_close(made, (plain.transpose(1, 2) + 1) / 2, rtol=0, atol=1e-6)
 
 
+def test_a_draft_and_windows_that_go_on_in_their_own_way(pipe):
+    (seed,) = draw_seeds(seeded(4), 1)
+    own = {"draft_frames": 2, "continue_steps": 3, "continue_guidance": 1.5}
+    request = Request(["a cat"], 8, 16, 24, [seed], steps=2, guidance_interval=(0.5, 1.0), **own)
+    plain = generate(pipe.model, request, progress=False)
+    steps = []
+    made = pipe(
+        "a cat", generator=seeded(4), callback_on_step_end=lambda _, step, *rest: steps.append(step), **CALL | own
+    ).frames
+    torch.testing.assert_close(made, (plain.transpose(1, 2) + 1) / 2, rtol=0, atol=1e-6)
+    assert steps == [0, 1, 2, 3, 4], "2 of the draft, 3 of what goes on from it"
+
+
 def test_generators_are_seeds(pipe):
     one = pipe("a cat", generator=seeded(1), **CALL).frames
     assert torch.equal(one, pipe("a cat", generator=seeded(1), **CALL).frames)

@@ -87,8 +87,8 @@ def test_a_longer_video_begins_with_the_windows_of_a_shorter_one(spec) -> None:
 @pytest.mark.parametrize(
     ("spec", "window", "overlap", "mode", "said"),
     [
-        (EACH, 32, 32, "continue", "--overlap 32: it must be below --window 32; the nearest legal: 31."),
-        (EACH, 32, 40, "blend", "--overlap 40: it must be below --window 32; the nearest legal: 31."),
+        (EACH, 32, 32, "continue", "--overlap 32: it must be below the 32 frames of a window; the nearest legal: 31."),
+        (EACH, 32, 40, "blend", "--overlap 40: it must be below the 32 frames of a window; the nearest legal: 31."),
         (EACH, 32, 0, "continue", "--overlap 0: windows must share at least one frame; the nearest legal: 1."),
         (EACH, 31, 8, "continue", "--window 31 is not legal .* patch of 2 together; the nearest legal: 30 and 32"),
         (EACH, 0, 1, "continue", "--window 0 is not legal .* the nearest legal: 2."),

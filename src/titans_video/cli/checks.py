@@ -76,7 +76,7 @@ def check_lora(options: CogVideoXLoraOptions) -> None:
     _check_advice(options.advice)
     if options.advice.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
-    refuse_going_on(options.advice, "the pipelines of diffusers make all windows alike")
+    refuse_continuation(options.advice, "the pipelines of diffusers make all windows alike")
     _check_watch(options.watch)
     check_data(options.data)
 
@@ -99,14 +99,14 @@ def check_tuning(tune: TuneOptions) -> None:
     _need("--motion-bucket", bucket, 0, 255)
 
 
-def refuse_going_on(advice: AdviceOptions, why: str) -> None:
+def refuse_continuation(advice: AdviceOptions, why: str) -> None:
     """Refuse advice on windows that go on from known frames, for models that have none.
 
     Raises:
         ConfigError: naming the flags.
     """
-    if advice.of_going_on:
-        raise ConfigError(f"{' and '.join(advice.of_going_on)}: {why}; leave it out.")
+    if advice.continuation_flags:
+        raise ConfigError(f"{' and '.join(advice.continuation_flags)}: {why}; leave it out.")
 
 
 def check_data(data: DataOptions) -> None:

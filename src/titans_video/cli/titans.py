@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from titans_video.cli.checks import check_memory, check_training, refuse_going_on
+from titans_video.cli.checks import check_memory, check_training, refuse_continuation
 from titans_video.cli.parsing import parse
 from titans_video.options import TitansOptions
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str], prog: str = "titans-video train titans") -> int:
     options = parse(TitansOptions(), argv, prog=prog, description=DESCRIPTION)
     check_training(options)
     check_memory(options.memory)
-    refuse_going_on(options.advice, "a model with a memory makes all segments alike")
+    refuse_continuation(options.advice, "a model with a memory makes all segments alike")
     from titans_video.recipes.titans import train_titans
 
     return train_titans(options).exit_code

@@ -78,7 +78,7 @@ class PatchCodec(Codec):
         if not 1 <= channels <= size:
             raise CodecError(f"the patch codec has {channels} channels; a patch of {patch} has only {size} values.")
         if smooth and patch[0] == 1:
-            raise CodecError(f"the patch codec's patch {patch} has one frame, and nothing to smooth between blocks.")
+            raise CodecError(f"the patch codec's patch {patch} has one frame; joined blocks need two or more.")
         if any(n % p for n, p in zip(pixels.shape[2:], patch, strict=True)):
             t, h, w = pixels.shape[2:]
             raise CodecError(f"the patch codec's patch {patch} does not divide clips of {t} frames of {h}x{w}.")
@@ -177,8 +177,10 @@ def _join_gain(patch: tuple[int, int, int], basis: Tensor, eigenvalues: Tensor, 
     were decoded, of which the last k are of another block than the others.
 
     Patches are taken to be Gaussian with the covariance S = V L V' + rest (1 - V V') that the codec knows
-    (probabilistic principal components, Tipping & Bishop 1999), and decoded pixels to have errors of their own: those
-    that the codec makes anyway before the join, `smooth` behind it. The best guess is then S (S + R)^-1 (Wiener).
+    (probabilistic principal components, Tipping & Bishop 1999), and decoded pixels to have errors R of their own:
+    `smooth` behind the join. Before it they are believed to be half as large, but no smaller than what the codec loses:
+    the frames there are shown already, and what follows is to agree with them. The best guess is then S (S + R)^-1
+    (Wiener).
 
     Args:
         basis, eigenvalues: (P, C) and (C,) float64; the kept components.
@@ -191,7 +193,7 @@ def _join_gain(patch: tuple[int, int, int], basis: Tensor, eigenvalues: Tensor, 
     made[:, pt - pt // 2 :] = True
     made = made.flatten()
     lost = rest * (size - len(eigenvalues)) / size
-    noise = torch.where(made, smooth**2, lost + 1e-9)
+    noise = torch.where(made, smooth**2, max(lost, smooth**2 / 4))
     return torch.linalg.solve(covariance + torch.diag(noise), covariance[:, made]).T.float()
 
 

@@ -27,8 +27,8 @@ class Prompts:
 
 
 def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, guides: bool) -> Prompts:
-    """Prompts and, where there is guidance, the negative prompt for every row (the empty one is what caption dropout
-    trained)."""
+    """Prompts and, where there is guidance (`guides`), the negative prompt for every row (the empty one is what caption
+    dropout trained)."""
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
         if model.image is not None:

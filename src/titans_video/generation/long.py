@@ -81,11 +81,15 @@ def plan_video(
     joined, overlap, said = choose(model.joins, mode, overlap)
     windows = plan_windows(spec, patch_t, request.frames, window, overlap, joined)
     if len(windows.starts) > 1:
-        if joined == "blend" and request.going_on_flags:
-            said = [*said, f"Blended windows do not go on from one another: no {' or '.join(request.going_on_flags)}."]
+        if joined == "blend" and request.continuation_flags:
+            flags = " or ".join(request.continuation_flags)
+            said = [*said, f"Blended windows do not go on from one another: no {flags}."]
         notes += [*said, windows.in_words(request.frames)]
         _check_known(request, windows)
-    return windows, [*notes, *plan(model, _first_window(request, windows), windows.window).notes]
+    first = _first_window(request, windows)
+    if request.drafted and not first.drafted and joined == "continue":
+        notes.append(f"There is no draft of {request.draft_frames} frames, as windows have no more than that.")
+    return windows, [*notes, *plan(model, first, windows.window).notes]
 
 
 def generate_long(
@@ -114,7 +118,7 @@ def generate_long(
     made = plan(model, _first_window(request, windows), windows.window)
     with evaluating(model.network):
         prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
-    steps = request.steps if blended else request.total_steps(len(windows.starts))
+    steps = request.steps if blended else _first_window(request, windows).total_steps(windows.shared)
     with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
         if blended:
             with evaluating(model.network):

@@ -5,6 +5,7 @@ frames, S pixel frames of one latent frame.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -33,6 +34,9 @@ from titans_video.generation.pictures import (
 )
 from titans_video.types import CodecSpec
 
+SEVERAL = 2
+"""Known frames that show a motion, which a single one does not."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -49,8 +53,8 @@ class Request:
         negative_prompt: what guidance leans away from.
         draft_frames: leading frames that a first window without known frames keeps of a draft, see `drafting`; 0: it is
             made once.
-        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows that go on from frames of the video,
-            its own or several given ones; None: the same. One given picture leaves all that follows to the prompt.
+        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows with several known frames; None: the
+            same. A single one leaves what follows to the prompt, as none does.
         known: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: nothing is known.
         picture: how a network that is told a picture is told it.
     """
@@ -77,18 +81,13 @@ class Request:
         return self.known is None and 0 < self.draft_frames < self.frames
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the video begins with several given frames."""
-        return self.known is not None and self.known.shape[2] > 1
-
-    @property
     def guides(self) -> bool:
         """Whether any window is guided by text."""
         return self.guidance_scale != 1.0 or self.continue_guidance not in (None, 1.0)
 
     @property
-    def going_on_flags(self) -> list[str]:
-        """The flags that tell windows with known frames from others, where they were given."""
+    def continuation_flags(self) -> list[str]:
+        """The flags that tell windows with known frames from others, as they were given."""
         flags = {
             "--draft-frames": self.draft_frames or None,
             "--continue-steps": self.continue_steps,
@@ -96,13 +95,21 @@ class Request:
         }
         return [f"{flag} {value:g}" for flag, value in flags.items() if value is not None]
 
-    def total_steps(self, windows: int) -> int:
-        """Denoising steps of a video of so many windows that go on from one another."""
-        first = 0 if self.goes_on else self.steps
-        return first + (windows + self.drafted - (not self.goes_on)) * self.going_on().steps
+    def total_steps(self, shared: Sequence[int] = (0,)) -> int:
+        """Denoising steps of windows that go on from one another, of which this is the first.
 
-    def going_on(self) -> "Request":
-        """The same with what was asked for of windows that go on."""
+        Args:
+            shared: frames that each has from the one before it, as `windows.WindowPlan.shared`.
+        """
+        given = 0 if self.known is None else self.known.shape[2]
+        return sum(
+            self.after(known).steps for known in (given, *([self.draft_frames] if self.drafted else []), *shared[1:])
+        )
+
+    def after(self, known: int) -> "Request":
+        """As a window is asked for of which so many frames are known."""
+        if known < SEVERAL:
+            return self
         steps, scale = self.continue_steps, self.continue_guidance
         return replace(
             self,
@@ -128,8 +135,8 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
     Args:
         longest: frames that may be made at once, in place of the number trained on.
     Raises:
-        ConfigError: a size off the grid, more frames than the model was trained on, lists that do not match, or no such
-            sampler.
+        ConfigError: a size off the grid, more frames than the model was trained on, lists that do not match, no such
+            sampler, or what only a network that holds frames clean can do, as a draft is.
     """
     _check_lists(request)
     sampler_by_name(request.sampler)
@@ -149,9 +156,9 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         )
     notes = []
     frames = spec.frames_at_least(request.frames, patch[0])
-    if request.going_on_flags and not model.joins.frame_times:
+    if request.continuation_flags and not model.joins.frame_times:
         raise ConfigError(
-            f"{' and '.join(request.going_on_flags)}: this network has one time for the whole clip, and cannot hold "
+            f"{' and '.join(request.continuation_flags)}: this network has one time for the whole clip, and holds no "
             "frames clean; leave it out."
         )
     if request.drafted:
@@ -193,7 +200,7 @@ def generate(model: VideoModel, request: Request, progress: bool = True) -> Tens
             tqdm.write(note, file=sys.stderr)
     with evaluating(model.network):
         prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
-        total = request.total_steps(1)
+        total = request.total_steps()
         with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
             return make_clip(model, request, made, prompts, on_step=lambda _: bar.update())
 
@@ -207,21 +214,22 @@ def make_clip(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Denoise and decode one clip, or one window of a longer video. Call it within `evaluating`.
+    """Denoise and decode one clip, or one window of a longer video; where there is a draft, twice. Call it within
+    `evaluating`.
 
     Args:
         made: of the request, from `plan`.
         prompts: of the request, from `encode_prompts`.
         first: number of the first latent frame in the whole video; it keys the noise.
-        on_step, edit: see `diffusion.samplers`.
+        on_step, edit: see `diffusion.samplers`; their steps count from 1 again after a draft.
     Returns:
         As `generate`.
     """
     if request.drafted:
         draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
-        request = replace(request.going_on(), known=draft[:, :, : request.draft_frames])
-    elif first or request.goes_on:
-        request = request.going_on()
+        request = replace(request, known=draft[:, :, : request.draft_frames])
+    if request.known is not None:
+        request = request.after(request.known.shape[2])
     if model.image is None:
         condition, guide = known_condition(model, prompts.text, request.known, made.frames), None
     else:

@@ -23,8 +23,8 @@ _SAMPLED = 1024  # values of each weight that the fingerprint looks at
 def about(request: Request, model: VideoModel) -> dict[str, Any]:
     """The model and the request of one video, as plain values."""
     shape = ("frames", "height", "width", "negative_prompt")
-    going_on = ("draft_frames", "continue_steps", "continue_guidance")
-    names = (*shape, "steps", "guidance_scale", "guidance_interval", *going_on, "sampler")
+    continuation = ("draft_frames", "continue_steps", "continue_guidance")
+    names = (*shape, "steps", "guidance_scale", "guidance_interval", *continuation, "sampler")
     made = {"prompt": request.prompts[0], "seed": request.seeds[0]} | {n: getattr(request, n) for n in names}
     loras = [f"{path}:{weight:g}" for path, weight in getattr(model, "loras", [])]
     return made | {"checkpoint": str(model.path), "trained_steps": model.step} | ({"loras": loras} if loras else {})

@@ -138,8 +138,10 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=options.sampler,
         draft_frames=_first(options.draft_frames, advice.get("draft_frames"), 0),
-        continue_steps=_either(options.continue_steps, advice.get("continue_steps")),
-        continue_guidance=_either(options.continue_guidance, advice.get("continue_guidance")),
+        continue_steps=_continuation(options.continue_steps, options.steps, advice.get("continue_steps")),
+        continue_guidance=_continuation(
+            options.continue_guidance, options.guidance_scale, advice.get("continue_guidance")
+        ),
         known=_given(options, model, when.made, when.gen_fps, height, width),
         picture=_picture(options, model, when.gen_fps),
     )
@@ -211,8 +213,9 @@ def _name(flag: str) -> str:
     return flag[2:].replace("-", "_")
 
 
-def _either(given: Any, usual: Any) -> Any:
-    return usual if given is None else given
+def _continuation(given: Any, given_for_all: Any, usual: Any) -> Any:
+    """A flag of windows that go on; None: as all windows. What is given for all goes before a checkpoint's advice."""
+    return usual if given is None and given_for_all is None else given
 
 
 def _first(*values: Any) -> Any:

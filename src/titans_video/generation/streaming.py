@@ -38,13 +38,13 @@ def plan_stream(
         window: frames in view at once: a segment's, and before them `overlap` of the last segment's; None: as trained.
         overlap: those, in frames; None: as trained.
     Raises:
-        ConfigError: a size off the grid, a window that is no whole number of latent frames, or given frames that the
-            first segment cannot hold.
+        ConfigError: a size off the grid, a window that is no whole number of latent frames, given frames that the first
+            segment cannot hold, or what tells windows that go on from others.
     """
     n, overlap, said = _segments(model, window, overlap)
-    if request.going_on_flags:
+    if request.continuation_flags:
         raise ConfigError(
-            f"{' and '.join(request.going_on_flags)}: a model with a memory makes all segments alike; leave it out."
+            f"{' and '.join(request.continuation_flags)}: a model with a memory makes all segments alike; leave it out."
         )
     spec = model.codec.spec
     first, stride = spec.frames_of(n), n * spec.stride[0]

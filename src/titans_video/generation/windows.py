@@ -75,7 +75,7 @@ def plan_windows(
         raise ConfigError(f"{frames} frames were asked for; at least 1 is needed.")
     _check_window(spec, patch_t, window)
     if overlap is not None:
-        _check_overlap(spec, window, overlap, mode)
+        check_overlap(spec, window, overlap, mode)
     if frames <= window:
         made = spec.frames_at_least(frames, patch_t)
         return WindowPlan(mode, made, 0, made, (0,), (0,))
@@ -120,7 +120,14 @@ def _check_window(spec: CodecSpec, patch_t: int, window: int) -> None:
     )
 
 
-def _check_overlap(spec: CodecSpec, window: int, overlap: int, mode: Mode) -> None:
+def check_overlap(spec: CodecSpec, window: int, overlap: int, mode: Mode, flag: str = "--overlap") -> None:
+    """Refuse an O that a window cannot have from the one before it, or from its own draft.
+
+    Args:
+        flag: that says it.
+    Raises:
+        ConfigError: with the nearest legal values.
+    """
     legal = legal_overlaps(spec, window, mode)
     if overlap in legal:
         return
@@ -132,19 +139,19 @@ def _check_overlap(spec: CodecSpec, window: int, overlap: int, mode: Mode) -> No
     near = [max((o for o in legal if o < overlap), default=None), min((o for o in legal if o > overlap), default=None)]
     said = " and ".join(str(o) for o in near if o is not None)
     reason = (
-        f"it must be below --window {window}"
+        f"it must be below the {window} frames of a window"
         if overlap >= window
-        else f"windows of {window} share whole latent frames of the codec {spec.name}, {spec.stride[0]} frames each"
+        else f"it must be whole latent frames of the codec {spec.name}, {spec.stride[0]} frames each"
         if overlap >= 1
         else "windows must share at least one frame"
     )
-    raise ConfigError(f"--overlap {overlap}: {reason}; the nearest legal: {said}.")
+    raise ConfigError(f"{flag} {overlap}: {reason}; the nearest legal: {said}.")
 
 
 def _default_overlap(spec: CodecSpec, window: int, mode: Mode) -> int:
     legal = legal_overlaps(spec, window, mode)
     if not legal:
-        _check_overlap(spec, window, 0, mode)
+        check_overlap(spec, window, 0, mode)
     # The nearest to a quarter, but a single frame only where there is no other; of two equally near the longer.
     several = [o for o in legal if o > 1] or legal
     return min(several, key=lambda o: (abs(o - window / DEFAULT_SHARE), -o))

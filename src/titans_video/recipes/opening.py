@@ -68,6 +68,11 @@ def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, 
             f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, components kept, and the "
             "errors for which blocks are joined, as a standard deviation of pixels in [-1, 1])."
         )
+    if smooth and patch[0] == 1:
+        raise CodecError(
+            f"--vae-init-json {options.vae_init_json}: blocks of one frame are not joined; leave smooth out, or give "
+            "patches of two frames or more."
+        )
     return (patch[0], patch[1], patch[2]), channels, float(smooth)
 
 

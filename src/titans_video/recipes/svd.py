@@ -174,7 +174,7 @@ def refuse_unused(options: SVDOptions) -> None:
         if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(usual, group), f.name)
     ]
     if unet:
-        unused += options.advice.of_going_on
+        unused += options.advice.continuation_flags
     if unused:
         trained, other = ("Stable Video Diffusion's UNet", "SoraDiT") if unet else ("SoraDiT", "that UNet")
         raise ConfigError(
