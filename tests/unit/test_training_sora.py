@@ -58,7 +58,7 @@ def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 
         process=ProcessOptions(prediction=prediction, shift=1.0),
         train=TrainOptions(cfg_drop_prob=drop),
         advice=AdviceOptions(
-            sample_steps=7, sample_guidance=2.5, sample_guidance_interval=(0.5, 1), sample_draft_frames=2
+            sample_steps=7, sample_guidance=2.5, sample_guidance_interval=(0.5, 1), sample_draft_frames=1
         ),
     )
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) 
         "steps": 7,
         "guidance_scale": 2.5,
         "guidance_interval": [0.5, 1.0],
-        "draft_frames": 2,
+        "draft_frames": 1,
         "prompt": "a red circle moving right",
     }
     pixels = FakeData().sample_pixels(2)

@@ -34,8 +34,8 @@ from titans_video.options import GenerateOptions, Overrides, RunOptions
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
 OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-"""Called with the pipeline, the step (from 0, through all windows, and a draft before them), its time (1 noise, 0 clean)
-and {"latents": ...}; a mapping that it returns may hold other latents to go on with."""
+"""Called with the pipeline, the step (from 0, through all windows, and a draft before them), its time (1 noise, 0
+clean) and {"latents": ...}; a mapping that it returns may hold other latents to go on with."""
 
 OUTPUTS = ("np", "pt", "pil")
 
