@@ -29,6 +29,7 @@ import torch
 from titans_video.data.loader import to_floats
 from titans_video.demo.options import DemoOptions
 from titans_video.demo.run import training_command
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel, load_model
 from titans_video.generation.long import generate_long, plan_video
 from titans_video.generation.requests import build_request
@@ -41,7 +42,7 @@ from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.mock.bounce import sample_bounce
 from titans_video.mock.joins import read_joins
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.options import Overrides
 from titans_video.seeding import derive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -175,7 +176,8 @@ PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from titans_video.generation.jobs import run_generate
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.generate_options import GenerateOptions
+from titans_video.options import Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())

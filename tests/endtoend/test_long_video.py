@@ -52,7 +52,8 @@ PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from titans_video.generation.jobs import run_generate
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.generate_options import GenerateOptions
+from titans_video.options import Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())

@@ -16,12 +16,13 @@ from tests.unit.media_clips import moving_bars
 from titans_video import checkpoint as checkpoints
 from titans_video.cli.generate import main
 from titans_video.errors import ConfigError, DataError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation import jobs
 from titans_video.generation.jobs import run_generate
 from titans_video.generation.timing import timing
 from titans_video.media.streaming import StreamWriter, partial_path
 from titans_video.media.writing import write_video
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.options import Overrides
 
 
 @pytest.fixture(scope="module")

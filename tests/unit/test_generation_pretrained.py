@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.families.table import open_family
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.denoising import frame_noise
 from titans_video.generation.pretrained import PretrainedModel, PretrainedPipeline, plan_pretrained, windowed
 from titans_video.generation.pretrained_loading import load_pretrained, parse_lora
 from titans_video.generation.requests import build_request
 from titans_video.models import lora, lora_files
-from titans_video.options import GenerateOptions, Overrides, RunOptions
+from titans_video.options import Overrides, RunOptions
 from titans_video.seeding import derive
 
 

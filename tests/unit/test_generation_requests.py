@@ -14,12 +14,13 @@ from PIL import Image
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
 from titans_video.errors import ConfigError, DataError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.jobs import run_generate
 from titans_video.generation.requests import build_request, check_options
 from titans_video.generation.saving import in_words
 from titans_video.generation.timing import exact_frames
 from titans_video.media.writing import write_video
-from titans_video.options import GenerateOptions, Overrides
+from titans_video.options import Overrides
 
 
 def test_frames_are_the_ceiling_of_the_exact_product():

@@ -14,6 +14,7 @@ from titans_video.codecs.diffusers_vae import DiffusersCodec
 from titans_video.codecs.identity import IdentityCodec
 from titans_video.codecs.patch import PatchCodec
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import generate_long, plan_video
 from titans_video.generation.pipeline import Request
@@ -30,7 +31,6 @@ from titans_video.generation.streaming import _decode
 from titans_video.models.memory import save_memory
 from titans_video.models.table import network_config
 from titans_video.models.titans import TitansVideoDiT
-from titans_video.options import GenerateOptions
 
 H, W = 16, 24
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from titans_video.cli.parsing import parse
-from titans_video.options import GenerateOptions, Overrides, RunOptions
+from titans_video.generate_options import GenerateOptions
+from titans_video.options import Overrides, RunOptions
 
 DESCRIPTION = """Make a video of any length from a prompt (and, if wanted, from a first frame or a clip).
 

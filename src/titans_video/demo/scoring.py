@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.pipeline import generate
 from titans_video.generation.requests import build_request
@@ -21,7 +22,6 @@ from titans_video.media.reading import read_indices
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import Reading, analyse, place
 from titans_video.mock.world import Clip, Combination, combination_of, sample_clip
-from titans_video.options import GenerateOptions
 from titans_video.seeding import derive
 
 Split = Literal["seen", "held_out", "i2v"]

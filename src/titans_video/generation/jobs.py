@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from titans_video.errors import ConfigError
 from titans_video.families.table import is_pipeline
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import plan_video
 from titans_video.generation.pipeline import Request
@@ -32,7 +33,7 @@ from titans_video.media.pixels import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
 from titans_video.media.writing import Written
-from titans_video.options import GenerateOptions, Overrides, RunOptions
+from titans_video.options import Overrides, RunOptions
 
 SHEET_FRAMES = 8
 SHEET_ROWS = 32

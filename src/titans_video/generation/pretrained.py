@@ -18,6 +18,7 @@ from tqdm import tqdm
 from titans_video.codecs.diffusers_vae import TILE_ABOVE
 from titans_video.errors import ConfigError
 from titans_video.families.base import Call, Family
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.denoising import evaluating, frame_noise
 from titans_video.generation.joining import Joins
 from titans_video.generation.loading import VideoModel
@@ -26,7 +27,6 @@ from titans_video.generation.pipeline import Request
 from titans_video.generation.record import about
 from titans_video.generation.requests import Sampled, build_request
 from titans_video.generation.windows import WindowPlan
-from titans_video.options import GenerateOptions
 from titans_video.seeding import derive
 
 

@@ -13,9 +13,10 @@ import torch
 from titans_video import __version__
 from titans_video.checkpoint import atomic_path
 from titans_video.frozen import fingerprint_tensors
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.pipeline import Request
-from titans_video.options import GenerateOptions, Overrides, RunOptions
+from titans_video.options import Overrides, RunOptions
 
 _SAMPLED = 1024  # values of each weight that the fingerprint looks at
 

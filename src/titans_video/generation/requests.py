@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from titans_video.errors import ConfigError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.given import load_clip_end, load_first_frame
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.long import generate_long, plan_video
@@ -18,7 +19,6 @@ from titans_video.generation.record import about
 from titans_video.generation.saving import check_out
 from titans_video.generation.timing import timing
 from titans_video.media.writing import GIF_FASTEST
-from titans_video.options import GenerateOptions
 
 DEFAULT_PROMPT = "a red circle moving right"
 DEFAULT_STEPS = 50

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.frozen import warn_if_changed
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.generation.record import fingerprint
 from titans_video.models.memory import Memory, load_state, save_state
-from titans_video.options import GenerateOptions
 
 PlanT = TypeVar("PlanT")
 _LINE = re.compile(r"(\d+)\s*:\s*(.*)")

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from titans_video.errors import ConfigError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.loading import VideoModel
 from titans_video.media.interpolating import frames_needed
 from titans_video.media.writing import exact_rate
-from titans_video.options import GenerateOptions
 
 DEFAULT_FPS = 24.0
 

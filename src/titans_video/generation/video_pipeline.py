@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from titans_video.diffusion.samplers import EditState
 from titans_video.diffusion.table import build_process
 from titans_video.errors import ConfigError
+from titans_video.generate_options import GenerateOptions
 from titans_video.generation.exporting import export
 from titans_video.generation.joining import Wanted
 from titans_video.generation.loading import VideoModel
@@ -30,7 +31,7 @@ from titans_video.generation.stream_state import StreamPlan
 from titans_video.generation.windows import WindowPlan
 from titans_video.media.pixels import to_tensor
 from titans_video.media.resize import cover_crop
-from titans_video.options import GenerateOptions, Overrides, RunOptions
+from titans_video.options import Overrides, RunOptions
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
 OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -178,10 +179,10 @@ class VideoPipeline(DiffusionPipeline):
                 [-1, 1]. Scaled to cover the size, the middle kept.
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
                 last frames they are.
-            draft_frames, continue_steps, continue_guidance: as `options.GenerateOptions`.
-            image_guidance, motion_bucket, noise_aug: as `options.GenerateOptions`, for Stable Video Diffusion.
+            draft_frames, continue_steps, continue_guidance: as `generate_options.GenerateOptions`.
+            image_guidance, motion_bucket, noise_aug: as `generate_options.GenerateOptions`, for Stable Video Diffusion.
             generator: where seeds are drawn from, one for all videos or one a video; None: torch's own generator.
-            window, overlap, window_mode: as `options.GenerateOptions`.
+            window, overlap, window_mode: as `generate_options.GenerateOptions`.
             output_type: `np`, `pt` or `pil`.
             callback_on_step_end: see `OnStepEnd`.
         Returns:
