@@ -16,7 +16,8 @@ LAUNCHERS = [REPOSITORY / "train.py", *sorted((REPOSITORY / "train" / "videos").
 LAUNCHER_LINES = 15
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(["types", "options", "generate_options", "lora_options", "errors", "seeding", "config", "checkpoint"], 0),
+    **dict.fromkeys(["options", "generate_options", "lora_options"], 0),
+    **dict.fromkeys(["types", "errors", "seeding", "config", "checkpoint"], 0),
     **dict.fromkeys(["frozen", "media"], 0),
     **dict.fromkeys(["data", "codecs", "text", "models", "mock"], 1),
     **dict.fromkeys(["diffusion", "families"], 2),
