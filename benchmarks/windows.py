@@ -16,6 +16,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read 
 import numpy as np
 import torch
 
+from titans_video.codecs.patch import PatchCodec
 from titans_video.data.loader import to_floats
 from titans_video.demo.options import DemoOptions
 from titans_video.demo.run import training_command
@@ -49,6 +52,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET = REPOSITORY / "configs" / "sora" / "bounce.yaml"
 CLIPS, WINDOW, OVERLAP, WINDOWS = 4000, 16, 8, 6
 FRAMES = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
+WITHOUT: dict[str, dict[str, Any]] = {
+    "without a draft": {"draft_frames": 0},
+    "going on as from nothing": {"continue_steps": None, "continue_guidance": None},
+    "blocks as they are": {},
+}
+"""What is taken from the preset's advice, one at a time; in the last the codec's joins are."""
 _UNTRAINED = 1_000_000  # index of clips that no training set holds
 
 
@@ -91,6 +100,12 @@ def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{mode:9} {found[mode]}")
         shown += list(videos[:6])
         captions += [f"{mode}: {prompt}" for prompt in prompts[:6]]
+    for name, changed in WITHOUT.items():
+        less = replace(model, config={**model.config, "sample": {**model.config["sample"], **changed}})
+        with nullcontext() if changed else unjoined(less):
+            videos, _, edges = make_bouncing(less, "continue", arguments.videos)
+        found[name] = judge(videos, edges)
+        print(f"{name} {found[name]}")
     true = np.stack([sample_bounce(0, _UNTRAINED + i, frames=FRAMES).frames for i in range(arguments.videos)])
     found["true"] = judge(true, edges)
     print(f"true      {found['true']}")
@@ -128,14 +143,25 @@ def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
     found = judge(np.stack([to_uint8(video) for video in videos]), windows.edges)
     alone = replace(request, frames=WINDOW)
     plan, _ = plan_video(model, alone)
-    gain, near = model.codec.gain, slice(OVERLAP, OVERLAP + 4)  # type: ignore[attr-defined]  # the patch codec's
-    for name, used in (("joined", gain), ("as they are", None)):
-        model.codec.gain = used  # type: ignore[attr-defined]
-        made = torch.cat(list(generate_long(model, alone, plan)), dim=2)
+    near = slice(OVERLAP, OVERLAP + 4)
+    for name, state in (("joined", nullcontext()), ("as they are", unjoined(model))):
+        with state:
+            made = torch.cat(list(generate_long(model, alone, plan)), dim=2)
         error = np.stack([to_uint8(video) for video in made])[:, near].astype(np.float64) - truth[:, near]
         found[f"psnr, blocks {name}"] = round(float(10 * np.log10(255**2 / np.mean(error**2))), 2)
-    model.codec.gain = gain  # type: ignore[attr-defined]
     return found
+
+
+@contextmanager
+def unjoined(model: VideoModel) -> Iterator[None]:
+    """The patch codec without its joins."""
+    codec = model.codec
+    assert isinstance(codec, PatchCodec)
+    gain, codec.gain = codec.gain, None
+    try:
+        yield
+    finally:
+        codec.gain = gain
 
 
 def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
