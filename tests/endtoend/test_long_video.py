@@ -45,7 +45,14 @@ def test_the_bouncing_preset_continues(repository: Path, tmp_path: Path, capsys:
     words = ["generate", "--checkpoint", str(tmp_path / "run"), "--num-frames", "56", "--overlap", "8", "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "o.mp4")]) == 0
     assert "56 frames in 6 windows of 16 that share 8 (continue; the last begins at 40)." in capsys.readouterr().err
-    assert json.loads((tmp_path / "o.mp4.json").read_text())["frames"] == 56
+    made = json.loads((tmp_path / "o.mp4.json").read_text())
+    assert (made["frames"], made["draft_frames"], made["continue_guidance"]) == (56, 8, 1.0)
+    own = ["--draft-frames", "8", "--continue-steps", "2", "--continue-guidance", "1.5"]
+    assert main([*words, *own, "--out", str(tmp_path / "p.mp4")]) == 0
+    assert "13/13" in capsys.readouterr().err  # a draft of 1 step, and 6 windows of 2
+    assert json.loads((tmp_path / "p.mp4.json").read_text())["continue_steps"] == 2
+    assert main([*words, "--draft-frames", "0", "--out", str(tmp_path / "q.mp4")]) == 0
+    assert "6/6" in capsys.readouterr().err
 
 
 PEAK = """
