@@ -3,9 +3,10 @@
     python benchmarks/windows.py [bounce] [memory] [real] [interpolation] [--out outputs/windows] [--keep]
 
 bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
-*continue* and in *blend* mode, beside true clips. memory: peak memory of 64, 256 and 1024 frames, each in a process of
-its own. real: trains on real clips ($TITANS_REAL_CLIPS, default ../shared/real_clips) and makes 8 seconds at 24 frames
-a second. interpolation: PSNR against true 24 frames a second, beside repeated frames.
+*continue* (as advised, and with one part of the advice left out) and in *blend* mode, beside true clips. memory: peak
+memory of 64, 256 and 1024 frames, each in a process of its own. real: trains on real clips ($TITANS_REAL_CLIPS, default
+../shared/real_clips) and makes 8 seconds at 24 frames a second. interpolation: PSNR against true 24 frames a second,
+beside repeated frames.
 """
 
 import argparse
