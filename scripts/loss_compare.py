@@ -23,24 +23,31 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ROOT / "outputs" / "loss_compare"
 FACTORIES = ROOT / "tests" / "factories.py"
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "av")
-LINES = ("metrics.jsonl", "validation.jsonl")
 TIMED = ("second", "wait", "mfu")
 """Parts of the names of figures that measure the machine."""
 TASKS = ("t2v", "i2v", "v2v")
 
 SIZE = "--height 32 --width 32"
 DATA = f"--manifest {{data}}/mixed.jsonl --data-root {{data}} {SIZE}"
-RUN = "--max-steps 20 --mixed-precision no --lr 2e-3 --seed 3 --output-dir run"
+LENGTH, HALF = "--max-steps 20", "--max-steps 10"
+RUN = f"{LENGTH} --mixed-precision no --lr 2e-3 --seed 3 --output-dir run"
 SORA = f"{DATA} {RUN} --num-frames 9 --batch-size 3 --model-dim 32 --depth 2 --heads 2 --cfg-drop-prob 0.2"
 TITANS = f"{DATA} {RUN} --num-frames 8 --batch-size 3 --model-dim 32 --depth 2 --heads 2 --mem-tokens 4"
 SVD = f"{DATA.replace('mixed', 'told')} {RUN} --num-frames 4 --batch-size 2 --pretrained-model {{models}}/svd"
@@ -80,7 +87,7 @@ def sora_cases() -> list[Case]:
         commands = (train, *makes)
         if not cached and text == "builtin":
             train = f"{{tree}}/train/videos/video_framework.py {flags} {WATCHED}"
-            first = train.replace("--max-steps 20", "--max-steps 10")
+            first = train.replace(LENGTH, HALF)
             commands = (first, f"{train} --resume auto", *makes, "export run/last.pt exported")
             commands += (MAKE.replace("run/last.pt", "exported") + " --num-frames 9 --out frames-exported",)
         elif text == "t5-llm" and not cached:
@@ -92,9 +99,7 @@ def sora_cases() -> list[Case]:
     cases.append(Case("sora-patch-muon", (f"train {SORA} {patch}", guided)))
     codec = "--vae-backend external --vae-module train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper"
     codec += """ --vae-init-json '{{"pretrained_path": "{models}/2b", "dtype": "float32"}}'"""
-    flags = (
-        f"{SORA.replace(SIZE, '')} {codec} --buckets 32x32x8,16x32x8 --task-mix t2v=0.5,i2v=0.5 --text-model builtin"
-    )
+    flags = f"{SORA.replace(SIZE, '')} {codec} --buckets 32x32x8,16x32x8 --task-mix t2v=1,i2v=1 --text-model builtin"
     make = f"{MAKE} {codec} --num-frames 8 {PICTURE} --out frames-image"
     cases.append(Case("sora-external-buckets", (f"{{tree}}/train/videos/train_sora_accelerate.py {flags}", make)))
     return cases
@@ -105,22 +110,19 @@ def titans_cases() -> list[Case]:
     pixels = """--vae-backend identity --vae-init-json '{{"space_to_depth": 4}}' --patch-size 2,2,2"""
     vae = "--pretrained-vae {models}/svd --patch-size 2,4,4 --segment-curriculum 10"
     script = "{tree}/train/videos/train_titans_video_dit_accelerate.py"
-    trains = {
-        "tokens": f"{script} {TITANS} {pixels} --memory tokens --ema-decay 0.9",
-        "neural": f"train titans {TITANS} {vae} --memory neural --bptt-segments 2",
-        "none": f"train titans {TITANS} {pixels} --memory none --prediction x0 --optimizer muon",
-    }
     long = (
         f"{MAKE} --num-frames 20 --out frames-long",
         f"{MAKE} --num-frames 9 --memory-out memory.safetensors --out frames-begun",
         f"{MAKE} --num-frames 11 --memory-in memory.safetensors --memory-out more.safetensors --out frames-gone-on",
         f"{MAKE.replace(PROMPT, '--seed 5')} --segment-prompts {{data}}/prompts.txt --out frames-prompts",
     )
-    cases = [Case(f"titans-{kind}", (train, *long)) for kind, train in trains.items()]
-    cases[-1] = Case("titans-none", (trains["none"], long[0], f"{MAKE} --num-frames 12 {PICTURE} --out frames-image"))
-    first = trains["neural"].replace("--max-steps 20", "--max-steps 10")
-    cases[1] = Case("titans-neural", (first, f"{trains['neural']} --resume auto", *long))
-    return cases
+    neural = f"train titans {TITANS} {vae} --memory neural --bptt-segments 2"
+    none = f"train titans {TITANS} {pixels} --memory none --prediction x0 --optimizer muon"
+    return [
+        Case("titans-tokens", (f"{script} {TITANS} {pixels} --memory tokens --ema-decay 0.9", *long)),
+        Case("titans-neural", (neural.replace(LENGTH, HALF), f"{neural} --resume auto", *long)),
+        Case("titans-none", (none, long[0], f"{MAKE} --num-frames 12 {PICTURE} --out frames-image")),
+    ]
 
 
 def pretrained_cases() -> list[Case]:
@@ -141,31 +143,25 @@ def pretrained_cases() -> list[Case]:
     for kind in ("2b", "5b", "5b-i2v", "1.5", "1.5-i2v"):
         picture = f" {PICTURE}" if kind.endswith("i2v") else ""
         make = f"generate --pretrained-model {{models}}/{kind} {PROMPT} {SIZE} --steps 3 --num-frames"
-        train = f"train cogvideox-lora {LORA}/{kind} --ema-decay 0.9"
+        train = f"train cogvideox-lora {LORA}/{kind} --ema-decay 0.9 --lora-dropout 0.1"
         commands = [train, f"{make} 9 --lora run/last.pt{picture} --out frames-lora"]
         if kind == "2b":
-            script = "{tree}/train/videos/train_cogvideox_lora_accelerate.py"
-            first = f"{script} {LORA}/{kind} --max-steps 10 --lora-dropout 0.1"
-            commands = [first.replace("--max-steps 20 ", ""), f"train cogvideox-lora {LORA}/{kind} --lora-dropout 0.1"]
-            commands = [commands[0], f"{commands[1]} --resume auto", f"{make} 9 --out frames-base"]
+            script = train.replace("train cogvideox-lora", "{tree}/train/videos/train_cogvideox_lora_accelerate.py")
+            first = script.replace(LENGTH, HALF)
+            commands = [first, f"{train} --resume auto", f"{make} 9 --out frames-base"]
             commands += [f"{make} 17 --lora run/lora_0000020:0.5 --out frames-blend"]
         elif kind == "1.5-i2v":
             commands = [f"{train} --cache cache", commands[1], f"{make} 17 --lora run{picture} --out frames-continue"]
         cases.append(Case(f"lora-{kind}", tuple(commands)))
     shipped = f"{{tree}}/train/videos/infer_sora.py {PROMPT} --steps 3"
-    return [
-        *cases,
-        Case("shipped-weights", (f"{shipped} --out frames-single", f"{shipped} {PICTURE} --out frames.mp4")),
-    ]
+    cases.append(Case("shipped-weights", (f"{shipped} --out frames-single", f"{shipped} {PICTURE} --out frames.mp4")))
+    return cases
 
 
 def all_cases(pattern: str = "*") -> list[Case]:
     """Give the cases whose names match the pattern, or hold it."""
     cases = [*sora_cases(), *titans_cases(), *pretrained_cases()]
     return [c for c in cases if fnmatch.fnmatch(c.name, pattern) or pattern in c.name]
-
-
-# What runs in a process of its own, once a revision.
 
 
 def drive(tree: Path, work: Path, results: Path, shared: Path, pattern: str) -> None:
@@ -177,10 +173,11 @@ def drive(tree: Path, work: Path, results: Path, shared: Path, pattern: str) -> 
         raise SystemExit(f"{titans_video.__file__} was imported, which is not in {tree}.")
     sys.path.insert(0, str(tree))  # the scripts, and the external codec in train/videos
     places = {"tree": str(tree), "data": str(shared / "data"), "models": str(shared)}
-    with (results / "log.txt").open("a") as log:
+    work.mkdir(parents=True)
+    with (work / "log.txt").open("w") as log:
         for case in all_cases(pattern):
             started, folder = time.monotonic(), work / case.name
-            folder.mkdir(parents=True)
+            folder.mkdir()
             os.chdir(folder)
             failure = ""
             for command in case.commands:
@@ -197,9 +194,6 @@ def drive(tree: Path, work: Path, results: Path, shared: Path, pattern: str) -> 
 
 def call(command_line: Any, words: list[str]) -> int | str | None:
     """Run one command line, or a script where the first word is one, and give the exit code."""
-    import numpy as np
-    import torch
-
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -214,8 +208,6 @@ def call(command_line: Any, words: list[str]) -> int | str | None:
     except SystemExit as e:
         return e.code
     except Exception as e:
-        import traceback
-
         traceback.print_exc()
         return f"{type(e).__name__}: {str(e)[:80]}"
     finally:
@@ -224,37 +216,27 @@ def call(command_line: Any, words: list[str]) -> int | str | None:
 
 def collect(folder: Path, results: Path, failure: str) -> None:
     """Write what a case left: lines of figures, tensors and plain values by name, frames."""
-    import numpy as np
-    import torch
-
     results.mkdir(parents=True)
     lines = {}
-    for path in (p for name in LINES for p in sorted(folder.glob(f"run/{name}"))):
+    for path in (p for name in ("metrics.jsonl", "validation.jsonl") for p in sorted(folder.glob(f"run/{name}"))):
         for number, line in enumerate(path.read_text().splitlines()):
             figures = dict(flatten(json.loads(line), ""))
             kept = {k: v for k, v in figures.items() if not any(word in k for word in TIMED)}
             lines[f"{path.name}:{figures.get('step', number)}"] = kept
     tensors, values = {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".pt", ".safetensors") and p.name != "last.pt"):
-        for name, value in flatten(load(path), str(path.relative_to(folder))):
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        for name, value in flatten(content, str(path.relative_to(folder))):
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
             else:
                 values[name] = repr(value)
-    frames = {str(p.relative_to(folder)): decoded(p) for p in sorted(folder.rglob("*.mp4"))}
+    frames = {str(p.relative_to(folder)): planes(p) for p in sorted(folder.rglob("*.mp4"))}
     for path in sorted(p for p in folder.glob("frames-*") if p.is_dir()):
         frames[path.name] = pictures(path)
     (results / "figures.json").write_text(json.dumps({"failure": failure, "lines": lines, "values": values}))
     torch.save(tensors, results / "tensors.pt")
     np.savez(results / "frames.npz", **frames)
-
-
-def load(path: Path) -> Any:
-    """Read a file of tensors."""
-    import torch
-    from safetensors.torch import load_file
-
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
 
 def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -267,24 +249,15 @@ def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def decoded(path: Path) -> Any:
+def planes(path: Path) -> Any:
     """Read the planes of a video as they are stored."""
-    import av
-    import numpy as np
-
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray() for frame in container.decode(video=0)])
 
 
 def pictures(folder: Path) -> Any:
     """Read a folder of PNGs."""
-    import numpy as np
-    from PIL import Image
-
     return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
-
-
-# What makes the models and the data, once.
 
 
 def make_shared(folder: Path) -> None:
@@ -312,19 +285,11 @@ def make_shared(folder: Path) -> None:
     (folder / "data" / "prompts.txt").write_text("6: a red circle moving up\n6: a blue square moving left\n")
 
 
-# What compares.
-
-
 def compare(a: Path, b: Path) -> tuple[str, str, str, str]:
     """Give the cells of a row: losses, weights, frames, verdict."""
-    import numpy as np
-    import torch
-
     one, two = (json.loads((p / "figures.json").read_text()) for p in (a, b))
-    lines = {k: flatten_lines(x["lines"]) for k, x in (("a", one), ("b", two))}
-    losses, same_losses = said(
-        differences(lines["a"], lines["b"]), f"{len(one['lines'])} lines, {len(lines['a'])} figures"
-    )
+    lines = [dict(flatten(x["lines"], "")) for x in (one, two)]
+    losses, same_losses = said(differences(*lines), f"{len(one['lines'])} lines, {len(lines[0])} figures")
     tensors = [torch.load(p / "tensors.pt", weights_only=True) for p in (a, b)]
     found = differences(*tensors) + differences(one["values"], two["values"])
     weights, same_weights = said(found, f"{len(tensors[0])} tensors, {len(one['values'])} values")
@@ -339,15 +304,8 @@ def compare(a: Path, b: Path) -> tuple[str, str, str, str]:
     return losses, weights, pixels, verdict
 
 
-def flatten_lines(lines: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Give each figure of each line a name of its own."""
-    return {f"{line} {name}": value for line, figures in lines.items() for name, value in figures.items()}
-
-
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, float]]:
     """Give the names whose values are not the same to the bit, with the largest absolute difference."""
-    import numpy as np
-
     found = []
     for name in [*a, *(k for k in b if k not in a)]:
         if name not in a or name not in b:
@@ -375,9 +333,6 @@ def said(found: list[tuple[str, float]], whole: str) -> tuple[str, bool]:
     sizes = [size for _, size in found if size == size]
     largest = f", max abs {max(sizes):.3g}" if sizes else ""
     return f"{len(found)} differ, first {found[0][0]}{largest} (of {whole})".replace("|", "/"), False
-
-
-# What runs both.
 
 
 def git(*words: str) -> str:
@@ -410,7 +365,7 @@ def results_of(revision: str, options: argparse.Namespace, scratch: Path, side: 
     print(f"{side}: {label}", flush=True)
     tree, results = ROOT if revision == "." else scratch / f"tree-{side}", scratch / f"results-{side}"
     work = (options.keep or scratch) / f"work-{side}"
-    results.mkdir()
+    shutil.rmtree(work, ignore_errors=True)
     started = time.monotonic()
     try:
         if revision != ".":
@@ -433,14 +388,12 @@ def main() -> int:
     parser.add_argument("a", metavar="REV_A")
     parser.add_argument("b", metavar="REV_B")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose names match or hold it")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep everything that the commands wrote here")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep here all that the commands wrote and said")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table here")
     parser.add_argument("--no-cache", action="store_true", help="run both anew, and keep nothing")
     options = parser.parse_args()
     if options.keep:
         options.keep = options.keep.resolve()
-        for side in "AB":
-            shutil.rmtree(options.keep / f"work-{side}", ignore_errors=True)
     shared = OUTPUTS / f"shared-{key()}"
     if not (shared / "data" / "prompts.txt").exists():
         print("Making the models and the data", flush=True)

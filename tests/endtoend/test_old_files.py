@@ -21,7 +21,7 @@ from tests import factories
 from titans_video.cli.main import main
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "old" / "files.tar.xz"
-MEAN, LARGEST = 0.5, 8
+MEAN, LARGEST = 0.05, 2
 """Levels of 255 that frames may differ by."""
 
 CLIPS = "--manifest clips/manifest.jsonl --batch-size 2 --mixed-precision no"

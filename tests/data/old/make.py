@@ -78,7 +78,7 @@ def main() -> None:
         old.complete(Path())
         np.savez_compressed(kept / "expected.npz", **{video: old.frames(Path(), video) for video in old.VIDEOS})
         with tarfile.open(ARCHIVE, "w:xz") as archive:
-            archive.add(kept, "")
+            archive.add(kept, ".")
     print(f"{ARCHIVE.stat().st_size / 1000:.0f} kB in {ARCHIVE.relative_to(ROOT)}")
 
 
