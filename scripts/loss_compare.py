@@ -43,6 +43,7 @@ LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "accelerate", "safet
 TIMED = ("second", "wait", "mfu")
 """Parts of the names of figures that measure the machine."""
 TASKS = ("t2v", "i2v", "v2v")
+OWN = "--text-model builtin"
 
 SIZE = "--height 32 --width 32"
 DATA = f"--manifest {{data}}/mixed.jsonl --data-root {{data}} {SIZE}"
@@ -82,7 +83,7 @@ def sora_cases() -> list[Case]:
         )
         codec = "--vae-backend diffusers --pretrained-model {models}/" + ("kl" if text == "builtin" else "wan")
         flags = f"{SORA} {codec} --attention-type {attention} --patch-size {'2,2,2' if text == 'builtin' else '1,1,1'}"
-        flags += f" {TEXTS} --cfg-drop-each" if text == "t5-llm" else " --text-model builtin --ema-decay 0.9"
+        flags += f" {TEXTS} --cfg-drop-each" if text == "t5-llm" else f" {OWN} --ema-decay 0.9"
         train = f"train {flags}{' --cache cache' if cached else ''}"
         commands = (train, *makes)
         if not cached and text == "builtin":
@@ -99,9 +100,9 @@ def sora_cases() -> list[Case]:
     cases.append(Case("sora-patch-muon", (f"train {SORA} {patch}", guided)))
     codec = "--vae-backend external --vae-module train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper"
     codec += """ --vae-init-json '{{"pretrained_path": "{models}/2b", "dtype": "float32"}}'"""
-    flags = f"{SORA.replace(SIZE, '')} {codec} --buckets 32x32x8,16x32x8 --task-mix t2v=1,i2v=1 --text-model builtin"
+    flags = f"{SORA.replace(SIZE, '')} {codec} --buckets 32x32x8,16x32x8 --task-mix t2v=0.5,i2v=0.5"
     make = f"{MAKE} {codec} --num-frames 8 {PICTURE} --out frames-image"
-    cases.append(Case("sora-external-buckets", (f"{{tree}}/train/videos/train_sora_accelerate.py {flags}", make)))
+    cases.append(Case("sora-external-buckets", (f"{{tree}}/train/videos/train_sora_accelerate.py {flags} {OWN}", make)))
     return cases
 
 
@@ -364,7 +365,7 @@ def results_of(revision: str, options: argparse.Namespace, scratch: Path, side: 
         return label, kept
     print(f"{side}: {label}", flush=True)
     tree, results = ROOT if revision == "." else scratch / f"tree-{side}", scratch / f"results-{side}"
-    work = (options.keep or scratch) / f"work-{side}"
+    work = (options.keep or scratch).resolve() / f"work-{side}"
     shutil.rmtree(work, ignore_errors=True)
     started = time.monotonic()
     try:
@@ -392,18 +393,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table here")
     parser.add_argument("--no-cache", action="store_true", help="run both anew, and keep nothing")
     options = parser.parse_args()
-    if options.keep:
-        options.keep = options.keep.resolve()
     shared = OUTPUTS / f"shared-{key()}"
     if not (shared / "data" / "prompts.txt").exists():
         print("Making the models and the data", flush=True)
         shutil.rmtree(shared, ignore_errors=True)
         child(["--shared", str(shared)])
     with tempfile.TemporaryDirectory(prefix="loss-compare-") as name:
-        (label_a, a), (label_b, b) = (
-            results_of(revision, options, Path(name).resolve(), side)
-            for revision, side in ((options.a, "A"), (options.b, "B"))
-        )
+        label_a, a = results_of(options.a, options, Path(name).resolve(), "A")
+        label_b, b = results_of(options.b, options, Path(name).resolve(), "B")
         rows = {case.name: compare(a / case.name, b / case.name) for case in all_cases(options.only)}
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     table = [f"A: {label_a}, B: {label_b}", "", f"Python {sys.version.split()[0]}, {versions}, two CPU threads", ""]
@@ -412,7 +409,7 @@ def main() -> int:
     print("\n" + "\n".join(table))
     if options.out:
         options.out.write_text("\n".join(table) + "\n")
-    return int(not rows or any(cells[-1] != "identical" for cells in rows.values()))
+    return int(any(cells[-1] != "identical" for cells in rows.values()) or not rows)
 
 
 if __name__ == "__main__":
