@@ -84,8 +84,58 @@ def violation(importer: str, imported: str) -> str | None:
     return None
 
 
+def name_of(path: Path) -> str:
+    """Return the module name of a file of the package; `__init__.py` has the name of its folder."""
+    return ".".join((package_of(path), *([] if path.name == "__init__.py" else [path.stem])))
+
+
+def resolve(module: str, known: set[str]) -> str | None:
+    """Return the longest prefix of an imported name that is a known module."""
+    while module and module not in known:
+        module = module.rpartition(".")[0]
+    return module or None
+
+
+def import_graph(found: dict[str, list[Import]]) -> dict[str, set[str]]:
+    """Return the modules that each module imports, anywhere in its file.
+
+    The `__init__.py` that Python loads before a submodule is no edge; an import that names it, or a name in it, is.
+    """
+    known = set(found)
+    return {m: {r for i in items if (r := resolve(i.module, known))} - {m} for m, items in found.items()}
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import one another: strongly connected components, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(graph[module]):
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            at = stack.index(module)
+            if len(stack) - at > 1:
+                groups.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for module in sorted(graph):
+        if module not in index:
+            visit(module)
+    return groups
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 IMPORTS = {path: imports(path, package_of(path)) for path in FILES}
+GRAPH = import_graph({name_of(path): found for path, found in IMPORTS.items()})
 
 
 def test_imports_go_down_only() -> None:
@@ -101,6 +151,12 @@ def test_imports_go_down_only() -> None:
             if reason:
                 wrong.append(f"{item.file}:{item.line}: {reason}")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_no_modules_import_one_another() -> None:
+    assert sum(map(len, GRAPH.values())) > len(FILES)
+    found = cycles(GRAPH)
+    assert not found, "\n" + "\n".join(" <-> ".join(group) for group in found)
 
 
 def test_accelerate_is_imported_under_training_alone() -> None:
@@ -162,3 +218,24 @@ def test_the_rule_itself_sees_what_it_forbids(tmp_path: Path) -> None:
     assert violation("media", "unheard_of")
     assert violation("training", "generation") is None
     assert violation("data", "media") is None
+
+
+def test_cycles_are_found_through_lazy_and_typing_imports(tmp_path: Path) -> None:
+    sources = {
+        "a": "from p import b\n",
+        "b": "def lazy():\n    import p.c\n",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import Thing\n",
+        "d": "from p.a import Thing\nfrom p.e import other\n",
+        "e": "import os\n",
+    }
+    found: dict[str, list[Import]] = {"p": []}
+    for name, text in sources.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        found[f"p.{name}"] = imports(path, "p")
+    graph = import_graph(found)
+    assert graph["p.d"] == {"p.a", "p.e"}
+    assert graph["p.e"] == set()
+    assert cycles(graph) == [["p.a", "p.b", "p.c"]]
+    assert not cycles(graph | {"p.c": set()})
+    assert cycles({"x": {"y"}, "y": {"x"}, "z": {"x"}}) == [["x", "y"]]
