@@ -23,11 +23,11 @@ test: check ## lint, types and every test that is not long
 test-all: check ## the long tests too
 	@$(BIN)/python -m pytest -m "long or not long"
 
-check: setup ## formatting, lint, types and the import floors
+check: setup ## formatting, lint, types and the import layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/unit/test_floors.py
+	@$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 bench: setup ## the comparisons with other libraries, memory and speed of training
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from common.measuring import show
 
-from titans_video.codecs.patch import PatchCodec
+from titans_video.codecs.pca import PatchCodec
+from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, SoraOptions, TrainOptions
+from titans_video.data.dataset import Data, open_data
+from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.media.info import VideoInfo
 from titans_video.media.reading import read_clip, read_indices
-from titans_video.options import CodecOptions, DataOptions, ModelOptions, SoraOptions, TrainOptions
-from titans_video.preparing.fill import Encoders, fill_cache
-from titans_video.preparing.opening import Data, open_data
 from titans_video.recipes.sora import train_sora
 from titans_video.types import CodecSpec
 

@@ -119,7 +119,7 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
             x, t, text = inputs(device)
             return net(x.transpose(1, 2), text, 1000 * t).sample
     else:
-        from titans_video.models.sora import SoraDiT
+        from titans_video.models.sora_dit import SoraDiT
         from titans_video.types import Condition, TextCondition
 
         net = SoraDiT(

@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_video.config.generation import GenerateOptions, Overrides
+from titans_video.config.options import DataOptions
+from titans_video.data.dataset import open_data
 from titans_video.data.loader import to_floats
-from titans_video.generate_options import GenerateOptions
-from titans_video.generation.loading import VideoModel, load_model
-from titans_video.generation.pipeline import generate
-from titans_video.generation.requests import build_request
-from titans_video.media.pixels import to_uint8
+from titans_video.generation.denoise import generate
+from titans_video.generation.model import VideoModel, load_model
+from titans_video.generation.request import build_request
+from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
-from titans_video.options import DataOptions, Overrides
-from titans_video.preparing.opening import open_data
 from titans_video.reporting.report import write_report
 from titans_video.seeding import derive
 

@@ -29,24 +29,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read 
 import numpy as np
 import torch
 
-from titans_video.codecs.patch import PatchCodec
+from titans_video.codecs.pca import PatchCodec
+from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides
 from titans_video.data.loader import to_floats
-from titans_video.demo.options import DemoOptions
 from titans_video.demo.run import training_command
-from titans_video.generate_options import GenerateOptions
-from titans_video.generation.loading import VideoModel, load_model
-from titans_video.generation.long import generate_long, plan_video
-from titans_video.generation.requests import build_request
+from titans_video.generation.long_video import generate_long, plan_video
+from titans_video.generation.model import VideoModel, load_model
+from titans_video.generation.request import build_request
 from titans_video.media.interpolating import interpolate
-from titans_video.media.pixels import to_uint8
+from titans_video.media.motion import seam_jumps
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
-from titans_video.media.seams import seam_jumps
+from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
+from titans_video.mock.analyse import read_joins
 from titans_video.mock.bounce import sample_bounce
-from titans_video.mock.joins import read_joins
-from titans_video.options import Overrides
 from titans_video.seeding import derive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -202,9 +200,9 @@ PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from titans_video.generation.jobs import run_generate
-from titans_video.generate_options import GenerateOptions
-from titans_video.options import Overrides
+from titans_video.generation.run import run_generate
+from titans_video.config.generation import GenerateOptions
+from titans_video.config.generation import Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())

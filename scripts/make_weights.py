@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from titans_video import checkpoint
-from titans_video.demo.options import DemoOptions
+from titans_video.config.generation import DemoOptions
 from titans_video.demo.run import training_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.measuring import Meter, Parent, map_large_blocks
+from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions, TextOptions, TrainOptions
 from titans_video.data.buckets import Bucket
-from titans_video.options import CodecOptions, ModelOptions, SoraOptions, TextOptions, TrainOptions
 from titans_video.seeding import derive, keyed_normal
 from titans_video.types import Batch
 
@@ -74,7 +74,7 @@ class Turns:
         self.gradients = held(p.grad for p in parameters if p.grad is not None)
 
     def __iter__(self) -> Iterator[Batch]:
-        from titans_video.training import engine as engines
+        from titans_video.training import distributed as engines
 
         figures = {"trial": time.perf_counter() - self.began}
         cuda = self.engine.device.type == "cuda"
@@ -139,10 +139,10 @@ def made_up(size: Size, rank: int) -> Batch:
 def take_steps(a: argparse.Namespace, setup: Setup) -> None:
     """One configuration: a training step for each line on stdin, until there are no more."""
     parent = Parent()
-    from titans_video.codecs.table import build_codec
+    from titans_video.codecs.registry import build_codec
     from titans_video.recipes.sora import build_recipe
-    from titans_video.text.table import build_text
-    from titans_video.training import engine as engines
+    from titans_video.text.registry import build_text
+    from titans_video.training import distributed as engines
     from titans_video.training.trainer import Trainer
 
     torch.set_num_threads(max(a.threads // setup.processes, 1))

@@ -40,12 +40,12 @@ def make_model(memory: str, size: int) -> Any:
     import torch
 
     from titans_video.codecs.identity import IdentityCodec
-    from titans_video.diffusion.flow import RectifiedFlow
-    from titans_video.generation.loading import VideoModel
-    from titans_video.models.table import network_config
-    from titans_video.models.titans import TitansVideoDiT
-    from titans_video.options import TextOptions
-    from titans_video.text.table import build_text
+    from titans_video.config.options import TextOptions
+    from titans_video.diffusion.rectified_flow import RectifiedFlow
+    from titans_video.generation.model import VideoModel
+    from titans_video.models.registry import network_config
+    from titans_video.models.titans_dit import TitansVideoDiT
+    from titans_video.text.registry import build_text
 
     torch.manual_seed(0)
     codec = IdentityCodec((1, 8, 8))
@@ -60,9 +60,9 @@ def make_model(memory: str, size: int) -> Any:
 
 def generate(memory: str, frames: int, size: int) -> dict[str, float]:
     """In this process: make a video of so many frames, into a file."""
-    from titans_video.generation.long import generate_long, plan_video
-    from titans_video.generation.pipeline import Request
-    from titans_video.media.pixels import to_uint8
+    from titans_video.generation.long_video import generate_long, plan_video
+    from titans_video.generation.request import Request
+    from titans_video.media.resize import to_uint8
     from titans_video.media.streaming import open_sink
 
     model = make_model(memory, size)
@@ -88,20 +88,20 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
     """Of all that streaming carries, after some segments."""
     import torch
 
-    from titans_video.generation import streaming
-    from titans_video.generation.denoising import encode_prompts, evaluating
-    from titans_video.generation.long import plan_video
-    from titans_video.generation.pipeline import Request
+    from titans_video.generation import stream
+    from titans_video.generation.denoise import encode_prompts, evaluating
+    from titans_video.generation.long_video import plan_video
+    from titans_video.generation.request import Request
 
     model = make_model(memory, size)
     request = Request(["a"], SEGMENT, size, size, [0], steps=1)
     plan: Any = plan_video(model, request)[0]
-    state, found = streaming._fresh(model, request), {}
+    state, found = stream._fresh(model, request), {}
     bar = argparse.Namespace(update=lambda: None)
     with evaluating(model.network), torch.no_grad():
         prompts = encode_prompts(model, request.prompts, "", request.guides)
         for i in range(1, 1001):
-            state = streaming.next_segment(model, request, plan, state, prompts, bar)
+            state = stream.next_segment(model, request, plan, state, prompts, bar)
             if i in (10, 1000):
                 found[i] = state.bytes
     return found
@@ -111,7 +111,7 @@ def training_flops() -> dict[str, list[int]]:
     """Of one step on a clip of each length, in the documented command's size at 256 pixels through an 8x VAE."""
     import torch
 
-    from titans_video.models.titans import Rollout
+    from titans_video.models.titans_dit import Rollout
     from titans_video.training.flops import clip_flops
 
     size: dict[str, Any] = {"in_channels": 4, "patch_size": (2, 4, 4), "model_dim": 1024, "depth": 12, "heads": 16}

@@ -100,8 +100,8 @@ def generate(checkpoint: Path, prompt: str, number: int, folder: Path) -> np.nda
 
 def real_clips(a: argparse.Namespace) -> list[np.ndarray]:
     """The clips as training sees them, as long as they are."""
-    from titans_video.options import DataOptions
-    from titans_video.preparing.opening import open_data
+    from titans_video.config.options import DataOptions
+    from titans_video.data.dataset import open_data
     from titans_video.types import CodecSpec
 
     options = DataOptions(

@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.memory.worlds import FRAMES, PHASES, Clips, read_colour
-from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.config.options import TrainOptions
+from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.models.memory import Memory
-from titans_video.models.titans import Rollout, TitansVideoDiT
-from titans_video.options import TrainOptions
+from titans_video.models.titans_dit import Rollout, TitansVideoDiT
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.types import Condition
 

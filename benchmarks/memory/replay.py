@@ -18,7 +18,7 @@ import torch
 from benchmarks.memory.learning import OVERLAP, generate, remember, rollout_loss, small_network, train
 from benchmarks.memory.reporting import figure, save, table
 from benchmarks.memory.worlds import Clips, code_replay, read_colour
-from titans_video.models.titans import TitansVideoDiT
+from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.training.flops import count_flops
 
 COLOURS = 8

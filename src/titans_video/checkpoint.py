@@ -28,17 +28,17 @@ import pickle
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from titans_video.errors import CheckpointError
+from titans_video.errors import CheckpointError, UserError, few, first_line
 
 FORMAT = "titans-video/1"
 
@@ -201,3 +201,61 @@ def _read_folder(path: Path) -> Checkpoint:
         return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
 
     return Checkpoint(part("model."), config, step, part("codec."), path)
+
+
+OptionsT = TypeVar("OptionsT")
+
+
+def restore_options(kind: type[OptionsT], stored: Mapping[str, Any]) -> OptionsT:
+    """Options as a checkpoint stores them; fields that it does not have take their defaults.
+
+    Raises:
+        CheckpointError: a field that this version does not know.
+    """
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint's {kind.__name__} have {', '.join(unknown)}, unknown to this version: "
+            "it was written by a newer one; update titans-video."
+        )
+    return kind(**stored)
+
+
+def load_whole(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
+    """A model of diffusers or transformers from a folder, with no weight left at random; nothing is ever fetched.
+
+    Args:
+        kind: its class.
+        what: what to call it in messages.
+        error: what to raise.
+        arguments: of `from_pretrained`.
+    Raises:
+        error: it cannot be read, or weights are missing or misshapen.
+    """
+    try:
+        model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise error(f"The {what} in {folder} cannot be loaded: {first_line(e)}") from None
+    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
+        raise error(
+            f"The weights in {folder} do not fill the {what} that its config.json describes: missing or misshapen are "
+            f"{few(map(str, missing))}. They would be random; copy the folder again."
+        )
+    return model
+
+
+def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any]:
+    """A model's JSON file.
+
+    Args:
+        missing: what to say, after its path, where there is none.
+        error: what to raise.
+    """
+    try:
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} {missing}") from None
+    except (OSError, ValueError) as e:
+        raise error(f"{path} cannot be read: {first_line(e)}") from None
+    return read

@@ -1,4 +1,6 @@
-"""Errors that a person at the keyboard can act on: one clear paragraph, exit code 2, no traceback."""
+"""Errors that the user can act on (one clear paragraph, exit code 2, no traceback), and helpers that word them."""
+
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -29,3 +31,14 @@ class TextError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, unsafe or of another kind than asked for."""
+
+
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """The first names of many, and how many there are in all."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line; its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

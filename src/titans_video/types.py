@@ -14,8 +14,8 @@ from torch import Tensor
 from titans_video.errors import CodecError
 
 FrameRule = Literal["each", "blocks", "causal", "cogvideox"]
-
 END_OF_TEXT = 257
+
 BYTE_VOCABULARY = 258
 """Byte ids of the built-in text encoder: 0 padding, 1 to 256 the bytes + 1, 257 the end of a text."""
 
@@ -251,3 +251,24 @@ class Batch:
     def known_frame_mask(self) -> Tensor:
         """(B, T) bool, True on known frames."""
         return torch.arange(self.frames)[None] < self.known_frames[:, None]
+
+
+def fold_known_mask(known: Tensor, spec: CodecSpec) -> Tensor:
+    """For each latent frame, which of the pixel frames it stands for are known.
+
+    A causal codec's first latent frame stands for one pixel frame: its value fills all S places, as in Wan's
+    image-to-video, so that "all places known" means the same everywhere.
+
+    Args:
+        known: (B, T) bool.
+    Returns:
+        (B, S, t) bool.
+    Raises:
+        CodecError: T frames do not round-trip through the codec.
+    """
+    stride = spec.stride[0]
+    places = [
+        list(range(start, stop)) if stop - start == stride else [start] * stride
+        for start, stop in spec.frame_groups(known.shape[1])
+    ]
+    return known[:, torch.tensor(places, device=known.device).T]

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titans_video.codecs.identity import IdentityCodec
-from titans_video.diffusion.flow import RectifiedFlow
-from titans_video.models.sora import SoraDiT
-from titans_video.models.table import network_config
-from titans_video.options import TextOptions, TrainOptions
+from titans_video.config.options import TextOptions, TrainOptions
+from titans_video.diffusion.rectified_flow import RectifiedFlow
+from titans_video.models.registry import network_config
+from titans_video.models.sora_dit import SoraDiT
 from titans_video.recipes.sora import SoraRecipe
 from titans_video.seeding import derive
-from titans_video.text.table import build_text
-from titans_video.training import engine, resuming, state
+from titans_video.text.registry import build_text
+from titans_video.training import distributed, sharded_state
+from titans_video.training import resume as resuming
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
 
@@ -138,7 +139,7 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
             for stop in stops:
                 given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer)
                 accelerator = start(given)
-                found, _ = engine.once(accelerator, lambda given=given: resuming.find_resume(given))
+                found, _ = distributed.once(accelerator, lambda given=given: resuming.find_resume(given))
                 going_on = resuming.open_resume(found, given)
                 trainer = Trainer(
                     make_recipe(),
@@ -149,7 +150,7 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
                     lambda text: None,
                 )
                 trainer.run()
-            named = state.optimizer_tensors(trainer.snapshot.optimizer, trainer.network)
+            named = sharded_state.optimizer_tensors(trainer.snapshot.optimizer, trainer.network)
             named |= {f"{n}/weight": t for n, t in trainer.network.state_dict().items()}
             named |= {f"{n}/average": t for n, t in trainer.ema.state_dict().items()} if trainer.ema else {}
             pieces.append({n: t.to_local().clone() if isinstance(t, DTensor) else t.clone() for n, t in named.items()})
@@ -203,11 +204,11 @@ JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def start(given: TrainOptions) -> engine.Engine:
+def start(given: TrainOptions) -> distributed.Engine:
     """A new engine in processes that already know one another."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return engine.start(given)
+    return distributed.start(given)
 
 
 def main(folder: Path, names: list[str]) -> None:

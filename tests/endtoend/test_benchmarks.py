@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from titans_video.codecs.identity import IdentityCodec
-from titans_video.models.presets import sora_config
-from titans_video.models.table import build_network
-from titans_video.options import ModelOptions
+from titans_video.config.options import ModelOptions
+from titans_video.models.registry import build_network, sora_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
 ROW = re.compile(r"^\| ([^|]+) \| ([\d.]+) \(([\d.]+)\) \|", re.MULTILINE)

@@ -11,8 +11,8 @@ from tests.factories import make_qwen2, make_t5, make_vae
 from tests.unit.data_sets import make_set
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.codecs import diffusers_vae
-from titans_video.text.pretrained import PretrainedStream
+from titans_video.codecs import diffusers
+from titans_video.text.huggingface import PretrainedStream
 
 SMALL = "--model-dim 24 --depth 1 --heads 2 --patch-size 1,1,1 --height 16 --width 16 --batch-size 2 --max-steps 3"
 
@@ -53,7 +53,7 @@ def test_a_full_cache_needs_no_weights(
     assert main(["data", "cache", *words, *cache]) == 0
     assert main(["cache", "verify", cache[1]]) == 0
     assert main(["train", *words, "--output-dir", str(tmp_path / "without")]) == 0
-    monkeypatch.setattr(diffusers_vae, "load_vae", refuse)
+    monkeypatch.setattr(diffusers, "load_vae", refuse)
     monkeypatch.setattr(PretrainedStream, "_load_model", refuse)
     monkeypatch.setattr(PretrainedStream, "_load_tokenizer", refuse)
     assert main(["data", "cache", *words, *cache]) == 0

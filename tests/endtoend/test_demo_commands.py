@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from titans_video.cli.demo import main_demo, main_score
+from titans_video.cli.tools import main_demo, main_score
+from titans_video.config.generation import DemoOptions
 from titans_video.demo import scoring
-from titans_video.demo.options import DemoOptions
 from titans_video.demo.run import training_command
 from titans_video.errors import ConfigError, DataError
 from titans_video.mock.world import HELD_OUT, SEEN, Combination, sample_clip

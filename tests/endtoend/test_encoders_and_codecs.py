@@ -27,12 +27,13 @@ from tests import factories
 from tests.endtoend.test_readme import README, commands, with_flags
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.generation.loading import load_model
-from titans_video.generation.long import MOST_BEYOND
-from titans_video.generation.pipeline import Request, generate
-from titans_video.models.table import build_network
-from titans_video.options import Overrides
-from titans_video.text.pretrained import PretrainedStream
+from titans_video.config.generation import Overrides
+from titans_video.generation.denoise import generate
+from titans_video.generation.long_video import MOST_BEYOND
+from titans_video.generation.model import load_model
+from titans_video.generation.request import Request
+from titans_video.models.registry import build_network
+from titans_video.text.huggingface import PretrainedStream
 from titans_video.training.trainer import Trainer
 
 TRAINING = {
@@ -310,7 +311,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_slow_and_without_a_tr
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("titans_video.recipes.opening.open_data", refuse)
+    monkeypatch.setattr("titans_video.recipes.setup.open_data", refuse)
     factories.make_vae("kl", desk.folder / "vae")
     words = with_flags(documented("qwen_or_mistral_or_llama"), {"--pretrained-model": "vae"}, add=False)
     words.remove("--local-files-only")

@@ -12,9 +12,9 @@ import pytest
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
 from titans_video.cli.main import main
-from titans_video.generation.loading import load_model
+from titans_video.config.generation import Overrides
+from titans_video.generation.model import load_model
 from titans_video.media.probe import probe
-from titans_video.options import Overrides
 
 SMALL = ["--model-dim", "24", "--depth", "1", "--heads", "2", "--batch-size", "2", "--max-steps", "2"]
 
@@ -58,9 +58,9 @@ def test_the_bouncing_preset_continues(repository: Path, tmp_path: Path, capsys:
 PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from titans_video.generation.jobs import run_generate
-from titans_video.generate_options import GenerateOptions
-from titans_video.options import Overrides
+from titans_video.generation.run import run_generate
+from titans_video.config.generation import GenerateOptions
+from titans_video.config.generation import Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())

@@ -19,8 +19,8 @@ from tests.endtoend.kill_and_resume import same
 from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics, run
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.families.cogvideox import CogVideoX
-from titans_video.models import lora_files
+from titans_video.models import lora_io
+from titans_video.pretrained.cogvideox import CogVideoX
 
 SIZE = "--height 32 --width 32 --num-frames 9 --rank 3 --lora-alpha 6 --text-dtype fp32"
 
@@ -60,11 +60,11 @@ def test_what_a_run_leaves(trained: dict[str, Path], capsys: pytest.CaptureFixtu
         "rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": ["to_q", "to_k", "to_v", "to_out.0"],
     }  # fmt: skip
     assert (run / "last.pt").samefile(run / "lora_0000002.pt")
-    for place in (run, run / "last.pt", run / "lora_0000002", run / "lora_0000002" / lora_files.WEIGHTS):
-        read = lora_files.read(place)
+    for place in (run, run / "last.pt", run / "lora_0000002", run / "lora_0000002" / lora_io.WEIGHTS):
+        read = lora_io.read(place)
         assert set(read.alphas.values()) == {6.0}
         assert read.about["data"]["num_frames"] == 9
-        weights = load_file(run / "lora_0000002" / lora_files.WEIGHTS)
+        weights = load_file(run / "lora_0000002" / lora_io.WEIGHTS)
         assert {f"transformer.{k}" for k in read.tensors} == weights.keys()
         assert all(torch.equal(v, weights[f"transformer.{k}"]) for k, v in read.tensors.items())
 
@@ -128,7 +128,7 @@ def test_a_killed_run_resumes_bitwise(repository: Path, pipelines: dict[str, Pat
     keys = ("step", "loss", "grad_norm", "elements", "lr")
     told = [[[m[k] for k in keys] for m in metrics(tmp_path / x)] for x in "ab"]
     assert told[0] == told[1]
-    exported = [load_file(tmp_path / x / "lora_0000006" / lora_files.WEIGHTS) for x in "ab"]
+    exported = [load_file(tmp_path / x / "lora_0000006" / lora_io.WEIGHTS) for x in "ab"]
     assert same(exported[0], exported[1])
     names = ["lora_0000004", "lora_0000004.pt", "lora_0000006", "lora_0000006.pt"]
     assert [sorted(p.name for p in (tmp_path / x).glob("lora_*")) for x in "ab"] == [names, names]
@@ -344,7 +344,7 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What peers write: no alpha; and names under another prefix, so that nothing is loaded."""
-    write = lora_files.write
+    write = lora_io.write
 
     def without_alpha(path: Path, tensors: Any, sizes: Any, **more: Any) -> None:
         write(path, tensors, {name: (rank, float(rank)) for name, (rank, _) in sizes.items()})
@@ -354,7 +354,7 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
 
     spoilt = {"alpha": without_alpha, "prefix": under_another_name}
     for name, wrong in spoilt.items():
-        monkeypatch.setattr(lora_files, "write", wrong)
+        monkeypatch.setattr(lora_io, "write", wrong)
         flags = f"{SIZE} --max-steps 4 --save-every 2 --lr 0.02 --output-dir {tmp_path / name}"
         given = words(repository, pipelines["2b"], flags)
         assert main(["train", "cogvideox-lora", *given]) == 2
@@ -362,7 +362,7 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
         assert "diffusers" in error, name
         assert (tmp_path / name / "lora_0000002.pt").exists()
         assert [m["step"] for m in metrics(tmp_path / name)] == [1, 2]
-        monkeypatch.setattr(lora_files, "write", write)
+        monkeypatch.setattr(lora_io, "write", write)
         assert main(["train", "cogvideox-lora", *given, "--resume", "auto", "--parity-gate", "each"]) == 0
         assert "computes the same" in capsys.readouterr().out
 
@@ -386,9 +386,9 @@ def test_the_gate_takes_two_blocks_of_a_large_transformer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Those that the adapter is in, wherever they are; no other is copied."""
-    from titans_video.recipes import parity
+    from titans_video.recipes import lora_parity
 
-    monkeypatch.setattr(parity, "LARGE", 0)
+    monkeypatch.setattr(lora_parity, "LARGE", 0)
     copied, small_network = list[list[int]](), CogVideoX.small_network
 
     def look(self: CogVideoX, numbers: Any) -> torch.nn.Module:
@@ -412,9 +412,9 @@ def test_without_peft_the_gate_is_skipped_with_a_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from titans_video.recipes import parity
+    from titans_video.recipes import lora_parity
 
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    monkeypatch.setattr(lora_parity, "find_spec", lambda name: None)
     flags = f"{SIZE} --max-steps 1 --output-dir {tmp_path}"
     assert main(["train", "cogvideox-lora", *words(repository, pipelines["2b"], flags)]) == 0
     assert "pip install peft" in capsys.readouterr().out

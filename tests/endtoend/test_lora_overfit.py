@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.cli.main import main
+from titans_video.data.held_out import HeldOut
 from titans_video.models import lora
-from titans_video.preparing.held_out import HeldOut
 from titans_video.recipes import lora as recipes
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.memory.learning import Draw, recall_of, small_network, swap, train, zero
 from benchmarks.memory.worlds import Clips, occluded_identity, read_colour
-from titans_video.models.titans import TitansVideoDiT
+from titans_video.models.titans_dit import TitansVideoDiT
 
 COLOURS, SAMPLES = 2, 128
 

@@ -25,9 +25,8 @@ from accelerate.state import AcceleratorState
 
 from tests import factories
 from tests.conftest import REPOSITORY
-from titans_video.models.presets import PRESETS, sora_config
-from titans_video.models.table import build_network
-from titans_video.options import ModelOptions
+from titans_video.config.options import ModelOptions
+from titans_video.models.registry import PRESETS, build_network, sora_config
 from titans_video.types import CodecSpec
 
 README = REPOSITORY / "README.md"

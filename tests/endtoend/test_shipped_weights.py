@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from titans_video.config.generation import Overrides
 from titans_video.demo.scoring import Settings, Split, score, summary
-from titans_video.generation.loading import load_model
-from titans_video.options import Overrides
+from titans_video.generation.model import load_model
 
 
 @pytest.mark.parametrize(("split", "name", "wanted"), [("seen", "all", 0.95), ("held_out", "all", 0.9)])

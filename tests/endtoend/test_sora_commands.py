@@ -195,7 +195,7 @@ def test_help_of_every_command_without_torch(repository: Path, tmp_path: Path) -
     program = (
         "import sys, contextlib\n"
         "from pathlib import Path\n"
-        "from titans_video.cli import launchers, main, script\n"
+        "from titans_video.cli import launchers, main\n"
         "def call(f, *words):\n"
         "    sys.argv = ['x', *words]\n"
         "    with contextlib.suppress(SystemExit):\n"
@@ -206,7 +206,7 @@ def test_help_of_every_command_without_torch(repository: Path, tmp_path: Path) -
         "    call(f, '--help')\n"
         "call(launchers.video_framework, 'infer', '--help')\n"
         "for words in ([], ['--help'], ['--mode', 'train', '--help'], ['--mode', 'inference', '--help']):\n"
-        "    call(lambda: script.main(Path('.')), *words)\n"
+        "    call(lambda: launchers.train_script(Path('.')), *words)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)"
     )

@@ -17,22 +17,22 @@ from tests.endtoend.test_sora_commands import frames_of, metrics, run
 from tests.unit.svd_parts import picture, pipeline_video
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.cli.parsing import parse
-from titans_video.codecs.table import build_codec
-from titans_video.generation.denoising import frame_noise
-from titans_video.generation.loading import load_model
-from titans_video.generation.pictures import NOISE
-from titans_video.generation.pipeline import Request, generate
-from titans_video.media.pixels import to_tensor
+from titans_video.codecs.registry import build_codec
+from titans_video.config.generation import Overrides
+from titans_video.config.options import SVDOptions
+from titans_video.config.parse import parse
+from titans_video.data.dataset import open_data
+from titans_video.data.held_out import HeldOut
+from titans_video.generation.denoise import frame_noise, generate
+from titans_video.generation.image_conditioning import NOISE
+from titans_video.generation.model import load_model
+from titans_video.generation.request import Request
+from titans_video.media.resize import to_tensor
 from titans_video.media.writing import write_video
-from titans_video.models.svd import TextCrossAttention
-from titans_video.options import Overrides
-from titans_video.preparing.held_out import HeldOut
-from titans_video.preparing.opening import open_data
+from titans_video.models.svd_unet import TextCrossAttention
 from titans_video.recipes.svd import SVDRecipe, build_svd
-from titans_video.recipes.svd_options import SVDOptions
 from titans_video.seeding import derive, keyed_normal
-from titans_video.text.table import build_text
+from titans_video.text.registry import build_text
 from titans_video.types import Batch
 
 BUCKETS = "28x48,48x28,14x24,24x14"

@@ -13,11 +13,11 @@ import torch
 from tests import factories
 from tests.endtoend.test_sora_commands import ONE_THREAD, _leaves, frames_of, metrics, run
 from titans_video import checkpoint as files
-from titans_video.cli.checks import check_memory
 from titans_video.cli.main import main
-from titans_video.cli.parsing import parse
-from titans_video.options import TitansOptions
-from titans_video.recipes.segments import plan_segments
+from titans_video.config.options import TitansOptions
+from titans_video.config.parse import parse
+from titans_video.config.rules import check_memory
+from titans_video.recipes.titans import plan_segments
 from titans_video.types import CodecSpec
 
 DOCUMENTED = (

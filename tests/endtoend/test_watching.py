@@ -14,7 +14,7 @@ from tests import factories
 from titans_video.cli.main import main
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
-from titans_video.text.pretrained import PretrainedStream
+from titans_video.text.huggingface import PretrainedStream
 
 SMALL = ["--model-dim", "24", "--depth", "1", "--heads", "2", "--max-steps", "4", "--validate-every", "2"]
 WATCH = ["--validation-split", "0.2", "--validation-times", "3", "--sample-steps", "2"]
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_said_before_training(
 def test_a_tracker_that_is_not_installed(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("titans_video.cli.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("titans_video.config.rules.find_spec", lambda name: None)
     assert main(["train", *tiny, "--output-dir", str(tmp_path / "run"), "--log-with", "wandb"]) == 2
     assert "pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.factories import VAE_KINDS, make_vae, tiny_vae
-from titans_video.codecs import diffusers_vae
-from titans_video.codecs.cogvideox_adapter import CogVideoXVAEWrapper
-from titans_video.codecs.diffusers_vae import DiffusersCodec
+from titans_video.codecs import diffusers
+from titans_video.codecs.diffusers import CogVideoXVAEWrapper, DiffusersCodec
 from titans_video.errors import CodecError
 
 SIDE = {"kl": 16, "svd": 16, "cogvideox": 32, "wan": 32, "hunyuan": 32, "ltx": 64}
@@ -111,7 +110,7 @@ def test_frame_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     encode = codec.vae.encode
     monkeypatch.setattr(codec.vae, "encode", lambda chunk: sizes.append(len(chunk)) or encode(chunk))
-    monkeypatch.setattr(diffusers_vae, "CHUNK_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(diffusers, "CHUNK_PIXELS", 2 * 16 * 16)
     torch.testing.assert_close(codec.encode(x), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(codec.decode(whole, 5), pixels, atol=1e-5, rtol=0)
     assert sizes == [2, 2, 1]
@@ -155,7 +154,7 @@ def test_long_clips_of_svd_are_decoded_in_stretches(frames: int, monkeypatch: py
     """Nearly as whole ones: its decoder normalises over all frames that it is given."""
     codec, z = DiffusersCodec(tiny_vae("svd")), torch.randn(1, 4, frames, 6, 8)
     whole = codec.decode(z, frames)
-    monkeypatch.setattr(diffusers_vae, "TEMPORAL_PIXELS", 17 * 12 * 16)
+    monkeypatch.setattr(diffusers, "TEMPORAL_PIXELS", 17 * 12 * 16)
     stretches = codec.decode(z, frames)
     assert (stretches - whole).abs().mean() < 0.05 * whole.std()
     assert torch.equal(stretches, whole) == (frames <= 17)
@@ -168,7 +167,7 @@ def test_large_frames_are_tiled_as_diffusers_tiles_them(kind: str, monkeypatch: 
     height, width = (128, 96) if kind == "ltx" else (64, 48)
     x = torch.rand(1, 3, 1, height, width) * 2 - 1
     plain = codec.encode(x)
-    monkeypatch.setattr(diffusers_vae, "TILE_ABOVE", 32 * 32)
+    monkeypatch.setattr(diffusers, "TILE_ABOVE", 32 * 32)
     vae.enable_tiling()
     set_tiles(kind, vae)
     set_tiles(kind, codec.vae)
@@ -176,13 +175,13 @@ def test_large_frames_are_tiled_as_diffusers_tiles_them(kind: str, monkeypatch: 
     torch.testing.assert_close(tiled, pipeline_latents(kind, vae, x), atol=1e-5, rtol=0)
     assert not torch.allclose(tiled, plain, atol=1e-5)
     torch.testing.assert_close(codec.decode(tiled, 1), pipeline_pixels(kind, vae, tiled), atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(diffusers_vae, "TILE_ABOVE", height * width)
+    monkeypatch.setattr(diffusers, "TILE_ABOVE", height * width)
     torch.testing.assert_close(codec.encode(x), plain)
 
 
 def test_long_ltx_clips_go_in_temporal_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = DiffusersCodec(tiny_vae("ltx"))
-    monkeypatch.setattr(diffusers_vae, "FRAMEWISE_ABOVE", 0)
+    monkeypatch.setattr(diffusers, "FRAMEWISE_ABOVE", 0)
     longest = 0
     encoder = codec.vae.encoder.forward
 

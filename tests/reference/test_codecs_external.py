@@ -9,10 +9,10 @@ import torch
 
 from tests.factories import make_vae
 from titans_video.codecs.base import Codec
-from titans_video.codecs.diffusers_vae import DiffusersCodec
-from titans_video.codecs.table import build_codec
+from titans_video.codecs.diffusers import DiffusersCodec
+from titans_video.codecs.registry import build_codec
+from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
-from titans_video.options import CodecOptions
 
 
 def external(module: str, name: str, init: str | None = None) -> Codec:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from titans_video.diffusion.flow import RectifiedFlow
 from titans_video.diffusion.guidance import guided, join_text
+from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.errors import ConfigError
 from titans_video.types import Condition, Picture, TextCondition

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from titans_video.diffusion.flow import RectifiedFlow
+from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import SAMPLERS, euler, heun, sampler_by_name
 from titans_video.errors import ConfigError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from titans_video.checkpoint import save_tensors
 from titans_video.errors import CheckpointError
-from titans_video.models import lora, lora_files
+from titans_video.models import lora, lora_io
 
 peft = pytest.importorskip("peft")
 
@@ -110,7 +110,7 @@ def test_pefts_file_is_read_as_it_was_saved(base: Net, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     x = torch.randn(5, 6)
     expected = model(x)
-    read = lora_files.read(tmp_path)
+    read = lora_io.read(tmp_path)
     fresh = copy.deepcopy(base)
     lora.load(fresh, read.tensors, read.alphas)
     assert torch.equal(fresh(x), expected)
@@ -122,7 +122,7 @@ def test_rslora_of_peft(base: Net, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], use_rslora=True, init_lora_weights=False)
     model = peft.PeftModel(copy.deepcopy(base), config)
     model.save_pretrained(tmp_path)
-    read = lora_files.read(tmp_path / "adapter_model.safetensors")
+    read = lora_io.read(tmp_path / "adapter_model.safetensors")
     fresh = copy.deepcopy(base)
     lora.load(fresh, read.tensors, read.alphas)
     x = torch.randn(5, 6)
@@ -134,8 +134,8 @@ def test_our_file_comes_back_with_its_alphas(base: Net, tmp_path: Path) -> None:
     sizes = {"blocks.0.to_q": (2, 5.0), "blocks.1.to_q": (3, 3.0), "blocks.1.ff.0": (2, 5.0)}
     lora.add_adapter(ours, "default", sizes)
     tensors = filled(ours)
-    lora_files.write(tmp_path, tensors, lora.layer_sizes(ours))
-    read = lora_files.read(tmp_path)
+    lora_io.write(tmp_path, tensors, lora.layer_sizes(ours))
+    read = lora_io.read(tmp_path)
     assert read.alphas == {k: a for k, (_, a) in sizes.items()}
     assert all(torch.equal(read.tensors[k], tensors[k]) for k in tensors)
     # PEFT makes the same of the header as we do.
@@ -150,7 +150,7 @@ def test_our_file_comes_back_with_its_alphas(base: Net, tmp_path: Path) -> None:
 def _header(folder: Path) -> dict[str, str]:
     from safetensors import safe_open
 
-    with safe_open(folder / lora_files.WEIGHTS, framework="pt") as f:
+    with safe_open(folder / lora_io.WEIGHTS, framework="pt") as f:
         return f.metadata()
 
 
@@ -159,12 +159,12 @@ def test_a_file_without_alpha_says_so(tmp_path: Path) -> None:
 
     tensors = {"transformer.a.lora_A.weight": torch.ones(4, 2), "transformer.a.lora_B.weight": torch.ones(3, 4)}
     save_file(tensors, tmp_path / "x.safetensors")
-    read = lora_files.read(tmp_path / "x.safetensors")
+    read = lora_io.read(tmp_path / "x.safetensors")
     assert read.alphas == {"a": 4.0}
     assert "does not say its alpha" in read.notes[0]
     older = {"transformer.a.lora.down.weight": torch.ones(4, 2), "transformer.a.lora.up.weight": torch.ones(3, 4)}
     save_file({**older, "transformer.a.alpha": torch.tensor(2.0)}, tmp_path / "y.safetensors")
-    read = lora_files.read(tmp_path / "y.safetensors")
+    read = lora_io.read(tmp_path / "y.safetensors")
     assert (read.alphas, read.notes) == ({"a": 2.0}, [])
 
 
@@ -186,11 +186,11 @@ def test_other_files_are_refused(tensors: dict[str, Tensor] | None, said: str, t
     else:
         save_file(tensors, path)
     with pytest.raises(CheckpointError, match=said):
-        lora_files.read(path)
+        lora_io.read(path)
     with pytest.raises(CheckpointError, match="holds no LoRA"):
-        lora_files.read(tmp_path)
+        lora_io.read(tmp_path)
     with pytest.raises(CheckpointError, match="no such LoRA"):
-        lora_files.read(tmp_path / "nowhere.safetensors")
+        lora_io.read(tmp_path / "nowhere.safetensors")
     save_tensors({"format": "titans-video/1", "model": {}, "config": {}}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="no LoRA of this project"):
-        lora_files.read(tmp_path / "m.pt")
+        lora_io.read(tmp_path / "m.pt")

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
+from titans_video.config.options import BaseOptions, CogVideoXLoraOptions, DataOptions, LoraOptions, TrainOptions
 from titans_video.errors import ConfigError
-from titans_video.families.table import open_family
-from titans_video.lora_options import BaseOptions, CogVideoXLoraOptions, LoraOptions
-from titans_video.models import lora, lora_files
-from titans_video.options import DataOptions, TrainOptions
-from titans_video.recipes import base_weights
-from titans_video.recipes.lora import LoraRecipe, build_lora
-from titans_video.recipes.lora_opening import as_sora, open_clips
+from titans_video.models import lora, lora_io
+from titans_video.pretrained.registry import open_family
+from titans_video.recipes import lora_base
+from titans_video.recipes.lora import LoraRecipe, as_sora, build_lora, open_clips
 from titans_video.seeding import derive, keyed_normal
-from titans_video.training import engine
+from titans_video.training import distributed
 from titans_video.types import Batch
 
 peft = pytest.importorskip("peft")
@@ -46,7 +44,7 @@ def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> 
         lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
         train=TrainOptions(cfg_drop_prob=0.5),
     )
-    machine = engine.start(options.train)
+    machine = distributed.start(options.train)
     family = open_family(folder)
     data = open_clips(as_sora(options, family), family, machine)
     codec, text = family.codec("fp32", "cpu", load=True), family.text("fp32", "cpu")
@@ -274,7 +272,7 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     # PEFT's own file of the same adapter.
     pipe = with_peft(recipe, pipelines[kind])
     pipe.transformer.save_lora_adapter(tmp_path / "peft")
-    read = lora_files.read(tmp_path / "peft")
+    read = lora_io.read(tmp_path / "peft")
     fresh = family.load_network(torch.float32)
     lora.load(fresh, read.tensors, read.alphas)
     assert read.notes == []
@@ -341,7 +339,7 @@ def test_processes_with_other_base_weights_are_refused(
     pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing sends them from one to the other."""
-    monkeypatch.setattr(base_weights, "gather", lambda engine, own: [own, "another"])
+    monkeypatch.setattr(lora_base, "gather", lambda engine, own: [own, "another"])
     with pytest.raises(ConfigError, match="different transformers"):
         recipe_of(pipelines["2b"], 9, (32, 32))
 
@@ -360,4 +358,4 @@ def test_what_an_engine_cannot_do_is_said_without_the_base(
 ) -> None:
     usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
     with pytest.raises(ConfigError, match=said):
-        base_weights.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | machine)))  # type: ignore[arg-type]
+        lora_base.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | machine)))  # type: ignore[arg-type]

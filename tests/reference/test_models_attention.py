@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from titans_video.models.attention import CrossAttention, SelfAttention
+from titans_video.models.layers import CrossAttention, SelfAttention
 
 B, G, L, M, D, HEADS = 2, 3, 5, 4, 24, 2
 

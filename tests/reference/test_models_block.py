@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.blocks import SoraBlock
-from titans_video.models.rope import axis_pairs, rotation_3d
-from titans_video.models.sora import SoraDiT
+from titans_video.models.layers import axis_pairs, rotation_3d
+from titans_video.models.sora_dit import SoraBlock, SoraDiT
 
 B, GRID, D, HEADS, TEXT = 2, (3, 2, 3), 24, 2, 5
 SLOTS, TOKENS = GRID[0], GRID[1] * GRID[2]

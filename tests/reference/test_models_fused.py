@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.fused import head_norm, modulated_norm
-from titans_video.models.rope import rotate, rotation_1d
+from titans_video.models.layers import head_norm, modulated_norm, rotate, rotation_1d
 
 
 def double(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embe
 from torch.testing import assert_close
 
 from titans_video.errors import ConfigError
-from titans_video.models.rope import axis_pairs, rotate, rotation_1d, rotation_3d
+from titans_video.models.layers import axis_pairs, rotate, rotation_1d, rotation_3d
 
 GRIDS = [(1, 1, 1), (3, 2, 5), (2, 4, 4)]
 

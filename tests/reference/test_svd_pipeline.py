@@ -12,16 +12,16 @@ from PIL import Image
 
 from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video, svd_folder, svd_model
 from titans_video.codecs.image_encoder import resized
-from titans_video.generation import long
-from titans_video.generation.denoising import frame_noise
-from titans_video.generation.pictures import NOISE, PictureSettings
-from titans_video.generation.pipeline import Request, generate
+from titans_video.generation import long_video
+from titans_video.generation.denoise import frame_noise, generate
+from titans_video.generation.image_conditioning import NOISE, PictureSettings
+from titans_video.generation.request import Request
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
-from titans_video.media.pixels import to_tensor
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
+from titans_video.media.resize import to_tensor
 from titans_video.media.writing import write_video
-from titans_video.models.svd import TextCrossAttention
+from titans_video.models.svd_unet import TextCrossAttention
 from titans_video.seeding import derive, keyed_normal
 
 SEED = 11
@@ -118,9 +118,9 @@ def test_a_picture_alone_is_enough_in_any_form(tmp_path: Path, monkeypatch: pyte
     """Without a prompt none is encoded, not even the one that the checkpoint recommends."""
     model, told = svd_model(), list[str]()
     model.config["sample"]["prompt"] = "a red circle"
-    encode = long.encode_prompts
+    encode = long_video.encode_prompts
     monkeypatch.setattr(
-        long, "encode_prompts", lambda m, prompts, *rest: told.extend(prompts) or encode(m, prompts, *rest)
+        long_video, "encode_prompts", lambda m, prompts, *rest: told.extend(prompts) or encode(m, prompts, *rest)
     )
     Image.fromarray(picture()).save(tmp_path / "p.png")
     pipe, call = VideoPipeline.of(model), {"num_inference_steps": 1, "output_type": "pt"}

@@ -13,13 +13,13 @@ from PIL import Image
 
 from tests.factories import make_svd
 from titans_video.codecs.image_encoder import ImageEncoder
-from titans_video.codecs.table import build_codec, describe_codec
-from titans_video.generation.loading import VideoModel
-from titans_video.models.svd import SVDUNet
-from titans_video.models.table import network_config
-from titans_video.options import CodecOptions, TextOptions
-from titans_video.recipes.svd_folder import load_unet, process_of, unet_config
-from titans_video.text.table import build_text
+from titans_video.codecs.registry import build_codec, describe_codec
+from titans_video.config.options import CodecOptions, TextOptions
+from titans_video.generation.model import VideoModel
+from titans_video.models.registry import network_config
+from titans_video.models.svd_unet import SVDUNet
+from titans_video.recipes.svd import load_unet, process_of, unet_config
+from titans_video.text.registry import build_text
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 PIPELINE = "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion"

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 
-from titans_video.cli import launchers, script
-from titans_video.cli.checks import check_training
+from titans_video.cli import launchers
 from titans_video.cli.generate import GenerateFlags
+from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
-from titans_video.cli.parsing import parse
 from titans_video.cli.run import guarded
-from titans_video.cli.script import take_mode, with_defaults
-from titans_video.config import flags_from_yaml
+from titans_video.config.options import AdviceOptions, DataOptions, SoraOptions
+from titans_video.config.parse import flags_from_yaml, parse
+from titans_video.config.rules import check_training
 from titans_video.errors import ConfigError
-from titans_video.options import AdviceOptions, DataOptions, SoraOptions
 
 TRAINING_SCRIPTS = (
     "video_framework",
@@ -240,7 +239,7 @@ def test_what_the_system_refuses_names_the_file(tmp_path: Path, capsys: pytest.C
 
 def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("titans_video.cli.train.main", lambda argv: seen.append(argv) or 7)
+    monkeypatch.setattr("titans_video.cli.train.train_sora", lambda argv: seen.append(argv) or 7)
     assert dispatch(["train", "--lr", "1"]) == 7
     assert seen == [["--lr", "1"]]
 
@@ -262,8 +261,8 @@ def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float
         (main, "data cache --cache x", True),
         (main, "data check x", False),
         (main, "generate --prompt x", False),
-        (lambda: script.main(Path()), "--mode train --max-steps 1", True),
-        (lambda: script.main(Path()), "--mode inference", False),
+        (lambda: launchers.train_script(Path()), "--mode train --max-steps 1", True),
+        (lambda: launchers.train_script(Path()), "--mode inference", False),
         *((getattr(launchers, name), "--max-steps 1", True) for name in TRAINING_SCRIPTS),
         (launchers.video_framework, "infer --prompt x", False),
         (launchers.infer_sora, "--prompt x", False),
@@ -278,7 +277,7 @@ def test_a_launchers_process_ends_at_once_wherever_it_trained(
     monkeypatch.setattr("titans_video.cli.run.os._exit", ended.append)
     monkeypatch.setenv("WORLD_SIZE", processes)
     monkeypatch.setattr("sys.argv", ["x", *shlex.split(words)])
-    for module in ("main", "script", "launchers"):
+    for module in ("main", "launchers"):
         monkeypatch.setattr(f"titans_video.cli.{module}.guarded", lambda command: 3)
     assert entry() == 3
     assert ended == ([3] if ends and processes == "2" else [])

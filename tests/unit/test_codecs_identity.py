@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from titans_video.codecs.base import Codec, without_noise
 from titans_video.codecs.identity import IdentityCodec
+from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
-from titans_video.options import CodecOptions
 from titans_video.types import CodecSpec
 
 

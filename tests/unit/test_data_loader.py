@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
-from titans_video.data.broken import Broken, BrokenRows
+from titans_video.config.options import DataOptions
+from titans_video.data.bad_rows import Broken, BrokenRows
+from titans_video.data.dataset import Data, open_data
 from titans_video.data.loader import BatchStream
 from titans_video.errors import DataError
-from titans_video.options import DataOptions
-from titans_video.preparing.opening import Data, open_data
 from titans_video.types import Batch
 
 

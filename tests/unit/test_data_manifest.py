@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titans_video.config.options import DataOptions
 from titans_video.data.manifest import KEYS, read_manifest
 from titans_video.errors import DataError
-from titans_video.options import DataOptions
 
 
 def write(folder: Path, text: str, name: str = "manifest.jsonl") -> DataOptions:

@@ -10,13 +10,13 @@ from tests import factories
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
 from titans_video.cli.main import main
+from titans_video.config.generation import Overrides, RunOptions
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.generation.loading import load_model
-from titans_video.generation.long import generate_long, plan_video
-from titans_video.generation.pipeline import Request, generate
-from titans_video.generation.running import load_for
+from titans_video.generation.denoise import generate
+from titans_video.generation.long_video import generate_long, plan_video
+from titans_video.generation.model import load_for, load_model
+from titans_video.generation.request import Request
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
-from titans_video.options import Overrides, RunOptions
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
 

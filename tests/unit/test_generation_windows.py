@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_video.errors import ConfigError
-from titans_video.generation.joining import Joins, choose
-from titans_video.generation.windows import legal_overlaps, plan_windows
+from titans_video.generation.windows import Joins, choose, legal_overlaps, plan_windows
 from titans_video.types import CodecSpec
 
 EACH = CodecSpec("kl", 4, (1, 8, 8), "each")

@@ -14,8 +14,9 @@ from PIL import Image
 
 from tests.unit.media_clips import decode_all, encode, moving_bars
 from titans_video.media import probe as probe_module
-from titans_video.media.info import own_rate
-from titans_video.media.probe import REASONS, UnreadableMedia, VideoInfo, probe
+from titans_video.media.info import VideoInfo, own_rate
+from titans_video.media.opening import REASONS, UnreadableMedia
+from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 
 Turn = Callable[[np.ndarray], np.ndarray]

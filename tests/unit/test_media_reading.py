@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.unit.media_clips import decode_all, encode, moving_bars
-from titans_video.media.probe import UnreadableMedia, probe
+from titans_video.media.opening import UnreadableMedia
+from titans_video.media.probe import probe
 from titans_video.media.reading import iterate, read_clip, read_frames, read_image, read_indices
 from titans_video.media.resize import cover_crop
 

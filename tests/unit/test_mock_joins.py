@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from titans_video.cli.mock import main_mock
+from titans_video.cli.tools import main_mock
 from titans_video.errors import ConfigError
-from titans_video.media.seams import jumps, seam_ratio
+from titans_video.media.motion import jumps, seam_ratio
+from titans_video.mock.analyse import path_miss, read_joins
 from titans_video.mock.bounce import RADIUS, SPEED, bounce, sample_bounce
 from titans_video.mock.dataset import make_dataset
-from titans_video.mock.joins import path_miss, read_joins
 from titans_video.mock.world import COLOURS, SHAPES
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.reference.test_lora_peft import TARGETS, Net, filled
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.models import lora, lora_files
+from titans_video.models import lora, lora_io
 from train.videos import lora_utils
 
 
@@ -207,7 +207,7 @@ def test_dropout_is_of_training_alone(network: Net) -> None:
 
 def test_the_documented_module_is_this_one() -> None:
     assert lora_utils.inject is lora.inject
-    assert lora_utils.read is lora_files.read
+    assert lora_utils.read is lora_io.read
 
 
 class Two(nn.Module):
@@ -243,4 +243,4 @@ def test_the_documented_example_does_what_it_says(
     exec(f"saved ={end}", names)
     assert torch.equal(network(x), trained)
     assert not any(p.requires_grad for p in network.parameters())
-    assert lora_files.read(tmp_path / "adapter").path.name == lora_files.WEIGHTS
+    assert lora_io.read(tmp_path / "adapter").path.name == lora_io.WEIGHTS

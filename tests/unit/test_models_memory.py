@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from titans_video.errors import CheckpointError
-from titans_video.models.gated_tokens import GatedTokens, default_layers
 from titans_video.models.memory import Memory, load_memory, load_state, save_memory, save_state
+from titans_video.models.titans_dit import GatedTokens, default_layers
 
 B = 3
 

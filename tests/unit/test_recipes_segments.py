@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from titans_video.config.options import MemoryOptions
 from titans_video.errors import ConfigError
-from titans_video.options import MemoryOptions
-from titans_video.recipes.segments import plan_segments, segments_at
+from titans_video.recipes.titans import plan_segments, segments_at
 from titans_video.types import CodecSpec
 
 EACH = CodecSpec("kl", 4, (1, 8, 8), "each")

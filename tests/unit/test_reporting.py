@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from titans_video.cli.main import main
+from titans_video.config.options import SoraOptions
 from titans_video.errors import DataError
 from titans_video.media.writing import write_video
-from titans_video.options import SoraOptions
-from titans_video.reporting import samples as shown
+from titans_video.reporting import report as shown
 from titans_video.reporting.charts import MOST_POINTS, Line, chart, thinned
 from titans_video.reporting.report import duration, write_report
-from titans_video.training import run_record, samples
-from titans_video.training.samples import Made
+from titans_video.training import tracking, validation
+from titans_video.training.validation import Made
 
 PROMPT = "a <red> circle & more"
 EVENTS = [(3, "skipped", None), (5, "spike", 7.25), (11, "spike", 8.5)]
@@ -55,7 +55,7 @@ def make_run(folder: Path, steps: int = 8) -> Path:
     write_video(folder / "one.mp4", frames, 8)
     found = [look(s, [0.5 / s, 1.0 / s]) for s in (2, 4, 6, 8, 12)]  # 12: of a course that was left
     for line in found:
-        samples.write(folder, line["step"], [PROMPT], [Made(0, (folder / "one.mp4").read_bytes(), frames)])
+        validation.write(folder, line["step"], [PROMPT], [Made(0, (folder / "one.mp4").read_bytes(), frames)])
     (folder / "one.mp4").unlink()
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     events = [{"step": s, "kind": k, "loss": x, "grad_norm": 9.5, "rows": ["a<b", "c"]} for s, k, x in EVENTS]
@@ -84,8 +84,8 @@ def make_run(folder: Path, steps: int = 8) -> Path:
     }
     options = {"max_steps": 10, "betas": [0.9, 0.95], "lr": 1e-4, "resume": None}
     for step in (0, 6):
-        run_record.write_start(folder, step, SoraOptions(), SoraOptions(), about, environment)
-    record = run_record.read(folder)
+        tracking.write_start(folder, step, SoraOptions(), SoraOptions(), about, environment)
+    record = tracking.read(folder)
     record |= {"options": options, "defaults": options | {"max_steps": 100_000, "betas": [0.9, 0.999]}}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
@@ -174,7 +174,7 @@ def test_everything_stands_in_one_file(tmp_path: Path) -> None:
     assert "<red>" not in text
     assert "<mine>" not in text
     assert text.count("(UTC)") == 1
-    assert len(run_record.read(run)["starts"]) == 2
+    assert len(tracking.read(run)["starts"]) == 2
 
 
 def test_large_videos_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from tests.unit.test_training_trainer import lines, no_pictures, options, train
 from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
+from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
-from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, engine
+from titans_video.training import checkpointing, distributed, run_folder
 from titans_video.training.guards import SPIKE_WARMUP, DivergedError, Guard, OutOfMemory
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.trainer import Trainer
@@ -43,7 +43,7 @@ class Sabotaged(ToyRecipe):
 
 def run(recipe: ToyRecipe, given: TrainOptions, batch: int = 2) -> list[str]:
     said: list[str] = []
-    Trainer(recipe, ToyStream(batch), given, engine.start(given), say=said.append).run()
+    Trainer(recipe, ToyStream(batch), given, distributed.start(given), say=said.append).run()
     return said
 
 
@@ -83,7 +83,7 @@ def test_too_many_in_a_row_stop_the_run_and_the_checkpoint_stands(tmp_path: Path
     given = options(tmp_path, max_steps=50, max_bad_steps=3, save_every=2)
     with pytest.raises(DivergedError, match=r"3 such steps in a row.*Rows: 12, 13"):
         run(recipe, given)
-    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 4, 6]
+    assert [step for step, _ in run_folder.saved(tmp_path)] == [2, 4, 6]
     outcome, _ = train(replace(given, resume="auto", max_steps=8))
     assert outcome.step == 8
 
@@ -117,11 +117,11 @@ def test_the_guard_goes_on_where_it_was(tmp_path: Path) -> None:
     bad = {str(i): math.nan for i in range(8, 100)}
     given = options(tmp_path, max_steps=6, max_bad_steps=3, save_every=1)  # steps 5 and 6 are bad
     run(Sabotaged(bad), given)
-    state = checkpoints.read_state(tmp_path / "checkpoint-6")
+    state = checkpointing.read_state(tmp_path / "checkpoint-6")
     assert (state["guard"]["bad_in_a_row"], state["guard"]["skipped"]) == (2, 2)
     more = replace(given, resume="auto", max_steps=9)
     with pytest.raises(DivergedError, match="Step 7"):
-        Trainer(Sabotaged(bad), ToyStream(2), more, engine.start(more), going_on(more), lambda text: None).run()
+        Trainer(Sabotaged(bad), ToyStream(2), more, distributed.start(more), going_on(more), lambda text: None).run()
 
 
 def with_scaler(
@@ -129,7 +129,7 @@ def with_scaler(
 ) -> tuple[Trainer, torch.amp.GradScaler]:
     """A trainer with fp16's loss scaling, which Accelerate has on GPUs alone."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    accelerator = engine.start(given)
+    accelerator = distributed.start(given)
     accelerator.scaler, accelerator.native_amp = scaler, True
     trainer = Trainer(recipe, ToyStream(2), given, accelerator, say=lambda text: None)
     patch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
@@ -178,7 +178,7 @@ class TwoBuckets(ToyStream):
 
 def test_the_largest_bucket_is_tried_before_the_first_step(tmp_path: Path) -> None:
     given = options(tmp_path)
-    trainer = Trainer(Greedy(), TwoBuckets(2), given, engine.start(given), say=lambda text: None)
+    trainer = Trainer(Greedy(), TwoBuckets(2), given, distributed.start(given), say=lambda text: None)
     with pytest.raises(
         OutOfMemory, match=r"480x832x81 \(2 clips at once\). Tried to allocate 7.00 GiB.*--batch-size 1"
     ):
@@ -191,7 +191,7 @@ def test_the_trial_leaves_no_trace(tmp_path: Path) -> None:
     for stream in (ToyStream(2), TwoBuckets(2)):
         recipe = ToyRecipe(dropout=0.3)
         given = options(tmp_path / type(stream).__name__)
-        Trainer(recipe, stream, given, engine.start(given), say=lambda text: None).run()
+        Trainer(recipe, stream, given, distributed.start(given), say=lambda text: None).run()
         weights.append(recipe.network.state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
@@ -236,7 +236,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
     failed = [text for text in said if "COULD NOT BE WRITTEN" in text]
     assert [text.split("STEP ")[1][0] for text in failed] == ["3", "4", "5"]
     assert all("checkpoint-2" in text for text in failed)
-    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 6]
+    assert [step for step, _ in run_folder.saved(tmp_path)] == [2, 6]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert outcome.folder == tmp_path / "checkpoint-6"

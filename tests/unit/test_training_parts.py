@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from tests.unit.training_fakes import Toy
-from titans_video.options import TrainOptions
-from titans_video.training.ema import Ema
+from titans_video.config.options import TrainOptions
+from titans_video.training.guards import Interrupt
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import (
+    Ema,
     Float32Muon,
     MuonWithAdamW,
     build_optimizer,
@@ -25,7 +26,6 @@ from titans_video.training.optim import (
     orthogonalise,
     set_learning_rates,
 )
-from titans_video.training.signals import Interrupt
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:
@@ -179,7 +179,7 @@ def test_a_second_ctrl_c_ends_at_once_but_a_launchers_echo_does_not(
     world: str, ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr("titans_video.training.signals.os._exit", codes.append)
+    monkeypatch.setattr("titans_video.training.guards.os._exit", codes.append)
     monkeypatch.setenv("WORLD_SIZE", world)
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)

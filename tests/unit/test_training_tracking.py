@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from titans_video.config.options import TrainOptions
 from titans_video.errors import ConfigError
 from titans_video.media.writing import write_video
-from titans_video.options import TrainOptions
-from titans_video.training import engine, samples
-from titans_video.training.samples import Made
+from titans_video.training import distributed, validation
 from titans_video.training.tracking import Tracker, open_tracker
+from titans_video.training.validation import Made
 
 LINE = {
     "step": 4,
@@ -32,11 +32,11 @@ def videos(run: Path, step: int) -> Path:
     frames[1:, 4:12, 4:12] = 255
     write_video(run / "one.mp4", frames, 8)
     made = [Made(i, (run / "one.mp4").read_bytes(), frames) for i in range(2)]
-    return samples.write(run, step, PROMPTS, made)
+    return validation.write(run, step, PROMPTS, made)
 
 
 def test_without_a_tracker_nothing_is_done(tmp_path: Path) -> None:
-    tracker = open_tracker(engine.start(TrainOptions()), "none", tmp_path, 0, "x", OPTIONS)
+    tracker = open_tracker(distributed.start(TrainOptions()), "none", tmp_path, 0, "x", OPTIONS)
     tracker.scalars(1, {"loss": 1.0})
     tracker.validation(1, LINE, None, [])
     assert list(tmp_path.iterdir()) == []
@@ -44,7 +44,7 @@ def test_without_a_tracker_nothing_is_done(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_scalars_tables_pictures_and_moving_ones(tmp_path: Path) -> None:
     found = tensorboard(tmp_path)
-    machine = engine.start(TrainOptions())
+    machine = distributed.start(TrainOptions())
     tracker = open_tracker(machine, "tensorboard", tmp_path, 0, "x", OPTIONS)
     for step in (2, 4):
         tracker.scalars(step, {"step": step, "loss": 1.0 / step, "mfu": None})
@@ -65,7 +65,7 @@ def test_tensorboard_gets_scalars_tables_pictures_and_moving_ones(tmp_path: Path
 def test_tensorboard_forgets_what_came_after_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
     found = tensorboard(tmp_path)
     for start, values in ((0, {2: 1.0, 4: 2.0, 6: 3.0}), (4, {6: 30.0, 8: 40.0})):
-        machine = engine.start(TrainOptions())
+        machine = distributed.start(TrainOptions())
         tracker = open_tracker(machine, "tensorboard", tmp_path, start, "x", OPTIONS)
         for step, loss in values.items():
             tracker.scalars(step, {"loss": loss})
@@ -122,7 +122,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, fail: bool = False) -> list[Fake
 def test_wandb_gets_the_same_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = fake_wandb(monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    machine = engine.start(TrainOptions())
+    machine = distributed.start(TrainOptions())
     tracker = open_tracker(machine, "wandb", tmp_path, 3, "abc", OPTIONS)
     tracker.scalars(4, {"step": 4, "loss": 0.25, "mfu": None})
     tracker.validation(4, LINE, videos(tmp_path, 4), PROMPTS)
@@ -142,10 +142,10 @@ def test_wandb_gets_the_same_and_goes_on_with_its_run(tmp_path: Path, monkeypatc
 def test_a_wandb_that_does_not_start_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_wandb(monkeypatch, fail=True)
     with pytest.raises(ConfigError, match=r"api_key not configured.*wandb login.*WANDB_MODE=offline"):
-        open_tracker(engine.start(TrainOptions()), "wandb", tmp_path, 0, "abc", OPTIONS)
+        open_tracker(distributed.start(TrainOptions()), "wandb", tmp_path, 0, "abc", OPTIONS)
 
 
 def test_nothing_is_sent_without_having_been_started() -> None:
-    machine = engine.start(TrainOptions())
+    machine = distributed.start(TrainOptions())
     Tracker(machine).scalars(1, {"loss": 1.0})
     assert machine.trackers == []

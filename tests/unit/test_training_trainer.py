@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video import checkpoint as files
+from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
-from titans_video.options import TrainOptions
-from titans_video.training import checkpoints, engine
-from titans_video.training.recorder import Recorder
+from titans_video.training import distributed, run_folder
+from titans_video.training.metrics import Recorder
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.types import Batch
 
@@ -38,7 +38,7 @@ def train(
     say = (said if said is not None else []).append
     resume = going_on(run, say)
     recipe = ToyRecipe(dropout)
-    outcome = Trainer(recipe, stream or ToyStream(4), run, engine.start(run), resume, say).run()
+    outcome = Trainer(recipe, stream or ToyStream(4), run, distributed.start(run), resume, say).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
 
 
@@ -148,7 +148,7 @@ def test_ema_follows_its_definition(tmp_path: Path) -> None:
 
 def test_last_pt_and_the_save_limit(tmp_path: Path) -> None:
     train(options(tmp_path, save_every=1, save_limit=2))
-    assert [step for step, _ in checkpoints.saved(tmp_path)] == [5, 6]
+    assert [step for step, _ in run_folder.saved(tmp_path)] == [5, 6]
     assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoint-6" / "model_ema.pt")
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -187,7 +187,7 @@ def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path: Path) -
 def test_going_on_from_an_older_checkpoint_moves_the_newer_ones_away(tmp_path: Path) -> None:
     train(options(tmp_path, save_every=2, save_limit=0))
     train(options(tmp_path, max_steps=3, resume=str(tmp_path / "checkpoint-2")))
-    assert [step for step, _ in checkpoints.saved(tmp_path)] == [2, 3]
+    assert [step for step, _ in run_folder.saved(tmp_path)] == [2, 3]
     assert (tmp_path / "previous-1" / "checkpoint-6").is_dir()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 

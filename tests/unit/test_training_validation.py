@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.unit.training_fakes import WIDTH, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
+from titans_video.config.options import TrainOptions, WatchOptions
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
-from titans_video.options import TrainOptions, WatchOptions
-from titans_video.training import engine, loss_table, samples
-from titans_video.training.ema import Ema
-from titans_video.training.recorder import Recorder
+from titans_video.training import distributed, loss_table, run_folder, validation
+from titans_video.training.metrics import Recorder
+from titans_video.training.optim import Ema
 from titans_video.training.tracking import Tracker
 from titans_video.training.trainer import Outcome, Trainer
 from titans_video.training.validation import NAME, Validator, Watched
@@ -69,7 +69,7 @@ def train(
     run: TrainOptions, stream: ToyStream | None = None, watch: bool = True, every: int = 2, **changes: Any
 ) -> tuple[Outcome, dict[str, Tensor]]:
     resume = going_on(run)
-    recipe, machine = ToyRecipe(dropout=0.2), engine.start(run)
+    recipe, machine = ToyRecipe(dropout=0.2), distributed.start(run)
     watched = Watched(Tracker(machine), validator(run, recipe, machine, every, **changes) if watch else None)
     outcome = Trainer(recipe, stream or ToyStream(4), run, machine, resume, lambda text: None, watched=watched).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
@@ -100,7 +100,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_validation(tmp_path: Path
 
 def test_nothing_of_the_run_is_touched(tmp_path: Path) -> None:
     run = options(tmp_path)
-    recipe, machine = ToyRecipe(dropout=0.2), engine.start(run)
+    recipe, machine = ToyRecipe(dropout=0.2), distributed.start(run)
     network = recipe.network.train()
     ema = Ema(network, 0.9)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_a_sharded_network_that_stays_whole_after_a_forward_pass_gets_its_own_we
 @torch.no_grad()
 def test_the_table_against_a_plain_computation(tmp_path: Path) -> None:
     run = options(tmp_path)
-    recipe, machine = ToyRecipe(), engine.start(run)
+    recipe, machine = ToyRecipe(), distributed.start(run)
     rows: Any = ToyRows(*ROWS, lost=[101, 110])
     cells = loss_table.measure(recipe, recipe.network.eval(), rows, 3, machine, lambda: True)
     assert cells is not None
@@ -208,7 +208,7 @@ def test_samples_come_from_the_averaged_weights_and_a_seed_a_prompt(tmp_path: Pa
     recipe.network.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["model"])
     with torch.no_grad(), recipe.sampler(recipe.network.eval(), 2) as sampler:
         for i in range(2):
-            path = tmp_path / "samples" / "step-0000002" / samples.video_name(i)
+            path = tmp_path / "samples" / "step-0000002" / run_folder.video_name(i)
             shown = read_indices(path, probe(path), [3])[0].mean() / 127.5 - 1
             assert shown == pytest.approx(float(sampler("", i).video[0, 3, 0, 0]), abs=0.03)
 
@@ -266,14 +266,14 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_moves_later_samples_away(tm
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, said = samples.contact_sheet, []
+    plain, said = validation.contact_sheet, []
 
     def full(*given: Any, **more: Any) -> Path:
         if "Step 2" in more["title"]:
             raise OSError(28, "No space left on device")
         return plain(*given, **more)
 
-    monkeypatch.setattr(samples, "contact_sheet", full)
+    monkeypatch.setattr(validation, "contact_sheet", full)
     outcome, _ = train(options(tmp_path), say=said.append)
     assert outcome.step == 6
     assert [look["step"] for look in looks(tmp_path)] == [4, 6]
@@ -324,7 +324,7 @@ def _work(rank: int, world: int) -> Any:
 
     with torch.no_grad():
         cells = loss_table.measure(recipe, network, any_rows, 3, machine, going_on)
-        made = samples.make(recipe, network, 5, ["one", "two", "three"], machine, going_on)
+        made = validation.make(recipe, network, 5, ["one", "two", "three"], machine, going_on)
     assert cells is not None
     assert made is not None
     return loss_table.as_line(cells, 3), [(m.number, m.file) for m in made], network.calls, len(asked)

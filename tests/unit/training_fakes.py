@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
+from titans_video.config.options import TrainOptions
 from titans_video.data.buckets import Bucket
-from titans_video.generation.requests import Sampled
-from titans_video.options import TrainOptions
-from titans_video.preparing.held_out import Piece
+from titans_video.data.held_out import Piece
+from titans_video.generation.long_video import Sampled
 from titans_video.seeding import derive, keyed_normal
-from titans_video.training import resuming
+from titans_video.training import resume as resuming
+from titans_video.training.checkpointing import Resume
 from titans_video.training.recipe import Sampler
-from titans_video.training.resuming import Resume
 from titans_video.types import Batch
 
 WIDTH = 6

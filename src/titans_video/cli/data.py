@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titans_video.cli.checks import check_training
-from titans_video.cli.parsing import first_word_is, parse
+from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
+from titans_video.config.parse import first_word_is, parse
+from titans_video.config.rules import check_training
 from titans_video.errors import ConfigError
-from titans_video.options import CodecOptions, ModelOptions, SoraOptions
 
 FOUND_FAULTS = 1
 
@@ -16,6 +16,7 @@ CHECK = """Say which rows of a manifest can be trained on, and why the others ca
 titans-video data check MANIFEST [the flags of the training]. Without --vae-backend any size and frame count will do.
 Flags of the training that do not concern data are read and not used, so that a whole command or --config can be given.
 The exit code is 0 where training would go ahead and 1 where it would stop."""
+
 CACHE = """Encode clips and captions once, into --cache FOLDER, so that training needs no VAE and no text encoder.
 
 The flags are those of the training; under `accelerate launch` its processes share the work."""
@@ -46,8 +47,8 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     """Scan, write the report, print where it lies."""
     flags = parse(CheckFlags(), first_word_is(argv, "--manifest"), prog=prog, description=CHECK)
     check_training(flags)
-    from titans_video.preparing.check import check
-    from titans_video.recipes.opening import spec_of
+    from titans_video.data.report import check
+    from titans_video.recipes.setup import spec_of
 
     report = check(flags.data, spec_of(flags.codec), flags.model.patch_size, flags.out)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
@@ -73,7 +74,7 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
         raise ConfigError(f"Which cache? Use `{prog} FOLDER`.")
     from tqdm import tqdm
 
-    from titans_video.data.store import verify
+    from titans_video.data.cache import verify
 
     with tqdm(desc="verifying", unit="file", delay=1.0) as bar:
 

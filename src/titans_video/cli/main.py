@@ -9,21 +9,25 @@ from titans_video.cli.run import at_once, guarded
 from titans_video.errors import ConfigError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("titans_video.cli.train:main", "train SoraDiT on captioned clips"),
-    "train titans": ("titans_video.cli.titans:main", "train TitansVideoDiT, with a memory, for video of any length"),
-    "train cogvideox-lora": ("titans_video.cli.lora:main", "train a LoRA on CogVideoX"),
-    "train svd": ("titans_video.cli.svd:main", "fine-tune Stable Video Diffusion, from pictures and from text"),
-    "report": ("titans_video.cli.report:main", "one HTML page of a run: curves, samples, data, options"),
+    "train": ("titans_video.cli.train:train_sora", "train SoraDiT on captioned clips"),
+    "train titans": (
+        "titans_video.cli.train:train_titans",
+        "train TitansVideoDiT, with a memory, for video of any length",
+    ),
+    "train cogvideox-lora": ("titans_video.cli.train:train_lora", "train a LoRA on CogVideoX"),
+    "train svd": ("titans_video.cli.train:train_svd", "fine-tune Stable Video Diffusion, from pictures and from text"),
+    "report": ("titans_video.cli.tools:main_report", "one HTML page of a run: curves, samples, data, options"),
     "generate": ("titans_video.cli.generate:main", "make a video from a prompt"),
-    "export": ("titans_video.cli.export:main", "write a model as one folder that needs nothing else"),
-    "data mock": ("titans_video.cli.mock:main_mock", "write the built-in data set of moving shapes"),
+    "export": ("titans_video.cli.generate:main_export", "write a model as one folder that needs nothing else"),
+    "data mock": ("titans_video.cli.tools:main_mock", "write the built-in data set of moving shapes"),
     "data check": ("titans_video.cli.data:main_check", "say which rows of a manifest can be used, and why not"),
     "data cache": ("titans_video.cli.data:main_cache", "encode clips and captions once, before training"),
     "cache verify": ("titans_video.cli.data:main_verify", "read a cache through and say what is damaged"),
-    "demo": ("titans_video.cli.demo:main_demo", "data, training, scores and pictures in one go"),
-    "score": ("titans_video.cli.demo:main_score", "score what a checkpoint makes of the built-in prompts"),
+    "demo": ("titans_video.cli.tools:main_demo", "data, training, scores and pictures in one go"),
+    "score": ("titans_video.cli.tools:main_score", "score what a checkpoint makes of the built-in prompts"),
 }
 """Command: (module:function of argv that gives an exit code, what it does)."""
+
 TOGETHER = ("train", "data cache")
 """What the processes of a launcher do together begins so."""
 

@@ -10,6 +10,7 @@ from titans_video.errors import UserError
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
 DEPENDENCIES = {
     "accelerate": "accelerate",
     "av": "PyAV",

@@ -18,8 +18,10 @@ from titans_video.types import CodecSpec
 
 NO_NOISE = -30.0
 """The log-variance of a codec that is a plain function: `from_moments` then gives exactly the mean."""
+
 MAX_LOGVAR = 20.0
 """Log-variances are clamped to [NO_NOISE, MAX_LOGVAR], as diffusers' DiagonalGaussianDistribution does."""
+
 CONTEXT = 4
 """See `Codec.decode_context`."""
 

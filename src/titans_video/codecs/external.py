@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_video.codecs.base import Codec, without_noise
 from titans_video.errors import CodecError, UserError
-from titans_video.frozen import fingerprint_tensors
+from titans_video.fingerprint import fingerprint_tensors
 from titans_video.types import CodecSpec
 
 PROBE_SIDE = 64

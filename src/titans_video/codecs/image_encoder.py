@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_video.codecs.diffusers_vae import parse_dtype
+from titans_video.checkpoint import load_whole, read_json
+from titans_video.codecs.diffusers import parse_dtype
 from titans_video.errors import CodecError
-from titans_video.frozen import fingerprint_folder, load_whole, read_json
+from titans_video.fingerprint import fingerprint_folder
 
 ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
 

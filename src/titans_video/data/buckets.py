@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from titans_video.config.options import DataOptions
 from titans_video.errors import ConfigError
-from titans_video.options import DataOptions
 from titans_video.types import CodecSpec
 
 SAME_ASPECT = 0.01  # buckets whose log aspects differ by less are one shape in several sizes

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IndexSampler
 
-from titans_video.data.broken import Broken, BrokenRows
+from titans_video.data.bad_rows import Broken, BrokenRows
 from titans_video.data.buckets import Bucket
+from titans_video.data.cache import EncodingStore
 from titans_video.data.manifest import Row
-from titans_video.data.reading import BrokenRow, Entry, Frames, RowReader, Sample
+from titans_video.data.reader import BrokenRow, Entry, Frames, RowReader, Sample
 from titans_video.data.sampler import Lane, Occurrence, Sampler
-from titans_video.data.store import EncodingStore
 from titans_video.errors import DataError
 from titans_video.seeding import derive
 from titans_video.types import Batch

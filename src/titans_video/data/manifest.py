@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
+from titans_video.config.options import DataOptions
 from titans_video.errors import DataError
-from titans_video.options import DataOptions
 
 Task = Literal["t2v", "i2v", "v2v"]
 TASKS: tuple[str, ...] = get_args(Task)

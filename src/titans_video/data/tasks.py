@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from titans_video.config.options import DataOptions
 from titans_video.data.manifest import TASKS, Row
 from titans_video.errors import ConfigError
-from titans_video.options import DataOptions
 from titans_video.seeding import derive
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from titans_video.demo.scoring import Scored, Split, summary
-from titans_video.media.page import page
+from titans_video.media.plots import page
 
 _TITLES: dict[Split, str] = {
     "seen": "seen combinations",
     "held_out": "held-out combinations",
     "i2v": "given a first frame",
 }
+
 _STYLE = """
 td,th{border:1px solid var(--line);padding:.3rem .7rem;text-align:right}th{font-size:inherit}
 img{max-width:100%}video{width:128px;height:128px;image-rendering:pixelated;background:#000}

@@ -14,18 +14,16 @@ from pathlib import Path
 import torch
 import yaml
 
+from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides, ScoreOptions
 from titans_video.demo import scoring
-from titans_video.demo.options import DemoOptions, ScoreOptions
 from titans_video.demo.report import caption_of, write_report
 from titans_video.demo.scoring import Scored, Settings, Split
 from titans_video.errors import ConfigError, DataError
-from titans_video.generate_options import GenerateOptions
-from titans_video.generation.loading import VideoModel, choose_device, load_model
-from titans_video.generation.requests import check_options
+from titans_video.generation.model import VideoModel, choose_device, load_model
+from titans_video.generation.request import check_options
 from titans_video.media.plots import loss_curve
 from titans_video.media.sheets import contact_sheet
 from titans_video.mock.dataset import make_dataset
-from titans_video.options import Overrides
 
 MARKER = "made_by_titans_video.json"
 TRAINER = Path("train/videos/train_sora_accelerate.py")

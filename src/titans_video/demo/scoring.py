@@ -12,21 +12,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from titans_video.generate_options import GenerateOptions
-from titans_video.generation.loading import VideoModel
-from titans_video.generation.pipeline import generate
-from titans_video.generation.requests import build_request
-from titans_video.media.pixels import to_tensor, to_uint8
+from titans_video.config.generation import GenerateOptions
+from titans_video.generation.denoise import generate
+from titans_video.generation.model import VideoModel
+from titans_video.generation.request import build_request
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
+from titans_video.media.resize import to_tensor, to_uint8
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import Reading, analyse, place
 from titans_video.mock.world import Clip, Combination, combination_of, sample_clip
 from titans_video.seeding import derive
 
 Split = Literal["seen", "held_out", "i2v"]
+
 NEAR = 2 / 32
 """How far the first made frame's object may lie from the true one's, as a share of the frame's side: 2 px of 32."""
+
 _FIRST_UNTRAINED_INDEX = 1_000_000  # first frames come from clips far beyond any training set's indices
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.flow import Corrupted
+from titans_video.diffusion.base import Corrupted
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive
 

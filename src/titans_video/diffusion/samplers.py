@@ -13,8 +13,10 @@ from torch import Tensor
 from titans_video.errors import ConfigError
 
 Denoise = Callable[[Tensor, float], Tensor]
+
 OnStep = Callable[[int], object]
 """Called with the number of steps done, after each."""
+
 EditState = Callable[[int, Tensor, float], Tensor]
 """Called after each step with the number of steps done, the state and its time; what it gives is gone on with."""
 

@@ -16,24 +16,20 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor, nn
 
+from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
+from titans_video.diffusion.registry import build_process
 from titans_video.diffusion.samplers import EditState
-from titans_video.diffusion.table import build_process
 from titans_video.errors import ConfigError
-from titans_video.generate_options import GenerateOptions
-from titans_video.generation.exporting import export
-from titans_video.generation.joining import Wanted
-from titans_video.generation.loading import VideoModel
-from titans_video.generation.long import generate_long, plan_video
-from titans_video.generation.pipeline import Request
-from titans_video.generation.requests import build_request, check_options
-from titans_video.generation.running import DTYPES, load_for
-from titans_video.generation.stream_state import StreamPlan
-from titans_video.generation.windows import WindowPlan
-from titans_video.media.pixels import to_tensor
-from titans_video.media.resize import cover_crop
-from titans_video.options import Overrides, RunOptions
+from titans_video.generation.export import export
+from titans_video.generation.long_video import generate_long, plan_video
+from titans_video.generation.model import DTYPES, VideoModel, load_for
+from titans_video.generation.request import Request, build_request, check_options
+from titans_video.generation.stream import StreamPlan
+from titans_video.generation.windows import Wanted, WindowPlan
+from titans_video.media.resize import cover_crop, to_tensor
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
+
 OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 """Called with the pipeline, the step (from 0, through all windows, and a draft before them), its time (1 noise, 0
 clean) and {"latents": ...}; a mapping that it returns may hold other latents to go on with."""

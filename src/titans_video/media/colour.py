@@ -21,10 +21,10 @@ from titans_video.media.info import Colour, Matrix, Orientation, VideoInfo
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-
 HDR_PEAK = 1000.0  # cd/m2: what HDR video is mastered for; HLG's nominal display
 WHITE = 65280  # 255 x 256: swscale's 16-bit white
 SDR_PEAK = 203.0  # cd/m2: what SDR white is worth beside HDR (BT.2408)
+
 
 # Saying the range twice and the matrix by name leaves nothing to swscale's own guesses.
 _MATRIX: dict[Matrix, Colorspace | None] = {
@@ -35,7 +35,9 @@ _MATRIX: dict[Matrix, Colorspace | None] = {
     "fcc": Colorspace.FCC,
     "rgb": None,
 }
+
 ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
 
 # BT.2087: linear BT.2020 to linear BT.709.
 _TO_BT709 = np.array(

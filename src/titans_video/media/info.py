@@ -12,7 +12,6 @@ from typing import Any, Literal
 Seconds = float | int | Fraction
 Matrix = Literal["bt601", "bt709", "bt2020", "smpte240m", "fcc", "rgb"]
 Transfer = Literal["sdr", "pq", "hlg"]
-
 _COMMON_RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 18, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)]
 _NTSC_RATES = [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120, 240)]
 

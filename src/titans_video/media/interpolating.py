@@ -8,7 +8,6 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
-import av
 import av.filter
 import numpy as np
 from av.video.frame import VideoFrame
@@ -18,7 +17,6 @@ from titans_video.media.colour import Pixels
 from titans_video.media.writing import exact_rate
 
 Way = Literal["motion", "fade"]
-
 _FILTER = "minterpolate"
 _OPTIONS = "mi_mode=mci:mc_mode=aobmc:me_mode=bidir:vsbmc=1:mb_size=8"
 _SMALLEST = 32  # pixels of a side; blocks of motion need room to be searched for

@@ -6,21 +6,33 @@ motion. How the released model's buckets were measured was not published, beyond
 Legend: B batch, T frames, H W pixel size, P pairs of frames.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_video.media.colour import Pixels
+
 MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would measure otherwise
+
 SIDE = 64
 """Frames are looked at with a short side of this many pixels."""
+
 REACH = 6
 """Blocks are looked for so many of those pixels away."""
+
 BLOCK = 8
+
 APART = 0.125
 """Seconds between the two frames of a pair."""
+
 STILL = 2e-3
 """How much worse, of the whole range of brightness, a place one pixel nearer may be and still be taken: what shows
 nothing is taken to stand still."""
+
 HALF = 0.1
 """Motion, in short sides a second, that is bucket 127.5, the middle of ordinary clips; faster ones approach 255."""
 
@@ -94,3 +106,28 @@ def _between(costs: Tensor, best: Tensor, shift: Tensor, stride: int) -> Tensor:
     found = (low - high) / (2 * bend.clamp(min=STILL))
     good = (shift[best].abs() < REACH) & (bend > STILL) & (middle > STILL)
     return torch.where(good, found.clamp(-0.5, 0.5), 0.0)
+
+
+def jumps(frames: Pixels) -> np.ndarray:
+    """(T - 1,) mean absolute change of a value from each frame to the next, 0 to 255."""
+    return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)])
+
+
+def seam_jumps(frames: Pixels, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The jumps into the frames `edges` (the first of each window but the first), and all others.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        edges: numbers from 1 to T - 1.
+    """
+    there = np.zeros(len(frames) - 1, dtype=bool)
+    there[[edge - 1 for edge in edges]] = True
+    change = jumps(frames)
+    return change[there], change[~there]
+
+
+def seam_ratio(frames: Pixels, edges: Sequence[int]) -> float:
+    """Median jump at the edges over the median elsewhere: 1 where joins do not show; NaN where nothing moves."""
+    at, elsewhere = seam_jumps(frames, edges)
+    middle = float(np.median(elsewhere))
+    return float(np.median(at)) / middle if middle > 0 else float("nan")

@@ -37,7 +37,9 @@ Reason = Literal[
     "changed",
     "timeout",
 ]
+
 REASONS: tuple[Reason, ...] = get_args(Reason)
+
 
 # Demuxers that open other files, devices or plain text: nothing that a row should be able to name.
 _NOT_FILES = {"hls", "dash", "concat", "imf", "tty", "lavfi", "webm_dash_manifest", "sdp", "rtsp"}

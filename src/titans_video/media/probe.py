@@ -38,7 +38,6 @@ from titans_video.media.opening import (
 )
 
 __all__ = ["REASONS", "Colour", "Orientation", "Reason", "UnreadableMedia", "VideoInfo", "probe"]
-
 DECODE_UP_TO = 1_000_000_000  # pixels: some 2400 frames of 480p or 480 of 1080p, about two seconds on one core
 
 _MATRICES: dict[int, Matrix] = {
@@ -51,6 +50,7 @@ _MATRICES: dict[int, Matrix] = {
     9: "bt2020",
     10: "bt2020",
 }
+
 _UNSPECIFIED = 2
 _BT2020 = 9
 _PQ, _HLG = 16, 18

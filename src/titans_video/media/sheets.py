@@ -13,12 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from titans_video.media.colour import Pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 28, 30), (120, 120, 124)
 _SMALLEST, _LARGEST = 96, 240  # pixels: frames are enlarged to and reduced to heights about these
 _MARGIN, _GAP, _BETWEEN = 20, 2, 14
 _CAPTION, _TITLE = 15, 20
 _MOST_LINES = 2
+
 _EASTERN_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansSC-Regular.otf",

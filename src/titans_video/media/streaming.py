@@ -13,15 +13,19 @@ import numpy as np
 
 from titans_video.errors import UserError
 from titans_video.media.colour import Pixels
-from titans_video.media.h264 import CODEC, clock, configure, padding, to_yuv
 from titans_video.media.writing import (
+    CODEC,
     Metadata,
     Written,
     as_comment,
     beside,
     check_frames,
+    clock,
+    configure,
     exact_rate,
     output_kind,
+    padding,
+    to_yuv,
     write_video,
 )
 

@@ -14,6 +14,7 @@ from titans_video.mock.world import COLOURS, GROUND, REACH, SHAPES, coverage
 
 RADIUS = (4.5 / 32, 6.0 / 32)
 """Range of the radius as a share of the frame's side."""
+
 SPEED = (0.6 / 32, 1.4 / 32)
 """Range of the speed along each axis, as a share of the frame's side a frame."""
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from titans_video.config.generation import MockOptions, World
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.writing import write_video
 from titans_video.mock.bounce import BounceClip, sample_bounce
-from titans_video.mock.options import MockOptions, World
 from titans_video.mock.world import Clip, sample_clip
 
 MARKER = "dataset.json"

@@ -14,15 +14,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (52, 92, 232),
     "yellow": (238, 206, 48),
 }
+
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Unit steps (x, y); y grows downwards."""
+
 
 # Reach of each shape around its centre, in radii (left/right, up, down): circle of radius r; square of half side 0.9 r;
 # upright equilateral triangle of circumradius 1.45 r around its centroid. The areas are then so alike that size tells
 # little about shape.
 SQUARE_HALF = 0.9
 TRIANGLE_CIRCUMRADIUS = 1.45
+
 REACH: dict[str, tuple[float, float, float]] = {
     "circle": (1.0, 1.0, 1.0),
     "square": (SQUARE_HALF, SQUARE_HALF, SQUARE_HALF),
@@ -31,16 +35,20 @@ REACH: dict[str, tuple[float, float, float]] = {
 
 RADIUS = (5.5 / 32, 7.5 / 32)
 """Range of the radius as a share of the frame's side."""
+
 TRAVEL = (6 / 32, 12 / 32)
 """Range of the way gone from the first frame to the last, as a share of the frame's side."""
+
 AREA: dict[str, float] = {
     "circle": np.pi,
     "square": 4 * SQUARE_HALF**2,
     "triangle": 3 * 3**0.5 / 4 * TRIANGLE_CIRCUMRADIUS**2,
 }
 """Area of each shape at radius 1."""
+
 GROUND = (18, 40)
 """Range of the ground's grey level."""
+
 _SUBSAMPLES = 4
 
 
@@ -96,8 +104,10 @@ def _combinations(held_out: bool) -> tuple[Combination, ...]:
 
 SEEN: tuple[Combination, ...] = _combinations(held_out=False)
 """The 40 combinations that training shows."""
+
 HELD_OUT: tuple[Combination, ...] = _combinations(held_out=True)
 """The 8 combinations that training never shows."""
+
 COMBINATIONS: tuple[Combination, ...] = SEEN + HELD_OUT
 
 

@@ -1,9 +1,6 @@
-"""LoRA on any linear layer of any network: inject, train A and B alone, merge, several adapters at once.
+"""A linear layer with adapters beside it.
 
 Legend: I and O the width of a layer's input and output, R rank.
-A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R) and scale = weight x alpha / R. B is 0 at
-first, so that a new adapter changes nothing.
-Source: Hu et al. 2021 (LoRA), section 4.1; names, initialisation and order of operations are those of PEFT's `Linear`.
 """
 
 import difflib
@@ -16,12 +13,99 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.models.lora_layer import LoraLinear
 from titans_video.seeding import generator
 
+
+class LoraLinear(nn.Module):
+    """A linear layer and the adapters beside it.
+
+    The layer itself stays as it is, hooks and all: diffusers' layerwise casting and group offloading go on working on
+    it. Adapters compute in their own precision and give the layer's.
+
+    Attributes:
+        base: the layer.
+        lora_A, lora_B: by adapter, (R, I) and (O, R).
+        alphas: by adapter.
+        active: weight of each adapter that takes part.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.dropouts = nn.ModuleDict()
+        self.alphas: dict[str, float] = {}
+        self.active: dict[str, float] = {}
+        self.original: Tensor | None = None
+        self.merged = False
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer, for code that looks at one."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
+        """Room for an adapter, in float32 on the layer's device; A is not initialised, B is 0."""
+        device = self.base.weight.device
+        a = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        b = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(b.weight)
+        self.lora_A[name], self.lora_B[name] = a, b
+        self.dropouts[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.alphas[name], self.active[name] = alpha, 1.0
+
+    def discard(self, name: str) -> None:
+        """Take an adapter away."""
+        for held in (self.lora_A, self.lora_B, self.dropouts):
+            del held[name]
+        del self.alphas[name]
+        self.active.pop(name, None)
+
+    def rank(self, name: str) -> int:
+        return int(self.lora_A[name].weight.shape[0])  # type: ignore[union-attr,index,arg-type]
+
+    def scale(self, name: str) -> float:
+        """alpha / R, without the adapter's weight."""
+        return self.alphas[name] / self.rank(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        if self.merged:
+            return out
+        kind = out.dtype
+        for name, weight in self.active.items():
+            a, b = self.lora_A[name], self.lora_B[name]
+            seen = self.dropouts[name](x.to(a.weight.dtype))  # type: ignore[arg-type,union-attr]
+            out = out + b(a(seen)) * (weight * self.scale(name))
+        return out.to(kind)
+
+    def delta(self) -> Tensor:
+        """(O, I) float32, what the active adapters add to the layer's weight."""
+        total = torch.zeros(self.out_features, self.in_features, device=self.base.weight.device)
+        for name, weight in self.active.items():
+            a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()  # type: ignore[operator,union-attr]
+            total += (b @ a) * (weight * self.scale(name))  # type: ignore[operator]
+        return total
+
+
 DEFAULT = "default"
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of attention, as diffusers names them."""
+
 _REGEX = re.compile(r"[\\*+?\[\](){}|^$]")
 _STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from titans_video.models.blocks import norm
-from titans_video.models.fused import without_autocast
+from titans_video.models.layers import norm, without_autocast
 
 LN_EPS = 1e-6
 EXPANSION = 4
+
 State = tuple[Tensor, Tensor]
 """W1 (B, H, d, F) and W2 (B, H, F, d), or their momentum."""
 

@@ -1,46 +1,145 @@
-"""LoRA on a pretrained pipeline: the family says what its transformer expects, and A and B alone are trained.
-
-Legend: B batch, C latent channels, t h w the latent grid with the family's padding, T H W pixel frames, height and
-width.
-"""
+"""The clips of a LoRA run, and what its checkpoints say, from its options."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.data.reading import BrokenRow
-from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import Corrupted
-from titans_video.errors import DataError
-from titans_video.families.base import Family
-from titans_video.families.table import open_family
-from titans_video.generation.pretrained import PretrainedModel, sampled
-from titans_video.lora_options import CogVideoXLoraOptions
-from titans_video.media.pixels import to_tensor
-from titans_video.media.resize import cover_crop
-from titans_video.models import lora, lora_files
-from titans_video.preparing.held_out import open_validation
-from titans_video.preparing.opening import Data
-from titans_video.recipes.base_weights import load_base, move_adapter, precision_of, share_adapter_alone
-from titans_video.recipes.lora_opening import as_sora, check_sizes, lora_config, open_clips, parse_targets
-from titans_video.recipes.opening import fill, frames_in_words, together
-from titans_video.recipes.parity import check_parity
-from titans_video.recipes.running import train_recipe
-from titans_video.recipes.sora import SoraRecipe
+from titans_video.codecs.registry import describe_codec
+from titans_video.config.options import CodecOptions, CogVideoXLoraOptions, DataOptions, ModelOptions, SoraOptions
+from titans_video.data.cache import EncodingStore, StoredText
+from titans_video.data.dataset import Data, open_data
+from titans_video.data.held_out import open_validation, split
+from titans_video.data.reader import BrokenRow
+from titans_video.diffusion.base import Corrupted
+from titans_video.errors import ConfigError, DataError
+from titans_video.fingerprint import fingerprint_folder
+from titans_video.generation.diffusers_backend import PretrainedModel, sampled
+from titans_video.media.resize import cover_crop, to_tensor
+from titans_video.models import lora, lora_io
+from titans_video.pretrained.base import Family
+from titans_video.pretrained.registry import open_family
+from titans_video.recipes.lora_base import load_base, move_adapter, precision_of, share_adapter_alone
+from titans_video.recipes.lora_parity import check_parity
+from titans_video.recipes.setup import fill, frames_in_words, together, train_recipe
+from titans_video.recipes.sora import SoraRecipe, advice_of
 from titans_video.seeding import derive
-from titans_video.text.table import TextEncoder
-from titans_video.training.engine import Engine
+from titans_video.text.base import TextEncoder
+from titans_video.training.distributed import Engine
 from titans_video.training.flops import count_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.starting import begin
+from titans_video.training.setup import begin
 from titans_video.training.trainer import Outcome
 from titans_video.types import Batch, Condition
+
+
+def parse_targets(words: str) -> tuple[str, ...] | str:
+    """`--target-modules`: words with commas, or a regular expression as it is."""
+    if lora.is_expression(words):
+        return words
+    return tuple(part.strip() for part in words.split(",") if part.strip())
+
+
+def lora_config(
+    options: CogVideoXLoraOptions,
+    data: Data,
+    family: Family,
+    codec: Any,
+    text: TextEncoder,
+    config: lora.LoraConfig,
+    prompt: str | None,
+) -> dict[str, Any]:
+    """Of checkpoints, as `titans_video.checkpoint` lists it; `base` and `lora` in place of a network's own."""
+    bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
+    return {
+        "recipe": "cogvideox-lora",
+        "base": {
+            "pipeline": str(family.folder),
+            "family": family.name,
+            "fingerprint": fingerprint_folder(family.folder / "transformer"),
+        },
+        "lora": {
+            "rank": config.rank,
+            "alpha": config.scaling_alpha,
+            "dropout": config.dropout,
+            "targets": config.targets if isinstance(config.targets, str) else list(config.targets),
+        },
+        "model": {"patch_size": list(family.patch_size)},
+        "codec": describe_codec(codec, _codec_options(options)),
+        "text": text.describe(),
+        "process": family.process().config(),
+        "data": {
+            "num_frames": bucket.frames,
+            "height": bucket.height,
+            "width": bucket.width,
+            "fps": data.fps,
+            "tasks": [family.task],
+        },
+        "sample": {
+            "steps": family.steps,
+            "guidance_scale": family.guidance_scale,
+            **advice_of(options.advice, prompt),
+        },
+    }
+
+
+def _codec_options(options: CogVideoXLoraOptions) -> CodecOptions:
+    return CodecOptions(pretrained_model=options.base.pretrained_model, vae_dtype=options.base.vae_dtype)
+
+
+def as_sora(options: CogVideoXLoraOptions, family: Family) -> SoraOptions:
+    """What the shared parts of a run look at."""
+    return SoraOptions(
+        data=options.data,
+        codec=_codec_options(options),
+        model=ModelOptions(patch_size=family.clip_grid),
+        train=options.train,
+        watch=options.watch,
+    )
+
+
+def open_clips(options: SoraOptions, family: Family, accelerator: Engine) -> Data:
+    """The clips, every one of them with the family's task.
+
+    Raises:
+        ConfigError: a size that the network does not know.
+    """
+    data = open_data(
+        _with_task(options.data, family),
+        family.spec,
+        family.clip_grid,
+        seed=options.train.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        together=together(accelerator),
+    )
+    check_sizes(family, data)
+    if options.watch.validation_split:
+        data = split(data, options.watch.validation_split)
+    return data
+
+
+def check_sizes(family: Family, data: Data | None) -> None:
+    """Hold every bucket that has rows against the positions that the transformer knows.
+
+    Raises:
+        ConfigError: as `Family.check_size`.
+    """
+    for bucket in data.buckets if data else ():
+        family.check_size(bucket.frames, bucket.height, bucket.width)
+
+
+def _with_task(options: DataOptions, family: Family) -> DataOptions:
+    if options.task_mix is not None:
+        raise ConfigError(
+            f"--task-mix {options.task_mix}: {family.name} trains {family.task} alone, whatever rows say; leave it out."
+        )
+    return replace(options, task_mix=f"{family.task}=1")
 
 
 @dataclass
@@ -147,9 +246,9 @@ class LoraRecipe(SoraRecipe):
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
         """See `training.recipe.Adapting`."""
-        said = {lora_files.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "lora", "data", "sample")})}
+        said = {lora_io.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "lora", "data", "sample")})}
         tensors = lora.rename(model)
-        lora_files.write(folder, tensors, self._sizes(tensors), about=said)
+        lora_io.write(folder, tensors, self._sizes(tensors), about=said)
 
     def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
         """See `training.recipe.Adapting`."""

@@ -15,35 +15,27 @@ from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
-from titans_video.codecs.table import (
-    describe_codec,
-    flags_to_name_again,
-)
-from titans_video.data.store import EncodingStore, StoredText
-from titans_video.diffusion.flow import Corrupted, count_tokens
-from titans_video.diffusion.process import NoiseProcess
-from titans_video.diffusion.table import build_process, process_config
-from titans_video.generation.drafting import check_draft
-from titans_video.generation.joining import Joins
-from titans_video.generation.loading import PromptEncoder, VideoModel
-from titans_video.generation.requests import sample
-from titans_video.models.conditioning import fold_known_mask
-from titans_video.models.presets import sora_config
-from titans_video.models.table import build_network, network_config
-from titans_video.options import AdviceOptions, SoraOptions
-from titans_video.preparing.held_out import open_validation
-from titans_video.preparing.opening import Data
-from titans_video.recipes.opening import fill, frames_in_words, open_data_and_codec, together
-from titans_video.recipes.running import train_recipe
+from titans_video.codecs.registry import describe_codec, flags_to_name_again
+from titans_video.config.options import AdviceOptions, SoraOptions
+from titans_video.data.cache import EncodingStore, StoredText
+from titans_video.data.dataset import Data
+from titans_video.data.held_out import open_validation
+from titans_video.diffusion.base import Corrupted, NoiseProcess, count_tokens
+from titans_video.diffusion.registry import build_process, process_config
+from titans_video.generation.long_video import sample
+from titans_video.generation.model import PromptEncoder, VideoModel
+from titans_video.generation.windows import Joins, check_draft
+from titans_video.models.registry import build_network, network_config, sora_config
+from titans_video.recipes.setup import fill, frames_in_words, open_data_and_codec, together, train_recipe
 from titans_video.seeding import derive, keyed_normal
-from titans_video.text.base import drop_captions
-from titans_video.text.table import TextEncoder, build_text
-from titans_video.training import engine
+from titans_video.text.base import TextEncoder, drop_captions
+from titans_video.text.registry import build_text
+from titans_video.training import distributed
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.starting import begin
+from titans_video.training.setup import begin
 from titans_video.training.trainer import Outcome
-from titans_video.types import Batch, Condition, Prediction, TextCondition
+from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_known_mask
 
 TEXT_STEP, LONGEST_TEXT = 64, 512
 
@@ -310,7 +302,7 @@ def cache_sora(options: SoraOptions) -> None:
     Raises:
         UserError: as `train_sora`.
     """
-    accelerator = engine.start(options.train)
+    accelerator = distributed.start(options.train)
     text = build_text(options.text, accelerator.device, load=False)
     data, codec = open_data_and_codec(options, accelerator, None)
     accelerator.print(data.summary())
@@ -318,7 +310,7 @@ def cache_sora(options: SoraOptions) -> None:
     held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
     if held_out:
         fill(options, held_out, codec, text, accelerator)
-    engine.finish(accelerator)
+    distributed.finish(accelerator)
 
 
 def build_recipe(

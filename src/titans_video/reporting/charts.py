@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from titans_video.media.page import data_url
-from titans_video.media.plots import Series, choose_scale
-from titans_video.training.rates import in_short
+from titans_video.media.plots import Series, choose_scale, data_url
+from titans_video.training.metrics import in_short
 
 BLUE, ORANGE, GREEN, VIOLET = "#2f7ed8", "#d9792b", "#3d9a5f", "#8b6fd0"
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#c6453f", "#2a9aa6", "#c2a01c", "#b2489b")

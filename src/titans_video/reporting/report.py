@@ -1,23 +1,182 @@
-"""The report of a run: one HTML file with everything in it, to be looked at, kept and sent."""
+"""What a run's folder says of it."""
 
+import io
+import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from titans_video.checkpoint import atomic_path
-from titans_video.data.plan import REASONS
-from titans_video.media.page import numbers, page, table
-from titans_video.media.plots import Series, smoothed
+from titans_video.data.clip_plan import REASONS
+from titans_video.errors import DataError, UserError
+from titans_video.media.plots import Series, column, data_url, numbers, page, read_metrics, smoothed, table
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_indices
 from titans_video.reporting.charts import BLUE, COLOURS, GREEN, ORANGE, VIOLET, Line, chart, ramp
-from titans_video.reporting.run import Run, read_run
-from titans_video.reporting.samples import samples
+from titans_video.training import run_folder, tracking, validation
 from titans_video.training.loss_table import as_table, in_cell
-from titans_video.training.rates import in_short
+from titans_video.training.metrics import in_short
+from titans_video.training.run_folder import PROMPTS, SHEET, video_name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on disk.
+
+    Attributes:
+        folder: its own.
+        lines: of metrics.jsonl, in the order of their steps.
+        looks: of validation.jsonl, the same; none past the last of `lines`.
+        events: of events.jsonl, the same: steps that were skipped, and leaps of the loss.
+        record: run.json; empty for a run that has none.
+    """
+
+    folder: Path
+    lines: list[dict[str, Any]]
+    looks: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    record: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.lines[-1]["step"])
+
+    @property
+    def max_steps(self) -> int:
+        return int(self.option("max_steps", self.step))
+
+    def option(self, name: str, default: Any) -> Any:
+        return self.record.get("options", {}).get(name, default)
+
+    def steps(self) -> Series:
+        return column(self.lines, "step")
+
+    def values(self, name: str) -> Series:
+        """A value of every optimizer step; NaN where it is missing."""
+        return column(self.lines, name)
+
+    def last(self, name: str) -> float | None:
+        """The last value that is there."""
+        values = self.values(name)
+        known = values[np.isfinite(values)]
+        return float(known[-1]) if len(known) else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        DataError: it is none, or not one optimizer step was done.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give the --output-dir of a training.")
+    if not (folder / run_folder.NAME).is_file():
+        raise DataError(f"{folder}: there is no {run_folder.NAME} in it, so it is not the --output-dir of a training.")
+    lines = read_metrics(folder / run_folder.NAME)
+    last = int(lines[-1]["step"])
+    looks, events = (_lines(folder / name, last) for name in (validation.NAME, run_folder.EVENTS))
+    return Run(folder, lines, looks, events, tracking.read(folder))
+
+
+def _lines(path: Path, last: int) -> list[dict[str, Any]]:
+    """Whole lines of steps up to `last`, each step as it was last."""
+    found: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= last:
+            found[line["step"]] = line
+    return [found[step] for step in sorted(found)]
+
+
+COLUMNS = 6
+
+SIDE = 300
+"""Pixels of a still's longer side at most."""
+
+LARGEST_VIDEO, LARGEST_IN_ALL = 400_000, 12_000_000
+"""Bytes: videos up to this size stand in the page itself, as long as all together are no larger."""
+
+
+@dataclass
+class Room:
+    """What is left for videos in the page."""
+
+    left: int = field(default=LARGEST_IN_ALL)
+
+    def take(self, size: int) -> bool:
+        if size > min(LARGEST_VIDEO, self.left):
+            return False
+        self.left -= size
+        return True
+
+
+def samples(run: Run) -> str:
+    """The section; empty where no samples are."""
+    folders = {look["step"]: run.folder / look["samples"] for look in run.looks if look.get("samples")}
+    folders = {step: path for step, path in folders.items() if (path / PROMPTS).is_file()}
+    if not folders:
+        return ""
+    steps = evenly(sorted(folders), COLUMNS)
+    prompts = json.loads((folders[steps[-1]] / PROMPTS).read_text(encoding="utf-8"))
+    room = Room()
+    parts = ["<h2>Samples over time</h2>", '<p class="small">The same prompts from the same noise each time.</p>']
+    for i, prompt in enumerate(prompts):
+        cells = [_cell(run, folders[step], prompt, i, step, room) for step in steps]
+        parts.append(f'<h3>{escape(prompt) or "(no prompt)"}</h3><div class="strip">{"".join(cells)}</div>')
+    sheet = folders[steps[-1]] / SHEET
+    if sheet.is_file():
+        parts.append(
+            f'<h2>Contact sheet of step {steps[-1]}</h2><img class="sheet" '
+            f'src="{data_url(sheet.read_bytes(), "image/png")}" alt="Frames of each video, from first to last">'
+        )
+    return "".join(parts)
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, the first and the last among them."""
+    picked = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    return [steps[i] for i in picked]
+
+
+def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, room: Room) -> str:
+    path = folder / video_name(number)
+    prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    if number >= len(prompts) or prompts[number] != prompt or not path.is_file():
+        return f'<figure><div class="none">-</div><figcaption>step {step}</figcaption></figure>'
+    try:
+        still = _still(path)
+    except (UserError, OSError, ValueError) as e:
+        return f'<figure><div class="none">{escape(str(e))}</div><figcaption>step {step}</figcaption></figure>'
+    poster = data_url(still, "image/jpeg")
+    if room.take(path.stat().st_size):
+        source = data_url(path.read_bytes(), "video/mp4")
+        shown = f'<video src="{source}" poster="{poster}" autoplay loop muted playsinline></video>'
+    else:
+        shown = f'<a href="{escape(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
+    return f"<figure>{shown}<figcaption>step {step}</figcaption></figure>"
+
+
+def _still(path: Path) -> bytes:
+    """The middle frame, as JPEG."""
+    info = probe(path)
+    picture = Image.fromarray(read_indices(path, info, [info.frames // 2])[0])
+    scale = min(1.0, SIDE / max(picture.size))
+    if scale < 1:
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    written = io.BytesIO()
+    picture.save(written, "JPEG", quality=85)
+    return written.getvalue()
+
 
 NAME = "report.html"
 MOST_EVENTS = 20

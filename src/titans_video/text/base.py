@@ -4,13 +4,15 @@ Legend: B prompts, L tokens, E width of a stream.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from titans_video.types import TextCondition
+from titans_video.config.options import TextOptions
+from titans_video.types import END_OF_TEXT, TextCondition
 
 
 class Stream(Protocol):
@@ -68,3 +70,79 @@ def lengthen(x: Tensor, length: int) -> Tensor:
     """(B, L, ...) padded with zeros on the right to (B, length, ...)."""
     extra = length - x.shape[1]
     return pad(x, (*[0] * (2 * (x.dim() - 2)), 0, extra)) if extra else x
+
+
+PADDING = 0
+
+
+class ByteStream:
+    """Prompts as byte ids, closed by END_OF_TEXT (so that an empty one has a token) and padded with 0 on the right."""
+
+    width = 0
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.device = torch.device("cpu")
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Byte ids of prompts.
+
+        Args:
+            prompts: B texts; what exceeds `max_length` - 1 bytes is cut.
+        Returns:
+            (B, L) int64 ids and (B, L) bool mask, True on real tokens.
+        """
+        rows = [[byte + 1 for byte in text.encode()[: self.max_length - 1]] + [END_OF_TEXT] for text in prompts]
+        length = max((len(row) for row in rows), default=1)
+        ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], device=self.device)
+        return ids.reshape(len(rows), length), ids.reshape(len(rows), length) != PADDING
+
+    def fingerprint(self) -> None:
+        """None: its weights are the network's."""
+
+    def to(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class TextEncoder:
+    """All streams of a run: the text model's and, where wanted, the LLM's.
+
+    Attributes:
+        widths: of each stream's hidden states; 0 for `builtin`, whose byte ids the network embeds.
+    """
+
+    def __init__(self, streams: Sequence[Stream], options: TextOptions) -> None:
+        self.streams = tuple(streams)
+        self.options = options
+        self.widths = [s.width for s in self.streams]
+
+    def __call__(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode B prompts: each stream (B, L, E) float or (B, L) ids with its (B, L) mask, L the batch's longest."""
+        pairs = [s.encode(prompts) for s in self.streams]
+        return TextCondition(tuple(x for x, _ in pairs), tuple(m for _, m in pairs))
+
+    def empty(self, n: int) -> TextCondition:
+        """The empty prompt n times: what dropped captions and unconditional guidance see."""
+        return self([""] * n)
+
+    def fingerprints(self) -> list[str | None]:
+        """A hash of each stream's weights; None for `builtin`."""
+        return [s.fingerprint() for s in self.streams]
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint stores as config["text"]."""
+        return {"options": asdict(self.options), "fingerprints": self.fingerprints(), "widths": self.widths}
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Move encoders and what they give (with --text-offload cpu, only the latter)."""
+        for s in self.streams:
+            s.to(device)
+        return self
+
+    def release(self) -> None:
+        """Free all frozen weights, e.g. once the captions are cached."""
+        for s in self.streams:
+            s.release()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from titans_video.models.table import build_network
+from titans_video.models.registry import build_network
 from titans_video.types import Condition, TextCondition
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, accumulating in float32: (bf16 and fp16, fp32 outside tensor cores).
@@ -40,6 +40,7 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090 Ti", 80.0, 40.0),
     ("RTX 3090", 71.0, 35.6),
 )
+
 _OTHER_CHIPS = {"Laptop", "MIG", "D"}
 """Words of a name that make it a slower chip, or a part of one."""
 

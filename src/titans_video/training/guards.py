@@ -2,17 +2,23 @@
 
 import contextlib
 import math
+import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from titans_video.errors import UserError
-from titans_video.training.metrics import EVENTS
+from titans_video.training import distributed
+from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
 
 Verdict = Literal["good", "skipped", "settling"]
@@ -166,3 +172,49 @@ def out_of_memory(
         + "; ".join(w for w in ways if w)
         + "."
     )
+
+
+ECHO_SECONDS = 1.0
+
+
+class Interrupt:
+    """While entered, the first SIGINT or SIGTERM only sets `signal`; another one ends the process at once.
+
+    A launcher passes on what it gets, sometimes twice. Under one, a signal that follows another within a second is
+    therefore an echo, and is ignored. A process whose launcher is gone is told so as by a SIGTERM: nobody would
+    end it any more, and the next start would find it still writing.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._at = 0.0
+        self._launched = distributed.is_launched()
+        self._parent = os.getppid()
+        self._before: dict[int, object] = {}
+
+    @property
+    def signal(self) -> int:
+        """The signal received, or 0."""
+        if not self._signal and self._launched and os.getppid() != self._parent:
+            self._signal = signal.SIGTERM
+        return self._signal
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets the main thread alone handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._signal:
+            self._signal, self._at = number, now
+        elif not (self._launched and now - self._at < ECHO_SECONDS):
+            os._exit(128 + number)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from titans_video.preparing.held_out import HeldOut, Piece
-from titans_video.training import engine
-from titans_video.training.engine import Engine
+from titans_video.data.held_out import HeldOut, Piece
+from titans_video.training import distributed
+from titans_video.training.distributed import Engine
 from titans_video.training.recipe import Validated
 
 Cell = tuple[str, str]
@@ -71,7 +71,7 @@ def measure(
         if counts and any(good):
             found.append((number, losses[:, good].sum(dim=1).tolist(), int(elements[good].sum()), sum(good)))
     cells: dict[Cell, Sums] = {}
-    for number, sums, total, kept in sorted(part for own in engine.gather(machine, found) for part in own):
+    for number, sums, total, kept in sorted(part for own in distributed.gather(machine, found) for part in own):
         cell = pieces[number].task, str(pieces[number].bucket)
         cells.setdefault(cell, Sums([0.0] * count)).add(sums, total, kept)
     return cells

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
-from titans_video.generation.requests import Sampled
+from titans_video.generation.long_video import Sampled
 from titans_video.types import Batch
 
 

@@ -18,25 +18,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, DataError
-from titans_video.options import TrainOptions
 from titans_video.seeding import derive
-from titans_video.training import engine as engines
-from titans_video.training.checkpoints import LAST, step_of
-from titans_video.training.ema import Ema
-from titans_video.training.engine import Engine
+from titans_video.training import distributed as engines
+from titans_video.training.checkpointing import Resume, Snapshot, load_weights
+from titans_video.training.distributed import Engine
 from titans_video.training.flops import device_peak
-from titans_video.training.guards import Event, Guard, memory_watched, suspects
-from titans_video.training.metrics import NAME
-from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
-from titans_video.training.rates import Work, work_of
+from titans_video.training.guards import Event, Guard, Interrupt, memory_watched, suspects
+from titans_video.training.metrics import Recorder, StepResult, Work, task_losses, task_sums, work_of
+from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.recipe import Adapting, Recipe
-from titans_video.training.recorder import CURVE, Recorder, StepResult
-from titans_video.training.resuming import Resume, release_folder
-from titans_video.training.signals import Interrupt
-from titans_video.training.snapshot import Snapshot, load_weights
-from titans_video.training.state import reshard
-from titans_video.training.tasks import task_losses, task_sums
+from titans_video.training.resume import release_folder
+from titans_video.training.run_folder import CURVE, LAST, NAME, step_of
+from titans_video.training.sharded_state import reshard
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Watched
 from titans_video.types import Batch

@@ -1,31 +1,120 @@
-"""Looking at a run while it goes on: held-out loss and videos, every so many steps, with nothing of the run touched.
+"""Validation during training: held-out loss and sample videos, without changing anything in the run.
 
-Whatever is drawn here comes from generators of its own, the global ones are put back as they were, and the averaged
-weights stand in the network only as long as it is looked at. A run is therefore the same to the bit with and without
-validation. validation.jsonl has a line for each; it holds nothing that depends on time or on the machine.
+Random draws come from generators of its own, the global generators are restored, and the averaged weights are in the
+network only while it is evaluated. A run is therefore bitwise the same with and without validation. validation.jsonl
+has one line for each; it holds nothing that depends on time or on the machine.
 """
 
 import contextlib
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from titans_video.generation.denoising import evaluating
-from titans_video.options import WatchOptions
-from titans_video.preparing.held_out import HeldOut
-from titans_video.training import engine, loss_table, samples
-from titans_video.training.ema import Ema
-from titans_video.training.engine import Engine
+from titans_video.checkpoint import sync_folder
+from titans_video.config.options import WatchOptions
+from titans_video.data.held_out import HeldOut
+from titans_video.generation.denoise import evaluating
+from titans_video.generation.long_video import Sampled
+from titans_video.media.colour import Pixels
+from titans_video.media.resize import to_uint8
+from titans_video.media.sheets import contact_sheet
+from titans_video.media.writing import write_video
+from titans_video.training import distributed, loss_table, run_folder
+from titans_video.training.distributed import Engine
 from titans_video.training.metrics import MetricsLog
+from titans_video.training.optim import Ema
 from titans_video.training.recipe import Validated
+from titans_video.training.run_folder import PROMPTS, SHEET, folder_of, video_name
 from titans_video.training.tracking import Tracker
+
+STRIP = 8
+"""Frames of a video in the contact sheet."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video on its way to the main process: its file, and what the contact sheet shows of it."""
+
+    number: int
+    file: bytes
+    frames: Pixels
+
+
+def make(
+    recipe: Validated,
+    network: nn.Module,
+    step: int,
+    prompts: Sequence[str],
+    machine: Engine,
+    on_video: Callable[[], bool],
+) -> list[Made] | None:
+    """A video of each prompt; prompt i, counted from 0, from the noise of seed i. All of them on the main process.
+
+    Prompts are dealt to the processes in turn. The last turn is filled up with prompts whose video is thrown away, so
+    that all processes call the network equally often.
+
+    Args:
+        on_video: called on every process before each turn; gives False to leave off.
+    Returns:
+        None where it was left off.
+    """
+    made: list[Made] = []
+    world = machine.num_processes
+    with recipe.sampler(network, step) as sampler:
+        for start in range(0, len(prompts), world):
+            if not on_video():
+                return None
+            number = start + machine.process_index
+            counts = number < len(prompts)
+            sampled = sampler(prompts[number if counts else start], number if counts else start)
+            if counts:
+                made.append(_packed(number, sampled))
+    return sorted((m for own in distributed.gather(machine, made) for m in own), key=lambda m: m.number)
+
+
+def _packed(number: int, sampled: Sampled) -> Made:
+    frames = to_uint8(sampled.video)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / video_name(number)
+        write_video(path, frames, sampled.fps, metadata=sampled.about)
+        file = path.read_bytes()
+    picked = np.unique(np.linspace(0, len(frames) - 1, min(STRIP, len(frames))).round().astype(int))
+    return Made(number, file, frames[picked])
+
+
+def write(run: Path, step: int, prompts: Sequence[str], made: Sequence[Made]) -> Path:
+    """Write a step's folder, whole or not at all; one that is there already is replaced.
+
+    Returns:
+        The folder.
+    """
+    folder = folder_of(run, step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for video in made:
+            (temporary / video_name(video.number)).write_bytes(video.file)
+        contact_sheet(temporary / SHEET, [m.frames for m in made], prompts, title=f"Step {step}", frames=STRIP)
+        named = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
+        (temporary / PROMPTS).write_text(named, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder.parent)
+    return folder
+
 
 NAME = "validation.jsonl"
 
@@ -36,7 +125,7 @@ class Validator:
 
     Attributes:
         recipe: computes losses and makes videos.
-        machine: from `engine.start`.
+        machine: from `distributed.start`.
         run: the run's folder.
         options: how often, and how much.
         last: the step that the run ends with, which is validated in any case.
@@ -58,7 +147,7 @@ class Validator:
 
     def start(self, step: int) -> None:
         """Begin at `step`, or go on from it: what was found at later ones is struck out and will be found again."""
-        self.done = engine.once(self.machine, lambda: self._cut(step))
+        self.done = distributed.once(self.machine, lambda: self._cut(step))
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be validated and was not yet; a run that was stopped during it makes up for it."""
@@ -93,7 +182,7 @@ class Validator:
 
     def _look(
         self, step: int, model: nn.Module, on_turn: Callable[[], bool]
-    ) -> tuple[dict[str, Any], list[samples.Made] | None]:
+    ) -> tuple[dict[str, Any], list[Made] | None]:
         line: dict[str, Any] = {}
         if self.rows:
             known = set(self.rows.broken)
@@ -106,14 +195,14 @@ class Validator:
                 return {}, None
             line = loss_table.as_line(cells, self.options.validation_times)
         network = self.machine.unwrap_model(model)
-        return line, samples.make(self.recipe, network, step, self.prompts, self.machine, on_turn)
+        return line, make(self.recipe, network, step, self.prompts, self.machine, on_turn)
 
     def _turns(self) -> int:
         world = self.machine.num_processes
         pieces = len(loss_table.deal(self.rows.pieces(), world)) if self.rows else 0
         return pieces + math.ceil(len(self.prompts) / world)
 
-    def _write(self, step: int, line: dict[str, Any], made: Sequence[samples.Made]) -> None:
+    def _write(self, step: int, line: dict[str, Any], made: Sequence[Made]) -> None:
         """On the main process."""
         said = [f"Validation at step {step} ({line['weights']} weights)"]
         if "cells" in line:
@@ -121,9 +210,9 @@ class Validator:
             said.append(loss_table.in_words(line))
         folder = None
         if made:
-            folder = samples.write(self.run, step, self.prompts, made)
+            folder = write(self.run, step, self.prompts, made)
             line["samples"] = folder.relative_to(self.run).as_posix()
-            said.append(f"  Videos: {folder / samples.SHEET}")
+            said.append(f"  Videos: {folder / run_folder.SHEET}")
         with MetricsLog(self.run / NAME, step - 1) as log:
             log.write(line, 0.0)
             log.sync()

@@ -1,0 +1,75 @@
+"""`titans-video demo`, `score`, `data mock` and `report`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_video.config.generation import DemoOptions, MockOptions, ScoreOptions
+from titans_video.config.parse import first_word_is, parse
+from titans_video.errors import ConfigError
+
+DEMO = """Make the built-in data set, train on it, score what the model makes, and show a dozen videos.
+
+Everything lies in --output-dir afterwards: mp4s, contact sheet, loss curve, report.html and scores.json."""
+SCORE = """Generate videos of the built-in data set's sentences, and score whether they show what the sentences say.
+
+The folder --out gets the mp4s, a contact sheet, report.html and scores.json."""
+
+
+def main_demo(argv: Sequence[str], prog: str = "titans-video demo") -> int:
+    """The whole way; the exit code."""
+    options = parse(DemoOptions(), argv, prog=prog, description=DEMO)
+    from titans_video.demo.run import run_demo
+
+    run_demo(options)
+    return 0
+
+
+def main_score(argv: Sequence[str], prog: str = "titans-video score") -> int:
+    """Score a checkpoint; the exit code."""
+    options = parse(ScoreOptions(), argv, prog=prog, description=SCORE)
+    from titans_video.demo.run import run_score
+
+    run_score(options)
+    return 0
+
+
+MOCK = """Write the built-in data set: captioned clips of shapes that move, made on the spot.
+
+The folder gets videos/*.mp4, refs/*.png (first frames, for rows with task i2v), manifest.jsonl and metadata.json."""
+
+
+def main_mock(argv: Sequence[str], prog: str = "titans-video data mock") -> int:
+    """Write the data set and say where it lies; the exit code."""
+    options = parse(MockOptions(), argv, prog=prog, description=MOCK)
+    from titans_video.mock.dataset import make_dataset
+
+    given: dict[str, Any] = asdict(options)
+    manifest = make_dataset(given.pop("out"), **given)
+    print(f"{options.clips} clips in {manifest.parent}: train with --manifest {manifest}")
+    return 0
+
+
+REPORT = """Make one HTML page of a run: curves, held-out loss, samples over time, data, options, environment.
+
+titans-video report RUN, with the --output-dir of a training, finished or not. The page is RUN/report.html."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """Which run."""
+
+    run: str | None = None
+    """The --output-dir of a training."""
+
+
+def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:
+    """Write the page and say where it lies."""
+    flags = parse(ReportFlags(), first_word_is(argv, "--run"), prog=prog, description=REPORT)
+    if flags.run is None:
+        raise ConfigError(f"Which run? Use `{prog} RUN` with the --output-dir of a training.")
+    from titans_video.reporting.report import write_report
+
+    print(f"Report      {write_report(Path(flags.run))}")
+    return 0

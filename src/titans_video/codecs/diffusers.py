@@ -1,0 +1,397 @@
+"""The VAEs of diffusers, read from a pipeline's folder: each with its own scaling, strides and frame rule.
+
+Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the latent grid, N frames of all samples.
+Samples go through one by one and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the batch.
+"""
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from titans_video.checkpoint import load_whole
+from titans_video.codecs.base import CONTEXT, Codec, without_noise
+from titans_video.errors import CodecError, first_line
+from titans_video.fingerprint import fingerprint_folder, fingerprint_tensors
+from titans_video.types import CodecSpec, FrameRule
+
+TILE_ABOVE = 640 * 640
+"""Frames of more pixels than this are encoded and decoded in blended spatial tiles."""
+
+CHUNK_PIXELS = 8 * 512 * 512
+"""Frame-by-frame VAEs take at most this many pixels at once (always at least one frame)."""
+
+TEMPORAL_PIXELS = 33 * 576 * 1024
+"""Stable Video Diffusion's decoder takes at most this many pixels at once."""
+
+FRAMEWISE_ABOVE = 121 * 512 * 768
+"""LTX clips of more pixels than this (all frames together) go through in blended temporal tiles too."""
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one VAE class is used.
+
+    Attributes:
+        frame_rule: see `CodecSpec`.
+        stride: (S, sh, sw) of a loaded VAE.
+        shift_and_factor: what its pipeline does: latents = (unscaled - shift) * factor, each a scalar or C values.
+        encode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w).
+        decode: (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
+        context: see `Codec.decode_context`.
+    """
+
+    frame_rule: FrameRule
+    stride: Callable[[Any], tuple[int, int, int]]
+    shift_and_factor: Callable[[Any], tuple[Any, Any]]
+    encode: Callable[[Any, Tensor], Tensor]
+    decode: Callable[[Any, Tensor], Tensor]
+    context: int = CONTEXT
+
+
+def _moments(vae: Any, x: Tensor) -> Tensor:
+    posterior = vae.encode(x).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+def _as_frames(x: Tensor) -> Tensor:
+    """(1, C, T, H, W) -> (T, C, H, W)."""
+    return x[0].transpose(0, 1)
+
+
+def _as_clip(frames: list[Tensor]) -> Tensor:
+    """Chunks of (N, C, H, W) -> (1, C, T, H, W)."""
+    return torch.cat(frames).transpose(0, 1)[None]
+
+
+def _encode_framewise(vae: Any, x: Tensor) -> Tensor:
+    size = max(1, CHUNK_PIXELS // (x.shape[-2] * x.shape[-1]))
+    return _as_clip([_moments(vae, chunk) for chunk in _as_frames(x).split(size)])
+
+
+def _decode_framewise(vae: Any, z: Tensor) -> Tensor:
+    s = _spatial(vae) ** 2
+    size = max(1, CHUNK_PIXELS // (z.shape[-2] * z.shape[-1] * s))
+    return _as_clip([vae.decode(chunk).sample for chunk in _as_frames(z).split(size)])
+
+
+def _decode_temporal(vae: Any, z: Tensor) -> Tensor:
+    # The decoder's convolutions mix all frames of a clip, so a clip is decoded whole, as its pipeline does by default.
+    # A long video has no end of frames: it is decoded in stretches, each with a few frames more on either side.
+    frames, pixels = z.shape[2], z.shape[-2] * z.shape[-1] * _spatial(vae) ** 2
+    most = max(TEMPORAL_PIXELS // pixels, 4 * CONTEXT)
+    if frames <= most:
+        return _as_clip([vae.decode(_as_frames(z), num_frames=frames).sample])
+    step, found = most - 2 * CONTEXT, []
+    for start in range(0, frames, step):
+        first, stop = max(start - CONTEXT, 0), min(start + step + CONTEXT, frames)
+        decoded = vae.decode(_as_frames(z[:, :, first:stop]), num_frames=stop - first).sample
+        found.append(decoded[start - first : start - first + step])
+    return _as_clip(found)
+
+
+def _decode_clip(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode(z).sample
+
+
+def _decode_ltx(vae: Any, z: Tensor) -> Tensor:
+    # Later LTX decoders are told a noise level; 0 with no noise added is their pipeline's default.
+    time = z.new_zeros(1) if vae.config.timestep_conditioning else None
+    return vae.decode(z, time).sample
+
+
+def _spatial(vae: Any) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _framewise_stride(vae: Any) -> tuple[int, int, int]:
+    return 1, _spatial(vae), _spatial(vae)
+
+
+def _cog_stride(vae: Any) -> tuple[int, int, int]:
+    return int(vae.config.temporal_compression_ratio), _spatial(vae), _spatial(vae)
+
+
+def _wan_stride(vae: Any) -> tuple[int, int, int]:
+    side = int(vae.config.scale_factor_spatial)
+    return int(vae.config.scale_factor_temporal), side, side
+
+
+def _ratio_stride(vae: Any) -> tuple[int, int, int]:
+    side = int(vae.spatial_compression_ratio)
+    return int(vae.temporal_compression_ratio), side, side
+
+
+def _by_factor(vae: Any) -> tuple[Any, Any]:
+    return vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+
+
+def _by_wan_statistics(vae: Any) -> tuple[Any, Any]:
+    return vae.config.latents_mean, 1.0 / torch.tensor(vae.config.latents_std)
+
+
+def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
+    return vae.latents_mean.float(), vae.config.scaling_factor / vae.latents_std.float()
+
+
+FAMILIES = {
+    "AutoencoderKL": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise, 0),
+    "AutoencoderKLTemporalDecoder": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_temporal),
+    "AutoencoderKLCogVideoX": Family("cogvideox", _cog_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLWan": Family("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
+    "AutoencoderKLHunyuanVideo": Family("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLLTXVideo": Family("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
+}
+
+
+class DiffusersCodec(Codec):
+    """A frozen VAE of diffusers, scaled as its pipeline scales it.
+
+    Args:
+        vae: a loaded VAE of a class in `FAMILIES`.
+        folder: where it was read from, for the fingerprint; None: the tensors themselves are hashed.
+    Source: the classes of `FAMILIES` and the pipelines that use them, in diffusers.
+    """
+
+    def __init__(self, vae: Any, folder: Path | None = None) -> None:
+        self._vae: Any = vae.eval().requires_grad_(False)
+        self._dtype = vae.dtype
+        self._describe(vae, folder)
+
+    def _describe(self, vae: Any, folder: Path | None) -> None:
+        """Everything that is known without the weights."""
+        name = type(vae).__name__
+        self.family = FAMILIES[name]
+        self.folder = folder
+        self._fingerprint: str | None = None
+        channels = vae.config.get("latent_channels") or vae.config.z_dim
+        self.spec = CodecSpec(name, int(channels), self.family.stride(vae), self.family.frame_rule)
+        shift, factor = self.family.shift_and_factor(vae)
+        self.shift = torch.as_tensor(shift, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
+        self.factor = torch.as_tensor(factor, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32", *, weights: bool = True) -> Self:
+        """Read a VAE from a pipeline's folder or its own; nothing is ever fetched.
+
+        Args:
+            path: a folder with vae/config.json in it, or with config.json.
+            dtype: precision of weights and computation: fp32, bf16, fp16 (or float32, bfloat16, float16).
+            weights: read them now; otherwise when a clip is first encoded or decoded.
+        Raises:
+            CodecError: no such folder, no VAE in it, an unknown class, or missing or misshapen weights.
+        """
+        codec = cls.__new__(cls)
+        codec._open(find_vae(path), parse_dtype(dtype), weights)
+        return codec
+
+    def _open(self, folder: Path, dtype: torch.dtype, weights: bool) -> None:
+        vae = load_vae(folder, dtype) if weights else outline(folder, dtype) or load_vae(folder, dtype)
+        self._vae = None if vae.device.type == "meta" else vae.eval().requires_grad_(False)
+        self._dtype = dtype
+        self._describe(vae, folder)
+
+    @property
+    def decode_context(self) -> int:
+        return self.family.context
+
+    @property
+    def vae(self) -> Any:
+        """The VAE, read at first use and again after `release`."""
+        if self._vae is None:
+            assert self.folder is not None  # else it was not released
+            self._vae = load_vae(self.folder, self._dtype).eval().requires_grad_(False).to(self.device)
+        return self._vae
+
+    def release(self) -> None:
+        if self.folder is not None:
+            self._vae = None
+            gc.collect()
+
+    def to(self, device: torch.device | str) -> Self:
+        if self._vae is not None:
+            self._vae.to(torch.device(device))
+        return super().to(device)
+
+    def scale(self, unscaled: Tensor) -> Tensor:
+        return (unscaled - self.shift.to(unscaled)) * self.factor.to(unscaled)
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        return latents / self.factor.to(latents) + self.shift.to(latents)
+
+    def moments_of(self, pixels: Tensor) -> Tensor:
+        self._bound_memory(pixels.shape[-2] * pixels.shape[-1], pixels.shape[-3])
+        return torch.cat([self.family.encode(self.vae, x.to(self.vae.dtype)) for x in pixels.split(1)])
+
+    def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
+        _, sh, sw = self.spec.stride
+        self._bound_memory(unscaled.shape[-2] * sh * unscaled.shape[-1] * sw, frames)
+        return torch.cat([self.family.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = (
+                fingerprint_folder(self.folder) if self.folder else fingerprint_tensors(self.vae.state_dict())
+            )
+        return self._fingerprint
+
+    def _bound_memory(self, frame_pixels: int, frames: int) -> None:
+        """Tiles for large frames; temporal tiles for LTX, the only class here that holds a whole clip otherwise."""
+        if hasattr(self.vae, "use_tiling"):
+            if frame_pixels > TILE_ABOVE:
+                self.vae.enable_tiling()
+            else:
+                self.vae.use_tiling = False
+        if self.spec.name == "AutoencoderKLLTXVideo":
+            # Its encoder looks at the decoder's switch.
+            self.vae.use_framewise_decoding = self.vae.use_framewise_encoding = frames * frame_pixels > FRAMEWISE_ABOVE
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name.
+
+    Raises:
+        CodecError: not one of `DTYPES`.
+    """
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    return found
+
+
+def find_vae(path: str | Path) -> Path:
+    """The VAE's own folder: `path`/vae or `path`.
+
+    Raises:
+        CodecError: neither has a config.json.
+    """
+    path = Path(path).expanduser()
+    for folder in (path / "vae", path):
+        if (folder / "config.json").is_file():
+            return folder
+    what = "has neither vae/config.json nor config.json" if path.is_dir() else "is not a folder here"
+    raise CodecError(
+        f"{path} {what}. A folder of diffusers weights with vae/ in it (config.json and *.safetensors), or the VAE's "
+        "own folder, is expected; nothing is downloaded (`hf download NAME --local-dir DIR` fetches one). "
+        "Without a VAE, --vae-backend identity trains on pixels."
+    )
+
+
+def class_name(folder: Path) -> str:
+    """The class that a VAE's folder describes.
+
+    Raises:
+        CodecError: its config.json cannot be read, or names no class of `FAMILIES`.
+    """
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as e:
+        raise CodecError(f"{folder / 'config.json'} cannot be read: {e}") from None
+    if name not in FAMILIES:
+        raise CodecError(
+            f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(FAMILIES)}. "
+            "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
+        )
+    return str(name)
+
+
+def _class(folder: Path) -> Any:
+    name = class_name(folder)
+    try:
+        import diffusers
+    except ImportError:
+        raise CodecError(f"--vae-backend diffusers {INSTALL}") from None
+    return getattr(diffusers, name)
+
+
+def outline(folder: Path, dtype: torch.dtype) -> Any:
+    """A VAE without weights, on the device `meta`: it tells its shapes and its scaling. None where the scaling is among
+    the weights and these are not in one file."""
+    kind = _class(folder)
+    try:
+        with torch.device("meta"):
+            vae = kind.from_config(kind.load_config(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {first_line(e)}") from None
+    wanted = [name for name, _ in vae.named_buffers() if name in ("latents_mean", "latents_std")]
+    if not wanted:
+        return vae
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as f:
+            for name in wanted:
+                setattr(vae, name, f.get_tensor(name).to(dtype))
+    except (OSError, SafetensorError):
+        return None
+    return vae
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> Any:
+    kind = _class(folder)
+    return load_whole(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)
+
+
+class FirstFrameCodec(DiffusersCodec):
+    """What is known is the first frame, encoded as a clip of one; in a clip with blank frames behind it normalisation
+    would mix the two.
+
+    Source: `prepare_latents` of CogVideoXImageToVideoPipeline in diffusers.
+    """
+
+    @torch.no_grad()
+    def encode_known(self, pixels: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, 2C, t, h, w): the moments of the first frame, then zeros without noise."""
+        first = self.encode_moments(pixels[:, :, :1])
+        t = len(self.spec.frame_groups(pixels.shape[2]))
+        blank = without_noise(first.new_zeros(first.shape[0], first.shape[1] // 2, t - 1, *first.shape[3:]))
+        return torch.cat([first, blank], dim=2)
+
+    def fingerprint(self) -> str:
+        """With a word: known frames are kept apart in a cache from those of other networks."""
+        return f"{super().fingerprint()} first frame alone"
+
+
+class CogVideoXVAEWrapper(DiffusersCodec):
+    """CogVideoX's VAE from a local folder.
+
+    Args:
+        pretrained_path: a CogVideoX pipeline's folder (with vae/ in it) or the VAE's own.
+        dtype: float32, float16 or bfloat16 (or fp32, fp16, bf16).
+        device: where it runs.
+        load: read the weights now; otherwise when a clip is first encoded or decoded.
+    Raises:
+        CodecError: the folder holds no CogVideoX VAE, or an incomplete one.
+    """
+
+    def __init__(
+        self,
+        pretrained_path: str | Path,
+        dtype: str | torch.dtype = "float32",
+        device: torch.device | str = "cpu",
+        load: bool = True,
+    ) -> None:
+        folder = find_vae(pretrained_path)
+        name = class_name(folder)
+        if name != "AutoencoderKLCogVideoX":
+            raise CodecError(
+                f"{folder} holds an {name}, not CogVideoX's VAE; --vae-backend diffusers --pretrained-model loads it."
+            )
+        self._open(folder, parse_dtype(dtype), load)
+        self.to(device)

@@ -1,0 +1,1 @@
+"""Command-line options: types, groups, rules and parsing; no torch (layer 0)."""

@@ -1,0 +1,325 @@
+"""`data check`: scan a manifest and write down what became of every row."""
+
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from titans_video.checkpoint import atomic_path
+from titans_video.config.options import DataOptions
+from titans_video.data.buckets import Bucket
+from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
+from titans_video.data.dataset import Data, open_scan
+from titans_video.data.reader import Entry
+from titans_video.data.scan import Quarantined, usable_cores
+from titans_video.errors import ConfigError, DataError
+from titans_video.media.plots import data_url, numbers, page
+from titans_video.media.reading import read_clip
+from titans_video.types import CodecSpec
+
+QUARANTINE = "quarantine.jsonl"
+PLAN = "plan.jsonl"
+HTML = "report.html"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        rows, usable: how many.
+        buckets: rows of each bucket, HxWxT.
+        reasons: rows left out for each reason.
+        passed: training would go ahead.
+        html, quarantine, plan: the files written.
+        text: a summary for the terminal.
+    """
+
+    rows: int
+    usable: int
+    buckets: dict[str, int]
+    reasons: dict[str, int]
+    passed: bool
+    html: Path
+    quarantine: Path
+    plan: Path
+    text: str
+
+
+def check(
+    options: DataOptions,
+    spec: CodecSpec,
+    patch_size: tuple[int, int, int],
+    out: Path | str,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Scan and report; bad rows are findings here, never errors.
+
+    Args:
+        out: folder for report.html, quarantine.jsonl and plan.jsonl; made if missing.
+        workers: processes that look into files; None: as many as cores and work allow.
+    Raises:
+        ConfigError, DataError: flags or the manifest itself are wrong.
+    """
+    folder = Path(out)
+    # Said before the long look into files; made only after it, so that refused flags leave nothing behind.
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out {folder} cannot be written: {nearest} is no folder that this user may write to.")
+    scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Data(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
+    html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
+    plans = {e.row.id: _plan(e, data) for e in data.entries}
+    write_quarantine(quarantine, scan.quarantined)
+    _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.entries))
+    total = len(scan.entries) + len(scan.quarantined)
+    write_html(html, data, plans, progress=progress)
+    return Report(
+        rows=total,
+        usable=len(scan.entries),
+        buckets={str(b): n for b, n in Counter(e.bucket for e in scan.entries).most_common()},
+        reasons=dict(Counter(q.reason for q in scan.quarantined).most_common()),
+        passed=bool(scan.entries) and len(scan.quarantined) <= options.max_bad * total,
+        html=html,
+        quarantine=quarantine,
+        plan=plan,
+        text=data.summary(),
+    )
+
+
+def write_quarantine(path: Path, quarantined: Iterable[Quarantined]) -> None:
+    """Write down the rows that are left out, a line of JSON each."""
+    _write_lines(path, (_quarantine_line(q) for q in quarantined))
+
+
+def _plan(entry: Entry, data: Data) -> RowPlan:
+    plan = plan_row(entry.row, unpack(entry.packed), data.table, data.options)
+    assert isinstance(plan, RowPlan), "the scan planned this row before"
+    return plan
+
+
+def _quarantine_line(q: Quarantined) -> dict[str, Any]:
+    return {
+        "id": q.row.id,
+        "video": str(q.row.video),
+        "manifest": q.row.source[0],
+        "line": q.row.source[1],
+        "reason": q.reason,
+        "detail": q.detail,
+    }
+
+
+def _plan_line(entry: Entry, plan: RowPlan) -> dict[str, Any]:
+    return {
+        "id": entry.row.id,
+        "video": str(entry.row.video),
+        "task": entry.row.task,
+        "bucket": str(plan.bucket),
+        "frames": list(plan.indices),
+        "times": [round(t, 6) for t in plan.times],
+        "crop": list(plan.crop),
+        "fps": round(plan.fps, 6),
+        "upscale": round(plan.upscale, 6),
+        "source": list(plan.source),
+        "available": plan.available,
+    }
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+PICTURED = 2000  # rows with a strip; a page of more would not open
+STRIP_FRAMES, STRIP_HEIGHT = 4, 64
+WIDEST = 3.2  # width over height where the plot ends
+COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
+
+STYLE = """
+.summary{white-space:pre-line;color:var(--soft);max-width:70rem}.plots{display:flex;flex-wrap:wrap;gap:2rem}
+table{width:100%}td img{display:block;border-radius:3px;height:64px}td.name{overflow-wrap:anywhere;min-width:10.5rem}
+td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke-dasharray:3 3}
+.grid{stroke:var(--line)}svg text{fill:var(--soft);font-size:12px}
+"""
+
+
+def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], *, progress: bool = False) -> None:
+    """Write the report.
+
+    Args:
+        plans: by row id, of every usable row.
+    """
+    strips = _strips(data.entries[:PICTURED], plans, progress)
+    body = [
+        "<h1>Data report</h1>",
+        _numbers(data),
+        f'<div class="summary">{escape(chr(10).join(data.remarks()))}</div>',
+        '<div class="plots">',
+        _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
+        _scatter(data, plans),
+        "</div>",
+        _left_out(data.quarantined),
+        _rows(data.entries, plans, strips),
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text(page("Data report", body, STYLE), encoding="utf-8")
+
+
+def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
+    """Of each row a few of the very frames that training will read, cropped as they will be, as a data URL."""
+
+    def strip(entry: Entry) -> tuple[str, str]:
+        plan = plans[entry.row.id]
+        width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
+        picks = np.linspace(0, len(plan.indices) - 1, min(STRIP_FRAMES, len(plan.indices))).round().astype(int)
+        wanted = [plan.indices[i] for i in picks]
+        try:
+            frames = read_clip(entry.row.video, entry.info(), wanted, STRIP_HEIGHT, width, plan.crop)
+        except (DataError, OSError, ValueError) as e:
+            return entry.row.id, f"!{e}"
+        written = io.BytesIO()
+        Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)
+        return entry.row.id, data_url(written.getvalue(), "image/jpeg")
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        made = tqdm(
+            pool.map(strip, entries), total=len(entries), desc="thumbnails", unit="row", disable=not progress, delay=1.0
+        )
+        return dict(made)
+
+
+def _numbers(data: Data) -> str:
+    usable, bad = len(data.entries), len(data.quarantined)
+    empty = sum(not e.row.caption for e in data.entries)
+    found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
+    return numbers(found)
+
+
+def _bucket_counts(data: Data) -> dict[str, int]:
+    """Rows of each bucket, the empty ones too."""
+    shapes = {(b.height, b.width) for b in data.buckets}
+    empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
+    return dict(Counter(str(e.bucket) for e in data.entries)) | empty
+
+
+def _histogram(title: str, counts: Mapping[str, int]) -> str:
+    top, row, left, width = max(counts.values(), default=1), 24, 130, 340
+    bars = []
+    for i, (name, n) in enumerate(sorted(counts.items(), key=lambda x: -x[1])):
+        y, length = i * row, max(n / top * (width - 60), 1)
+        bars.append(
+            f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="{row - 8}" rx="2" fill="{COLOURS[i % 8]}"/>'
+            f'<text x="{left + length + 6:.1f}" y="{y + 15}">{n}</text>'
+        )
+    return (
+        f'<div><h2>{escape(title)}</h2><svg width="{left + width}" height="{len(counts) * row + 4}">{"".join(bars)}'
+        "</svg></div>"
+    )
+
+
+def _scatter(data: Data, plans: Mapping[str, RowPlan]) -> str:
+    """Aspect (width over height, log) against length; a vertical line where each bucket stands. Clips wider or taller
+    than `WIDEST` stand at the edge."""
+    order = [name for name, _ in Counter(str(e.bucket) for e in data.entries).most_common()]
+    points = [
+        (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
+        for e in data.entries[:PICTURED]
+        for p in [plans[e.row.id]]
+    ]
+    if not points:
+        return ""
+    reach = math.log(min(max(1.9, *(max(a, 1 / a) * 1.1 for a, *_ in points)), WIDEST))
+    longest = max(y for _, y, *_ in points) * 1.08
+    left, top, width, height = 46, 50, 520, 260
+
+    def across(aspect: float) -> float:
+        return left + (min(max(math.log(aspect) / reach, -1.0), 1.0) + 1) / 2 * width
+
+    def up(seconds: float) -> float:
+        return top + height * (1 - seconds / longest)
+
+    sides = {f"{b.height}x{b.width}": b.width / b.height for b in sorted(data.table.buckets, key=_aspect)}
+    marks = [
+        f'<line x1="{x:.1f}" y1="{top - 6 - 13 * (i % 3)}" x2="{x:.1f}" y2="{top + height}" class="mark"/>'
+        f'<text x="{x:.1f}" y="{top - 9 - 13 * (i % 3)}" text-anchor="middle">{name}</text>'
+        for i, (name, aspect) in enumerate(sides.items())
+        for x in [across(aspect)]
+    ]
+    dots = [
+        f'<circle cx="{across(aspect):.1f}" cy="{up(seconds):.1f}" r="4" fill="{colour}" fill-opacity=".75">'
+        f"<title>{escape(name)}: {aspect:.2f}, {seconds:.2f} s</title></circle>"
+        for aspect, seconds, colour, name in points
+    ]
+    step = _round_step(longest / 4)
+    ticks = [
+        f'<text x="{left - 10}" y="{up(i * step) + 4:.1f}" text-anchor="end">{i * step:g}</text>'
+        f'<line x1="{left}" y1="{up(i * step):.1f}" x2="{left + width}" y2="{up(i * step):.1f}" class="grid"/>'
+        for i in range(int(longest / step) + 1)
+    ]
+    ticks += [
+        f'<text x="{across(w / h):.1f}" y="{top + height + 18}" text-anchor="middle">{w}:{h}</text>'
+        for w, h in ((1, 3), (1, 2), (9, 16), (3, 4), (1, 1), (4, 3), (16, 9), (2, 1), (3, 1))
+        if abs(math.log(w / h)) <= reach and ({w, h} != {1, 2} or reach > 1)
+    ]
+    return (
+        f'<div><h2>Aspect (across) and seconds (up)</h2><svg width="{left + width + 24}" height="{top + height + 28}">'
+        f"{''.join([*ticks, *marks, *dots])}</svg></div>"
+    )
+
+
+def _aspect(bucket: Bucket) -> float:
+    return bucket.width / bucket.height
+
+
+def _round_step(least: float) -> float:
+    """The first of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is not less."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= least * 0.999)
+
+
+def _left_out(quarantined: Sequence[Quarantined]) -> str:
+    if not quarantined:
+        return "<h2>Left out</h2><p>Nothing.</p>"
+    counts = Counter(q.reason for q in quarantined)
+    parts = [f"<h2>Left out ({len(quarantined)})</h2><ul>"]
+    parts += [f"<li><b>{n} {reason}</b>: {escape(REASONS[reason])}</li>" for reason, n in counts.most_common()]
+    parts.append("</ul><table><tr><th>reason<th>row<th>why, with the arithmetic<th>caption</tr>")
+    parts += [
+        f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="small">'
+        f"{escape(q.row.id)}<br>{escape(q.row.where())}</div><td>{escape(q.detail)}"
+        f'<td class="small">{escape(q.row.caption)}</tr>'
+        for q in quarantined[:PICTURED]
+    ]
+    return "".join([*parts, "</table>"])
+
+
+def _rows(entries: Sequence[Entry], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
+    shown = f", the first {PICTURED} of them" if len(entries) > PICTURED else ""
+    parts = [f"<h2>Usable ({len(entries)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
+    for e in entries[:PICTURED]:
+        plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
+        picture = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
+        notes = "".join(f"<br>{escape(note)}" for note in info.notes)
+        enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
+        parts.append(
+            f'<tr><td>{picture}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
+            f'<td class="small plan">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of '
+            f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
+            f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"
+            f"<td>{escape(e.row.caption)}</tr>"
+        )
+    return "".join([*parts, "</table>"])

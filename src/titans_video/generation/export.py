@@ -1,0 +1,174 @@
+"""A model as one folder that needs nothing else: weights, configuration, VAE, text encoders and a card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import diffusers
+
+from titans_video import checkpoint as checkpoints
+from titans_video.checkpoint import Checkpoint, restore_options
+from titans_video.codecs.image_encoder import ENCODER, EXTRACTOR
+from titans_video.codecs.registry import flags_to_name_again
+from titans_video.config.options import CodecOptions
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generation.model import BUNDLED, VideoModel
+from titans_video.models.svd_unet import plain_unet
+
+CARD = """# {name}
+
+A video diffusion model of Titans Video: {size:.1f} million parameters, {step} optimizer steps on clips of {data}.
+
+```python
+from titans_video.generation.video_pipeline import VideoPipeline
+
+pipe = VideoPipeline.from_pretrained("{name}"{arguments})
+frames = pipe("{prompt}").frames[0]  # (T, H, W, 3), floats in [0, 1]
+```
+
+or `titans-video generate --checkpoint {name} --prompt "{prompt}"{flags}`.
+"""
+
+_LEFT_OUT = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.pb")
+
+
+def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
+    """Write a model as a folder; whole or not at all.
+
+    Args:
+        model: as it was loaded.
+        folder: to make; an empty one is taken too.
+        encoders: put copies of a diffusers VAE and of the text encoders into it (`vae`, `text_encoder`, `llm`), so that
+            the folder can be moved elsewhere. Without them it remembers where they are.
+    Returns:
+        The folder. Of Stable Video Diffusion it is one that diffusers' own pipeline loads, without what reads text.
+    Raises:
+        CheckpointError: there is something in the folder, or a part of Stable Video Diffusion is missing.
+        ConfigError: Stable Video Diffusion is to be written without its encoders.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: there is something there already; name a new folder.")
+    temporary = folder.absolute().with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        if model.image is not None:
+            if not encoders:
+                raise ConfigError("--no-encoders: Stable Video Diffusion's pipeline is loaded with all of its parts.")
+            write_pipeline(model, temporary, folder.name)
+        else:
+            _write(model, temporary, folder.name, encoders)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(model: VideoModel, folder: Path, name: str, encoders: bool) -> None:
+    """Weights and configuration in this project's own format, the frozen parts, and the card."""
+    weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
+    checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), folder)
+    if encoders:
+        for part, source in _sources(model).items():
+            shutil.copytree(source, folder / BUNDLED[part], ignore=_LEFT_OUT)
+    (folder / "README.md").write_text(_card(model, name), encoding="utf-8")
+
+
+def _sources(model: VideoModel) -> dict[str, Path]:
+    """Folders of the frozen parts, by the flag that names them."""
+    found: dict[str, Path] = {}
+    vae: Any = getattr(model.codec, "folder", None)
+    if vae is not None:
+        found["pretrained_model"] = vae
+    for stream in getattr(model.text, "streams", ()):
+        source = getattr(stream, "source", None)
+        if source is not None:
+            found[source.flag[2:].replace("-", "_")] = stream.folder
+    return found
+
+
+def _card(model: VideoModel, name: str) -> str:
+    options = restore_options(CodecOptions, model.config["codec"]["options"])
+    flags = flags_to_name_again(options)
+    named = dict(zip(flags[::2], flags[1::2], strict=True))
+    data = model.config.get("data", {})
+    return CARD.format(
+        name=name,
+        step=model.step,
+        size=sum(p.numel() for p in model.network.parameters()) / 1e6,
+        data=f"{data.get('num_frames', '?')} frames of {data.get('height', '?')}x{data.get('width', '?')}",
+        prompt=(model.config.get("sample") or {}).get("prompt") or "a cat walking",
+        arguments="".join(f', {flag[2:].replace("-", "_")}="{value}"' for flag, value in named.items()),
+        flags="".join(f" {word}" for word in flags),
+    )
+
+
+SCHEDULER = "scheduler"
+LEFT_OUT = (
+    "The branch for text is left out, as the pipeline has no place for it: the folder goes on from pictures alone."
+)
+
+SVD_CARD = """# {name}
+
+Stable Video Diffusion, fine-tuned by Titans Video: {step} optimizer steps on clips of {data}.
+
+```python
+from diffusers import StableVideoDiffusionPipeline
+from diffusers.utils import load_image
+
+pipe = StableVideoDiffusionPipeline.from_pretrained("{name}")
+frames = pipe(load_image("picture.png"), height={height}, width={width}, num_frames={frames}).frames[0]
+```
+
+{left_out} With text: `titans-video generate --checkpoint` of the training run.
+"""
+
+
+def write_pipeline(model: VideoModel, folder: Path, name: str) -> None:
+    """Write unet, vae, image_encoder, feature_extractor, scheduler and model_index.json into a new folder.
+
+    Args:
+        model: whose network is an SVDUNet.
+        name: of the folder that it becomes, for its card.
+    Raises:
+        CheckpointError: a part of the pipeline is not where the checkpoint says.
+    """
+    vae: Any = getattr(model.codec, "folder", None)
+    assert model.image is not None  # callers looked
+    sources = {"vae": vae} | {part: model.image.pipeline / part for part in (ENCODER, EXTRACTOR, SCHEDULER)}
+    for part, source in sources.items():
+        if source is None or not source.is_dir():
+            raise CheckpointError(
+                f"{source or part} is missing: the export copies {part}/ from the folder that the model was trained "
+                "with; --pretrained-model says where that is now."
+            )
+    plain_unet(model.network).save_pretrained(folder / "unet")  # type: ignore[arg-type]
+    for part, source in sources.items():
+        shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns(".*"))
+    (folder / "model_index.json").write_text(json.dumps(_index(), indent=2) + "\n")
+    data = model.config.get("data", {})
+    size = {key: data.get(key, "?") for key in ("height", "width")}
+    frames = data.get("num_frames", "?")
+    card = SVD_CARD.format(
+        name=name,
+        step=model.step,
+        data=f"{frames} frames of {size['height']}x{size['width']}",
+        frames=frames,
+        left_out=LEFT_OUT,
+        **size,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableVideoDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+    }

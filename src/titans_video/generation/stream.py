@@ -1,0 +1,427 @@
+"""What a stream carries from segment to segment, how it is kept in a file, and the flags about it.
+
+Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
+n latent frames of a segment, o of the overlap, k of the codec's context, p frames not yet handed on.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from titans_video.config.generation import GenerateOptions
+from titans_video.diffusion.base import count_tokens
+from titans_video.diffusion.guidance import Predict, guided
+from titans_video.diffusion.samplers import EditState, sampler_by_name
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.fingerprint import warn_if_changed
+from titans_video.generation.denoise import Prompts, encode_prompts, evaluating, frame_noise, known_condition
+from titans_video.generation.model import VideoModel, fingerprint
+from titans_video.generation.request import Request, plan
+from titans_video.models.memory import Memory, load_state, save_state
+from titans_video.models.titans_dit import part_of
+from titans_video.types import Condition
+
+PlanT = TypeVar("PlanT")
+_LINE = re.compile(r"(\d+)\s*:\s*(.*)")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """All that a stream takes from one segment to the next.
+
+    Attributes:
+        memory: what the network remembers.
+        overlap: (B, C, o, h, w), the last latent frames; None before the first segment.
+        context: (B, C, k, h, w), what the codec looks back at; None where it does not, or before the first segment.
+        pending: (B, 3, p, H, W) in [-1, 1], frames that are made and were not asked for yet: fewer than a segment's.
+        latents: latent frames made so far; noise is keyed by it.
+        frames: pixel frames handed on so far.
+        seeds: of the videos.
+    """
+
+    memory: Memory
+    overlap: Tensor | None
+    context: Tensor | None
+    pending: Tensor
+    latents: int
+    frames: int
+    seeds: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything that is carried."""
+        parts = [x for x in (self.overlap, self.context, self.pending) if x is not None]
+        return self.memory.bytes + sum(x.numel() * x.element_size() for x in parts)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How a request is met by a network with a memory.
+
+    Attributes:
+        segment, overlap: latent frames.
+        latent_shape: (C, n, h, w) of a segment.
+        tokens: of a segment, for the time shift.
+        frames: how many pixel frames are asked for.
+        first, stretch: pixel frames of a video's first segment, and of every other.
+        start: what the stream goes on from; None: a new video.
+        texts: (frames, prompt) in order, in place of the request's prompts; the last one lasts.
+        save_to: where the state is kept, as of the last frame that was handed on.
+        weights: the network's fingerprint, kept with it.
+    """
+
+    segment: int
+    overlap: int
+    latent_shape: tuple[int, int, int, int]
+    tokens: int
+    frames: int
+    first: int
+    stretch: int
+    start: Carried | None = None
+    texts: tuple[tuple[int, str], ...] | None = None
+    save_to: Path | None = None
+    weights: str = ""
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The first frame of each segment but the first, counted from the first one asked for."""
+        begun = self.first if self.start is None else self.start.pending.shape[2] or self.stretch
+        return tuple(range(begun, self.frames, self.stretch))
+
+    def segments_to_make(self) -> int:
+        """How many segments have to be denoised."""
+        missing = self.frames - (0 if self.start is None else self.start.pending.shape[2])
+        if missing <= 0:
+            return 0
+        first = self.first if self.start is None or self.start.latents == 0 else self.stretch
+        return 1 + max(-(-(missing - first) // self.stretch), 0)
+
+    def prompt_at(self, frame: int, usual: str) -> str:
+        """What is shown at a frame, counted from the first one asked for."""
+        if self.texts is None:
+            return usual
+        for frames, prompt in self.texts:
+            if frame < frames:
+                return prompt
+            frame -= frames
+        return self.texts[-1][1]
+
+
+def save_carried(path: Path, state: Carried, weights: str) -> None:
+    """Write all that a stream carries; the file's size does not depend on how long the video is by then.
+
+    Args:
+        weights: fingerprint of the network.
+    """
+    parts = {"overlap": state.overlap, "context": state.context, "pending": state.pending}
+    tensors = state.memory.tensors() | {f"stream.{k}": v for k, v in parts.items() if v is not None}
+    numbers = {"latents": state.latents, "frames": state.frames, "seeds": ",".join(map(str, state.seeds))}
+    save_state(path, tensors, {"weights": weights, **{k: str(v) for k, v in numbers.items()}})
+
+
+def load_carried(path: Path | str) -> tuple[Carried, str]:
+    """Undo `save_carried`: the state, and the fingerprint of the network that it is of.
+
+    Raises:
+        CheckpointError: missing, damaged, of another version, or a memory without the rest of a stream.
+    """
+    tensors, about = load_state(path)
+    try:
+        state = Carried(
+            Memory.from_tensors(tensors),
+            tensors.get("stream.overlap"),
+            tensors.get("stream.context"),
+            tensors["stream.pending"],
+            int(about["latents"]),
+            int(about["frames"]),
+            tuple(int(seed) for seed in about["seeds"].split(",")),
+        )
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"{path} is not a stream that --memory-out kept: {e} is missing or damaged.") from None
+    return state, about.get("weights", "")
+
+
+def with_state(
+    model: VideoModel, plan: PlanT, options: GenerateOptions, texts: list[tuple[int, str]] | None
+) -> PlanT | StreamPlan:
+    """The plan with what --memory-in, --memory-out and --segment-prompts ask for.
+
+    Raises:
+        ConfigError: the model has no memory.
+        CheckpointError: the state is of another model or size.
+    """
+    flags = {
+        "--memory-in": options.memory_in,
+        "--memory-out": options.memory_out,
+        "--segment-prompts": options.segment_prompts,
+    }
+    given = [flag for flag, value in flags.items() if value is not None]
+    if not isinstance(plan, StreamPlan):
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)}: the model has no memory; `titans-video train titans` trains one that has."
+            )
+        return plan
+    if not given:
+        return plan
+    weights = fingerprint(model)
+    start = None
+    if options.memory_in is not None:
+        start, before = load_carried(options.memory_in)
+        _check(model, plan, start, options.memory_in)
+        warn_if_changed("network of", options.memory_in, before or None, weights)
+        start = replace(start, memory=start.memory.map(lambda x: x.to(model.device)))
+        if options.seed != GenerateOptions.seed and (options.seed,) != start.seeds:
+            print(
+                f"--seed {options.seed}: {options.memory_in} goes on with its own, {start.seeds[0]}.", file=sys.stderr
+            )
+    save_to = None if options.memory_out is None else Path(options.memory_out)
+    return replace(plan, start=start, texts=None if texts is None else tuple(texts), save_to=save_to, weights=weights)
+
+
+def _check(model: VideoModel, plan: StreamPlan, start: Carried, path: str) -> None:
+    network: Any = model.network
+    with torch.no_grad():
+        expected: dict[str, Any] = network.start(1).shapes()
+    if start.memory.shapes() != expected:
+        raise CheckpointError(
+            f"--memory-in {path}: its memory is of another network ({_shapes(start.memory.shapes())}; this one's: "
+            f"{_shapes(expected)}). Give the checkpoint that it was kept with."
+        )
+    _, _, h, w = plan.latent_shape
+    sizes = [x.shape[3:] for x in (start.overlap, start.context) if x is not None]
+    wanted = h * model.codec.spec.stride[1], w * model.codec.spec.stride[2]
+    if tuple(start.pending.shape[3:]) != wanted or any(tuple(size) != (h, w) for size in sizes):
+        height, width = start.pending.shape[3:]
+        raise CheckpointError(
+            f"--memory-in {path}: its video is {height}x{width}, not {wanted[0]}x{wanted[1]}; give --height {height} "
+            f"--width {width}."
+        )
+    if start.overlap is not None and start.overlap.shape[2] != plan.overlap:
+        stride, seen = model.codec.spec.stride[0], start.overlap.shape[2]
+        raise CheckpointError(
+            f"--memory-in {path}: its segments see {seen * stride} frames of the one before, not "
+            f"{plan.overlap * stride}; give --overlap {seen * stride}."
+        )
+    if len(start.seeds) != 1:
+        raise CheckpointError(f"--memory-in {path}: it holds {len(start.seeds)} videos; one is made at a time.")
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{'x'.join(map(str, shape))}" for shape in shapes.values()) or "none"
+
+
+def read_segment_prompts(path: str) -> list[tuple[int, str]]:
+    """The lines `frames: prompt` of --segment-prompts.
+
+    Raises:
+        ConfigError: no text, no line, or a line that is another; it is named.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"--segment-prompts {path} is not text in UTF-8.") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None or int(match[1]) == 0:
+            raise ConfigError(
+                f"--segment-prompts {path}, line {number}: expected `frames: prompt`, such as `48: a red circle`; "
+                f"got {line.strip()!r}."
+            )
+        found.append((int(match[1]), match[2].strip()))
+    if not found:
+        raise ConfigError(f"--segment-prompts {path} has no line; write `frames: prompt`, one for each prompt.")
+    return found
+
+
+def plan_stream(
+    model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None
+) -> tuple[StreamPlan, list[str]]:
+    """Check a request of any length, and say what the person should be told.
+
+    Args:
+        window: frames in view at once: a segment's, and before them `overlap` of the last segment's; None: as trained.
+        overlap: those, in frames; None: as trained.
+    Raises:
+        ConfigError: a size off the grid, a window that is no whole number of latent frames, given frames that the first
+            segment cannot hold, or what tells windows that go on from others.
+    """
+    n, overlap, said = _segments(model, window, overlap)
+    if request.continuation_flags:
+        raise ConfigError(
+            f"{' and '.join(request.continuation_flags)}: a model with a memory makes all segments alike; leave it out."
+        )
+    spec = model.codec.spec
+    first, stride = spec.frames_of(n), n * spec.stride[0]
+    # Sizes and lists are checked as for a clip of one segment; longer than that is what a memory is for.
+    given = 0 if request.known is None else request.known.shape[2]
+    if given >= first:
+        raise ConfigError(f"{given} frames are given, but a segment has {first}, of which one must be left to make.")
+    made = plan(model, replace(request, frames=max(min(request.frames, first), given + 1)), first)
+    shape = spec.latent_shape(first, request.height, request.width)
+    count = 1 + max(-(-(request.frames - first) // stride), 0)
+    notes = said + [note for note in made.notes if "frames together" not in note]
+    notes.append(f"{request.frames} frames in {count} segment{'s' * (count > 1)} of {stride}.")
+    tokens = count_tokens(shape[1:], model.patch_size)
+    return StreamPlan(n, overlap, shape, tokens, request.frames, first, stride), notes
+
+
+def _segments(model: VideoModel, window: int | None, overlap: int | None) -> tuple[int, int, list[str]]:
+    """Latent frames of a segment and of the overlap, and what is unlike training."""
+    assert model.segments is not None  # callers looked
+    trained = n, o = model.segments["latents"], model.segments["overlap"]
+    stride = model.codec.spec.stride[0]
+    unit = model.patch_size[0] * stride  # frames
+    whole = f"this model's windows and overlaps are multiples of {unit} frames"
+    if overlap is not None:
+        if overlap < 0 or overlap % unit:
+            raise ConfigError(f"--overlap {overlap}: {whole}; the nearest legal: {_near(overlap, unit, 0)}.")
+        o = overlap // stride
+    if window is not None:
+        # A segment is what comes after the overlap, and holds all that the next one sees of it.
+        least = o * stride + max(o * stride, unit)
+        if window < least or window % unit:
+            raise ConfigError(
+                f"--window {window}: {whole}, and one holds the overlap of {o * stride} and at least as many new ones; "
+                f"the nearest legal: {_near(window, unit, least)}."
+            )
+        n = window // stride - o
+    if o > n:
+        raise ConfigError(f"--overlap {o * stride}: a segment has {n * stride} frames; give a longer --window too.")
+    if (n, o) == trained:
+        return n, o, []
+    usual = f"it was trained on {(trained[0] + trained[1]) * stride} with {trained[1] * stride}"
+    return n, o, [f"Windows of {(n + o) * stride} frames with an overlap of {o * stride}: {usual}, and may look worse."]
+
+
+def _near(value: int, unit: int, least: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return " and ".join(f"{x}" for x in sorted({max(below, least), max(above, least)}))
+
+
+def stream(
+    model: VideoModel, request: Request, how: StreamPlan, progress: bool = True, edit: EditState | None = None
+) -> Iterator[Tensor]:
+    """Make the videos of a request.
+
+    Args:
+        model: its weights are used as they are; its training mode is given back.
+        request: `frames` is how many to make, counted from where `how.start` stands.
+        how: from `plan_stream`.
+        progress: show a bar on stderr.
+        edit: may change the state after each denoising step.
+    Yields:
+        (B, 3, T, H, W) float32 in [-1, 1] on the CPU: finished frames in order, together exactly `request.frames`.
+    """
+    state = how.start or _fresh(model, request)
+    before, left = state.frames, request.frames
+    prompts: dict[str, Prompts] = {}
+    total = how.segments_to_make() * request.steps
+    with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+        while left > 0:
+            if state.pending.shape[2] == 0:
+                # Its first frame, as of those asked for: frames made earlier and not handed on come before them.
+                prompt = how.prompt_at(state.frames - before, request.prompts[0])
+                rows = list(request.prompts) if how.texts is None else [prompt] * len(request.prompts)
+                with evaluating(model.network):
+                    if prompt not in prompts:
+                        prompts = {prompt: encode_prompts(model, rows, request.negative_prompt, request.guides)}
+                    state = next_segment(model, request, how, state, prompts[prompt], bar, edit)
+            fresh = state.pending[:, :, :left].clone()
+            left -= fresh.shape[2]
+            state = replace(
+                state, pending=state.pending[:, :, fresh.shape[2] :].clone(), frames=state.frames + fresh.shape[2]
+            )
+            yield fresh
+            if how.save_to is not None:
+                save_carried(how.save_to, state, how.weights)
+
+
+def next_segment(
+    model: VideoModel,
+    request: Request,
+    how: StreamPlan,
+    state: Carried,
+    prompts: Prompts,
+    bar: Any,
+    edit: EditState | None = None,
+) -> Carried:
+    """Denoise a segment, write it into the memory, decode it. Call it within `evaluating`.
+
+    Guidance's two halves read one memory, and the segment is written once, under its own prompt.
+    """
+    known = request.known if state.latents == 0 else None
+    condition = known_condition(model, prompts.text, known, model.codec.spec.frames_of(how.segment))
+    predict = _predictor(model, state, len(request.prompts))
+    denoise = guided(predict, condition, prompts.negative, request.guidance_scale, request.guidance_interval)
+    noise = frame_noise(how.latent_shape, state.seeds, state.latents).to(model.device)
+    schedule = model.process.schedule(request.steps, how.tokens)
+    with model.on_device("network"):
+        latents = sampler_by_name(request.sampler)(denoise, noise, schedule, lambda _: bar.update(), edit)
+        time = latents.new_zeros(len(latents))
+        clean = model.process.model_input(latents, time)
+        memory = model.network(clean, time, Condition(prompts.text), state.memory, write=True).memory
+    pixels, context = _decode(model, state, latents)
+    if known is not None:
+        pixels[:, :, : known.shape[2]] = known.to(pixels)
+    return replace(
+        state,
+        memory=memory,
+        overlap=latents[:, :, how.segment - how.overlap :].clone() if how.overlap else None,
+        context=context,
+        pending=pixels,
+        latents=state.latents + how.segment,
+    )
+
+
+def _fresh(model: VideoModel, request: Request) -> Carried:
+    """Before the first segment."""
+    rows = len(request.prompts)
+    network: Any = model.network
+    memory: Memory = network.start(rows).map(lambda x: x.detach().to(model.device))
+    pending = torch.zeros(rows, 3, 0, request.height, request.width)
+    return Carried(memory, None, None, pending, 0, 0, tuple(request.seeds))
+
+
+def _predictor(model: VideoModel, state: Carried, batch: int) -> Predict:
+    """x0 of a segment, its overlap before it at time 0; frames that are wholly known are held clean."""
+
+    def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
+        rows = torch.arange(x_t.shape[0]) % batch  # guidance doubles the batch
+        held, known = condition.wholly_known(), condition.known
+        times = torch.full(x_t.shape[:1] + x_t.shape[2:3], time, device=x_t.device, dtype=x_t.dtype)
+        if held is not None and known is not None:
+            x_t = torch.where(held[:, None, :, None, None], known, x_t)
+            times = times.masked_fill(held, 0.0)
+        o = 0 if state.overlap is None else state.overlap.shape[2]
+        whole = x_t if state.overlap is None else torch.cat((state.overlap[rows].to(x_t), x_t), dim=2)
+        times = torch.cat((times.new_zeros(len(times), o), times), dim=1)
+        told = part_of(condition, 0, x_t.shape[2], o)
+        inputs = model.process.model_input(whole, times)
+        value = model.network(inputs, times, told, state.memory.rows(rows), overlap=o).value
+        x0 = model.process.to_x0(value, whole, times)[:, :, o:]
+        return x0 if held is None or known is None else torch.where(held[:, None, :, None, None], known, x0)
+
+    return predict
+
+
+def _decode(model: VideoModel, state: Carried, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A segment's frames (B, 3, T, H, W) on the CPU, and the codec's context for the next."""
+    spec, keep = model.codec.spec, model.codec.decode_context
+    before = latents[:, :, :0] if state.context is None else state.context.to(latents)
+    whole = torch.cat((before, latents), dim=2)
+    with model.on_device("codec"):
+        pixels = model.codec.decode(whole, spec.frames_of(whole.shape[2])).float().clamp(-1, 1).cpu()
+    if state.latents:
+        pixels = pixels[:, :, -latents.shape[2] * spec.stride[0] :]
+    return pixels.clone(), whole[:, :, -keep:].clone() if keep else None

@@ -1,0 +1,87 @@
+"""Networks by name: presets, the configuration that flags make, and the network that a checkpoint's config names."""
+
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from titans_video.config.options import MemoryOptions, ModelOptions
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models.sora_dit import SoraDiT
+from titans_video.models.svd_unet import SVDUNet
+from titans_video.models.titans_dit import TitansVideoDiT
+from titans_video.types import CodecSpec
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"model_dim": 96, "depth": 5, "heads": 4, "conv": True, "gated_skip": True, "text_layers": 0},
+    "S": {"model_dim": 384, "depth": 12, "heads": 6},
+    "B": {"model_dim": 768, "depth": 12, "heads": 12},
+    "L": {"model_dim": 1024, "depth": 24, "heads": 16},
+    "XL": {"model_dim": 1152, "depth": 28, "heads": 16},
+    "1B": {"model_dim": 1408, "depth": 25, "heads": 11},
+    "3B": {"model_dim": 2048, "depth": 35, "heads": 16},
+}
+
+
+def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]) -> dict[str, Any]:
+    """Arguments of SoraDiT for a preset, what the flags change in it, a codec and text encoders.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if options.preset not in PRESETS:
+        raise ConfigError(f"--preset {options.preset}: there is no such size; choose one of {', '.join(PRESETS)}.")
+    changed = {name: getattr(options, name) for name in ("model_dim", "depth", "heads")}
+    return {
+        **PRESETS[options.preset],
+        **{name: value for name, value in changed.items() if value is not None},
+        "in_channels": spec.channels,
+        "time_stride": spec.stride[0],
+        "patch_size": tuple(options.patch_size),
+        "attention_type": options.attention_type,
+        "sine_positions": options.sine_positions,
+        "text_widths": tuple(text_widths),
+    }
+
+
+def titans_config(
+    memory: MemoryOptions, options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
+) -> dict[str, Any]:
+    """Arguments of TitansVideoDiT: SoraDiT's, and its memory.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
+    return {
+        "network": "TitansVideoDiT",
+        **sora_config(options, spec, text_widths),
+        **{name: getattr(memory, name) for name in names},
+    }
+
+
+NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT, "SVDUNet": SVDUNet}
+
+
+def build_network(config: dict[str, Any]) -> Any:
+    """A freshly initialised network from its configuration (`network` names the class; default SoraDiT).
+
+    Raises:
+        CheckpointError: an unknown network, or arguments that it does not take.
+        ConfigError: sizes that do not go together.
+    """
+    arguments = dict(config)
+    name = arguments.pop("network", "SoraDiT")
+    if name not in NETWORKS:
+        raise CheckpointError(f"The network {name!r} is not one of this version's: {', '.join(NETWORKS)}.")
+    try:
+        return NETWORKS[name](**arguments)
+    except ConfigError:
+        raise
+    except TypeError as e:
+        raise CheckpointError(f"The configuration of the network {name} is not of this version: {e}.") from None
+
+
+def network_config(network: Any) -> dict[str, Any]:
+    """The configuration from which `build_network` makes this network again, of plain values."""
+    arguments = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    return {"network": type(network).__name__, **arguments}

@@ -1,0 +1,248 @@
+"""CogVideoX 1.0 (2B, 5B) and 1.5, text-to-video and image-to-video, as their diffusers pipelines run them.
+
+Legend: B batch, C latent channels, t h w the latent grid, t' its frames with padding, T H W pixel frames, height and
+width, p and p_t the spatial and temporal patch, L text tokens, E text width.
+Source: CogVideoXPipeline, CogVideoXImageToVideoPipeline and CogVideoXTransformer3DModel in diffusers.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.codecs.diffusers import FirstFrameCodec
+from titans_video.diffusion.ddpm import VDiffusion
+from titans_video.errors import ConfigError
+from titans_video.pretrained.base import Call, Family
+from titans_video.pretrained.loading import fill, load_part, lora_of, read_config
+from titans_video.seeding import generator
+from titans_video.text.base import TextEncoder
+from titans_video.text.huggingface import DTYPES, padded_text
+
+OFS = 2.0
+"""What image-to-video models of version 1.5 are told as `ofs`."""
+
+
+class CogVideoX(Family):
+    """See `Family`.
+
+    Args:
+        folder: of the pipeline.
+    Raises:
+        ConfigError: a configuration in it is missing or malformed.
+    """
+
+    fps, steps, guidance_scale = 8.0, 50, 6.0
+    blocks = "transformer_blocks"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder / "transformer")
+        c = self.config
+        self.image_to_video = c["in_channels"] != c["out_channels"]
+        self.p_t = c.get("patch_size_t")
+        self.name = f"CogVideoX {'1.5' if self.p_t else '1.0'}{' I2V' if self.image_to_video else ''}"
+        self.fps = 16.0 if self.p_t else 8.0
+        p = int(c["patch_size"])
+        self.clip_grid, self.patch_size = (1, p, p), (self.p_t or 1, p, p)
+        self.text_length = int(c["max_text_seq_length"])
+        codec = self.codec("fp32", "cpu", load=False)
+        self.spec, self.vae_config = codec.spec, read_config(codec.folder or folder / "vae")
+        _, side, _ = self.spec.stride
+        self.trained = int(c["sample_frames"]), int(c["sample_height"]) * side, int(c["sample_width"]) * side
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Learned positions are of one size: at another number of frames diffusers puts others in their place, in
+        silence. Version 1.5 has a table of positions that ends. Beside a first frame there must be others."""
+        if self.image_to_video and frames < 2:
+            least = self.spec.frames_at_least(2)
+            raise ConfigError(
+                f"{self.folder} makes what follows upon a first frame, and a clip of 1 frame has nothing else. Give "
+                f"--num-frames {least} or more (other numbers are rounded down to a legal one); in training --buckets "
+                f"{height}x{width}x{least} also leaves shorter clips out."
+            )
+        if self.p_t and (height > self.trained[1] or width > self.trained[2]):
+            raise ConfigError(
+                f"{self.folder} knows positions up to {self.trained[1]}x{self.trained[2]}; {height}x{width} is larger."
+            )
+        t = len(self.spec.frame_groups(frames))
+        if not self.config.get("use_learned_positional_embeddings"):
+            return
+        known_t = (self.trained[0] - 1) // self.spec.stride[0] + 1
+        if (t, height, width) == (known_t, *self.trained[1:]):
+            return
+        legal = (f for f in range(1, 8 * known_t) if self.spec.is_legal(f))
+        counts = [f for f in legal if len(self.spec.frame_groups(f)) == known_t]
+        raise ConfigError(
+            f"{self.folder} has learned positions, for {self.trained[1]}x{self.trained[2]} and "
+            f"{' or '.join(map(str, counts))} frames alone; at {height}x{width} and {frames} frames it would be given "
+            f"positions that it never saw. Give --height {self.trained[1]} --width {self.trained[2]} "
+            f"--num-frames {counts[-1]}; in training --buckets {self.trained[1]}x{self.trained[2]}x{counts[-1]} also "
+            "leaves shorter clips out."
+        )
+
+    def load_network(self, dtype: torch.dtype) -> nn.Module:
+        network = load_part(self._kind(), self.folder / "transformer", dtype)
+        return network.requires_grad_(False)
+
+    def outline(self) -> nn.Module:
+        with torch.device("meta"):
+            made: nn.Module = self._kind().from_config(self.config)
+        return made
+
+    def small_network(self, blocks: Sequence[int] | None) -> nn.Module:
+        side, layers = 2 * self.patch_size[1], int(self.config["num_layers"])
+        kept = range(layers) if blocks is None else blocks
+        changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
+        network: nn.Module = self._kind().from_config({**self.config, **changes})
+        made = dict(zip(kept, network.get_submodule(self.blocks).children(), strict=True))
+        setattr(network, self.blocks, nn.ModuleList(made.get(i, Through()) for i in range(layers)))
+        return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
+
+    def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
+        return FirstFrameCodec.load(self.folder, dtype, weights=load).to(device)
+
+    def text(self, dtype: str, device: torch.device | str, *, offload: bool = False) -> TextEncoder:
+        return padded_text(self.folder, dtype, self.text_length, device, offload=offload)
+
+    def scheduler(self) -> Any:
+        import diffusers
+
+        name = str(read_config(self.folder / "scheduler", "scheduler_config.json").get("_class_name"))
+        if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+            raise ConfigError(f"{self.folder / 'scheduler'} describes a {name}, which is none of CogVideoX's.")
+        return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
+
+    def process(self) -> VDiffusion:
+        return VDiffusion.from_scheduler(self.scheduler())
+
+    def padded_frames(self, t: int) -> int:
+        p_t = self.patch_size[0]
+        return -(-t // p_t) * p_t
+
+    def pad(self, latents: Tensor) -> Tensor:
+        """Version 1.5 takes pairs of latent frames: the first stands twice where their number is odd, as in its own
+        training; its pipeline lets the frame in front fall after denoising."""
+        missing = self.padded_frames(latents.shape[2]) - latents.shape[2]
+        return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2) if missing else latents
+
+    def image_latents(self, unscaled: Tensor, frames: int) -> Tensor:
+        """The first of the padded frames is the picture's, the others are 0. Some of these models were trained on
+        latents that were divided by the factor in place of multiplied, and their VAE's configuration says so."""
+        factor = float(self.vae_config["scaling_factor"])
+        first = unscaled / factor if self.vae_config.get("invert_scale_latents") else unscaled * factor
+        b, c, _, h, w = first.shape
+        return torch.cat([first, first.new_zeros(b, c, frames - 1, h, w)], dim=2)
+
+    def predict(
+        self, model: nn.Module, noisy: Tensor, time: Tensor, text: Tensor, image: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        x = noisy if image is None else torch.cat([noisy, image], dim=1)
+        t, h, w = x.shape[2:]
+        value = model(
+            hidden_states=x.transpose(1, 2).to(dtype),  # (B, t', C or 2C, h, w)
+            encoder_hidden_states=text.to(dtype),
+            timestep=time,
+            ofs=x.new_full((1,), OFS, dtype=dtype) if self.config.get("ofs_embed_dim") is not None else None,
+            return_dict=False,
+            **self.positions(t, h, w, x.device),
+        )[0]
+        return value.transpose(1, 2).float()
+
+    def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, Any]:
+        return {"image_rotary_emb": self.rotary(t, h, w, device)}
+
+    def rotary(self, t: int, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the positions of a latent grid; None for a model without rotary embedding.
+
+        Version 1.0 puts a grid of another size in the place of the one that it knows; 1.5 counts on from the corner.
+
+        Args:
+            t: t', padded.
+        Source: `_prepare_rotary_positional_embeddings` of the pipelines.
+        """
+        if not self.config.get("use_rotary_positional_embeddings"):
+            return None
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        p_t, p, _ = self.patch_size
+        grid, known = (h // p, w // p), (int(self.config["sample_height"]) // p, int(self.config["sample_width"]) // p)
+        width = int(self.config["attention_head_dim"])
+        if self.p_t is None:
+            crops = get_resize_crop_region_for_grid(grid, known[1], known[0])
+            table = get_3d_rotary_pos_embed(width, crops, grid, t, device=device)
+        else:
+            table = get_3d_rotary_pos_embed(
+                width, None, grid, (t + p_t - 1) // p_t, grid_type="slice", max_size=known, device=device
+            )
+        return cast(tuple[Tensor, Tensor], table)
+
+    def pipeline(self, network: nn.Module, vae: Any, *, text: bool, dtype: torch.dtype) -> Any:
+        from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+        kind = CogVideoXImageToVideoPipeline if self.image_to_video else CogVideoXPipeline
+        tokenizer, encoder = None, None
+        if text:
+            (stream,) = self.text(next(name for name, kind in DTYPES.items() if kind == dtype), "cpu").streams
+            tokenizer, encoder = stream.tokenizer, stream.model  # type: ignore[attr-defined]
+        return kind(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=network, scheduler=self.scheduler())
+
+    @torch.no_grad()
+    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+        return cast(
+            tuple[Tensor, Tensor], pipeline.encode_prompt(prompt, negative, True, max_sequence_length=self.text_length)
+        )
+
+    def run(self, pipeline: Any, call: Call) -> Tensor:
+        first_frame = {} if call.image is None else {"image": (call.image[:, :, 0] + 1) / 2}
+
+        def on_step(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if call.on_step is not None:
+                call.on_step(step + 1)
+            return {}
+
+        frames = pipeline(
+            **first_frame,
+            prompt_embeds=call.states,
+            negative_prompt_embeds=call.negative_states,
+            height=call.height,
+            width=call.width,
+            num_frames=call.frames,
+            num_inference_steps=call.steps,
+            guidance_scale=call.guidance_scale,
+            generator=torch.Generator().manual_seed(call.seed),
+            latents=call.noise.transpose(1, 2),
+            max_sequence_length=self.text_length,
+            output_type="pt",
+            callback_on_step_end=on_step,
+        ).frames  # (1, T, 3, H, W) in [0, 1]
+        return frames.transpose(1, 2).float().cpu() * 2 - 1
+
+    def small_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
+        g, side = generator(seed, "small inputs"), 2 * self.patch_size[1]
+        shape = (1, self.config["out_channels"], 2 * self.patch_size[0], side, side)
+        yield torch.randn(shape, generator=g)
+        yield torch.tensor([500])
+        yield torch.randn(1, self.text_length, self.config["text_embed_dim"], generator=g)
+        if self.image_to_video:
+            yield torch.randn(shape, generator=g)
+
+    def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
+        from diffusers import CogVideoXPipeline
+
+        return lora_of(CogVideoXPipeline, network, folder, only)
+
+    def _kind(self) -> Any:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return CogVideoXTransformer3DModel
+
+
+class Through(nn.Module):
+    """Stands where a block was left out."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return hidden_states, encoder_hidden_states

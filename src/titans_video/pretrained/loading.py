@@ -1,0 +1,108 @@
+"""Reading parts of a diffusers pipeline's folder; the same for every family."""
+
+import json
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from titans_video.checkpoint import load_tensors
+from titans_video.errors import CheckpointError, ConfigError, few, first_line
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The configuration in a part's folder.
+
+    Raises:
+        ConfigError: missing or malformed.
+    """
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"--pretrained-model: {folder / name} is missing; copy the pipeline's folder again."
+        ) from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--pretrained-model: {folder / name} cannot be read: {e}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--pretrained-model: {folder / name} holds no object.")
+    return found
+
+
+def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A network of diffusers with all its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: they are missing, damaged or do not fill it.
+    """
+    try:
+        network, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+        raise CheckpointError(f"The {kind.__name__} in {folder} cannot be loaded: {first_line(e)}") from None
+    missing = [*info["missing_keys"], *info["mismatched_keys"]]
+    if missing:
+        raise CheckpointError(
+            f"The weights in {folder} do not fill its {kind.__name__}: missing or misshapen are "
+            f"{few(map(str, missing))}. They would be random; copy the folder again."
+        )
+    made: nn.Module = network.eval()
+    return made
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """torch.compile each block: one graph for all of them. (diffusers' `compile_repeated_blocks` knows the blocks of
+    some classes alone.)"""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    for part in network.children():
+        if isinstance(part, nn.ModuleList):
+            for block in part:
+                if type(block).__name__ in names:
+                    block.compile()
+
+
+def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
+    """Give a network the weights of its names from a folder that may hold more; in float32 on the CPU, frozen.
+
+    Args:
+        lacking: buffers that need not come from the file.
+    Raises:
+        CheckpointError: other weights are missing, or a file cannot be read.
+    """
+    wanted = network.state_dict().keys() - lacking
+    found: dict[str, torch.Tensor] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as f:
+                found |= {k: f.get_tensor(k).float() for k in wanted & set(f.keys())}
+        if not found:  # as diffusers does, which takes these where there are no others
+            for path in sorted(folder.glob("diffusion_pytorch_model*.bin")):
+                tensors = load_tensors(path, mmap=is_zipfile(path))
+                found |= {k: tensors[k].float() for k in wanted & tensors.keys()}
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"{folder} cannot be read: {e}") from None
+    rest = wanted - found.keys()
+    if rest:
+        raise CheckpointError(f"{folder} lacks the weights {few(sorted(rest))}.")
+    network.load_state_dict(found, strict=False)
+    return network.eval().requires_grad_(False)
+
+
+def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:
+    """Load the LoRA file in a folder into a transformer by a pipeline class's own means; gives the adapter's name.
+
+    Args:
+        only: keep these layers of it.
+    """
+    name = "file"
+    tensors, metadata = pipeline.lora_state_dict(
+        str(folder), weight_name="pytorch_lora_weights.safetensors", local_files_only=True, return_lora_metadata=True
+    )
+    if only is not None:
+        prefix = f"{pipeline.transformer_name}."
+        layer_of = {key: key.removeprefix(prefix).rpartition(".lora_")[0] for key in tensors}
+        tensors = {key: value for key, value in tensors.items() if layer_of[key] in only}
+    pipeline.load_lora_into_transformer(tensors, transformer=network, adapter_name=name, metadata=metadata)
+    return name

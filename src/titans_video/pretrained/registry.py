@@ -1,0 +1,45 @@
+"""Which pretrained families there are: a new one is a file and a line here."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from titans_video.errors import ConfigError
+from titans_video.pretrained.base import Family
+
+FAMILIES = {
+    "CogVideoXPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
+    "CogVideoXImageToVideoPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
+}
+"""The class of a diffusers pipeline, and the module and class that know its family."""
+
+INDEX = "model_index.json"
+
+
+def is_pipeline(folder: str | Path | None) -> bool:
+    """Whether a folder is a whole diffusers pipeline."""
+    return folder is not None and (Path(folder).expanduser() / INDEX).is_file()
+
+
+def open_family(folder: str | Path) -> Family:
+    """The family of a diffusers pipeline, from the configurations in its folder.
+
+    Raises:
+        ConfigError: no pipeline, or of a family that is not known here.
+    """
+    path = Path(folder).expanduser()
+    try:
+        name = json.loads((path / INDEX).read_text(encoding="utf-8")).get("_class_name")
+    except FileNotFoundError:
+        what = f"has no {INDEX}" if path.is_dir() else "is not a folder here"
+        raise ConfigError(
+            f"--pretrained-model {path} {what}. The folder of a whole diffusers pipeline is expected, as `hf download "
+            "NAME --local-dir DIR` fetches it; nothing is downloaded here."
+        ) from None
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(f"--pretrained-model: {path / INDEX} cannot be read: {e}") from None
+    if name not in FAMILIES:
+        raise ConfigError(f"--pretrained-model {path} is a {name}; the pipelines known here are {', '.join(FAMILIES)}.")
+    module, _, kind = FAMILIES[name].partition(":")
+    made: Family = getattr(import_module(module), kind)(path)
+    return made

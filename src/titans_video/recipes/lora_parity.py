@@ -1,0 +1,120 @@
+"""The parity gate: what stock diffusers makes of a saved LoRA file, beside what was trained.
+
+Files that load nothing, load at another strength, or land on other layers say so nowhere; a person sees it in videos,
+days later. So the file is loaded as anyone would load it, and the outputs are compared.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.errors import CheckpointError
+from titans_video.models import lora, lora_io
+from titans_video.pretrained.base import Family
+
+BLOCKS = 2
+"""A copy of the transformer has this many of the adapter's blocks where it is large."""
+
+LARGE = 300e6  # parameters
+
+TOLERANCE = 1e-4
+"""Of the largest difference, as a share of the adapter's largest effect."""
+
+
+def check_parity(
+    family: Family, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]], folder: Path
+) -> str | None:
+    """Compare; gives what to say of it, once it is well.
+
+    The adapter's weight is set so that its effect is of the size of the output, however little was learned yet.
+
+    Args:
+        tensors: what was trained, as it is in memory.
+        sizes: rank and alpha of its layers.
+        folder: with the file.
+    Raises:
+        CheckpointError: diffusers cannot load the file, or computes something else with it.
+    """
+    if find_spec("peft") is None:
+        return (
+            f"{folder.name}: not compared with what diffusers reads in it, for which the package peft is needed "
+            "(`pip install peft`); --parity-gate none leaves the comparison out."
+        )
+    large = sum(p.numel() for p in family.outline().parameters()) > LARGE
+    chosen = _blocks_of(family, tensors)[:BLOCKS] if large else None
+    ours, kept = _copy(family, tensors, chosen)
+    theirs, whole = copy.deepcopy(ours), kept.keys() == tensors.keys()
+    if not whole:
+        _compare_names(tensors, folder)
+    base = _output(family, ours)
+    lora.load(ours, kept, {name: alpha for name, (_, alpha) in sizes.items()})
+    if not any(bool(v.any()) for k, v in kept.items() if ".lora_B." in k):
+        return f"{folder.name}: nothing is learned yet (B is 0), so there is nothing to compare with diffusers."
+    weight = _visible(ours)
+    lora.set_adapters(ours, {lora.DEFAULT: weight})
+    try:
+        present = {key.rpartition(".lora_")[0] for key in kept}
+        name = family.load_with_diffusers(theirs, folder, None if whole else present)
+        theirs.set_adapters(name, weights=weight)  # type: ignore[operator]
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
+        said = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{folder}: diffusers cannot load this file ({said}).") from None
+    expected, found = _output(family, ours), _output(family, theirs)
+    effect, difference = (expected - base).abs().max().item(), (expected - found).abs().max().item()
+    if not difference <= TOLERANCE * max(effect, 1e-6):
+        raise CheckpointError(
+            f"{folder}: diffusers loads this file and computes something else with it: the outputs differ by "
+            f"{difference:.3g}, where the adapter's own effect is {effect:.3g}. Training stops, as its files would be "
+            "of no use elsewhere; the checkpoint stands, and --resume auto goes on from it. --parity-gate none does "
+            "not look."
+        )
+    blocks = "" if whole else f" in blocks {' and '.join(map(str, chosen or ()))}"
+    close = f"to {difference / effect:.1g} of its effect" if difference else "to the bit"
+    return f"{folder.name}: stock diffusers loads it and computes the same{blocks} ({close})."
+
+
+def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Every layer by name and value, also those that a copy of two blocks does not have.
+
+    Raises:
+        CheckpointError: the file lacks one, or has another.
+    """
+    found = lora_io.read(folder).tensors
+    wrong = [*(tensors.keys() ^ found.keys())]
+    wrong += [k for k in tensors.keys() & found.keys() if not torch.equal(tensors[k].cpu(), found[k])]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not hold what was trained: {min(wrong)} and {len(wrong) - 1} more differ."
+        )
+
+
+def _blocks_of(family: Family, tensors: dict[str, Tensor]) -> list[int]:
+    """The numbers of the blocks that an adapter has layers in; the first, where it has none in any."""
+    found = (re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name) for name in tensors)
+    return sorted({int(match[1]) for match in found if match}) or [0]
+
+
+def _copy(
+    family: Family, tensors: dict[str, Tensor], blocks: Sequence[int] | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A fresh transformer, and what of an adapter is for its layers."""
+    network = family.small_network(blocks)
+    present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return network, {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}
+
+
+@torch.no_grad()
+def _output(family: Family, network: nn.Module) -> Tensor:
+    noisy, time, text, *image = family.small_inputs(network, 0)
+    return family.predict(network, noisy, time, text, image[0] if image else None, torch.float32)
+
+
+def _visible(network: nn.Module) -> float:
+    """A weight at which the adapter's largest change of a layer is of the size of that layer's own weight."""
+    shares = [(layer.delta().norm() / layer.weight.norm()).item() for _, layer in lora.layers(network)]
+    return 1.0 / max(max(shares), 1e-12)

@@ -1,0 +1,408 @@
+"""Frozen text encoders and LLMs, read by transformers from a folder (or a hub name).
+
+Legend: B prompts, L tokens of the longest prompt, E width.
+Prompts are tokenised without padding and padded here, on the right: real tokens then stand at positions 0, 1, ...
+whatever a tokenizer's own padding side is and whether it has a padding token, and a causal model's never see padding.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_video.config.options import TextOptions
+from titans_video.errors import TextError, few, first_line
+from titans_video.fingerprint import fingerprint_folder
+from titans_video.text.base import TextEncoder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ENCODERS = ("t5", "umt5", "mt5")
+"""Kinds whose encoder stands alone; saved from it, a config may no longer say that there was a decoder."""
+
+TEXT_PARTS = ("language_model", "text_model")
+"""Where a multimodal model keeps its text part."""
+
+PLAIN_WORDS = "a red circle moving right"
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
+"""What transformers raises for folders that are missing, malformed or of an unknown kind."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One encoder, as flags name it.
+
+    Attributes:
+        flag: for messages, --text-model or --llm-model.
+        path: folder or hub name.
+        dtype, max_length, layer, template, width, local_files_only, offload: see `TextOptions`.
+    """
+
+    flag: str
+    path: str
+    dtype: torch.dtype
+    max_length: int
+    local_files_only: bool
+    offload: bool
+    layer: int = -1
+    template: str | None = None
+    width: int | None = None
+
+
+def text_stream(options: TextOptions, device: torch.device | str, load: bool) -> "PretrainedStream":
+    """The stream of --text-model."""
+    source = Source(
+        "--text-model",
+        options.text_model,
+        DTYPES[options.text_dtype],
+        options.text_max_length,
+        options.local_files_only,
+        options.text_offload == "cpu",
+    )
+    return PretrainedStream(source, device, load)
+
+
+def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> "PretrainedStream":
+    """The stream of --llm-model.
+
+    Raises:
+        TextError: --llm-template has no {prompt} in it.
+    """
+    if options.llm_template is not None and options.llm_template.count("{prompt}") != 1:
+        raise TextError(f"--llm-template must have {{prompt}} in it, once; got {options.llm_template!r}.")
+    source = Source(
+        "--llm-model",
+        str(options.llm_model),
+        DTYPES[options.llm_dtype],
+        options.llm_max_length,
+        options.local_files_only,
+        options.text_offload == "cpu",
+        options.llm_layer,
+        options.llm_template,
+        options.llm_hidden_size,
+    )
+    return PretrainedStream(source, device, load)
+
+
+class PretrainedStream:
+    """A frozen encoder: in eval, without gradients, in no checkpoint.
+
+    Attributes:
+        width: E.
+    """
+
+    def __init__(self, source: Source, device: torch.device | str, load: bool = True) -> None:
+        self.source = source
+        self.device = torch.device(device)
+        self.config = self._read(_transformers().AutoConfig)
+        self.width = self._find_width()
+        self._check_layer()
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._fingerprint: str | None = None
+        if load:
+            self.model, self.tokenizer  # noqa: B018 - properties that load
+
+    @property
+    def model(self) -> Any:
+        """The encoder, read at first use."""
+        if self._model is None:
+            self._model = self._load_model().to(self._where())
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, read at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states of prompts.
+
+        Args:
+            prompts: B texts; what exceeds the maximum number of tokens is cut.
+        Returns:
+            (B, L, E) states in the encoder's precision, 0 on padding, and the (B, L) mask, True on real tokens. With a
+            template, the tokens before the prompt are cut from both; an empty prompt keeps one token.
+        """
+        rows, cuts = zip(*(self._tokens(p) for p in prompts), strict=True)
+        length = max(map(len, rows))
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self._where())
+        ids = torch.tensor([row + [self._spare_token()] * (length - len(row)) for row in rows], device=self._where())
+        states = self._states(ids, mask).to(self.device)
+        mask = mask.bool().to(self.device)
+        if any(cuts):
+            states, mask = _cut(states, mask, cuts)
+        return states.masked_fill(~mask[..., None], 0.0), mask
+
+    def fingerprint(self) -> str:
+        """A hash of weights, config and tokenizer."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_folder(self.folder)
+        return self._fingerprint
+
+    def to(self, device: torch.device | str) -> None:
+        """Move; with --text-offload cpu the encoder stays and only what it gives lies on `device`."""
+        self.device = torch.device(device)
+        if self._model is not None:
+            self._model.to(self._where())
+
+    def release(self) -> None:
+        """Free the weights."""
+        self._model = None
+        gc.collect()
+
+    def _where(self) -> torch.device:
+        return torch.device("cpu") if self.source.offload else self.device
+
+    def _tokens(self, prompt: str) -> tuple[list[int], int]:
+        """Token ids of one prompt, and how many of them stand before it."""
+        s = self.source
+        before, after = s.template.split("{prompt}") if s.template else ("", "")
+        cut = self._shared(before, before + prompt + after) if before else 0
+        ids = self._ids(before + prompt + after, s.max_length + cut)
+        return (ids, cut) if len(ids) > cut else ([*ids, self._spare_token()], cut)
+
+    def _shared(self, before: str, text: str) -> int:
+        """How many tokens of `text` stand before the prompt: one that spans the border is the prompt's."""
+        pairs = list(zip(self._ids(before, None), self._ids(text, None), strict=False))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+    def _ids(self, text: str, max_length: int | None) -> list[int]:
+        if max_length is None:
+            return list(self.tokenizer(text)["input_ids"])
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None) or max_length
+        return list(self.tokenizer(text, truncation=True, max_length=min(max_length, positions))["input_ids"])
+
+    def _spare_token(self) -> int:
+        """Fills padding, and stands for an empty prompt where the tokenizer gives it no token at all."""
+        t = self.tokenizer
+        return next((i for i in (t.pad_token_id, t.eos_token_id, t.bos_token_id) if i is not None), 0)
+
+    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        last = self.source.layer in (-1, self._layers())
+        extra = {} if self._encoder_alone() else {"use_cache": False}
+        out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=not last, **extra)
+        states: Tensor = out.last_hidden_state if last else out.hidden_states[self.source.layer]
+        if states.shape[-1] != self.width:
+            s = self.source
+            who = f"--llm-hidden-size {self.width}" if s.width else f"the config of {s.path} says {self.width}"
+            raise TextError(f"{who}: the hidden states of {s.path} are {states.shape[-1]} wide.")
+        return states
+
+    def _encoder_alone(self) -> bool:
+        return self.config.is_encoder_decoder or getattr(self.config, "model_type", None) in ENCODERS
+
+    def _layers(self) -> int | None:
+        layers: int | None = getattr(self.config.get_text_config(), "num_hidden_layers", None)
+        return layers
+
+    def _check_layer(self) -> None:
+        layers = self._layers()
+        if layers is not None and not -layers - 1 <= self.source.layer <= layers:
+            raise TextError(
+                f"--llm-layer {self.source.layer}: {self.source.path} has {layers} layers, so 0 (the embeddings) to "
+                f"{layers} can be chosen, or {-layers - 1} to -1 from the end."
+            )
+
+    def _find_width(self) -> int:
+        s = self.source
+        config = self.config.get_text_config()
+        found = next((w for n in ("hidden_size", "d_model") if isinstance(w := getattr(config, n, None), int)), None)
+        if found is None and s.width is None:
+            hint = "give it with --llm-hidden-size." if s.flag == "--llm-model" else "this model is not supported."
+            raise TextError(f"{s.flag} {s.path}: its config does not tell the width of its hidden states; {hint}")
+        if found is not None and s.width is not None and found != s.width:
+            raise TextError(f"--llm-hidden-size {s.width}: the config of {s.path} says {found}.")
+        return int(found or s.width or 0)
+
+    def _read(self, kind: Any, **options: Any) -> Any:
+        """`kind.from_pretrained`, with errors for the person at the keyboard."""
+        s = self.source
+        if Path(s.path).is_dir():
+            try:
+                return kind.from_pretrained(s.path, local_files_only=True, **options)
+            except LOADING_ERRORS as e:
+                raise TextError(f"{s.flag} {s.path} cannot be loaded: {first_line(e)}") from None
+        if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
+            raise TextError(_missing(s, "there is no such folder"))
+        # What is on this machine is taken first: the hub is asked only when it must be, and given up after one try.
+        with contextlib.suppress(*LOADING_ERRORS):
+            return kind.from_pretrained(s.path, local_files_only=True, **options)
+        if s.local_files_only or _hub_is_off():
+            raise TextError(_missing(s, "it is not on this machine and hub access is off"))
+        if problem := _hub_problem():
+            raise TextError(_missing(s, f"it is not on this machine and the hub does not answer ({problem})"))
+        try:
+            return kind.from_pretrained(s.path, **options)
+        except LOADING_ERRORS as e:
+            raise TextError(_missing(s, f"the hub did not give it ({first_line(e)})")) from None
+
+    def _load_model(self) -> Any:
+        transformers = _transformers()
+        kind = transformers.AutoModelForTextEncoding if self._encoder_alone() else transformers.AutoModel
+        with _quiet(transformers):
+            model, info = self._read(kind, dtype=self.source.dtype, output_loading_info=True)
+        bad = {str(k[0] if isinstance(k, tuple) else k) for k in (*info["missing_keys"], *info["mismatched_keys"])}
+        if bad:
+            raise TextError(
+                f"{self.source.flag} {self.source.path}: its weights do not fill the {type(model).__name__} that its "
+                f"config describes: missing or misshapen are {few(bad)}. They would be random; copy the folder again."
+            )
+        part = next((getattr(model, n) for n in TEXT_PARTS if getattr(model, n, None) is not None), model)
+        return part.eval().requires_grad_(False)
+
+    def _load_tokenizer(self) -> Any:
+        tokenizer = self._read(self._tokenizer_kind())
+        tokenizer.truncation_side = "right"
+        # Without its files transformers makes some tokenizers up, with next to no vocabulary, and says nothing.
+        if len(set(tokenizer(PLAIN_WORDS)["input_ids"]) - set(tokenizer.all_special_ids)) < 3:
+            raise TextError(
+                f"{self.source.flag} {self.source.path}: its tokenizer knows no plain English words. Are its files "
+                "(tokenizer.json, or spiece.model, vocab.json, merges.txt) in the folder? Copy it again."
+            )
+        return tokenizer
+
+    def _tokenizer_kind(self) -> Any:
+        # For UMT5 the automatic class wants a tokenizer.json; copies that hold spiece.model alone are in T5's format.
+        folder = Path(self.source.path)
+        alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+        return _transformers().T5Tokenizer if self._encoder_alone() and alone else _transformers().AutoTokenizer
+
+    @property
+    def folder(self) -> Path:
+        """Where the encoder's files lie: its own folder, or the hub cache's."""
+        if Path(self.source.path).is_dir():
+            return Path(self.source.path)
+        from transformers.utils import cached_file
+
+        return Path(cached_file(self.source.path, "config.json", local_files_only=True)).parent
+
+
+def _cut(states: Tensor, mask: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Drop the first cuts[i] tokens of row i and pad again: (B, L, E), (B, L) -> (B, L', E), (B, L')."""
+    lengths = [int(m.sum()) - cut for m, cut in zip(mask, cuts, strict=True)]
+    new_states = states.new_zeros(len(cuts), max(lengths), states.shape[-1])
+    new_mask = mask.new_zeros(len(cuts), max(lengths))
+    for i, (cut, n) in enumerate(zip(cuts, lengths, strict=True)):
+        new_states[i, :n] = states[i, cut : cut + n]
+        new_mask[i, :n] = True
+    return new_states, new_mask
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise TextError(
+            "--text-model and --llm-model need the package transformers: pip install transformers"
+        ) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without its report of unused weights (a decoder's, a head's): the ones that are missing become an error here."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _hub_problem() -> str | None:
+    """Why the hub cannot be reached, asked once for 5 seconds at most (its own client tries for half a minute)."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5.0)
+    except Exception as e:  # its client library, and so its exceptions, change between versions
+        return first_line(e)
+    return None
+
+
+def _missing(source: Source, why: str) -> str:
+    builtin = ", or train with --text-model builtin, which needs none"
+    other = builtin if source.flag == "--text-model" else ", or train without it"
+    return (
+        f"{source.flag} {source.path}: {why}. Give the path of a folder with config.json, weights and tokenizer{other}."
+    )
+
+
+ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+"""Their folders in a diffusers pipeline."""
+
+
+class PaddedStream(PretrainedStream):
+    """The text encoder of a diffusers pipeline that pads to `max_length` and attends to the padding.
+
+    Source: `_get_t5_prompt_embeds` of CogVideoXPipeline in diffusers.
+    """
+
+    def __init__(self, pipeline: Path, dtype: str, max_length: int, device: torch.device | str, offload: bool) -> None:
+        source = Source(
+            "--pretrained-model", str(pipeline / ENCODER), DTYPES[dtype], max_length, local_files_only=True,
+            offload=offload,
+        )  # fmt: skip
+        self.tokenizer_folder = pipeline / TOKENIZER
+        super().__init__(source, device, load=False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, L, E) states of exactly `max_length` tokens, and a mask that is True everywhere."""
+        length = self.source.max_length
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        states: Tensor = self.model(ids.to(self._where()))[0].to(self.device)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=self.device)
+
+    def fingerprint(self) -> str:
+        """Of weights and tokenizer; with a word, as states with a mask are kept apart from these in a cache."""
+        return f"{super().fingerprint()} {fingerprint_folder(self.tokenizer_folder)[:8]} padded"
+
+    def _load_tokenizer(self) -> Any:
+        whole, self.source = self.source, replace(self.source, path=str(self.tokenizer_folder))
+        try:
+            return super()._load_tokenizer()
+        finally:
+            self.source = whole
+
+
+def padded_text(
+    pipeline: Path, dtype: str, max_length: int, device: torch.device | str = "cpu", *, offload: bool = False
+) -> TextEncoder:
+    """The text encoder of a diffusers pipeline, read at the first prompt.
+
+    Args:
+        pipeline: its folder.
+        dtype: fp32, bf16 or fp16.
+        max_length: tokens of every prompt.
+        offload: keep it on the CPU, and move only the states.
+    Raises:
+        TextError: it is missing or malformed.
+    """
+    options = TextOptions(
+        text_model=str(pipeline / ENCODER),
+        text_dtype=dtype,  # type: ignore[arg-type]
+        text_max_length=max_length,
+        local_files_only=True,
+        text_offload="cpu" if offload else "none",
+    )
+    return TextEncoder([PaddedStream(pipeline, dtype, max_length, device, offload)], options)

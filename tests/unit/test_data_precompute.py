@@ -1,0 +1,308 @@
+"""The cache of encodings: right or absent, whole whatever happens, and enough to train from."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
+from titans_video.codecs.external import load_external
+from titans_video.codecs.identity import IdentityCodec
+from titans_video.config.options import CodecOptions, DataOptions, TextOptions
+from titans_video.data import cache as store_module
+from titans_video.data.cache import EncodingStore, verify
+from titans_video.data.dataset import Data, open_data
+from titans_video.data.precompute import Encoders, fill_cache
+from titans_video.data.reader import RowReader
+from titans_video.errors import DataError
+from titans_video.recipes.setup import codec_key, text_keys
+from titans_video.text.base import TextEncoder
+from titans_video.text.registry import build_text
+from titans_video.types import TextCondition
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+class Codec:
+    """Mean and a constant log-variance."""
+
+    calls = 0
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cat([pixels, torch.full_like(pixels, -1.0)], dim=1)
+
+    def encode_known(self, pixels: Tensor) -> Tensor:
+        return self.encode_moments(pixels)
+
+
+def text(prompts: Sequence[str]) -> TextCondition:
+    """Two streams: a letter's code a token, and half as many tokens in bf16."""
+    longest = max(map(len, prompts)) + 1
+    mask = torch.stack([torch.arange(longest) <= len(p) for p in prompts])
+    codes = torch.tensor([[float(ord(c)) for c in p] + [0.0] * (longest - len(p)) for p in prompts])[..., None]
+    return TextCondition((codes * mask[..., None], codes[:, ::2].bfloat16()), (mask, mask[:, ::2]))
+
+
+def encoders(codec: Codec | None = None, codec_key: str = "codec-a") -> Encoders:
+    found = codec or Codec()
+    return Encoders(codec_key, lambda: found, ("t5", "llm"), text)
+
+
+def refuse_to_load() -> Any:
+    raise AssertionError("a full cache needs no codec and no text encoder")
+
+
+def opened(manifest: Path, **options: Any) -> Data:
+    given = {"height": 16, "width": 16, "num_frames": FRAMES, "batch_size": 3, **options}
+    return open_data(DataOptions(manifest=(str(manifest),), **given), PLAIN, PATCH, seed=0)
+
+
+TASKS = {"row1": {"task": "i2v"}, "row2": {"task": "i2v", "cond_image": "white.png"}, "row3": {"task": "v2v"}}
+
+
+def test_cached_batches_equal_encoded_ones_and_nothing_is_loaded(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=5, wide=0, **TASKS))
+    codec = Codec()
+    filled = fill_cache(data, tmp_path / "cache", encoders(codec), progress=False)
+    assert filled.made == 5 + 3 + 2 * 6  # clips, what three rows are conditioned on, six prompts in two streams
+    assert codec.calls == 8
+    again = fill_cache(data, tmp_path / "cache", Encoders("codec-a", refuse_to_load, ("t5", "llm"), refuse_to_load))
+    assert (again.made, again.found) == (0, filled.made)
+    assert verify(tmp_path / "cache") == (filled.made, [])
+    cached, plain = again.data.stream(store=again.store), data.stream()
+    for _ in range(6):
+        a, b = next(cached), next(plain)
+        assert (a.ids, a.seeds, a.tasks) == (b.ids, b.seeds, b.tasks)
+        assert a.pixels is None
+        torch.testing.assert_close(a.moments, Codec().encode_moments(b.pixels))
+        if "row3" not in a.ids:  # its share of known frames belongs to the variant, not to the occurrence
+            assert torch.equal(a.known_frames, b.known_frames)
+        for i, known in enumerate(a.known_frames.tolist()):
+            if known and a.ids[i] != "row3":
+                torch.testing.assert_close(a.known_moments[i, :3], b.known_pixels[i])
+            if known:
+                assert not a.known_moments[i, :3, known:].any()
+        expected = text(a.captions)
+        for stream, mask, right, right_mask in zip(
+            a.text.streams, a.text.masks, expected.streams, expected.masks, strict=True
+        ):
+            assert torch.equal(mask, right_mask)
+            assert torch.equal(stream[mask], right[right_mask])
+            assert stream.dtype == right.dtype
+    assert [m.tolist() for m in again.store.text([""]).masks] == [[[True]], [[True]]]
+
+
+def test_each_field_of_the_key_misses_exactly_the_rows_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_set(tmp_path / "set", rows=4, wide=0, row1={"task": "i2v", "cond_image": "white.png"})
+    folder = tmp_path / "cache"
+
+    def made(data: Data | None = None, key: str = "codec-a", text_keys: tuple[str, ...] = ("t5", "llm")) -> int:
+        given = replace(encoders(codec_key=key), text_keys=text_keys)
+        return fill_cache(data or opened(manifest), folder, given, progress=False).made
+
+    assert made() == 4 + 1 + 2 * 5
+    assert made() == 0
+    assert made(key="codec-b") == 5  # clips alone
+    assert made(text_keys=("t5", "llm-b")) == 5  # one stream alone
+    assert made(opened(manifest, height=12)) == 5
+    assert made(opened(manifest, fps=4)) == 5  # three of six frames, with others' times
+    assert made(opened(manifest, num_frames=4)) == 5
+    assert made(opened(manifest, stride=2)) == 0  # the frames of --fps 4, the rate is no part of pixels
+    write_clip(tmp_path / "set" / "3.mp4", 9)
+    assert made() == 1
+    (tmp_path / "set" / "white.png").write_bytes((tmp_path / "set" / "white.png").read_bytes() + b" ")
+    assert made() == 1  # what row 1 is conditioned on
+    manifest.write_text(manifest.read_text().replace("grey 2", "gray 2"))
+    assert made() == 2
+    (tmp_path / "set" / "0.mp4").rename(tmp_path / "set" / "zero.mp4")
+    manifest.write_text(manifest.read_text().replace("0.mp4", "zero.mp4"))
+    assert made() == 0  # the content counts, not the name
+    manifest.write_text(manifest.read_text().replace('"id": "row2"', '"id": "row2", "task": "v2v", "cond_frames": 3'))
+    assert made() == 1  # what row 2 is now conditioned on
+    manifest.write_text(manifest.read_text().replace('"cond_frames": 3', '"cond_frames": 4'))
+    assert made() == 1
+    assert made(opened(manifest, random_crop=True, width=12)) == 6  # crops of their own, and for rows 1 and 2 both
+    monkeypatch.setattr(store_module, "PLAN_VERSION", 99)
+    assert made() == 6  # no text
+    monkeypatch.setattr(store_module, "STORE_VERSION", 99)
+    assert made() == 16
+
+
+def test_variants_of_random_crops_and_starts(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path / "set", rows=2, wide=0)
+    data = opened(
+        manifest, num_frames=2, random_start=True, cache_variants=3, batch_size=1, height=12, random_crop=True
+    )
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    assert len(list((tmp_path / "cache" / "clips").rglob("*.safetensors"))) == 6
+    stream = filled.data.stream(store=filled.store)
+    seen = {(b.ids[0], round(float(b.moments.sum()), 3)) for b in (next(stream) for _ in range(40))}
+    assert 4 <= len(seen) <= 6
+
+
+def test_task_mix_is_cached_for_every_task(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=3, wide=0), task_mix="t2v=0.2,i2v=0.4,v2v=0.4", batch_size=1)
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    stream = filled.data.stream(store=filled.store)
+    batches = [next(stream) for _ in range(40)]
+    assert {b.tasks[0] for b in batches} == {"t2v", "i2v", "v2v"}
+    assert not stream.broken.known
+    assert all((b.known_moments is None) == (b.tasks == ["t2v"]) for b in batches)
+
+
+def test_ranks_share_the_work(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=5, wide=0))
+    parts = [
+        fill_cache(replace(data, rank=r, world=2), tmp_path / "cache", encoders(), progress=False) for r in range(2)
+    ]
+    assert [p.found for p in parts] == [0, 0]
+    assert sum(p.made for p in parts) == 5 + 2 * 6
+
+
+class Slow(Codec):
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return super().encode_moments(pixels)
+
+
+def _fill_slowly(data: Data, folder: Path) -> None:
+    fill_cache(data, folder, encoders(Slow()), progress=False)
+
+
+def test_two_at_once_and_kills_leave_no_unreadable_file(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=8, wide=0, **TASKS))
+    folder = tmp_path / "cache"
+    fill_cache(data, tmp_path / "other", encoders(), progress=False)  # digests are remembered from here on
+    context = multiprocessing.get_context("fork")
+    for wait in (0.02, 0.05, 0.1, 0.2):
+        pair = [context.Process(target=_fill_slowly, args=(data, folder)) for _ in range(2)]
+        for process in pair:
+            process.start()
+        time.sleep(wait)
+        for process in pair:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        if folder.exists():
+            assert verify(folder)[1] == []
+    pair = [context.Process(target=_fill_slowly, args=(data, folder)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+        assert process.exitcode == 0
+    assert verify(folder) == (8 + 3 + 2 * 9, [])
+
+
+def test_verify_and_training_find_damage(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=4, wide=0), batch_size=1)
+    folder = tmp_path / "cache"
+    filled = fill_cache(data, folder, encoders(), progress=False)
+    paths = sorted((folder / "clips").rglob("*.safetensors"))
+    cut = paths[0].read_bytes()
+    paths[0].write_bytes(cut[: len(cut) // 2])
+    changed = bytearray(paths[1].read_bytes())
+    changed[-3] ^= 1
+    paths[1].write_bytes(bytes(changed))
+    paths[2].rename(paths[2].with_name("0" * 40 + ".safetensors"))
+    sound, wrong = verify(folder)
+    assert (sound, len(wrong)) == (1 + 2 * 5, 3)
+    assert "unreadable" in "".join(wrong)
+    assert "checksum" in "".join(wrong)
+    assert "name" in "".join(wrong)
+    stream = filled.data.stream(store=filled.store)
+    for _ in range(8):
+        next(stream)
+    assert {b.reason for b in stream.broken.known.values()} == {"not-in-cache"}
+    assert len(stream.broken.known) == 2
+    with pytest.raises(DataError, match="no such cache"):
+        verify(tmp_path / "nothing")
+    with pytest.raises(DataError, match="'a prompt' is not in the cache"):
+        filled.store.text(["a prompt"])
+
+
+def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=4, wide=0))
+    (tmp_path / "set" / "2.mp4").write_bytes(b"gone")
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    assert [(q.row.id, q.reason) for q in filled.broken] == [("row2", "changed")]
+    assert "1 rows could not be read and are left out: 1 changed" in filled.summary()
+    assert [q.row.id for q in filled.data.quarantined] == ["row2"]
+    (tmp_path / "set" / "3.mp4").unlink()
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    assert [(q.row.id, q.reason) for q in filled.broken] == [("row3", "missing"), ("row2", "changed")]
+    (tmp_path / "set" / "1.mp4").unlink()
+    with pytest.raises(DataError, match=r"3 of 4 rows could not be read .* --max-bad 0\.5"):
+        fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+
+
+def test_files_say_what_they_were_made_from(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=1, wide=0))
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    reader = RowReader(data.options, data.table, data.mix, cached=True)
+    sample = reader.sample(filled.data.entries[0], 5)
+    fields = filled.store.clip_fields(sample)
+    assert json.loads(json.dumps(fields)) == fields
+    assert (fields["codec"], fields["size"], len(fields["file"])) == ("codec-a", [16, 16], 64)
+    assert EncodingStore(tmp_path / "cache", "codec-a").path(fields).exists()
+
+
+def test_keys_of_real_encoders() -> None:
+    codec, options = IdentityCodec(), CodecOptions()
+    assert codec_key(codec, options) == codec_key(IdentityCodec(), options)
+    assert codec_key(codec, options) != codec_key(codec, CodecOptions(vae_dtype="bf16"))
+    mine = [CodecOptions("external", vae_module="m", vae_class="C", vae_init_json=x) for x in ("{}", '{"gain": 2}')]
+    assert codec_key(codec, mine[0]) != codec_key(codec, mine[1])
+    assert text_keys(build_text(TextOptions())) == ()  # the network reads bytes itself
+    frozen = TextEncoder([Frozen(), Frozen()], TextOptions(text_model="t5", llm_model="llm"))
+    other = TextEncoder([Frozen(), Frozen()], TextOptions(text_model="t5", llm_model="llm", llm_layer=-2))
+    first, second = text_keys(frozen), text_keys(other)
+    assert (first[0] == second[0], first[1] == second[1]) == (True, False)
+    assert len(text_keys(TextEncoder([Frozen()], TextOptions(text_model="none", llm_model="llm")))) == 1
+
+
+def test_the_code_of_an_external_codec_is_a_part_of_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "codec_of_ones_own.py"
+    file.write_text(
+        "class Own:\n"
+        "    spec = {'channels': 3, 'stride': [1, 1, 1]}\n"
+        "    def encode(self, pixels): return pixels\n"
+        "    def decode(self, latents): return latents\n"
+    )
+    options = CodecOptions("external", vae_module=file.stem, vae_class="Own")
+    codec = load_external(file.stem, "Own", {})
+    before = codec_key(codec, options)
+    assert codec_key(codec, options) == before
+    file.write_text(file.read_text().replace("return pixels", "return pixels / 2"))
+    assert codec_key(codec, options) != before
+
+
+class Frozen:
+    """A stream with weights."""
+
+    width = 4
+
+    def fingerprint(self) -> str:
+        return "abc"
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise AssertionError("keys need no encoding")
+
+    def to(self, device: torch.device | str) -> None: ...
+
+    def release(self) -> None: ...

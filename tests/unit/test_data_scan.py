@@ -1,0 +1,243 @@
+"""Scan, summary and report: every row ends somewhere, with a name and an arithmetic."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
+from titans_video.config.options import DataOptions
+from titans_video.data import scan
+from titans_video.data.clip_plan import REASONS, RowPlan, plan_row
+from titans_video.data.dataset import open_data
+from titans_video.data.report import check
+from titans_video.data.scan import Failed, run_jobs
+from titans_video.errors import ConfigError, DataError
+from titans_video.media.reading import read_clip
+from titans_video.types import CodecSpec
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def options(manifest: Path, **given: Any) -> DataOptions:
+    return DataOptions(manifest=(str(manifest),), **{"num_frames": FRAMES, **given})
+
+
+def test_every_row_ends_in_a_bucket_or_with_a_reason(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path / "set", rows=4, wide=2)
+    (tmp_path / "set" / "1.mp4").write_text("<html>404</html>")
+    (tmp_path / "set" / "2.mp4").unlink()
+    write_clip(tmp_path / "set" / "3.mp4", 3, frames=3)
+    more = {"video": "0.mp4", "caption": "", "task": "i2v", "cond_image": "no.png"}
+    manifest.write_text(manifest.read_text() + json.dumps(more) + "\n")
+    given = options(manifest, buckets="16x16x6,32x32x6,16x32x6")
+    report = check(given, PLAIN, PATCH, tmp_path / "out", workers=2, progress=False)
+    left_out = {d["line"]: d for d in map(json.loads, report.quarantine.read_text().splitlines())}
+    assert {n: d["reason"] for n, d in left_out.items()} == {
+        2: "not-a-video",
+        3: "missing",
+        4: "too-short",
+        7: "cond-image",
+    }
+    assert "3 frames, but at least 6 are needed" in left_out[4]["detail"]
+    plans = [json.loads(line) for line in report.plan.read_text().splitlines()]
+    assert [p["video"].rpartition("/")[2] for p in plans] == ["0.mp4", "4.mp4", "5.mp4"]
+    assert {p["bucket"] for p in plans} == {"16x16x6", "16x32x6"}
+    assert (report.rows, report.usable, report.passed) == (7, 3, False)
+    assert sum(report.buckets.values()) + sum(report.reasons.values()) == report.rows
+    page = report.html.read_text()
+    for word in ("3 frames, but at least 6 are needed", "grey 4", "data:image/jpeg;base64", "<svg", REASONS["missing"]):
+        assert word in page
+    assert "http" not in page.replace("http-equiv", "")  # one file, nothing loaded from elsewhere
+    assert "No clip suits the bucket 32x32x6" in report.text
+
+
+def test_refuses_when_too_much_is_bad_and_goes_on_when_not(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path, rows=4, wide=0)
+    for i in (0, 1, 2):
+        (tmp_path / f"{i}.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"3 of 4 rows are unusable, more than --max-bad 0\.5") as caught:
+        open_data(options(manifest), PLAIN, PATCH, seed=0)
+    assert "3 empty-file" in str(caught.value)
+    assert f"{manifest}, line 1" in str(caught.value)
+    data = open_data(options(manifest, max_bad=0.75), PLAIN, PATCH, seed=0)
+    assert len(data.rows) == 1
+    assert "1 of 4 rows usable" in data.summary()
+    (tmp_path / "3.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match="Not one of 4 rows is usable"):
+        open_data(options(manifest, max_bad=1.0), PLAIN, PATCH, seed=0)
+
+
+def test_summary_speaks_of_thin_empty_and_enlarged(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path, rows=2, wide=1)
+    data = open_data(options(manifest, buckets="32x32,16x32,64x16", batch_size=2), PLAIN, PATCH, seed=0)
+    text = data.summary()
+    assert "Thinner than one batch: 16x32x6" in text
+    assert "No clip suits the bucket 64x16x6" in text
+    assert "2 clips are smaller than their bucket and enlarged, 2.00 times at most" in text
+    default = open_data(options(manifest), PLAIN, PATCH, seed=0)
+    assert [str(b) for b in default.buckets] == ["16x16x6"]
+    assert data.sample_pixels(5).shape == (2, 3, FRAMES, 32, 32)
+
+
+def test_second_scan_looks_into_changed_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_set(tmp_path, rows=3, wide=0)
+    asked: list[str] = []
+
+    def spy(jobs: Any, *rest: Any) -> Any:
+        found = list(jobs)
+        asked.extend(path.name for _, path in found)
+        return run_jobs(found, *rest)
+
+    monkeypatch.setattr(scan, "run_jobs", spy)
+    for _ in range(2):
+        assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+    assert sorted(asked) == ["0.mp4", "1.mp4", "2.mp4"]
+    write_clip(tmp_path / "1.mp4", 8, frames=FRAMES + 1)
+    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+    assert sorted(asked[3:]) == ["1.mp4"]
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.write_text('{"version": 1, "files": {"probe:x": 3}')
+    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"fps": 0.0}, "--fps 0"),
+        ({"max_bad": 1.5}, "--max-bad"),
+        ({"stride": 0}, "--stride"),
+        ({"task_mix": "x"}, "--task-mix"),
+        ({"height": 17, "width": 16}, "16x16 and 20x16"),
+    ],
+)
+def test_wrong_flags(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    manifest = make_set(tmp_path, rows=1, wide=0)
+    with pytest.raises(ConfigError, match=words):
+        open_data(options(manifest, **given), PLAIN, PATCH, seed=0)
+
+
+def test_files_that_hang_or_crash_cost_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(path: Path, seconds: float) -> str:
+        if path.name == "hang":
+            time.sleep(60)
+        if path.name == "crash":
+            os._exit(11)
+        return path.name
+
+    monkeypatch.setitem(scan._KINDS, "digest", work)
+    names = ["a", "hang", "b", "crash", "c", "d", "hang", "e"]
+    jobs = [("digest", Path(name)) for name in names]
+    found = [(job[1].name, result) for job, result in run_jobs(jobs, 3, seconds=0.1, grace=0.2)]
+    assert sorted(name for name, _ in found) == sorted(names)
+    for name, result in found:
+        if name in ("hang", "crash"):
+            assert isinstance(result, Failed)
+            assert result.reason == {"hang": "timeout", "crash": "crashed"}[name]
+        else:
+            assert result == name
+
+
+def small(frame: np.ndarray) -> np.ndarray:
+    """16 x 16 block means."""
+    h, w = frame.shape[0] // 16, frame.shape[1] // 16
+    return frame[: 16 * h, : 16 * w].astype(np.float32).reshape(16, h, 16, w, 3).mean((1, 3))
+
+
+def decode_all(path: Path) -> tuple[list[float], np.ndarray]:
+    """Seconds from the first frame, and every frame small, by PyAV alone."""
+    with av.open(str(path)) as container:
+        found = [(float(f.time), small(f.to_ndarray(format="rgb24"))) for f in container.decode(video=0)]
+    return [t - found[0][0] for t, _ in found], np.stack([f for _, f in found])
+
+
+@pytest.mark.parametrize("name", ["man_paper_sign_vfr.mp4", "stove_and_dog_vfr.mp4"])
+def test_plan_equals_decode_on_variable_rate_clips(real_clips: Path, tmp_path: Path, name: str) -> None:
+    """Every planned frame against a full decode: the right one is read, at three rates."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"video": name, "caption": "x"}) + "\n")
+    times, pictures = decode_all(real_clips / name)
+    usual = float(np.median(np.diff(times)))
+    for fps in (4.0, 10.0, 24.0):
+        given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
+        (entry,) = open_data(given, PLAIN, PATCH, seed=0).entries
+        plan = plan_row(entry.row, entry.info(), scan.make_table(given, PLAIN, PATCH, None), given)
+        assert isinstance(plan, RowPlan)
+        right = [max(i for i, t in enumerate(times) if t <= k / fps + 0.1 * usual + 1e-6) for k in range(9)]
+        assert list(plan.indices) == right
+        read = read_clip(entry.row.video, entry.info(), plan.indices, entry.info().height, entry.info().width)
+        for index, picture in zip(right, map(small, read), strict=True):
+            errors = np.abs(pictures - picture).mean((1, 2, 3))
+            assert errors[index] <= errors.min() + 0.5
+            assert errors[index] < 6
+
+
+def test_every_clip_is_planned_by_its_own_timestamps(real_clips: Path, tmp_path: Path) -> None:
+    """The frame on screen at each time, by the timestamps of a full decode with PyAV alone: every clip, three rates."""
+    videos = [json.loads(line)["video"] for line in (real_clips / "manifest.jsonl").read_text().splitlines()]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({"video": v, "caption": "x", "id": v}) + "\n" for v in videos))
+    times: dict[str, list[float]] = {}
+    for video in videos:
+        with av.open(str(real_clips / video)) as container:
+            found = [float(frame.time) for frame in container.decode(video=0)]
+        times[video] = [t - found[0] for t in found]
+    for fps in (4.0, 10.0, 24.0):
+        given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
+        entries = open_data(given, PLAIN, PATCH, seed=0).entries
+        assert {e.row.id for e in entries} == set(videos)
+        table = scan.make_table(given, PLAIN, PATCH, None)
+        for entry in entries:
+            plan = plan_row(entry.row, entry.info(), table, given)
+            assert isinstance(plan, RowPlan)
+            clock = times[entry.row.id]
+            grace = 0.1 * float(np.median(np.diff(clock))) + 1e-6
+            wanted = [max(i for i, t in enumerate(clock) if t <= k / fps + grace) for k in range(plan.bucket.frames)]
+            assert list(plan.indices) == wanted, (entry.row.id, fps)
+
+
+def test_nasty_files_end_as_their_class_says(real_clips: Path, tmp_path: Path) -> None:
+    expected = json.loads((real_clips / "nasty" / "expected.json").read_text())
+    manifest = tmp_path / "nasty.jsonl"
+    manifest.write_text(
+        "".join(
+            json.dumps({"video": f"nasty/{e['file']}", "caption": e["class"], "id": e["file"]}) + "\n" for e in expected
+        )
+    )
+    before = {p: p.stat().st_mtime_ns for p in (real_clips / "nasty").iterdir()}
+    given = options(manifest, data_root=str(real_clips), num_frames=16, height=32, width=32)
+    report = check(given, CodecSpec("wan", 16, (4, 8, 8), "causal"), (1, 2, 2), tmp_path / "out", progress=False)
+    plans = {d["id"]: d for d in map(json.loads, report.plan.read_text().splitlines())}
+    left_out = {d["id"]: d for d in map(json.loads, report.quarantine.read_text().splitlines())}
+    assert len(plans) + len(left_out) == len(expected)
+    for e in expected:
+        name = e["file"]
+        if e["class"] == "reject":
+            assert left_out[name]["reason"] in REASONS
+        elif e["class"] == "quirk":
+            assert name in plans
+        elif name in plans:  # partial or short: real frames alone
+            assert plans[name]["available"] <= e["frames_seen"]
+            assert max(plans[name]["frames"]) < e["frames_seen"]
+    assert left_out["one_frame.mp4"]["reason"] == "too-short"
+    assert plans["rotated_90.mp4"]["source"] == [426, 240]
+    assert plans["anamorphic_sar_16_9.mp4"]["source"] == [240, 427]
+    assert {p: p.stat().st_mtime_ns for p in (real_clips / "nasty").iterdir()} == before
+
+
+def test_all_good_clips_land_in_a_bucket(real_clips: Path, tmp_path: Path) -> None:
+    given = DataOptions(
+        manifest=(str(real_clips / "manifest.jsonl"),), buckets="32x48,48x32,32x32", fps=8, num_frames=8
+    )
+    data = open_data(given, PLAIN, PATCH, seed=0)
+    assert not data.quarantined
+    assert {str(b) for b in data.buckets} == {"32x48x8", "48x32x8", "32x32x8"}

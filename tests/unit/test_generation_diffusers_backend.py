@@ -1,0 +1,131 @@
+"""Videos from a pretrained pipeline with LoRA: against the stock pipeline, windows against brute force."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import factories
+from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
+from titans_video.generation.denoise import frame_noise
+from titans_video.generation.diffusers_backend import (
+    PretrainedModel,
+    PretrainedPipeline,
+    load_pretrained,
+    parse_lora,
+    plan_pretrained,
+    windowed,
+)
+from titans_video.generation.request import build_request
+from titans_video.models import lora, lora_io
+from titans_video.pretrained.registry import open_family
+from titans_video.seeding import derive
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("cogvideox")
+    return {kind: factories.make_cogvideox(root / kind, kind) for kind in ("2b", "1.5", "1.5-i2v")}
+
+
+@pytest.fixture(scope="module")
+def adapters(pipelines: dict[str, Path]) -> dict[str, Path]:
+    """A LoRA file with an alpha of its own for each pipeline."""
+    for path in pipelines.values():
+        network = open_family(path).load_network(torch.float32)
+        lora.inject(network, lora.LoraConfig(2, 5.0))
+        torch.manual_seed(4)
+        for _, layer in lora.layers(network):
+            nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.3)  # type: ignore[arg-type,union-attr]
+        lora_io.write(path / "lora", lora.state_dict(network), lora.layer_sizes(network))
+    return {kind: path / "lora" for kind, path in pipelines.items()}
+
+
+def made(model: PretrainedModel, options: GenerateOptions, image: Tensor | None = None) -> Tensor:
+    request, _ = build_request(options, model)
+    request = request if image is None else replace(request, known=image)
+    windows, _ = plan_pretrained(model, request, options)
+    return torch.cat(list(PretrainedPipeline(model).stream(request, windows, progress=False)), dim=2)
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5", "1.5-i2v"])
+def test_it_is_the_stock_pipeline_with_its_own_loader(
+    kind: str, pipelines: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    options = GenerateOptions(prompt="a red circle", num_frames=9, height=32, width=32, steps=3, seed=7)
+    model, notes = load_pretrained(RunOptions(), str(pipelines[kind]), [f"{adapters[kind]}:0.6"], Overrides())
+    assert notes == []
+    image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if kind.endswith("i2v") else None
+    ours = made(model, options, image)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(adapters[kind], adapter_name="x")
+    pipe.set_adapters("x", 0.6)
+    noise = frame_noise((4, model.family.padded_frames(3), 4, 4), [7])
+    first: dict[str, Any] = {} if image is None else {"image": (image[:, :, 0] + 1) / 2}
+    theirs = pipe(
+        prompt="a red circle", **first, height=32, width=32, num_frames=9, num_inference_steps=3,
+        latents=noise.transpose(1, 2), generator=torch.Generator().manual_seed(derive(7, "pipeline", 0)),
+        max_sequence_length=12, output_type="pt",
+    ).frames.transpose(1, 2)  # fmt: skip
+    shown = slice(0 if image is None else 1, None)  # a given frame stays as it was given
+    torch.testing.assert_close((ours[:, :, shown] + 1) / 2, theirs[:, :, shown].detach(), rtol=0, atol=1e-5)
+    if image is not None:
+        assert torch.equal(ours[:, :, :1], image)
+
+
+@pytest.mark.parametrize(("kind", "starts", "length"), [("2b", (0, 2, 3), 3), ("1.5", (0, 2), 4)])
+def test_blended_windows_are_weighted_averages(
+    kind: str, starts: tuple[int, ...], length: int, pipelines: dict[str, Path]
+) -> None:
+    family = open_family(pipelines[kind])
+    network = family.load_network(torch.float32)
+    total = starts[-1] + length
+    x, states, time = torch.randn(1, 4, total, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
+    with torch.no_grad():
+        with windowed(family, network, starts, length):
+            ours = family.predict(network, x, time, states, None, torch.float32)
+        expected, weight = torch.zeros_like(x), torch.zeros(total)
+        for i, start in enumerate(starts):
+            value = family.predict(network, x[:, :, start : start + length], time, states, None, torch.float32)
+            for frame in range(length):
+                before = starts[i - 1] + length - start if i else 0
+                after = start + length - starts[i + 1] if i + 1 < len(starts) else 0
+                w = min(1.0, (frame + 1) / (before + 1) if frame < before else 1.0)
+                w *= (length - frame) / (after + 1) if length - frame <= after else 1.0
+                expected[:, :, start + frame] += w * value[:, :, frame]
+                weight[start + frame] += w
+    torch.testing.assert_close(ours, expected / weight[:, None, None], rtol=1e-4, atol=1e-5)
+    again = family.predict(network, x[:, :, :length], time, states, None, torch.float32)
+    assert again.shape[2] == length  # the transformer is its own again
+
+
+def test_one_window_is_the_unblended_call_and_odd_lengths_of_version_1_5(pipelines: dict[str, Path]) -> None:
+    model, _ = load_pretrained(RunOptions(), str(pipelines["1.5"]), [], Overrides())
+    options = GenerateOptions(prompt="x", num_frames=9, height=32, width=32, steps=2)
+    whole = made(model, options)
+    assert torch.equal(made(model, replace(options, window=9, window_mode="blend")), whole)
+    long = made(model, replace(options, num_frames=30))
+    assert long.shape == (1, 3, 30, 32, 32)
+    assert bool(torch.isfinite(long).all())
+
+
+@pytest.mark.parametrize("overrides", [Overrides(), Overrides(vae_dtype="fp32")])
+def test_a_pipeline_in_bf16(overrides: Overrides, pipelines: dict[str, Path], adapters: dict[str, Path]) -> None:
+    options = GenerateOptions(prompt="a red circle", num_frames=9, height=32, width=32, steps=2)
+    half, _ = load_pretrained(RunOptions(dtype="bf16"), str(pipelines["2b"]), [str(adapters["2b"])], overrides)
+    whole, _ = load_pretrained(RunOptions(), str(pipelines["2b"]), [str(adapters["2b"])], Overrides())
+    video = made(half, options)
+    assert video.dtype == torch.float32
+    assert (video - made(whole, options)).abs().mean() < 0.1
+
+
+def test_words_of_the_lora_flag(tmp_path: Path) -> None:
+    (tmp_path / "odd:name").mkdir()
+    assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
+    assert parse_lora("a/b.safetensors:-0.5") == (Path("a/b.safetensors"), -0.5)
+    assert parse_lora(str(tmp_path / "odd:name")) == (tmp_path / "odd:name", 1.0)

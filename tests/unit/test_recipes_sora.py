@@ -1,0 +1,359 @@
+"""The SoraDiT recipe: what its loss is made of, row by row, and that its checkpoints build the same model again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from titans_video import checkpoint as files
+from titans_video.config.generation import Overrides
+from titans_video.config.options import (
+    AdviceOptions,
+    CodecOptions,
+    DataOptions,
+    ModelOptions,
+    ProcessOptions,
+    SoraOptions,
+    TextOptions,
+    TrainOptions,
+)
+from titans_video.data.buckets import Bucket
+from titans_video.recipes.setup import frames_in_words, open_data_and_codec, spec_of
+from titans_video.recipes.sora import SoraRecipe, build_recipe
+from titans_video.seeding import derive, keyed_normal
+from titans_video.text.registry import build_text
+from titans_video.training import distributed
+from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_known_mask
+
+FRAMES, SIDE = 4, 8
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Row:
+    caption: str
+
+
+class FakeData:
+    """Five clips of noise in one bucket."""
+
+    rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    tasks = ("i2v", "t2v")
+    buckets = (Bucket(FRAMES, SIDE, SIDE),)
+    fps = 8.0
+
+    def sample_pixels(self, n: int) -> Tensor:
+        return torch.rand(min(n, 5), 3, FRAMES, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 2), drop: float = 0.5) -> SoraOptions:
+    return SoraOptions(
+        codec=CodecOptions(vae_backend="identity", vae_init_json=f'{{"factor": {list(factor)}}}'),
+        text=TextOptions(text_model="builtin"),
+        model=ModelOptions(preset="tiny", model_dim=24, depth=1, heads=2, patch_size=(1, 2, 2)),
+        process=ProcessOptions(prediction=prediction, shift=1.0),
+        train=TrainOptions(cfg_drop_prob=drop),
+        advice=AdviceOptions(
+            sample_steps=7, sample_guidance=2.5, sample_guidance_interval=(0.5, 1), sample_draft_frames=1
+        ),
+    )
+
+
+def recipe_of(run: SoraOptions) -> SoraRecipe:
+    start = distributed.start(run.train)
+    data: Any = FakeData()
+    codec = open_codec(run, start)
+    made = build_recipe(run, data, codec, build_text(run.text), CPU)
+    torch.manual_seed(0)
+    for p in made.network.parameters():  # the zero initialisation would hide what the network is given
+        torch.nn.init.normal_(p, std=0.1)
+    return made
+
+
+def open_codec(run: SoraOptions, start: distributed.Engine) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titans_video.recipes.setup.open_data", lambda *a, **k: FakeData())
+        return open_data_and_codec(run, start, None)[1]
+
+
+def batch_of(known: list[int], rows: int = 4) -> Batch:
+    seeds = [derive(5, i) for i in range(rows)]
+    pixels = keyed_normal((3, FRAMES, SIDE, SIDE), seeds).clamp(-1, 1)
+    counts = torch.tensor((known * rows)[:rows])
+    given = torch.arange(FRAMES)[None] < counts[:, None]
+    captions = ["a red circle moving right", "é", "two words", "a much longer caption of a blue square"]
+    return Batch(
+        ids=[str(i) for i in range(rows)],
+        seeds=seeds,
+        captions=captions[:rows],
+        tasks=["i2v" if n else "t2v" for n in counts.tolist()],
+        frames=FRAMES,
+        height=SIDE,
+        width=SIDE,
+        fps=torch.full((rows,), 8.0),
+        known_frames=counts,
+        pixels=pixels,
+        known_pixels=pixels * given[:, None, :, None, None] if counts.any() else None,
+    )
+
+
+def row_of(batch: Batch, i: int) -> Batch:
+    def cut(x: Any) -> Any:
+        return x[i : i + 1] if isinstance(x, list | Tensor) else x
+
+    return replace(batch, **{name: cut(value) for name, value in vars(batch).items()})
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+@pytest.mark.parametrize("known", [[0], [0, 1, 2, 3]])
+def test_the_loss_of_a_batch_is_the_sum_of_its_rows(prediction: str, known: list[int]) -> None:
+    recipe = recipe_of(options(prediction))
+    batch = batch_of(known)
+    with torch.no_grad():
+        whole = recipe.loss(recipe.network, batch)
+        rows = [recipe.loss(recipe.network, row_of(batch, i)) for i in range(4)]
+    torch.testing.assert_close(whole, torch.cat(rows), rtol=1e-5, atol=1e-4)
+    assert recipe.supervised(batch) == sum(recipe.supervised(row_of(batch, i)) for i in range(4))
+
+
+def test_supervised_elements_are_those_of_frames_not_wholly_known() -> None:
+    recipe = recipe_of(options())
+    of_a_frame = 3 * SIDE * SIDE
+    assert recipe.supervised(batch_of([0])) == 4 * FRAMES * of_a_frame
+    assert recipe.supervised(batch_of([0, 1, 2, 3])) == (4 + 3 + 2 + 1) * of_a_frame
+    blocks = recipe_of(options(factor=(2, 2, 2)))  # a latent frame stands for two: one known frame holds none of them
+    assert blocks.supervised(batch_of([0, 1, 2, 3])) == (4 + 4 + 2 + 2) * of_a_frame
+
+
+def test_a_frame_count_that_is_not_legal_is_said_in_one_line() -> None:
+    run = options(factor=(2, 2, 2))
+    data: Any = FakeData()
+    spec = spec_of(run.codec)
+    assert frames_in_words(replace(run, data=DataOptions(num_frames=4)), data, spec) == []
+    (line,) = frames_in_words(replace(run, data=DataOptions(num_frames=5)), data, spec)
+    assert "--num-frames 5" in line
+    assert "4 is used, 6 would be the next" in line
+
+
+class Spy(nn.Module):
+    """Remembers what it is given and answers zeros."""
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Prediction:
+        self.latents, self.time, self.condition = latents, time, condition
+        return Prediction(torch.zeros_like(latents))
+
+
+def test_known_frames_are_clean_at_time_zero_and_free() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([0, 1, 2, 3])
+    loss = recipe.loss(spy, batch)
+    assert batch.pixels is not None
+    clean = recipe.codec.encode(batch.pixels)
+    given = batch.known_frame_mask()
+    assert torch.equal(spy.time == 0, given)
+    held = given[:, None, :, None, None].expand_as(clean)
+    assert torch.equal(spy.latents[held], clean[held])
+    assert not torch.isclose(spy.latents[~held], clean[~held]).all()
+    known, mask = spy.condition.known, spy.condition.known_mask
+    assert known is not None
+    assert mask is not None
+    assert torch.equal(known[held], clean[held])
+    assert torch.equal(mask, fold_known_mask(given, recipe.codec.spec))
+    noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+    torch.testing.assert_close(loss.sum(), (noise - clean)[~held].square().sum())
+    assert torch.equal(spy.latents, recipe.process.noisy(clean, noise, spy.time))
+
+
+def test_a_rows_own_picture_is_what_stands_at_its_known_frame() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([1])
+    picture = torch.zeros_like(batch.known_pixels)  # type: ignore[arg-type]
+    picture[:, :, 0] = 0.5
+    recipe.loss(spy, replace(batch, known_pixels=picture))
+    assert (spy.latents[:, :, 0] == 0.5).all()
+
+
+def test_rows_without_known_frames_have_blank_latents() -> None:
+    recipe, spy = recipe_of(options()), Spy()
+    batch = batch_of([0, 2])
+    assert batch.known_pixels is not None
+    batch.known_pixels[0] = 1.0  # whatever stands there is not looked at
+    recipe.loss(spy, batch)
+    assert spy.condition.known is not None
+    assert not spy.condition.known[0].any()
+    assert spy.condition.known[1].any()
+
+
+def test_cached_encodings_take_the_place_of_pixels() -> None:
+    recipe = recipe_of(options())
+    batch = batch_of([0, 1])
+    assert batch.pixels is not None
+    assert batch.known_pixels is not None
+    moments = recipe.codec.encode_moments(batch.pixels), recipe.codec.encode_moments(batch.known_pixels)
+    given = {"moments": moments[0], "known_moments": moments[1], "text": recipe.text(batch.captions)}
+    cached = replace(batch, pixels=None, known_pixels=None, **given)
+    with torch.no_grad():
+        assert torch.equal(
+            recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[]))
+        )
+
+
+def test_dropped_captions_are_the_empty_prompt() -> None:
+    recipe, batch = recipe_of(options(drop=1.0)), batch_of([0])
+    spy, empty = Spy(), recipe.text.empty(1)
+    recipe.loss(spy, batch)
+    assert spy.condition.text is not None
+    length = int(empty.masks[0].sum())
+    for row in range(4):
+        assert torch.equal(spy.condition.text.masks[0][row].nonzero()[:, 0], torch.arange(length))
+        assert torch.equal(spy.condition.text.streams[0][row, :length], empty.streams[0][0, :length])
+
+
+def test_the_share_of_dropped_captions() -> None:
+    recipe, empty_length = recipe_of(options(drop=0.3)), 1
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    text = recipe._dropped(batch, recipe.text(batch.captions))
+    share = (text.masks[0].sum(dim=1) == empty_length).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.06)
+
+
+def test_streams_are_dropped_together_or_each_alone() -> None:
+    recipe = recipe_of(options(drop=0.5))
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    one, none = recipe.text(batch.captions), recipe.empty
+    text, recipe.empty = (TextCondition(t.streams * 2, t.masks * 2) for t in (one, none))
+
+    def dropped() -> tuple[Tensor, Tensor]:
+        first, second = recipe._dropped(batch, text).masks
+        return first.sum(dim=1) == 1, second.sum(dim=1) == 1
+
+    first, second = dropped()
+    assert torch.equal(first, second)
+    recipe.cfg_drop_each = True
+    first, second = dropped()
+    shares = [(a & b).float().mean().item() for a in (first, ~first) for b in (second, ~second)]
+    assert shares == pytest.approx([0.25] * 4, abs=0.07)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_is_as_asked(wanted: bool) -> None:
+    run = options()
+    run = replace(run, model=replace(run.model, gradient_checkpointing=wanted))
+    assert recipe_of(run).network.gradient_checkpointing is wanted
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    run, data = options(), _data()
+    codec, text = recipe_of(run).codec, build_text(run.text)
+    first, again = (build_recipe(run, data, codec, text, CPU) for _ in range(2))
+    for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _data() -> Any:
+    return FakeData()
+
+
+@pytest.mark.parametrize("backend", ["identity", "patch"])
+def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) -> None:
+    from titans_video.generation.model import load_model
+
+    run = options("x0")
+    if backend == "patch":
+        run = replace(run, codec=CodecOptions(vae_backend="patch", vae_init_json='{"patch": [2, 2, 2], "channels": 6}'))
+    recipe = recipe_of(run)
+    files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
+    model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
+    assert model.step == 12
+    assert model.process.config() == recipe.process.config()
+    data = {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "tasks": ["i2v", "t2v"]}
+    assert model.config["data"] == data
+    assert model.config["sample"] == {
+        "steps": 7,
+        "guidance_scale": 2.5,
+        "guidance_interval": [0.5, 1.0],
+        "draft_frames": 1,
+        "prompt": "a red circle moving right",
+    }
+    pixels = FakeData().sample_pixels(2)
+    assert torch.equal(model.codec.encode(pixels), recipe.codec.encode(pixels))
+    for name, weight in recipe.network.state_dict().items():
+        assert torch.equal(model.network.state_dict()[name], weight)
+
+
+def test_held_out_loss_of_each_row_at_fixed_noise_and_times() -> None:
+    recipe, spy, batch = recipe_of(options(drop=1.0)), Spy(), batch_of([0, 1, 2, 3])
+    quantiles = [0.1, 0.5, 0.9]
+    sums, elements = recipe.held_out(spy, batch, quantiles)
+    assert batch.pixels is not None
+    clean, given = recipe.codec.encode(batch.pixels), batch.known_frame_mask()
+    free = ~given[:, None, :, None, None].expand_as(clean)
+    assert elements.tolist() == free.flatten(1).sum(1).tolist()
+    for i, quantile in enumerate(quantiles):
+        noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+        expected = ((noise - clean).square() * free).flatten(1).sum(1).double()  # the spy answers 0
+        torch.testing.assert_close(sums[i], expected, rtol=1e-5, atol=0)
+    time = torch.sigmoid(torch.tensor(1.2815515655446004))  # the 0.9 quantile of a normal; no shift
+    torch.testing.assert_close(spy.time, torch.where(given, 0.0, time))
+    assert spy.condition.text is not None  # captions stay, whatever training drops
+    assert spy.condition.text.masks[0].sum(1).tolist() == [len(c.encode()) + 1 for c in batch.captions]
+
+
+def test_held_out_loss_is_the_rows_own_and_the_same_each_time() -> None:
+    recipe, batch = recipe_of(options("x0")), batch_of([0, 2])
+    with torch.no_grad():
+        sums, elements = recipe.held_out(recipe.network, batch, [0.3, 0.6])
+        again, _ = recipe.held_out(recipe.network, batch, [0.3, 0.6])
+        rows = [recipe.held_out(recipe.network, row_of(batch, i), [0.3, 0.6]) for i in range(4)]
+    assert torch.equal(sums, again)
+    torch.testing.assert_close(sums, torch.cat([r[0] for r in rows], dim=1), rtol=1e-4, atol=1e-4)
+    assert elements.tolist() == [int(r[1]) for r in rows]
+    assert not torch.equal(sums[0], sums[1])
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_held_out_loss_over_all_times_is_the_training_loss(prediction: str) -> None:
+    """Even quantiles are a quadrature of the distribution that training draws its times from."""
+    recipe = recipe_of(options(prediction, drop=0.0))
+    one = batch_of([0], rows=1)
+    many = replace(one, seeds=[derive(11, i) for i in range(400)], ids=one.ids * 400, captions=one.captions * 400)
+    many = replace(many, tasks=one.tasks * 400, known_frames=one.known_frames.expand(400), fps=one.fps.expand(400))
+    assert one.pixels is not None
+    many.pixels = one.pixels.expand(400, *one.pixels.shape[1:])
+    with torch.no_grad():
+        drawn = float(recipe.loss(recipe.network, many).sum()) / 400
+        sums, _ = recipe.held_out(recipe.network, one, [(i + 0.5) / 40 for i in range(40)])
+    assert float(sums.mean()) == pytest.approx(drawn, rel=0.05)
+
+
+def test_samples_are_what_the_checkpoint_generates(tmp_path: Path) -> None:
+    from titans_video.generation.long_video import sample
+    from titans_video.generation.model import load_model
+
+    recipe = recipe_of(options("x0"))
+    files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
+    model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
+    with recipe.sampler(recipe.network, 12) as sampler:
+        made = sampler("a blue square", 3)
+    theirs = sample(model, "a blue square", 3)
+    assert torch.equal(made.video, theirs.video)
+    assert made.fps == theirs.fps == 8.0
+    assert made.about | {"checkpoint": ""} == theirs.about | {"checkpoint": ""}
+    assert made.about["trained_steps"] == 12
+
+
+def test_tokens_and_flops_of_a_batch() -> None:
+    recipe, batch = recipe_of(options()), batch_of([0])
+    assert recipe.tokens(batch) == 4 * FRAMES * (SIDE // 2 // 2) ** 2
+    state = torch.get_rng_state()
+    flops = recipe.flops(batch)
+    assert torch.equal(state, torch.get_rng_state())
+    assert flops == 4 * recipe.flops(row_of(batch, 3))  # captions of up to 64 bytes count alike
+    assert recipe.flops(replace(batch, captions=["a" * 100] * 4)) > flops
+    assert len(recipe.counted_flops) == 2
+    # Of a network this narrow the parameters are not all in use for each token; its matrices are most of the work.
+    matrices = sum(p.numel() for n, p in recipe.network.blocks.named_parameters() if p.ndim == 2)
+    assert flops > 6 * 0.5 * matrices * recipe.tokens(batch)
