@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from common.measuring import show
 
-from titans_video.codecs.pca import PatchCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, SoraOptions, TrainOptions
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.media.info import VideoInfo
 from titans_video.media.reading import read_clip, read_indices
@@ -166,16 +166,16 @@ def options_of(manifest: Path, **changes: Any) -> DataOptions:
     return DataOptions(manifest=(str(manifest),), height=HEIGHT, width=WIDTH, num_frames=FRAMES, fps=FPS, **changes)
 
 
-def tasks_of(data: Data) -> list[Task]:
+def tasks_of(data: VideoDataset) -> list[Task]:
     """Each clip once, from a random start, so that readers have to find their way into the file."""
     reader = data.reader()
     samples = [reader.decide(entry, "t2v", number) for number, entry in enumerate(data.entries)]
     return [Task(s.entry.row.video, s.entry.info(), s.plan.indices) for s in samples]
 
 
-def ready_clips(data: Data, folder: Path, repeats: int) -> list[tuple[str, float]]:
+def ready_clips(data: VideoDataset, folder: Path, repeats: int) -> list[tuple[str, float]]:
     """Clips a second at the size of the bucket, as training takes them: from files, and from the two caches."""
-    codec = PatchCodec.fit(data.sample_pixels(16), PATCH, SPEC.channels)
+    codec = PCACodec.fit(data.sample_pixels(16), PATCH, SPEC.channels)
     filled = fill_cache(data, folder, Encoders("bench", lambda: codec), progress=False)
     reader, bare = data.reader(), data.reader()
     bare.ram.budget = 0
@@ -229,7 +229,7 @@ def report(
     tasks: Sequence[Task],
     results: dict[str, Result],
     ready: Sequence[tuple[str, float]],
-    waited: Sequence[tuple[str, float, float]],
+    data_seconds: Sequence[tuple[str, float, float]],
 ) -> str:
     """The results as markdown."""
     total = sum(len(t.indices) for t in tasks)
@@ -250,7 +250,7 @@ def report(
     lines += ["", f"| a clip ready for training ({HEIGHT}x{WIDTH}) | clips/s |", "| --- | --- |"]
     lines += [f"| {name} | {rate:.1f} |" for name, rate in ready]
     lines += ["", "| training, 4 clips of 128x224 a step | s/step | waiting for data |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {seconds:.3f} | {share:.1%} |" for name, seconds, share in waited]
+    lines += [f"| {name} | {seconds:.3f} | {share:.1%} |" for name, seconds, share in data_seconds]
     return "\n".join(lines)
 
 
@@ -272,11 +272,11 @@ def main() -> None:
         data = open_data(options_of(manifest, data_root=str(source), random_start=True), SPEC, (1, 4, 4), seed=0)
         fixed = open_data(options_of(manifest, data_root=str(source)), SPEC, (1, 4, 4), seed=0)
         # The peers come last: they start threads, and processes that read ahead are forked.
-        waited = waits(manifest, source, folder, a.steps)
+        data_seconds = waits(manifest, source, folder, a.steps)
         ready = ready_clips(fixed, folder / "ready", a.repeats)
         tasks = tasks_of(data)
         here = {n: read for n, read in READERS.items() if all(map(importlib.util.find_spec, MODULES.get(n, ())))}
-        text = report(tasks, compare(tasks, here, a.repeats), ready, waited)
+        text = report(tasks, compare(tasks, here, a.repeats), ready, data_seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(text, a.out)

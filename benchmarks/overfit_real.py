@@ -38,7 +38,7 @@ from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.reporting.report import write_report
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLIPS = (
@@ -137,7 +137,7 @@ def read_originals(manifest: Path, clips: Path, model: VideoModel) -> Tensor:
 def generate_all(model: VideoModel, captions: list[str]) -> Tensor:
     """One clip for each caption, (8, 3, T, H, W) in [-1, 1]."""
     usual, _ = build_request(GenerateOptions(), model)
-    seeds = [derive(0, "overfit", i) for i in range(len(captions))]
+    seeds = [derive_seed(0, "overfit", i) for i in range(len(captions))]
     return generate(model, replace(usual, prompts=captions, seeds=seeds))
 
 

@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; read 
 import numpy as np
 import torch
 
-from titans_video.codecs.pca import PatchCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides
 from titans_video.data.loader import to_floats
 from titans_video.demo.run import training_command
@@ -45,7 +45,7 @@ from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import read_joins
 from titans_video.mock.bounce import sample_bounce
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET = REPOSITORY / "configs" / "sora" / "bounce.yaml"
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Joins of the bouncing world, continued, blended and true."""
+    """WindowingSupport of the bouncing world, continued, blended and true."""
     folder = arguments.out / "bounce"
     data = ["data", "mock", "--world", "bounce", "--clips", f"{CLIPS}", "--size", "64", "--frames", f"{WINDOW}"]
     found: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def make_bouncing(model: VideoModel, mode: str, count: int) -> tuple[np.ndarray,
     made = []
     for start in range(0, count, 24):
         rows = range(start, min(start + 24, count))
-        request = replace(usual, prompts=[prompts[i] for i in rows], seeds=[derive(0, "windows", i) for i in rows])
+        request = replace(usual, prompts=[prompts[i] for i in rows], seeds=[derive_seed(0, "windows", i) for i in rows])
         windows, _ = plan_video(model, request, WINDOW, OVERLAP, mode)  # type: ignore[arg-type]
         videos = torch.cat(list(generate_long(model, request, windows)), dim=2)
         made += [to_uint8(video) for video in videos]
@@ -136,7 +136,7 @@ def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
     truth = np.stack([clip.frames for clip in clips])
     known = to_floats(torch.from_numpy(truth[:, :OVERLAP]))
     usual, _ = build_request(GenerateOptions(num_frames=FRAMES), model)
-    request = replace(usual, prompts=[c.caption for c in clips], seeds=list(range(count)), known=known)
+    request = replace(usual, prompts=[c.caption for c in clips], seeds=list(range(count)), cond_pixels=known)
     windows, _ = plan_video(model, request, WINDOW, OVERLAP, "continue")
     videos = torch.cat(list(generate_long(model, request, windows)), dim=2)
     found = judge(np.stack([to_uint8(video) for video in videos]), windows.edges)
@@ -155,7 +155,7 @@ def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
 def unjoined(model: VideoModel) -> Iterator[None]:
     """The patch codec without its joins."""
     codec = model.codec
-    assert isinstance(codec, PatchCodec)
+    assert isinstance(codec, PCACodec)
     gain, codec.gain = codec.gain, None
     try:
         yield

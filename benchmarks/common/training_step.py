@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from common.measuring import Meter, Parent, map_large_blocks
 from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions, TextOptions, TrainOptions
 from titans_video.data.buckets import Bucket
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import Batch
 
 STRIDE = 8  # pixels of a latent cell
@@ -58,8 +58,8 @@ class Finished(Exception):
 class Turns:
     """The trainer's stream: a made-up batch whenever the parent asks for a step, and the figures of it afterwards."""
 
-    def __init__(self, parent: Parent, engine: Any, size: Size) -> None:
-        self.parent, self.engine, self.size = parent, engine, size
+    def __init__(self, parent: Parent, accelerator: Any, size: Size) -> None:
+        self.parent, self.accelerator, self.size = parent, accelerator, size
         self.trainer: Any = None
 
     def attend(self, trainer: Any) -> None:
@@ -77,23 +77,23 @@ class Turns:
         from titans_video.training import distributed as engines
 
         figures = {"trial": time.perf_counter() - self.began}
-        cuda = self.engine.device.type == "cuda"
+        cuda = self.accelerator.device.type == "cuda"
         while True:
-            order = json.loads(engines.once(self.engine, partial(self._turn, figures)) or "{}")
+            order = json.loads(engines.run_on_main(self.accelerator, partial(self._turn, figures)) or "{}")
             if not order:
                 raise Finished
             if not cuda:
                 map_large_blocks(order["memory"])
-            batch = made_up(Size(**order["size"]), self.engine.process_index)
+            batch = made_up(Size(**order["size"]), self.accelerator.process_index)
             meter = Meter(cuda)
             meter.start()
             yield batch
             own = meter.stop()
-            if engines.engine_name(self.engine) == "DDP":
+            if engines.backend_name(self.accelerator) == "DDP":
                 own["growth"] += self.gradients  # it keeps them in its buckets between steps
             own["state"] = self.weights + self.gradients + self.optimizer
             own["peak"] = self.weights + self.optimizer + own["growth"]
-            every = engines.gather(self.engine, own)
+            every = engines.all_gather_object(self.accelerator, own)
             figures = {name: max(one[name] for one in every) for name in own}
 
     def _turn(self, figures: dict[str, float]) -> str:
@@ -103,7 +103,7 @@ class Turns:
     def largest(self) -> Batch:
         """For the trainer's trial before the first step."""
         self.began = time.perf_counter()
-        return made_up(self.size, self.engine.process_index)
+        return made_up(self.size, self.accelerator.process_index)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -120,7 +120,7 @@ def held(tensors: Iterable[Tensor]) -> int:
 
 def made_up(size: Size, rank: int) -> Batch:
     """Latents as pixels of the identity codec."""
-    seeds = [derive(0, "row", rank, i) for i in range(size.batch)]
+    seeds = [derive_seed(0, "row", rank, i) for i in range(size.batch)]
     side = size.resolution // STRIDE
     return Batch(
         ids=[str(seed) for seed in seeds],
@@ -131,8 +131,8 @@ def made_up(size: Size, rank: int) -> Batch:
         height=side,
         width=side,
         fps=torch.full((size.batch,), 8.0),
-        known_frames=torch.zeros(size.batch, dtype=torch.int64),
-        pixels=keyed_normal((3, size.frames, side, side), seeds),
+        num_cond_frames=torch.zeros(size.batch, dtype=torch.int64),
+        pixels=seeded_randn((3, size.frames, side, side), seeds),
     )
 
 
@@ -162,15 +162,15 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
                 output_dir=folder, max_steps=10**9, save_every=10**9, mixed_precision=setup.precision, lr=1e-5
             ),
         )
-        engine = engines.start(options.train)
+        accelerator = engines.start(options.train)
         side = a.resolution // STRIDE
         data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0, tasks=("t2v",))
-        codec = build_codec(options.codec, device=engine.device)
-        recipe = build_recipe(options, data, codec, build_text(options.text, engine.device), engine.device)
-        stream = Turns(parent, engine, Size(a.batch, a.frames, a.resolution))
-        trainer = Trainer(recipe, stream, options.train, engine, say=lambda text: None)
+        codec = build_codec(options.codec, device=accelerator.device)
+        recipe = build_recipe(options, data, codec, build_text(options.text, accelerator.device), accelerator.device)
+        stream = Turns(parent, accelerator, Size(a.batch, a.frames, a.resolution))
+        trainer = Trainer(recipe, stream, options.train, accelerator, say=lambda text: None)
         stream.attend(trainer)
         with contextlib.suppress(Finished):
             outcome = trainer.run()
             raise SystemExit(f"Ended by signal {outcome.exit_code - 128}, after step {outcome.step}.")
-        engine.end_training()
+        accelerator.end_training()

@@ -89,7 +89,7 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
     import torch
 
     from titans_video.generation import stream
-    from titans_video.generation.denoise import encode_prompts, evaluating
+    from titans_video.generation.denoise import encode_prompts, eval_mode
     from titans_video.generation.long_video import plan_video
     from titans_video.generation.request import Request
 
@@ -98,8 +98,8 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
     plan: Any = plan_video(model, request)[0]
     state, found = stream._fresh(model, request), {}
     bar = argparse.Namespace(update=lambda: None)
-    with evaluating(model.network), torch.no_grad():
-        prompts = encode_prompts(model, request.prompts, "", request.guides)
+    with eval_mode(model.network), torch.no_grad():
+        prompts = encode_prompts(model, request.prompts, "", request.uses_cfg)
         for i in range(1, 1001):
             state = stream.next_segment(model, request, plan, state, prompts, bar)
             if i in (10, 1000):
@@ -111,7 +111,7 @@ def training_flops() -> dict[str, list[int]]:
     """Of one step on a clip of each length, in the documented command's size at 256 pixels through an 8x VAE."""
     import torch
 
-    from titans_video.models.titans_dit import Rollout
+    from titans_video.models.titans_dit import SegmentRollout
     from titans_video.training.flops import clip_flops
 
     size: dict[str, Any] = {"in_channels": 4, "patch_size": (2, 4, 4), "model_dim": 1024, "depth": 12, "heads": 16}
@@ -124,7 +124,7 @@ def training_flops() -> dict[str, list[int]]:
     }
 
     def rolling(latents: torch.Tensor, times: torch.Tensor) -> dict[str, Any]:
-        return {"rollout": Rollout(SEGMENT, latents, times, latents, times, OVERLAP, horizon=4)}
+        return {"rollout": SegmentRollout(SEGMENT, latents, times, latents, times, OVERLAP, horizon=4)}
 
     found = {}
     for name, config in kinds.items():

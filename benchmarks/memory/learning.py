@@ -17,7 +17,7 @@ from titans_video.config.options import TrainOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.models.memory import Memory
-from titans_video.models.titans_dit import Rollout, TitansVideoDiT
+from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
 from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.types import Condition
 
@@ -29,7 +29,7 @@ Draw = Callable[[torch.Generator, float], Clips]
 """Clips from a generator and the share of training that is done (1 in tests)."""
 
 
-def small_network(seed: int = 0, **changes: Any) -> TitansVideoDiT:
+def tiny_model(seed: int = 0, **changes: Any) -> TitansVideoDiT:
     """About a quarter of a million parameters on 16x16 pixels."""
     arguments: dict[str, Any] = {
         "in_channels": 3,
@@ -107,12 +107,12 @@ def rollout_loss(network: TitansVideoDiT, clips: Clips, overlap: int, generator:
     t = torch.sigmoid(z)
     t = (SHIFT * t / (1 + (SHIFT - 1) * t)).repeat_interleave(FRAMES, dim=1)  # (B, n F)
     noise = torch.randn(clean.shape, generator=generator)
-    corrupted = PROCESS.corrupt(clean, noise, t)
+    corrupted = PROCESS.add_noise(clean, noise, t)
     level = (0.1 * torch.rand(B, n, generator=generator)).repeat_interleave(FRAMES, dim=1)
-    written = PROCESS.corrupt(clean, torch.randn(clean.shape, generator=generator), level).model_input
+    written = PROCESS.add_noise(clean, torch.randn(clean.shape, generator=generator), level).model_input
     drawn = clips.asked[int(torch.randint(len(clips.asked), (), generator=generator))]
     read = tuple(sorted({drawn, clips.asked[-1]}))
-    rollout = Rollout(FRAMES, written, level, written, level, overlap, horizon=n, texts=clips.texts, read=read)
+    rollout = SegmentRollout(FRAMES, written, level, written, level, overlap, horizon=n, texts=clips.texts, read=read)
     value = network(corrupted.model_input, t, Condition(clips.texts[0]), rollout=rollout).value
     frames = torch.cat([torch.arange(i * FRAMES, (i + 1) * FRAMES) for i in read])
     target, weight = corrupted.target[:, :, frames], corrupted.weight[:, :, frames]

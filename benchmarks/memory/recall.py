@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory.learning import Draw, Trained, recall_of, small_network, swap, train, zero
+from benchmarks.memory.learning import Draw, Trained, recall_of, swap, tiny_model, train, zero
 from benchmarks.memory.reporting import figure, save, table
 from benchmarks.memory.worlds import COLOURS, FRAMES, SQUARE, Clips, occluded_identity
 
@@ -54,7 +54,7 @@ def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
     """Train one network and ask it."""
     # The large window: no memory, but every earlier frame in view.
     overlap = FRAMES * (max(HIDDEN) + 1) if kind == "window" else FRAMES
-    network = small_network(a.seed, memory="none" if kind in ("none", "window") else kind)
+    network = tiny_model(a.seed, memory="none" if kind in ("none", "window") else kind)
     made = train(
         network,
         training_clips(a.square),

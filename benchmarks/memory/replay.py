@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory.learning import OVERLAP, generate, remember, rollout_loss, small_network, train
+from benchmarks.memory.learning import OVERLAP, generate, remember, rollout_loss, tiny_model, train
 from benchmarks.memory.reporting import figure, save, table
 from benchmarks.memory.worlds import Clips, code_replay, read_colour
 from titans_video.models.titans_dit import TitansVideoDiT
@@ -108,7 +108,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     results = {}
     for kind in a.kinds:
-        network = small_network(**KINDS[kind])
+        network = tiny_model(**KINDS[kind])
         flops = step_flops(network, a.length)
         steps = int(a.tflop * 1e12 / flops)
 

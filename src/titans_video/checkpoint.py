@@ -222,7 +222,7 @@ def restore_options(kind: type[OptionsT], stored: Mapping[str, Any]) -> OptionsT
     return kind(**stored)
 
 
-def load_whole(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
+def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
     """A model of diffusers or transformers from a folder, with no weight left at random; nothing is ever fetched.
 
     Args:

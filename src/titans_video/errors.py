@@ -42,3 +42,9 @@ def few(names: Iterable[str], limit: int = 3) -> str:
 def first_line(error: Exception) -> str:
     """What a library's exception says, in one line; its name where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def nearest_multiples(value: int, step: int, least: int = 1) -> list[int]:
+    """Return the multiples of `step` nearest to `value`, below (or equal) and above, that are at least `least`."""
+    below = value // step * step
+    return [n for n in (below, below + step) if n >= least]

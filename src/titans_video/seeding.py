@@ -14,7 +14,7 @@ from torch import Tensor
 Key = int | str
 
 
-def derive(seed: int, *key: Key) -> int:
+def derive_seed(seed: int, *key: Key) -> int:
     """A 63-bit seed from a run seed and a key; equal inputs give equal seeds on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -22,15 +22,25 @@ def derive(seed: int, *key: Key) -> int:
 
 def generator(seed: int, *key: Key) -> torch.Generator:
     """A CPU generator for one purpose, e.g. `generator(seed, "noise", epoch, row_id, occurrence)`."""
-    return torch.Generator().manual_seed(derive(seed, *key))
+    return torch.Generator().manual_seed(derive_seed(seed, *key))
 
 
-def keyed_normal(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+def uniform(seed: int, *key: Key) -> float:
+    """Return a number in [0, 1) that is a function of a seed and a key."""
+    return derive_seed(seed, *key) / 2**63
+
+
+def seeded_uniform(seeds: Sequence[int], *key: Key) -> Tensor:
+    """Return (len(seeds),) float32 in [0, 1); element i depends on seeds[i] and the key alone."""
+    return torch.tensor([uniform(seed, *key) for seed in seeds])
+
+
+def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal noise, one independent CPU stream a sample.
 
     Args:
         shape: the shape of one sample, without the batch axis.
-        seeds: one seed a sample, from `derive`.
+        seeds: one seed a sample, from `derive_seed`.
     Returns:
         float32 (len(seeds), *shape). Sample i depends on seeds[i] alone, not on the batch it stands in.
     """

@@ -14,6 +14,10 @@ from torch import Tensor
 from titans_video.errors import CodecError
 
 FrameRule = Literal["each", "blocks", "causal", "cogvideox"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The torch dtype of each value of a precision flag."""
+
 END_OF_TEXT = 257
 
 BYTE_VOCABULARY = 258
@@ -127,13 +131,13 @@ class TextCondition:
         streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids when the
             encoder (`builtin`) is a part of the network.
         masks: each (B, L) bool, True on real tokens. At least one token of every row is real, but for networks that
-            take rows without text (see `silent`).
+            take rows without text (see `without`).
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
 
-    def silent(self, rows: Tensor) -> "TextCondition":
+    def without(self, rows: Tensor) -> "TextCondition":
         """Without the text of some rows, not even an empty one.
 
         Args:
@@ -153,7 +157,7 @@ class TextCondition:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageCondition:
     """The first frame as a network sees it that is told a picture beside the noise (Stable Video Diffusion).
 
     Attributes:
@@ -166,13 +170,13 @@ class Picture:
     latents: Tensor
     ids: Tensor
 
-    def without(self, rows: Tensor | None = None) -> "Picture":
+    def without(self, rows: Tensor | None = None) -> "ImageCondition":
         """With the picture of the rows where (B,) bool is True taken away; None: of all rows."""
         if rows is None:
-            return Picture(torch.zeros_like(self.embedding), torch.zeros_like(self.latents), self.ids)
+            return ImageCondition(torch.zeros_like(self.embedding), torch.zeros_like(self.latents), self.ids)
         gone = rows.to(self.ids.device)
         embedding = self.embedding.masked_fill(gone[:, None, None], 0.0)
-        return Picture(embedding, self.latents.masked_fill(gone[:, None, None, None], 0.0), self.ids)
+        return ImageCondition(embedding, self.latents.masked_fill(gone[:, None, None, None], 0.0), self.ids)
 
 
 @dataclass(frozen=True)
@@ -181,20 +185,20 @@ class Condition:
 
     Attributes:
         text: encoded prompts, or None.
-        known: (B, C, t, h, w) latents of the known frames with the rest blank, encoded by the codec; zeros for rows
-            without known frames. None where no row has any.
-        known_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
-        picture: in place of known frames, for networks that are told a picture.
+        cond_latents: (B, C, t, h, w) latents of the conditioning frames with the rest blank; zeros for rows without
+            conditioning frames. None where no row has any.
+        cond_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
+        image: in place of known frames, for networks that are told a picture.
     """
 
     text: TextCondition | None = None
-    known: Tensor | None = None
-    known_mask: Tensor | None = None
-    picture: Picture | None = None
+    cond_latents: Tensor | None = None
+    cond_mask: Tensor | None = None
+    image: ImageCondition | None = None
 
-    def wholly_known(self) -> Tensor | None:
+    def clean_mask(self) -> Tensor | None:
         """(B, t) bool: latent frames all of whose pixel frames are given; no loss there, time 0 there."""
-        return None if self.known_mask is None else self.known_mask.all(dim=1)
+        return None if self.cond_mask is None else self.cond_mask.all(dim=1)
 
 
 @dataclass(frozen=True)
@@ -212,17 +216,17 @@ class Batch:
     Attributes:
         ids: the rows' immutable ids.
         seeds: per row, a seed that is f(run seed, epoch, row id, occurrence): whatever is drawn for a row (noise, time,
-            caption dropout) is drawn from `seeding.derive(seed, purpose)`.
+            caption dropout) is drawn from `seeding.derive_seed(seed, purpose)`.
         captions: the prompts as text.
         tasks: t2v | i2v | v2v per row.
         frames, height, width: the bucket.
         fps: (B,) float32, frames a second of the clips as read.
-        known_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
+        num_cond_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
         pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
-        known_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
+        cond_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
             where no row has any. With cached latents (B, 3, 1, H, W), where pictures are cached as they are.
         moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
-        known_moments: the same of `known_pixels`.
+        cond_moments: the same of `cond_pixels`.
         motion: (B,) cached motion buckets, see `media.motion`.
         text: cached hidden states, in place of running the frozen encoders.
         step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
@@ -236,11 +240,11 @@ class Batch:
     height: int
     width: int
     fps: Tensor
-    known_frames: Tensor
+    num_cond_frames: Tensor
     pixels: Tensor | None = None
-    known_pixels: Tensor | None = None
+    cond_pixels: Tensor | None = None
     moments: Tensor | None = None
-    known_moments: Tensor | None = None
+    cond_moments: Tensor | None = None
     motion: Tensor | None = None
     text: TextCondition | None = None
     step: int = 0
@@ -248,19 +252,19 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def known_frame_mask(self) -> Tensor:
+    def cond_frame_mask(self) -> Tensor:
         """(B, T) bool, True on known frames."""
-        return torch.arange(self.frames)[None] < self.known_frames[:, None]
+        return torch.arange(self.frames)[None] < self.num_cond_frames[:, None]
 
 
-def fold_known_mask(known: Tensor, spec: CodecSpec) -> Tensor:
+def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:
     """For each latent frame, which of the pixel frames it stands for are known.
 
     A causal codec's first latent frame stands for one pixel frame: its value fills all S places, as in Wan's
     image-to-video, so that "all places known" means the same everywhere.
 
     Args:
-        known: (B, T) bool.
+        given: (B, T) bool.
     Returns:
         (B, S, t) bool.
     Raises:
@@ -269,6 +273,6 @@ def fold_known_mask(known: Tensor, spec: CodecSpec) -> Tensor:
     stride = spec.stride[0]
     places = [
         list(range(start, stop)) if stop - start == stride else [start] * stride
-        for start, stop in spec.frame_groups(known.shape[1])
+        for start, stop in spec.frame_groups(given.shape[1])
     ]
-    return known[:, torch.tensor(places, device=known.device).T]
+    return given[:, torch.tensor(places, device=given.device).T]

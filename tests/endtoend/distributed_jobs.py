@@ -24,7 +24,7 @@ from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.recipes.sora import SoraRecipe
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.text.registry import build_text
 from titans_video.training import distributed, sharded_state
 from titans_video.training import resume as resuming
@@ -58,16 +58,16 @@ def make_batch(rows: range, shape: tuple[int, int, int]) -> Batch:
     given = pixels * (torch.arange(frames)[None] < known[:, None])[:, None, :, None, None]
     return Batch(
         ids=[str(i) for i in rows],
-        seeds=[derive(0, "row", i) for i in rows],
+        seeds=[derive_seed(0, "row", i) for i in rows],
         captions=[f"clip {i}" for i in rows],
         tasks=[("t2v", "i2v", "v2v")[i % 3] for i in rows],
         frames=frames,
         height=height,
         width=width,
         fps=torch.full((n,), 8.0),
-        known_frames=known,
+        num_cond_frames=known,
         pixels=pixels,
-        known_pixels=given,
+        cond_pixels=given,
     )
 
 
@@ -139,7 +139,7 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
             for stop in stops:
                 given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer)
                 accelerator = start(given)
-                found, _ = distributed.once(accelerator, lambda given=given: resuming.find_resume(given))
+                found, _ = distributed.run_on_main(accelerator, lambda given=given: resuming.find_resume(given))
                 going_on = resuming.open_resume(found, given)
                 trainer = Trainer(
                     make_recipe(),
@@ -204,7 +204,7 @@ JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def start(given: TrainOptions) -> distributed.Engine:
+def start(given: TrainOptions) -> distributed.Accelerator:
     """A new engine in processes that already know one another."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

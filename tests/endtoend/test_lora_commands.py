@@ -389,15 +389,15 @@ def test_the_gate_takes_two_blocks_of_a_large_transformer(
     from titans_video.recipes import lora_parity
 
     monkeypatch.setattr(lora_parity, "LARGE", 0)
-    copied, small_network = list[list[int]](), CogVideoX.small_network
+    copied, tiny_model = list[list[int]](), CogVideoX.tiny_model
 
     def look(self: CogVideoX, numbers: Any) -> torch.nn.Module:
-        made = small_network(self, numbers)
+        made = tiny_model(self, numbers)
         names = made.state_dict()
         copied.append([i for i in range(4) if any(k.startswith(f"transformer_blocks.{i}.") for k in names)])
         return made
 
-    monkeypatch.setattr(CogVideoX, "small_network", look)
+    monkeypatch.setattr(CogVideoX, "tiny_model", look)
     deep = factories.make_cogvideox(tmp_path / "deep", "5b-i2v", num_layers=4)
     flags = words(repository, deep, f"{SIZE} --max-steps 1 --lr 0.02 --output-dir {tmp_path / 'out'} --target-modules")
     assert main(["train", "cogvideox-lora", *flags, targets]) == 0

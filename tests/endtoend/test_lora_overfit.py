@@ -63,7 +63,7 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
     assert after < 0.7 * before["base"]
     assert after < 0.7 * before["silent"]
     lora.remove(recipe.network)
-    fresh = recipe.family.load_network(torch.float32).state_dict()
+    fresh = recipe.spec.load_network(torch.float32).state_dict()
     found = recipe.network.state_dict()
     assert found.keys() == fresh.keys()
     assert all(torch.equal(value, fresh[name]) for name, value in found.items())

@@ -6,7 +6,7 @@ Two colours (chance is a half) and one segment of curtain; the same code at full
 import pytest
 import torch
 
-from benchmarks.memory.learning import Draw, recall_of, small_network, swap, train, zero
+from benchmarks.memory.learning import Draw, recall_of, swap, tiny_model, train, zero
 from benchmarks.memory.worlds import Clips, occluded_identity, read_colour
 from titans_video.models.titans_dit import TitansVideoDiT
 
@@ -22,7 +22,7 @@ def clips(batch: int) -> Draw:
 
 @pytest.fixture(scope="module")
 def remembering() -> TitansVideoDiT:
-    network = small_network(model_dim=48, depth=2, heads=2, mem_tokens=4)
+    network = tiny_model(model_dim=48, depth=2, heads=2, mem_tokens=4)
     return train(network, clips(16), steps=300, lr=5e-3, muon_lr=0.04).network
 
 
@@ -56,6 +56,6 @@ def test_another_memory_is_another_identity(remembering: TitansVideoDiT) -> None
 
 def test_without_it_there_is_nothing_but_chance(remembering: TitansVideoDiT) -> None:
     assert 0.3 <= recall_of(remembering, clips(64), SAMPLES, zero) <= 0.7
-    forgetful = small_network(model_dim=48, depth=2, heads=2, memory="none")
+    forgetful = tiny_model(model_dim=48, depth=2, heads=2, memory="none")
     train(forgetful, clips(16), steps=60, lr=5e-3, muon_lr=0.04)
     assert recall_of(forgetful, clips(64), SAMPLES) <= 0.7

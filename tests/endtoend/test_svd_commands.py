@@ -31,7 +31,7 @@ from titans_video.media.resize import to_tensor
 from titans_video.media.writing import write_video
 from titans_video.models.svd_unet import TextCrossAttention
 from titans_video.recipes.svd import SVDRecipe, build_svd
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.registry import build_text
 from titans_video.types import Batch
 
@@ -169,15 +169,15 @@ def test_the_export_is_ours_without_text(svd: Path, trained: Path, tmp_path: Pat
     assert any(bool(m.to_out.weight.any()) for m in model.network.modules() if isinstance(m, TextCrossAttention))
     seed, frames, height, width = 3, 4, 32, 48
     known = to_tensor(picture(height, width)[None])[None]
-    request = Request([""], frames, height, width, [seed], steps=3, known=known)
+    request = Request([""], frames, height, width, [seed], steps=3, cond_pixels=known)
     ours = generate(model, request, progress=False)
-    image_noise = keyed_normal((3, height, width), [derive(seed, NOISE, 0)])
+    image_noise = seeded_randn((3, height, width), [derive_seed(seed, NOISE, 0)])
     noise = frame_noise((4, frames, height // 2, width // 2), [seed])
     theirs = pipeline_video(tmp_path / "exported", image_noise, noise, num_inference_steps=3).clamp(-1, 1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     before = pipeline_video(svd, image_noise, noise, num_inference_steps=3).clamp(-1, 1)
     assert (before - theirs).abs().max() > 1e-2  # it was trained
-    spoken = Request(["scene 5"], frames, height, width, [seed], steps=3, known=known)
+    spoken = Request(["scene 5"], frames, height, width, [seed], steps=3, cond_pixels=known)
     assert (generate(model, spoken, progress=False) - ours).abs().max() > 1e-4
 
 

@@ -13,7 +13,7 @@ from titans_video.diffusion.edm import EDM
 from titans_video.diffusion.registry import build_process
 from titans_video.diffusion.samplers import euler
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 
 class Paper:
@@ -44,7 +44,7 @@ def test_input_target_and_weight_are_the_papers(logs: list[float]) -> None:
     paper = Paper(sigma.view(-1, 1, 1, 1, 1))
     x = x0 + paper.sigma * noise
     time = sigma / (1 + sigma)
-    corrupted = EDM().corrupt(x0, noise, time)
+    corrupted = EDM().add_noise(x0, noise, time)
     torch.testing.assert_close(corrupted.model_input, paper.c_in * x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.logit(time) / 4, sigma.log() / 4, rtol=1e-9, atol=1e-9)
     ours = corrupted.weight * (network - corrupted.target) ** 2
@@ -57,13 +57,15 @@ def test_input_target_and_weight_are_the_papers(logs: list[float]) -> None:
 
 def test_sigma_is_log_normal_and_a_function_of_the_seed() -> None:
     process = EDM(sigma_mean=0.7, sigma_std=1.6)
-    time = process.sample_time([derive(0, i) for i in range(4000)], 1).double()
+    time = process.sample_timesteps([derive_seed(0, i) for i in range(4000)], 1).double()
     logs = torch.logit(time)
     assert abs(float(logs.mean()) - 0.7) < 4 * 1.6 / math.sqrt(4000)
     assert abs(float(logs.std()) / 1.6 - 1) < 0.05
-    assert torch.equal(process.sample_time([5, 9], 1), process.sample_time([9, 5], 7).flip(0))
+    assert torch.equal(process.sample_timesteps([5, 9], 1), process.sample_timesteps([9, 5], 7).flip(0))
     for quantile in (0.1, 0.5, 0.9):
-        assert float((time < process.time_at(quantile, 1)).double().mean()) == pytest.approx(quantile, abs=0.03)
+        assert float((time < process.timestep_quantile(quantile, 1)).double().mean()) == pytest.approx(
+            quantile, abs=0.03
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 25])
@@ -88,7 +90,7 @@ def test_a_whole_sampling_equals_the_schedulers(steps: int) -> None:
         value = network(process.model_input(x, times), float(torch.logit(times)[0]) / 4)
         return process.to_x0(value, x, times)
 
-    ours = euler(denoise, process.initial(noise), process.schedule(steps, 1))
+    ours = euler(denoise, process.init_noise(noise), process.schedule(steps, 1))
     # Theirs is float32 at a scale of 700, which a step or two leave no time to forget.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 if steps > 2 else 700 * 4 * 2**-23)
 

@@ -7,7 +7,7 @@ from titans_video.diffusion.guidance import guided, join_text
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.errors import ConfigError
-from titans_video.types import Condition, Picture, TextCondition
+from titans_video.types import Condition, ImageCondition, TextCondition
 
 
 def text(rows: int, length: int, seed: int) -> TextCondition:
@@ -30,9 +30,9 @@ class Network:
         a = (ids * condition.text.masks[0]).sum(1).float() / 100
         b = (states * condition.text.masks[1][..., None]).sum((1, 2))
         y = torch.tanh(x * time + (a + b).view(-1, 1, 1, 1, 1))
-        if condition.known is None:
+        if condition.cond_latents is None:
             return y
-        return y + condition.known * condition.known_mask.float().mean((1, 2)).view(-1, 1, 1, 1, 1)
+        return y + condition.cond_latents * condition.cond_mask.float().mean((1, 2)).view(-1, 1, 1, 1, 1)
 
     def __call__(self, x, time, condition):
         self.rows.append(x.shape[0])
@@ -55,7 +55,7 @@ def test_one_batched_forward_equals_two():
     made = denoise(x, 0.5)
     assert network.rows == [4]
     yes = network(x, 0.5, condition)
-    no = network(x, 0.5, Condition(negative, condition.known, condition.known_mask))
+    no = network(x, 0.5, Condition(negative, condition.cond_latents, condition.cond_mask))
     torch.testing.assert_close(made, no + 3.0 * (yes - no))
 
 
@@ -111,29 +111,29 @@ def test_picture_and_text_guide_by_the_sum_of_their_own_differences():
     """Against the formula, from separate calls; and fewer calls where there is nothing to tell apart."""
     text = TextCondition((torch.tensor([[1, 2, 3]]),), (torch.ones(1, 3, dtype=torch.bool),))
     empty = TextCondition((torch.tensor([[9]]),), (torch.ones(1, 1, dtype=torch.bool),))
-    picture = Picture(torch.randn(1, 1, 4), torch.randn(1, 2, 3, 3), torch.randn(1, 3))
+    picture = ImageCondition(torch.randn(1, 1, 4), torch.randn(1, 2, 3, 3), torch.randn(1, 3))
     rows = []
 
     def predict(x, time, condition):
         rows.append(x.shape[0])
         told = (condition.text.streams[0] * condition.text.masks[0]).sum(1).float() if condition.text else 0
-        said = told + condition.picture.embedding.sum((1, 2)) * condition.picture.latents.sum((1, 2, 3))
+        said = told + condition.image.embedding.sum((1, 2)) * condition.image.latents.sum((1, 2, 3))
         return x * time + torch.as_tensor(said).view(-1, 1, 1, 1, 1)
 
     x, scale = torch.randn(1, 2, 5, 3, 3), torch.linspace(1, 3, 5)
     by = [(picture.without(), empty), (picture, empty), (picture, text)]
-    none, with_picture, both = (predict(x, 0.5, Condition(text=t, picture=p)) for p, t in by)
+    none, with_picture, both = (predict(x, 0.5, Condition(text=t, image=p)) for p, t in by)
     rows.clear()
     p = scale.view(1, 1, 5, 1, 1)
     expected = none + p * (with_picture - none) + 4.0 * (both - with_picture)
-    denoise = guided(predict, Condition(text=text, picture=picture), empty, 4.0, picture_scale=scale)
+    denoise = guided(predict, Condition(text=text, image=picture), empty, 4.0, image_scale=scale)
     torch.testing.assert_close(denoise(x, 0.5), expected)
-    same = guided(predict, Condition(text=empty, picture=picture), empty, 4.0, picture_scale=scale)
+    same = guided(predict, Condition(text=empty, image=picture), empty, 4.0, image_scale=scale)
     torch.testing.assert_close(same(x, 0.5), none + p * (with_picture - none))
-    plain = guided(predict, Condition(picture=picture), None, 1.0, picture_scale=scale)(x, 0.5)
+    plain = guided(predict, Condition(image=picture), None, 1.0, image_scale=scale)(x, 0.5)
     torch.testing.assert_close(plain, none - 9 + p * (with_picture - none))
-    outside = guided(predict, Condition(text=text, picture=picture), empty, 4.0, (0.7, 1.0), picture_scale=scale)
+    outside = guided(predict, Condition(text=text, image=picture), empty, 4.0, (0.7, 1.0), image_scale=scale)
     torch.testing.assert_close(outside(x, 0.5), both)
-    unguided = guided(predict, Condition(text=text, picture=picture), empty, 1.0, picture_scale=torch.ones(5))
+    unguided = guided(predict, Condition(text=text, image=picture), empty, 1.0, image_scale=torch.ones(5))
     torch.testing.assert_close(unguided(x, 0.5), both)
     assert rows == [3, 2, 2, 1, 1]

@@ -13,7 +13,7 @@ from titans_video.diffusion.base import count_tokens
 from titans_video.diffusion.rectified_flow import RectifiedFlow, default_shift, shift_time
 from titans_video.diffusion.registry import build_process, process_config
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.types import CodecSpec
 
 VARIANCE = (0.25, 1.0, 9.0)
@@ -33,7 +33,7 @@ def test_the_target_stands_for_the_data(prediction, variance):
     process = RectifiedFlow(prediction, variance=variance)
     x0, noise = clip(0)
     for time in (torch.tensor([0.0, 0.3, 0.8, 1.0]), torch.tensor([[0.0, 0.4], [0.9, 0.0], [1.0, 0.2], [0.0, 0.0]])):
-        corrupted = process.corrupt(x0, noise, time)
+        corrupted = process.add_noise(x0, noise, time)
         x_t = process.noisy(x0, noise, time)
         assert torch.equal(process.model_input(x_t, time), corrupted.model_input)
         assert corrupted.model_time is time
@@ -57,7 +57,7 @@ def test_a_time_a_clip_equals_that_time_on_each_frame():
     x0, noise = clip(2)
     time = torch.tensor([0.1, 0.5, 0.7, 1.0])
     process = RectifiedFlow("x0", variance=VARIANCE)
-    one, each = process.corrupt(x0, noise, time), process.corrupt(x0, noise, time[:, None].expand(4, 2))
+    one, each = process.add_noise(x0, noise, time), process.add_noise(x0, noise, time[:, None].expand(4, 2))
     for name in ("model_input", "target"):
         assert torch.equal(getattr(one, name), getattr(each, name))
     assert torch.equal(one.weight.expand_as(x0), each.weight.expand_as(x0))
@@ -76,7 +76,7 @@ def test_saying_nothing_is_the_wiener_filter():
     guess = process.to_x0(torch.zeros_like(x_t), x_t, times)
     slope = (x0 * x_t).mean(0) / (x_t * x_t).mean(0)
     torch.testing.assert_close(guess, slope[None] * x_t, rtol=0.02, atol=0)
-    corrupted = process.corrupt(x0, noise, times)
+    corrupted = process.add_noise(x0, noise, times)
     for what in (corrupted.model_input, corrupted.target):
         torch.testing.assert_close(what.var(dim=0).flatten(), torch.ones(3), rtol=0.02, atol=0)
     # The target is what the input cannot tell linearly.
@@ -89,7 +89,7 @@ def test_the_weighted_loss_is_the_loss_of_x0(time, seed):
     x0, noise = clip(seed)
     times = torch.full((4,), time, dtype=torch.float64)
     process = RectifiedFlow("x0", variance=VARIANCE)
-    corrupted = process.corrupt(x0, noise, times)
+    corrupted = process.add_noise(x0, noise, times)
     value = torch.sin(corrupted.model_input)
     x0_hat = process.to_x0(value, process.noisy(x0, noise, times), times)
     wanted = (x0_hat - x0).square() * ((1 - time) ** 2 + time**2) / time**2
@@ -115,29 +115,29 @@ def test_a_dead_channel_divides_by_nothing():
     process = RectifiedFlow("x0", variance=(0.0, 1.0))
     x0, noise = clip(5, (0.0, 1.0))
     for time in (0.0, 1.0):
-        corrupted = process.corrupt(x0, noise, torch.full((4,), time))
+        corrupted = process.add_noise(x0, noise, torch.full((4,), time))
         for what in (corrupted.model_input, corrupted.target, corrupted.weight):
             assert what.isfinite().all()
 
 
 def test_times_are_logit_normal_and_each_clips_own():
     process = RectifiedFlow(time_mean=0.9, time_std=1.3)
-    seeds = [derive(0, i) for i in range(4000)]
-    times = process.sample_time(seeds, tokens=64)
+    seeds = [derive_seed(0, i) for i in range(4000)]
+    times = process.sample_timesteps(seeds, tokens=64)
     assert times.shape == (4000,)
     assert times.dtype == torch.float32
     logits = torch.logit(times.double())
     assert abs(logits.mean() - 0.9) < 0.07
     assert abs(logits.std() - 1.3) < 0.07
-    assert torch.equal(process.sample_time(seeds[7:9], 64), times[7:9])
+    assert torch.equal(process.sample_timesteps(seeds[7:9], 64), times[7:9])
 
 
 @pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (1.2, 0.7, 3.0), (-0.5, 1.5, None)])
 def test_a_quantile_lies_above_its_share_of_the_training_times(mean, std, shift):
     process = RectifiedFlow(time_mean=mean, time_std=std, shift=shift)
-    times = process.sample_time([derive(0, i) for i in range(4000)], tokens=1024)
+    times = process.sample_timesteps([derive_seed(0, i) for i in range(4000)], tokens=1024)
     for quantile in (0.1, 0.5, 0.9):
-        at = process.time_at(quantile, 1024)
+        at = process.timestep_quantile(quantile, 1024)
         assert float((times < at).float().mean()) == pytest.approx(quantile, abs=0.02)
         assert at == pytest.approx(float(torch.quantile(times, quantile)), abs=0.03)
 
@@ -147,7 +147,7 @@ def test_the_shift_goes_by_size_and_reaches_training_and_sampling_alike():
     free, fixed = RectifiedFlow(), RectifiedFlow(shift=1.0)
     seeds = list(range(5))
     torch.testing.assert_close(
-        free.sample_time(seeds, 4096), shift_time(fixed.sample_time(seeds, 4096), 4.0), rtol=0, atol=0
+        free.sample_timesteps(seeds, 4096), shift_time(fixed.sample_timesteps(seeds, 4096), 4.0), rtol=0, atol=0
     )
     torch.testing.assert_close(fixed.schedule(4, 4096), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
     # The odds of noise against data grow by the shift.

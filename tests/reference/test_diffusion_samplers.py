@@ -22,10 +22,10 @@ def gaussian_x0(x: torch.Tensor, time: float) -> torch.Tensor:
 def mixture_x0(x: torch.Tensor, time: float) -> torch.Tensor:
     """E[x0 | x_t] for data that is N(-1, 0.3^2) or N(1, 0.3^2), evenly."""
     a, b = 1 - time, time
-    spread = 0.09 * a**2 + b**2
+    expand_dims = 0.09 * a**2 + b**2
     means = torch.tensor([-1.0, 1.0], dtype=x.dtype)
-    share = torch.softmax(-(x[..., None] - a * means).square() / (2 * spread), dim=-1)
-    return (share * (means + 0.09 * a / spread * (x[..., None] - a * means))).sum(-1)
+    share = torch.softmax(-(x[..., None] - a * means).square() / (2 * expand_dims), dim=-1)
+    return (share * (means + 0.09 * a / expand_dims * (x[..., None] - a * means))).sum(-1)
 
 
 def start() -> torch.Tensor:

@@ -16,10 +16,10 @@ from tests.conftest import REPOSITORY
 from titans_video.config.options import BaseOptions, CogVideoXLoraOptions, DataOptions, LoraOptions, TrainOptions
 from titans_video.errors import ConfigError
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.registry import open_family
+from titans_video.pretrained.registry import open_model_spec
 from titans_video.recipes import lora_base
 from titans_video.recipes.lora import LoraRecipe, as_sora, build_lora, open_clips
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
 from titans_video.types import Batch
 
@@ -44,11 +44,11 @@ def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> 
         lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
         train=TrainOptions(cfg_drop_prob=0.5),
     )
-    machine = distributed.start(options.train)
-    family = open_family(folder)
-    data = open_clips(as_sora(options, family), family, machine)
-    codec, text = family.codec("fp32", "cpu", load=True), family.text("fp32", "cpu")
-    recipe = build_lora(options, data, family, codec, text, machine)
+    accelerator = distributed.start(options.train)
+    spec = open_model_spec(folder)
+    data = open_clips(as_sora(options, spec), spec, accelerator)
+    codec, text = spec.codec("fp32", "cpu", load=True), spec.text("fp32", "cpu")
+    recipe = build_lora(options, data, spec, codec, text, accelerator)
     torch.manual_seed(2)
     for _, layer in lora.layers(recipe.network):
         nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.2)  # type: ignore[arg-type,union-attr]
@@ -71,7 +71,7 @@ def drawn(vae: Any, pixels: Tensor, seeds: list[int]) -> Tensor:
     each = []
     for x, seed in zip(pixels.split(1), seeds, strict=True):
         found = vae.encode(x).latent_dist
-        each.append(found.mean + found.std * keyed_normal(found.mean.shape[1:], [seed]))
+        each.append(found.mean + found.std * seeded_randn(found.mean.shape[1:], [seed]))
     return torch.cat(each)
 
 
@@ -81,23 +81,23 @@ def loss_by_hand(pipe: Any, batch: Batch) -> Tensor:
     factor = vae.config.scaling_factor
     assert batch.pixels is not None
     with torch.no_grad():
-        x0 = drawn(vae, batch.pixels, [derive(s, "posterior") for s in batch.seeds]).transpose(1, 2) * factor
+        x0 = drawn(vae, batch.pixels, [derive_seed(s, "posterior") for s in batch.seeds]).transpose(1, 2) * factor
         captions = [
-            "" if derive(s, "drop") / 2**63 < 0.5 else c for s, c in zip(batch.seeds, batch.captions, strict=True)
+            "" if derive_seed(s, "drop") / 2**63 < 0.5 else c for s, c in zip(batch.seeds, batch.captions, strict=True)
         ]
         assert set(captions) != set(batch.captions)
         states, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=12)
     if config.patch_size_t is not None:
         copies = x0.shape[1] % config.patch_size_t
         x0 = torch.cat([x0[:, :copies], x0], dim=1)
-    noise = keyed_normal(x0.transpose(1, 2).shape[1:], [derive(s, "noise") for s in batch.seeds]).transpose(1, 2)
-    steps = torch.tensor([derive(s, "time") / 2**63 * 1000 for s in batch.seeds]).long()
+    noise = seeded_randn(x0.transpose(1, 2).shape[1:], [derive_seed(s, "noise") for s in batch.seeds]).transpose(1, 2)
+    steps = torch.tensor([derive_seed(s, "time") / 2**63 * 1000 for s in batch.seeds]).long()
     noisy = pipe.scheduler.add_noise(x0, noise, steps)
     given = noisy
     if config.in_channels == 8:
-        assert batch.known_pixels is not None
+        assert batch.cond_pixels is not None
         with torch.no_grad():
-            first = drawn(vae, batch.known_pixels[:, :, :1], [derive(s, "first frame") for s in batch.seeds])
+            first = drawn(vae, batch.cond_pixels[:, :, :1], [derive_seed(s, "first frame") for s in batch.seeds])
         first = (first / factor if vae.config.invert_scale_latents else first * factor).transpose(1, 2)
         given = torch.cat([noisy, torch.cat([first, torch.zeros_like(x0[:, 1:])], dim=1)], dim=2)
     height, width, device = batch.height, batch.width, torch.device("cpu")
@@ -128,15 +128,17 @@ def test_loss_and_gradients_of_a_step(
     kind: str, frames: int, size: tuple[int, int], pipelines: dict[str, Path]
 ) -> None:
     recipe, batch = recipe_of(pipelines[kind], frames, size)
-    seeds = [next(s for s in range(99) if (derive(s, "drop") / 2**63 < 0.5) is dropped) for dropped in (True, False)]
+    seeds = [
+        next(s for s in range(99) if (derive_seed(s, "drop") / 2**63 < 0.5) is dropped) for dropped in (True, False)
+    ]
     batch = replace(batch, seeds=seeds)
-    assert (batch.known_pixels is not None) == kind.endswith("i2v")
+    assert (batch.cond_pixels is not None) == kind.endswith("i2v")
     pipe = with_peft(recipe, pipelines[kind])
     expected = loss_by_hand(pipe, batch)
     ours = recipe.loss(recipe.network, batch).sum()
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
     elements = recipe.supervised(batch)
-    t = recipe.family.padded_frames(3 if frames == 9 else 4)
+    t = recipe.spec.padded_frames(3 if frames == 9 else 4)
     assert elements == 2 * 4 * t * (size[0] // 8) * (size[1] // 8)
     (ours / elements).backward()
     (expected / elements).backward()
@@ -243,8 +245,8 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     recipe, _ = recipe_of(pipelines[kind], 9, (32, 32))
     trained = {n: p for n, p in recipe.network.named_parameters() if p.requires_grad}
     recipe.export(trained, tmp_path)
-    t = recipe.family.padded_frames(3)
-    image = {"image": torch.rand(1, 3, 32, 32)} if recipe.family.image_to_video else {}
+    t = recipe.spec.padded_frames(3)
+    image = {"image": torch.rand(1, 3, 32, 32)} if recipe.spec.image_to_video else {}
     noise = torch.randn(1, t, 4, 4, 4)
 
     def video(pipe: Any) -> Tensor:
@@ -261,23 +263,23 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     stock.load_lora_weights(tmp_path)
     theirs = video(stock)
     assert (theirs - without).abs().max() > 0.01  # it does something
-    family = recipe.family
+    spec = recipe.spec
     network = recipe.network.eval()
-    ours = video(family.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    ours = video(spec.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     lora.merge(network)
-    merged = video(family.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    merged = video(spec.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
     torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
     lora.unmerge(network)
     # PEFT's own file of the same adapter.
     pipe = with_peft(recipe, pipelines[kind])
     pipe.transformer.save_lora_adapter(tmp_path / "peft")
     read = lora_io.read(tmp_path / "peft")
-    fresh = family.load_network(torch.float32)
+    fresh = spec.load_network(torch.float32)
     lora.load(fresh, read.tensors, read.alphas)
     assert read.notes == []
     assert read.alphas == {name: 6.0 for name, _ in lora.layers(network)}
-    back = video(family.pipeline(fresh, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    back = video(spec.pipeline(fresh, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
     assert torch.equal(back, ours)
 
 
@@ -295,7 +297,7 @@ def test_dropout_of_training_is_in_no_file(pipelines: dict[str, Path], tmp_path:
 
 def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     recipe, batch = recipe_of(pipelines["2b"], 9, (32, 32))
-    before = copy.deepcopy(recipe.family.load_network(torch.float32).state_dict())
+    before = copy.deepcopy(recipe.spec.load_network(torch.float32).state_dict())
     optimizer = torch.optim.AdamW([p for p in recipe.network.parameters() if p.requires_grad], lr=0.1)
     recipe.loss(recipe.network, batch).sum().backward()
     optimizer.step()
@@ -339,13 +341,13 @@ def test_processes_with_other_base_weights_are_refused(
     pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing sends them from one to the other."""
-    monkeypatch.setattr(lora_base, "gather", lambda engine, own: [own, "another"])
+    monkeypatch.setattr(lora_base, "all_gather_object", lambda accelerator, own: [own, "another"])
     with pytest.raises(ConfigError, match="different transformers"):
         recipe_of(pipelines["2b"], 9, (32, 32))
 
 
 @pytest.mark.parametrize(
-    ("base", "machine", "said"),
+    ("base", "accelerator", "said"),
     [
         ({"offload": "group"}, {"num_processes": 2}, "for one process"),
         ({"offload": "group"}, {"is_fsdp2": True}, "so does FSDP2"),
@@ -354,8 +356,8 @@ def test_processes_with_other_base_weights_are_refused(
     ],
 )
 def test_what_an_engine_cannot_do_is_said_without_the_base(
-    base: dict[str, Any], machine: dict[str, Any], said: str
+    base: dict[str, Any], accelerator: dict[str, Any], said: str
 ) -> None:
     usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
     with pytest.raises(ConfigError, match=said):
-        lora_base.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | machine)))  # type: ignore[arg-type]
+        lora_base.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | accelerator)))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.layers import axis_pairs, rotation_3d
+from titans_video.models.layers import axis_pairs, freqs_cis_3d
 from titans_video.models.sora_dit import SoraBlock, SoraDiT
 
 B, GRID, D, HEADS, TEXT = 2, (3, 2, 3), 24, 2, 5
@@ -134,7 +134,7 @@ def test_block_equals_plain_loops(attention_type: str, adaln: str, conv: bool) -
     x, text = torch.randn(B, SLOTS, TOKENS, D), torch.randn(B, TEXT, D)
     condition = torch.randn(B, SLOTS, D if adaln == "block" else sub_layers * 3 * D)
     mask = torch.tensor([[True] * TEXT, [True, True, False, True, False]])
-    got, none = block(x, condition, rotation_3d(GRID, D // HEADS, THETA), GRID[2], text, mask[:, None, None])
+    got, none = block(x, condition, freqs_cis_3d(GRID, D // HEADS, THETA), GRID[2], text, mask[:, None, None])
     assert none is None
 
     w = {name: tensor.double() for name, tensor in block.state_dict().items()}
@@ -157,8 +157,8 @@ def test_blocks_are_the_identity_at_initialisation(attention_type: str, adaln: s
     mask = torch.ones(B, 1, 1, TEXT, dtype=torch.bool)
     c = torch.randn(B, SLOTS, D)
     c = c if net.modulation is None else net.modulation(c)
-    rotation = rotation_3d(GRID, D // HEADS, THETA)
+    freqs_cis = freqs_cis_3d(GRID, D // HEADS, THETA)
     for block in net.blocks:
-        assert torch.equal(block(x, c, rotation, GRID[2], text, mask)[0], x)
+        assert torch.equal(block(x, c, freqs_cis, GRID[2], text, mask)[0], x)
     noisy = torch.randn(B, SLOTS, TOKENS, 16)
     assert torch.equal(net.final(x, torch.randn(B, SLOTS, D), noisy), torch.zeros(B, SLOTS, TOKENS, 16))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.layers import head_norm, modulated_norm, rotate, rotation_1d
+from titans_video.models.layers import ada_layer_norm, apply_rotary, freqs_cis_1d, qk_norm_rope
 
 
 def double(*shape: int) -> Tensor:
@@ -15,17 +15,17 @@ def double(*shape: int) -> Tensor:
 
 def test_modulated_norm_and_its_gradient() -> None:
     x, shift, scale = double(2, 3, 4, 6), double(2, 3, 1, 6), double(2, 3, 1, 6)
-    assert_close(modulated_norm(x, shift, scale), F.layer_norm(x, (6,), eps=1e-6) * (1 + scale) + shift)
-    assert torch.autograd.gradcheck(modulated_norm, (x, shift, scale))
+    assert_close(ada_layer_norm(x, shift, scale), F.layer_norm(x, (6,), eps=1e-6) * (1 + scale) + shift)
+    assert torch.autograd.gradcheck(ada_layer_norm, (x, shift, scale))
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_head_norm_and_its_gradient(turned: bool) -> None:
     x, weight = double(2, 3, 2, 2, 8), double(2, 1, 8)
-    rotation = rotation_1d(3, 4, 100.0).to(torch.complex128)[:, None, None] if turned else None
+    freqs_cis = freqs_cis_1d(3, 4, 100.0).to(torch.complex128)[:, None, None] if turned else None
     plain = F.rms_norm(x, (8,), eps=1e-6) * weight
-    assert_close(head_norm(x, weight, rotation), plain if rotation is None else rotate(plain, rotation))
-    assert torch.autograd.gradcheck(lambda x, weight: head_norm(x, weight, rotation), (x, weight))
+    assert_close(qk_norm_rope(x, weight, freqs_cis), plain if freqs_cis is None else apply_rotary(plain, freqs_cis))
+    assert torch.autograd.gradcheck(lambda x, weight: qk_norm_rope(x, weight, freqs_cis), (x, weight))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -33,8 +33,8 @@ def test_bf16_inputs_are_normalised_in_float32(autocast: bool) -> None:
     x = (torch.randn(2, 5, 3, 24) * 100).bfloat16().requires_grad_()
     weight = torch.rand(24) + 0.5
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = head_norm(x, weight)
-        z = modulated_norm(x, torch.zeros(2, 5, 1, 24), torch.zeros(2, 5, 1, 24))
+        y = qk_norm_rope(x, weight)
+        z = ada_layer_norm(x, torch.zeros(2, 5, 1, 24), torch.zeros(2, 5, 1, 24))
     assert y.dtype == z.dtype == torch.bfloat16
     assert_close(y, (F.rms_norm(x.float(), (24,), eps=1e-6) * weight).bfloat16(), atol=0, rtol=0.008)
     assert_close(z, F.layer_norm(x.float(), (24,), eps=1e-6).bfloat16(), atol=0.02, rtol=0.01)

@@ -10,8 +10,8 @@ import torch
 
 from tests import factories
 from titans_video.errors import ConfigError
-from titans_video.pretrained.base import Call
-from titans_video.pretrained.registry import is_pipeline, open_family
+from titans_video.pretrained.base import PipelineCall
+from titans_video.pretrained.registry import is_pipeline, open_model_spec
 from titans_video.text.base import drop_captions
 
 
@@ -29,21 +29,21 @@ def stock(folder: Path) -> Any:
 
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_what_a_pipeline_is_is_told_from_its_configuration(kind: str, pipelines: dict[str, Path]) -> None:
-    family = open_family(pipelines[kind])
-    assert family.image_to_video == kind.endswith("i2v")
-    assert family.task == ("i2v" if kind.endswith("i2v") else "t2v")
-    assert family.patch_size == (2 if kind.startswith("1.5") else 1, 2, 2)
-    assert family.clip_grid == (1, 2, 2)
-    assert (family.text_length, family.trained) == (12, (9, 32, 32))
+    spec = open_model_spec(pipelines[kind])
+    assert spec.image_to_video == kind.endswith("i2v")
+    assert spec.task == ("i2v" if kind.endswith("i2v") else "t2v")
+    assert spec.patch_size == (2 if kind.startswith("1.5") else 1, 2, 2)
+    assert spec.clip_grid == (1, 2, 2)
+    assert (spec.text_length, spec.trained) == (12, (9, 32, 32))
 
 
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_noise_and_target_are_the_schedulers(kind: str, pipelines: dict[str, Path]) -> None:
-    family, pipe = open_family(pipelines[kind]), stock(pipelines[kind])
-    process = family.process()
+    spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
+    process = spec.process()
     x0, noise = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2)
     time = torch.tensor([0, 512, 999])
-    made = process.corrupt(x0, noise, time)
+    made = process.add_noise(x0, noise, time)
     torch.testing.assert_close(made.model_input, pipe.scheduler.add_noise(x0, noise, time), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(made.target, pipe.scheduler.get_velocity(x0, noise, time), rtol=1e-6, atol=1e-6)
     assert torch.equal(made.target[2], -x0[2])  # zero terminal SNR
@@ -55,13 +55,13 @@ def test_noise_and_target_are_the_schedulers(kind: str, pipelines: dict[str, Pat
 
 
 def test_times_are_even_and_a_function_of_the_seed(pipelines: dict[str, Path]) -> None:
-    process = open_family(pipelines["2b"]).process()
-    times = process.sample_time(range(4000)).double()
-    assert torch.equal(process.sample_time([7, 9]), times[[7, 9]].long())
+    process = open_model_spec(pipelines["2b"]).process()
+    times = process.sample_timesteps(range(4000)).double()
+    assert torch.equal(process.sample_timesteps([7, 9]), times[[7, 9]].long())
     assert 0 <= times.min() < 5
     assert 995 <= times.max() <= 999
     assert times.mean().item() == pytest.approx(499.5, abs=15)
-    assert [process.time_at(q) for q in (0.1, 0.5, 0.9)] == [100, 500, 900]
+    assert [process.timestep_quantile(q) for q in (0.1, 0.5, 0.9)] == [100, 500, 900]
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_times_are_even_and_a_function_of_the_seed(pipelines: dict[str, Path]) -
 def test_rotary_positions_are_the_pipelines(
     kind: str, t: int, height: int, width: int, pipelines: dict[str, Path]
 ) -> None:
-    family, pipe = open_family(pipelines[kind]), stock(pipelines[kind])
-    t = family.padded_frames(t)
+    spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
+    t = spec.padded_frames(t)
     expected = pipe._prepare_rotary_positional_embeddings(height, width, t, torch.device("cpu"))
-    found = family.positions(t, height // 8, width // 8, torch.device("cpu"))["image_rotary_emb"]
+    found = spec.positions(t, height // 8, width // 8, torch.device("cpu"))["image_rotary_emb"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_prompts_are_padded_and_unmasked_as_the_pipeline_has_them(pipelines: dict[str, Path]) -> None:
-    family, pipe = open_family(pipelines["2b"]), stock(pipelines["2b"])
+    spec, pipe = open_model_spec(pipelines["2b"]), stock(pipelines["2b"])
     prompts = ["a red circle", "", "two cats asleep on a warm stone wall at dusk and much more than twelve tokens"]
-    text = family.text("fp32", "cpu")
+    text = spec.text("fp32", "cpu")
     states = text(prompts).streams[0]
     expected, empty = pipe.encode_prompt(prompts, "", max_sequence_length=12)
     torch.testing.assert_close(states, expected.detach(), rtol=0, atol=1e-6)
@@ -93,14 +93,14 @@ def test_prompts_are_padded_and_unmasked_as_the_pipeline_has_them(pipelines: dic
 @pytest.mark.parametrize("kind", ["5b-i2v", "1.5-i2v"])
 def test_image_latents_are_the_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
     """The first frame encoded alone, scaled the way that the VAE's configuration says, in the first place."""
-    family, pipe = open_family(pipelines[kind]), stock(pipelines[kind])
+    spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
     clip = torch.rand(2, 3, 9, 32, 32) * 2 - 1
-    codec = family.codec("fp32", "cpu", load=True)
-    moments = codec.encode_known(clip)
+    codec = spec.codec("fp32", "cpu", load=True)
+    moments = codec.encode_cond_frames(clip)
     assert moments.shape == (2, 8, 3, 4, 4)
     seeds = [3, 4]
-    t = family.padded_frames(3)
-    drawn = family.image_latents(codec.unscale(codec.from_moments(moments, seeds=seeds))[:, :, :1], t)
+    t = spec.padded_frames(3)
+    drawn = spec.image_latents(codec.unscale(codec.from_moments(moments, seeds=seeds))[:, :, :1], t)
 
     class Fixed:
         def __init__(self, parameters: Any) -> None:
@@ -127,57 +127,57 @@ def test_image_latents_are_the_pipelines(kind: str, pipelines: dict[str, Path]) 
 
 
 def test_a_first_frame_is_encoded_alone(pipelines: dict[str, Path]) -> None:
-    codec = open_family(pipelines["5b-i2v"]).codec("fp32", "cpu", load=True)
+    codec = open_model_spec(pipelines["5b-i2v"]).codec("fp32", "cpu", load=True)
     clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     blank = torch.cat([clip[:, :, :1], torch.zeros_like(clip[:, :, 1:])], dim=2)
-    alone = codec.encode_known(blank)
+    alone = codec.encode_cond_frames(blank)
     assert torch.equal(alone[:, :, :1], codec.encode_moments(clip[:, :, :1]))
     assert not torch.allclose(alone[:, :, :1], codec.encode_moments(blank)[:, :, :1], atol=1e-3)
 
 
 def test_learned_positions_refuse_what_they_do_not_know(pipelines: dict[str, Path]) -> None:
-    family = open_family(pipelines["5b-i2v"])
-    family.check_size(9, 32, 32)
+    spec = open_model_spec(pipelines["5b-i2v"])
+    spec.check_size(9, 32, 32)
     for wrong in ((17, 32, 32), (9, 32, 48), (8, 32, 32)):
         with pytest.raises(ConfigError, match="--height 32 --width 32 --num-frames 9"):
-            family.check_size(*wrong)
-    open_family(pipelines["5b"]).check_size(17, 64, 32)
-    open_family(pipelines["1.5"]).check_size(17, 32, 16)
+            spec.check_size(*wrong)
+    open_model_spec(pipelines["5b"]).check_size(17, 64, 32)
+    open_model_spec(pipelines["1.5"]).check_size(17, 32, 16)
     with pytest.raises(ConfigError, match="up to 32x32; 48x32 is larger"):
-        open_family(pipelines["1.5"]).check_size(9, 48, 32)
+        open_model_spec(pipelines["1.5"]).check_size(9, 48, 32)
 
 
 def test_a_first_frame_alone_is_no_clip(pipelines: dict[str, Path]) -> None:
     for kind in factories.COGVIDEOX_KINDS:
-        family = open_family(pipelines[kind])
-        if not family.image_to_video:
-            family.check_size(1, 32, 32)
+        spec = open_model_spec(pipelines[kind])
+        if not spec.image_to_video:
+            spec.check_size(1, 32, 32)
             continue
         with pytest.raises(ConfigError, match=r"--num-frames 8 or more.*--buckets 32x32x8"):
-            family.check_size(1, 32, 32)
+            spec.check_size(1, 32, 32)
 
 
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
     """With text, and with states in its place."""
-    family, pipe = open_family(pipelines[kind]), stock(pipelines[kind])
-    t = family.padded_frames(3)
+    spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
+    t = spec.padded_frames(3)
     noise = torch.randn(1, 4, t, 4, 4)
-    image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if family.image_to_video else None
+    image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if spec.image_to_video else None
     first = {} if image is None else {"image": (image[:, :, 0] + 1) / 2}
     expected = pipe(
         prompt="a red circle", **first, height=32, width=32, num_frames=9, num_inference_steps=3, guidance_scale=3.0,
         latents=noise.transpose(1, 2), generator=torch.Generator().manual_seed(5), max_sequence_length=12,
         output_type="pt",
     ).frames  # fmt: skip
-    network = family.load_network(torch.float32)
-    vae = family.codec("fp32", "cpu", load=True).vae
-    text = family.text("fp32", "cpu")
+    network = spec.load_network(torch.float32)
+    vae = spec.codec("fp32", "cpu", load=True).vae
+    text = spec.text("fp32", "cpu")
     states = text(["a red circle"]).streams[0], text.empty(1).streams[0]
-    call = Call(9, 32, 32, 3, 3.0, noise, *states, image=image, seed=5)
-    ours = family.run(family.pipeline(network, vae, text=False, dtype=torch.float32), call)
+    call = PipelineCall(9, 32, 32, 3, 3.0, noise, *states, image=image, seed=5)
+    ours = spec.run(spec.pipeline(network, vae, text=False, dtype=torch.float32), call)
     torch.testing.assert_close((ours.transpose(1, 2) + 1) / 2, expected, rtol=0, atol=1e-5)
-    own = family.encode(family.pipeline(network, vae, text=True, dtype=torch.float32), "a red circle", "")
+    own = spec.encode(spec.pipeline(network, vae, text=True, dtype=torch.float32), "a red circle", "")
     for a, b in zip(own, states, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -186,30 +186,30 @@ def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path
     assert is_pipeline(pipelines["2b"])
     assert not is_pipeline(tmp_path)
     with pytest.raises(ConfigError, match=r"has no model_index\.json"):
-        open_family(tmp_path)
+        open_model_spec(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
-        open_family(tmp_path / "nowhere")
+        open_model_spec(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ConfigError, match="is a WanPipeline; the pipelines known here are CogVideoXPipeline"):
-        open_family(tmp_path)
+        open_model_spec(tmp_path)
 
 
 def test_a_small_copy_is_read_from_whatever_diffusers_reads(pipelines: dict[str, Path], tmp_path: Path) -> None:
     """Safetensors and torch's .bin; in the blocks' places that it does not have nothing happens."""
     folder = tmp_path / "pipeline"
     shutil.copytree(pipelines["5b"], folder)
-    whole = open_family(folder).load_network(torch.float32)
+    whole = open_model_spec(folder).load_network(torch.float32)
     shutil.rmtree(folder / "transformer")
     whole.save_pretrained(folder / "transformer", safe_serialization=False)  # type: ignore[operator]
     assert not list((folder / "transformer").glob("*.safetensors"))
-    for family in (open_family(pipelines["5b"]), open_family(folder)):
-        family.load_network(torch.float32)
-        small = family.small_network([1])
+    for spec in (open_model_spec(pipelines["5b"]), open_model_spec(folder)):
+        spec.load_network(torch.float32)
+        small = spec.tiny_model([1])
         values, there = whole.state_dict(), small.state_dict()
         assert {k for k in values if not k.startswith("transformer_blocks.0.")} == there.keys()
         assert all(torch.equal(v, values[k]) for k, v in there.items() if k != "patch_embed.pos_embedding")
-        noisy, time, text = family.small_inputs(small, 0)
-        found = family.predict(small, noisy, time, text, None, torch.float32)
-        for other in (family.small_network(None), small):
+        noisy, time, text = spec.tiny_inputs(small, 0)
+        found = spec.predict(small, noisy, time, text, None, torch.float32)
+        for other in (spec.tiny_model(None), small):
             del other.transformer_blocks[0]  # type: ignore[operator,union-attr]
-            assert torch.equal(family.predict(other, noisy, time, text, None, torch.float32), found)
+            assert torch.equal(spec.predict(other, noisy, time, text, None, torch.float32), found)

@@ -14,7 +14,7 @@ from tests.unit.svd_parts import FRAMES, HEIGHT, WIDTH, picture, pipeline_video,
 from titans_video.codecs.image_encoder import resized
 from titans_video.generation import long_video
 from titans_video.generation.denoise import frame_noise, generate
-from titans_video.generation.image_conditioning import NOISE, PictureSettings
+from titans_video.generation.image_conditioning import NOISE, SVDSettings
 from titans_video.generation.request import Request
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
 from titans_video.media.probe import probe
@@ -22,19 +22,19 @@ from titans_video.media.reading import read_clip
 from titans_video.media.resize import to_tensor
 from titans_video.media.writing import write_video
 from titans_video.models.svd_unet import TextCrossAttention
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 
 SEED = 11
 
 
 def request(prompt: str = "", **changes: object) -> Request:
-    known = to_tensor(picture()[None])[None]
-    usual = Request([prompt], FRAMES, HEIGHT, WIDTH, [SEED], steps=4, known=known)
+    cond_pixels = to_tensor(picture()[None])[None]
+    usual = Request([prompt], FRAMES, HEIGHT, WIDTH, [SEED], steps=4, cond_pixels=cond_pixels)
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def theirs(settings: PictureSettings, steps: int = 4) -> torch.Tensor:
-    image_noise = keyed_normal((3, HEIGHT, WIDTH), [derive(SEED, NOISE, 0)])
+def theirs(settings: SVDSettings, steps: int = 4) -> torch.Tensor:
+    image_noise = seeded_randn((3, HEIGHT, WIDTH), [derive_seed(SEED, NOISE, 0)])
     noise = frame_noise((4, FRAMES, HEIGHT // 2, WIDTH // 2), [SEED])
     return pipeline_video(
         svd_folder(),
@@ -53,17 +53,17 @@ def theirs(settings: PictureSettings, steps: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize(
     "settings",
     [
-        PictureSettings(),
-        PictureSettings(fps=24, motion_bucket=40, noise_aug=0.3, guidance=(1.5, 6.0)),
-        PictureSettings(guidance=(1.0, 1.0)),
+        SVDSettings(),
+        SVDSettings(fps=24, motion_bucket=40, noise_aug=0.3, guidance=(1.5, 6.0)),
+        SVDSettings(guidance=(1.0, 1.0)),
     ],
     ids=["usual", "other", "unguided"],
 )
-def test_an_untouched_model_makes_the_pipelines_video(text: str, settings: PictureSettings) -> None:
+def test_an_untouched_model_makes_the_pipelines_video(text: str, settings: SVDSettings) -> None:
     """Whatever the prompt says: the branch for text gives exactly nothing."""
     model, expected = svd_model(text=text), theirs(settings)
     for prompt in ("", "a red circle") if text == "builtin" else ("",):
-        ours = generate(model, request(prompt, picture=settings), progress=False)
+        ours = generate(model, request(prompt, svd=settings), progress=False)
         torch.testing.assert_close(ours, expected.clamp(-1, 1), rtol=0, atol=1e-4)
     assert float(expected.std()) > 0.01
 
@@ -73,7 +73,7 @@ def test_an_untouched_model_makes_the_pipelines_video(text: str, settings: Pictu
 )
 def test_every_setting_counts(change: dict[str, Any]) -> None:
     """So that agreeing with the pipeline means something."""
-    usual, other = theirs(PictureSettings(), 2), theirs(replace(PictureSettings(), **change), 2)
+    usual, other = theirs(SVDSettings(), 2), theirs(replace(SVDSettings(), **change), 2)
     assert float((usual - other).abs().max()) > 1e-2
 
 
@@ -96,11 +96,11 @@ def test_pictures_are_resized_as_the_pipeline_does(height: int, width: int) -> N
 
 
 def test_programs_get_the_same_video() -> None:
-    """Through `VideoPipeline`, with its pictures and settings."""
+    """SkippedBlock `VideoPipeline`, with its pictures and settings."""
     model = svd_model()
     seed = draw_seeds(torch.Generator().manual_seed(5), 1)[0]
-    settings = PictureSettings(fps=8.0, motion_bucket=90.0, noise_aug=0.1, guidance=(1.0, 2.0))
-    expected = generate(model, request(picture=settings, seeds=[seed], steps=2), progress=False)
+    settings = SVDSettings(fps=8.0, motion_bucket=90.0, noise_aug=0.1, guidance=(1.0, 2.0))
+    expected = generate(model, request(svd=settings, seeds=[seed], steps=2), progress=False)
     made = VideoPipeline.of(model)(
         "",
         image=Image.fromarray(picture()),

@@ -26,6 +26,7 @@ from titans_video.text import huggingface
 from titans_video.text.base import TextEncoder
 from titans_video.text.huggingface import PretrainedStream
 from titans_video.text.registry import build_text, text_from_checkpoint
+from titans_video.types import PRECISIONS
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "T5": make_t5,
@@ -155,7 +156,7 @@ def test_half_precision_is_kept_and_close(name: str, tmp_path: Path) -> None:
     dtypes: tuple[Dtype, ...] = ("bf16", "fp16")
     for dtype in dtypes:
         half = build_text(TextOptions(text_model=str(folder), text_dtype=dtype))(WORDS)
-        assert half.streams[0].dtype == huggingface.DTYPES[dtype]
+        assert half.streams[0].dtype == PRECISIONS[dtype]
         assert torch.equal(half.masks[0], full.masks[0])
         torch.testing.assert_close(half.streams[0].float(), full.streams[0], atol=0.1, rtol=0.1)
 
@@ -255,12 +256,12 @@ def test_hidden_size_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert as_llm(folder, llm_hidden_size=16).widths == [16]
     with pytest.raises(TextError, match=r"--llm-hidden-size 24: the config of .* says 16"):
         as_llm(folder, llm_hidden_size=24)
-    silent = SimpleNamespace(is_encoder_decoder=False)
-    silent.get_text_config = lambda: SimpleNamespace()
+    without = SimpleNamespace(is_encoder_decoder=False)
+    without.get_text_config = lambda: SimpleNamespace()
     read = PretrainedStream._read
 
     def without_width(self: PretrainedStream, kind: Any, **options: Any) -> Any:
-        return silent if kind is transformers.AutoConfig else read(self, kind, **options)
+        return without if kind is transformers.AutoConfig else read(self, kind, **options)
 
     monkeypatch.setattr(PretrainedStream, "_read", without_width)
     with pytest.raises(TextError, match="give it with --llm-hidden-size"):

@@ -12,7 +12,7 @@ from titans_video.cli.generate import GenerateFlags
 from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.run import guarded
-from titans_video.config.options import AdviceOptions, DataOptions, SoraOptions
+from titans_video.config.options import DataOptions, GenerationDefaults, SoraOptions
 from titans_video.config.parse import flags_from_yaml, parse
 from titans_video.config.rules import check_training
 from titans_video.errors import ConfigError
@@ -247,7 +247,8 @@ def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("interval", [(1.0, 0.2), (-0.1, 0.5), (0.5, 1.1)])
 def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float, float]) -> None:
     options = SoraOptions(
-        data=DataOptions(manifest=("m.jsonl",)), advice=AdviceOptions(sample_guidance_interval=interval)
+        data=DataOptions(manifest=("m.jsonl",)),
+        generation_defaults=GenerationDefaults(sample_guidance_interval=interval),
     )
     with pytest.raises(ConfigError, match="--sample-guidance-interval"):
         check_training(options)

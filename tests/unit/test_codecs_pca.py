@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_video.codecs.pca import PatchCodec, _to_patches
+from titans_video.codecs.pca import PCACodec, _to_patches
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
 from titans_video.mock.bounce import sample_bounce
@@ -22,8 +22,8 @@ def clips(seed: int, count: int, frames: int = 16) -> Tensor:
     return torch.from_numpy(shown).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def fit(smooth: float = SMOOTH, channels: int = 48, patch: tuple[int, int, int] = (4, 4, 4)) -> PatchCodec:
-    return PatchCodec.fit(clips(0, 60), patch, channels, smooth)
+def fit(smooth: float = SMOOTH, channels: int = 48, patch: tuple[int, int, int] = (4, 4, 4)) -> PCACodec:
+    return PCACodec.fit(clips(0, 60), patch, channels, smooth)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -48,15 +48,15 @@ def test_latents_are_the_same_with_joins_and_without(tmp_path: Path) -> None:
     assert torch.equal(plain.encode(x), joined.encode(x))
     assert plain.fingerprint() == joined.fingerprint()  # so that caches serve both
     assert (plain.decode_context, joined.decode_context) == (0, 1)
-    again = PatchCodec.from_config(joined.config(), joined.state_dict())
+    again = PCACodec.from_config(joined.config(), joined.state_dict())
     latents = joined.encode(x)
     assert torch.equal(again.decode(latents, 16), joined.decode(latents, 16))
     assert not torch.equal(plain.decode(latents, 16), joined.decode(latents, 16))
     lacking = {k: v for k, v in joined.state_dict().items() if k != "gain"}
     with pytest.raises(CodecError, match=r"incomplete: 'gain'"):
-        PatchCodec.from_config(joined.config(), lacking)
+        PCACodec.from_config(joined.config(), lacking)
     with pytest.raises(CodecError, match="a gain of"):
-        PatchCodec.from_config(joined.config(), joined.state_dict() | {"gain": torch.zeros(3, 192)})
+        PCACodec.from_config(joined.config(), joined.state_dict() | {"gain": torch.zeros(3, 192)})
 
 
 @pytest.mark.parametrize(("patch", "channels"), [((2, 1, 1), 4), ((3, 2, 1), 11)])
@@ -70,7 +70,7 @@ def test_the_gain_is_the_regression_of_true_pixels_on_decoded_ones(patch: tuple[
     )
     world = torch.randn(400_000, channels, generator=generator) @ basis.T
     world += 0.03 * torch.randn(world.shape, generator=generator)
-    codec = PatchCodec.fit(_from_patches(world, patch), patch, channels, 0.05)
+    codec = PCACodec.fit(_from_patches(world, patch), patch, channels, 0.05)
     assert codec.gain is not None
     behind = torch.zeros(3, pt, patch[1] * patch[2], dtype=torch.bool)
     behind[:, pt - pt // 2 :] = True
@@ -102,7 +102,7 @@ def test_a_join_changes_the_first_frames_of_a_block_and_only_after_another_block
     ("patch", "channels", "count"), [((8, 4, 4), 128, 4), ((4, 4, 4), 150, 4), ((8, 4, 4), 96, 60)]
 )
 def test_joins_do_no_harm_however_few_the_clips(patch: tuple[int, int, int], channels: int, count: int) -> None:
-    plain, joined = (PatchCodec.fit(clips(0, count), patch, channels, smooth) for smooth in (0.0, SMOOTH))
+    plain, joined = (PCACodec.fit(clips(0, count), patch, channels, smooth) for smooth in (0.0, SMOOTH))
     truth = clips(1, 24)
     latents = plain.encode(truth)
     generator = torch.Generator().manual_seed(0)

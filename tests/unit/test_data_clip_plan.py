@@ -12,7 +12,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable, parse_buckets
 from titans_video.data.clip_plan import MOST_REPEATS, REASONS, Rejected, RowPlan, plan_row
 from titans_video.data.manifest import Row
-from titans_video.data.tasks import known_frames, parse_task_mix
+from titans_video.data.tasks import num_cond_frames, parse_task_mix
 from titans_video.errors import ConfigError
 from titans_video.media.opening import REASONS as MEDIA_REASONS
 from titans_video.types import CodecSpec
@@ -227,9 +227,9 @@ def test_task_mix_and_known_frames() -> None:
         with pytest.raises(ConfigError, match="--task-mix"):
             parse_task_mix(wrong)
     options = DataOptions(cond_frames=5)
-    assert known_frames("t2v", ROW, options, 8, 0) == 0
-    assert known_frames("i2v", ROW, options, 8, 0) == 1
-    assert known_frames("v2v", ROW, options, 8, 0) == 5
-    assert known_frames("v2v", replace(ROW, cond_frames=3), options, 8, 0) == 3
-    assert known_frames("v2v", ROW, options, 4, 0) == 3
-    assert {known_frames("v2v", ROW, DataOptions(), 8, s << 50) for s in range(8000)} == set(range(1, 8))
+    assert num_cond_frames("t2v", ROW, options, 8, 0) == 0
+    assert num_cond_frames("i2v", ROW, options, 8, 0) == 1
+    assert num_cond_frames("v2v", ROW, options, 8, 0) == 5
+    assert num_cond_frames("v2v", replace(ROW, cond_frames=3), options, 8, 0) == 3
+    assert num_cond_frames("v2v", ROW, options, 4, 0) == 3
+    assert {num_cond_frames("v2v", ROW, DataOptions(), 8, s << 50) for s in range(8000)} == set(range(1, 8))

@@ -13,11 +13,11 @@ from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set
 from titans_video.codecs.base import without_noise
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, open_validation, shared_files, split
 from titans_video.data.manifest import Row
 from titans_video.data.precompute import Encoders, fill_cache
-from titans_video.data.reader import Entry
+from titans_video.data.reader import ClipRecord
 from titans_video.data.tasks import TaskMix
 from titans_video.errors import DataError
 
@@ -29,20 +29,20 @@ def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
-def entry(name: str, file: str) -> Entry:
-    return Entry(Row(name, Path(file), name), BUCKET, 1.0, 8.0, b"x")
+def entry(name: str, file: str) -> ClipRecord:
+    return ClipRecord(Row(name, Path(file), name), BUCKET, 1.0, 8.0, b"x")
 
 
-def data_of(entries: list[Entry]) -> Data:
-    return Data(DataOptions(), entries, [], BucketTable((BUCKET,), PLAIN, PATCH), TaskMix(), seed=0)
+def data_of(entries: list[ClipRecord]) -> VideoDataset:
+    return VideoDataset(DataOptions(), entries, [], BucketTable((BUCKET,), PLAIN, PATCH), TaskMix(), seed=0)
 
 
-def opened(manifest: Path, **changes: Any) -> Data:
+def opened(manifest: Path, **changes: Any) -> VideoDataset:
     options = DataOptions(manifest=(str(manifest),), num_frames=FRAMES, **{"buckets": "16x16,16x32", **changes})
     return open_data(options, PLAIN, PATCH, seed=3)
 
 
-def ids(entries: list[Entry]) -> list[str]:
+def ids(entries: list[ClipRecord]) -> list[str]:
     return [e.row.id for e in entries]
 
 
@@ -112,7 +112,7 @@ def test_a_piece_is_the_same_whenever_it_is_read(tmp_path: Path) -> None:
         assert a.pixels is not None
         assert b.pixels is not None
         assert torch.equal(a.pixels, b.pixels)
-        assert torch.equal(a.known_frames, b.known_frames)
+        assert torch.equal(a.num_cond_frames, b.num_cond_frames)
     seeds = [seed for piece in rows.pieces() for seed in rows.read(piece)[0].seeds]
     assert len(set(seeds)) == len(data.entries)
 
@@ -127,7 +127,7 @@ def test_a_row_that_breaks_is_blank_and_does_not_count(tmp_path: Path, cached: b
             def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
                 return without_noise(pixels)
 
-            encode_known = encode_moments
+            encode_cond_frames = encode_moments
 
         filled = fill_cache(data, tmp_path / "cache", Encoders("a", Codec), progress=False)
         data, store = filled.data, filled.store

@@ -9,7 +9,7 @@ import torch
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
 from titans_video.config.options import DataOptions
 from titans_video.data.bad_rows import Broken, BrokenRows
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.loader import BatchStream
 from titans_video.errors import DataError
 from titans_video.types import Batch
@@ -31,7 +31,7 @@ def own_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def opened(manifest: Path, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> Data:
+def opened(manifest: Path, rank: int = 0, world: int = 1, seed: int = 0, **options: Any) -> VideoDataset:
     given = {"buckets": "16x16,16x32", "num_frames": FRAMES, "batch_size": 1, **options}
     return open_data(DataOptions(manifest=(str(manifest),), **given), PLAIN, PATCH, seed=seed, rank=rank, world=world)
 
@@ -45,7 +45,12 @@ def rows(batches: list[Batch]) -> list[tuple[str, int]]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    pairs = ((a.pixels, b.pixels), (a.known_pixels, b.known_pixels), (a.known_frames, b.known_frames), (a.fps, b.fps))
+    pairs = (
+        (a.pixels, b.pixels),
+        (a.cond_pixels, b.cond_pixels),
+        (a.num_cond_frames, b.num_cond_frames),
+        (a.fps, b.fps),
+    )
     tensors = all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
     return tensors and (a.ids, a.seeds, a.tasks, a.captions) == (b.ids, b.seeds, b.tasks, b.captions)
 
@@ -63,17 +68,17 @@ def test_a_batch_holds_what_its_rows_say(manifest: Path) -> None:
         for k in range(FRAMES):  # grey levels, to within the codec's loss
             assert abs(float(batch.pixels[0, :, k].mean() + 1) * 127.5 - level(int(name[3:]), k)) < 4
         assert float(batch.fps[0]) == pytest.approx(8)
-    assert {n: (b.tasks[0], int(b.known_frames[0])) for n, b in seen.items() if b.tasks != ["t2v"]} == {
+    assert {n: (b.tasks[0], int(b.num_cond_frames[0])) for n, b in seen.items() if b.tasks != ["t2v"]} == {
         "row1": ("i2v", 1),
         "row2": ("i2v", 1),
         "row4": ("v2v", 4),
     }
-    assert seen["row0"].known_pixels is None
-    known, own = seen["row1"].known_pixels, seen["row1"].pixels
+    assert seen["row0"].cond_pixels is None
+    known, own = seen["row1"].cond_pixels, seen["row1"].pixels
     assert torch.equal(known[:, :, :1], own[:, :, :1])
     assert not known[:, :, 1:].any()
-    assert float(seen["row2"].known_pixels[:, :, 0].mean()) == pytest.approx(250 / 127.5 - 1, abs=0.01)
-    assert torch.equal(seen["row4"].known_pixels[:, :, :4], seen["row4"].pixels[:, :, :4])
+    assert float(seen["row2"].cond_pixels[:, :, 0].mean()) == pytest.approx(250 / 127.5 - 1, abs=0.01)
+    assert torch.equal(seen["row4"].cond_pixels[:, :, :4], seen["row4"].pixels[:, :, :4])
 
 
 @pytest.mark.parametrize(("world", "accum"), [(1, 4), (2, 2), (4, 1)])

@@ -20,7 +20,7 @@ from titans_video.codecs.identity import IdentityCodec
 from titans_video.config.options import CodecOptions, DataOptions, TextOptions
 from titans_video.data import cache as store_module
 from titans_video.data.cache import EncodingStore, verify
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.data.reader import RowReader
 from titans_video.errors import DataError
@@ -44,7 +44,7 @@ class Codec:
         self.calls += 1
         return torch.cat([pixels, torch.full_like(pixels, -1.0)], dim=1)
 
-    def encode_known(self, pixels: Tensor) -> Tensor:
+    def encode_cond_frames(self, pixels: Tensor) -> Tensor:
         return self.encode_moments(pixels)
 
 
@@ -65,7 +65,7 @@ def refuse_to_load() -> Any:
     raise AssertionError("a full cache needs no codec and no text encoder")
 
 
-def opened(manifest: Path, **options: Any) -> Data:
+def opened(manifest: Path, **options: Any) -> VideoDataset:
     given = {"height": 16, "width": 16, "num_frames": FRAMES, "batch_size": 3, **options}
     return open_data(DataOptions(manifest=(str(manifest),), **given), PLAIN, PATCH, seed=0)
 
@@ -89,12 +89,12 @@ def test_cached_batches_equal_encoded_ones_and_nothing_is_loaded(tmp_path: Path)
         assert a.pixels is None
         torch.testing.assert_close(a.moments, Codec().encode_moments(b.pixels))
         if "row3" not in a.ids:  # its share of known frames belongs to the variant, not to the occurrence
-            assert torch.equal(a.known_frames, b.known_frames)
-        for i, known in enumerate(a.known_frames.tolist()):
+            assert torch.equal(a.num_cond_frames, b.num_cond_frames)
+        for i, known in enumerate(a.num_cond_frames.tolist()):
             if known and a.ids[i] != "row3":
-                torch.testing.assert_close(a.known_moments[i, :3], b.known_pixels[i])
+                torch.testing.assert_close(a.cond_moments[i, :3], b.cond_pixels[i])
             if known:
-                assert not a.known_moments[i, :3, known:].any()
+                assert not a.cond_moments[i, :3, known:].any()
         expected = text(a.captions)
         for stream, mask, right, right_mask in zip(
             a.text.streams, a.text.masks, expected.streams, expected.masks, strict=True
@@ -111,7 +111,7 @@ def test_each_field_of_the_key_misses_exactly_the_rows_it_should(
     manifest = make_set(tmp_path / "set", rows=4, wide=0, row1={"task": "i2v", "cond_image": "white.png"})
     folder = tmp_path / "cache"
 
-    def made(data: Data | None = None, key: str = "codec-a", text_keys: tuple[str, ...] = ("t5", "llm")) -> int:
+    def made(data: VideoDataset | None = None, key: str = "codec-a", text_keys: tuple[str, ...] = ("t5", "llm")) -> int:
         given = replace(encoders(codec_key=key), text_keys=text_keys)
         return fill_cache(data or opened(manifest), folder, given, progress=False).made
 
@@ -162,7 +162,7 @@ def test_task_mix_is_cached_for_every_task(tmp_path: Path) -> None:
     batches = [next(stream) for _ in range(40)]
     assert {b.tasks[0] for b in batches} == {"t2v", "i2v", "v2v"}
     assert not stream.broken.known
-    assert all((b.known_moments is None) == (b.tasks == ["t2v"]) for b in batches)
+    assert all((b.cond_moments is None) == (b.tasks == ["t2v"]) for b in batches)
 
 
 def test_ranks_share_the_work(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ class Slow(Codec):
         return super().encode_moments(pixels)
 
 
-def _fill_slowly(data: Data, folder: Path) -> None:
+def _fill_slowly(data: VideoDataset, folder: Path) -> None:
     fill_cache(data, folder, encoders(Slow()), progress=False)
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans_video.data.loader import Share
-from titans_video.data.sampler import GlobalBatch, Lane, Occurrence, Sampler
+from titans_video.data.loader import RankShard
+from titans_video.data.sampler import BucketQueue, GlobalBatch, SampleIndex, Sampler
 
 
 def make(
@@ -19,7 +19,7 @@ def make(
     for i, (size, batch) in enumerate(zip(sizes, batches, strict=True)):
         index = list(range(first, first + size))
         given_weights = tuple(weights[k] for k in index) if weights else (1.0,) * size
-        lanes.append(Lane(f"lane{i}", tuple(f"row{k}" for k in index), given_weights, batch))
+        lanes.append(BucketQueue(f"lane{i}", tuple(f"row{k}" for k in index), given_weights, batch))
         rows.append(index)
         first += size
     return Sampler(lanes, rows, seed)
@@ -70,8 +70,8 @@ def test_order_changes_with_seed_and_epoch_but_not_with_other_rows() -> None:
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     assert orders(make([20], [2], seed=1))[0] != first
-    lane = Lane("lane0", tuple(f"row{k}" for k in range(20)), (1.0,) * 20, 2)
-    turned = Sampler([Lane(lane.name, lane.ids[::-1], lane.weights, 2)], [list(range(20))[::-1]], 0)
+    lane = BucketQueue("lane0", tuple(f"row{k}" for k in range(20)), (1.0,) * 20, 2)
+    turned = Sampler([BucketQueue(lane.name, lane.ids[::-1], lane.weights, 2)], [list(range(20))[::-1]], 0)
     assert [b.items for b in take(turned, 10)] == [b.items for b in take(make([20], [2]), 10)]
 
 
@@ -102,7 +102,7 @@ def test_weights_scale_how_often_a_row_comes() -> None:
 
 @pytest.mark.parametrize(("world", "accum"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_ranks_and_accumulation_divide_the_same_global_batch(world: int, accum: int) -> None:
-    items = [Occurrence(i, 0, 0) for i in range(16)]
-    found = [list(Share(rank, world, accum).of(items, micro)) for micro in range(accum) for rank in range(world)]
+    items = [SampleIndex(i, 0, 0) for i in range(16)]
+    found = [list(RankShard(rank, world, accum).of(items, micro)) for micro in range(accum) for rank in range(world)]
     assert [o for part in found for o in part] == items
     assert {len(part) for part in found} == {2}

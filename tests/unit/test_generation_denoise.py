@@ -81,19 +81,19 @@ def test_a_count_that_training_would_round_down_to_its_own_is_made_by_rounding_u
 
 
 def test_known_frames_are_held_clean_and_come_out_as_they_went_in():
-    known = clip(frames=2)
+    cond_pixels = clip(frames=2)
     rest = torch.full((1, 3, 2, 16, 24), 0.25)
-    model, oracle = oracle_model(torch.cat([torch.zeros_like(known), rest], dim=2))
-    made = generate(model, replace(REQUEST, known=known, guidance_scale=2.0), progress=False)
-    assert torch.equal(made[:, :, :2], known)
+    model, oracle = oracle_model(torch.cat([torch.zeros_like(cond_pixels), rest], dim=2))
+    made = generate(model, replace(REQUEST, cond_pixels=cond_pixels, guidance_scale=2.0), progress=False)
+    assert torch.equal(made[:, :, :2], cond_pixels)
     torch.testing.assert_close(made[:, :, 2:], rest, rtol=0, atol=1e-5)
-    clean = model.codec.encode(torch.cat([known, torch.zeros_like(known)], dim=2))
+    clean = model.codec.encode(torch.cat([cond_pixels, torch.zeros_like(cond_pixels)], dim=2))
     for x_t, time, condition in oracle.asked:
-        assert condition.known is not None
-        assert condition.known_mask is not None
-        assert torch.equal(condition.known, clean.expand(2, -1, -1, -1, -1))
-        assert condition.known_mask.tolist() == [[[True, True, False, False]]] * 2
-        assert torch.equal(x_t[:, :, :2], condition.known[:, :, :2])
+        assert condition.cond_latents is not None
+        assert condition.cond_mask is not None
+        assert torch.equal(condition.cond_latents, clean.expand(2, -1, -1, -1, -1))
+        assert condition.cond_mask.tolist() == [[[True, True, False, False]]] * 2
+        assert torch.equal(x_t[:, :, :2], condition.cond_latents[:, :, :2])
         assert time.shape == (2, 4)
         assert (time[:, :2] == 0).all()
         assert (time[:, 2:] > 0).all()
@@ -101,9 +101,9 @@ def test_known_frames_are_held_clean_and_come_out_as_they_went_in():
 
 def test_a_partly_known_latent_frame_is_made_and_the_given_pixels_put_back():
     model = tiny_model(factor=(2, 4, 4), prediction="x0")
-    known = clip(frames=1)
-    made = generate(model, replace(REQUEST, known=known), progress=False)
-    assert torch.equal(made[:, :, :1], known)
+    cond_pixels = clip(frames=1)
+    made = generate(model, replace(REQUEST, cond_pixels=cond_pixels), progress=False)
+    assert torch.equal(made[:, :, :1], cond_pixels)
     assert not torch.equal(made, generate(model, REQUEST, progress=False))
 
 
@@ -124,8 +124,8 @@ def test_the_networks_mode_is_given_back():
         ({"width": 3}, r"--width 3: .* the nearest legal: 8\."),
         ({"seeds": [1, 2]}, "1 prompts and 2 seeds"),
         ({"prompts": [], "seeds": []}, "0 prompts"),
-        ({"known": torch.zeros(1, 3, 4, 16, 24)}, "4 of 4 frames are given"),
-        ({"known": torch.zeros(1, 3, 1, 16, 16)}, "do not go with 1 videos of 16x24"),
+        ({"cond_pixels": torch.zeros(1, 3, 4, 16, 24)}, "4 of 4 frames are given"),
+        ({"cond_pixels": torch.zeros(1, 3, 1, 16, 16)}, "do not go with 1 videos of 16x24"),
         ({"sampler": "ddim"}, "no sampler 'ddim'"),
         ({"steps": 0}, "at least 1"),
     ],

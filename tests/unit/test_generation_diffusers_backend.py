@@ -22,8 +22,8 @@ from titans_video.generation.diffusers_backend import (
 )
 from titans_video.generation.request import build_request
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.registry import open_family
-from titans_video.seeding import derive
+from titans_video.pretrained.registry import open_model_spec
+from titans_video.seeding import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def adapters(pipelines: dict[str, Path]) -> dict[str, Path]:
     """A LoRA file with an alpha of its own for each pipeline."""
     for path in pipelines.values():
-        network = open_family(path).load_network(torch.float32)
+        network = open_model_spec(path).load_network(torch.float32)
         lora.inject(network, lora.LoraConfig(2, 5.0))
         torch.manual_seed(4)
         for _, layer in lora.layers(network):
@@ -47,7 +47,7 @@ def adapters(pipelines: dict[str, Path]) -> dict[str, Path]:
 
 def made(model: PretrainedModel, options: GenerateOptions, image: Tensor | None = None) -> Tensor:
     request, _ = build_request(options, model)
-    request = request if image is None else replace(request, known=image)
+    request = request if image is None else replace(request, cond_pixels=image)
     windows, _ = plan_pretrained(model, request, options)
     return torch.cat(list(PretrainedPipeline(model).stream(request, windows, progress=False)), dim=2)
 
@@ -65,11 +65,11 @@ def test_it_is_the_stock_pipeline_with_its_own_loader(
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(adapters[kind], adapter_name="x")
     pipe.set_adapters("x", 0.6)
-    noise = frame_noise((4, model.family.padded_frames(3), 4, 4), [7])
+    noise = frame_noise((4, model.spec.padded_frames(3), 4, 4), [7])
     first: dict[str, Any] = {} if image is None else {"image": (image[:, :, 0] + 1) / 2}
     theirs = pipe(
         prompt="a red circle", **first, height=32, width=32, num_frames=9, num_inference_steps=3,
-        latents=noise.transpose(1, 2), generator=torch.Generator().manual_seed(derive(7, "pipeline", 0)),
+        latents=noise.transpose(1, 2), generator=torch.Generator().manual_seed(derive_seed(7, "pipeline", 0)),
         max_sequence_length=12, output_type="pt",
     ).frames.transpose(1, 2)  # fmt: skip
     shown = slice(0 if image is None else 1, None)  # a given frame stays as it was given
@@ -82,16 +82,16 @@ def test_it_is_the_stock_pipeline_with_its_own_loader(
 def test_blended_windows_are_weighted_averages(
     kind: str, starts: tuple[int, ...], length: int, pipelines: dict[str, Path]
 ) -> None:
-    family = open_family(pipelines[kind])
-    network = family.load_network(torch.float32)
+    spec = open_model_spec(pipelines[kind])
+    network = spec.load_network(torch.float32)
     total = starts[-1] + length
     x, states, time = torch.randn(1, 4, total, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
     with torch.no_grad():
-        with windowed(family, network, starts, length):
-            ours = family.predict(network, x, time, states, None, torch.float32)
+        with windowed(spec, network, starts, length):
+            ours = spec.predict(network, x, time, states, None, torch.float32)
         expected, weight = torch.zeros_like(x), torch.zeros(total)
         for i, start in enumerate(starts):
-            value = family.predict(network, x[:, :, start : start + length], time, states, None, torch.float32)
+            value = spec.predict(network, x[:, :, start : start + length], time, states, None, torch.float32)
             for frame in range(length):
                 before = starts[i - 1] + length - start if i else 0
                 after = start + length - starts[i + 1] if i + 1 < len(starts) else 0
@@ -100,7 +100,7 @@ def test_blended_windows_are_weighted_averages(
                 expected[:, :, start + frame] += w * value[:, :, frame]
                 weight[start + frame] += w
     torch.testing.assert_close(ours, expected / weight[:, None, None], rtol=1e-4, atol=1e-5)
-    again = family.predict(network, x[:, :, :length], time, states, None, torch.float32)
+    again = spec.predict(network, x[:, :, :length], time, states, None, torch.float32)
     assert again.shape[2] == length  # the transformer is its own again
 
 

@@ -13,9 +13,9 @@ from titans_video.generation.denoise import frame_noise, generate
 from titans_video.generation.long_video import blend_windows, generate_long, plan_video, ramp
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Request
-from titans_video.generation.windows import Joins, check_draft
+from titans_video.generation.windows import WindowingSupport, check_draft
 from titans_video.models.sora_dit import SoraDiT
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import CodecSpec
 
 REQUEST = Request(prompts=["a red circle"], frames=20, height=16, width=24, seeds=[3], steps=2)
@@ -73,17 +73,17 @@ def test_a_longer_video_begins_as_a_shorter_one():
 
 def test_the_rest_of_a_draft_is_made_again_as_if_its_first_frames_had_been_given():
     model = tiny_model()
-    drafted = replace(REQUEST, draft_frames=2)
+    has_draft = replace(REQUEST, draft_frames=2)
     for frames in (5, 8, 20):
         how = LAST if frames > 8 else {}
         once = make(model, replace(REQUEST, frames=min(frames, 8)))
-        made = make(model, replace(drafted, frames=frames), **how)
-        assert torch.equal(made, make(model, replace(REQUEST, frames=frames, known=once[:, :, :2]), **how))
+        made = make(model, replace(has_draft, frames=frames), **how)
+        assert torch.equal(made, make(model, replace(REQUEST, frames=frames, cond_pixels=once[:, :, :2]), **how))
         assert torch.equal(made[:, :, :2], once[:, :, :2])
         assert (made[:, :, 2:5] - once[:, :, 2:5]).abs().max() > 1e-3
     # One window is the unwindowed call, and a longer video begins as a shorter one.
-    short = generate(model, replace(drafted, frames=8), progress=False)
-    assert torch.equal(make(model, drafted, **LAST)[:, :, :8], short)
+    short = generate(model, replace(has_draft, frames=8), progress=False)
+    assert torch.equal(make(model, has_draft, **LAST)[:, :, :8], short)
 
 
 @pytest.mark.parametrize(("scale", "going_on"), [(3.0, 1.0), (1.0, 3.0), (2.0, None)])
@@ -98,14 +98,14 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
     rows = [len(x) for x, _, _ in model.network.asked]
     assert rows == [1 if scale == 1.0 else 2] * 2 + [1 if going_on == 1.0 else 2] * 9
     # The same as asking for it of a video that goes on from given frames.
-    alone = replace(request, steps=3, guidance_scale=going_on or scale, known=made[:, :, :2], draft_frames=0)
+    alone = replace(request, steps=3, guidance_scale=going_on or scale, cond_pixels=made[:, :, :2], draft_frames=0)
     assert torch.equal(make(model, replace(alone, continue_steps=None, continue_guidance=None), **LAST), made)
     # Several given frames are gone on from like that, and one picture is not.
     for count, steps in ((2, [3, 3, 3]), (1, [2, 3, 3])):
         model.network.__dict__["asked"] = []
-        known = replace(request, known=made[:, :, :count])
-        windows, _ = plan_video(model, known, **LAST)
-        list(generate_long(model, known, windows))
+        cond_pixels = replace(request, cond_pixels=made[:, :, :count])
+        windows, _ = plan_video(model, cond_pixels, **LAST)
+        list(generate_long(model, cond_pixels, windows))
         assert f"{sum(steps)}/{sum(steps)}" in capsys.readouterr().err
         assert len(model.network.asked) == sum(steps)
 
@@ -113,9 +113,9 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
 def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
     model = tiny_model(patch=(1, 2, 2))
     model.network.__class__ = Recorder
-    known = clip(2)
+    cond_pixels = clip(2)
     for request, how, forwards in (
-        (replace(REQUEST, known=known), LAST, 3),
+        (replace(REQUEST, cond_pixels=cond_pixels), LAST, 3),
         (replace(REQUEST, frames=2), {}, 1),
         (REQUEST, {**LAST, "mode": "blend"}, 3),
         (REQUEST, LAST, 4),  # and here there is
@@ -156,7 +156,7 @@ def test_a_draft_that_cannot_be_gone_on_from_is_refused():
 )
 def test_a_draft_is_whole_latent_frames_of_every_kind_of_codec(rule, draft, said):
     spec, frames = CodecSpec("codec", 16, (4, 8, 8), rule), 17 if rule == "causal" else 16
-    arguments = ("--sample-draft-frames", draft, Joins(True, frozenset({"t2v", "v2v"})), spec, frames)
+    arguments = ("--sample-draft-frames", draft, WindowingSupport(True, frozenset({"t2v", "v2v"})), spec, frames)
     if said is None:
         check_draft(*arguments)
     else:
@@ -187,7 +187,7 @@ def test_noise_is_a_function_of_seed_and_frame():
     noise = frame_noise((2, 12, 3, 3), [7, 8])
     assert torch.equal(frame_noise((2, 5, 3, 3), [7, 8], first=4), noise[:, :, 4:9])
     assert torch.equal(frame_noise((2, 12, 3, 3), [8]), noise[1:])
-    assert torch.equal(noise[:, :, :1], keyed_normal((2, 1, 3, 3), [derive(s, "noise") for s in (7, 8)]))
+    assert torch.equal(noise[:, :, :1], seeded_randn((2, 1, 3, 3), [derive_seed(s, "noise") for s in (7, 8)]))
     flat = noise.movedim(2, 0).reshape(12, -1)
     assert (torch.corrcoef(flat) - torch.eye(12)).abs().max() < 0.6
     large = frame_noise((8, 8, 16, 16), [1])
@@ -208,31 +208,31 @@ def test_each_window_is_given_the_last_frames_of_the_one_before():
     model.network.__class__ = Recorder
     made = make(model, replace(REQUEST, steps=1), mode="continue", **LAST)
     asked = model.network.asked
-    assert [a[2].known is not None for a in asked] == [False, True, True]
+    assert [a[2].cond_latents is not None for a in asked] == [False, True, True]
     for (x, time, condition), start in zip(asked[1:], (6, 12), strict=True):
         given = model.codec.encode(made[:, :, start : start + 2])
-        assert torch.equal(condition.known[:, :, :2], given)
+        assert torch.equal(condition.cond_latents[:, :, :2], given)
         assert torch.equal(x[:, :, :2], given)
-        assert condition.known_mask.tolist() == [[[True, True] + [False] * 6]]
+        assert condition.cond_mask.tolist() == [[[True, True] + [False] * 6]]
         assert time[0, :2].tolist() == [0, 0]
         assert (time[0, 2:] > 0).all()
 
 
 def test_given_frames_begin_the_video_and_stay_as_they_are():
     model = tiny_model()
-    known = clip(2)
+    cond_pixels = clip(2)
     for mode in ("continue", "blend"):
-        made = make(model, replace(REQUEST, known=known), mode=mode, **LAST)
-        assert torch.equal(made[:, :, :2], known)
+        made = make(model, replace(REQUEST, cond_pixels=cond_pixels), mode=mode, **LAST)
+        assert torch.equal(made[:, :, :2], cond_pixels)
     with pytest.raises(ConfigError, match="8 frames are given, but a window has 8"):
-        make(model, replace(REQUEST, known=clip(8)), **LAST)
+        make(model, replace(REQUEST, cond_pixels=clip(8)), **LAST)
 
 
 def test_blended_windows_are_told_only_what_lies_in_them():
     model = tiny_model(patch=(1, 2, 2))
     model.network.__class__ = Recorder
-    make(model, replace(REQUEST, known=clip(2), steps=1), mode="blend", **LAST)
-    assert [a[2].known is not None for a in model.network.asked] == [True, False, False]
+    make(model, replace(REQUEST, cond_pixels=clip(2), steps=1), mode="blend", **LAST)
+    assert [a[2].cond_latents is not None for a in model.network.asked] == [True, False, False]
     assert {a[0].shape[2] for a in model.network.asked} == {8}
 
 
@@ -297,7 +297,7 @@ def test_a_network_with_one_time_a_clip_is_never_given_several():
     made = make(model, REQUEST, window=8)
     assert made.shape[2] == 20
     assert {a[1].ndim for a in model.network.asked} == {1}
-    assert [a[2].known_mask.sum().item() for a in model.network.asked if a[2].known is not None] == [1] * 4
+    assert [a[2].cond_mask.sum().item() for a in model.network.asked if a[2].cond_latents is not None] == [1] * 4
 
 
 def test_the_callers_gradients_are_left_alone():

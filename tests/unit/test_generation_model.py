@@ -10,7 +10,7 @@ import torch
 
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
-from titans_video.codecs.pca import PatchCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.codecs.registry import describe_codec
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
@@ -36,7 +36,7 @@ def test_a_loaded_model_makes_what_the_saved_one_made(tmp_path, name, prediction
 @pytest.mark.parametrize("smooth", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["last.pt", "exported"])
 def test_a_fitted_codec_comes_along(tmp_path, name, smooth):
-    codec = PatchCodec.fit(torch.rand(4, 3, 8, 16, 24) * 2 - 1, (8, 4, 4), 48, smooth)
+    codec = PCACodec.fit(torch.rand(4, 3, 8, 16, 24) * 2 - 1, (8, 4, 4), 48, smooth)
     model = tiny_model(factor=(1, 4, 4), patch=(1, 2, 2))
     saved = as_checkpoint(model)
     saved.config["codec"] = describe_codec(codec, CodecOptions(vae_backend="patch"))

@@ -43,7 +43,7 @@ def test_what_flags_leave_open_is_as_trained_and_recommended():
     assert (request.frames, request.height, request.width, fps) == (8, 16, 24, 8.0)
     assert (request.steps, request.guidance_scale, request.guidance_interval) == (3, 2.0, (0.5, 1.0))
     assert request.prompts == ["a red circle moving right"]
-    assert (request.seeds, request.known, request.sampler) == ([0], None, "euler")
+    assert (request.seeds, request.cond_pixels, request.sampler) == ([0], None, "euler")
 
 
 def test_flags_win():
@@ -58,9 +58,13 @@ def test_flags_win():
     assert (usual.draft_frames, usual.continue_steps, usual.continue_guidance) == (4, 2, 1.0)
     # What is asked for all windows goes before advice on some.
     asked, _ = build_request(GenerateOptions(steps=7), model)
-    assert (asked.after(4).steps, asked.after(4).guidance_scale) == (7, 1.0)
+    assert (asked.for_continuation(4).steps, asked.for_continuation(4).guidance_scale) == (7, 1.0)
     asked, _ = build_request(GenerateOptions(guidance_scale=5.0, continue_steps=6), model)
-    assert (asked.after(4).steps, asked.after(4).guidance_scale, asked.after(1).steps) == (6, 5.0, 3)
+    assert (
+        asked.for_continuation(4).steps,
+        asked.for_continuation(4).guidance_scale,
+        asked.for_continuation(1).steps,
+    ) == (6, 5.0, 3)
     options = replace(options, guidance_interval=(0.25, 0.75), draft_frames=0, continue_steps=6, continue_guidance=3.0)
     request, fps = build_request(options, model)
     assert (request.prompts, request.frames, request.height, request.width, fps) == ([""], 3, 32, 8, 30.0)
@@ -119,9 +123,9 @@ def test_the_image_covers_the_frame(tmp_path):
     picture[..., 0] = 255
     Image.fromarray(picture).save(tmp_path / "red.png")
     request, _ = build_request(GenerateOptions(image=str(tmp_path / "red.png")), tiny_model())
-    assert request.known is not None
+    assert request.cond_pixels is not None
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 16, 24)
-    torch.testing.assert_close(request.known, red, rtol=0, atol=0.02)
+    torch.testing.assert_close(request.cond_pixels, red, rtol=0, atol=0.02)
     (tmp_path / "no.png").write_bytes(b"no picture")
     with pytest.raises(DataError):
         build_request(GenerateOptions(image=str(tmp_path / "no.png")), tiny_model())

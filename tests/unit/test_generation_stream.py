@@ -12,20 +12,20 @@ from tests.factories import tiny_vae
 from tests.unit.generation_parts import tiny_model
 from titans_video.codecs.diffusers import DiffusersCodec
 from titans_video.codecs.identity import IdentityCodec
-from titans_video.codecs.pca import PatchCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import GenerateOptions
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.long_video import generate_long, plan_video, sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Request
 from titans_video.generation.stream import (
-    Carried,
     StreamPlan,
+    StreamState,
     _decode,
-    load_carried,
+    apply_state_flags,
+    load_stream_state,
     read_segment_prompts,
-    save_carried,
-    with_state,
+    save_stream_state,
 )
 from titans_video.models.memory import save_memory
 from titans_video.models.registry import network_config
@@ -83,7 +83,7 @@ def made(model: VideoModel, wanted: Request, how: Any = None) -> Tensor:
 
 def going_on(model: VideoModel, frames: int, path: Path, **options: Any) -> StreamPlan:
     plan, _ = plan_video(model, request(frames))
-    found = with_state(model, plan, GenerateOptions(memory_in=str(path), **options), None)
+    found = apply_state_flags(model, plan, GenerateOptions(memory_in=str(path), **options), None)
     assert isinstance(found, StreamPlan)
     return found
 
@@ -99,7 +99,7 @@ def test_stopped_and_gone_on_with_is_the_unbroken_video(memory: str, scale: floa
     second = replace(going_on(model, 11 - stop, path), save_to=path)
     b = made(model, request(11 - stop, guidance_scale=scale, seeds=[99]), second)
     assert torch.equal(torch.cat((a, b), 2), unbroken)
-    assert load_carried(path)[0].frames == 11
+    assert load_stream_state(path)[0].frames == 11
     c = made(model, request(3, guidance_scale=scale), going_on(model, 3, path))
     assert torch.equal(torch.cat((a, b, c), 2), made(model, request(14, guidance_scale=scale)))
 
@@ -115,7 +115,7 @@ def test_every_kind_of_codec_streams_and_goes_on(kind: str, tmp_path: Path) -> N
     stop = codec.spec.frames_of(2) + 1
     a = made(model, request(stop, **size), replace(plan_video(model, request(stop, **size))[0], save_to=path))
     rest, _ = plan_video(model, request(frames - stop, **size))
-    state, _ = load_carried(path)
+    state, _ = load_stream_state(path)
     b = made(model, request(frames - stop, **size), replace(rest, start=state))
     assert torch.equal(torch.cat((a, b), 2), unbroken)
     assert (state.context is None) == (kind == "kl")
@@ -130,7 +130,7 @@ def test_segments_are_decoded_nearly_as_the_whole(kind: str) -> None:
     whole = codec.decode(latents, codec.spec.frames_of(8)).clamp(-1, 1)
     errors = {}
     for keep in (True, False):
-        state = Carried(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
+        state = StreamState(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
         pieces = []
         for i in range(0, 8, 2):
             pixels, context = _decode(model, state, latents[:, :, i : i + 2])
@@ -143,10 +143,10 @@ def test_segments_are_decoded_nearly_as_the_whole(kind: str) -> None:
 
 def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
     pixels = torch.rand(20, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)).cumsum(2) / 2 - 1
-    codec = PatchCodec.fit(pixels, (2, 4, 4), 24, smooth=0.2)
+    codec = PCACodec.fit(pixels, (2, 4, 4), 24, smooth=0.2)
     model = streaming_model(codec=codec, patch=(1, 1, 1))
     latents = torch.randn(1, 24, 8, 4, 4)
-    state = Carried(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
+    state = StreamState(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
     pieces = []
     for i in range(0, 8, 2):
         frames, context = _decode(model, state, latents[:, :, i : i + 2])
@@ -159,11 +159,11 @@ def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
 
 def test_a_batch_is_its_rows_and_known_frames_come_first() -> None:
     model = streaming_model("neural")
-    known = torch.rand(2, 3, 1, H, W) * 2 - 1
-    both = made(model, request(7, 2, known=known))
-    assert torch.equal(both[:, :, :1], known)
+    cond_pixels = torch.rand(2, 3, 1, H, W) * 2 - 1
+    both = made(model, request(7, 2, cond_pixels=cond_pixels))
+    assert torch.equal(both[:, :, :1], cond_pixels)
     for row in range(2):
-        alone = made(model, request(7, seeds=[3 + row], known=known[row : row + 1]))
+        alone = made(model, request(7, seeds=[3 + row], cond_pixels=cond_pixels[row : row + 1]))
         assert torch.allclose(alone[0], both[row], atol=1e-4)
 
 
@@ -172,7 +172,7 @@ def test_what_is_carried_does_not_grow() -> None:
     plan = replace(plan_video(model, request(2))[0], save_to=Path("unused"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "titans_video.generation.stream.save_carried", lambda path, state, weights: sizes.append(state.bytes)
+            "titans_video.generation.stream.save_stream_state", lambda path, state, weights: sizes.append(state.bytes)
         )
         made(model, request(80, steps=1), replace(plan, frames=80))
     assert len(sizes) == 40
@@ -184,7 +184,7 @@ def test_a_file_holds_all_of_it_and_is_as_large_after_more(tmp_path: Path) -> No
     for frames, name in ((3, "a"), (21, "b")):
         made(model, request(frames), replace(plan_video(model, request(frames))[0], save_to=tmp_path / name))
     assert abs((tmp_path / "a").stat().st_size - (tmp_path / "b").stat().st_size) < 64  # digits in the header
-    state, _ = load_carried(tmp_path / "a")
+    state, _ = load_stream_state(tmp_path / "a")
     assert (state.latents, state.frames, state.seeds) == (4, 3, (3,))
     assert state.pending.shape[2] == 1
 
@@ -235,10 +235,10 @@ def test_windows_are_segments_and_what_they_see_of_the_one_before(tmp_path: Path
     path = tmp_path / "m.safetensors"
     first = made(model, request(4), replace(plan_video(model, request(4), 5, 2)[0], save_to=path))
     going = GenerateOptions(memory_in=str(path))
-    rest = made(model, request(3), with_state(model, plan_video(model, request(3), 5, 2)[0], going, None))
+    rest = made(model, request(3), apply_state_flags(model, plan_video(model, request(3), 5, 2)[0], going, None))
     assert torch.equal(torch.cat((first, rest), dim=2), whole)
     with pytest.raises(CheckpointError, match="give --overlap 2"):
-        with_state(model, plan_video(model, request(3))[0], going, None)
+        apply_state_flags(model, plan_video(model, request(3))[0], going, None)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,9 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     plain = tiny_model()
     plan, _ = plan_video(plain, request(8))
     with pytest.raises(ConfigError, match="--memory-out: the model has no memory"):
-        with_state(plain, plan, GenerateOptions(memory_out="m.safetensors"), None)
+        apply_state_flags(plain, plan, GenerateOptions(memory_out="m.safetensors"), None)
     with pytest.raises(ConfigError, match="2 frames are given"):
-        plan_video(model, request(8, known=torch.zeros(1, 3, 2, H, W)))
+        plan_video(model, request(8, cond_pixels=torch.zeros(1, 3, 2, H, W)))
     with pytest.raises(ConfigError, match=r"--draft-frames 2 and --continue-guidance 1\.5: a model with"):
         plan_video(model, request(8, draft_frames=2, continue_guidance=1.5))
     with pytest.raises(ConfigError, match="--height 17"):
@@ -278,7 +278,7 @@ def test_a_state_of_another_model_or_size_is_refused(tmp_path: Path) -> None:
         going_on(streaming_model("neural"), 3, path)
     plan, _ = plan_video(model, request(3, width=32))
     with pytest.raises(CheckpointError, match="16x24, not 16x32"):
-        with_state(model, plan, GenerateOptions(memory_in=str(path)), None)
+        apply_state_flags(model, plan, GenerateOptions(memory_in=str(path)), None)
     save_memory(path, model.network.start(1))
     with pytest.raises(CheckpointError, match="not a stream"):
         going_on(model, 3, path)
@@ -286,7 +286,9 @@ def test_a_state_of_another_model_or_size_is_refused(tmp_path: Path) -> None:
 
 def test_the_state_of_other_weights_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, path = streaming_model(), tmp_path / "m.safetensors"
-    save_carried(path, Carried(model.network.start(1), None, None, torch.zeros(1, 3, 0, H, W), 2, 2, (3,)), "0" * 32)
+    save_stream_state(
+        path, StreamState(model.network.start(1), None, None, torch.zeros(1, 3, 0, H, W), 2, 2, (3,)), "0" * 32
+    )
     going_on(model, 3, path, seed=7)
     said = capsys.readouterr().err
     assert "differs from the one" in said

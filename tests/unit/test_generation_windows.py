@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_video.errors import ConfigError
-from titans_video.generation.windows import Joins, choose, legal_overlaps, plan_windows
+from titans_video.generation.windows import WindowingSupport, legal_overlaps, plan_windows, select_window_mode
 from titans_video.types import CodecSpec
 
 EACH = CodecSpec("kl", 4, (1, 8, 8), "each")
@@ -21,7 +21,7 @@ def test_eight_seconds() -> None:
     plan = plan_windows(EACH, 2, 192, 32, 8)
     assert plan.starts == (0, 24, 48, 72, 96, 120, 144, 160)  # 192 does not tile: the last is moved, not shortened
     assert (plan.frames, plan.window, plan.overlap) == (192, 32, 8)
-    assert plan.shared == (0, 8, 8, 8, 8, 8, 8, 16)
+    assert plan.overlap_frames == (0, 8, 8, 8, 8, 8, 8, 16)
     assert plan.edges == (32, 56, 80, 104, 128, 152, 176)
     assert plan.latent_starts == plan.starts
     assert plan.in_words(192) == ("192 frames in 8 windows of 32 that share 8 (continue; the last begins at 160).")
@@ -57,15 +57,15 @@ def test_every_plan_covers_the_video_with_windows_of_one_shape(spec, patch, fram
         return
     assert plan.window == window
     assert plan.starts[-1] + window == plan.frames
-    assert all(0 < shared < window for shared in plan.shared[1:])
-    assert set(plan.shared[1:-1]) <= {overlap}
+    assert all(0 < shared < window for shared in plan.overlap_frames[1:])
+    assert set(plan.overlap_frames[1:-1]) <= {overlap}
     # as many windows as are needed, and no more frames than the codec and the chain make necessary
     assert len(plan.starts) == -(-(frames - overlap) // (window - overlap)) or spec.stride[0] > 1
     assert plan.frames - frames < max(window if overlap == 1 else 0, 2 * spec.stride[0])
     assert plan.starts[-2] + window < frames + spec.stride[0]
     assert len(set(plan.latent_starts)) == len(plan.starts)
     ends = {stop for _, stop in spec.frame_groups(window)} | {1}
-    assert set(plan.shared[1:]) <= ends, "shared frames are whole latent frames"
+    assert set(plan.overlap_frames[1:]) <= ends, "shared frames are whole latent frames"
     if mode == "blend":
         length = len(spec.frame_groups(plan.frames))
         assert plan.latent_starts[-1] + len(spec.frame_groups(window)) == length
@@ -123,30 +123,30 @@ ALL = frozenset({"t2v", "i2v", "v2v"})
 @pytest.mark.parametrize(
     ("joins", "wanted", "overlap", "mode", "taken", "said"),
     [
-        (Joins(True, ALL), "auto", None, "continue", None, ""),
-        (Joins(True, None), "auto", 8, "continue", 8, ""),
-        (Joins(True, ALL), "blend", 8, "blend", 8, ""),
-        (Joins(True, frozenset({"t2v"})), "auto", None, "blend", None, "windows are blended"),
-        (Joins(True, frozenset({"t2v"})), "continue", 8, "continue", 8, "not trained to go on"),
-        (Joins(True, frozenset({"t2v", "i2v"})), "auto", None, "continue", 1, "chained on their last one"),
-        (Joins(True, frozenset({"t2v", "i2v"})), "auto", 8, "continue", 8, "not trained to go on"),
-        (Joins(True, frozenset({"t2v", "i2v"})), "continue", 1, "continue", 1, ""),
-        (Joins(False, frozenset({"i2v"})), "auto", None, "continue", 1, "last frame of the one before"),
-        (Joins(False, frozenset({"i2v"})), "continue", 1, "continue", 1, "last frame of the one before"),
-        (Joins(False, frozenset({"t2v", "i2v"})), "auto", 8, "blend", 8, "share 8 frames are blended"),
-        (Joins(False, frozenset({"t2v", "i2v"})), "auto", 1, "continue", 1, "last frame of the one before"),
-        (Joins(False, frozenset({"i2v"})), "blend", 8, "blend", 8, ""),
-        (Joins(False, frozenset({"t2v"})), "auto", None, "blend", None, "blended"),
+        (WindowingSupport(True, ALL), "auto", None, "continue", None, ""),
+        (WindowingSupport(True, None), "auto", 8, "continue", 8, ""),
+        (WindowingSupport(True, ALL), "blend", 8, "blend", 8, ""),
+        (WindowingSupport(True, frozenset({"t2v"})), "auto", None, "blend", None, "windows are blended"),
+        (WindowingSupport(True, frozenset({"t2v"})), "continue", 8, "continue", 8, "not trained to go on"),
+        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "auto", None, "continue", 1, "chained on their last one"),
+        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "auto", 8, "continue", 8, "not trained to go on"),
+        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "continue", 1, "continue", 1, ""),
+        (WindowingSupport(False, frozenset({"i2v"})), "auto", None, "continue", 1, "last frame of the one before"),
+        (WindowingSupport(False, frozenset({"i2v"})), "continue", 1, "continue", 1, "last frame of the one before"),
+        (WindowingSupport(False, frozenset({"t2v", "i2v"})), "auto", 8, "blend", 8, "share 8 frames are blended"),
+        (WindowingSupport(False, frozenset({"t2v", "i2v"})), "auto", 1, "continue", 1, "last frame of the one before"),
+        (WindowingSupport(False, frozenset({"i2v"})), "blend", 8, "blend", 8, ""),
+        (WindowingSupport(False, frozenset({"t2v"})), "auto", None, "blend", None, "blended"),
     ],
 )
 def test_the_way_to_join_follows_from_what_a_network_can_do(joins, wanted, overlap, mode, taken, said) -> None:
-    got_mode, got_overlap, notes = choose(joins, wanted, overlap)
+    got_mode, got_overlap, notes = select_window_mode(joins, wanted, overlap)
     assert (got_mode, got_overlap) == (mode, taken)
     assert re.search(said, " ".join(notes)) if said else notes == []
 
 
 def test_a_network_with_one_time_a_clip_cannot_hold_several_frames() -> None:
     with pytest.raises(ConfigError, match="--overlap 8: this network has one time"):
-        choose(Joins(False, frozenset({"i2v"})), "continue", 8)
+        select_window_mode(WindowingSupport(False, frozenset({"i2v"})), "continue", 8)
     with pytest.raises(ConfigError, match="use --window-mode blend"):
-        choose(Joins(False, frozenset({"t2v"})), "continue", None)
+        select_window_mode(WindowingSupport(False, frozenset({"t2v"})), "continue", None)

@@ -14,7 +14,7 @@ from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.memory import Memory
 from titans_video.models.registry import build_network, network_config
 from titans_video.models.sora_dit import SoraDiT
-from titans_video.models.titans_dit import Rollout, TitansVideoDiT
+from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
 from titans_video.types import Condition, TextCondition
 
 B, C, S = 2, 3, 2
@@ -50,9 +50,9 @@ def frames(t: int, rows: int = B) -> Tensor:
     return torch.randn(rows, C, t, 4, 6)
 
 
-def rollout(clean: Tensor, **changes: Any) -> Rollout:
+def rollout(clean: Tensor, **changes: Any) -> SegmentRollout:
     time = torch.full((clean.shape[0], clean.shape[2]), 0.05)
-    return Rollout(
+    return SegmentRollout(
         **({"segment": 2, "written": clean, "written_time": time, "shown": clean, "shown_time": time} | changes)
     )
 
@@ -233,8 +233,8 @@ def test_the_overlap_stands_before_the_segment() -> None:
     assert_close(net(x, time, CONDITION, overlap=2).value, value, atol=1e-5, rtol=1e-5)
     beside = network("tokens")
     assert (beside(x, time, CONDITION).value - beside(x, time, CONDITION, overlap=2).value).abs().max() > 1e-3
-    rotation = beside.rotation((4, 2, 3), torch.device("cpu"), -2)
-    assert_close(rotation[2:], beside.rotation((2, 2, 3), torch.device("cpu")))
+    freqs_cis = beside.freqs_cis((4, 2, 3), torch.device("cpu"), -2)
+    assert_close(freqs_cis[2:], beside.freqs_cis((2, 2, 3), torch.device("cpu")))
 
 
 def test_each_segment_may_have_a_text_of_its_own() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from titans_video import checkpoint as files
 from titans_video.config.generation import Overrides
 from titans_video.config.options import (
-    AdviceOptions,
     CodecOptions,
     DataOptions,
+    GenerationDefaults,
     ModelOptions,
     ProcessOptions,
     SoraOptions,
@@ -23,10 +23,10 @@ from titans_video.config.options import (
 from titans_video.data.buckets import Bucket
 from titans_video.recipes.setup import frames_in_words, open_data_and_codec, spec_of
 from titans_video.recipes.sora import SoraRecipe, build_recipe
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.registry import build_text
 from titans_video.training import distributed
-from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_known_mask
+from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_frame_mask
 
 FRAMES, SIDE = 4, 8
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 
         model=ModelOptions(preset="tiny", model_dim=24, depth=1, heads=2, patch_size=(1, 2, 2)),
         process=ProcessOptions(prediction=prediction, shift=1.0),
         train=TrainOptions(cfg_drop_prob=drop),
-        advice=AdviceOptions(
+        generation_defaults=GenerationDefaults(
             sample_steps=7, sample_guidance=2.5, sample_guidance_interval=(0.5, 1), sample_draft_frames=1
         ),
     )
@@ -73,15 +73,15 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
     return made
 
 
-def open_codec(run: SoraOptions, start: distributed.Engine) -> Any:
+def open_codec(run: SoraOptions, start: distributed.Accelerator) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("titans_video.recipes.setup.open_data", lambda *a, **k: FakeData())
         return open_data_and_codec(run, start, None)[1]
 
 
 def batch_of(known: list[int], rows: int = 4) -> Batch:
-    seeds = [derive(5, i) for i in range(rows)]
-    pixels = keyed_normal((3, FRAMES, SIDE, SIDE), seeds).clamp(-1, 1)
+    seeds = [derive_seed(5, i) for i in range(rows)]
+    pixels = seeded_randn((3, FRAMES, SIDE, SIDE), seeds).clamp(-1, 1)
     counts = torch.tensor((known * rows)[:rows])
     given = torch.arange(FRAMES)[None] < counts[:, None]
     captions = ["a red circle moving right", "é", "two words", "a much longer caption of a blue square"]
@@ -94,9 +94,9 @@ def batch_of(known: list[int], rows: int = 4) -> Batch:
         height=SIDE,
         width=SIDE,
         fps=torch.full((rows,), 8.0),
-        known_frames=counts,
+        num_cond_frames=counts,
         pixels=pixels,
-        known_pixels=pixels * given[:, None, :, None, None] if counts.any() else None,
+        cond_pixels=pixels * given[:, None, :, None, None] if counts.any() else None,
     )
 
 
@@ -152,17 +152,17 @@ def test_known_frames_are_clean_at_time_zero_and_free() -> None:
     loss = recipe.loss(spy, batch)
     assert batch.pixels is not None
     clean = recipe.codec.encode(batch.pixels)
-    given = batch.known_frame_mask()
+    given = batch.cond_frame_mask()
     assert torch.equal(spy.time == 0, given)
     held = given[:, None, :, None, None].expand_as(clean)
     assert torch.equal(spy.latents[held], clean[held])
     assert not torch.isclose(spy.latents[~held], clean[~held]).all()
-    known, mask = spy.condition.known, spy.condition.known_mask
+    known, mask = spy.condition.cond_latents, spy.condition.cond_mask
     assert known is not None
     assert mask is not None
     assert torch.equal(known[held], clean[held])
-    assert torch.equal(mask, fold_known_mask(given, recipe.codec.spec))
-    noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+    assert torch.equal(mask, fold_frame_mask(given, recipe.codec.spec))
+    noise = seeded_randn(clean.shape[1:], [derive_seed(s, "noise") for s in batch.seeds])
     torch.testing.assert_close(loss.sum(), (noise - clean)[~held].square().sum())
     assert torch.equal(spy.latents, recipe.process.noisy(clean, noise, spy.time))
 
@@ -170,31 +170,31 @@ def test_known_frames_are_clean_at_time_zero_and_free() -> None:
 def test_a_rows_own_picture_is_what_stands_at_its_known_frame() -> None:
     recipe, spy = recipe_of(options()), Spy()
     batch = batch_of([1])
-    picture = torch.zeros_like(batch.known_pixels)  # type: ignore[arg-type]
+    picture = torch.zeros_like(batch.cond_pixels)  # type: ignore[arg-type]
     picture[:, :, 0] = 0.5
-    recipe.loss(spy, replace(batch, known_pixels=picture))
+    recipe.loss(spy, replace(batch, cond_pixels=picture))
     assert (spy.latents[:, :, 0] == 0.5).all()
 
 
 def test_rows_without_known_frames_have_blank_latents() -> None:
     recipe, spy = recipe_of(options()), Spy()
     batch = batch_of([0, 2])
-    assert batch.known_pixels is not None
-    batch.known_pixels[0] = 1.0  # whatever stands there is not looked at
+    assert batch.cond_pixels is not None
+    batch.cond_pixels[0] = 1.0  # whatever stands there is not looked at
     recipe.loss(spy, batch)
-    assert spy.condition.known is not None
-    assert not spy.condition.known[0].any()
-    assert spy.condition.known[1].any()
+    assert spy.condition.cond_latents is not None
+    assert not spy.condition.cond_latents[0].any()
+    assert spy.condition.cond_latents[1].any()
 
 
 def test_cached_encodings_take_the_place_of_pixels() -> None:
     recipe = recipe_of(options())
     batch = batch_of([0, 1])
     assert batch.pixels is not None
-    assert batch.known_pixels is not None
-    moments = recipe.codec.encode_moments(batch.pixels), recipe.codec.encode_moments(batch.known_pixels)
-    given = {"moments": moments[0], "known_moments": moments[1], "text": recipe.text(batch.captions)}
-    cached = replace(batch, pixels=None, known_pixels=None, **given)
+    assert batch.cond_pixels is not None
+    moments = recipe.codec.encode_moments(batch.pixels), recipe.codec.encode_moments(batch.cond_pixels)
+    given = {"moments": moments[0], "cond_moments": moments[1], "text": recipe.text(batch.captions)}
+    cached = replace(batch, pixels=None, cond_pixels=None, **given)
     with torch.no_grad():
         assert torch.equal(
             recipe.loss(recipe.network, batch), recipe.loss(recipe.network, replace(cached, captions=[]))
@@ -214,7 +214,7 @@ def test_dropped_captions_are_the_empty_prompt() -> None:
 
 def test_the_share_of_dropped_captions() -> None:
     recipe, empty_length = recipe_of(options(drop=0.3)), 1
-    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive_seed(9, i) for i in range(600)])
     text = recipe._dropped(batch, recipe.text(batch.captions))
     share = (text.masks[0].sum(dim=1) == empty_length).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.06)
@@ -222,7 +222,7 @@ def test_the_share_of_dropped_captions() -> None:
 
 def test_streams_are_dropped_together_or_each_alone() -> None:
     recipe = recipe_of(options(drop=0.5))
-    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive(9, i) for i in range(600)])
+    batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive_seed(9, i) for i in range(600)])
     one, none = recipe.text(batch.captions), recipe.empty
     text, recipe.empty = (TextCondition(t.streams * 2, t.masks * 2) for t in (one, none))
 
@@ -289,11 +289,11 @@ def test_held_out_loss_of_each_row_at_fixed_noise_and_times() -> None:
     quantiles = [0.1, 0.5, 0.9]
     sums, elements = recipe.held_out(spy, batch, quantiles)
     assert batch.pixels is not None
-    clean, given = recipe.codec.encode(batch.pixels), batch.known_frame_mask()
+    clean, given = recipe.codec.encode(batch.pixels), batch.cond_frame_mask()
     free = ~given[:, None, :, None, None].expand_as(clean)
     assert elements.tolist() == free.flatten(1).sum(1).tolist()
     for i, quantile in enumerate(quantiles):
-        noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+        noise = seeded_randn(clean.shape[1:], [derive_seed(s, "noise", f"{quantile:g}") for s in batch.seeds])
         expected = ((noise - clean).square() * free).flatten(1).sum(1).double()  # the spy answers 0
         torch.testing.assert_close(sums[i], expected, rtol=1e-5, atol=0)
     time = torch.sigmoid(torch.tensor(1.2815515655446004))  # the 0.9 quantile of a normal; no shift
@@ -319,8 +319,10 @@ def test_held_out_loss_over_all_times_is_the_training_loss(prediction: str) -> N
     """Even quantiles are a quadrature of the distribution that training draws its times from."""
     recipe = recipe_of(options(prediction, drop=0.0))
     one = batch_of([0], rows=1)
-    many = replace(one, seeds=[derive(11, i) for i in range(400)], ids=one.ids * 400, captions=one.captions * 400)
-    many = replace(many, tasks=one.tasks * 400, known_frames=one.known_frames.expand(400), fps=one.fps.expand(400))
+    many = replace(one, seeds=[derive_seed(11, i) for i in range(400)], ids=one.ids * 400, captions=one.captions * 400)
+    many = replace(
+        many, tasks=one.tasks * 400, num_cond_frames=one.num_cond_frames.expand(400), fps=one.fps.expand(400)
+    )
     assert one.pixels is not None
     many.pixels = one.pixels.expand(400, *one.pixels.shape[1:])
     with torch.no_grad():

@@ -17,9 +17,9 @@ from tests.unit.data_sets import make_set
 from tests.unit.svd_parts import PIPELINE, svd_folder
 from titans_video.codecs.registry import build_codec
 from titans_video.config.options import (
-    AdviceOptions,
     CodecOptions,
     DataOptions,
+    GenerationDefaults,
     ModelOptions,
     SVDOptions,
     TextOptions,
@@ -27,14 +27,14 @@ from titans_video.config.options import (
     TuneOptions,
 )
 from titans_video.data.cache import verify
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.errors import ConfigError
 from titans_video.media.motion import motion_bucket
 from titans_video.models.svd_unet import ATTENTION, BRANCH, TEMPORAL, TextCrossAttention, plain_unet
 from titans_video.recipes.setup import codec_key
 from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.registry import build_text
 from titans_video.types import Batch, Prediction
 
@@ -52,14 +52,14 @@ def options(manifest: str = "x", text: str = "builtin", **tune: Any) -> SVDOptio
     )
 
 
-def recipe_of(chosen: SVDOptions, data: Data) -> SVDRecipe:
+def recipe_of(chosen: SVDOptions, data: VideoDataset) -> SVDRecipe:
     codec = build_codec(chosen.codec)
     text = build_text(chosen.text, needed=False)
     return build_svd(chosen, data, codec, text, torch.device("cpu"))
 
 
 @lru_cache
-def some_data(folder: Path, task: str | None = None) -> Data:
+def some_data(folder: Path, task: str | None = None) -> VideoDataset:
     changes: dict[str, Any] = {f"row{i}": {"task": task or ("i2v" if i % 2 else "t2v")} for i in range(4)}
     manifest = make_set(folder, rows=4, wide=0, **changes)
     chosen = options(str(manifest))
@@ -67,7 +67,7 @@ def some_data(folder: Path, task: str | None = None) -> Data:
 
 
 @pytest.fixture
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(tmp_path_factory: pytest.TempPathFactory) -> VideoDataset:
     return some_data(tmp_path_factory.getbasetemp() / "svd-rows")
 
 
@@ -78,16 +78,16 @@ def batch_of(tasks: list[str]) -> Batch:
     given = torch.arange(frames)[None] < known[:, None]
     return Batch(
         ids=[f"r{i}" for i in range(len(tasks))],
-        seeds=[derive(7, i) for i in range(len(tasks))],
+        seeds=[derive_seed(7, i) for i in range(len(tasks))],
         captions=["a red circle"] * len(tasks),
         tasks=tasks,
         frames=frames,
         height=height,
         width=width,
         fps=torch.arange(len(tasks)) + 8.0,
-        known_frames=known,
+        num_cond_frames=known,
         pixels=pixels,
-        known_pixels=pixels * given[:, None, :, None, None],
+        cond_pixels=pixels * given[:, None, :, None, None],
     )
 
 
@@ -100,15 +100,15 @@ class Spy(nn.Module):
         return Prediction(self.said)
 
 
-def test_the_loss_is_the_papers(data: Data) -> None:
+def test_the_loss_is_the_papers(data: VideoDataset) -> None:
     """Every frame counts, also that of the picture."""
     recipe, spy, batch = recipe_of(options(), data), Spy(), batch_of(["t2v", "i2v", "i2v"])
     loss = recipe.loss(spy, batch)
     assert batch.pixels is not None
     x0 = recipe.codec.from_moments(
-        recipe.codec.encode_moments(batch.pixels), seeds=[derive(s, "posterior") for s in batch.seeds]
+        recipe.codec.encode_moments(batch.pixels), seeds=[derive_seed(s, "posterior") for s in batch.seeds]
     ).double()
-    noise = keyed_normal(x0.shape[1:], [derive(s, "noise") for s in batch.seeds]).double()
+    noise = seeded_randn(x0.shape[1:], [derive_seed(s, "noise") for s in batch.seeds]).double()
     times = spy.time.double()
     assert bool((times == times[:, :1]).all())  # one a clip
     sigma = (times / (1 - times))[:, None, :, None, None]
@@ -121,16 +121,16 @@ def test_the_loss_is_the_papers(data: Data) -> None:
     assert recipe.supervised(batch) == x0.numel()
 
 
-def test_rows_are_told_what_the_pipeline_tells(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_told_what_the_pipeline_tells(data: VideoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, batch = recipe_of(options(), data), batch_of(["t2v", "i2v", "i2v"])
-    assert batch.known_pixels is not None
+    assert batch.cond_pixels is not None
     assert batch.pixels is not None
-    batch.known_pixels[2, :, 0] = torch.linspace(-1, 1, SIZE[2])  # a picture of its own
+    batch.cond_pixels[2, :, 0] = torch.linspace(-1, 1, SIZE[2])  # a picture of its own
     picture = recipe.picture(batch)
     pipeline = StableVideoDiffusionPipeline.from_pretrained(svd_folder())
     for row in (1, 2):
-        frame, strength = batch.known_pixels[row : row + 1, :, 0], float(picture.ids[row, 2])
-        noise = keyed_normal(frame.shape[1:], [derive(batch.seeds[row], "picture noise")])
+        frame, strength = batch.cond_pixels[row : row + 1, :, 0], float(picture.ids[row, 2])
+        noise = seeded_randn(frame.shape[1:], [derive_seed(batch.seeds[row], "picture noise")])
         latents = pipeline._encode_vae_image(frame + strength * noise, "cpu", 1, False)
         torch.testing.assert_close(picture.latents[row], latents[0], rtol=0, atol=1e-5)
         shown = Image.fromarray(((frame[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
@@ -145,16 +145,16 @@ def test_rows_are_told_what_the_pipeline_tells(data: Data, monkeypatch: pytest.M
     assert float(strengths.std()) == pytest.approx(0.5, abs=0.07)
 
 
-def test_motion_may_be_named(data: Data) -> None:
+def test_motion_may_be_named(data: VideoDataset) -> None:
     recipe = recipe_of(options(motion_bucket="40"), data)
     assert recipe.picture(batch_of(["t2v", "i2v"])).ids[:, 1].tolist() == [40.0, 40.0]
 
 
-def test_every_row_begins_as_the_pretrained_model(data: Data) -> None:
+def test_every_row_begins_as_the_pretrained_model(data: VideoDataset) -> None:
     """Bit for bit, whatever its caption says."""
     recipe, batch, spy = recipe_of(options(), data), batch_of(["t2v", "i2v"]), Spy()
     recipe.loss(spy, batch)
-    told, time = spy.condition.picture, spy.time[:, 0]
+    told, time = spy.condition.image, spy.time[:, 0]
     unet = UNetSpatioTemporalConditionModel.from_pretrained(svd_folder() / "unet")
     beside = told.latents[:, :, None].expand_as(spy.latents)
     sample = torch.cat([spy.latents, beside], dim=1).transpose(1, 2)
@@ -163,28 +163,28 @@ def test_every_row_begins_as_the_pretrained_model(data: Data) -> None:
         assert torch.equal(recipe.network(spy.latents, time, spy.condition).value, expected)
 
 
-def test_pictures_and_captions_are_dropped_apart(data: Data) -> None:
+def test_pictures_and_captions_are_dropped_apart(data: VideoDataset) -> None:
     recipe = recipe_of(options(image_drop_prob=0.3, motion_bucket="40"), data)
     recipe.cfg_drop_prob = 0.2
     many, one = batch_of(["i2v"] * 50), batch_of(["i2v"])
     counts = torch.zeros(2, 2)
     for start in range(0, 600, 50):
         _, condition = recipe.encode(replace(many, seeds=list(range(start, start + 50))))
-        assert condition.picture is not None
+        assert condition.image is not None
         assert condition.text is not None
-        no_picture = ~condition.picture.embedding.flatten(1).any(dim=1)
-        assert torch.equal(no_picture, ~condition.picture.latents.flatten(1).any(dim=1))
+        no_picture = ~condition.image.embedding.flatten(1).any(dim=1)
+        assert torch.equal(no_picture, ~condition.image.latents.flatten(1).any(dim=1))
         no_text = ~condition.text.masks[0].any(dim=1)
         counts.index_put_((no_picture.long(), no_text.long()), torch.ones(50), accumulate=True)
     shares = counts / counts.sum()
     expected = torch.tensor([[0.7 * 0.8, 0.7 * 0.2], [0.3 * 0.8, 0.3 * 0.2]])
     torch.testing.assert_close(shares, expected, rtol=0, atol=4 * (0.25 / 600) ** 0.5)
     _, whole = recipe.encode(replace(one, seeds=[3]), drop=False)
-    assert whole.picture is not None
-    assert whole.picture.embedding.any()
+    assert whole.image is not None
+    assert whole.image.embedding.any()
 
 
-def test_a_row_without_text_is_the_network_without_the_branch(data: Data) -> None:
+def test_a_row_without_text_is_the_network_without_the_branch(data: VideoDataset) -> None:
     recipe, batch = recipe_of(options(), data), replace(batch_of(["i2v"] * 3), captions=["", "a red circle", ""])
     for module in recipe.network.modules():
         if isinstance(module, TextCrossAttention):
@@ -193,7 +193,7 @@ def test_a_row_without_text_is_the_network_without_the_branch(data: Data) -> Non
     recipe.loss(spy, batch)
     with torch.no_grad():
         value = recipe.network(spy.latents, spy.time, spy.condition).value
-        told = spy.condition.picture
+        told = spy.condition.image
         beside = told.latents[:, :, None].expand_as(spy.latents)
         sample = torch.cat([spy.latents, beside], dim=1).transpose(1, 2)
         time = torch.logit(spy.time[:, 0]) / 4
@@ -203,7 +203,7 @@ def test_a_row_without_text_is_the_network_without_the_branch(data: Data) -> Non
 
 
 @pytest.mark.parametrize("which", ["all", "temporal", "attention"])
-def test_what_is_trained_is_what_was_asked_for(which: str, data: Data) -> None:
+def test_what_is_trained_is_what_was_asked_for(which: str, data: VideoDataset) -> None:
     recipe = recipe_of(options(trainable=which), data)
     parts = {"all": ("",), "temporal": TEMPORAL, "attention": ATTENTION}[which]
     trained = {name for name, p in recipe.network.named_parameters() if p.requires_grad}
@@ -218,7 +218,7 @@ def test_what_is_trained_is_what_was_asked_for(which: str, data: Data) -> None:
     assert which == "all" or all("temporal" in n or "time_" in n for n in frames_apart)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(data: Data) -> None:
+def test_gradient_checkpointing_changes_nothing_but_memory(data: VideoDataset) -> None:
     """Text reaches the branch again when activations are recomputed."""
     batch, found = batch_of(["t2v", "i2v"]), []
     for checkpointing in (False, True):
@@ -280,7 +280,7 @@ def test_flags_of_the_other_network() -> None:
     with pytest.raises(ConfigError, match="--preset and --patch-size: Stable Video"):
         refuse_unused(replace(options(), model=ModelOptions(preset="B", patch_size=(1, 2, 2))))
     with pytest.raises(ConfigError, match="--sample-draft-frames: Stable Video"):
-        refuse_unused(replace(options(), advice=AdviceOptions(sample_draft_frames=4)))
+        refuse_unused(replace(options(), generation_defaults=GenerationDefaults(sample_draft_frames=4)))
     with pytest.raises(ConfigError, match="--trainable: SoraDiT"):
         refuse_unused(options(architecture="sora-dit", trainable="temporal", image_drop_prob=0.1))
 
@@ -289,7 +289,7 @@ def test_the_pipelines_module_is_where_it_was() -> None:
     assert StableVideoDiffusionPipeline.__module__ == PIPELINE
 
 
-def test_its_arithmetic_is_counted_without_doing_it(data: Data) -> None:
+def test_its_arithmetic_is_counted_without_doing_it(data: VideoDataset) -> None:
     """At every size, text or not: training on a GPU asks for it in each step."""
     recipe, batch = recipe_of(options(), data), batch_of(["t2v", "i2v"])
     assert recipe.flops(batch) > 1e8

@@ -21,7 +21,7 @@ from titans_video.config.options import (
     TrainOptions,
 )
 from titans_video.generation.model import load_model
-from titans_video.models.titans_dit import Rollout, TitansVideoDiT
+from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
 from titans_video.recipes.setup import spec_of
 from titans_video.recipes.titans import TitansRecipe, build_titans, plan_segments, with_vae
 from titans_video.text.registry import build_text
@@ -56,9 +56,9 @@ class Spy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Condition, Rollout]] = []
+        self.calls: list[tuple[Tensor, Tensor, Condition, SegmentRollout]] = []
 
-    def forward(self, latents: Tensor, time: Tensor, condition: Condition, *, rollout: Rollout) -> Prediction:
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition, *, rollout: SegmentRollout) -> Prediction:
         self.calls.append((latents, time, condition, rollout))
         return Prediction(torch.zeros_like(latents))
 
@@ -126,9 +126,9 @@ def test_the_curriculum_cuts_the_clip_and_counts_what_is_left(known: list[int]) 
     assert late.calls[0][0].shape[2] == 4
     for spy, step in ((early, 0), (late, 100)):
         latents, time, condition, _ = spy.calls[0]
-        if condition.known_mask is not None:
-            assert condition.known is not None
-            assert condition.known.shape == latents.shape
+        if condition.cond_mask is not None:
+            assert condition.cond_latents is not None
+            assert condition.cond_latents.shape == latents.shape
         free = (time > 0).sum()
         assert recipe.supervised(replace(batch, step=step)) == int(free) * latents[0, :, 0].numel()
 

@@ -16,7 +16,7 @@ from titans_video.codecs.base import without_noise
 from titans_video.config.options import DataOptions
 from titans_video.data import scan
 from titans_video.data.cache import verify
-from titans_video.data.dataset import Together, open_data
+from titans_video.data.dataset import ProcessGroup, open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.errors import DataError
 from titans_video.training import distributed
@@ -36,7 +36,7 @@ class Codec:
     def encode_moments(self, pixels: Any) -> Any:
         return without_noise(pixels)
 
-    encode_known = encode_moments
+    encode_cond_frames = encode_moments
 
 
 def work(rank: int, folder: Path, pipe: Connection) -> None:
@@ -53,16 +53,16 @@ def _work(start: Any, folder: Path) -> dict[str, Any]:
     looked: list[int] = []
     plain = scan.run_jobs
     scan.run_jobs = lambda *a: looked.append(1) or plain(*a)  # type: ignore[func-returns-value,assignment]
-    together = Together(partial(distributed.once, start), partial(distributed.gather, start))
+    processes = ProcessGroup(partial(distributed.run_on_main, start), partial(distributed.all_gather_object, start))
     options = DataOptions(manifest=(str(folder / "set" / "manifest.jsonl"),), height=16, width=16, num_frames=FRAMES)
     rank = start.process_index
-    data = open_data(options, PLAIN, PATCH, seed=0, rank=rank, world=2, together=together)
+    data = open_data(options, PLAIN, PATCH, seed=0, rank=rank, world=2, processes=processes)
     if rank == 0:
         (folder / "set" / "1.mp4").write_bytes(b"broke after the scan")
-    together.gather(None)
-    filled = fill_cache(data, folder / "cache", Encoders("a", Codec), progress=False, together=together)
+    processes.all_gather_object(None)
+    filled = fill_cache(data, folder / "cache", Encoders("a", Codec), progress=False, processes=processes)
     with pytest.raises(DataError, match="no such manifest") as caught:
-        together.once(partial(open_data, DataOptions(manifest=("none.jsonl",)), PLAIN, PATCH, seed=0))
+        processes.run_on_main(partial(open_data, DataOptions(manifest=("none.jsonl",)), PLAIN, PATCH, seed=0))
     return {
         "looked": len(looked),
         "rows": [row.id for row in filled.data.rows],

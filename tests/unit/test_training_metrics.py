@@ -22,7 +22,7 @@ SPEC = CodecSpec("vae", 4, (4, 8, 8), "causal")
 def test_the_line_and_the_text_of_a_run() -> None:
     rates = Rates(max_steps=100, processes=2, peak=1e6)
     for step, (loss, seconds) in enumerate([(4.0, 1.0), (2.0, 3.0), (math.nan, 4.0)], start=1):
-        rates.update(step, Work(frames=80, tokens=30_000, flops=5e5), loss, seconds, waited=0.5)
+        rates.update(step, Work(frames=80, tokens=30_000, flops=5e5), loss, seconds, data_seconds=0.5)
     line = rates.line
     assert line["loss_smooth"] == pytest.approx(0.95 * 4 + 0.05 * 2)  # the step that failed is passed over
     assert line["frames_per_second"] == pytest.approx(2 * 240 / 8)

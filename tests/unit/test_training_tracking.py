@@ -44,12 +44,12 @@ def test_without_a_tracker_nothing_is_done(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_scalars_tables_pictures_and_moving_ones(tmp_path: Path) -> None:
     found = tensorboard(tmp_path)
-    machine = distributed.start(TrainOptions())
-    tracker = open_tracker(machine, "tensorboard", tmp_path, 0, "x", OPTIONS)
+    accelerator = distributed.start(TrainOptions())
+    tracker = open_tracker(accelerator, "tensorboard", tmp_path, 0, "x", OPTIONS)
     for step in (2, 4):
         tracker.scalars(step, {"step": step, "loss": 1.0 / step, "mfu": None})
     tracker.validation(4, LINE, videos(tmp_path, 4), PROMPTS)
-    machine.end_training()
+    accelerator.end_training()
     events = found()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 0.5), (4, 0.25)]
     assert "train/step" not in events.Tags()["scalars"]
@@ -65,11 +65,11 @@ def test_tensorboard_gets_scalars_tables_pictures_and_moving_ones(tmp_path: Path
 def test_tensorboard_forgets_what_came_after_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
     found = tensorboard(tmp_path)
     for start, values in ((0, {2: 1.0, 4: 2.0, 6: 3.0}), (4, {6: 30.0, 8: 40.0})):
-        machine = distributed.start(TrainOptions())
-        tracker = open_tracker(machine, "tensorboard", tmp_path, start, "x", OPTIONS)
+        accelerator = distributed.start(TrainOptions())
+        tracker = open_tracker(accelerator, "tensorboard", tmp_path, start, "x", OPTIONS)
         for step, loss in values.items():
             tracker.scalars(step, {"loss": loss})
-        machine.end_training()
+        accelerator.end_training()
     assert [(e.step, e.value) for e in found().Scalars("train/loss")] == [(2, 1.0), (4, 2.0), (6, 30.0), (8, 40.0)]
 
 
@@ -122,11 +122,11 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, fail: bool = False) -> list[Fake
 def test_wandb_gets_the_same_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = fake_wandb(monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    machine = distributed.start(TrainOptions())
-    tracker = open_tracker(machine, "wandb", tmp_path, 3, "abc", OPTIONS)
+    accelerator = distributed.start(TrainOptions())
+    tracker = open_tracker(accelerator, "wandb", tmp_path, 3, "abc", OPTIONS)
     tracker.scalars(4, {"step": 4, "loss": 0.25, "mfu": None})
     tracker.validation(4, LINE, videos(tmp_path, 4), PROMPTS)
-    machine.end_training()
+    accelerator.end_training()
     (run,) = started
     assert (run.given["project"], run.given["id"], run.given["resume"]) == ("mine", "abc", "allow")
     assert run.given["config"] == OPTIONS
@@ -146,6 +146,6 @@ def test_a_wandb_that_does_not_start_is_said_before_training(tmp_path: Path, mon
 
 
 def test_nothing_is_sent_without_having_been_started() -> None:
-    machine = distributed.start(TrainOptions())
-    Tracker(machine).scalars(1, {"loss": 1.0})
-    assert machine.trackers == []
+    accelerator = distributed.start(TrainOptions())
+    Tracker(accelerator).scalars(1, {"loss": 1.0})
+    assert accelerator.trackers == []

@@ -17,7 +17,7 @@ from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
 from titans_video.training import distributed, run_folder
 from titans_video.training.metrics import Recorder
-from titans_video.training.trainer import Outcome, Trainer
+from titans_video.training.trainer import Trainer, TrainResult
 from titans_video.types import Batch
 
 
@@ -33,7 +33,7 @@ def options(folder: Path, **changes: Any) -> TrainOptions:
 
 def train(
     run: TrainOptions, stream: ToyStream | None = None, dropout: float = 0.0, said: list[str] | None = None
-) -> tuple[Outcome, dict[str, Tensor]]:
+) -> tuple[TrainResult, dict[str, Tensor]]:
     """What the recipes do: resume, folder, trainer."""
     say = (said if said is not None else []).append
     resume = going_on(run, say)

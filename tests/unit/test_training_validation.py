@@ -20,15 +20,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.unit.training_fakes import WIDTH, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
-from titans_video.config.options import TrainOptions, WatchOptions
+from titans_video.config.options import TrainOptions, ValidationOptions
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.training import distributed, loss_table, run_folder, validation
 from titans_video.training.metrics import Recorder
 from titans_video.training.optim import Ema
 from titans_video.training.tracking import Tracker
-from titans_video.training.trainer import Outcome, Trainer
-from titans_video.training.validation import NAME, Validator, Watched
+from titans_video.training.trainer import Trainer, TrainResult
+from titans_video.training.validation import NAME, Monitoring, Validator
 from titans_video.types import Batch
 
 ROWS = (
@@ -49,17 +49,17 @@ def options(folder: Path, **changes: Any) -> TrainOptions:
     return replace(defaults, **changes)
 
 
-def validator(run: TrainOptions, recipe: ToyRecipe, machine: Any, every: int = 2, **changes: Any) -> Validator:
+def validator(run: TrainOptions, recipe: ToyRecipe, accelerator: Any, every: int = 2, **changes: Any) -> Validator:
     rows: Any = ToyRows(*ROWS)
     made = Validator(
         recipe,
-        machine,
+        accelerator,
         Path(run.output_dir),
-        WatchOptions(validate_every=every, validation_times=3),
+        ValidationOptions(validate_every=every, validation_times=3),
         run.max_steps,
         ["a red circle", "ein Kreis"],
         rows,
-        Tracker(machine),
+        Tracker(accelerator),
         say=lambda text: None,
     )
     return replace(made, **changes)
@@ -67,11 +67,13 @@ def validator(run: TrainOptions, recipe: ToyRecipe, machine: Any, every: int = 2
 
 def train(
     run: TrainOptions, stream: ToyStream | None = None, watch: bool = True, every: int = 2, **changes: Any
-) -> tuple[Outcome, dict[str, Tensor]]:
+) -> tuple[TrainResult, dict[str, Tensor]]:
     resume = going_on(run)
-    recipe, machine = ToyRecipe(dropout=0.2), distributed.start(run)
-    watched = Watched(Tracker(machine), validator(run, recipe, machine, every, **changes) if watch else None)
-    outcome = Trainer(recipe, stream or ToyStream(4), run, machine, resume, lambda text: None, watched=watched).run()
+    recipe, accelerator = ToyRecipe(dropout=0.2), distributed.start(run)
+    watched = Monitoring(Tracker(accelerator), validator(run, recipe, accelerator, every, **changes) if watch else None)
+    outcome = Trainer(
+        recipe, stream or ToyStream(4), run, accelerator, resume, lambda text: None, watched=watched
+    ).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
 
 
@@ -100,7 +102,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_validation(tmp_path: Path
 
 def test_nothing_of_the_run_is_touched(tmp_path: Path) -> None:
     run = options(tmp_path)
-    recipe, machine = ToyRecipe(dropout=0.2), distributed.start(run)
+    recipe, accelerator = ToyRecipe(dropout=0.2), distributed.start(run)
     network = recipe.network.train()
     ema = Ema(network, 0.9)
     with torch.no_grad():
@@ -108,7 +110,7 @@ def test_nothing_of_the_run_is_touched(tmp_path: Path) -> None:
             p.add_(torch.randn_like(p))
     before, averages = {k: v.clone() for k, v in network.state_dict().items()}, [a.clone() for a in ema.averages]
     state = torch.get_rng_state()
-    checker = validator(run, recipe, machine)
+    checker = validator(run, recipe, accelerator)
     checker.start(0)
     assert checker.validate(2, network, ema, lambda: 0) == 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -158,9 +160,9 @@ def test_a_sharded_network_that_stays_whole_after_a_forward_pass_gets_its_own_we
 @torch.no_grad()
 def test_the_table_against_a_plain_computation(tmp_path: Path) -> None:
     run = options(tmp_path)
-    recipe, machine = ToyRecipe(), distributed.start(run)
+    recipe, accelerator = ToyRecipe(), distributed.start(run)
     rows: Any = ToyRows(*ROWS, lost=[101, 110])
-    cells = loss_table.measure(recipe, recipe.network.eval(), rows, 3, machine, lambda: True)
+    cells = loss_table.measure(recipe, recipe.network.eval(), rows, 3, accelerator, lambda: True)
     assert cells is not None
     line = loss_table.as_line(cells, 3)
     assert line["quantiles"] == [0.25, 0.5, 0.75]
@@ -313,7 +315,7 @@ def _work(rank: int, world: int) -> Any:
     class Machine:
         process_index, num_processes, is_main_process = rank, world, rank == 0
 
-    machine: Any = Machine()
+    accelerator: Any = Machine()
     recipe, rows = ToyRecipe(), ToyRows(*ROWS, lost=[102, 110])
     network, asked = Counting(recipe.network.eval()), []
     any_rows: Any = rows
@@ -323,8 +325,8 @@ def _work(rank: int, world: int) -> Any:
         return True
 
     with torch.no_grad():
-        cells = loss_table.measure(recipe, network, any_rows, 3, machine, going_on)
-        made = validation.make(recipe, network, 5, ["one", "two", "three"], machine, going_on)
+        cells = loss_table.measure(recipe, network, any_rows, 3, accelerator, going_on)
+        made = validation.make(recipe, network, 5, ["one", "two", "three"], accelerator, going_on)
     assert cells is not None
     assert made is not None
     return loss_table.as_line(cells, 3), [(m.number, m.file) for m in made], network.calls, len(asked)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from titans_video.errors import CodecError
-from titans_video.types import CodecSpec, Condition, FrameRule, fold_known_mask
+from titans_video.types import CodecSpec, Condition, FrameRule, fold_frame_mask
 
 CODECS = [
     ("each", 1, 7),
@@ -21,7 +21,7 @@ CODECS = [
 def test_each_place_says_whether_its_pixel_frame_is_known(rule: FrameRule, stride: int, frames: int) -> None:
     spec = CodecSpec("c", 4, (stride, 8, 8), rule)
     known = torch.rand(3, frames) < 0.5
-    folded = fold_known_mask(known, spec)
+    folded = fold_frame_mask(known, spec)
     groups = spec.frame_groups(frames)
     assert folded.shape == (3, stride, len(groups))
     for i, (start, stop) in enumerate(groups):
@@ -33,14 +33,14 @@ def test_each_place_says_whether_its_pixel_frame_is_known(rule: FrameRule, strid
 def test_wholly_known_needs_all_pixel_frames() -> None:
     causal, blocks = CodecSpec("wan", 16, (4, 8, 8), "causal"), CodecSpec("patch", 96, (4, 4, 4), "blocks")
     known = torch.arange(9)[None] < torch.tensor([[0], [1], [4], [5]])
-    whole = Condition(known_mask=fold_known_mask(known, causal)).wholly_known()
+    whole = Condition(cond_mask=fold_frame_mask(known, causal)).clean_mask()
     assert whole is not None
     assert whole.tolist() == [[False] * 3, [True, False, False], [True, False, False], [True, True, False]]
-    whole = Condition(known_mask=fold_known_mask(known[:, :8], blocks)).wholly_known()
+    whole = Condition(cond_mask=fold_frame_mask(known[:, :8], blocks)).clean_mask()
     assert whole is not None
     assert whole.tolist() == [[False, False], [False, False], [True, False], [True, False]]
 
 
 def test_illegal_frame_counts_are_refused_with_the_nearest() -> None:
     with pytest.raises(CodecError, match="5 and 9"):
-        fold_known_mask(torch.ones(1, 7, dtype=torch.bool), CodecSpec("wan", 16, (4, 8, 8), "causal"))
+        fold_frame_mask(torch.ones(1, 7, dtype=torch.bool), CodecSpec("wan", 16, (4, 8, 8), "causal"))

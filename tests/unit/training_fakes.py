@@ -12,7 +12,7 @@ from titans_video.config.options import TrainOptions
 from titans_video.data.buckets import Bucket
 from titans_video.data.held_out import Piece
 from titans_video.generation.long_video import Sampled
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import resume as resuming
 from titans_video.training.checkpointing import Resume
 from titans_video.training.recipe import Sampler
@@ -52,7 +52,7 @@ class ToyRecipe:
         return int(self._mask(batch).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        x = keyed_normal((WIDTH,), [derive(s, "x") for s in batch.seeds])
+        x = seeded_randn((WIDTH,), [derive_seed(s, "x") for s in batch.seeds])
         return ((model(x) - x.flip(1)).square() * self._mask(batch)).sum()
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
@@ -67,7 +67,7 @@ class ToyRecipe:
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Careless with the global generator, as a library may be: validation must put it back."""
         torch.randn(7)
-        x, mask = keyed_normal((WIDTH,), [derive(s, "x") for s in batch.seeds]), self._mask(batch)
+        x, mask = seeded_randn((WIDTH,), [derive_seed(s, "x") for s in batch.seeds]), self._mask(batch)
         rows = [((model(q * x) - x.flip(1)).square() * mask).sum(1).double() for q in quantiles]
         return torch.stack(rows), mask.sum(1).long()
 
@@ -77,7 +77,7 @@ class ToyRecipe:
 
         def sample(prompt: str, seed: int) -> Sampled:
             torch.randn(5)
-            grey = network(keyed_normal((WIDTH,), [seed])).mean().tanh()
+            grey = network(seeded_randn((WIDTH,), [seed])).mean().tanh()
             video = torch.stack([grey * k / 4 for k in range(4)])[None, :, None, None].expand(3, 4, 16, 16)
             return Sampled(video, 8.0, {"prompt": prompt, "seed": seed})
 
@@ -126,14 +126,14 @@ def toy_batch(rows: range) -> Batch:
     n = len(rows)
     return Batch(
         ids=[str(i) for i in rows],
-        seeds=[derive(0, "row", i) for i in rows],
+        seeds=[derive_seed(0, "row", i) for i in rows],
         captions=[""] * n,
         tasks=["t2v"] * n,
         frames=1,
         height=1,
         width=1,
         fps=torch.ones(n),
-        known_frames=torch.zeros(n, dtype=torch.int64),
+        num_cond_frames=torch.zeros(n, dtype=torch.int64),
     )
 
 

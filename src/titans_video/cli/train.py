@@ -47,7 +47,7 @@ def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -
     options = parse(TitansOptions(), argv, prog=prog, description=TITANS)
     check_training(options)
     check_memory(options.memory)
-    refuse_continuation(options.advice, "a model with a memory makes all segments alike")
+    refuse_continuation(options.generation_defaults, "a model with a memory makes all segments alike")
     from titans_video.recipes.titans import train_titans
 
     return train_titans(options).exit_code

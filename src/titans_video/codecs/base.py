@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titans_video.errors import CodecError
-from titans_video.seeding import keyed_normal
+from titans_video.seeding import seeded_randn
 from titans_video.types import CodecSpec
 
 NO_NOISE = -30.0
@@ -110,13 +110,13 @@ class Codec(ABC):
         Args:
             moments: (B, 2C, t, h, w) from `encode_moments`.
             generator: a CPU generator to draw the latents with, for the whole batch.
-            seeds: one seed a sample in its place (see `seeding.derive`). With neither, the mean is taken.
+            seeds: one seed a sample in its place (see `seeding.derive_seed`). With neither, the mean is taken.
         Returns:
             (B, C, t, h, w), scaled; `decode` undoes it.
         """
         mean, logvar = moments.chunk(2, dim=1)
         if seeds is not None:
-            noise = keyed_normal(mean.shape[1:], seeds)
+            noise = seeded_randn(mean.shape[1:], seeds)
         elif generator is not None:
             noise = torch.randn(mean.shape, generator=generator)
         else:
@@ -139,7 +139,7 @@ class Codec(ABC):
         """
         return self.from_moments(self.encode_moments(pixels), generator, seeds)
 
-    def encode_known(self, pixels: Tensor) -> Tensor:
+    def encode_cond_frames(self, pixels: Tensor) -> Tensor:
         """The moments of known frames, of which the rest is blank, as the networks on this codec are told of them."""
         return self.encode_moments(pixels)
 

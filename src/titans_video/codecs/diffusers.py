@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titans_video.checkpoint import load_whole
+from titans_video.checkpoint import load_pretrained
 from titans_video.codecs.base import CONTEXT, Codec, without_noise
 from titans_video.errors import CodecError, first_line
 from titans_video.fingerprint import fingerprint_folder, fingerprint_tensors
@@ -47,7 +47,7 @@ INSTALL = "needs the packages diffusers and accelerate: pip install diffusers ac
 
 
 @dataclass(frozen=True)
-class Family:
+class VaeSpec:
     """How one VAE class is used.
 
     Attributes:
@@ -152,13 +152,13 @@ def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
     return vae.latents_mean.float(), vae.config.scaling_factor / vae.latents_std.float()
 
 
-FAMILIES = {
-    "AutoencoderKL": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise, 0),
-    "AutoencoderKLTemporalDecoder": Family("each", _framewise_stride, _by_factor, _encode_framewise, _decode_temporal),
-    "AutoencoderKLCogVideoX": Family("cogvideox", _cog_stride, _by_factor, _moments, _decode_clip),
-    "AutoencoderKLWan": Family("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
-    "AutoencoderKLHunyuanVideo": Family("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
-    "AutoencoderKLLTXVideo": Family("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
+VAE_SPECS = {
+    "AutoencoderKL": VaeSpec("each", _framewise_stride, _by_factor, _encode_framewise, _decode_framewise, 0),
+    "AutoencoderKLTemporalDecoder": VaeSpec("each", _framewise_stride, _by_factor, _encode_framewise, _decode_temporal),
+    "AutoencoderKLCogVideoX": VaeSpec("cogvideox", _cog_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLWan": VaeSpec("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
+    "AutoencoderKLHunyuanVideo": VaeSpec("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
+    "AutoencoderKLLTXVideo": VaeSpec("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
 }
 
 
@@ -166,9 +166,9 @@ class DiffusersCodec(Codec):
     """A frozen VAE of diffusers, scaled as its pipeline scales it.
 
     Args:
-        vae: a loaded VAE of a class in `FAMILIES`.
+        vae: a loaded VAE of a class in `VAE_SPECS`.
         folder: where it was read from, for the fingerprint; None: the tensors themselves are hashed.
-    Source: the classes of `FAMILIES` and the pipelines that use them, in diffusers.
+    Source: the classes of `VAE_SPECS` and the pipelines that use them, in diffusers.
     """
 
     def __init__(self, vae: Any, folder: Path | None = None) -> None:
@@ -179,7 +179,7 @@ class DiffusersCodec(Codec):
     def _describe(self, vae: Any, folder: Path | None) -> None:
         """Everything that is known without the weights."""
         name = type(vae).__name__
-        self.family = FAMILIES[name]
+        self.family = VAE_SPECS[name]
         self.folder = folder
         self._fingerprint: str | None = None
         channels = vae.config.get("latent_channels") or vae.config.z_dim
@@ -299,15 +299,15 @@ def class_name(folder: Path) -> str:
     """The class that a VAE's folder describes.
 
     Raises:
-        CodecError: its config.json cannot be read, or names no class of `FAMILIES`.
+        CodecError: its config.json cannot be read, or names no class of `VAE_SPECS`.
     """
     try:
         name = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as e:
         raise CodecError(f"{folder / 'config.json'} cannot be read: {e}") from None
-    if name not in FAMILIES:
+    if name not in VAE_SPECS:
         raise CodecError(
-            f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(FAMILIES)}. "
+            f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(VAE_SPECS)}. "
             "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
         )
     return str(name)
@@ -345,7 +345,7 @@ def outline(folder: Path, dtype: torch.dtype) -> Any:
 
 def load_vae(folder: Path, dtype: torch.dtype) -> Any:
     kind = _class(folder)
-    return load_whole(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)
+    return load_pretrained(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)
 
 
 class FirstFrameCodec(DiffusersCodec):
@@ -356,7 +356,7 @@ class FirstFrameCodec(DiffusersCodec):
     """
 
     @torch.no_grad()
-    def encode_known(self, pixels: Tensor) -> Tensor:
+    def encode_cond_frames(self, pixels: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 2C, t, h, w): the moments of the first frame, then zeros without noise."""
         first = self.encode_moments(pixels[:, :, :1])
         t = len(self.spec.frame_groups(pixels.shape[2]))

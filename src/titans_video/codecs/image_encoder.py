@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_video.checkpoint import load_whole, read_json
+from titans_video.checkpoint import load_pretrained, read_json
 from titans_video.codecs.diffusers import parse_dtype
 from titans_video.errors import CodecError
 from titans_video.fingerprint import fingerprint_folder
@@ -94,7 +94,9 @@ class ImageEncoder:
     def _load(self) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        model = load_whole(CLIPVisionModelWithProjection, self.folder, "image encoder", CodecError, dtype=self.dtype)
+        model = load_pretrained(
+            CLIPVisionModelWithProjection, self.folder, "image encoder", CodecError, dtype=self.dtype
+        )
         return model.eval().requires_grad_(False).to(self.device)
 
 

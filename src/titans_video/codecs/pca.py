@@ -17,7 +17,7 @@ from titans_video.types import CodecSpec
 TENSORS = ("mean", "basis", "scales", "variance")
 
 
-class PatchCodec(Codec):
+class PCACodec(Codec):
     """Keeps the leading principal components of (pt, ph, pw) patches, each divided by eigenvalue^(1/4).
 
     Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the weight of the coarsest shape;
@@ -61,7 +61,7 @@ class PatchCodec(Codec):
     @classmethod
     def fit(
         cls, pixels: Tensor, patch: tuple[int, int, int] = (8, 4, 4), channels: int = 96, smooth: float = 0.0
-    ) -> "PatchCodec":
+    ) -> "PCACodec":
         """Principal components of the clips' patches (in float64, on the CPU: seconds for a few hundred small clips).
 
         Args:
@@ -149,7 +149,7 @@ class PatchCodec(Codec):
         return super().to(device)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "PatchCodec":
+    def from_config(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "PCACodec":
         """The codec that a checkpoint carries.
 
         Raises:

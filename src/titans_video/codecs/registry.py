@@ -127,9 +127,9 @@ def codec_from_checkpoint(
     """
     options = override(restore_options(CodecOptions, config["options"]), overrides)
     if options.vae_backend == "patch":
-        from titans_video.codecs.pca import PatchCodec
+        from titans_video.codecs.pca import PCACodec
 
-        codec: Codec = PatchCodec.from_config(config["config"], dict(state)).to(device)
+        codec: Codec = PCACodec.from_config(config["config"], dict(state)).to(device)
     else:
         if options.vae_backend == "external" and overrides.vae_module is None:
             options = replace(options, vae_module=_own_module(options))

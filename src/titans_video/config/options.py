@@ -231,7 +231,7 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class WatchOptions:
+class ValidationOptions:
     """How a run is watched while it goes on."""
 
     validate_every: int = 0
@@ -253,7 +253,7 @@ class WatchOptions:
 
 
 @dataclass(frozen=True)
-class AdviceOptions:
+class GenerationDefaults:
     """What generation does by default with this model; kept in its checkpoints."""
 
     sample_steps: int | None = None
@@ -288,8 +288,8 @@ class SoraOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     process: ProcessOptions = field(default_factory=ProcessOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
-    watch: WatchOptions = field(default_factory=WatchOptions)
-    advice: AdviceOptions = field(default_factory=AdviceOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 @dataclass(frozen=True)
@@ -352,8 +352,8 @@ class CogVideoXLoraOptions:
     base: BaseOptions = field(default_factory=BaseOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
-    watch: WatchOptions = field(default_factory=WatchOptions)
-    advice: AdviceOptions = field(default_factory=AdviceOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ import math
 from importlib.util import find_spec
 
 from titans_video.config.options import (
-    AdviceOptions,
     CogVideoXLoraOptions,
     DataOptions,
+    GenerationDefaults,
     MemoryOptions,
     SoraOptions,
     TrainOptions,
     TuneOptions,
-    WatchOptions,
+    ValidationOptions,
 )
 from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
@@ -31,8 +31,8 @@ def check_training(options: SoraOptions) -> None:
     _need("--llm-max-length", options.text.llm_max_length, 1)
     _need("--time-std", options.process.time_std, 0, above=True)
     _need("--shift", options.process.shift, 0, above=True)
-    _check_advice(options.advice)
-    _check_watch(options.watch)
+    _check_generation_defaults(options.generation_defaults)
+    _check_validation(options.validation)
     check_data(options.data)
 
 
@@ -73,11 +73,11 @@ def check_lora(options: CogVideoXLoraOptions) -> None:
             "--offload group without --gradient-checkpointing would keep every layer for the backward pass, and save "
             "nothing; give both."
         )
-    _check_advice(options.advice)
-    if options.advice.sample_guidance_interval is not None:
+    _check_generation_defaults(options.generation_defaults)
+    if options.generation_defaults.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
-    refuse_continuation(options.advice, "the pipelines of diffusers make all windows alike")
-    _check_watch(options.watch)
+    refuse_continuation(options.generation_defaults, "the pipelines of diffusers make all windows alike")
+    _check_validation(options.validation)
     check_data(options.data)
 
 
@@ -99,14 +99,14 @@ def check_tuning(tune: TuneOptions) -> None:
     _need("--motion-bucket", bucket, 0, 255)
 
 
-def refuse_continuation(advice: AdviceOptions, why: str) -> None:
+def refuse_continuation(generation_defaults: GenerationDefaults, why: str) -> None:
     """Refuse advice on windows that go on from known frames, for models that have none.
 
     Raises:
         ConfigError: naming the flags.
     """
-    if advice.continuation_flags:
-        raise ConfigError(f"{' and '.join(advice.continuation_flags)}: {why}; leave it out.")
+    if generation_defaults.continuation_flags:
+        raise ConfigError(f"{' and '.join(generation_defaults.continuation_flags)}: {why}; leave it out.")
 
 
 def check_data(data: DataOptions) -> None:
@@ -138,42 +138,42 @@ def check_data(data: DataOptions) -> None:
         )
 
 
-def _check_advice(advice: AdviceOptions) -> None:
-    _need("--sample-steps", advice.sample_steps, 1)
-    _need("--sample-guidance", advice.sample_guidance, 0)
-    _need("--sample-draft-frames", advice.sample_draft_frames, 0)
-    _need("--sample-continue-steps", advice.sample_continue_steps, 1)
-    _need("--sample-continue-guidance", advice.sample_continue_guidance, 0)
-    low, high = advice.sample_guidance_interval or (0.0, 1.0)
+def _check_generation_defaults(generation_defaults: GenerationDefaults) -> None:
+    _need("--sample-steps", generation_defaults.sample_steps, 1)
+    _need("--sample-guidance", generation_defaults.sample_guidance, 0)
+    _need("--sample-draft-frames", generation_defaults.sample_draft_frames, 0)
+    _need("--sample-continue-steps", generation_defaults.sample_continue_steps, 1)
+    _need("--sample-continue-guidance", generation_defaults.sample_continue_guidance, 0)
+    low, high = generation_defaults.sample_guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
 
 
-def _check_watch(watch: WatchOptions) -> None:
-    _need("--validate-every", watch.validate_every, 0)
-    _need("--validation-rows", watch.validation_rows, 0)
-    _need("--validation-times", watch.validation_times, 1)
-    if not 0 <= watch.validation_split < 1:
-        raise ConfigError(f"--validation-split {watch.validation_split:g}: it must be at least 0 and below 1.")
-    if watch.validation_split and watch.validation_manifest:
+def _check_validation(validation: ValidationOptions) -> None:
+    _need("--validate-every", validation.validate_every, 0)
+    _need("--validation-rows", validation.validation_rows, 0)
+    _need("--validation-times", validation.validation_times, 1)
+    if not 0 <= validation.validation_split < 1:
+        raise ConfigError(f"--validation-split {validation.validation_split:g}: it must be at least 0 and below 1.")
+    if validation.validation_split and validation.validation_manifest:
         raise ConfigError("--validation-split and --validation-manifest both say what is held out; give one of them.")
-    if watch.validation_prompts is not None and watch.validation_prompt:
+    if validation.validation_prompts is not None and validation.validation_prompt:
         raise ConfigError("--validation-prompts and --validation-prompt both name prompts; put them all in the file.")
     given = {
-        "--validation-split": watch.validation_split,
-        "--validation-manifest": watch.validation_manifest,
-        "--validation-prompts": watch.validation_prompts,
-        "--validation-prompt": watch.validation_prompt,
+        "--validation-split": validation.validation_split,
+        "--validation-manifest": validation.validation_manifest,
+        "--validation-prompts": validation.validation_prompts,
+        "--validation-prompt": validation.validation_prompt,
     }
     unused = [flag for flag, value in given.items() if value]
-    if unused and not watch.validate_every:
+    if unused and not validation.validate_every:
         raise ConfigError(f"{' and '.join(unused)}: nothing is validated; give --validate-every N too.")
-    if watch.validation_prompts is not None:
-        read_prompts(watch.validation_prompts)
-    if watch.log_with != "none" and not _is_installed(watch.log_with):
+    if validation.validation_prompts is not None:
+        read_prompts(validation.validation_prompts)
+    if validation.log_with != "none" and not _is_installed(validation.log_with):
         raise ConfigError(
-            f"--log-with {watch.log_with}: it is not installed here; `pip install {watch.log_with}` (or, in the "
-            f"repository, `pip install -e .[{watch.log_with}]`) installs it."
+            f"--log-with {validation.log_with}: not installed; run `pip install {validation.log_with}` (or, in the "
+            f"repository, `pip install -e .[{validation.log_with}]`)."
         )
 
 

@@ -64,12 +64,12 @@ class EncodingStore:
             "codec": self.codec,
         }
 
-    def known_fields(self, sample: Sample) -> dict[str, Any]:
+    def cond_fields(self, sample: Sample) -> dict[str, Any]:
         """Everything that the moments of what a sample is conditioned on depend on."""
         picture = sample.entry.image_digest if sample.picture else None
-        return {**self.clip_fields(sample), "kind": KNOWN, "known": sample.known, "picture": picture}
+        return {**self.clip_fields(sample), "kind": KNOWN, "known": sample.num_cond_frames, "picture": picture}
 
-    def told_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
+    def image_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
         """Everything that a sample's first frame, or its motion, depends on; no codec is among it."""
         seen = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
         if kind == MOTION:
@@ -80,9 +80,9 @@ class EncodingStore:
         """The fields of all that is kept of a sample."""
         found = [self.clip_fields(sample)]
         if self.pictures:
-            found.append(self.told_fields(sample, MOTION))
-        if sample.known:
-            found.append(self.told_fields(sample, PICTURES) if self.pictures else self.known_fields(sample))
+            found.append(self.image_fields(sample, MOTION))
+        if sample.num_cond_frames:
+            found.append(self.image_fields(sample, PICTURES) if self.pictures else self.cond_fields(sample))
         return found
 
     def text_fields(self, prompt: str, stream: int) -> dict[str, Any]:
@@ -125,10 +125,10 @@ class EncodingStore:
         Raises:
             BrokenRow: one is missing or unreadable.
         """
-        known = self.read(self.known_fields(sample)) if sample.known and not self.pictures else None
+        known = self.read(self.cond_fields(sample)) if sample.num_cond_frames and not self.pictures else None
         return self.read(self.clip_fields(sample)), known
 
-    def read_told(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
+    def read_image_fields(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
         """The picture (H, W, 3) uint8 of a sample, if it has one, and the bucket of its motion (); None where pictures
         are not kept.
 
@@ -137,8 +137,8 @@ class EncodingStore:
         """
         if not self.pictures:
             return None, None
-        picture = self.read(self.told_fields(sample, PICTURES)) if sample.known else None
-        return picture, self.read(self.told_fields(sample, MOTION))
+        picture = self.read(self.image_fields(sample, PICTURES)) if sample.num_cond_frames else None
+        return picture, self.read(self.image_fields(sample, MOTION))
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
         """Hidden states of prompts as their encoders gave them, padded to the longest.

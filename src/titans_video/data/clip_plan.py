@@ -22,7 +22,7 @@ from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.manifest import Row
 from titans_video.data.tasks import needs_picture, parse_task_mix
 from titans_video.media.info import VideoInfo
-from titans_video.seeding import derive
+from titans_video.seeding import uniform
 
 PLAN_VERSION = 1  # part of every cache key: raise it when the same row would give other frames
 TOLERANCE = 0.0015  # seconds; containers that keep whole milliseconds are off by up to half of one
@@ -162,7 +162,7 @@ def plan_row(
     )
     crop = (0.5, 0.5)
     if options.random_crop and seed is not None:
-        crop = _uniform(seed, "crop-y"), _uniform(seed, "crop-x")
+        crop = uniform(seed, "crop-y"), uniform(seed, "crop-x")
     chosen = tuple(times[i] for i in indices)
     played = fps / options.stride if fps is not None else _rate(chosen, usual * options.stride)
     return RowPlan(bucket, tuple(indices), chosen, crop, played, choice.upscale, (info.height, info.width), available)
@@ -200,7 +200,7 @@ def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, se
     fits = [r.first + i for r in runs for i, length in enumerate(r.lengths) if length >= frames]
     if not options.random_start or seed is None or held:
         return fits[0]
-    return fits[min(int(_uniform(seed, "start") * len(fits)), len(fits) - 1)]
+    return fits[min(int(uniform(seed, "start") * len(fits)), len(fits) - 1)]
 
 
 def _indices(times: Sequence[float], start: int, frames: int, step: float | int, usual: float, stop: int) -> list[int]:
@@ -216,11 +216,6 @@ def _indices(times: Sequence[float], start: int, frames: int, step: float | int,
 def _rate(times: Sequence[float], interval: float) -> float:
     span = times[-1] - times[0]
     return (len(times) - 1) / span if span > 0 else 1.0 / interval
-
-
-def _uniform(seed: int, purpose: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    return derive(seed, purpose) / 2.0**63
 
 
 def _too_short(

@@ -17,16 +17,16 @@ from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.cache import EncodingStore
 from titans_video.data.loader import BatchStream, to_floats
 from titans_video.data.manifest import Row, read_manifest
-from titans_video.data.reader import BrokenRow, Entry, RamCache, RowReader
+from titans_video.data.reader import BrokenRow, ClipRecord, RamCache, RowReader
 from titans_video.data.scan import Quarantined, Scan, reasons_in_words, refuse_bad, scan_rows
 from titans_video.data.tasks import TaskMix, parse_task_mix
 from titans_video.errors import ConfigError, DataError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.types import CodecSpec
 
 
 @dataclass(frozen=True)
-class Together:
+class ProcessGroup:
     """How the processes of a run share what one of them knows.
 
     Attributes:
@@ -34,15 +34,15 @@ class Together:
         gather: what each process gives, in the order of the processes, given to all.
     """
 
-    once: Callable[[Callable[[], Any]], Any]
-    gather: Callable[[Any], list[Any]]
+    run_on_main: Callable[[Callable[[], Any]], Any]
+    all_gather_object: Callable[[Any], list[Any]]
 
 
-ALONE = Together(lambda make: make(), lambda value: [value])
+SINGLE_PROCESS = ProcessGroup(lambda make: make(), lambda value: [value])
 
 
 @dataclass
-class Data:
+class VideoDataset:
     """The usable rows of a run and how they are batched.
 
     Attributes:
@@ -56,7 +56,7 @@ class Data:
     """
 
     options: DataOptions
-    entries: list[Entry]
+    entries: list[ClipRecord]
     quarantined: list[Quarantined]
     table: BucketTable
     mix: TaskMix
@@ -65,7 +65,7 @@ class Data:
     world: int = 1
     ram: RamCache = field(default_factory=lambda: RamCache(0))
     sizes: Mapping[str, int] = field(default_factory=dict)
-    held_out: list[Entry] = field(default_factory=list)
+    held_out: list[ClipRecord] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -137,7 +137,7 @@ class Data:
             say=say,
         )
 
-    def without(self, broken: Sequence[Quarantined]) -> "Data":
+    def without(self, broken: Sequence[Quarantined]) -> "VideoDataset":
         """The same data with some usable rows in the quarantine."""
         ids = {q.row.id for q in broken}
         left = [e for e in self.entries if e.row.id not in ids]
@@ -147,7 +147,7 @@ class Data:
         """The global batch of each bucket: rows of one optimizer step over all processes."""
         return {str(b): self.batch_size(b) * self.world * grad_accum for b in self.buckets}
 
-    def divided(self, rows: Mapping[str, int]) -> "tuple[Data, int]":
+    def divided(self, rows: Mapping[str, int]) -> "tuple[VideoDataset, int]":
         """The same data with other global batches, and the accumulation that makes them on this number of processes.
 
         Micro-batches become no larger than the options say, and only as small as they must.
@@ -179,10 +179,10 @@ class Data:
         """
         fullest = max(self.buckets, key=lambda b: sum(e.bucket == b for e in self.entries))
         entries = [e for e in self.entries if e.bucket == fullest]
-        entries.sort(key=lambda e: derive(self.seed, "sample", e.row.id))
+        entries.sort(key=lambda e: derive_seed(self.seed, "sample", e.row.id))
         reader, clips = self.reader(), []
         for entry in entries:
-            seed = derive(self.seed, "sample", entry.row.id)
+            seed = derive_seed(self.seed, "sample", entry.row.id)
             try:
                 clips.append(torch.from_numpy(reader.clip(reader.decide(entry, "t2v", seed))))
             except BrokenRow:
@@ -265,8 +265,8 @@ def open_data(
     seed: int,
     rank: int = 0,
     world: int = 1,
-    together: Together = ALONE,
-) -> Data:
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> VideoDataset:
     """Read and scan the manifests, and plan every row.
 
     Args:
@@ -284,9 +284,9 @@ def open_data(
         refuse_bad(scan, options)
         return scan, mix
 
-    scan, mix = together.once(look)
+    scan, mix = processes.run_on_main(look)
     ram = RamCache(options.ram_cache_mb * 2**20)
-    return Data(options, scan.entries, scan.quarantined, scan.table, mix, seed, rank, world, ram)
+    return VideoDataset(options, scan.entries, scan.quarantined, scan.table, mix, seed, rank, world, ram)
 
 
 def open_scan(
@@ -332,7 +332,7 @@ def check_options(options: DataOptions) -> None:
         raise ConfigError(f"--max-bad {options.max_bad:g}: it is a share from 0 to 1.")
 
 
-def with_digests(data: Data, digests: Mapping[Path, str]) -> Data:
+def with_digests(data: VideoDataset, digests: Mapping[Path, str]) -> VideoDataset:
     """The same data with the digest of every file that a cache's keys need.
 
     Args:

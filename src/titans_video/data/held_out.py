@@ -15,15 +15,15 @@ import torch
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import ALONE, Data, Together, open_data
-from titans_video.data.loader import Read, collate, read_sample, to_batch
-from titans_video.data.reader import BrokenRow, Entry, Sample
+from titans_video.data.dataset import SINGLE_PROCESS, ProcessGroup, VideoDataset, open_data
+from titans_video.data.loader import Example, collate, read_sample, to_batch
+from titans_video.data.reader import BrokenRow, ClipRecord, Sample
 from titans_video.errors import DataError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed, uniform
 from titans_video.types import Batch
 
 
-def split(data: Data, share: float) -> Data:
+def split(data: VideoDataset, share: float) -> VideoDataset:
     """Move about this share of the rows to `data.held_out`; at least those of one file.
 
     Args:
@@ -31,10 +31,10 @@ def split(data: Data, share: float) -> Data:
     Raises:
         DataError: nothing would be left to train on.
     """
-    files: dict[Path, list[Entry]] = {}
+    files: dict[Path, list[ClipRecord]] = {}
     for entry in data.entries:
         files.setdefault(entry.row.video, []).append(entry)
-    drawn = {path: derive(0, "held-out", min(e.row.id for e in rows)) / 2.0**63 for path, rows in files.items()}
+    drawn = {path: uniform(0, "held-out", min(e.row.id for e in rows)) for path, rows in files.items()}
     chosen = {path for path, u in drawn.items() if u < share} or {min(drawn, key=lambda path: drawn[path])}
     left = [e for e in data.entries if e.row.video not in chosen]
     if not left:
@@ -45,7 +45,9 @@ def split(data: Data, share: float) -> Data:
     return replace(data, entries=left, held_out=[e for e in data.entries if e.row.video in chosen])
 
 
-def open_validation(data: Data, manifests: Sequence[str], together: Together = ALONE) -> Data | None:
+def open_validation(
+    data: VideoDataset, manifests: Sequence[str], processes: ProcessGroup = SINGLE_PROCESS
+) -> VideoDataset | None:
     """The held-out rows, as data of their own: those of `--validation-manifest`, else those that `split` held out.
 
     They go into the buckets of the training data.
@@ -57,10 +59,10 @@ def open_validation(data: Data, manifests: Sequence[str], together: Together = A
         return replace(data, entries=data.held_out, held_out=[], quarantined=[]) if data.held_out else None
     options = replace(_same_buckets(data), manifest=tuple(manifests), metadata=None)
     spec, patch_size = data.table.spec, data.table.patch_size
-    return open_data(options, spec, patch_size, seed=data.seed, rank=data.rank, world=data.world, together=together)
+    return open_data(options, spec, patch_size, seed=data.seed, rank=data.rank, world=data.world, processes=processes)
 
 
-def _same_buckets(data: Data) -> DataOptions:
+def _same_buckets(data: VideoDataset) -> DataOptions:
     """The options of the training data; a size that followed from its first clip is said outright."""
     options = data.options
     if options.buckets is not None or options.height is not None:
@@ -69,7 +71,7 @@ def _same_buckets(data: Data) -> DataOptions:
     return replace(options, resolution=None, buckets=",".join(sizes))
 
 
-def shared_files(data: Data, held_out: Data) -> int:
+def shared_files(data: VideoDataset, held_out: VideoDataset) -> int:
     """How many of the held-out clips are trained on too."""
     return len({row.video for row in data.rows} & {row.video for row in held_out.rows})
 
@@ -80,7 +82,7 @@ class Piece:
 
     task: str
     bucket: Bucket
-    entries: tuple[Entry, ...]
+    entries: tuple[ClipRecord, ...]
 
 
 @dataclass
@@ -96,7 +98,7 @@ class HeldOut:
         broken: rows that turned out to be unreadable, with the reason; each is told once.
     """
 
-    data: Data
+    data: VideoDataset
     store: EncodingStore | None = None
     most: int | None = None
     broken: dict[str, str] = field(default_factory=dict)
@@ -113,8 +115,8 @@ class HeldOut:
         return self._pieces
 
     def _cut(self) -> list[Piece]:
-        by_id = sorted(self.data.entries, key=lambda e: (derive(0, "validation", e.row.id), e.row.id))
-        cells: dict[tuple[Bucket, str], list[Entry]] = {}
+        by_id = sorted(self.data.entries, key=lambda e: (derive_seed(0, "validation", e.row.id), e.row.id))
+        cells: dict[tuple[Bucket, str], list[ClipRecord]] = {}
         for entry in by_id[: self.most]:
             for task in [task for task, _ in self.data.mix.shares] or [entry.row.task]:
                 cells.setdefault((entry.bucket, task), []).append(entry)
@@ -130,7 +132,7 @@ class HeldOut:
         read, good = [], []
         for entry in piece.entries:
             sample = self.reader.decide(entry, piece.task, self.reader.variant_seed(entry.row, 0))
-            seed = derive(0, "validation", entry.row.id, piece.task)
+            seed = derive_seed(0, "validation", entry.row.id, piece.task)
             try:
                 read.append(read_sample(seed, sample, self.reader, self.store))
                 good.append(True)
@@ -140,14 +142,14 @@ class HeldOut:
                 good.append(False)
         return to_batch(collate(read, []), self.store), good
 
-    def _blank(self, seed: int, sample: Sample) -> Read:
+    def _blank(self, seed: int, sample: Sample) -> Example:
         bucket = sample.plan.bucket
         if self.store is None:
             frames = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
-            return Read(seed, sample, frames, frames[0] if sample.picture else None)
+            return Example(seed, sample, frames, frames[0] if sample.picture else None)
         c, t, h, w = self.data.table.spec.latent_shape(bucket.frames, bucket.height, bucket.width)
         moments = torch.zeros(2 * c, t, h, w)
         if not self.store.pictures:
-            return Read(seed, sample, moments=moments, known=moments if sample.known else None)
-        picture = np.zeros((bucket.height, bucket.width, 3), np.uint8) if sample.known else None
-        return Read(seed, sample, picture=picture, moments=moments, motion=torch.zeros(()))
+            return Example(seed, sample, moments=moments, cond_moments=moments if sample.num_cond_frames else None)
+        picture = np.zeros((bucket.height, bucket.width, 3), np.uint8) if sample.num_cond_frames else None
+        return Example(seed, sample, picture=picture, moments=moments, motion=torch.zeros(()))

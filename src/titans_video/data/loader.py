@@ -23,10 +23,10 @@ from titans_video.data.bad_rows import Broken, BrokenRows
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingStore
 from titans_video.data.manifest import Row
-from titans_video.data.reader import BrokenRow, Entry, Frames, RowReader, Sample
-from titans_video.data.sampler import Lane, Occurrence, Sampler
+from titans_video.data.reader import BrokenRow, ClipRecord, Frames, RowReader, Sample
+from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
 from titans_video.errors import DataError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.types import Batch
 
 LATE = 10**9
@@ -34,14 +34,14 @@ LATE = 10**9
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """How global batches are divided: by `steps` micro-batches, then by `world` ranks."""
 
     rank: int
     world: int
     grad_accum: int
 
-    def of(self, items: Sequence[Occurrence], micro: int) -> Sequence[Occurrence]:
+    def of(self, items: Sequence[SampleIndex], micro: int) -> Sequence[SampleIndex]:
         """This rank's rows of micro-batch `micro`; equal pieces in order, so that any division of a global batch gives
         the same rows to the same optimizer step."""
         size = len(items) // (self.world * self.grad_accum)
@@ -50,14 +50,14 @@ class Share:
 
 
 @dataclass
-class RawBatch:
+class HostBatch:
     """A batch as it travels from a worker process: pixels in bytes, a quarter of their size as floats.
 
     Attributes:
         seeds, samples: of its rows.
         frames: (B, T, H, W, 3) uint8.
         pictures: by place in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
-        moments, known_moments: (B, 2C, t, h, w) from a store, in place of frames.
+        moments, cond_moments: (B, 2C, t, h, w) from a store, in place of frames.
         motion: (B,) from a store that keeps it.
         broken: rows that turned out to be broken.
         error: why there is no batch: errors of worker processes are handed on as words.
@@ -69,7 +69,7 @@ class RawBatch:
     frames: Tensor | None = None
     pictures: dict[int, Tensor] = field(default_factory=dict)
     moments: Tensor | None = None
-    known_moments: Tensor | None = None
+    cond_moments: Tensor | None = None
     motion: Tensor | None = None
     broken: tuple[Broken, ...] = ()
     error: str | None = None
@@ -77,7 +77,7 @@ class RawBatch:
 
 
 @dataclass
-class Read:
+class Example:
     """One row as read."""
 
     seed: int
@@ -85,19 +85,19 @@ class Read:
     frames: Frames | None = None
     picture: Frames | None = None
     moments: Tensor | None = None
-    known: Tensor | None = None
+    cond_moments: Tensor | None = None
     motion: Tensor | None = None
 
 
-class BatchReader(Dataset[RawBatch]):
+class BatchReader(Dataset[HostBatch]):
     """Micro-batch `number` of one rank, read from files or from a store of encodings."""
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[ClipRecord],
         sampler: Sampler,
         reader: RowReader,
-        share: Share,
+        share: RankShard,
         seed: int,
         broken: BrokenRows,
         most_broken: float,
@@ -107,19 +107,19 @@ class BatchReader(Dataset[RawBatch]):
         self.broken, self.most_broken, self.store = broken, most_broken, store
         self.places = {r: (lane, at) for lane, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
 
-    def __getitem__(self, number: int) -> RawBatch:
+    def __getitem__(self, number: int) -> HostBatch:
         step, micro = divmod(number, self.share.grad_accum)
         return self.rows(self.share.of(self.sampler.batch(step).items, micro), step)
 
-    def rows(self, items: Sequence[Occurrence], step: int = 0) -> RawBatch:
+    def rows(self, items: Sequence[SampleIndex], step: int = 0) -> HostBatch:
         """A batch of these rows of one bucket, as optimizer step `step` sees them."""
         found: list[Broken] = []
         try:
             return replace(collate([self._row(step, o, found) for o in items], found), step=step)
         except DataError as e:
-            return RawBatch([], [], broken=tuple(found), error=str(e))
+            return HostBatch([], [], broken=tuple(found), error=str(e))
 
-    def _row(self, step: int, item: Occurrence, found: list[Broken]) -> Read:
+    def _row(self, step: int, item: SampleIndex, found: list[Broken]) -> Example:
         """Read an occurrence; in place of a broken row the next sound one of its bucket, in the manifest's order."""
         lane, at = self.places[item.row]
         rows = self.sampler.rows[lane]
@@ -129,7 +129,7 @@ class BatchReader(Dataset[RawBatch]):
             if entry.gone or self.broken.leaves_out(entry.row.id, step):
                 continue
             instead = () if k == 0 else ("in place of", asked)
-            seed = derive(self.seed, item.epoch, entry.row.id, item.count, *instead)
+            seed = derive_seed(self.seed, item.epoch, entry.row.id, item.count, *instead)
             try:
                 return read_sample(seed, self.reader.sample(entry, seed), self.reader, self.store)
             except BrokenRow as e:
@@ -148,7 +148,7 @@ class BatchReader(Dataset[RawBatch]):
             )
 
 
-def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingStore | None) -> Read:
+def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingStore | None) -> Example:
     """One row, from its files or from a store of encodings.
 
     Raises:
@@ -156,15 +156,15 @@ def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingSto
     """
     if store is not None:
         moments, known = store.read_clip(sample)
-        picture, motion = store.read_told(sample)
+        picture, motion = store.read_image_fields(sample)
         shown = None if picture is None else picture.numpy()
-        return Read(seed, sample, picture=shown, moments=moments, known=known, motion=motion)
-    return Read(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
+        return Example(seed, sample, picture=shown, moments=moments, cond_moments=known, motion=motion)
+    return Example(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
 
 
-def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:
+def collate(read: Sequence[Example], broken: Sequence[Broken]) -> HostBatch:
     """Stack rows into a batch."""
-    raw = RawBatch([r.seed for r in read], [r.sample for r in read], broken=tuple(broken))
+    raw = HostBatch([r.seed for r in read], [r.sample for r in read], broken=tuple(broken))
     frames = [r.frames for r in read if r.frames is not None]
     moments = [r.moments for r in read if r.moments is not None]
     raw.pictures = {i: torch.from_numpy(r.picture) for i, r in enumerate(read) if r.picture is not None}
@@ -175,9 +175,9 @@ def collate(read: Sequence[Read], broken: Sequence[Broken]) -> RawBatch:
         raw.frames = torch.from_numpy(np.stack(frames))
     if moments:
         raw.moments = torch.stack(moments)
-        if any(r.known is not None for r in read):
+        if any(r.cond_moments is not None for r in read):
             blank = torch.zeros_like(moments[0])
-            raw.known_moments = torch.stack([blank if r.known is None else r.known for r in read])
+            raw.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
     return raw
 
 
@@ -201,7 +201,7 @@ class BatchStream:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[ClipRecord],
         batch_sizes: dict[Bucket, int],
         reader: RowReader,
         *,
@@ -217,7 +217,7 @@ class BatchStream:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.workers, self.seed, self.store, self.reader = workers, seed, store, reader
-        self.share = Share(rank, world, grad_accum)
+        self.share = RankShard(rank, world, grad_accum)
         self.batch_sizes, self.lost, self.say = batch_sizes, list(lost), say
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
         self._arrange(entries)
@@ -226,14 +226,14 @@ class BatchStream:
         self._told: set[str] = set()
         self._delivered = 0
         self._resumed = False
-        self._batches: Iterator[RawBatch] | None = None
+        self._batches: Iterator[HostBatch] | None = None
 
-    def _arrange(self, entries: Sequence[Entry]) -> None:
+    def _arrange(self, entries: Sequence[ClipRecord]) -> None:
         """Lay out the lines of the buckets."""
         self.entries = list(entries)
         rows = [[i for i, e in enumerate(self.entries) if e.bucket == b] for b in self.buckets]
         lanes = [
-            Lane(
+            BucketQueue(
                 str(bucket),
                 tuple(self.entries[i].row.id for i in lane),
                 tuple(self.entries[i].row.weight for i in lane),
@@ -256,7 +256,7 @@ class BatchStream:
                 entries[record.id] = replace(found, bucket=bucket, packed=b"")
             elif record.id in lost:
                 place, row = lost[record.id]
-                entries[record.id] = Entry(row, bucket, 1.0, 0.0, b"", place)
+                entries[record.id] = ClipRecord(row, bucket, 1.0, 0.0, b"", place)
         self._arrange(sorted(entries.values(), key=lambda e: e.place))
 
     def __iter__(self) -> "BatchStream":
@@ -277,7 +277,7 @@ class BatchStream:
         self._delivered += 1
         return self._sound(raw)
 
-    def _sound(self, raw: RawBatch) -> Batch:
+    def _sound(self, raw: HostBatch) -> Batch:
         """The batch, or the error that came in its place: this process's alone."""
         if raw.error is not None:
             raise _alone(DataError(raw.error))
@@ -293,7 +293,7 @@ class BatchStream:
         rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
         apart = BrokenRows(None)
         apart.known = dict(self.broken.known)
-        read = self._reader(apart).rows([Occurrence(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
+        read = self._reader(apart).rows([SampleIndex(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
         return replace(self._sound(read), step=LATE)
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class BatchStream:
             self.entries, self.sampler, self.reader, self.share, self.seed, broken, self._most_broken, self.store
         )
 
-    def _start(self) -> Iterator[RawBatch]:
+    def _start(self) -> Iterator[HostBatch]:
         if not self._resumed:
             self.broken.start_afresh(self.share.world)
         if self.workers == 0:
@@ -354,11 +354,11 @@ class _From(IndexSampler[int]):
         return count_from(self.start)
 
 
-def _as_it_is(raw: RawBatch) -> RawBatch:
+def _as_it_is(raw: HostBatch) -> HostBatch:
     return raw
 
 
-def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
+def to_batch(raw: HostBatch, store: EncodingStore | None) -> Batch:
     """Bytes to floats in [-1, 1], and the fields that follow from the samples."""
     samples = raw.samples
     bucket = samples[0].plan.bucket
@@ -371,18 +371,18 @@ def to_batch(raw: RawBatch, store: EncodingStore | None) -> Batch:
         height=bucket.height,
         width=bucket.width,
         fps=torch.tensor([s.plan.fps for s in samples], dtype=torch.float32),
-        known_frames=torch.tensor([s.known for s in samples], dtype=torch.int64),
+        num_cond_frames=torch.tensor([s.num_cond_frames for s in samples], dtype=torch.int64),
         moments=raw.moments,
-        known_moments=raw.known_moments,
+        cond_moments=raw.cond_moments,
         motion=raw.motion,
         step=raw.step,
     )
     if raw.frames is not None:
         batch.pixels = to_floats(raw.frames)
-        batch.known_pixels = _known_pixels(batch, raw.pictures)
+        batch.cond_pixels = _cond_pixels(batch, raw.pictures)
     elif raw.pictures:
-        batch.known_pixels = torch.zeros(len(batch), 3, 1, bucket.height, bucket.width)
-        _put_in(batch.known_pixels, raw.pictures)
+        batch.cond_pixels = torch.zeros(len(batch), 3, 1, bucket.height, bucket.width)
+        _put_in(batch.cond_pixels, raw.pictures)
     if store is not None and store.has_text:
         batch.text = store.text(batch.captions)
     return batch
@@ -393,9 +393,9 @@ def to_floats(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3).contiguous().to(torch.float32).div_(127.5).sub_(1.0)  # bytes move faster
 
 
-def _known_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
+def _cond_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
     """The known frames with the rest 0; None where no row has any."""
-    counts = batch.known_frames.tolist()
+    counts = batch.num_cond_frames.tolist()
     if batch.pixels is None or not any(counts):
         return None
     known = torch.zeros_like(batch.pixels)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_video.data.cache import CLIPS, MOTION, PICTURES, EncodingStore
-from titans_video.data.dataset import ALONE, Data, Together, with_digests
+from titans_video.data.dataset import SINGLE_PROCESS, ProcessGroup, VideoDataset, with_digests
 from titans_video.data.loader import to_floats
-from titans_video.data.reader import BrokenRow, Entry, RamCache, RowReader, Sample
+from titans_video.data.reader import BrokenRow, ClipRecord, RamCache, RowReader, Sample
 from titans_video.data.scan import Failed, Job, Quarantined, look_into, reasons_in_words
 from titans_video.data.tasks import needs_picture
 from titans_video.errors import DataError, UserError
@@ -30,7 +30,7 @@ class CodecLike(Protocol):
     """What filling needs of a codec."""
 
     def encode_moments(self, pixels: Tensor) -> Tensor: ...
-    def encode_known(self, pixels: Tensor) -> Tensor: ...
+    def encode_cond_frames(self, pixels: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Filled:
         broken: rows that could not be read.
     """
 
-    data: Data
+    data: VideoDataset
     store: EncodingStore
     made: int = 0
     found: int = 0
@@ -77,13 +77,13 @@ class Filled:
 
 
 def fill_cache(
-    data: Data,
+    data: VideoDataset,
     folder: Path | str,
     encoders: Encoders,
     *,
     prompts: Sequence[str] = (),
     progress: bool = True,
-    together: Together = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Filled:
     """Encode what this rank's share of rows and prompts lacks in a store.
 
@@ -98,7 +98,7 @@ def fill_cache(
     """
     store = EncodingStore(Path(folder), encoders.codec_key, encoders.text_keys, encoders.pictures)
     total = len(data.entries)
-    digests: dict[Path, str | Failed] = together.once(lambda: find_digests(data, progress=progress))
+    digests: dict[Path, str | Failed] = processes.run_on_main(lambda: find_digests(data, progress=progress))
     lost = _undigested(data, digests)
     whole = {path: digest for path, digest in digests.items() if isinstance(digest, str)}
     filled = Filled(with_digests(data.without(lost), whole), store)
@@ -111,7 +111,7 @@ def fill_cache(
         error = None
     except (UserError, OSError) as e:
         error = str(e)
-    parts = together.gather((filled.made, filled.found, filled.broken, error))
+    parts = processes.all_gather_object((filled.made, filled.found, filled.broken, error))
     errors = [e for *_, e in parts if e is not None]
     if errors:
         raise DataError(f"The cache {folder} cannot be filled: {errors[0]}")
@@ -126,7 +126,7 @@ def fill_cache(
     return filled
 
 
-def find_digests(data: Data, *, progress: bool = False) -> dict[Path, str | Failed]:
+def find_digests(data: VideoDataset, *, progress: bool = False) -> dict[Path, str | Failed]:
     """The SHA-256 of every file that a key needs, remembered by the files' size and time of change."""
     jobs: list[Job] = [("digest", e.row.video) for e in data.entries]
     jobs += [("digest", path) for e in data.entries if (path := _picture(e, data)) is not None]
@@ -134,7 +134,7 @@ def find_digests(data: Data, *, progress: bool = False) -> dict[Path, str | Fail
     return {path: digest if isinstance(digest, Failed) else str(digest) for (_, path), digest in found.items()}
 
 
-def _undigested(data: Data, digests: Mapping[Path, str | Failed]) -> list[Quarantined]:
+def _undigested(data: VideoDataset, digests: Mapping[Path, str | Failed]) -> list[Quarantined]:
     """The rows with a file that was gone, or could not be read through, after the scan."""
     lost = []
     for e in data.entries:
@@ -147,12 +147,12 @@ def _undigested(data: Data, digests: Mapping[Path, str | Failed]) -> list[Quaran
     return lost
 
 
-def _picture(entry: Entry, data: Data) -> Path | None:
+def _picture(entry: ClipRecord, data: VideoDataset) -> Path | None:
     """A row's own picture, where it is used."""
     return entry.row.cond_image if needs_picture(entry.row, data.mix) else None
 
 
-def _samples(data: Data, reader: RowReader) -> Iterator[tuple[int, Sample]]:
+def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sample]]:
     """Every sample that the stream may ask for: all variants and tasks of this rank's rows, each with the number of
     its entry."""
     moving = data.options.random_crop or data.options.random_start
@@ -189,7 +189,7 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
 
 
 def _encoding(kind: str, sample: Sample, clip: Tensor, picture: Tensor | None, codec: CodecLike) -> Tensor:
-    """What is kept of a sample, by kind; `clip` and `picture` as `known_clip` takes them."""
+    """What is kept of a sample, by kind; `clip` and `picture` as `cond_clip` takes them."""
     if kind == MOTION:
         return motion_bucket(clip, torch.tensor([sample.plan.fps]))[0]
     if kind == PICTURES:
@@ -197,19 +197,19 @@ def _encoding(kind: str, sample: Sample, clip: Tensor, picture: Tensor | None, c
         return ((first.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
     if kind == CLIPS:
         return codec.encode_moments(clip)[0]
-    return codec.encode_known(known_clip(clip, picture, sample.known))[0]
+    return codec.encode_cond_frames(cond_clip(clip, picture, sample.num_cond_frames))[0]
 
 
-def known_clip(clip: Tensor, picture: Tensor | None, known: int) -> Tensor:
+def cond_clip(clip: Tensor, picture: Tensor | None, num_cond_frames: int) -> Tensor:
     """The known frames with the rest 0.
 
     Args:
         clip: (1, 3, T, H, W).
         picture: (1, 3, 1, H, W), in place of the first frame; or None.
-        known: how many leading frames are known.
+        num_cond_frames: how many leading frames are known.
     """
     given = torch.zeros_like(clip)
-    given[:, :, :known] = clip[:, :, :known]
+    given[:, :, :num_cond_frames] = clip[:, :, :num_cond_frames]
     if picture is not None:
         given[:, :, :1] = picture
     return given
@@ -232,5 +232,5 @@ def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: 
             bar.update()
 
 
-def _shard(prompts: Iterable[str], data: Data) -> list[str]:
+def _shard(prompts: Iterable[str], data: VideoDataset) -> list[str]:
     return list(prompts)[data.rank :: data.world]

@@ -15,13 +15,13 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.clip_plan import Rejected, RowPlan, plan_row, unpack
 from titans_video.data.manifest import Row
-from titans_video.data.tasks import TaskMix, known_frames
+from titans_video.data.tasks import TaskMix, num_cond_frames
 from titans_video.errors import DataError
 from titans_video.media.info import VideoInfo
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.reading import read_clip, read_image
 from titans_video.media.resize import cover_crop
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 Frames = NDArray[np.uint8]
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class BrokenRow(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ClipRecord:
     """A usable row: what the scan found out.
 
     Attributes:
@@ -72,13 +72,13 @@ class Sample:
     """One occurrence of a row, decided down to the frame: everything that reading it and caching it depends on.
 
     Attributes:
-        known: how many leading frames are given.
+        num_cond_frames: how many leading frames are given.
         picture: the given frame is the row's own picture.
     """
 
-    entry: Entry
+    entry: ClipRecord
     task: str
-    known: int
+    num_cond_frames: int
     picture: bool
     plan: RowPlan
 
@@ -118,7 +118,7 @@ class RowReader:
     ram: RamCache = field(default_factory=lambda: RamCache(0))
     plans: dict[str, RowPlan] = field(default_factory=dict)
 
-    def sample(self, entry: Entry, seed: int) -> Sample:
+    def sample(self, entry: ClipRecord, seed: int) -> Sample:
         """Decide one occurrence of a row.
 
         Args:
@@ -126,18 +126,19 @@ class RowReader:
         """
         task = self.mix.draw(entry.row, seed)
         if self.cached:
-            seed = self.variant_seed(entry.row, derive(seed, "variant") % self.options.cache_variants)
+            seed = self.variant_seed(entry.row, derive_seed(seed, "variant") % self.options.cache_variants)
         return self.decide(entry, task, seed)
 
     def variant_seed(self, row: Row, variant: int) -> int:
         """What a cached variant is drawn from: the same in every run, so that runs share a cache."""
-        return derive(0, "cache", row.id, variant)
+        return derive_seed(0, "cache", row.id, variant)
 
-    def decide(self, entry: Entry, task: str, seed: int) -> Sample:
+    def decide(self, entry: ClipRecord, task: str, seed: int) -> Sample:
         """`sample` with the task, and the seed of what is random about the frames, given."""
         plan = self._plan(entry, seed)
-        known = known_frames(task, entry.row, self.options, plan.bucket.frames, seed)
-        return Sample(entry, task, known, task == "i2v" and known > 0 and entry.row.cond_image is not None, plan)
+        count = num_cond_frames(task, entry.row, self.options, plan.bucket.frames, seed)
+        own_image = task == "i2v" and count > 0 and entry.row.cond_image is not None
+        return Sample(entry, task, count, own_image, plan)
 
     def clip(self, sample: Sample) -> Frames:
         """(T, H, W, 3) uint8 of a sample.
@@ -176,7 +177,7 @@ class RowReader:
     def _same_every_time(self) -> bool:
         return not (self.options.random_crop or self.options.random_start)
 
-    def _plan(self, entry: Entry, seed: int) -> RowPlan:
+    def _plan(self, entry: ClipRecord, seed: int) -> RowPlan:
         found = self.plans.get(entry.row.id)
         if found is not None:
             return found

@@ -20,8 +20,8 @@ from titans_video.checkpoint import atomic_path
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
-from titans_video.data.dataset import Data, open_scan
-from titans_video.data.reader import Entry
+from titans_video.data.dataset import VideoDataset, open_scan
+from titans_video.data.reader import ClipRecord
 from titans_video.data.scan import Quarantined, usable_cores
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.plots import data_url, numbers, page
@@ -80,7 +80,7 @@ def check(
         raise ConfigError(f"--out {folder} cannot be written: {nearest} is no folder that this user may write to.")
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
     folder.mkdir(parents=True, exist_ok=True)
-    data = Data(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
+    data = VideoDataset(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
     plans = {e.row.id: _plan(e, data) for e in data.entries}
     write_quarantine(quarantine, scan.quarantined)
@@ -105,7 +105,7 @@ def write_quarantine(path: Path, quarantined: Iterable[Quarantined]) -> None:
     _write_lines(path, (_quarantine_line(q) for q in quarantined))
 
 
-def _plan(entry: Entry, data: Data) -> RowPlan:
+def _plan(entry: ClipRecord, data: VideoDataset) -> RowPlan:
     plan = plan_row(entry.row, unpack(entry.packed), data.table, data.options)
     assert isinstance(plan, RowPlan), "the scan planned this row before"
     return plan
@@ -122,7 +122,7 @@ def _quarantine_line(q: Quarantined) -> dict[str, Any]:
     }
 
 
-def _plan_line(entry: Entry, plan: RowPlan) -> dict[str, Any]:
+def _plan_line(entry: ClipRecord, plan: RowPlan) -> dict[str, Any]:
     return {
         "id": entry.row.id,
         "video": str(entry.row.video),
@@ -156,7 +156,7 @@ td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke
 """
 
 
-def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], *, progress: bool = False) -> None:
+def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, progress: bool = False) -> None:
     """Write the report.
 
     Args:
@@ -178,10 +178,10 @@ def write_html(path: Path, data: Data, plans: Mapping[str, RowPlan], *, progress
         temporary.write_text(page("Data report", body, STYLE), encoding="utf-8")
 
 
-def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
+def _strips(entries: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
     """Of each row a few of the very frames that training will read, cropped as they will be, as a data URL."""
 
-    def strip(entry: Entry) -> tuple[str, str]:
+    def strip(entry: ClipRecord) -> tuple[str, str]:
         plan = plans[entry.row.id]
         width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
         picks = np.linspace(0, len(plan.indices) - 1, min(STRIP_FRAMES, len(plan.indices))).round().astype(int)
@@ -201,14 +201,14 @@ def _strips(entries: Sequence[Entry], plans: Mapping[str, RowPlan], progress: bo
         return dict(made)
 
 
-def _numbers(data: Data) -> str:
+def _numbers(data: VideoDataset) -> str:
     usable, bad = len(data.entries), len(data.quarantined)
     empty = sum(not e.row.caption for e in data.entries)
     found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
     return numbers(found)
 
 
-def _bucket_counts(data: Data) -> dict[str, int]:
+def _bucket_counts(data: VideoDataset) -> dict[str, int]:
     """Rows of each bucket, the empty ones too."""
     shapes = {(b.height, b.width) for b in data.buckets}
     empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
@@ -231,7 +231,7 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
     )
 
 
-def _scatter(data: Data, plans: Mapping[str, RowPlan]) -> str:
+def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
     """Aspect (width over height, log) against length; a vertical line where each bucket stands. Clips wider or taller
     than `WIDEST` stand at the edge."""
     order = [name for name, _ in Counter(str(e.bucket) for e in data.entries).most_common()]
@@ -307,7 +307,7 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
     return "".join([*parts, "</table>"])
 
 
-def _rows(entries: Sequence[Entry], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
+def _rows(entries: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
     shown = f", the first {PICTURED} of them" if len(entries) > PICTURED else ""
     parts = [f"<h2>Usable ({len(entries)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
     for e in entries[:PICTURED]:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 Keys = NDArray[np.uint64]
 KEPT_ORDERS, KEPT_ENDS = 64, 1000
 
 
 @dataclass(frozen=True)
-class Occurrence:
+class SampleIndex:
     """One appearance of a row: the `count`-th in `epoch`."""
 
     row: int
@@ -36,11 +36,11 @@ class GlobalBatch:
     """The rows of one optimizer step, all of one bucket."""
 
     bucket: int
-    items: tuple[Occurrence, ...]
+    items: tuple[SampleIndex, ...]
 
 
 @dataclass(frozen=True)
-class Lane:
+class BucketQueue:
     """A bucket as the sampler sees it.
 
     Attributes:
@@ -65,10 +65,10 @@ class Sampler:
         seed: of the run.
     """
 
-    def __init__(self, lanes: Sequence[Lane], rows: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, lanes: Sequence[BucketQueue], rows: Sequence[Sequence[int]], seed: int) -> None:
         self.lanes, self.rows, self.seed = list(lanes), [np.asarray(r) for r in rows], seed
         self._weights = [np.asarray(lane.weights, dtype=np.float64) for lane in lanes]
-        self._keys = [np.asarray([derive(0, "row", i) for i in lane.ids], dtype=np.uint64) for lane in lanes]
+        self._keys = [np.asarray([derive_seed(0, "row", i) for i in lane.ids], dtype=np.uint64) for lane in lanes]
         # A row of weight 0.5 comes every other epoch; the phase spreads such rows over the epochs.
         self._phases = [(k >> np.uint64(11)).astype(np.float64) / 2.0**53 for k in self._keys]
         self._ends: dict[int, NDArray[np.int64]] = {}
@@ -112,13 +112,13 @@ class Sampler:
         if self._epoch is None or self._epoch[0] != epoch:
             first, stop = self._batches_before(epoch), self._batches_before(epoch + 1)
             found = [(lane, k) for lane in range(len(self.lanes)) for k in range(int(first[lane]), int(stop[lane]))]
-            keys = [derive(self.seed, "batch", self.lanes[lane].name, k) for lane, k in found]
+            keys = [derive_seed(self.seed, "batch", self.lanes[lane].name, k) for lane, k in found]
             self._epoch = epoch, [b for _, b in sorted(zip(keys, found, strict=True))]
         return self._epoch[1]
 
-    def _line(self, lane: int, start: int, length: int) -> list[Occurrence]:
+    def _line(self, lane: int, start: int, length: int) -> list[SampleIndex]:
         """Places [start, start + length) of a bucket's endless line."""
-        found: list[Occurrence] = []
+        found: list[SampleIndex] = []
         epoch = _epoch_of(start, lambda e: self._lane_end(lane, e))
         while len(found) < length:
             base = self._lane_end(lane, epoch)
@@ -126,7 +126,7 @@ class Sampler:
             a = start + len(found) - base
             stop = min(len(rows), a + length - len(found))
             taken = self.rows[lane][rows[a:stop]].tolist()
-            found += [Occurrence(r, epoch, c) for r, c in zip(taken, counts[a:stop].tolist(), strict=True)]
+            found += [SampleIndex(r, epoch, c) for r, c in zip(taken, counts[a:stop].tolist(), strict=True)]
             epoch += 1
         return found
 
@@ -137,7 +137,7 @@ class Sampler:
             times = self._counts(lane, epoch + 1) - self._counts(lane, epoch)
             rows = np.repeat(np.arange(len(times)), times)
             counts = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
-            salt = np.uint64(derive(self.seed, "order", epoch, self.lanes[lane].name))
+            salt = np.uint64(derive_seed(self.seed, "order", epoch, self.lanes[lane].name))
             drawn = _mix(_mix(self._keys[lane][rows] ^ salt) + counts.astype(np.uint64))
             order = np.lexsort((counts, rows, drawn))
             self._orders[key] = rows[order], counts[order]

@@ -27,7 +27,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import BucketTable, parse_buckets
 from titans_video.data.clip_plan import REASONS, Rejected, pack, plan_row, unpack
 from titans_video.data.manifest import Row
-from titans_video.data.reader import Entry
+from titans_video.data.reader import ClipRecord
 from titans_video.data.tasks import TaskMix, needs_picture
 from titans_video.errors import DataError
 from titans_video.media.opening import UnreadableMedia
@@ -197,7 +197,7 @@ class Quarantined:
 class Scan:
     """What became of every row: `entries` and `quarantined` together are the manifest."""
 
-    entries: list[Entry]
+    entries: list[ClipRecord]
     quarantined: list[Quarantined]
     table: BucketTable
 
@@ -230,11 +230,11 @@ def scan_rows(
     found = look_into(jobs, workers=workers, progress=progress, seconds=seconds)
     if table is None:
         table = make_table(options, spec, patch_size, _first_size(rows, found))
-    entries: list[Entry] = []
+    entries: list[ClipRecord] = []
     quarantined: list[Quarantined] = []
     for place, row in enumerate(rows):
         outcome = replace(_outcome(row, options, table, found), place=place)
-        if isinstance(outcome, Entry):
+        if isinstance(outcome, ClipRecord):
             entries.append(outcome)
         else:
             quarantined.append(outcome)
@@ -256,7 +256,7 @@ def _first_size(rows: Sequence[Row], found: dict[Job, Finding]) -> tuple[int, in
     return None
 
 
-def _outcome(row: Row, options: DataOptions, table: BucketTable, found: dict[Job, Finding]) -> Entry | Quarantined:
+def _outcome(row: Row, options: DataOptions, table: BucketTable, found: dict[Job, Finding]) -> ClipRecord | Quarantined:
     packed = found["probe", row.video]
     if not isinstance(packed, bytes):
         failed = packed if isinstance(packed, Failed) else Failed("damaged", packed)
@@ -267,7 +267,7 @@ def _outcome(row: Row, options: DataOptions, table: BucketTable, found: dict[Job
     plan = plan_row(row, unpack(packed), table, options)
     if isinstance(plan, Rejected):
         return Quarantined(row, plan.reason, plan.detail)
-    return Entry(row, plan.bucket, plan.upscale, plan.fps, packed)
+    return ClipRecord(row, plan.bucket, plan.upscale, plan.fps, packed)
 
 
 def look_into(

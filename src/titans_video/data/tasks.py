@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from titans_video.config.options import DataOptions
 from titans_video.data.manifest import TASKS, Row
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive
+from titans_video.seeding import uniform
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TaskMix:
         """The task of one occurrence; `seed` is the occurrence's own."""
         if not self.shares:
             return row.task
-        u = derive(seed, "task") / 2.0**63
+        u = uniform(seed, "task")
         for task, share in self.shares:
             u -= share
             if u < 0:
@@ -52,7 +52,7 @@ def parse_task_mix(text: str | None) -> TaskMix:
     return TaskMix(tuple((t, s) for t, s in shares.items() if s > 0))
 
 
-def known_frames(task: str, row: Row, options: DataOptions, frames: int, seed: int) -> int:
+def num_cond_frames(task: str, row: Row, options: DataOptions, frames: int, seed: int) -> int:
     """How many leading frames are given: t2v none, i2v one, v2v the row's `cond_frames`, else `--cond-frames`, else
     drawn evenly from 1 to all but one. At least one frame is always left to make; a clip of one frame is t2v."""
     if task == "t2v" or frames < 2:
@@ -61,7 +61,7 @@ def known_frames(task: str, row: Row, options: DataOptions, frames: int, seed: i
         return 1
     asked = row.cond_frames if row.cond_frames is not None else options.cond_frames
     if asked is None:
-        asked = 1 + int(derive(seed, "known-frames") / 2.0**63 * (frames - 1))
+        asked = 1 + int(uniform(seed, "known-frames") * (frames - 1))
     return min(asked, frames - 1)
 
 

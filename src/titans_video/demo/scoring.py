@@ -22,7 +22,7 @@ from titans_video.media.resize import to_tensor, to_uint8
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import Reading, analyse, place
 from titans_video.mock.world import Clip, Combination, combination_of, sample_clip
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 Split = Literal["seen", "held_out", "i2v"]
 
@@ -134,8 +134,8 @@ def _score_batch(model: VideoModel, split: Split, settings: Settings, folder: Pa
     request = replace(
         usual,
         prompts=[combination.caption for combination in wanted],
-        seeds=[derive(settings.seed, "score", split, i) for i in indices],
-        known=torch.stack([to_tensor(clip.frames[:1]) for clip in given]) if given else None,
+        seeds=[derive_seed(settings.seed, "score", split, i) for i in indices],
+        cond_pixels=torch.stack([to_tensor(clip.frames[:1]) for clip in given]) if given else None,
     )
     made = generate(model, request, progress=False)  # (B, 3, T, H, W)
     scored = []

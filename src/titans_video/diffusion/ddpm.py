@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.base import Corrupted
+from titans_video.diffusion.base import NoisySample
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 
 
-class VDiffusion:
+class VPredictionDDPM:
     """The noise process of CogVideoX.
 
     Every step is drawn equally often, and the squared error of v has weight 1: that is the error of x0 weighted by
@@ -30,7 +30,7 @@ class VDiffusion:
         self.alphas_cumprod = alphas_cumprod.detach().cpu()
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> "VDiffusion":
+    def from_scheduler(cls, scheduler: Any) -> "VPredictionDDPM":
         """The process that a pipeline's own scheduler undoes, its SNR shift and its zero terminal SNR included.
 
         Raises:
@@ -52,15 +52,15 @@ class VDiffusion:
         ends = self.alphas_cumprod[[0, -1]].tolist()
         return {"name": "v_diffusion", "steps": self.steps, "first": ends[0], "last": ends[1]}
 
-    def sample_time(self, seeds: Sequence[int]) -> Tensor:
+    def sample_timesteps(self, seeds: Sequence[int]) -> Tensor:
         """(B,) int64 steps, each equally likely, each a function of its clip's seed."""
-        return torch.tensor([derive(seed, "time") * self.steps >> 63 for seed in seeds])
+        return torch.tensor([derive_seed(seed, "time") * self.steps >> 63 for seed in seeds])
 
-    def time_at(self, quantile: float) -> int:
+    def timestep_quantile(self, quantile: float) -> int:
         """The step that a share `quantile` of training lies below."""
         return min(int(quantile * self.steps), self.steps - 1)
 
-    def corrupt(self, x0: Tensor, noise: Tensor, time: Tensor) -> Corrupted:
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
         """Noisy latents and their v.
 
         Args:
@@ -69,4 +69,4 @@ class VDiffusion:
         """
         level = self.alphas_cumprod[time.cpu()].to(x0)[:, None, None, None, None]
         a, b = level.sqrt(), (1 - level).sqrt()
-        return Corrupted(a * x0 + b * noise, time.to(x0.device), a * noise - b * x0, x0.new_ones(()))
+        return NoisySample(a * x0 + b * noise, time.to(x0.device), a * noise - b * x0, x0.new_ones(()))

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.base import Corrupted, arguments_of, spread
+from titans_video.diffusion.base import NoisySample, arguments_of, expand_dims
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 
 RHO = 7.0
 """Curvature of the sampling schedule; Karras et al. 2022, table 1."""
@@ -71,7 +71,7 @@ class EDM:
         """
         return cls(**arguments_of(config, cls().config(), "EDM"))
 
-    def sample_time(self, seeds: Sequence[int], tokens: int) -> Tensor:
+    def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
         """Training times, log-normal in sigma.
 
         Args:
@@ -80,9 +80,9 @@ class EDM:
         Returns:
             (B,) float32 in (0, 1).
         """
-        return self._time(keyed_normal((), [derive(seed, "time") for seed in seeds]))
+        return self._time(seeded_randn((), [derive_seed(seed, "time") for seed in seeds]))
 
-    def time_at(self, quantile: float, tokens: int) -> float:
+    def timestep_quantile(self, quantile: float, tokens: int) -> float:
         """The time that a share `quantile`, in (0, 1), of the training times lies below."""
         return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64)))
 
@@ -99,7 +99,7 @@ class EDM:
         sigma = torch.cat([(high + ramp * (low - high)) ** RHO, ramp.new_zeros(1)])
         return sigma / (1 + sigma)
 
-    def initial(self, noise: Tensor) -> Tensor:
+    def init_noise(self, noise: Tensor) -> Tensor:
         """The state at the first time of the schedule: noise as strong as noisy data of unit variance is there."""
         return noise * (math.sqrt(self.sigma_max**2 + 1) / (1 + self.sigma_max))
 
@@ -113,11 +113,11 @@ class EDM:
         a, b = _coefficients(x_t, time)
         return x_t / (a * a + b * b).sqrt()
 
-    def corrupt(self, x0: Tensor, noise: Tensor, time: Tensor) -> Corrupted:
-        """Training input and target; see `flow.RectifiedFlow.corrupt`."""
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
+        """Training input and target; see `flow.RectifiedFlow.add_noise`."""
         a, b = _coefficients(x0, time)
         length = (a * a + b * b).sqrt()
-        return Corrupted((a * x0 + b * noise) / length, time, (a * noise - b * x0) / length, x0.new_ones(()))
+        return NoisySample((a * x0 + b * noise) / length, time, (a * noise - b * x0) / length, x0.new_ones(()))
 
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """D, the clean latents (B, C, t, h, w) that the network's `value` at `x_t` stands for; affine in `value`."""
@@ -128,5 +128,5 @@ class EDM:
 
 def _coefficients(like: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """a and b, each (B, 1, 1 or t, 1, 1)."""
-    b = spread(time, like)
+    b = expand_dims(time, like)
     return 1 - b, b

@@ -14,7 +14,7 @@ from torch import Tensor
 from titans_video.diffusion.samplers import Denoise
 from titans_video.errors import ConfigError
 from titans_video.text.base import lengthen
-from titans_video.types import Condition, Picture, TextCondition
+from titans_video.types import Condition, ImageCondition, TextCondition
 
 Predict = Callable[[Tensor, float, Condition], Tensor]
 """x0 (B, C, t, h, w) from x_t, its time and a condition of the same batch size."""
@@ -26,7 +26,7 @@ def guided(
     negative: TextCondition | None = None,
     scale: float = 1.0,
     interval: tuple[float, float] | None = None,
-    picture_scale: Tensor | None = None,
+    image_scale: Tensor | None = None,
 ) -> Denoise:
     """A denoiser that follows `condition` and leans away from `negative`.
 
@@ -36,14 +36,14 @@ def guided(
         negative: B rows of text (of the empty prompt, as trained by caption dropout, or of what to avoid).
         scale: x0 = x0_negative + scale (x0_condition - x0_negative). At 1 `predict` is called with `condition` alone.
         interval: (lo, hi), guide only while lo <= time <= hi; elsewhere as at scale 1.
-        picture_scale: (t,), of the picture's own guidance on each latent frame; None: the picture does not guide. See
-            `guided_by_each`.
+        image_scale: (t,), of the picture's own guidance on each latent frame; None: the picture does not guide. See
+            `guided_by_image_and_text`.
     Raises:
         ConfigError: a scale other than 1 without text to guide by.
     Source: Ho & Salimans 2022; the interval Kynkaanniemi et al. 2024.
     """
-    if picture_scale is not None and bool((picture_scale != 1).any()):
-        return guided_by_each(predict, condition, negative, scale, picture_scale, interval)
+    if image_scale is not None and bool((image_scale != 1).any()):
+        return guided_by_image_and_text(predict, condition, negative, scale, image_scale, interval)
     if scale == 1.0:
         return lambda x, time: predict(x, time, condition)
     if condition.text is None or negative is None:
@@ -60,12 +60,12 @@ def guided(
     return denoise
 
 
-def guided_by_each(
+def guided_by_image_and_text(
     predict: Predict,
     condition: Condition,
     negative: TextCondition | None,
     scale: float,
-    picture_scale: Tensor,
+    image_scale: Tensor,
     interval: tuple[float, float] | None = None,
 ) -> Denoise:
     """Guidance by the picture and by the text, each with a scale of its own:
@@ -77,25 +77,25 @@ def guided_by_each(
     frames.
 
     Args:
-        picture_scale: p, (t,).
+        image_scale: p, (t,).
         scale: s.
         interval: as `guided`.
     Source: Brooks et al. 2023 (InstructPix2Pix), equation 3, the picture first.
     """
-    picture, text = condition.picture, condition.text
+    picture, text = condition.image, condition.text
     assert picture is not None  # callers looked
     lo, hi = (0.0, 1.0) if interval is None else interval
     plain = negative if negative is not None else text
     texts, pictures = [plain, plain], [picture.without(), picture]
     if text is not None and scale != 0 and not _same(text, plain):
         texts, pictures = [*texts, text], [*pictures, picture]
-    all_rows = replace(_repeated(condition, texts), picture=_joined(pictures))
+    all_rows = replace(_repeated(condition, texts), image=_joined(pictures))
 
     def denoise(x: Tensor, time: float) -> Tensor:
         if not lo <= time <= hi:
             return predict(x, time, condition)
         x0, with_picture, *with_both = predict(torch.cat([x] * len(texts)), time, all_rows).chunk(len(texts))
-        guide = picture_scale.to(x)[:, None, None]
+        guide = image_scale.to(x)[:, None, None]
         x0 = x0 + guide * (with_picture - x0)
         return x0 + scale * (with_both[0] - with_picture) if with_both else x0
 
@@ -124,20 +124,20 @@ def _repeated(condition: Condition, texts: Sequence[TextCondition | None]) -> Co
         return None if x is None else torch.cat([x] * count)
 
     given = [text for text in texts if text is not None]
-    picture = condition.picture
+    picture = condition.image
     return Condition(
         text=join_text(*given) if given else None,
-        known=repeat(condition.known),
-        known_mask=repeat(condition.known_mask),
-        picture=None if picture is None else _joined([picture] * count),
+        cond_latents=repeat(condition.cond_latents),
+        cond_mask=repeat(condition.cond_mask),
+        image=None if picture is None else _joined([picture] * count),
     )
 
 
-def _joined(pictures: Sequence[Picture]) -> Picture:
+def _joined(pictures: Sequence[ImageCondition]) -> ImageCondition:
     """Their rows in one."""
     parts = [(p.embedding, p.latents, p.ids) for p in pictures]
     embedding, latents, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Picture(embedding, latents, ids)
+    return ImageCondition(embedding, latents, ids)
 
 
 def _same(one: TextCondition, other: TextCondition | None) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.base import Corrupted, arguments_of, spread
+from titans_video.diffusion.base import NoisySample, arguments_of, expand_dims
 from titans_video.errors import ConfigError
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn
 
 PredictionKind = Literal["velocity", "x0"]
 BASE_TOKENS = 256
@@ -106,7 +106,7 @@ class RectifiedFlow:
         """
         return cls(**arguments_of(config, cls().config(), "the rectified flow"))
 
-    def sample_time(self, seeds: Sequence[int], tokens: int) -> Tensor:
+    def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
         """Logit-normal training times, shifted.
 
         Args:
@@ -116,9 +116,9 @@ class RectifiedFlow:
             (B,) float32 in [0, 1].
         Source: Esser et al. 2024, section 3.1.
         """
-        return self._time(keyed_normal((), [derive(seed, "time") for seed in seeds]), tokens)
+        return self._time(seeded_randn((), [derive_seed(seed, "time") for seed in seeds]), tokens)
 
-    def time_at(self, quantile: float, tokens: int) -> float:
+    def timestep_quantile(self, quantile: float, tokens: int) -> float:
         """The time that a share `quantile`, in (0, 1), of the training times of clips of `tokens` tokens lies below."""
         return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64), tokens))
 
@@ -132,13 +132,13 @@ class RectifiedFlow:
             raise ConfigError(f"{steps} denoising steps; at least 1 is needed.")
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self._shift(tokens))
 
-    def initial(self, noise: Tensor) -> Tensor:
+    def init_noise(self, noise: Tensor) -> Tensor:
         """The state at the first time of the schedule, which is noise."""
         return noise
 
     def noisy(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t (B, C, t, h, w) between `x0` and `noise` of that shape, at `time` (B,) or (B, t)."""
-        b = spread(time, x0)
+        b = expand_dims(time, x0)
         return (1 - b) * x0 + b * noise
 
     def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class RectifiedFlow:
         a, b, lam = self._coefficients(x_t, time)
         return x_t / (lam * a * a + b * b).sqrt()
 
-    def corrupt(self, x0: Tensor, noise: Tensor, time: Tensor) -> Corrupted:
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
         """Training input and target.
 
         Args:
@@ -158,16 +158,16 @@ class RectifiedFlow:
         """
         x_t = self.noisy(x0, noise, time)
         if self.prediction == "velocity":
-            return Corrupted(x_t, time, noise - x0, x_t.new_ones(()))
+            return NoisySample(x_t, time, noise - x0, x_t.new_ones(()))
         a, b, lam = self._coefficients(x_t, time)
         d = lam * a * a + b * b
         target = (b * x0 - lam * a * noise) / (lam * d).sqrt()
-        return Corrupted(x_t / d.sqrt(), time, target, lam * (a * a + b * b) / d)
+        return NoisySample(x_t / d.sqrt(), time, target, lam * (a * a + b * b) / d)
 
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """The clean latents (B, C, t, h, w) that the network's `value` at `x_t` stands for; affine in `value`."""
         if self.prediction == "velocity":
-            return x_t - spread(time, x_t) * value
+            return x_t - expand_dims(time, x_t) * value
         a, b, lam = self._coefficients(x_t, time)
         d = lam * a * a + b * b
         return x_t * (lam * a / d) + value * (lam.sqrt() * b / d.sqrt())
@@ -177,7 +177,7 @@ class RectifiedFlow:
 
     def _coefficients(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a and b (B, 1, 1 or t, 1, 1), lambda (1, C or 1, 1, 1, 1)."""
-        b = spread(time, x)
+        b = expand_dims(time, x)
         if self.variance is None:
             return 1 - b, b, b.new_ones(1, 1, 1, 1, 1)
         if len(self.variance) != x.shape[1]:

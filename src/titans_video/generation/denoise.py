@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from titans_video.diffusion.guidance import Predict, guided
 from titans_video.diffusion.samplers import EditState, OnStep, sampler_by_name
-from titans_video.generation.image_conditioning import picture_condition, picture_scale
+from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Plan, Request, plan
-from titans_video.seeding import derive, keyed_normal
-from titans_video.types import Condition, TextCondition, fold_known_mask
+from titans_video.seeding import derive_seed, seeded_randn
+from titans_video.types import Condition, TextCondition, fold_frame_mask
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class Prompts:
     negative: TextCondition | None
 
 
-def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, guides: bool) -> Prompts:
-    """Prompts and, where there is guidance (`guides`), the negative prompt for every row (the empty one is what caption
-    dropout trained)."""
+def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, uses_cfg: bool) -> Prompts:
+    """Encode the prompts and, with guidance (`uses_cfg`), the negative prompt for every row.
+
+    The empty negative prompt is the one that caption dropout trained.
+    """
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
         if model.image is not None:
-            text = text.silent(torch.tensor([not prompt for prompt in prompts]))  # as it was trained
-        if not guides and model.image is None:  # a picture guides beside the negative prompt
+            text = text.without(torch.tensor([not prompt for prompt in prompts]))  # as it was trained
+        if not uses_cfg and model.image is None:  # a picture guides beside the negative prompt
             return Prompts(text, None)
         negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 
@@ -46,7 +48,7 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
 
     rows = TextCondition(tuple(map(repeat, negative.streams)), tuple(map(repeat, negative.masks)))
     if model.image is not None:
-        rows = rows.silent(torch.full((len(prompts),), not negative_prompt))
+        rows = rows.without(torch.full((len(prompts),), not negative_prompt))
     return Prompts(text, rows.to(model.device))
 
 
@@ -67,50 +69,50 @@ def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> T
     frames = []
     for number in range(first, first + length):
         key = (number,) if number else ()
-        frames.append(keyed_normal((channels, height, width), [derive(seed, "noise", *key) for seed in seeds]))
+        frames.append(seeded_randn((channels, height, width), [derive_seed(seed, "noise", *key) for seed in seeds]))
     return torch.stack(frames, dim=2)
 
 
-def known_condition(model: VideoModel, text: TextCondition, known: Tensor | None, frames: int) -> Condition:
+def frame_condition(model: VideoModel, text: TextCondition, cond_pixels: Tensor | None, frames: int) -> Condition:
     """What the network is told: the prompts and, where there are any, the known frames with the rest blank.
 
     Args:
         known: (B, 3, k, H, W) in [-1, 1], the first k of `frames` frames.
     """
-    if known is None:
+    if cond_pixels is None:
         return Condition(text=text)
-    b, _, k, height, width = known.shape
+    b, _, k, height, width = cond_pixels.shape
     pixels = torch.zeros(b, 3, frames, height, width, device=model.device)
-    pixels[:, :, :k] = known.to(pixels)
+    pixels[:, :, :k] = cond_pixels.to(pixels)
     given = (torch.arange(frames, device=model.device) < k).expand(b, frames)
-    mask = fold_known_mask(given, model.codec.spec)
+    mask = fold_frame_mask(given, model.codec.spec)
     with model.on_device("codec"):
         latents = model.codec.encode(pixels).to(model.device, torch.float32)
-    return Condition(text=text, known=latents, known_mask=mask)
+    return Condition(text=text, cond_latents=latents, cond_mask=mask)
 
 
-def predictor(model: VideoModel) -> Predict:
+def make_denoiser(model: VideoModel) -> Predict:
     """x0 of the network. Latent frames that are wholly known are held clean, at time 0, where the network takes a time
     for each; a network with one time a clip is told of them by its condition alone."""
     by_frame = model.joins.frame_times
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
-        held = condition.wholly_known()  # (B, t)
+        held = condition.clean_mask()  # (B, t)
         times = torch.full((x_t.shape[0],), time, device=x_t.device, dtype=x_t.dtype)
-        if held is None or condition.known is None or not by_frame:
+        if held is None or condition.cond_latents is None or not by_frame:
             value = model.network(model.process.model_input(x_t, times), times, condition).value
             return model.process.to_x0(value, x_t, times)
         keep = held[:, None, :, None, None]
-        x_t = torch.where(keep, condition.known, x_t)
+        x_t = torch.where(keep, condition.cond_latents, x_t)
         times = times[:, None].masked_fill(held, 0.0)
         value = model.network(model.process.model_input(x_t, times), times, condition).value
-        return torch.where(keep, condition.known, model.process.to_x0(value, x_t, times))
+        return torch.where(keep, condition.cond_latents, model.process.to_x0(value, x_t, times))
 
     return predict
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Without gradients and in evaluation mode; the training mode is given back.
 
     Not inference_mode: a table that the network caches on the way must still serve training afterwards.
@@ -140,8 +142,8 @@ def generate(model: VideoModel, request: Request, progress: bool = True) -> Tens
     if progress:
         for note in made.notes:
             tqdm.write(note, file=sys.stderr)
-    with evaluating(model.network):
-        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
+    with eval_mode(model.network):
+        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.uses_cfg)
         total = request.total_steps()
         with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
             return make_clip(model, request, made, prompts, on_step=lambda _: bar.update())
@@ -157,7 +159,7 @@ def make_clip(
     edit: EditState | None = None,
 ) -> Tensor:
     """Denoise and decode one clip, or one window of a longer video; where there is a draft, twice. Call it within
-    `evaluating`.
+    `eval_mode`.
 
     Args:
         made: of the request, from `plan`.
@@ -167,20 +169,20 @@ def make_clip(
     Returns:
         As `generate`.
     """
-    if request.drafted:
+    if request.has_draft:
         draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
-        request = replace(request, known=draft[:, :, : request.draft_frames])
-    if request.known is not None:
-        request = request.after(request.known.shape[2])
+        request = replace(request, cond_pixels=draft[:, :, : request.draft_frames])
+    if request.cond_pixels is not None:
+        request = request.for_continuation(request.cond_pixels.shape[2])
     if model.image is None:
-        condition, guide = known_condition(model, prompts.text, request.known, made.frames), None
+        condition, guide = frame_condition(model, prompts.text, request.cond_pixels, made.frames), None
     else:
-        condition = picture_condition(model, prompts.text, request.known, request.seeds, request.picture, first)
-        guide = picture_scale(request.known, request.picture, made.latent_shape[1])
+        condition = encode_image_condition(model, prompts.text, request.cond_pixels, request.seeds, request.svd, first)
+        guide = image_scale(request.cond_pixels, request.svd, made.latent_shape[1])
     denoise = guided(
-        predictor(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval, guide
+        make_denoiser(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval, guide
     )
-    noise = model.process.initial(frame_noise(made.latent_shape, request.seeds, first)).to(model.device)
+    noise = model.process.init_noise(frame_noise(made.latent_shape, request.seeds, first)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
     with model.on_device("network"):
         latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
@@ -193,6 +195,6 @@ def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) ->
     with model.on_device("codec"):
         video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()
-    if request.known is not None and model.image is None:
-        video[:, :, : request.known.shape[2]] = request.known.to(video)
+    if request.cond_pixels is not None and model.image is None:
+        video[:, :, : request.cond_pixels.shape[2]] = request.cond_pixels.to(video)
     return video

@@ -20,17 +20,17 @@ from titans_video.codecs.diffusers import TILE_ABOVE
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.errors import ConfigError
 from titans_video.fingerprint import fingerprint_folder
-from titans_video.generation.denoise import evaluating, frame_noise
+from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Sampled, plan_video, window_weights
 from titans_video.generation.model import VideoModel, choose_device
 from titans_video.generation.request import Request, about, build_request
-from titans_video.generation.windows import Joins, WindowPlan
+from titans_video.generation.windows import WindowingSupport, WindowPlan
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.base import Call, Family
+from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import compile_blocks
-from titans_video.pretrained.registry import open_family
-from titans_video.seeding import derive
-from titans_video.text.huggingface import DTYPES
+from titans_video.pretrained.registry import open_model_spec
+from titans_video.seeding import derive_seed
+from titans_video.types import PRECISIONS
 
 
 @dataclass
@@ -45,19 +45,19 @@ class PretrainedModel(VideoModel):
         loras: files and weights that are on it.
     """
 
-    family: Family = field(kw_only=True)
+    spec: ModelSpec = field(kw_only=True)
     pipeline: Any = field(kw_only=True)
     dtype: torch.dtype = torch.float32
     loras: list[tuple[Path, float]] = field(default_factory=list)
 
     @property
-    def joins(self) -> Joins:
-        return Joins(frame_times=False, tasks=frozenset({self.family.task}))
+    def joins(self) -> WindowingSupport:
+        return WindowingSupport(frame_times=False, tasks=frozenset({self.spec.task}))
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """That clips are multiples of: padding along time is the family's own affair."""
-        return self.family.clip_grid
+        return self.spec.clip_grid
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PretrainedPipeline:
             request: of one video.
             windows: from `plan_video`.
         """
-        model, family = self.model, self.model.family
+        model, spec = self.model, self.model.spec
         if request.height * request.width > TILE_ABOVE:
             model.pipeline.vae.enable_tiling()
         single = len(windows.starts) == 1
@@ -81,33 +81,33 @@ class PretrainedPipeline:
         steps = request.steps * (1 if blended else len(windows.starts))
         with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
             if blended:
-                length = family.padded_frames(len(family.spec.frame_groups(windows.window)))
-                with evaluating(model.network), windowed(family, model.network, windows.latent_starts, length):
+                length = spec.padded_frames(len(spec.codec_spec.frame_groups(windows.window)))
+                with eval_mode(model.network), windowed(spec, model.network, windows.latent_starts, length):
                     video = self._call(request, windows.frames, None, 0, bar)
                 yield video[:, :, : request.frames]
                 return
-            known, left = request.known, request.frames
-            for number, (first, shared) in enumerate(zip(windows.latent_starts, windows.shared, strict=True)):
+            cond_pixels, left = request.cond_pixels, request.frames
+            for number, (first, shared) in enumerate(zip(windows.latent_starts, windows.overlap_frames, strict=True)):
                 if number:
-                    assert known is not None  # the window before
-                    known = known[:, :, -1:]
-                with evaluating(model.network):
-                    clip = self._call(request, windows.window, known, first, bar)
-                if known is not None:
-                    clip[:, :, :1] = known  # as it was given
-                known = clip
+                    assert cond_pixels is not None  # the window before
+                    cond_pixels = cond_pixels[:, :, -1:]
+                with eval_mode(model.network):
+                    clip = self._call(request, windows.window, cond_pixels, first, bar)
+                if cond_pixels is not None:
+                    clip[:, :, :1] = cond_pixels  # as it was given
+                cond_pixels = clip
                 fresh = clip[:, :, shared:][:, :, :left]
                 left -= fresh.shape[2]
                 yield fresh
 
     def _call(self, request: Request, frames: int, image: Tensor | None, first: int, bar: tqdm) -> Tensor:
         """One call of the pipeline; `first` is the number of its first latent frame, which keys its noise."""
-        model, family = self.model, self.model.family
+        model, spec = self.model, self.model.spec
         (seed,), (prompt,) = request.seeds, request.prompts
-        c, t, h, w = family.spec.latent_shape(frames, request.height, request.width)
-        noise = frame_noise((c, family.padded_frames(t), h, w), [seed], first)
+        c, t, h, w = spec.codec_spec.latent_shape(frames, request.height, request.width)
+        noise = frame_noise((c, spec.padded_frames(t), h, w), [seed], first)
         states, negative = self._prompts(prompt, request.negative_prompt)
-        call = Call(
+        call = PipelineCall(
             frames=frames,
             height=request.height,
             width=request.width,
@@ -117,17 +117,17 @@ class PretrainedPipeline:
             states=states,
             negative_states=negative,
             image=image,
-            seed=derive(seed, "pipeline", first),
+            seed=derive_seed(seed, "pipeline", first),
             on_step=lambda _: bar.update(),
         )
         with cast_inputs(model.network, model.dtype):
-            return family.run(model.pipeline, call)
+            return spec.run(model.pipeline, call)
 
     def _prompts(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
         """(1, L, E) each, in the VAE's precision."""
         model, pipeline = self.model, self.model.pipeline
         if pipeline.text_encoder is not None:
-            states = model.family.encode(pipeline, prompt, negative)
+            states = model.spec.encode(pipeline, prompt, negative)
         else:
             no = model.text([negative]) if negative else model.text.empty(1)
             states = model.text([prompt]).streams[0], no.streams[0]
@@ -141,7 +141,7 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
     Raises:
         ConfigError: what this pipeline cannot do.
     """
-    family = model.family
+    spec = model.spec
     for flag, given in (
         ("--guidance-interval", options.guidance_interval),
         ("--shift", options.shift),
@@ -152,20 +152,20 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
     ):
         if given is not None:
             raise ConfigError(
-                f"{flag} {given}: {family.name} is run by diffusers' own pipeline, which has no such thing."
+                f"{flag} {given}: {spec.name} is run by diffusers' own pipeline, which has no such thing."
             )
-    if family.image_to_video and request.known is None:
-        raise ConfigError(f"{family.name} makes a video of a picture: give --image PICTURE, or --video CLIP.")
-    if not family.image_to_video and request.known is not None:
-        raise ConfigError(f"{family.name} cannot be told of a first frame; --image and --video are for its I2V models.")
+    if spec.image_to_video and request.cond_pixels is None:
+        raise ConfigError(f"{spec.name} makes a video of a picture: give --image PICTURE, or --video CLIP.")
+    if not spec.image_to_video and request.cond_pixels is not None:
+        raise ConfigError(f"{spec.name} cannot be told of a first frame; --image and --video are for its I2V models.")
     windows, notes = plan_video(model, request, options.window, options.overlap, options.window_mode)
     assert isinstance(windows, WindowPlan)  # it has no segments
-    if len(windows.starts) > 1 and windows.mode == "blend" and family.image_to_video:
+    if len(windows.starts) > 1 and windows.mode == "blend" and spec.image_to_video:
         raise ConfigError(
-            f"--window-mode blend: {family.name} is told of a first frame, which only the first window has; its "
+            f"--window-mode blend: {spec.name} is told of a first frame, which only the first window has; its "
             "windows are chained on their last frame (--window-mode continue)."
         )
-    family.check_size(windows.window, request.height, request.width)
+    spec.check_size(windows.window, request.height, request.width)
     return windows, notes
 
 
@@ -178,7 +178,7 @@ def sampled(model: PretrainedModel, prompt: str, seed: int, image: Tensor | None
     options = GenerateOptions(prompt=prompt, seed=seed)
     request, fps = build_request(options, model)
     if image is not None:
-        request = replace(request, known=image)
+        request = replace(request, cond_pixels=image)
     windows, _ = plan_pretrained(model, request, options)
     video = torch.cat(list(PretrainedPipeline(model).stream(request, windows, progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
@@ -201,7 +201,7 @@ def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def windowed(family: Family, network: nn.Module, starts: Sequence[int], length: int) -> Iterator[None]:
+def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length: int) -> Iterator[None]:
     """While it lasts, the transformer sees a long video in windows, and what they say of shared frames is averaged.
 
     The scheduler's step is affine in what the transformer says at equal latents and time, so that is MultiDiffusion
@@ -216,7 +216,7 @@ def windowed(family: Family, network: nn.Module, starts: Sequence[int], length: 
 
     def forward(*, hidden_states: Tensor, return_dict: bool = True, **others: Any) -> tuple[Tensor]:
         height, width = hidden_states.shape[3:]
-        own = family.positions(length, height, width, hidden_states.device)
+        own = spec.positions(length, height, width, hidden_states.device)
         mean: Tensor | None = None
         for start, weight in zip(starts, weights, strict=True):
             part = slice(start, start + length)
@@ -250,19 +250,19 @@ def load_pretrained(
     device = choose_device(run.device)
     if run.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
-    family, dtype = open_family(folder), DTYPES[run.dtype]
+    spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
     parsed = [parse_lora(word) for word in loras]
     read = [(lora_io.read(path), weight) for path, weight in parsed]
-    network = family.load_network(dtype)
+    network = spec.load_network(dtype)
     notes: list[str] = []
     for number, (file, weight) in enumerate(read):
         lora.load(network, file.tensors, file.alphas, f"lora{number}", weight=weight)
         notes += file.notes
         trained_on = file.about.get("base", {}).get("fingerprint")
-        if trained_on not in (None, fingerprint_folder(family.folder / "transformer")):
-            notes.append(f"{file.path} was trained on another transformer than the one in {family.folder}.")
-    codec = family.codec(overrides.vae_dtype or run.dtype, "cpu", load=True)
-    pipeline = family.pipeline(network, codec.vae, text=True, dtype=dtype)
+        if trained_on not in (None, fingerprint_folder(spec.folder / "transformer")):
+            notes.append(f"{file.path} was trained on another transformer than the one in {spec.folder}.")
+    codec = spec.codec(overrides.vae_dtype or run.dtype, "cpu", load=True)
+    pipeline = spec.pipeline(network, codec.vae, text=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, network, run, device)
     if run.compile:
@@ -273,10 +273,10 @@ def load_pretrained(
         codec=codec,
         text=None,  # type: ignore[arg-type]  # the pipeline has its own
         process=None,  # type: ignore[arg-type]  # as above
-        config=_config(family, said),
-        path=family.folder,
+        config=_config(spec, said),
+        path=spec.folder,
         run_on=device,
-        family=family,
+        spec=spec,
         pipeline=pipeline,
         dtype=dtype,
         loras=parsed,
@@ -309,14 +309,14 @@ def _place(pipeline: Any, network: nn.Module, run: RunOptions, device: torch.dev
         pipeline.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
-def _config(family: Family, said: dict[str, Any]) -> dict[str, Any]:
+def _config(spec: ModelSpec, said: dict[str, Any]) -> dict[str, Any]:
     """As a checkpoint's: of the adapter's training where its file tells, else of the pretraining."""
-    frames, height, width = family.trained
-    data = {"num_frames": frames, "height": height, "width": width, "fps": family.fps, **said.get("data", {})}
-    sample = {"steps": family.steps, "guidance_scale": family.guidance_scale, **said.get("sample", {})}
+    frames, height, width = spec.trained
+    data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **said.get("data", {})}
+    sample = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **said.get("sample", {})}
     return {
         "recipe": "pretrained",
-        "base": {"family": family.name},
-        "data": json.loads(json.dumps(data)) | {"tasks": [family.task]},
+        "base": {"family": spec.name},
+        "data": json.loads(json.dumps(data)) | {"tasks": [spec.task]},
         "sample": sample,
     }

@@ -19,20 +19,20 @@ from titans_video.codecs.base import Codec
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.errors import ConfigError, DataError
 from titans_video.generation.model import VideoModel
-from titans_video.generation.windows import DEFAULT_SHARE, choose, legal_overlaps
+from titans_video.generation.windows import DEFAULT_SHARE, legal_overlaps, select_window_mode
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip, read_image
 from titans_video.media.resize import cover_crop, to_tensor
 from titans_video.media.writing import exact_rate
-from titans_video.seeding import derive, keyed_normal
-from titans_video.types import Condition, Picture, TextCondition
+from titans_video.seeding import derive_seed, seeded_randn
+from titans_video.types import Condition, ImageCondition, TextCondition
 
 NOISE = "picture noise"
 """What the noise on the picture is keyed by."""
 
 
 @dataclass(frozen=True)
-class PictureSettings:
+class SVDSettings:
     """What a video is made with beside its picture; the defaults are the pipeline's.
 
     Attributes:
@@ -48,9 +48,9 @@ class PictureSettings:
     guidance: tuple[float, float] = (1.0, 3.0)
 
 
-def picture_of(
+def make_image_condition(
     encoder: ImageEncoder, codec: Codec, frames: Tensor, noise: Tensor, strength: Tensor, fps: Tensor, bucket: Tensor
-) -> Picture:
+) -> ImageCondition:
     """What the network is told of first frames.
 
     Args:
@@ -64,15 +64,15 @@ def picture_of(
     noisy = frames + strength.view(-1, 1, 1, 1).to(frames) * noise.to(frames)
     latents = codec.encode_unscaled(noisy[:, :, None])[:, :, 0]
     ids = torch.stack([fps.float() - 1, bucket.float(), strength.float()], dim=1)
-    return Picture(encoder(frames).cpu(), latents.cpu(), ids.cpu())
+    return ImageCondition(encoder(frames).cpu(), latents.cpu(), ids.cpu())
 
 
-def picture_condition(
+def encode_image_condition(
     model: VideoModel,
     text: TextCondition,
-    known: Tensor | None,
+    cond_pixels: Tensor | None,
     seeds: Sequence[int],
-    settings: PictureSettings,
+    settings: SVDSettings,
     first: int = 0,
 ) -> Condition:
     """The condition of B videos, or of a window of them.
@@ -84,23 +84,23 @@ def picture_condition(
     assert model.image is not None  # callers looked
     rows = len(seeds)
     numbers = [torch.full((rows,), n) for n in (settings.noise_aug, settings.fps, settings.motion_bucket)]
-    if known is None:
+    if cond_pixels is None:
         ids = torch.stack([numbers[1] - 1, numbers[2], numbers[0]], dim=1)
-        blank = Picture(torch.zeros(rows, 1, model.image.width), torch.zeros(rows, 1, 1, 1), ids)
-        return Condition(text=text, picture=_moved(blank, model))
-    frames = known[:, :, 0].to(model.device)
-    noise = keyed_normal(frames.shape[1:], [derive(seed, NOISE, first) for seed in seeds])
+        blank = ImageCondition(torch.zeros(rows, 1, model.image.width), torch.zeros(rows, 1, 1, 1), ids)
+        return Condition(text=text, image=_moved(blank, model))
+    frames = cond_pixels[:, :, 0].to(model.device)
+    noise = seeded_randn(frames.shape[1:], [derive_seed(seed, NOISE, first) for seed in seeds])
     with model.on_device("codec"), model.on_device("image"):
-        told = picture_of(model.image, model.codec, frames, noise, *numbers)
-    return Condition(text=text, picture=_moved(told, model))
+        told = make_image_condition(model.image, model.codec, frames, noise, *numbers)
+    return Condition(text=text, image=_moved(told, model))
 
 
-def picture_scale(known: Tensor | None, settings: PictureSettings, length: int) -> Tensor | None:
+def image_scale(cond_pixels: Tensor | None, settings: SVDSettings, length: int) -> Tensor | None:
     """(t,): the picture's guidance on each of `length` latent frames; None without a picture."""
-    return None if known is None else torch.linspace(*settings.guidance, length)
+    return None if cond_pixels is None else torch.linspace(*settings.guidance, length)
 
 
-def check_picture(model: VideoModel, known: Tensor | None, guidance_scale: float) -> None:
+def check_image_condition(model: VideoModel, cond_pixels: Tensor | None, guidance_scale: float) -> None:
     """Refuse what a network that is told a picture cannot do.
 
     Raises:
@@ -109,14 +109,14 @@ def check_picture(model: VideoModel, known: Tensor | None, guidance_scale: float
     """
     if model.image is None:
         return
-    if known is not None and known.shape[2] != 1:
+    if cond_pixels is not None and cond_pixels.shape[2] != 1:
         raise ConfigError(
-            f"{known.shape[2]} frames are given, but this network is told one picture. Give --image, or --video with "
-            "no --overlap."
+            f"{cond_pixels.shape[2]} frames are given, but this network is told one picture. Give --image, or --video "
+            "with no --overlap."
         )
     if reads_text(model):
         return
-    if known is None:
+    if cond_pixels is None:
         raise ConfigError(
             "This model was trained without text (--text-model none), to go on from a picture: give it one by --image."
         )
@@ -132,8 +132,8 @@ def reads_text(model: VideoModel) -> bool:
     return bool(model.config.get("text", {}).get("widths", [0]))
 
 
-def _moved(picture: Picture, model: VideoModel) -> Picture:
-    return Picture(*(x.to(model.device) for x in (picture.embedding, picture.latents, picture.ids)))
+def _moved(picture: ImageCondition, model: VideoModel) -> ImageCondition:
+    return ImageCondition(*(x.to(model.device) for x in (picture.embedding, picture.latents, picture.ids)))
 
 
 def load_first_frame(path: str | Path, height: int, width: int) -> Tensor:
@@ -170,14 +170,14 @@ def load_clip_end(
     info = probe(Path(path))
     rate = exact_rate(fps)
     there = math.floor(info.times[-1] * rate) + 1
-    count = known_frames(model, frames, window, overlap, there)
+    count = clip_end_length(model, frames, window, overlap, there)
     if count is None:
         raise DataError(f"{path} gives {there} frames at {fps:g} a second; this model cannot go on from so few.")
     times = [info.times[-1] - Fraction(count - 1 - i) / rate for i in range(count)]
     return to_tensor(read_clip(path, info, info.indices_at(times), height, width))[None]
 
 
-def known_frames(model: VideoModel, frames: int, window: int | None, overlap: int | None, most: int) -> int | None:
+def clip_end_length(model: VideoModel, frames: int, window: int | None, overlap: int | None, most: int) -> int | None:
     """How many of at most `most` frames a video goes on from; None where no number will do."""
     if not model.joins.frame_times:
         return 1  # it is told no more, however its windows are joined
@@ -185,7 +185,7 @@ def known_frames(model: VideoModel, frames: int, window: int | None, overlap: in
     trained = model.trained("num_frames")
     length = min(frames, window or trained or frames)
     length = spec.frames_at_least(length, patch_t)
-    _, chosen, _ = choose(model.joins, "continue", overlap)
+    _, chosen, _ = select_window_mode(model.joins, "continue", overlap)
     wanted = chosen or max(1, round(length / DEFAULT_SHARE))
     legal = [k for k in legal_overlaps(spec, length, "continue") if k <= min(most, frames - 1)]
     return min(legal, key=lambda k: (abs(k - wanted), -k), default=None)

@@ -25,18 +25,18 @@ from titans_video.errors import ConfigError
 from titans_video.generation.denoise import (
     Prompts,
     encode_prompts,
-    evaluating,
+    eval_mode,
     finish,
+    frame_condition,
     frame_noise,
-    known_condition,
     make_clip,
-    predictor,
+    make_denoiser,
 )
-from titans_video.generation.image_conditioning import picture_condition, picture_scale
+from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Plan, Request, about, build_request, plan
 from titans_video.generation.stream import StreamPlan, plan_stream, stream
-from titans_video.generation.windows import Wanted, WindowPlan, choose, plan_windows
+from titans_video.generation.windows import WindowModeFlag, WindowPlan, plan_windows, select_window_mode
 from titans_video.types import Condition
 
 MOST_BEYOND = 1.5
@@ -44,7 +44,11 @@ MOST_BEYOND = 1.5
 
 
 def plan_video(
-    model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None, mode: Wanted = "auto"
+    model: VideoModel,
+    request: Request,
+    window: int | None = None,
+    overlap: int | None = None,
+    mode: WindowModeFlag = "auto",
 ) -> tuple[WindowPlan | StreamPlan, list[str]]:
     """The windows of a request, or the segments of a network with a memory, and what the person should be told;
     everything is checked here, before any denoising.
@@ -80,16 +84,16 @@ def plan_video(
         notes.append(f"The model was trained on {window} frames; longer videos are made in windows of that many.")
     elif trained is not None and window > trained:
         notes.append(f"--window {window}: the model was trained on {trained} frames; longer windows may look worse.")
-    joined, overlap, said = choose(model.joins, mode, overlap)
+    joined, overlap, said = select_window_mode(model.joins, mode, overlap)
     windows = plan_windows(spec, patch_t, request.frames, window, overlap, joined)
     if len(windows.starts) > 1:
         if joined == "blend" and request.continuation_flags:
             flags = " or ".join(request.continuation_flags)
             said = [*said, f"Blended windows do not go on from one another: no {flags}."]
         notes += [*said, windows.in_words(request.frames)]
-        _check_known(request, windows)
+        _check_cond_pixels(request, windows)
     first = _first_window(request, windows)
-    if request.drafted and not first.drafted and joined == "continue":
+    if request.has_draft and not first.has_draft and joined == "continue":
         notes.append(f"There is no draft of {request.draft_frames} frames, as windows have no more than that.")
     return windows, [*notes, *plan(model, first, windows.window).notes]
 
@@ -118,24 +122,24 @@ def generate_long(
     single = len(windows.starts) == 1
     blended = windows.mode == "blend" and not single
     made = plan(model, _first_window(request, windows), windows.window)
-    with evaluating(model.network):
-        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.guides)
-    steps = request.steps if blended else _first_window(request, windows).total_steps(windows.shared)
+    with eval_mode(model.network):
+        prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.uses_cfg)
+    steps = request.steps if blended else _first_window(request, windows).total_steps(windows.overlap_frames)
     with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
         if blended:
-            with evaluating(model.network):
+            with eval_mode(model.network):
                 video = _blend(model, request, windows, made, prompts, bar, edit)
             yield video
             return
-        known, left = request.known, request.frames
-        for number, shared in zip(windows.latent_starts, windows.shared, strict=True):
+        cond_pixels, left = request.cond_pixels, request.frames
+        for number, shared in zip(windows.latent_starts, windows.overlap_frames, strict=True):
             if shared:
-                assert known is not None  # the window before
-                known = known[:, :, -shared:]
-            piece = replace(request, frames=request.frames if single else windows.window, known=known)
-            with evaluating(model.network):  # never over a yield: what it changes is the thread's, and the caller's too
-                known = make_clip(model, piece, made, prompts, number, lambda _: bar.update(), edit)
-            fresh = known[:, :, shared:][:, :, :left]
+                assert cond_pixels is not None  # the window before
+                cond_pixels = cond_pixels[:, :, -shared:]
+            piece = replace(request, frames=request.frames if single else windows.window, cond_pixels=cond_pixels)
+            with eval_mode(model.network):  # never over a yield: what it changes is the thread's, and the caller's too
+                cond_pixels = make_clip(model, piece, made, prompts, number, lambda _: bar.update(), edit)
+            fresh = cond_pixels[:, :, shared:][:, :, :left]
             left -= fresh.shape[2]
             yield fresh
 
@@ -194,22 +198,22 @@ def _blend(
 ) -> Tensor:
     """All windows at once, (B, 3, T, H, W)."""
     length = made.latent_shape[1]
-    predict, guide = predictor(model), None
+    predict, guide = make_denoiser(model), None
     if model.image is None:
-        whole = known_condition(model, prompts.text, request.known, windows.frames)
+        whole = frame_condition(model, prompts.text, request.cond_pixels, windows.frames)
         parts = [_part(whole, start, length) for start in windows.latent_starts]
     else:
-        first = picture_condition(model, prompts.text, request.known, request.seeds, request.picture)
-        assert first.picture is not None
-        later = replace(first, picture=first.picture.without())
+        first = encode_image_condition(model, prompts.text, request.cond_pixels, request.seeds, request.svd)
+        assert first.image is not None
+        later = replace(first, image=first.image.without())
         parts = [first, *[later] * (len(windows.starts) - 1)]
-        guide = picture_scale(request.known, request.picture, length)
+        guide = image_scale(request.cond_pixels, request.svd, length)
     denoisers = [
         guided(predict, part, prompts.negative, request.guidance_scale, request.guidance_interval, scale)
         for part, scale in zip(parts, [guide, *[None] * (len(parts) - 1)], strict=True)
     ]
     shape = (made.latent_shape[0], windows.latent_starts[-1] + length, *made.latent_shape[2:])
-    noise = model.process.initial(frame_noise(shape, request.seeds)).to(model.device)
+    noise = model.process.init_noise(frame_noise(shape, request.seeds)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
     denoise = blend_windows(denoisers, windows.latent_starts, length)
     with model.on_device("network"):
@@ -219,20 +223,22 @@ def _blend(
 
 def _part(condition: Condition, start: int, length: int) -> Condition:
     """What one window is told; without known frames in it, nothing of them."""
-    if condition.known is None or condition.known_mask is None:
+    if condition.cond_latents is None or condition.cond_mask is None:
         return condition
-    mask = condition.known_mask[:, :, start : start + length]
+    mask = condition.cond_mask[:, :, start : start + length]
     if not bool(mask.any()):
         return Condition(text=condition.text)
-    return Condition(text=condition.text, known=condition.known[:, :, start : start + length], known_mask=mask)
+    return Condition(
+        text=condition.text, cond_latents=condition.cond_latents[:, :, start : start + length], cond_mask=mask
+    )
 
 
 def _first_window(request: Request, windows: WindowPlan) -> Request:
     return request if len(windows.starts) == 1 else replace(request, frames=windows.window)
 
 
-def _check_known(request: Request, windows: WindowPlan) -> None:
-    given = 0 if request.known is None else request.known.shape[2]
+def _check_cond_pixels(request: Request, windows: WindowPlan) -> None:
+    given = 0 if request.cond_pixels is None else request.cond_pixels.shape[2]
     if given >= windows.window:
         raise ConfigError(
             f"{given} frames are given, but a window has {windows.window}, of which at least one must be left to make."
@@ -254,13 +260,13 @@ class Sampled:
     about: dict[str, Any]
 
 
-def sample(model: VideoModel, prompt: str, seed: int, known: Tensor | None = None) -> Sampled:
+def sample(model: VideoModel, prompt: str, seed: int, cond_pixels: Tensor | None = None) -> Sampled:
     """The video that `titans-video generate --prompt PROMPT --seed SEED` makes, without its file.
 
     Args:
         known: (1, 3, k, H, W), what it goes on from.
     """
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
-    request = replace(request, known=known)
+    request = replace(request, cond_pixels=cond_pixels)
     video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))

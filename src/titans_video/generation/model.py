@@ -20,10 +20,10 @@ from titans_video.diffusion.base import NoiseProcess
 from titans_video.diffusion.registry import build_process
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.fingerprint import fingerprint_tensors, warn_if_changed
-from titans_video.generation.windows import Joins
+from titans_video.generation.windows import WindowingSupport
 from titans_video.models.registry import build_network
 from titans_video.text.registry import text_from_checkpoint
-from titans_video.types import TextCondition
+from titans_video.types import PRECISIONS, TextCondition
 
 PartT = TypeVar("PartT")
 LATEST = "latest"
@@ -84,10 +84,12 @@ class VideoModel:
             moved.to("cpu")
 
     @property
-    def joins(self) -> Joins:
+    def joins(self) -> WindowingSupport:
         """What the network can do about the frames that it is to go on from."""
         tasks = self.trained("tasks")
-        return Joins(bool(getattr(self.network, "frame_times", True)), None if tasks is None else frozenset(tasks))
+        return WindowingSupport(
+            bool(getattr(self.network, "frame_times", True)), None if tasks is None else frozenset(tasks)
+        )
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -233,9 +235,6 @@ def _load_weights(network: nn.Module, read: Checkpoint, path: Path) -> None:
     network.load_state_dict(read.model, strict=True)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> VideoModel:
     """`loading.load_model`, and the network cast, offloaded and compiled as asked for.
 
@@ -249,7 +248,7 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
         raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
     model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu")
     if run.dtype != "fp32":
-        model.network.to(DTYPES[run.dtype])
+        model.network.to(PRECISIONS[run.dtype])
     if run.offload != "none":
         turns = {"text", "codec", "image"} | ({"network"} if run.offload == "model" else set())
         model = replace(model, run_on=device, turns=frozenset(turns))

@@ -18,8 +18,8 @@ from titans_video.diffusion.base import count_tokens
 from titans_video.diffusion.samplers import sampler_by_name
 from titans_video.errors import ConfigError
 from titans_video.generation.image_conditioning import (
-    PictureSettings,
-    check_picture,
+    SVDSettings,
+    check_image_condition,
     load_clip_end,
     load_first_frame,
     reads_text,
@@ -52,7 +52,7 @@ class Request:
         continue_steps, continue_guidance: `steps` and `guidance_scale` of windows with several known frames; None: the
             same. A single one leaves what follows to the prompt, as none does.
         known: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: nothing is known.
-        picture: how a network that is told a picture is told it.
+        svd: how a network that is told a picture is told it.
     """
 
     prompts: list[str]
@@ -68,16 +68,16 @@ class Request:
     draft_frames: int = 0
     continue_steps: int | None = None
     continue_guidance: float | None = None
-    known: Tensor | None = None
-    picture: PictureSettings = field(default_factory=PictureSettings)
+    cond_pixels: Tensor | None = None
+    svd: SVDSettings = field(default_factory=SVDSettings)
 
     @property
-    def drafted(self) -> bool:
+    def has_draft(self) -> bool:
         """Whether a draft comes first."""
-        return self.known is None and 0 < self.draft_frames < self.frames
+        return self.cond_pixels is None and 0 < self.draft_frames < self.frames
 
     @property
-    def guides(self) -> bool:
+    def uses_cfg(self) -> bool:
         """Whether any window is guided by text."""
         return self.guidance_scale != 1.0 or self.continue_guidance not in (None, 1.0)
 
@@ -95,16 +95,17 @@ class Request:
         """Denoising steps of windows that go on from one another, of which this is the first.
 
         Args:
-            shared: frames that each has from the one before it, as `windows.WindowPlan.shared`.
+            shared: frames that each has from the one before it, as `windows.WindowPlan.overlap_frames`.
         """
-        given = 0 if self.known is None else self.known.shape[2]
+        given = 0 if self.cond_pixels is None else self.cond_pixels.shape[2]
         return sum(
-            self.after(known).steps for known in (given, *([self.draft_frames] if self.drafted else []), *shared[1:])
+            self.for_continuation(num_cond).steps
+            for num_cond in (given, *([self.draft_frames] if self.has_draft else []), *shared[1:])
         )
 
-    def after(self, known: int) -> "Request":
+    def for_continuation(self, num_cond_frames: int) -> "Request":
         """As a window is asked for of which so many frames are known."""
-        if known < SEVERAL:
+        if num_cond_frames < SEVERAL:
             return self
         steps, scale = self.continue_steps, self.continue_guidance
         return replace(
@@ -136,7 +137,7 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
     """
     _check_lists(request)
     sampler_by_name(request.sampler)
-    check_picture(model, request.known, request.guidance_scale)
+    check_image_condition(model, request.cond_pixels, request.guidance_scale)
     spec, patch = model.codec.spec, model.patch_size
     for name, size, axis in (("height", request.height, 1), ("width", request.width, 2)):
         _check_size(name, size, spec.stride[axis] * patch[axis], spec)
@@ -157,7 +158,7 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
             f"{' and '.join(request.continuation_flags)}: this network has one time for the whole clip, and holds no "
             "frames clean; leave it out."
         )
-    if request.drafted:
+    if request.has_draft:
         check_draft("--draft-frames", request.draft_frames, model.joins, spec, frames)
     if frames != request.frames:
         longer = trained_frames is not None and frames > trained_frames
@@ -170,7 +171,7 @@ def plan(model: VideoModel, request: Request, longest: int | None = None) -> Pla
         notes.append(
             f"The model was trained at {trained[0]}x{trained[1]}; {request.height}x{request.width} may look worse."
         )
-    if request.negative_prompt and not request.guides:
+    if request.negative_prompt and not request.uses_cfg:
         notes.append("The negative prompt does nothing at a guidance scale of 1.")
     if any(request.prompts) and not reads_text(model):
         notes.append("The prompt does nothing: the model was trained without text.")
@@ -182,9 +183,9 @@ def _check_lists(request: Request) -> None:
     rows = len(request.prompts)
     if rows < 1 or len(request.seeds) != rows:
         raise ConfigError(f"{rows} prompts and {len(request.seeds)} seeds: there must be as many, and at least one.")
-    if request.known is None:
+    if request.cond_pixels is None:
         return
-    shape = tuple(request.known.shape)
+    shape = tuple(request.cond_pixels.shape)
     if len(shape) != 5 or (shape[0], shape[1], *shape[3:]) != (rows, 3, request.height, request.width):
         raise ConfigError(
             f"known frames of shape {shape} do not go with {rows} videos of {request.height}x{request.width}."
@@ -346,8 +347,8 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
     """
     advice: dict[str, Any] = model.config.get("sample") or {}
     when = timing(options, model)
-    height = _known("--height", options.height, model, "height")
-    width = _known("--width", options.width, model, "width")
+    height = _required("--height", options.height, model, "height")
+    width = _required("--width", options.width, model, "width")
     interval = _first(options.guidance_interval, advice.get("guidance_interval"), (0.0, 1.0))
     # A picture alone is enough for a network that is told one.
     given = options.image is not None or options.video is not None
@@ -368,13 +369,13 @@ def build_request(options: GenerateOptions, model: VideoModel) -> tuple[Request,
         continue_guidance=_continuation(
             options.continue_guidance, options.guidance_scale, advice.get("continue_guidance")
         ),
-        known=_given(options, model, when.made, when.gen_fps, height, width),
-        picture=_picture(options, model, when.gen_fps),
+        cond_pixels=_given(options, model, when.made, when.gen_fps, height, width),
+        svd=_svd_settings(options, model, when.gen_fps),
     )
     return request, when.fps
 
 
-def _picture(options: GenerateOptions, model: VideoModel, fps: float) -> PictureSettings:
+def _svd_settings(options: GenerateOptions, model: VideoModel, fps: float) -> SVDSettings:
     """How a network that is told a picture is told it.
 
     Raises:
@@ -388,8 +389,8 @@ def _picture(options: GenerateOptions, model: VideoModel, fps: float) -> Picture
             f"{' and '.join(flags)}: only Stable Video Diffusion is told that, and the checkpoint is a "
             f"{model.config.get('recipe')} model; leave it out."
         )
-    usual = PictureSettings(fps)
-    return PictureSettings(
+    usual = SVDSettings(fps)
+    return SVDSettings(
         fps,
         _first(options.motion_bucket, usual.motion_bucket),
         _first(options.noise_aug, usual.noise_aug),
@@ -421,7 +422,7 @@ def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
 
 
-def _known(flag: str, given: int | None, model: VideoModel, name: str) -> int:
+def _required(flag: str, given: int | None, model: VideoModel, name: str) -> int:
     value = given if given is not None else model.trained(name)
     if value is None:
         raise ConfigError(f"{model.path} does not say the {name} it was trained on: give {flag}.")

@@ -28,8 +28,16 @@ from titans_video.generation.diffusers_backend import (
 )
 from titans_video.generation.long_video import plan_video
 from titans_video.generation.model import VideoModel, fingerprint, load_for
-from titans_video.generation.request import Request, Timing, about, build_request, check_options, timing
-from titans_video.generation.stream import StreamPlan, read_segment_prompts, with_state
+from titans_video.generation.request import (
+    Request,
+    Timing,
+    about,
+    build_request,
+    check_options,
+    check_out,
+    timing,
+)
+from titans_video.generation.stream import StreamPlan, apply_state_flags, read_segment_prompts
 from titans_video.generation.video_pipeline import VideoPipeline, with_shift
 from titans_video.generation.windows import WindowPlan
 from titans_video.media.colour import Pixels
@@ -37,7 +45,7 @@ from titans_video.media.interpolating import Interpolator
 from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
-from titans_video.media.writing import Written, check_out
+from titans_video.media.writing import Written
 from titans_video.pretrained.registry import is_pipeline
 
 SHEET_FRAMES = 8
@@ -86,8 +94,8 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         windows, notes = plan_pretrained(model, usual, options)
     else:
         windows, notes = plan_video(model, usual, options.window, options.overlap, options.window_mode)
-        windows = with_state(model, windows, options, texts)
-    if usual.known is not None and not model.joins.goes_on_from_one:
+        windows = apply_state_flags(model, windows, options, texts)
+    if usual.cond_pixels is not None and not model.joins.goes_on_from_one:
         notes.append("The model was not trained to go on from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; making "{usual.prompts[0]}".')

@@ -21,7 +21,7 @@ from titans_video.diffusion.guidance import Predict, guided
 from titans_video.diffusion.samplers import EditState, sampler_by_name
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.fingerprint import warn_if_changed
-from titans_video.generation.denoise import Prompts, encode_prompts, evaluating, frame_noise, known_condition
+from titans_video.generation.denoise import Prompts, encode_prompts, eval_mode, frame_condition, frame_noise
 from titans_video.generation.model import VideoModel, fingerprint
 from titans_video.generation.request import Request, plan
 from titans_video.models.memory import Memory, load_state, save_state
@@ -33,7 +33,7 @@ _LINE = re.compile(r"(\d+)\s*:\s*(.*)")
 
 
 @dataclass(frozen=True)
-class Carried:
+class StreamState:
     """All that a stream takes from one segment to the next.
 
     Attributes:
@@ -84,7 +84,7 @@ class StreamPlan:
     frames: int
     first: int
     stretch: int
-    start: Carried | None = None
+    start: StreamState | None = None
     texts: tuple[tuple[int, str], ...] | None = None
     save_to: Path | None = None
     weights: str = ""
@@ -114,7 +114,7 @@ class StreamPlan:
         return self.texts[-1][1]
 
 
-def save_carried(path: Path, state: Carried, weights: str) -> None:
+def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
     """Write all that a stream carries; the file's size does not depend on how long the video is by then.
 
     Args:
@@ -126,15 +126,15 @@ def save_carried(path: Path, state: Carried, weights: str) -> None:
     save_state(path, tensors, {"weights": weights, **{k: str(v) for k, v in numbers.items()}})
 
 
-def load_carried(path: Path | str) -> tuple[Carried, str]:
-    """Undo `save_carried`: the state, and the fingerprint of the network that it is of.
+def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
+    """Undo `save_stream_state`: the state, and the fingerprint of the network that it is of.
 
     Raises:
         CheckpointError: missing, damaged, of another version, or a memory without the rest of a stream.
     """
     tensors, about = load_state(path)
     try:
-        state = Carried(
+        state = StreamState(
             Memory.from_tensors(tensors),
             tensors.get("stream.overlap"),
             tensors.get("stream.context"),
@@ -148,7 +148,7 @@ def load_carried(path: Path | str) -> tuple[Carried, str]:
     return state, about.get("weights", "")
 
 
-def with_state(
+def apply_state_flags(
     model: VideoModel, plan: PlanT, options: GenerateOptions, texts: list[tuple[int, str]] | None
 ) -> PlanT | StreamPlan:
     """The plan with what --memory-in, --memory-out and --segment-prompts ask for.
@@ -174,7 +174,7 @@ def with_state(
     weights = fingerprint(model)
     start = None
     if options.memory_in is not None:
-        start, before = load_carried(options.memory_in)
+        start, before = load_stream_state(options.memory_in)
         _check(model, plan, start, options.memory_in)
         warn_if_changed("network of", options.memory_in, before or None, weights)
         start = replace(start, memory=start.memory.map(lambda x: x.to(model.device)))
@@ -186,7 +186,7 @@ def with_state(
     return replace(plan, start=start, texts=None if texts is None else tuple(texts), save_to=save_to, weights=weights)
 
 
-def _check(model: VideoModel, plan: StreamPlan, start: Carried, path: str) -> None:
+def _check(model: VideoModel, plan: StreamPlan, start: StreamState, path: str) -> None:
     network: Any = model.network
     with torch.no_grad():
         expected: dict[str, Any] = network.start(1).shapes()
@@ -264,7 +264,7 @@ def plan_stream(
     spec = model.codec.spec
     first, stride = spec.frames_of(n), n * spec.stride[0]
     # Sizes and lists are checked as for a clip of one segment; longer than that is what a memory is for.
-    given = 0 if request.known is None else request.known.shape[2]
+    given = 0 if request.cond_pixels is None else request.cond_pixels.shape[2]
     if given >= first:
         raise ConfigError(f"{given} frames are given, but a segment has {first}, of which one must be left to make.")
     made = plan(model, replace(request, frames=max(min(request.frames, first), given + 1)), first)
@@ -333,9 +333,9 @@ def stream(
                 # Its first frame, as of those asked for: frames made earlier and not handed on come before them.
                 prompt = how.prompt_at(state.frames - before, request.prompts[0])
                 rows = list(request.prompts) if how.texts is None else [prompt] * len(request.prompts)
-                with evaluating(model.network):
+                with eval_mode(model.network):
                     if prompt not in prompts:
-                        prompts = {prompt: encode_prompts(model, rows, request.negative_prompt, request.guides)}
+                        prompts = {prompt: encode_prompts(model, rows, request.negative_prompt, request.uses_cfg)}
                     state = next_segment(model, request, how, state, prompts[prompt], bar, edit)
             fresh = state.pending[:, :, :left].clone()
             left -= fresh.shape[2]
@@ -344,25 +344,25 @@ def stream(
             )
             yield fresh
             if how.save_to is not None:
-                save_carried(how.save_to, state, how.weights)
+                save_stream_state(how.save_to, state, how.weights)
 
 
 def next_segment(
     model: VideoModel,
     request: Request,
     how: StreamPlan,
-    state: Carried,
+    state: StreamState,
     prompts: Prompts,
     bar: Any,
     edit: EditState | None = None,
-) -> Carried:
-    """Denoise a segment, write it into the memory, decode it. Call it within `evaluating`.
+) -> StreamState:
+    """Denoise a segment, write it into the memory, decode it. Call it within `eval_mode`.
 
     Guidance's two halves read one memory, and the segment is written once, under its own prompt.
     """
-    known = request.known if state.latents == 0 else None
-    condition = known_condition(model, prompts.text, known, model.codec.spec.frames_of(how.segment))
-    predict = _predictor(model, state, len(request.prompts))
+    cond_pixels = request.cond_pixels if state.latents == 0 else None
+    condition = frame_condition(model, prompts.text, cond_pixels, model.codec.spec.frames_of(how.segment))
+    predict = _make_denoiser(model, state, len(request.prompts))
     denoise = guided(predict, condition, prompts.negative, request.guidance_scale, request.guidance_interval)
     noise = frame_noise(how.latent_shape, state.seeds, state.latents).to(model.device)
     schedule = model.process.schedule(request.steps, how.tokens)
@@ -372,8 +372,8 @@ def next_segment(
         clean = model.process.model_input(latents, time)
         memory = model.network(clean, time, Condition(prompts.text), state.memory, write=True).memory
     pixels, context = _decode(model, state, latents)
-    if known is not None:
-        pixels[:, :, : known.shape[2]] = known.to(pixels)
+    if cond_pixels is not None:
+        pixels[:, :, : cond_pixels.shape[2]] = cond_pixels.to(pixels)
     return replace(
         state,
         memory=memory,
@@ -384,24 +384,24 @@ def next_segment(
     )
 
 
-def _fresh(model: VideoModel, request: Request) -> Carried:
+def _fresh(model: VideoModel, request: Request) -> StreamState:
     """Before the first segment."""
     rows = len(request.prompts)
     network: Any = model.network
     memory: Memory = network.start(rows).map(lambda x: x.detach().to(model.device))
     pending = torch.zeros(rows, 3, 0, request.height, request.width)
-    return Carried(memory, None, None, pending, 0, 0, tuple(request.seeds))
+    return StreamState(memory, None, None, pending, 0, 0, tuple(request.seeds))
 
 
-def _predictor(model: VideoModel, state: Carried, batch: int) -> Predict:
+def _make_denoiser(model: VideoModel, state: StreamState, batch: int) -> Predict:
     """x0 of a segment, its overlap before it at time 0; frames that are wholly known are held clean."""
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
         rows = torch.arange(x_t.shape[0]) % batch  # guidance doubles the batch
-        held, known = condition.wholly_known(), condition.known
+        held, cond_latents = condition.clean_mask(), condition.cond_latents
         times = torch.full(x_t.shape[:1] + x_t.shape[2:3], time, device=x_t.device, dtype=x_t.dtype)
-        if held is not None and known is not None:
-            x_t = torch.where(held[:, None, :, None, None], known, x_t)
+        if held is not None and cond_latents is not None:
+            x_t = torch.where(held[:, None, :, None, None], cond_latents, x_t)
             times = times.masked_fill(held, 0.0)
         o = 0 if state.overlap is None else state.overlap.shape[2]
         whole = x_t if state.overlap is None else torch.cat((state.overlap[rows].to(x_t), x_t), dim=2)
@@ -410,12 +410,14 @@ def _predictor(model: VideoModel, state: Carried, batch: int) -> Predict:
         inputs = model.process.model_input(whole, times)
         value = model.network(inputs, times, told, state.memory.rows(rows), overlap=o).value
         x0 = model.process.to_x0(value, whole, times)[:, :, o:]
-        return x0 if held is None or known is None else torch.where(held[:, None, :, None, None], known, x0)
+        return (
+            x0 if held is None or cond_latents is None else torch.where(held[:, None, :, None, None], cond_latents, x0)
+        )
 
     return predict
 
 
-def _decode(model: VideoModel, state: Carried, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+def _decode(model: VideoModel, state: StreamState, latents: Tensor) -> tuple[Tensor, Tensor | None]:
     """A segment's frames (B, 3, T, H, W) on the CPU, and the codec's context for the next."""
     spec, keep = model.codec.spec, model.codec.decode_context
     before = latents[:, :, :0] if state.context is None else state.context.to(latents)

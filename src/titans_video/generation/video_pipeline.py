@@ -22,11 +22,12 @@ from titans_video.diffusion.samplers import EditState
 from titans_video.errors import ConfigError
 from titans_video.generation.export import export
 from titans_video.generation.long_video import generate_long, plan_video
-from titans_video.generation.model import DTYPES, VideoModel, load_for
+from titans_video.generation.model import VideoModel, load_for
 from titans_video.generation.request import Request, build_request, check_options
 from titans_video.generation.stream import StreamPlan
-from titans_video.generation.windows import Wanted, WindowPlan
+from titans_video.generation.windows import WindowModeFlag, WindowPlan
 from titans_video.media.resize import cover_crop, to_tensor
+from titans_video.types import PRECISIONS
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -89,7 +90,7 @@ class VideoPipeline(DiffusionPipeline):
             UserError: as `generation.running.load_for`.
         """
         precision = dtype or torch_dtype or torch.float32
-        names = {value: name for name, value in DTYPES.items()}
+        names = {value: name for name, value in PRECISIONS.items()}
         if precision not in names or offload not in ("none", "model", "group"):
             raise ConfigError(
                 f"dtype {precision} and offload {offload!r}: a dtype is float32, bfloat16 or float16 of torch, and an "
@@ -158,7 +159,7 @@ class VideoPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         window: int | None = None,
         overlap: int | None = None,
-        window_mode: Wanted = "auto",
+        window_mode: WindowModeFlag = "auto",
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -221,12 +222,14 @@ class VideoPipeline(DiffusionPipeline):
             prompt = [""] if alone else usual.prompts
         given = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in given for _ in range(num_videos_per_prompt)]
-        known = usual.known if usual.known is not None else _frames(image, video, usual.height, usual.width)
+        cond_pixels = (
+            usual.cond_pixels if usual.cond_pixels is not None else _frames(image, video, usual.height, usual.width)
+        )
         request = replace(
             usual,
             prompts=prompts,
             seeds=draw_seeds(generator, len(prompts)),
-            known=None if known is None else known.expand(len(prompts), *known.shape[1:]),
+            cond_pixels=None if cond_pixels is None else cond_pixels.expand(len(prompts), *cond_pixels.shape[1:]),
         )
         windows, _ = plan_video(model, request, window, overlap, window_mode)
         quiet = bool(getattr(self, "_progress_bar_config", {}).get("disable", False))

@@ -12,11 +12,11 @@ from titans_video.errors import ConfigError
 from titans_video.types import CodecSpec
 
 Mode = Literal["continue", "blend"]
-Wanted = Literal["auto", "continue", "blend"]
+WindowModeFlag = Literal["auto", "continue", "blend"]
 
 
 @dataclass(frozen=True)
-class Joins:
+class WindowingSupport:
     """What a network can do about frames that it is given.
 
     Attributes:
@@ -44,7 +44,9 @@ class Joins:
         return self.tasks is None or bool(self.tasks & {"i2v", "v2v"})
 
 
-def choose(joins: Joins, wanted: Wanted, overlap: int | None) -> tuple[Mode, int | None, list[str]]:
+def select_window_mode(
+    joins: WindowingSupport, wanted: WindowModeFlag, overlap: int | None
+) -> tuple[Mode, int | None, list[str]]:
     """How to join, and by how much.
 
     Args:
@@ -113,14 +115,14 @@ class WindowPlan:
     latent_starts: tuple[int, ...]
 
     @property
-    def shared(self) -> tuple[int, ...]:
+    def overlap_frames(self) -> tuple[int, ...]:
         """Pixel frames that each window has from the one before it; 0 for the first."""
         return (0, *(a + self.window - b for a, b in pairwise(self.starts)))
 
     @property
     def edges(self) -> tuple[int, ...]:
         """The first frame that each window but the first adds."""
-        return tuple(start + shared for start, shared in zip(self.starts[1:], self.shared[1:], strict=True))
+        return tuple(start + shared for start, shared in zip(self.starts[1:], self.overlap_frames[1:], strict=True))
 
     def in_words(self, asked: int) -> str:
         """One line for the person."""
@@ -234,7 +236,7 @@ def _default_overlap(spec: CodecSpec, window: int, mode: Mode) -> int:
     return min(several, key=lambda o: (abs(o - window / DEFAULT_SHARE), -o))
 
 
-def check_draft(flag: str, draft: int, joins: Joins, spec: CodecSpec, frames: int) -> None:
+def check_draft(flag: str, draft: int, joins: WindowingSupport, spec: CodecSpec, frames: int) -> None:
     """Refuse a draft that a network cannot go on from.
 
     Args:

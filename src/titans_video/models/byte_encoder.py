@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from titans_video.models.layers import MLP, SelfAttention, norm, rotation_1d
+from titans_video.models.layers import MLP, SelfAttention, freqs_cis_1d, norm
 from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT
 
 SPACE = ord(" ") + 1
@@ -60,8 +60,8 @@ class EncoderLayer(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x_BLD: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
-        x = x_BLD + self.attn(norm(x_BLD)[:, None], rotation, mask)[:, 0]
+    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, mask: Tensor) -> Tensor:
+        x = x_BLD + self.attn(norm(x_BLD)[:, None], freqs_cis, mask)[:, 0]
         return x + self.mlp(norm(x))
 
 
@@ -78,7 +78,7 @@ class ByteEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) int64, (B, L) bool -> (B, L, D)."""
         x = self.bytes(ids) + self.prefixes(prefix_hashes(ids) % self.prefixes.num_embeddings)
-        rotation = rotation_1d(ids.shape[1], self.pairs, ROPE_THETA, ids.device)[None]
+        freqs_cis = freqs_cis_1d(ids.shape[1], self.pairs, ROPE_THETA, ids.device)[None]
         for layer in self.layers:
-            x = layer(x, rotation, mask[:, None, None])
+            x = layer(x, freqs_cis, mask[:, None, None])
         return norm(x)

@@ -35,7 +35,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * third, third, third
 
 
-def rotation_1d(
+def freqs_cis_1d(
     length: int, pairs: int, theta: float, device: torch.device | str | None = None, first: int = 0
 ) -> Tensor:
     """exp(i * position * theta^(-k / pairs)) as complex64 (length, pairs), for positions from `first` on."""
@@ -46,7 +46,7 @@ def rotation_1d(
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotation_3d(
+def freqs_cis_3d(
     grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None, first_slot: int = 0
 ) -> Tensor:
     """Rotations of a (slots, rows, columns) grid of tokens, whose slots are counted from `first_slot`.
@@ -56,25 +56,25 @@ def rotation_3d(
     Raises:
         ConfigError: see `axis_pairs`.
     """
-    s, rows, columns = grid
+    s, rows, grid_width = grid
     time, height, width = (
-        rotation_1d(n, pairs, theta, device, first)
+        freqs_cis_1d(n, pairs, theta, device, first)
         for n, pairs, first in zip(grid, axis_pairs(head_dim), (first_slot, 0, 0), strict=True)
     )
     parts = (
-        time[:, None, None].expand(s, rows, columns, -1),
-        height[None, :, None].expand(s, rows, columns, -1),
-        width[None, None].expand(s, rows, columns, -1),
+        time[:, None, None].expand(s, rows, grid_width, -1),
+        height[None, :, None].expand(s, rows, grid_width, -1),
+        width[None, None].expand(s, rows, grid_width, -1),
     )
     return torch.cat(parts, dim=-1).flatten(1, 2)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of float32 `x` (..., d) by `rotation` (..., d / 2), which broadcasts."""
+def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts."""
     if torch.compiler.is_compiling():  # which fuses the real form, and does not know complex numbers
-        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(rotation).unbind(-1)
+        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
 
 
 AttentionType = Literal["st", "full"]
@@ -110,10 +110,10 @@ class SpatialConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x_BspD: Tensor, columns: int) -> Tensor:
+    def forward(self, x_BspD: Tensor, grid_width: int) -> Tensor:
         B, s, p, D = x_BspD.shape
         # (B s, D, rows, columns) in channels-last memory: a view, and the layout that convolutions like best.
-        image = x_BspD.view(B * s, p // columns, columns, D).permute(0, 3, 1, 2)
+        image = x_BspD.view(B * s, p // grid_width, grid_width, D).permute(0, 3, 1, 2)
         return self.conv(image).permute(0, 2, 3, 1).reshape(B, s, p, D)
 
 
@@ -127,7 +127,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False)
 
 
-class _ModulatedNorm(torch.autograd.Function):
+class _AdaLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         with without_autocast(x.device.type):
@@ -150,27 +150,27 @@ class _ModulatedNorm(torch.autograd.Function):
         return grad_x, grad_shift, grad_scale
 
 
-class _HeadNorm(torch.autograd.Function):
+class _QKNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, freqs_cis: Tensor | None) -> Tensor:
         with without_autocast(x.device.type):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             rrms = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
-            ctx.save_for_backward(x, weight, rrms, rotation)
+            ctx.save_for_backward(x, weight, rrms, freqs_cis)
             y = (wide * rrms).mul_(weight)
-            if rotation is not None:
-                torch.view_as_complex(y.unflatten(-1, (-1, 2))).mul_(rotation)
+            if freqs_cis is not None:
+                torch.view_as_complex(y.unflatten(-1, (-1, 2))).mul_(freqs_cis)
             return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, rrms, rotation = ctx.saved_tensors
+        x, weight, rrms, freqs_cis = ctx.saved_tensors
         normed = x.to(rrms.dtype) * rrms
         grad = grad.to(rrms.dtype)
-        if rotation is not None:  # a rotation's transpose is the rotation back
-            back = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))) * rotation.conj()
+        if freqs_cis is not None:  # a rotation's transpose is the rotation back
+            back = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))) * freqs_cis.conj()
             grad = torch.view_as_real(back).flatten(-2)
         grad_weight = (grad * normed).sum_to_size(weight.shape)
         grad = grad * weight
@@ -179,7 +179,7 @@ class _HeadNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, without other weights.
 
     Args:
@@ -191,10 +191,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which fuses, and recomputes in the backward pass, by itself
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
         return torch.addcmul(shift.to(x.dtype), normed, scale.to(x.dtype) + 1)
-    return _ModulatedNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
+    return _AdaLayerNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
 
 
-def head_norm(x: Tensor, weight: Tensor, rotation: Tensor | None = None) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
     """RMSNorm over the last axis times `weight`, then a rotation of neighbouring channel pairs; all in float32.
 
     Args:
@@ -206,8 +206,8 @@ def head_norm(x: Tensor, weight: Tensor, rotation: Tensor | None = None) -> Tens
     """
     if torch.compiler.is_compiling():
         y = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * weight
-        return (y if rotation is None else rotate(y, rotation)).to(x.dtype)
-    return _HeadNorm.apply(x, weight, rotation)
+        return (y if freqs_cis is None else apply_rotary(y, freqs_cis)).to(x.dtype)
+    return _QKNormRope.apply(x, weight, freqs_cis)
 
 
 class Dispatch:
@@ -236,19 +236,19 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
         self.qk_scale = nn.Parameter(torch.ones(2, 1, dim // heads)) if qk_norm else None
         self.processor = Dispatch()
 
-    def forward(self, x_BGLD: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`rotation` complex (G or 1, L, d / 2); `mask` (B, 1, 1, L) bool, True where keys count, only with G = 1."""
-        q, k, v = (x.flatten(0, 1) for x in self._heads(x_BGLD, rotation))  # each (B G, L, H, d)
+    def forward(self, x_BGLD: Tensor, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`freqs_cis` complex (G or 1, L, d / 2); `mask` (B, 1, 1, L) bool, True where keys count, only with G = 1."""
+        q, k, v = (x.flatten(0, 1) for x in self._heads(x_BGLD, freqs_cis))  # each (B G, L, H, d)
         y = self.processor(q, k, v, mask)
         return self.out(y.flatten(2).view(x_BGLD.shape))
 
-    def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
         """Each group looks at the registers beside its own tokens; the registers look at one another and at all groups.
 
         Registers have no place, so nothing turns them. The cost stays linear in the number of groups.
         """
         G = x_BGLD.shape[1]
-        q, k, v = self._heads(x_BGLD, rotation)  # each (B, G, L, H, d)
+        q, k, v = self._heads(x_BGLD, freqs_cis)  # each (B, G, L, H, d)
         rq, rk, rv = self._heads(registers_BRD[:, None], None)  # each (B, 1, R, H, d)
         beside = [torch.cat((r.expand(-1, G, -1, -1, -1), x), dim=2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
         all_over = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk[:, 0], k), (rv[:, 0], v))]
@@ -256,15 +256,15 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
         z = self.processor(rq[:, 0], *all_over)
         return self.out(y.flatten(2).view(x_BGLD.shape)), self.out(z.flatten(2))
 
-    def _heads(self, x_BGLD: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x_BGLD: Tensor, freqs_cis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, G, L, H, d)."""
         qkv = self.qkv(x_BGLD).unflatten(-1, (3, self.heads, -1))  # (B, G, L, 3, H, d)
         qk, v = qkv.split((2, 1), dim=3)
-        turn = None if rotation is None else rotation[:, :, None, None]
+        turn = None if freqs_cis is None else freqs_cis[:, :, None, None]
         if self.qk_scale is not None:
-            qk = head_norm(qk, self.qk_scale, turn)
+            qk = qk_norm_rope(qk, self.qk_scale, turn)
         elif turn is not None:
-            qk = rotate(qk.float(), turn).to(v.dtype)
+            qk = apply_rotary(qk.float(), turn).to(v.dtype)
         q, k = qk.unbind(3)
         return q, k, v.squeeze(3)
 
@@ -293,7 +293,7 @@ class CrossAttention(AttentionModuleMixin, nn.Module):
         q = self.q(x_BND).unflatten(-1, (self.heads, -1))  # (B, N, H, d)
         k, v = self.kv(text_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, M, H, d)
         if self.q_scale is not None and self.k_scale is not None:
-            q, k = head_norm(q, self.q_scale), head_norm(k, self.k_scale)
+            q, k = qk_norm_rope(q, self.q_scale), qk_norm_rope(k, self.k_scale)
         return self.out(self.processor(q, k, v, mask).flatten(2))
 
 
@@ -375,7 +375,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
         shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
-        out = self.linear(modulated_norm(x_BspD, shift, scale))
+        out = self.linear(ada_layer_norm(x_BspD, shift, scale))
         if not self.gated_skip:
             return out
         value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)

@@ -88,8 +88,8 @@ class LoraLinear(nn.Module):
         kind = out.dtype
         for name, weight in self.active.items():
             a, b = self.lora_A[name], self.lora_B[name]
-            seen = self.dropouts[name](x.to(a.weight.dtype))  # type: ignore[arg-type,union-attr]
-            out = out + b(a(seen)) * (weight * self.scale(name))
+            hidden = self.dropouts[name](x.to(a.weight.dtype))  # type: ignore[arg-type,union-attr]
+            out = out + b(a(hidden)) * (weight * self.scale(name))
         return out.to(kind)
 
     def delta(self) -> Tensor:

@@ -236,9 +236,9 @@ class NeuralMemory(nn.Module):
     def write(self, x: Tensor, weights: State, momentum: State) -> tuple[State, State]:
         """Learn the tokens of a segment, x (B, s, p, D), slot by slot in order; float32 whatever x is."""
         s, p = x.shape[1:3]
-        seen = norm(x)
-        k, v = self.kv(seen.flatten(1, 2)).chunk(2, dim=-1)  # each (B, N, D)
-        logits = self.gates(seen.mean(dim=2))  # (B, s, 3 H)
+        hidden = norm(x)
+        k, v = self.kv(hidden.flatten(1, 2)).chunk(2, dim=-1)  # each (B, N, D)
+        logits = self.gates(hidden.mean(dim=2))  # (B, s, 3 H)
         with without_autocast(x.device.type):
             k, v = (self._split(y).float().unflatten(2, (s, p)) for y in (k, v))
             theta, eta, alpha = torch.sigmoid(logits.float()).transpose(1, 2).chunk(3, dim=1)  # each (B, H, s)

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.byte_encoder import ByteEncoder
 from titans_video.models.layers import (
     MLP,
@@ -26,13 +26,13 @@ from titans_video.models.layers import (
     SpatialConv,
     TextProjection,
     TimeEmbedding,
+    ada_layer_norm,
     axis_pairs,
+    freqs_cis_3d,
     masked_mean,
-    modulated_norm,
     modulations,
     norm,
     patchify,
-    rotation_3d,
     unpatchify,
 )
 from titans_video.types import Condition, Prediction, TextCondition
@@ -84,8 +84,8 @@ class SoraBlock(nn.Module):
         self,
         x_BspD: Tensor,
         condition: Tensor,
-        rotation: Tensor,
-        columns: int,
+        freqs_cis: Tensor,
+        grid_width: int,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         registers: Tensor | None = None,
@@ -111,23 +111,23 @@ class SoraBlock(nn.Module):
         of_x = ada[:, :s].unbind(3)  # one (B, s, 1, 3, D) a sub-layer
         of_r = ada[:, s:].unbind(3)
         if self.conv is not None:
-            x = x + self.conv(x, columns)
+            x = x + self.conv(x, grid_width)
 
         shift, scale, gate = of_x[0].unbind(3)
-        seen, turn = modulated_norm(x, shift, scale), rotation
+        hidden, turn = ada_layer_norm(x, shift, scale), freqs_cis
         if self.temporal_attn is None:
-            seen, turn = seen.reshape(B, 1, s * p, D), rotation.reshape(1, s * p, -1)
+            hidden, turn = hidden.reshape(B, 1, s * p, D), freqs_cis.reshape(1, s * p, -1)
         if r is None:
-            y = self.attn(seen, turn)
+            y = self.attn(hidden, turn)
         else:
             shift, scale, register_gate = of_r[0].unbind(3)
-            y, z = self.attn.with_registers(seen, modulated_norm(r, shift, scale)[:, 0], turn)
+            y, z = self.attn.with_registers(hidden, ada_layer_norm(r, shift, scale)[:, 0], turn)
             r = torch.addcmul(r, register_gate, z[:, None])
         x = torch.addcmul(x, gate, y.view(B, s, p, D))
         if self.temporal_attn is not None:
             shift, scale, gate = of_x[1].unbind(3)
-            across = modulated_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
-            y = self.temporal_attn(across, rotation.transpose(0, 1))
+            across = ada_layer_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
+            y = self.temporal_attn(across, freqs_cis.transpose(0, 1))
             x = torch.addcmul(x, gate, y.transpose(1, 2))
 
         if self.cross_attn is not None:
@@ -138,7 +138,7 @@ class SoraBlock(nn.Module):
 
     def _mlp(self, x: Tensor, ada: Tensor) -> Tensor:
         shift, scale, gate = ada.unbind(3)
-        return torch.addcmul(x, gate, self.mlp(modulated_norm(x, shift, scale)))
+        return torch.addcmul(x, gate, self.mlp(ada_layer_norm(x, shift, scale)))
 
 
 Grid = tuple[int, int, int]
@@ -170,7 +170,7 @@ class Backbone(ModelMixin, ConfigMixin):
         if c.sine_positions and dim % 4:
             raise ConfigError(
                 f"--sine-positions needs a width of sines and cosines of two axes: --model-dim {dim} must be "
-                f"{' or '.join(str(m) for m in _multiples(dim, 4))}."
+                f"{' or '.join(str(m) for m in nearest_multiples(dim, 4))}."
             )
         self.patch: Grid = tuple(c.patch_size)  # type: ignore[assignment]  # JSON gives a list back
         cells = self.patch[0] * self.patch[1] * self.patch[2]
@@ -214,13 +214,13 @@ class Backbone(ModelMixin, ConfigMixin):
         block: nn.Module,
         x: Tensor,
         c_block: Tensor,
-        rotation: Tensor,
-        columns: int,
+        freqs_cis: Tensor,
+        grid_width: int,
         text: tuple[Tensor | None, Tensor | None],
         registers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block, its activations recomputed in the backward pass where gradient checkpointing is on."""
-        arguments = (x, c_block, rotation, columns, *text, registers)
+        arguments = (x, c_block, freqs_cis, grid_width, *text, registers)
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
@@ -230,9 +230,11 @@ class Backbone(ModelMixin, ConfigMixin):
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.patch, strict=True))
         return t, h, w
 
-    def rotation(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
+    def freqs_cis(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
         """Complex (s, p, d / 2)."""
-        return rotation_3d(grid, self.config.model_dim // self.config.heads, self.config.rope_theta, device, first_slot)
+        return freqs_cis_3d(
+            grid, self.config.model_dim // self.config.heads, self.config.rope_theta, device, first_slot
+        )
 
     def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
         """Tokens (B, s, p, D) to (B, C, t, h, w), in the latents' dtype."""
@@ -244,9 +246,9 @@ class Backbone(ModelMixin, ConfigMixin):
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
-        if condition.known is not None and condition.known_mask is not None:
-            channels[:, C : 2 * C] = condition.known
-            channels[:, 2 * C :] = condition.known_mask[..., None, None]
+        if condition.cond_latents is not None and condition.cond_mask is not None:
+            channels[:, C : 2 * C] = condition.cond_latents
+            channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         if not self.config.sine_positions:
             return x
@@ -258,9 +260,9 @@ class Backbone(ModelMixin, ConfigMixin):
         """adaLN's input (B, s, D), with one more slot at time 0 for registers; text (B, M, D); mask (B, 1, 1, M)."""
         B, t = latents.shape[0], latents.shape[2]
         time = time[:, None].expand(B, t) if time.ndim == 1 else time
-        known = condition.wholly_known()
-        if known is not None:
-            time = time.masked_fill(known, 0)
+        cond_latents = condition.clean_mask()
+        if cond_latents is not None:
+            time = time.masked_fill(cond_latents, 0)
         # A token is as noisy as its noisiest frame; only one whose frames are all known is clean.
         time = time.unflatten(1, (-1, self.patch[0])).amax(dim=2)  # (B, s)
         c = self.time_embed(F.pad(time, (0, 1)) if registers else time)  # (B, s or s + 1, D)
@@ -276,7 +278,7 @@ class Backbone(ModelMixin, ConfigMixin):
     def check_inputs(self, latents: Tensor, condition: Condition) -> None:
         off = [(n, p) for n, p in zip(latents.shape[2:], self.patch, strict=True) if n % p or not n]
         if off:
-            nearest = [f"{n} -> {' or '.join(str(m) for m in _multiples(n, p))}" for n, p in off]
+            nearest = [f"{n} -> {' or '.join(str(m) for m in nearest_multiples(n, p))}" for n, p in off]
             raise ConfigError(
                 f"Latents of {_cross(latents.shape[2:])} (frames x height x width) do not divide into patches of "
                 f"{_cross(self.patch)}. Nearest legal sizes: {', '.join(nearest)} (latent cells; times the codec's "
@@ -304,7 +306,7 @@ def _check(dim: int, heads: int, attention_type: str, adaln: str, patch: tuple[i
     if dim % heads:
         raise ConfigError(
             f"--model-dim {dim} does not divide into --heads {heads}; the nearest widths that do are "
-            f"{' and '.join(str(m) for m in _multiples(dim, 2 * heads))}."
+            f"{' and '.join(str(m) for m in nearest_multiples(dim, 2 * heads))}."
         )
     axis_pairs(dim // heads)
     if attention_type not in ("st", "full"):
@@ -313,11 +315,6 @@ def _check(dim: int, heads: int, attention_type: str, adaln: str, patch: tuple[i
         raise ConfigError(f"adaln is block or shared, not {adaln!r}.")
     if len(patch) != 3 or min(patch) < 1:
         raise ConfigError(f"patch_size is three positive numbers T,H,W, not {patch}.")
-
-
-def _multiples(n: int, step: int) -> list[int]:
-    """The nearest positive multiples of `step` below and above n."""
-    return [m for m in (n // step * step, n // step * step + step) if m]
 
 
 def _cross(sizes: Any) -> str:
@@ -394,8 +391,8 @@ class SoraDiT(Backbone):
         grid = self.grid(latents)
         x = self.embed_patches(latents, condition)  # (B, s, p, D)
         c, *text = self.embed_conditioning(latents, time, condition)
-        rotation = self.rotation(grid, x.device)
+        freqs_cis = self.freqs_cis(grid, x.device)
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
-            x, _ = self.run_block(block, x, c_block, rotation, grid[2], (text[0], text[1]))
+            x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], (text[0], text[1]))
         return Prediction(self.to_value(x, c, latents), memory)

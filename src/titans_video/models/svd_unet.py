@@ -27,7 +27,7 @@ from titans_video.errors import ConfigError
 from titans_video.models.byte_encoder import ByteEncoder
 from titans_video.models.layers import TextProjection
 from titans_video.models.sora_dit import check_text
-from titans_video.types import Condition, Picture, Prediction
+from titans_video.types import Condition, ImageCondition, Prediction
 
 Trainable = Literal["all", "temporal", "attention"]
 
@@ -54,7 +54,7 @@ class Read:
 
     states: Tensor
     mask: Tensor
-    heard: Tensor
+    has_text: Tensor
 
 
 _TEXT: ContextVar[Read | None] = ContextVar("text", default=None)
@@ -104,15 +104,15 @@ class TextCrossAttention(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B X, N, D) -> (B X, N, D): all rows of a batch's row (frames, or places of the picture) see its text."""
-        seen: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        hidden: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
         text = _TEXT.get()
         assert text is not None  # the network was built with text and checks that it is given some
         B, heads = text.states.shape[0], attn.heads
         query = attn.to_q(hidden_states).reshape(B, -1, heads, attn.inner_dim // heads)  # (B, X N, heads, d)
         key, value = (to(text.states).unflatten(-1, (heads, -1)) for to in (self.to_k, self.to_v))  # (B, M, heads, d)
         read = dispatch_attention_fn(query, key, value, attn_mask=text.mask)
-        said = self.to_out(read.to(seen.dtype).reshape(B, -1, attn.inner_dim)) * text.heard.to(seen.dtype)
-        return seen + said.reshape(seen.shape)
+        said = self.to_out(read.to(hidden.dtype).reshape(B, -1, attn.inner_dim)) * text.has_text.to(hidden.dtype)
+        return hidden + said.reshape(hidden.shape)
 
 
 class SVDUNet(ModelMixin, ConfigMixin):
@@ -199,7 +199,7 @@ class SVDUNet(ModelMixin, ConfigMixin):
             ConfigError: latents of other channels, or other text streams, than the network was built for.
         """
         self._check(latents, condition)
-        picture = condition.picture or self._blank(latents)
+        picture = condition.image or self._blank(latents)
         beside = picture.latents[:, :, None].to(latents).expand_as(latents)
         sample = torch.cat([latents, beside], dim=1).transpose(1, 2)  # (B, t, 2C, h, w)
         dtype = self.unet.dtype
@@ -220,18 +220,20 @@ class SVDUNet(ModelMixin, ConfigMixin):
         text = condition.text
         assert text is not None  # checked on entry
         whole = torch.cat(text.masks, dim=1)  # (B, M)
-        heard = whole.any(dim=1)
+        has_text = whole.any(dim=1)
         # Attention among no tokens is not a number: streams that are silent are read, and what came of it is masked.
         masks = [mask | ~mask.any(dim=1, keepdim=True) for mask in text.masks]
         states = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, masks, strict=True)]
         return Read(
-            torch.cat(states, dim=1), (whole | ~heard[:, None])[:, None, None], heard[:, None, None].to(states[0].dtype)
+            torch.cat(states, dim=1),
+            (whole | ~has_text[:, None])[:, None, None],
+            has_text[:, None, None].to(states[0].dtype),
         )
 
-    def _blank(self, latents: Tensor) -> Picture:
+    def _blank(self, latents: Tensor) -> ImageCondition:
         B, C, _, h, w = latents.shape
         numbers = self.unet.config.projection_class_embeddings_input_dim // self.unet.config.addition_time_embed_dim
-        return Picture(
+        return ImageCondition(
             latents.new_zeros(B, 1, self.width), latents.new_zeros(B, C, h, w), latents.new_zeros(B, numbers)
         )
 

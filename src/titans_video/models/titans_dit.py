@@ -55,7 +55,7 @@ class GatedTokens(nn.Module):
         """What enters the network: the state, each token marked as the one that it is."""
         return tokens + self.place.float()
 
-    def write(self, tokens: Tensor, seen: Tensor) -> Tensor:
+    def write(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The state after a segment.
 
         Args:
@@ -65,9 +65,9 @@ class GatedTokens(nn.Module):
             (B, M, D) float32.
         """
         with without_autocast(tokens.device.type):
-            seen = norm(seen.float())
-            gate = torch.sigmoid(_linear(self.gate, torch.cat((tokens, seen), dim=-1)))
-            return torch.lerp(tokens, torch.tanh(_linear(self.out, seen)), gate)
+            hidden = norm(hidden.float())
+            gate = torch.sigmoid(_linear(self.gate, torch.cat((tokens, hidden), dim=-1)))
+            return torch.lerp(tokens, torch.tanh(_linear(self.out, hidden)), gate)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ MemoryKind = Literal["tokens", "neural", "none"]
 
 
 @dataclass(frozen=True)
-class Rollout:
+class SegmentRollout:
     """A clip of n segments that one forward reads and writes in turn, as training does.
 
     Attributes:
@@ -196,7 +196,7 @@ class TitansVideoDiT(Backbone):
         *,
         overlap: int = 0,
         write: bool = False,
-        rollout: Rollout | None = None,
+        rollout: SegmentRollout | None = None,
     ) -> Prediction:
         """
         Args:
@@ -244,18 +244,18 @@ class TitansVideoDiT(Backbone):
         x = self.embed_patches(latents, condition)
         registers = self._registers(memory, x)
         c, text, mask = self.embed_conditioning(latents, time, condition, registers is not None)
-        rotation = self.rotation(grid, x.device, -overlap // self.patch[0])
+        freqs_cis = self.freqs_cis(grid, x.device, -overlap // self.patch[0])
         c_block = c if self.modulation is None else self.modulation(c)
         weights, momentum = list(memory.weights), list(memory.momentum)
         for i, block in enumerate(self.blocks):
             if i in self.memory_layers and registers is not None:
                 at = self.memory_layers.index(i)
                 mine, pair = self.neural[at], slice(2 * at, 2 * at + 2)
-                seen = x
+                hidden = x
                 x, registers = self._retrieve(mine, memory.weights[pair], x, registers)
                 if write:
-                    weights[pair], momentum[pair] = mine.write(seen, memory.weights[pair], memory.momentum[pair])
-            x, registers = self.run_block(block, x, c_block, rotation, grid[2], (text, mask), registers)
+                    weights[pair], momentum[pair] = mine.write(hidden, memory.weights[pair], memory.momentum[pair])
+            x, registers = self.run_block(block, x, c_block, freqs_cis, grid[2], (text, mask), registers)
         return x, c[:, : grid[0]], registers, Memory(memory.tokens, tuple(weights), tuple(momentum))
 
     def _registers(self, memory: Memory, x: Tensor) -> Tensor | None:
@@ -272,11 +272,13 @@ class TitansVideoDiT(Backbone):
         first = registers.shape[1] - self.config.mem_tokens
         asking = torch.cat((registers[:, first:], x.flatten(1, 2)), dim=1)
         found = neural.read(asking, weights)
-        told, seen = found.split((self.config.mem_tokens, asking.shape[1] - self.config.mem_tokens), dim=1)
-        return x + seen.view_as(x), registers + F.pad(told, (0, 0, first, 0))
+        context, hidden = found.split((self.config.mem_tokens, asking.shape[1] - self.config.mem_tokens), dim=1)
+        return x + hidden.view_as(x), registers + F.pad(context, (0, 0, first, 0))
 
-    def _roll(self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, plan: Rollout) -> Prediction:
-        """See `Rollout`."""
+    def _roll(
+        self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, plan: SegmentRollout
+    ) -> Prediction:
+        """See `SegmentRollout`."""
         t = latents.shape[2]
         if t % plan.segment:
             raise ConfigError(f"Segments of {plan.segment} latent frames do not divide a clip of {t}.")
@@ -321,11 +323,11 @@ def _disturbed(memory: Memory, noise: Tensor | None, segment: int) -> Memory:
 
 def part_of(condition: Condition, start: int, stop: int, overlap: int) -> Condition:
     """What is known of latent frames [start, stop); the overlap before them is seen as it is, not as known."""
-    if condition.known is None or condition.known_mask is None:
+    if condition.cond_latents is None or condition.cond_mask is None:
         return condition
-    known = F.pad(condition.known[:, :, start:stop], (0, 0, 0, 0, overlap, 0))
-    mask = F.pad(condition.known_mask[:, :, start:stop], (overlap, 0))
-    return replace(condition, known=known, known_mask=mask)
+    cond_latents = F.pad(condition.cond_latents[:, :, start:stop], (0, 0, 0, 0, overlap, 0))
+    mask = F.pad(condition.cond_mask[:, :, start:stop], (overlap, 0))
+    return replace(condition, cond_latents=cond_latents, cond_mask=mask)
 
 
 def _check(memory: str, tokens: int, persistent: int, layers: tuple[int, ...] | None, depth: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.codecs.diffusers import DiffusersCodec
-from titans_video.diffusion.base import Corrupted
+from titans_video.diffusion.base import NoisySample
 from titans_video.text.base import TextEncoder
 from titans_video.types import CodecSpec
 
@@ -22,14 +22,14 @@ from titans_video.types import CodecSpec
 class Process(Protocol):
     """A noise process that has one time a clip."""
 
-    def sample_time(self, seeds: Sequence[int]) -> Tensor: ...
-    def time_at(self, quantile: float) -> float: ...
-    def corrupt(self, x0: Tensor, noise: Tensor, time: Tensor) -> Corrupted: ...
+    def sample_timesteps(self, seeds: Sequence[int]) -> Tensor: ...
+    def timestep_quantile(self, quantile: float) -> float: ...
+    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample: ...
     def config(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class Call:
+class PipelineCall:
     """One call of a family's diffusers pipeline, which makes one video.
 
     Attributes:
@@ -54,7 +54,7 @@ class Call:
     on_step: Any = None
 
 
-class Family(ABC):
+class ModelSpec(ABC):
     """A pretrained pipeline in diffusers' format, known by its folder; nothing large is read before it is asked for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Family(ABC):
         folder: of the pipeline.
         config: of its transformer.
         image_to_video: it is told of a first frame, and cannot do without.
-        spec: of its VAE's latents.
+        codec_spec: of its VAE's latents.
         clip_grid: latent cells that clips must be multiples of.
         patch_size: latent cells of a token.
         text_length: tokens of every prompt.
@@ -76,7 +76,7 @@ class Family(ABC):
     folder: Path
     config: dict[str, Any]
     image_to_video: bool
-    spec: CodecSpec
+    codec_spec: CodecSpec
     clip_grid: tuple[int, int, int]
     patch_size: tuple[int, int, int]
     text_length: int
@@ -104,11 +104,11 @@ class Family(ABC):
         """The pretrained transformer, frozen."""
 
     @abstractmethod
-    def outline(self) -> nn.Module:
+    def meta_model(self) -> nn.Module:
         """The transformer without weights, on the device `meta`."""
 
     @abstractmethod
-    def small_network(self, blocks: Sequence[int] | None) -> nn.Module:
+    def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
         """A copy of the transformer in float32, for tiny latents.
 
         Args:
@@ -173,7 +173,7 @@ class Family(ABC):
         """(1, L, E) states of two prompts by the pipeline's own text encoder."""
 
     @abstractmethod
-    def run(self, pipeline: Any, call: Call) -> Tensor:
+    def run(self, pipeline: Any, call: PipelineCall) -> Tensor:
         """One call of the pipeline: (1, 3, T, H, W) float32 in [-1, 1] on the CPU."""
 
     @abstractmethod
@@ -181,8 +181,8 @@ class Family(ABC):
         """The arguments of the transformer that depend on the latent grid (t', h, w)."""
 
     @abstractmethod
-    def small_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
-        """Noisy latents, times, states and, for image-to-video, image latents that fit `small_network`."""
+    def tiny_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
+        """Noisy latents, times, states and, for image-to-video, image latents that fit `tiny_model`."""
 
     @abstractmethod
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:

@@ -12,21 +12,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from titans_video.checkpoint import load_pretrained
 from titans_video.codecs.diffusers import FirstFrameCodec
-from titans_video.diffusion.ddpm import VDiffusion
-from titans_video.errors import ConfigError
-from titans_video.pretrained.base import Call, Family
-from titans_video.pretrained.loading import fill, load_part, lora_of, read_config
+from titans_video.diffusion.ddpm import VPredictionDDPM
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.pretrained.base import ModelSpec, PipelineCall
+from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.seeding import generator
 from titans_video.text.base import TextEncoder
-from titans_video.text.huggingface import DTYPES, padded_text
+from titans_video.text.huggingface import padded_text
+from titans_video.types import PRECISIONS
 
 OFS = 2.0
 """What image-to-video models of version 1.5 are told as `ofs`."""
 
 
-class CogVideoX(Family):
-    """See `Family`.
+class CogVideoX(ModelSpec):
+    """See `ModelSpec`.
 
     Args:
         folder: of the pipeline.
@@ -49,15 +51,15 @@ class CogVideoX(Family):
         self.clip_grid, self.patch_size = (1, p, p), (self.p_t or 1, p, p)
         self.text_length = int(c["max_text_seq_length"])
         codec = self.codec("fp32", "cpu", load=False)
-        self.spec, self.vae_config = codec.spec, read_config(codec.folder or folder / "vae")
-        _, side, _ = self.spec.stride
+        self.codec_spec, self.vae_config = codec.spec, read_config(codec.folder or folder / "vae")
+        _, side, _ = self.codec_spec.stride
         self.trained = int(c["sample_frames"]), int(c["sample_height"]) * side, int(c["sample_width"]) * side
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Learned positions are of one size: at another number of frames diffusers puts others in their place, in
         silence. Version 1.5 has a table of positions that ends. Beside a first frame there must be others."""
         if self.image_to_video and frames < 2:
-            least = self.spec.frames_at_least(2)
+            least = self.codec_spec.frames_at_least(2)
             raise ConfigError(
                 f"{self.folder} makes what follows upon a first frame, and a clip of 1 frame has nothing else. Give "
                 f"--num-frames {least} or more (other numbers are rounded down to a legal one); in training --buckets "
@@ -67,14 +69,14 @@ class CogVideoX(Family):
             raise ConfigError(
                 f"{self.folder} knows positions up to {self.trained[1]}x{self.trained[2]}; {height}x{width} is larger."
             )
-        t = len(self.spec.frame_groups(frames))
+        t = len(self.codec_spec.frame_groups(frames))
         if not self.config.get("use_learned_positional_embeddings"):
             return
-        known_t = (self.trained[0] - 1) // self.spec.stride[0] + 1
+        known_t = (self.trained[0] - 1) // self.codec_spec.stride[0] + 1
         if (t, height, width) == (known_t, *self.trained[1:]):
             return
-        legal = (f for f in range(1, 8 * known_t) if self.spec.is_legal(f))
-        counts = [f for f in legal if len(self.spec.frame_groups(f)) == known_t]
+        legal = (f for f in range(1, 8 * known_t) if self.codec_spec.is_legal(f))
+        counts = [f for f in legal if len(self.codec_spec.frame_groups(f)) == known_t]
         raise ConfigError(
             f"{self.folder} has learned positions, for {self.trained[1]}x{self.trained[2]} and "
             f"{' or '.join(map(str, counts))} frames alone; at {height}x{width} and {frames} frames it would be given "
@@ -84,21 +86,23 @@ class CogVideoX(Family):
         )
 
     def load_network(self, dtype: torch.dtype) -> nn.Module:
-        network = load_part(self._kind(), self.folder / "transformer", dtype)
-        return network.requires_grad_(False)
+        network: nn.Module = load_pretrained(
+            self._kind(), self.folder / "transformer", "transformer", CheckpointError, torch_dtype=dtype
+        )
+        return network.eval().requires_grad_(False)
 
-    def outline(self) -> nn.Module:
+    def meta_model(self) -> nn.Module:
         with torch.device("meta"):
             made: nn.Module = self._kind().from_config(self.config)
         return made
 
-    def small_network(self, blocks: Sequence[int] | None) -> nn.Module:
+    def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
         side, layers = 2 * self.patch_size[1], int(self.config["num_layers"])
         kept = range(layers) if blocks is None else blocks
         changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
         network: nn.Module = self._kind().from_config({**self.config, **changes})
         made = dict(zip(kept, network.get_submodule(self.blocks).children(), strict=True))
-        setattr(network, self.blocks, nn.ModuleList(made.get(i, Through()) for i in range(layers)))
+        setattr(network, self.blocks, nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers)))
         return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
@@ -115,8 +119,8 @@ class CogVideoX(Family):
             raise ConfigError(f"{self.folder / 'scheduler'} describes a {name}, which is none of CogVideoX's.")
         return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
 
-    def process(self) -> VDiffusion:
-        return VDiffusion.from_scheduler(self.scheduler())
+    def process(self) -> VPredictionDDPM:
+        return VPredictionDDPM.from_scheduler(self.scheduler())
 
     def padded_frames(self, t: int) -> int:
         p_t = self.patch_size[0]
@@ -186,7 +190,7 @@ class CogVideoX(Family):
         kind = CogVideoXImageToVideoPipeline if self.image_to_video else CogVideoXPipeline
         tokenizer, encoder = None, None
         if text:
-            (stream,) = self.text(next(name for name, kind in DTYPES.items() if kind == dtype), "cpu").streams
+            (stream,) = self.text(next(name for name, kind in PRECISIONS.items() if kind == dtype), "cpu").streams
             tokenizer, encoder = stream.tokenizer, stream.model  # type: ignore[attr-defined]
         return kind(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=network, scheduler=self.scheduler())
 
@@ -196,7 +200,7 @@ class CogVideoX(Family):
             tuple[Tensor, Tensor], pipeline.encode_prompt(prompt, negative, True, max_sequence_length=self.text_length)
         )
 
-    def run(self, pipeline: Any, call: Call) -> Tensor:
+    def run(self, pipeline: Any, call: PipelineCall) -> Tensor:
         first_frame = {} if call.image is None else {"image": (call.image[:, :, 0] + 1) / 2}
 
         def on_step(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +225,7 @@ class CogVideoX(Family):
         ).frames  # (1, T, 3, H, W) in [0, 1]
         return frames.transpose(1, 2).float().cpu() * 2 - 1
 
-    def small_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
+    def tiny_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
         g, side = generator(seed, "small inputs"), 2 * self.patch_size[1]
         shape = (1, self.config["out_channels"], 2 * self.patch_size[0], side, side)
         yield torch.randn(shape, generator=g)
@@ -241,7 +245,7 @@ class CogVideoX(Family):
         return CogVideoXTransformer3DModel
 
 
-class Through(nn.Module):
+class SkippedBlock(nn.Module):
     """Stands where a block was left out."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:

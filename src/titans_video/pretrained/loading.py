@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from titans_video.checkpoint import load_tensors
-from titans_video.errors import CheckpointError, ConfigError, few, first_line
+from titans_video.errors import CheckpointError, ConfigError, few
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -30,26 +30,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"--pretrained-model: {folder / name} holds no object.")
     return found
-
-
-def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A network of diffusers with all its weights, in evaluation mode.
-
-    Raises:
-        CheckpointError: they are missing, damaged or do not fill it.
-    """
-    try:
-        network, info = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"The {kind.__name__} in {folder} cannot be loaded: {first_line(e)}") from None
-    missing = [*info["missing_keys"], *info["mismatched_keys"]]
-    if missing:
-        raise CheckpointError(
-            f"The weights in {folder} do not fill its {kind.__name__}: missing or misshapen are "
-            f"{few(map(str, missing))}. They would be random; copy the folder again."
-        )
-    made: nn.Module = network.eval()
-    return made
 
 
 def compile_blocks(network: nn.Module) -> None:

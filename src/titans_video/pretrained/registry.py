@@ -5,9 +5,9 @@ from importlib import import_module
 from pathlib import Path
 
 from titans_video.errors import ConfigError
-from titans_video.pretrained.base import Family
+from titans_video.pretrained.base import ModelSpec
 
-FAMILIES = {
+MODEL_SPECS = {
     "CogVideoXPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
     "CogVideoXImageToVideoPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
 }
@@ -21,7 +21,7 @@ def is_pipeline(folder: str | Path | None) -> bool:
     return folder is not None and (Path(folder).expanduser() / INDEX).is_file()
 
 
-def open_family(folder: str | Path) -> Family:
+def open_model_spec(folder: str | Path) -> ModelSpec:
     """The family of a diffusers pipeline, from the configurations in its folder.
 
     Raises:
@@ -38,8 +38,10 @@ def open_family(folder: str | Path) -> Family:
         ) from None
     except (OSError, ValueError, AttributeError) as e:
         raise ConfigError(f"--pretrained-model: {path / INDEX} cannot be read: {e}") from None
-    if name not in FAMILIES:
-        raise ConfigError(f"--pretrained-model {path} is a {name}; the pipelines known here are {', '.join(FAMILIES)}.")
-    module, _, kind = FAMILIES[name].partition(":")
-    made: Family = getattr(import_module(module), kind)(path)
+    if name not in MODEL_SPECS:
+        raise ConfigError(
+            f"--pretrained-model {path} is a {name}; the pipelines known here are {', '.join(MODEL_SPECS)}."
+        )
+    module, _, kind = MODEL_SPECS[name].partition(":")
+    made: ModelSpec = getattr(import_module(module), kind)(path)
     return made

@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from titans_video.codecs.registry import describe_codec
 from titans_video.config.options import CodecOptions, CogVideoXLoraOptions, DataOptions, ModelOptions, SoraOptions
 from titans_video.data.cache import EncodingStore, StoredText
-from titans_video.data.dataset import Data, open_data
+from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import open_validation, split
 from titans_video.data.reader import BrokenRow
-from titans_video.diffusion.base import Corrupted
+from titans_video.diffusion.base import NoisySample
 from titans_video.errors import ConfigError, DataError
 from titans_video.fingerprint import fingerprint_folder
 from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.media.resize import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.base import Family
-from titans_video.pretrained.registry import open_family
+from titans_video.pretrained.base import ModelSpec
+from titans_video.pretrained.registry import open_model_spec
 from titans_video.recipes.lora_base import load_base, move_adapter, precision_of, share_adapter_alone
 from titans_video.recipes.lora_parity import check_parity
-from titans_video.recipes.setup import fill, frames_in_words, together, train_recipe
-from titans_video.recipes.sora import SoraRecipe, advice_of
-from titans_video.seeding import derive
+from titans_video.recipes.setup import fill, frames_in_words, processes, train_recipe
+from titans_video.recipes.sora import SoraRecipe, generation_defaults
+from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder
-from titans_video.training.distributed import Engine
+from titans_video.training.distributed import Accelerator
 from titans_video.training.flops import count_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.setup import begin
-from titans_video.training.trainer import Outcome
+from titans_video.training.setup import start_run
+from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition
 
 
@@ -47,8 +47,8 @@ def parse_targets(words: str) -> tuple[str, ...] | str:
 
 def lora_config(
     options: CogVideoXLoraOptions,
-    data: Data,
-    family: Family,
+    data: VideoDataset,
+    spec: ModelSpec,
     codec: Any,
     text: TextEncoder,
     config: lora.LoraConfig,
@@ -59,9 +59,9 @@ def lora_config(
     return {
         "recipe": "cogvideox-lora",
         "base": {
-            "pipeline": str(family.folder),
-            "family": family.name,
-            "fingerprint": fingerprint_folder(family.folder / "transformer"),
+            "pipeline": str(spec.folder),
+            "family": spec.name,
+            "fingerprint": fingerprint_folder(spec.folder / "transformer"),
         },
         "lora": {
             "rank": config.rank,
@@ -69,21 +69,21 @@ def lora_config(
             "dropout": config.dropout,
             "targets": config.targets if isinstance(config.targets, str) else list(config.targets),
         },
-        "model": {"patch_size": list(family.patch_size)},
+        "model": {"patch_size": list(spec.patch_size)},
         "codec": describe_codec(codec, _codec_options(options)),
         "text": text.describe(),
-        "process": family.process().config(),
+        "process": spec.process().config(),
         "data": {
             "num_frames": bucket.frames,
             "height": bucket.height,
             "width": bucket.width,
             "fps": data.fps,
-            "tasks": [family.task],
+            "tasks": [spec.task],
         },
         "sample": {
-            "steps": family.steps,
-            "guidance_scale": family.guidance_scale,
-            **advice_of(options.advice, prompt),
+            "steps": spec.steps,
+            "guidance_scale": spec.guidance_scale,
+            **generation_defaults(options.generation_defaults, prompt),
         },
     }
 
@@ -92,54 +92,54 @@ def _codec_options(options: CogVideoXLoraOptions) -> CodecOptions:
     return CodecOptions(pretrained_model=options.base.pretrained_model, vae_dtype=options.base.vae_dtype)
 
 
-def as_sora(options: CogVideoXLoraOptions, family: Family) -> SoraOptions:
+def as_sora(options: CogVideoXLoraOptions, spec: ModelSpec) -> SoraOptions:
     """What the shared parts of a run look at."""
     return SoraOptions(
         data=options.data,
         codec=_codec_options(options),
-        model=ModelOptions(patch_size=family.clip_grid),
+        model=ModelOptions(patch_size=spec.clip_grid),
         train=options.train,
-        watch=options.watch,
+        validation=options.validation,
     )
 
 
-def open_clips(options: SoraOptions, family: Family, accelerator: Engine) -> Data:
+def open_clips(options: SoraOptions, spec: ModelSpec, accelerator: Accelerator) -> VideoDataset:
     """The clips, every one of them with the family's task.
 
     Raises:
         ConfigError: a size that the network does not know.
     """
     data = open_data(
-        _with_task(options.data, family),
-        family.spec,
-        family.clip_grid,
+        _with_task(options.data, spec),
+        spec.codec_spec,
+        spec.clip_grid,
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        together=together(accelerator),
+        processes=processes(accelerator),
     )
-    check_sizes(family, data)
-    if options.watch.validation_split:
-        data = split(data, options.watch.validation_split)
+    check_sizes(spec, data)
+    if options.validation.validation_split:
+        data = split(data, options.validation.validation_split)
     return data
 
 
-def check_sizes(family: Family, data: Data | None) -> None:
+def check_sizes(spec: ModelSpec, data: VideoDataset | None) -> None:
     """Hold every bucket that has rows against the positions that the transformer knows.
 
     Raises:
-        ConfigError: as `Family.check_size`.
+        ConfigError: as `ModelSpec.check_size`.
     """
     for bucket in data.buckets if data else ():
-        family.check_size(bucket.frames, bucket.height, bucket.width)
+        spec.check_size(bucket.frames, bucket.height, bucket.width)
 
 
-def _with_task(options: DataOptions, family: Family) -> DataOptions:
+def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
     if options.task_mix is not None:
         raise ConfigError(
-            f"--task-mix {options.task_mix}: {family.name} trains {family.task} alone, whatever rows say; leave it out."
+            f"--task-mix {options.task_mix}: {spec.name} trains {spec.task} alone, whatever rows say; leave it out."
         )
-    return replace(options, task_mix=f"{family.task}=1")
+    return replace(options, task_mix=f"{spec.task}=1")
 
 
 @dataclass
@@ -156,36 +156,38 @@ class LoraRecipe(SoraRecipe):
     """
 
     process: Any
-    family: Family = field(kw_only=True)
+    spec: ModelSpec = field(kw_only=True)
     adapter: lora.LoraConfig = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)
-    data: Data = field(kw_only=True)
+    data: VideoDataset = field(kw_only=True)
     gate: str = field(kw_only=True, default="first")
     gated: bool = False
 
     def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
         """Padded latents (B, C, t, h, w), and the prompts; as `known` the latents of the first frame."""
         moments = self._moments(batch.moments, batch.pixels)
-        clean = self.family.pad(self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds]))
+        clean = self.spec.pad(
+            self.codec.from_moments(moments, seeds=[derive_seed(s, "posterior") for s in batch.seeds])
+        )
         text = batch.text or self.text(batch.captions)
         text = self._dropped(batch, text) if drop else text.to(self.device)
-        if not self.family.image_to_video:
+        if not self.spec.image_to_video:
             return clean, Condition(text=text)
-        known = batch.known_moments
+        known = batch.cond_moments
         if known is None:
-            assert batch.known_pixels is not None  # every row is i2v
-            known = self.codec.encode_known(batch.known_pixels.to(self.device))
+            assert batch.cond_pixels is not None  # every row is i2v
+            known = self.codec.encode_cond_frames(batch.cond_pixels.to(self.device))
         first = known[:, :, :1].to(self.device, torch.float32)
-        drawn = self.codec.from_moments(first, seeds=[derive(s, "first frame") for s in batch.seeds])
-        image = self.family.image_latents(self.codec.unscale(drawn), clean.shape[2])
-        return clean, Condition(text=text, known=image)
+        drawn = self.codec.from_moments(first, seeds=[derive_seed(s, "first frame") for s in batch.seeds])
+        image = self.spec.image_latents(self.codec.unscale(drawn), clean.shape[2])
+        return clean, Condition(text=text, cond_latents=image)
 
     def times(self, batch: Batch, clean: Tensor) -> Tensor:
         """(B,) steps of the scheduler."""
-        return self.process.sample_time(batch.seeds)
+        return self.process.sample_timesteps(batch.seeds)
 
     def times_at(self, quantile: float, clean: Tensor) -> Tensor:
-        return torch.full((clean.shape[0],), self.process.time_at(quantile))
+        return torch.full((clean.shape[0],), self.process.timestep_quantile(quantile))
 
     def _errors(
         self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
@@ -193,16 +195,16 @@ class LoraRecipe(SoraRecipe):
         """Weighted squared error (B, C, t, h, w) float32; `times` (B,)."""
         assert condition.text is not None
         with torch.no_grad():
-            made: Corrupted = self.process.corrupt(clean, noise.to(self.device), times.to(self.device))
+            made: NoisySample = self.process.add_noise(clean, noise.to(self.device), times.to(self.device))
         (states,) = condition.text.streams
-        value = self.family.predict(model, made.model_input, made.model_time, states, condition.known, self.dtype)
+        value = self.spec.predict(model, made.model_input, made.model_time, states, condition.cond_latents, self.dtype)
         return made.weight * (value - made.target).square()
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
         c, t, h, w = super()._latent_shape(batch)
-        return c, self.family.padded_frames(t), h, w
+        return c, self.spec.padded_frames(t), h, w
 
-    def _known_mask(self, batch: Batch) -> Tensor:
+    def _cond_mask(self, batch: Batch) -> Tensor:
         """Nothing is exempt from the loss: a first frame is told, and denoised all the same."""
         return torch.zeros(len(batch), self.codec.spec.stride[0], self._latent_shape(batch)[1], dtype=torch.bool)
 
@@ -210,12 +212,12 @@ class LoraRecipe(SoraRecipe):
         """Two thirds of what training all weights would take: a frozen weight has no gradient of its own."""
         shape = self._latent_shape(batch)
         if shape not in self.counted_flops:
-            network, meta = self.family.outline(), torch.device("meta")
-            states = torch.empty(1, self.family.text_length, self.text.widths[0], device=meta)
+            network, meta = self.spec.meta_model(), torch.device("meta")
+            states = torch.empty(1, self.spec.text_length, self.text.widths[0], device=meta)
             x = torch.empty(1, *shape, device=meta)
-            image = x if self.family.image_to_video else None
+            image = x if self.spec.image_to_video else None
             time = torch.empty(1, device=meta)
-            whole = count_flops(lambda: self.family.predict(network, x, time, states, image, torch.float32))
+            whole = count_flops(lambda: self.spec.predict(network, x, time, states, image, torch.float32))
             self.counted_flops[shape] = whole * 2 // 3
         return float(len(batch) * self.counted_flops[shape])
 
@@ -223,7 +225,7 @@ class LoraRecipe(SoraRecipe):
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
         """See `training.recipe.Validated`."""
         text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
-        pipeline = self.family.pipeline(network, self.codec.vae, text=False, dtype=self.dtype)  # type: ignore[attr-defined]
+        pipeline = self.spec.pipeline(network, self.codec.vae, text=False, dtype=self.dtype)  # type: ignore[attr-defined]
         pipeline.set_progress_bar_config(disable=True)
         model = PretrainedModel(
             network=network,
@@ -232,9 +234,9 @@ class LoraRecipe(SoraRecipe):
             process=self.process,
             config=self.config,
             step=step,
-            path=self.family.folder,
+            path=self.spec.folder,
             run_on=self.device,
-            family=self.family,
+            spec=self.spec,
             pipeline=pipeline,
             dtype=self.dtype,
         )
@@ -256,12 +258,12 @@ class LoraRecipe(SoraRecipe):
             return None
         self.gated = True
         tensors = lora.rename(model)
-        return check_parity(self.family, tensors, self._sizes(tensors), folder)
+        return check_parity(self.spec, tensors, self._sizes(tensors), folder)
 
     def sample_command(self, last: Path) -> list[str]:
         """See `training.recipe.Adapting`."""
-        words = ["titans-video", "generate", "--pretrained-model", str(self.family.folder), "--lora", str(last)]
-        return words + (["--image", "FIRST_FRAME.png"] if self.family.image_to_video else [])
+        words = ["titans-video", "generate", "--pretrained-model", str(self.spec.folder), "--lora", str(last)]
+        return words + (["--image", "FIRST_FRAME.png"] if self.spec.image_to_video else [])
 
     def _sizes(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
         names = sorted({name.rpartition(".lora_")[0] for name in tensors})
@@ -269,10 +271,12 @@ class LoraRecipe(SoraRecipe):
 
     def _first_frame(self, prompt: str) -> Tensor | None:
         """Of a row with this caption, else of another, as large as the videos; None for a model without."""
-        if not self.family.image_to_video:
+        if not self.spec.image_to_video:
             return None
         reader, size = self.data.reader(), (self.config["data"]["height"], self.config["data"]["width"])
-        for entry in sorted(self.data.entries, key=lambda e: (e.row.caption != prompt, derive(0, "picture", e.row.id))):
+        for entry in sorted(
+            self.data.entries, key=lambda e: (e.row.caption != prompt, derive_seed(0, "picture", e.row.id))
+        ):
             sample = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
             try:
                 frame = reader.picture(sample) if sample.picture else reader.clip(sample)[0]
@@ -282,26 +286,26 @@ class LoraRecipe(SoraRecipe):
         raise DataError("Not one clip can be read any more, and a validation video needs a first frame.")
 
 
-def train_lora(options: CogVideoXLoraOptions) -> Outcome:
+def train_lora(options: CogVideoXLoraOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
         UserError: whatever the flags, the data or the pipeline have wrong.
     """
-    run = begin(options.data, options.train)
-    accelerator, base = run.engine, options.base
+    run = start_run(options.data, options.train)
+    accelerator, base = run.accelerator, options.base
     assert base.pretrained_model is not None  # checked with the flags
-    family = open_family(base.pretrained_model)
+    spec = open_model_spec(base.pretrained_model)
     # What is wrong with the flags and with the pipeline's small files is said before anything slow is done.
     precision_of(base, accelerator)
-    family.process()
-    lora.find_targets(family.outline(), parse_targets(options.lora.target_modules))
-    text = family.text(base.text_dtype, accelerator.device, offload=base.text_offload == "cpu")
-    codec = family.codec(base.vae_dtype, accelerator.device, load=options.data.cache is None)
-    shared = as_sora(options, family)
-    data = open_clips(shared, family, accelerator)
-    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
-    check_sizes(family, held_out)
+    spec.process()
+    lora.find_targets(spec.meta_model(), parse_targets(options.lora.target_modules))
+    text = spec.text(base.text_dtype, accelerator.device, offload=base.text_offload == "cpu")
+    codec = spec.codec(base.vae_dtype, accelerator.device, load=options.data.cache is None)
+    shared = as_sora(options, spec)
+    data = open_clips(shared, spec, accelerator)
+    held_out = open_validation(data, options.validation.validation_manifest, processes(accelerator))
+    check_sizes(spec, held_out)
     store: EncodingStore | None = None
     if shared.data.cache is not None:
         filled = fill(shared, data, codec, text, accelerator)
@@ -309,17 +313,17 @@ def train_lora(options: CogVideoXLoraOptions) -> Outcome:
         held_out = fill(shared, held_out, codec, text, accelerator).data if held_out else None
         text.release()
         codec.release()
-    recipe = build_lora(options, data, family, codec, text, accelerator, store)
+    recipe = build_lora(options, data, spec, codec, text, accelerator, store)
     return train_recipe(options, run, recipe, data, held_out, store, _notes(options, data, recipe))
 
 
 def build_lora(
     options: CogVideoXLoraOptions,
-    data: Data,
-    family: Family,
+    data: VideoDataset,
+    spec: ModelSpec,
     codec: Any,
     text: TextEncoder,
-    accelerator: Engine,
+    accelerator: Accelerator,
     store: EncodingStore | None = None,
 ) -> LoraRecipe:
     """The frozen transformer with a fresh adapter, a function of the seed.
@@ -327,25 +331,25 @@ def build_lora(
     Raises:
         ConfigError, CheckpointError: as `load_base` and `models.lora.inject`.
     """
-    network, dtype = load_base(options.base, family, accelerator)
+    network, dtype = load_base(options.base, spec, accelerator)
     wanted = options.lora
     config = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_targets(wanted.target_modules))
     lora.inject(network, config, seed=options.train.seed)
     move_adapter(network, accelerator.device)
     prompt = next((row.caption for row in data.rows if row.caption), None)
-    said = lora_config(options, data, family, codec, text, config, prompt)
+    said = lora_config(options, data, spec, codec, text, config, prompt)
     share_adapter_alone(network, said["base"]["fingerprint"], accelerator)
     return LoraRecipe(
         network=network,
         codec=codec,
         text=text,
-        process=family.process(),
+        process=spec.process(),
         config=said,
         device=accelerator.device,
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=prompt,
         store=store,
-        family=family,
+        spec=spec,
         adapter=config,
         dtype=dtype,
         data=data,
@@ -353,20 +357,20 @@ def build_lora(
     )
 
 
-def _notes(options: CogVideoXLoraOptions, data: Data, recipe: LoraRecipe) -> list[str]:
-    family, network = recipe.family, recipe.network
+def _notes(options: CogVideoXLoraOptions, data: VideoDataset, recipe: LoraRecipe) -> list[str]:
+    spec, network = recipe.spec, recipe.network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in network.parameters())
     layers = len(list(lora.layers(network)))
-    notes = frames_in_words(as_sora(options, family), data, family.spec)
-    others = sorted({row.task for row in data.rows if row.task != family.task})
-    if others and family.image_to_video:
-        notes.append(f"Rows of {' and '.join(others)} train as i2v: {family.name} is told of every clip's first frame.")
+    notes = frames_in_words(as_sora(options, spec), data, spec.codec_spec)
+    others = sorted({row.task for row in data.rows if row.task != spec.task})
+    if others and spec.image_to_video:
+        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} is told of every clip's first frame.")
     elif others:
-        notes.append(f"Rows of {' and '.join(others)} train as t2v: {family.name} cannot be told of a first frame.")
+        notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} cannot be told of a first frame.")
     kind = str(recipe.dtype).removeprefix("torch.")
     notes.append(
-        f"{family.name}, {(whole - trained) / 1e6:.1f} million frozen parameters ({kind}); "
+        f"{spec.name}, {(whole - trained) / 1e6:.1f} million frozen parameters ({kind}); "
         f"LoRA of rank {recipe.adapter.rank}, alpha {recipe.adapter.scaling_alpha:g}, on {layers} layers, "
         f"{trained:,} parameters trained."
     )

@@ -6,28 +6,32 @@ from torch import nn
 from titans_video.config.options import BaseOptions
 from titans_video.errors import ConfigError
 from titans_video.models import lora
-from titans_video.pretrained.base import Family
+from titans_video.pretrained.base import ModelSpec
 from titans_video.pretrained.loading import compile_blocks
-from titans_video.training.distributed import AUTOCAST, Engine, gather
+from titans_video.training.distributed import AUTOCAST, Accelerator, all_gather_object
+from titans_video.types import PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-def precision_of(options: BaseOptions, engine: Engine) -> torch.dtype:
+def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
     """What the transformer computes in.
 
     Raises:
         ConfigError: the flags ask for what the engine or the device cannot do.
     """
-    dtype = DTYPES[options.base_dtype] if options.base_dtype else AUTOCAST.get(engine.mixed_precision, torch.float32)
-    if dtype == torch.float16 and engine.device.type == "cpu":
+    dtype = (
+        PRECISIONS[options.base_dtype]
+        if options.base_dtype
+        else AUTOCAST.get(accelerator.mixed_precision, torch.float32)
+    )
+    if dtype == torch.float16 and accelerator.device.type == "cpu":
         raise ConfigError("--base-dtype fp16: CPUs compute in fp32 or bf16; use --base-dtype bf16.")
-    if engine.is_fsdp2 and (options.layerwise_casting != "none" or options.offload != "none"):
+    if accelerator.is_fsdp2 and (options.layerwise_casting != "none" or options.offload != "none"):
         raise ConfigError(
             "--layerwise-casting and --offload move weights layer by layer, and so does FSDP2; give one of them."
         )
-    if options.offload == "group" and engine.num_processes > 1:
+    if options.offload == "group" and accelerator.num_processes > 1:
         raise ConfigError(
             "--offload group is for one process; several share the weights by FSDP2 "
             "(--config_file configs/accelerate/fsdp2.yaml)."
@@ -35,7 +39,7 @@ def precision_of(options: BaseOptions, engine: Engine) -> torch.dtype:
     return dtype
 
 
-def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.Module, torch.dtype]:
+def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -> tuple[nn.Module, torch.dtype]:
     """The transformer as the flags ask for it, and the precision that it computes in.
 
     Layers are cast and offloaded by diffusers' own hooks, which stay on them when adapters are put beside.
@@ -43,8 +47,8 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
     Raises:
         ConfigError: as `precision_of`.
     """
-    dtype = precision_of(options, engine)
-    network = family.load_network(dtype)
+    dtype = precision_of(options, accelerator)
+    network = spec.load_network(dtype)
     if options.gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
     if options.layerwise_casting != "none":
@@ -52,7 +56,7 @@ def load_base(options: BaseOptions, family: Family, engine: Engine) -> tuple[nn.
             storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
         )
     if options.offload == "group":
-        offload_blocks(network, engine.device)
+        offload_blocks(network, accelerator.device)
     if options.compile:
         compile_blocks(network)
     return network, dtype
@@ -68,7 +72,7 @@ def offload_blocks(network: nn.Module, device: torch.device) -> None:
     """
     from diffusers.hooks import apply_group_offloading
 
-    network.offloaded = True  # type: ignore[assignment]  # told to `training.engine.prepare`
+    network.offloaded = True  # type: ignore[assignment]  # told to `training.accelerator.prepare`
     for part in network.children():
         if not isinstance(part, nn.ModuleList):
             part.to(device)
@@ -90,7 +94,7 @@ def move_adapter(network: nn.Module, device: torch.device) -> None:
         layer.lora_B.to(device)
 
 
-def share_adapter_alone(network: nn.Module, fingerprint: str, engine: Engine) -> None:
+def share_adapter_alone(network: nn.Module, fingerprint: str, accelerator: Accelerator) -> None:
     """Let DDP send only what is trained from process to process: each has read the frozen weights itself, and gloo
     cannot send those of 8 bits.
 
@@ -99,7 +103,7 @@ def share_adapter_alone(network: nn.Module, fingerprint: str, engine: Engine) ->
     Raises:
         ConfigError: the processes have read different ones.
     """
-    if len(set(gather(engine, fingerprint))) > 1:
+    if len(set(all_gather_object(accelerator, fingerprint))) > 1:
         raise ConfigError("--pretrained-model: the machines of this run have different transformers in this folder.")
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.base import Family
+from titans_video.pretrained.base import ModelSpec
 
 BLOCKS = 2
 """A copy of the transformer has this many of the adapter's blocks where it is large."""
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 def check_parity(
-    family: Family, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]], folder: Path
+    spec: ModelSpec, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]], folder: Path
 ) -> str | None:
     """Compare; gives what to say of it, once it is well.
 
@@ -45,13 +45,13 @@ def check_parity(
             f"{folder.name}: not compared with what diffusers reads in it, for which the package peft is needed "
             "(`pip install peft`); --parity-gate none leaves the comparison out."
         )
-    large = sum(p.numel() for p in family.outline().parameters()) > LARGE
-    chosen = _blocks_of(family, tensors)[:BLOCKS] if large else None
-    ours, kept = _copy(family, tensors, chosen)
+    large = sum(p.numel() for p in spec.meta_model().parameters()) > LARGE
+    chosen = _blocks_of(spec, tensors)[:BLOCKS] if large else None
+    ours, kept = _copy(spec, tensors, chosen)
     theirs, whole = copy.deepcopy(ours), kept.keys() == tensors.keys()
     if not whole:
         _compare_names(tensors, folder)
-    base = _output(family, ours)
+    base = _output(spec, ours)
     lora.load(ours, kept, {name: alpha for name, (_, alpha) in sizes.items()})
     if not any(bool(v.any()) for k, v in kept.items() if ".lora_B." in k):
         return f"{folder.name}: nothing is learned yet (B is 0), so there is nothing to compare with diffusers."
@@ -59,12 +59,12 @@ def check_parity(
     lora.set_adapters(ours, {lora.DEFAULT: weight})
     try:
         present = {key.rpartition(".lora_")[0] for key in kept}
-        name = family.load_with_diffusers(theirs, folder, None if whole else present)
+        name = spec.load_with_diffusers(theirs, folder, None if whole else present)
         theirs.set_adapters(name, weights=weight)  # type: ignore[operator]
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         said = " ".join(str(e).split())[:300]
         raise CheckpointError(f"{folder}: diffusers cannot load this file ({said}).") from None
-    expected, found = _output(family, ours), _output(family, theirs)
+    expected, found = _output(spec, ours), _output(spec, theirs)
     effect, difference = (expected - base).abs().max().item(), (expected - found).abs().max().item()
     if not difference <= TOLERANCE * max(effect, 1e-6):
         raise CheckpointError(
@@ -93,25 +93,25 @@ def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
         )
 
 
-def _blocks_of(family: Family, tensors: dict[str, Tensor]) -> list[int]:
+def _blocks_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> list[int]:
     """The numbers of the blocks that an adapter has layers in; the first, where it has none in any."""
-    found = (re.match(rf"{re.escape(family.blocks)}\.(\d+)\.", name) for name in tensors)
+    found = (re.match(rf"{re.escape(spec.blocks)}\.(\d+)\.", name) for name in tensors)
     return sorted({int(match[1]) for match in found if match}) or [0]
 
 
 def _copy(
-    family: Family, tensors: dict[str, Tensor], blocks: Sequence[int] | None
+    spec: ModelSpec, tensors: dict[str, Tensor], blocks: Sequence[int] | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A fresh transformer, and what of an adapter is for its layers."""
-    network = family.small_network(blocks)
+    network = spec.tiny_model(blocks)
     present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     return network, {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}
 
 
 @torch.no_grad()
-def _output(family: Family, network: nn.Module) -> Tensor:
-    noisy, time, text, *image = family.small_inputs(network, 0)
-    return family.predict(network, noisy, time, text, image[0] if image else None, torch.float32)
+def _output(spec: ModelSpec, network: nn.Module) -> Tensor:
+    noisy, time, text, *image = spec.tiny_inputs(network, 0)
+    return spec.predict(network, noisy, time, text, image[0] if image else None, torch.float32)
 
 
 def _visible(network: nn.Module) -> float:

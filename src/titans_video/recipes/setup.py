@@ -12,40 +12,40 @@ from tqdm import tqdm
 
 from titans_video.codecs.base import Codec
 from titans_video.codecs.external import source_digest
-from titans_video.codecs.pca import PatchCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.codecs.registry import build_codec, codec_from_checkpoint, parse_init
 from titans_video.config.generation import Overrides
-from titans_video.config.options import CodecOptions, SoraOptions, TrainOptions, WatchOptions
+from titans_video.config.options import CodecOptions, SoraOptions, TrainOptions, ValidationOptions
 from titans_video.config.parse import read_prompts
 from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import Data, Together, open_data
+from titans_video.data.dataset import ProcessGroup, VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, shared_files, split
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import QUARANTINE, write_quarantine
 from titans_video.errors import CodecError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder
 from titans_video.training import distributed, tracking
 from titans_video.training.checkpointing import Resume
-from titans_video.training.distributed import Engine, once
+from titans_video.training.distributed import Accelerator, run_on_main
 from titans_video.training.recipe import Recipe, Validated
 from titans_video.training.resume import prepare_folder
-from titans_video.training.setup import Start, settle
+from titans_video.training.setup import RunContext, reconcile_resume
 from titans_video.training.tracking import Tracker, open_tracker
-from titans_video.training.trainer import Outcome, Trainer
-from titans_video.training.validation import Validator, Watched
+from titans_video.training.trainer import Trainer, TrainResult
+from titans_video.training.validation import Monitoring, Validator
 from titans_video.types import CodecSpec
 
 FIT_CLIPS = 512
-PATCH_CODEC: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
+PCA_DEFAULTS: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
 
 
 def open_data_and_codec(
     options: SoraOptions,
-    accelerator: distributed.Engine,
+    accelerator: distributed.Accelerator,
     resume: Resume | None,
     clip_grid: tuple[int, int, int] | None = None,
-) -> tuple[Data, Codec]:
+) -> tuple[VideoDataset, Codec]:
     """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
     fitted = options.codec.vae_backend == "patch"
     codec: Codec | None = None
@@ -61,28 +61,30 @@ def open_data_and_codec(
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        together=together(accelerator),
+        processes=processes(accelerator),
     )
-    if options.watch.validation_split:
-        data = split(data, options.watch.validation_split)
+    if options.validation.validation_split:
+        data = split(data, options.validation.validation_split)
     return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
 
 
-def together(accelerator: distributed.Engine) -> Together:
+def processes(accelerator: distributed.Accelerator) -> ProcessGroup:
     """How these processes share what one of them knows."""
-    return Together(partial(distributed.once, accelerator), partial(distributed.gather, accelerator))
+    return ProcessGroup(
+        partial(distributed.run_on_main, accelerator), partial(distributed.all_gather_object, accelerator)
+    )
 
 
-def _patch_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, float]:
+def _pca_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, float]:
     """(patch, channels, smooth) of the patch codec: the defaults, changed by --vae-init-json."""
-    given = {**PATCH_CODEC, **parse_init(options.vae_init_json)}
+    given = {**PCA_DEFAULTS, **parse_init(options.vae_init_json)}
     patch, channels, smooth = given["patch"], given["channels"], given["smooth"]
     whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
     number = type(smooth) in (int, float) and math.isfinite(smooth) and smooth >= 0
-    if not whole or not number or len(patch) != 3 or given.keys() != PATCH_CODEC.keys():
+    if not whole or not number or len(patch) != 3 or given.keys() != PCA_DEFAULTS.keys():
         raise CodecError(
             f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PATCH_CODEC)} (frames, height and width of a patch in pixels, components kept, and the "
+            f"{json.dumps(PCA_DEFAULTS)} (frames, height and width of a patch in pixels, components kept, and the "
             "errors for which blocks are joined, as a standard deviation of pixels in [-1, 1])."
         )
     if smooth and patch[0] == 1:
@@ -97,17 +99,17 @@ def spec_of(options: CodecOptions) -> CodecSpec:
     """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
     if options.vae_backend != "patch":
         return build_codec(options, load=False).spec
-    patch, channels, _ = _patch_arguments(options)
+    patch, channels, _ = _pca_arguments(options)
     return CodecSpec("patch", channels, patch, "blocks")
 
 
-def _fit(options: CodecOptions, data: Data, accelerator: distributed.Engine) -> Codec:
-    arguments = _patch_arguments(options)
-    codec = distributed.once(accelerator, lambda: PatchCodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
-    return PatchCodec.from_config(codec.config(), codec.state_dict())  # as a run that goes on will have it
+def _fit(options: CodecOptions, data: VideoDataset, accelerator: distributed.Accelerator) -> Codec:
+    arguments = _pca_arguments(options)
+    codec = distributed.run_on_main(accelerator, lambda: PCACodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
+    return PCACodec.from_config(codec.config(), codec.state_dict())  # as a run that goes on will have it
 
 
-def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[str]:
+def frames_in_words(options: SoraOptions, data: VideoDataset, spec: CodecSpec) -> list[str]:
     """A line that says so where clips have another length than `--num-frames`."""
     asked, patch = options.data.num_frames, options.model.patch_size[0]
     used = data.buckets[0].frames
@@ -121,10 +123,10 @@ def frames_in_words(options: SoraOptions, data: Data, spec: CodecSpec) -> list[s
 
 def fill(
     options: SoraOptions,
-    data: Data,
+    data: VideoDataset,
     codec: Codec,
     text: TextEncoder,
-    accelerator: distributed.Engine,
+    accelerator: distributed.Accelerator,
     pictures: bool = False,
 ) -> Filled:
     """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
@@ -135,8 +137,8 @@ def fill(
     """
     encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text, pictures)
     assert options.data.cache is not None  # callers checked
-    prompts = prompts_of(options.watch, data)
-    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, together=together(accelerator))
+    prompts = prompts_of(options.validation, data)
+    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=processes(accelerator))
     accelerator.print(filled.summary())
     return filled
 
@@ -168,7 +170,7 @@ OWN_PROMPTS = 4
 """Captions of the data that stand in where no prompts are named."""
 
 
-def prompts_of(options: WatchOptions, data: Data) -> list[str]:
+def prompts_of(options: ValidationOptions, data: VideoDataset) -> list[str]:
     """What validation makes videos of: the prompts that the options name, else a few captions of the data, chosen by
     the rows' ids."""
     if not options.validate_every:
@@ -177,7 +179,7 @@ def prompts_of(options: WatchOptions, data: Data) -> list[str]:
         return list(read_prompts(options.validation_prompts))
     if options.validation_prompt:
         return list(options.validation_prompt)
-    rows = sorted(data.rows, key=lambda row: derive(0, "prompt", row.id))
+    rows = sorted(data.rows, key=lambda row: derive_seed(0, "prompt", row.id))
     return list(dict.fromkeys(row.caption for row in rows if row.caption))[:OWN_PROMPTS] or [""]
 
 
@@ -185,19 +187,19 @@ def watch(
     options: Any,
     defaults: Any,
     recipe: Any,
-    machine: Engine,
-    data: Data,
-    held_out: Data | None,
+    accelerator: Accelerator,
+    data: VideoDataset,
+    held_out: VideoDataset | None,
     *,
     step: int,
     store: EncodingStore | None = None,
     running: str = "",
     say: Callable[[str], None],
-) -> Watched:
+) -> Monitoring:
     """Write run.json, start the tracker, and get validation ready.
 
     Args:
-        options, defaults: of the command, with `train` and `watch` groups.
+        options, defaults: of the command, with `train` and `validation` groups.
         recipe: both a `Recipe` and `Validated`.
         held_out: rows to measure the loss of.
         step: that the run begins at, or goes on from.
@@ -206,25 +208,25 @@ def watch(
     Raises:
         ConfigError: the tracker cannot be started.
     """
-    train, chosen = options.train, options.watch
+    train, chosen = options.train, options.validation
     run = Path(train.output_dir)
 
     def record() -> str:
-        environment, about = tracking.environment(machine, running), describe(recipe, data, held_out)
+        environment, about = tracking.environment(accelerator, running), describe(recipe, data, held_out)
         return tracking.write_start(run, step, options, defaults, about, environment)
 
-    run_id = once(machine, record)
-    tracker = open_tracker(machine, chosen.log_with, run, step, run_id, tracking.flat(options))
-    return Watched(tracker, _validator(chosen, train, recipe, machine, data, held_out, store, tracker, say))
+    run_id = run_on_main(accelerator, record)
+    tracker = open_tracker(accelerator, chosen.log_with, run, step, run_id, tracking.flat(options))
+    return Monitoring(tracker, _validator(chosen, train, recipe, accelerator, data, held_out, store, tracker, say))
 
 
 def _validator(
-    options: WatchOptions,
+    options: ValidationOptions,
     train: TrainOptions,
     recipe: Validated,
-    machine: Engine,
-    data: Data,
-    held_out: Data | None,
+    accelerator: Accelerator,
+    data: VideoDataset,
+    held_out: VideoDataset | None,
     store: EncodingStore | None,
     tracker: Tracker,
     say: Callable[[str], None],
@@ -234,10 +236,12 @@ def _validator(
     prompts = prompts_of(options, data)
     rows = None if held_out is None else HeldOut(held_out, store, options.validation_rows or None)
     say(_in_words(options, data, held_out, prompts))
-    return Validator(recipe, machine, Path(train.output_dir), options, train.max_steps, prompts, rows, tracker)
+    return Validator(recipe, accelerator, Path(train.output_dir), options, train.max_steps, prompts, rows, tracker)
 
 
-def _in_words(options: WatchOptions, data: Data, held_out: Data | None, prompts: Sequence[str]) -> str:
+def _in_words(
+    options: ValidationOptions, data: VideoDataset, held_out: VideoDataset | None, prompts: Sequence[str]
+) -> str:
     """What validation will do, for the person at the keyboard."""
     videos = f"{len(prompts)} video{'s' * (len(prompts) != 1)}"
     if held_out is None:
@@ -251,7 +255,7 @@ def _in_words(options: WatchOptions, data: Data, held_out: Data | None, prompts:
     return said + (f" {both} of their clips are trained on too, so their loss says little." if both else "")
 
 
-def describe(recipe: Recipe, data: Data, held_out: Data | None) -> dict[str, Any]:
+def describe(recipe: Recipe, data: VideoDataset, held_out: VideoDataset | None) -> dict[str, Any]:
     """What run.json says of the model and the data."""
     options = data.options
     return {
@@ -271,17 +275,17 @@ def describe(recipe: Recipe, data: Data, held_out: Data | None) -> dict[str, Any
 
 def train_recipe(
     options: Any,
-    run: Start,
+    run: RunContext,
     recipe: Any,
-    data: Data,
-    held_out: Data | None,
+    data: VideoDataset,
+    held_out: VideoDataset | None,
     store: EncodingStore | None,
     notes: Sequence[str] = (),
-) -> Outcome:
+) -> TrainResult:
     """Settle what is trained, make the folder ready, say what there is, and train.
 
     Args:
-        options: of the command, with `data`, `train` and `watch` groups.
+        options: of the command, with `data`, `train` and `validation` groups.
         run: from `training.starting.begin`.
         recipe: both a `Recipe` and `Validated`, with a `config`.
         held_out: rows to measure the loss of.
@@ -290,14 +294,14 @@ def train_recipe(
     Raises:
         UserError: whatever `settle`, `watch` and the trainer raise.
     """
-    accelerator, resume, say = run.engine, run.resume, run.say
-    data, train, about = settle(options, data, recipe.config, run)
-    moved = distributed.once(accelerator, lambda: prepare_folder(options.train, resume))
+    accelerator, resume, say = run.accelerator, run.resume, run.say
+    data, train, about = reconcile_resume(options, data, recipe.config, run)
+    moved = distributed.run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
     say(data.summary(train.grad_accum))
     left_out = Path(options.train.output_dir) / QUARANTINE
-    distributed.once(accelerator, lambda: write_quarantine(left_out, data.quarantined))
+    distributed.run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         say(f"Which rows, and why: {left_out}")
     say("\n".join(notes))

@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
 from titans_video.codecs.registry import describe_codec, flags_to_name_again
-from titans_video.config.options import AdviceOptions, SoraOptions
+from titans_video.config.options import GenerationDefaults, SoraOptions
 from titans_video.data.cache import EncodingStore, StoredText
-from titans_video.data.dataset import Data
+from titans_video.data.dataset import VideoDataset
 from titans_video.data.held_out import open_validation
-from titans_video.diffusion.base import Corrupted, NoiseProcess, count_tokens
+from titans_video.diffusion.base import NoiseProcess, NoisySample, count_tokens
 from titans_video.diffusion.registry import build_process, process_config
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import PromptEncoder, VideoModel
-from titans_video.generation.windows import Joins, check_draft
+from titans_video.generation.windows import WindowingSupport, check_draft
 from titans_video.models.registry import build_network, network_config, sora_config
-from titans_video.recipes.setup import fill, frames_in_words, open_data_and_codec, together, train_recipe
-from titans_video.seeding import derive, keyed_normal
+from titans_video.recipes.setup import fill, frames_in_words, open_data_and_codec, processes, train_recipe
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.base import TextEncoder, drop_captions
 from titans_video.text.registry import build_text
 from titans_video.training import distributed
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import Sampler
-from titans_video.training.setup import begin
-from titans_video.training.trainer import Outcome
-from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_known_mask
+from titans_video.training.setup import start_run
+from titans_video.training.trainer import TrainResult
+from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_frame_mask
 
 TEXT_STEP, LONGEST_TEXT = 64, 512
 
@@ -80,14 +80,14 @@ class SoraRecipe:
     def row_elements(self, batch: Batch) -> Tensor:
         """(B,): the same of each row."""
         c, _, h, w = self._latent_shape(batch)
-        return (~self._known_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
+        return (~self._cond_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Weighted squared error (B,), summed over each row's supervised elements."""
         with torch.no_grad():
             clean, condition = self.encode(batch)
             times = self.times(batch, clean)
-            noise = keyed_normal(clean.shape[1:], [derive(s, "noise") for s in batch.seeds])
+            noise = seeded_randn(clean.shape[1:], [derive_seed(s, "noise") for s in batch.seeds])
         return self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(dim=1)
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class SoraRecipe:
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
             times = self.times_at(quantile, clean)
-            noise = keyed_normal(clean.shape[1:], [derive(s, "noise", f"{quantile:g}") for s in batch.seeds])
+            noise = seeded_randn(clean.shape[1:], [derive_seed(s, "noise", f"{quantile:g}") for s in batch.seeds])
             sums[i] = self._errors(model, batch, clean, condition, times, noise).flatten(1).sum(1).double()
         return sums, self.row_elements(batch)
 
@@ -106,12 +106,12 @@ class SoraRecipe:
         """Weighted squared error (B, C, t, h, w) float32, 0 where nothing is to be learned; `times` (B, t)."""
         with torch.no_grad():
             noise, times = noise.to(self.device), times.to(self.device)
-            held = condition.wholly_known()
-            if held is not None and condition.known is not None:
+            held = condition.clean_mask()
+            if held is not None and condition.cond_latents is not None:
                 # As in generation: given frames are clean, at time 0, and there is nothing to learn from them.
-                clean = torch.where(held[:, None, :, None, None], condition.known, clean)
+                clean = torch.where(held[:, None, :, None, None], condition.cond_latents, clean)
                 times = times.masked_fill(held, 0.0)
-            corrupted = self.process.corrupt(clean, noise, times)
+            corrupted = self.process.add_noise(clean, noise, times)
         value = self.predict(model, batch, clean, corrupted, condition).value.float()
         error = corrupted.weight * (value - corrupted.target).square()
         if held is not None:
@@ -124,15 +124,17 @@ class SoraRecipe:
 
     def times(self, batch: Batch, clean: Tensor) -> Tensor:
         """(B, t): a clip's time is that of all its frames."""
-        times_B = self.process.sample_time(batch.seeds, self.tokens_at_once(clean))
+        times_B = self.process.sample_timesteps(batch.seeds, self.tokens_at_once(clean))
         return times_B[:, None].expand(-1, clean.shape[2])
 
     def times_at(self, quantile: float, clean: Tensor) -> Tensor:
         """(B, t): the same for all, by a quantile of the training times."""
-        return torch.full((clean.shape[0], clean.shape[2]), self.process.time_at(quantile, self.tokens_at_once(clean)))
+        return torch.full(
+            (clean.shape[0], clean.shape[2]), self.process.timestep_quantile(quantile, self.tokens_at_once(clean))
+        )
 
     def predict(
-        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: NoisySample, condition: Condition
     ) -> Prediction:
         """The one call of the wrapped model."""
         prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition)
@@ -145,16 +147,18 @@ class SoraRecipe:
             drop: put the empty prompt in place of some captions.
         """
         clean, text = self.clean(batch), self.texts(batch, drop)
-        if not bool((batch.known_frames > 0).any()):
+        if not bool((batch.num_cond_frames > 0).any()):
             return clean, Condition(text=text)
-        known = self.codec.from_moments(self._moments(batch.known_moments, batch.known_pixels))
-        has_known = (batch.known_frames > 0).to(self.device)[:, None, None, None, None]
-        return clean, Condition(text=text, known=known * has_known, known_mask=self._known_mask(batch).to(self.device))
+        known = self.codec.from_moments(self._moments(batch.cond_moments, batch.cond_pixels))
+        has_known = (batch.num_cond_frames > 0).to(self.device)[:, None, None, None, None]
+        return clean, Condition(
+            text=text, cond_latents=known * has_known, cond_mask=self._cond_mask(batch).to(self.device)
+        )
 
     def clean(self, batch: Batch) -> Tensor:
         """Clean latents (B, C, t, h, w) float32."""
         moments = self._moments(batch.moments, batch.pixels)
-        return self.codec.from_moments(moments, seeds=[derive(s, "posterior") for s in batch.seeds])
+        return self.codec.from_moments(moments, seeds=[derive_seed(s, "posterior") for s in batch.seeds])
 
     def texts(self, batch: Batch, drop: bool) -> TextCondition:
         """Encoded captions; with `drop` the empty prompt in place of some."""
@@ -220,9 +224,9 @@ class SoraRecipe:
         assert pixels is not None  # a batch carries the one or the other
         return self.codec.encode_moments(pixels.to(self.device))
 
-    def _known_mask(self, batch: Batch) -> Tensor:
+    def _cond_mask(self, batch: Batch) -> Tensor:
         """(B, S, t) bool."""
-        return fold_known_mask(batch.known_frame_mask(), self.codec.spec)
+        return fold_frame_mask(batch.cond_frame_mask(), self.codec.spec)
 
     def _dropped(self, batch: Batch, text: TextCondition) -> TextCondition:
         """Captions, some of them replaced by the empty prompt."""
@@ -231,7 +235,7 @@ class SoraRecipe:
     def drawn(self, batch: Batch, streams: int) -> Tensor:
         """Which captions are dropped, by the rows' seeds alone: (B,), or with `cfg_drop_each` (B, streams)."""
         names = [f"drop {i}" for i in range(streams)] if self.cfg_drop_each else ["drop"]
-        drop = torch.tensor([[derive(s, n) / 2**63 < self.cfg_drop_prob for n in names] for s in batch.seeds])
+        drop = torch.tensor([[derive_seed(s, n) / 2**63 < self.cfg_drop_prob for n in names] for s in batch.seeds])
         return drop if self.cfg_drop_each else drop[:, 0]
 
 
@@ -253,10 +257,10 @@ class Variant:
     notes: tuple[str, ...] = ()
     needs_text: bool = True
     pictures: bool = False
-    check: Callable[[Data, TextEncoder], None] | None = None
+    check: Callable[[VideoDataset, TextEncoder], None] | None = None
 
 
-def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
+def train_sora(options: SoraOptions, variant: Variant | None = None) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Args:
@@ -265,16 +269,16 @@ def train_sora(options: SoraOptions, variant: Variant | None = None) -> Outcome:
         UserError: whatever the flags, the data, the VAE or the encoders have wrong.
     """
     variant = variant or Variant(build_recipe)
-    run = begin(options.data, options.train)
-    accelerator, resume = run.engine, run.resume
+    run = start_run(options.data, options.train)
+    accelerator, resume = run.accelerator, run.resume
     # First, and without its weights: an encoder that is not there is said before anything slow is done.
     text = build_text(options.text, accelerator.device, load=False, needed=variant.needs_text)
     data, codec = open_data_and_codec(options, accelerator, resume, variant.clip_grid)
-    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
-    draft = options.advice.sample_draft_frames
+    held_out = open_validation(data, options.validation.validation_manifest, processes(accelerator))
+    draft = options.generation_defaults.sample_draft_frames
     if draft:
         longest = max(bucket.frames for bucket in data.buckets)
-        check_draft("--sample-draft-frames", draft, Joins(True, frozenset(data.tasks)), codec.spec, longest)
+        check_draft("--sample-draft-frames", draft, WindowingSupport(True, frozenset(data.tasks)), codec.spec, longest)
     for rows in (data, held_out):
         if variant.check and rows:
             variant.check(rows, text)
@@ -307,7 +311,7 @@ def cache_sora(options: SoraOptions) -> None:
     data, codec = open_data_and_codec(options, accelerator, None)
     accelerator.print(data.summary())
     fill(options, data, codec, text, accelerator)
-    held_out = open_validation(data, options.watch.validation_manifest, together(accelerator))
+    held_out = open_validation(data, options.validation.validation_manifest, processes(accelerator))
     if held_out:
         fill(options, held_out, codec, text, accelerator)
     distributed.finish(accelerator)
@@ -315,7 +319,7 @@ def cache_sora(options: SoraOptions) -> None:
 
 def build_recipe(
     options: SoraOptions,
-    data: Data,
+    data: VideoDataset,
     codec: Codec,
     text: TextEncoder,
     device: torch.device,
@@ -327,7 +331,7 @@ def build_recipe(
     Args:
         network_of: gives the network's configuration from its options, the codec's shapes and the texts' widths.
     """
-    torch.manual_seed(derive(options.train.seed, "initialisation"))
+    torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     network = build_network(network_of(options.model, codec.spec, text.widths))
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -349,7 +353,7 @@ def build_recipe(
             "fps": data.fps,
             "tasks": list(data.tasks),
         },
-        "sample": advice_of(options.advice, prompt),
+        "sample": generation_defaults(options.generation_defaults, prompt),
     }
     return SoraRecipe(
         network=network,
@@ -366,7 +370,7 @@ def build_recipe(
     )
 
 
-def advice_of(options: AdviceOptions, prompt: str | None) -> dict[str, Any]:
+def generation_defaults(options: GenerationDefaults, prompt: str | None) -> dict[str, Any]:
     """What generation does by default, as `generation.requests` reads it."""
     given = asdict(options)
     named = {

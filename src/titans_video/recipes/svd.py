@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titans_video.checkpoint import load_whole, read_json
+from titans_video.checkpoint import load_pretrained, read_json
 from titans_video.codecs.base import Codec
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.options import ModelOptions, SVDOptions, TuneOptions
 from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import Data
+from titans_video.data.dataset import VideoDataset
 from titans_video.diffusion.edm import EDM
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.generation.image_conditioning import NOISE, picture_of
+from titans_video.generation.image_conditioning import NOISE, make_image_condition
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.media.motion import motion_bucket
 from titans_video.media.resize import cover_crop, to_tensor, to_uint8
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
 from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder
 from titans_video.training.recipe import Sampler
-from titans_video.training.trainer import Outcome
-from titans_video.types import Batch, CodecSpec, Condition, Picture, TextCondition
+from titans_video.training.trainer import TrainResult
+from titans_video.types import Batch, CodecSpec, Condition, ImageCondition, TextCondition
 
 UNET, SCHEDULER = "unet", "scheduler"
 
@@ -69,7 +69,7 @@ def load_unet(network: SVDUNet, folder: str) -> None:
     from diffusers import UNetSpatioTemporalConditionModel
 
     path = Path(folder).expanduser() / UNET
-    unet = load_whole(UNetSpatioTemporalConditionModel, path, "UNet", CheckpointError)
+    unet = load_pretrained(UNetSpatioTemporalConditionModel, path, "UNet", CheckpointError)
     left = network.unet.load_state_dict(unet.state_dict(), strict=False)
     assert all(BRANCH in name for name in left.missing_keys)
     assert not left.unexpected_keys
@@ -124,34 +124,34 @@ class SVDRecipe(SoraRecipe):
         """See `SoraRecipe.encode`; pictures are left out by their own share, whatever becomes of the captions."""
         picture = self.picture(batch)
         if drop:
-            picture = picture.without(_uniform(batch, "drop picture") < self.tune.image_drop_prob)
-        return self.clean(batch), Condition(text=self.texts(batch, drop), picture=picture)
+            picture = picture.without(seeded_uniform(batch.seeds, "drop picture") < self.tune.image_drop_prob)
+        return self.clean(batch), Condition(text=self.texts(batch, drop), image=picture)
 
     def texts(self, batch: Batch, drop: bool) -> TextCondition:
         """Encoded captions. Those that are dropped, and empty ones, are not heard at all: what is then trained is the
         model without text, which an export gives."""
         text = (batch.text or self.text(batch.captions)).to(self.device)
-        text = text.silent(torch.tensor([not caption for caption in batch.captions]))
-        return text.silent(self.drawn(batch, len(text.streams))) if drop else text
+        text = text.without(torch.tensor([not caption for caption in batch.captions]))
+        return text.without(self.drawn(batch, len(text.streams))) if drop else text
 
-    def picture(self, batch: Batch) -> Picture:
+    def picture(self, batch: Batch) -> ImageCondition:
         """What the network is told of first frames, rates, motion and noise; blank frames for t2v rows."""
         mean, spread = self.tune.noise_aug
-        z = keyed_normal((), [derive(seed, "picture strength") for seed in batch.seeds])
+        z = seeded_randn((), [derive_seed(seed, "picture strength") for seed in batch.seeds])
         strength, bucket = torch.exp(mean + spread * z), self._motion(batch)
-        told = (batch.known_frames > 0).nonzero()[:, 0]
+        told = (batch.num_cond_frames > 0).nonzero()[:, 0]
         c, _, h, w = self._latent_shape(batch)
         rows = len(batch)
-        picture = Picture(
+        picture = ImageCondition(
             torch.zeros(rows, 1, self.image.width),
             torch.zeros(rows, c, h, w),
             torch.stack([batch.fps - 1, bucket, strength], dim=1),
         )
         if len(told):
-            assert batch.known_pixels is not None  # some row has a picture
-            frames = batch.known_pixels[told, :, 0]
-            noise = keyed_normal(frames.shape[1:], [derive(batch.seeds[i], NOISE) for i in told.tolist()])
-            own = picture_of(
+            assert batch.cond_pixels is not None  # some row has a picture
+            frames = batch.cond_pixels[told, :, 0]
+            noise = seeded_randn(frames.shape[1:], [derive_seed(batch.seeds[i], NOISE) for i in told.tolist()])
+            own = make_image_condition(
                 self.image,
                 self.codec,
                 frames.to(self.device),
@@ -161,7 +161,7 @@ class SVDRecipe(SoraRecipe):
                 bucket[told].to(self.device),
             )
             picture.embedding[told], picture.latents[told] = own.embedding, own.latents
-        return Picture(*(x.to(self.device) for x in (picture.embedding, picture.latents, picture.ids)))
+        return ImageCondition(*(x.to(self.device) for x in (picture.embedding, picture.latents, picture.ids)))
 
     def _motion(self, batch: Batch) -> Tensor:
         if self.tune.motion_bucket != "auto":
@@ -171,7 +171,7 @@ class SVDRecipe(SoraRecipe):
         assert batch.pixels is not None  # a batch carries the one or the other
         return motion_bucket(batch.pixels, batch.fps)
 
-    def _known_mask(self, batch: Batch) -> Tensor:
+    def _cond_mask(self, batch: Batch) -> Tensor:
         """No frame stands: (B, S, t), all False."""
         return torch.zeros(len(batch), self.codec.spec.stride[0], self._latent_shape(batch)[1], dtype=torch.bool)
 
@@ -179,10 +179,10 @@ class SVDRecipe(SoraRecipe):
     def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
         model = VideoModel(network, self.codec, self.prompt_encoder, self.process, self.config, step, image=self.image)
         known = None if self.sample_picture is None else self.sample_picture[None, :, None]
-        yield partial(sample, model, known=known)
+        yield partial(sample, model, cond_pixels=known)
 
 
-def train_svd(options: SVDOptions) -> Outcome:
+def train_svd(options: SVDOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
@@ -237,7 +237,7 @@ def refuse_unused(options: SVDOptions) -> None:
         if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(usual, group), f.name)
     ]
     if unet:
-        unused += options.advice.continuation_flags
+        unused += options.generation_defaults.continuation_flags
     if unused:
         trained, other = ("Stable Video Diffusion's UNet", "SoraDiT") if unet else ("SoraDiT", "that UNet")
         raise ConfigError(
@@ -248,7 +248,7 @@ def refuse_unused(options: SVDOptions) -> None:
 
 def build_svd(
     options: SVDOptions,
-    data: Data,
+    data: VideoDataset,
     codec: Codec,
     text: TextEncoder,
     device: torch.device,
@@ -286,7 +286,7 @@ def svd_config(
     return {"network": SVDUNet.__name__, "unet_config": unet_config(folder), "text_widths": tuple(text_widths)}
 
 
-def refuse_tasks(data: Data, text: TextEncoder) -> None:
+def refuse_tasks(data: VideoDataset, text: TextEncoder) -> None:
     """Stop where rows ask for what the network cannot do.
 
     Raises:
@@ -311,8 +311,3 @@ def refuse_tasks(data: Data, text: TextEncoder) -> None:
                 f"picture. Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also "
                 "leaves shorter clips out."
             )
-
-
-def _uniform(batch: Batch, purpose: str) -> Tensor:
-    """(B,) in [0, 1), each a function of its row's seed."""
-    return torch.tensor([derive(seed, purpose) / 2**63 for seed in batch.seeds])

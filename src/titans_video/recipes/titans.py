@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from titans_video.codecs.base import Codec
 from titans_video.config.options import MemoryOptions, TitansOptions
 from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import Data
+from titans_video.data.dataset import VideoDataset
 from titans_video.data.loader import LATE
-from titans_video.diffusion.base import Corrupted, count_tokens
+from titans_video.diffusion.base import NoisySample, count_tokens
 from titans_video.errors import ConfigError
 from titans_video.models.registry import titans_config
-from titans_video.models.titans_dit import Rollout
+from titans_video.models.titans_dit import SegmentRollout
 from titans_video.recipes.setup import spec_of
 from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
-from titans_video.seeding import derive, keyed_normal
+from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder
-from titans_video.training.trainer import Outcome
+from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, CodecSpec, Condition, Prediction
 
 COUNTS = (4, 3, 2)
@@ -138,11 +138,11 @@ class TitansRecipe(SoraRecipe):
 
     def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
         clean, condition = super().encode(batch, drop)
-        t, known = self._latent_shape(batch)[1], condition.known
-        return clean[:, :, :t], replace(condition, known=None if known is None else known[:, :, :t])
+        t, known = self._latent_shape(batch)[1], condition.cond_latents
+        return clean[:, :, :t], replace(condition, cond_latents=None if known is None else known[:, :, :t])
 
-    def _known_mask(self, batch: Batch) -> Tensor:
-        return super()._known_mask(batch)[..., : self._latent_shape(batch)[1]]
+    def _cond_mask(self, batch: Batch) -> Tensor:
+        return super()._cond_mask(batch)[..., : self._latent_shape(batch)[1]]
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Whole clips, whatever the curriculum has come to."""
@@ -155,13 +155,13 @@ class TitansRecipe(SoraRecipe):
         """(B, t): each segment has its own time, drawn as for a clip of its size."""
         n, tokens = self.segments.latents, self.tokens_at_once(clean)
         each = [
-            self.process.sample_time([derive(seed, "segment", i) for seed in batch.seeds], tokens)
+            self.process.sample_timesteps([derive_seed(seed, "segment", i) for seed in batch.seeds], tokens)
             for i in range(clean.shape[2] // n)
         ]
         return torch.stack(each, dim=1).repeat_interleave(n, dim=1)
 
     def predict(
-        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: Corrupted, condition: Condition
+        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: NoisySample, condition: Condition
     ) -> Prediction:
         """All segments in one call of the wrapped model."""
         with torch.no_grad():
@@ -169,26 +169,26 @@ class TitansRecipe(SoraRecipe):
         prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition, rollout=rollout)
         return prediction
 
-    def rollout(self, batch: Batch, clean: Tensor) -> Rollout:
+    def rollout(self, batch: Batch, clean: Tensor) -> SegmentRollout:
         """What is written and shown: the clean frames under a little noise, since generation writes its own mistakes.
 
         Overlaps are hidden at random, all noise at time 1, row by row: whatever can be copied from the last frames is
         not asked of the memory.
         """
         n, count = self.segments.latents, clean.shape[2] // self.segments.latents
-        levels = self.memory.write_noise * _uniform(batch.seeds, "write time", count)  # (B, n)
+        levels = self.memory.write_noise * self._uniform(batch, "write time", count)  # (B, n)
         time = levels.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
         noise = self._noise(clean.shape[1:], batch, "write")
-        written = self.process.corrupt(clean, noise, time).model_input
-        hidden = _uniform(batch.seeds, "hide", count) < self.memory.overlap_drop
+        written = self.process.add_noise(clean, noise, time).model_input
+        hidden = self._uniform(batch, "hide", count) < self.memory.overlap_drop
         hidden = hidden.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
-        blank = self.process.corrupt(clean, self._noise(clean.shape[1:], batch, "hide"), torch.ones_like(time))
+        blank = self.process.add_noise(clean, self._noise(clean.shape[1:], batch, "hide"), torch.ones_like(time))
         config = self.config["model"]
         state_noise = None
         if self.memory.write_noise and config["memory"] != "none":
             shape = (count, config["mem_tokens"], config["model_dim"])
             state_noise = levels.to(self.device)[..., None, None] * self._noise(shape, batch, "state")
-        return Rollout(
+        return SegmentRollout(
             segment=n,
             written=written,
             written_time=time,
@@ -200,21 +200,20 @@ class TitansRecipe(SoraRecipe):
         )
 
     def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
-        rollout = Rollout(
+        rollout = SegmentRollout(
             self.segments.latents, latents, times, latents, times, self.segments.overlap, self.memory.bptt_segments
         )
         return {"rollout": rollout}
 
+    def _uniform(self, batch: Batch, purpose: str, count: int) -> Tensor:
+        """(B, count) in [0, 1)."""
+        return torch.stack([seeded_uniform(batch.seeds, purpose, i) for i in range(count)], dim=1)
+
     def _noise(self, shape: Any, batch: Batch, purpose: str) -> Tensor:
-        return keyed_normal(shape, [derive(s, purpose) for s in batch.seeds]).to(self.device)
+        return seeded_randn(shape, [derive_seed(s, purpose) for s in batch.seeds]).to(self.device)
 
 
-def _uniform(seeds: list[int], purpose: str, count: int) -> Tensor:
-    """(B, count) in [0, 1), each a function of its row's seed."""
-    return torch.tensor([[derive(s, purpose, i) / 2**63 for i in range(count)] for s in seeds])
-
-
-def train_titans(options: TitansOptions) -> Outcome:
+def train_titans(options: TitansOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
@@ -251,7 +250,7 @@ def with_vae(options: TitansOptions) -> TitansOptions:
 
 def build_titans(
     options: TitansOptions,
-    data: Data,
+    data: VideoDataset,
     codec: Codec,
     text: TextEncoder,
     device: torch.device,

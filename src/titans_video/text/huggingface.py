@@ -19,8 +19,7 @@ from titans_video.config.options import TextOptions
 from titans_video.errors import TextError, few, first_line
 from titans_video.fingerprint import fingerprint_folder
 from titans_video.text.base import TextEncoder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from titans_video.types import PRECISIONS
 
 ENCODERS = ("t5", "umt5", "mt5")
 """Kinds whose encoder stands alone; saved from it, a config may no longer say that there was a decoder."""
@@ -60,7 +59,7 @@ def text_stream(options: TextOptions, device: torch.device | str, load: bool) ->
     source = Source(
         "--text-model",
         options.text_model,
-        DTYPES[options.text_dtype],
+        PRECISIONS[options.text_dtype],
         options.text_max_length,
         options.local_files_only,
         options.text_offload == "cpu",
@@ -79,7 +78,7 @@ def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> 
     source = Source(
         "--llm-model",
         str(options.llm_model),
-        DTYPES[options.llm_dtype],
+        PRECISIONS[options.llm_dtype],
         options.llm_max_length,
         options.local_files_only,
         options.text_offload == "cpu",
@@ -357,7 +356,7 @@ class PaddedStream(PretrainedStream):
 
     def __init__(self, pipeline: Path, dtype: str, max_length: int, device: torch.device | str, offload: bool) -> None:
         source = Source(
-            "--pretrained-model", str(pipeline / ENCODER), DTYPES[dtype], max_length, local_files_only=True,
+            "--pretrained-model", str(pipeline / ENCODER), PRECISIONS[dtype], max_length, local_files_only=True,
             offload=offload,
         )  # fmt: skip
         self.tokenizer_folder = pipeline / TOKENIZER

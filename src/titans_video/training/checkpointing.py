@@ -32,7 +32,7 @@ from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
 from titans_video.errors import CheckpointError
 from titans_video.training import sharded_state
-from titans_video.training.distributed import Engine, gather, once, patient_group
+from titans_video.training.distributed import Accelerator, all_gather_object, patient_group, run_on_main
 from titans_video.training.optim import Ema
 from titans_video.training.recipe import Adapting, Recipe
 from titans_video.training.run_folder import ADAPTER, EMA, MANIFEST, MODEL, SHARDS, STATE, _remove, link_last, saved
@@ -52,7 +52,7 @@ class Group:
     """
 
     main: bool = True
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    all_gather_object: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 def save(
@@ -98,7 +98,7 @@ def save(
             work()
         except OSError as e:
             error = e.strerror or str(e)
-        failed = [said for said in group.gather(error) if said]
+        failed = [said for said in group.all_gather_object(error) if said]
         if failed:
             if group.main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -312,9 +312,9 @@ class Snapshot:
     """
 
     def __init__(
-        self, recipe: Recipe, network: nn.Module, optimizer: Optimizer, ema: Ema | None, engine: Engine
+        self, recipe: Recipe, network: nn.Module, optimizer: Optimizer, ema: Ema | None, accelerator: Accelerator
     ) -> None:
-        self.recipe, self.network, self.ema, self.engine = recipe, network, ema, engine
+        self.recipe, self.network, self.ema, self.accelerator = recipe, network, ema, accelerator
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps nothing
 
     def save(
@@ -330,26 +330,26 @@ class Snapshot:
             UserError: on every process, as `Adapting.check_saved`; the checkpoint stands.
         """
         sharded_state.reshard(self.network)  # a look at the network may have left some of it whole
-        main = self.engine.is_main_process
+        main = self.accelerator.is_main_process
         adapting = self.recipe if isinstance(self.recipe, Adapting) else None
         models = self._models(step, main)
         tensors = sharded_state.optimizer_tensors(self.optimizer, self.network)
         sharded = sharded_state.is_sharded(self.network) and adapting is None
         if adapting:
             tensors = sharded_state.gather_whole(tensors, main)
-        scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         values = {**rest, "scaler": scaler, OPTIMIZER: None if sharded else tensors}
         if adapting and EMA in models:
             values["trained"] = models.pop(MODEL).model
 
         def write_shards(folder: Path) -> None:
-            sharded_state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.engine))
+            sharded_state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.accelerator))
 
         def export(folder: Path) -> None:
             assert adapting is not None  # else it is not asked for
             adapting.export(next(iter(models.values())).model, folder)
 
-        group = Group(main, lambda value: gather(self.engine, value))
+        group = Group(main, lambda value: all_gather_object(self.accelerator, value))
         folder, remark = save(
             run,
             step,
@@ -362,7 +362,9 @@ class Snapshot:
             export=export if adapting else None,
         )
         if adapting:
-            said = once(self.engine, lambda: adapting.check_saved(next(iter(models.values())).model, folder))
+            said = run_on_main(
+                self.accelerator, lambda: adapting.check_saved(next(iter(models.values())).model, folder)
+            )
             remark = "\n".join(words for words in (remark, said) if words) or None
         return folder, remark
 
@@ -392,8 +394,8 @@ class Snapshot:
         if optimizer:
             sharded_state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
         resume.state[OPTIMIZER] = None  # as large as the weights, twice
-        if self.engine.scaler and resume.state["scaler"]:
-            self.engine.scaler.load_state_dict(resume.state["scaler"])
+        if self.accelerator.scaler and resume.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(resume.state["scaler"])
         averages = resume.averages()
         if self.ema and averages:
             self.ema.load(averages.model)
@@ -407,4 +409,4 @@ class Snapshot:
         def like(group: str, name: str, shape: Any) -> Tensor:
             return sharded_state.empty_like(parameters.get(name.rpartition("/")[0]), shape)
 
-        return sharded_state.load_sharded(resume.shards, like, patient_group(self.engine)).get(OPTIMIZER, {})
+        return sharded_state.load_sharded(resume.shards, like, patient_group(self.accelerator)).get(OPTIMIZER, {})

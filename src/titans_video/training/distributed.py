@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -104,9 +104,6 @@ def _asked_of_launcher(words: list[str]) -> int:
     return 1
 
 
-Engine: TypeAlias = Accelerator
-"""What other packages call it by: accelerate is imported under training/ alone."""
-
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 GONE = (
@@ -117,7 +114,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GROUPS: dict[Any, Any] = {}
 
 
-def start(options: TrainOptions) -> Engine:
+def start(options: TrainOptions) -> Accelerator:
     """The engine for this process, as its launcher set it up. Several processes without a GPU talk over gloo.
 
     Raises:
@@ -171,19 +168,21 @@ def _sharding(options: TrainOptions) -> FullyShardedDataParallelPlugin:
     return plugin
 
 
-def prepare(engine: Engine, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """The network as it is called in training, and its optimizer: on the device, replicated or sharded, in autocast."""
-    if engine.is_fsdp2:
+    if accelerator.is_fsdp2:
         # Accelerate refuses names that the network has no module of, such as the byte encoder's beside a frozen T5.
         present = {type(m).__name__ for m in network.modules()}
         named = getattr(network, "_no_split_modules", None) or ()
-        engine.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in named if name in present]
-    if engine.is_fsdp2 and engine.native_amp:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [name for name in named if name in present]
+    if accelerator.is_fsdp2 and accelerator.native_amp:
         # Accelerate does this itself for every engine but FSDP2.
-        network.forward = torch.autocast(engine.device.type, AUTOCAST[engine.mixed_precision])(network.forward)
+        network.forward = torch.autocast(accelerator.device.type, AUTOCAST[accelerator.mixed_precision])(
+            network.forward
+        )
     # A network whose layers come and go says so, and is left where it lies.
     placement = [False, None] if getattr(network, "offloaded", False) else None
-    model, wrapped = engine.prepare(network, optimizer, device_placement=placement)
+    model, wrapped = accelerator.prepare(network, optimizer, device_placement=placement)
     return model, wrapped
 
 
@@ -208,7 +207,7 @@ def _refuse_silent_changes(made: Accelerator) -> None:
         )
     if fsdp_asked() and not made.is_fsdp2:
         raise ConfigError(
-            f"FSDP was asked for, and {engine_name(made)} would run: there is nothing to shard among "
+            f"FSDP was asked for, and {backend_name(made)} would run: there is nothing to shard among "
             f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}. Start more "
             f"processes, or take a configuration without FSDP (a run resumes with and without it)."
         )
@@ -243,52 +242,52 @@ def peers_watched() -> Iterator[None]:
         raise PeerError(f"{GONE} ({next(iter(str(e).splitlines()), '')[:200]})") from None
 
 
-def once(engine: Engine, make: Callable[[], T]) -> T:
+def run_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """What `make` gives on the main process, on every process, however long it takes.
 
     Raises:
         UserError: that `make` raised, on every process.
     """
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         return make()
     found: list[Any] = [None]
-    if engine.is_main_process:
+    if accelerator.is_main_process:
         try:
             found = [(make(), None)]
         except UserError as e:
             found = [(None, e)]
         except Exception:  # the others must not wait for ever
-            dist.broadcast_object_list([(None, PeerError(GONE))], src=0, group=patient_group(engine))
+            dist.broadcast_object_list([(None, PeerError(GONE))], src=0, group=patient_group(accelerator))
             raise
-    dist.broadcast_object_list(found, src=0, group=patient_group(engine))
+    dist.broadcast_object_list(found, src=0, group=patient_group(accelerator))
     result, error = found[0]
     if error is not None:
         raise error
     return cast(T, result)
 
 
-def total(engine: Engine, count: int) -> int:
+def all_reduce_sum(accelerator: Accelerator, count: int) -> int:
     """The sum over all processes. It goes over the CPU: the device is not waited for."""
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         return count
     value = torch.tensor(count)
-    dist.all_reduce(value, group=patient_group(engine))
+    dist.all_reduce(value, group=patient_group(accelerator))
     return int(value)
 
 
-def gather(engine: Engine, value: T) -> list[T]:
+def all_gather_object(accelerator: Accelerator, value: T) -> list[T]:
     """Every process's value, in the order of the processes, on every process, however long the slowest takes."""
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         return [value]
-    found: list[Any] = [None] * engine.num_processes
-    dist.all_gather_object(found, value, group=patient_group(engine))
+    found: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(found, value, group=patient_group(accelerator))
     return found
 
 
-def patient_group(engine: Engine) -> Any:
+def patient_group(accelerator: Accelerator) -> Any:
     """All processes, over the CPU and with patience: to look through a data set or to encode it takes longer than any
     message of a training step may. None for one process."""
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         return None
     world = dist.group.WORLD
     if world not in _GROUPS:
@@ -297,21 +296,21 @@ def patient_group(engine: Engine) -> Any:
     return _GROUPS[world]
 
 
-def finish(engine: Engine) -> None:
+def finish(accelerator: Accelerator) -> None:
     """Close the trackers, and leave the other processes once all of them have come to the end.
 
     Message threads abort a process when a peer is gone while they are still open: nobody leaves early.
     """
-    if engine.num_processes > 1:
+    if accelerator.num_processes > 1:
         with peers_watched():
-            dist.barrier(group=patient_group(engine))
-    engine.end_training()
+            dist.barrier(group=patient_group(accelerator))
+    accelerator.end_training()
     _GROUPS.clear()
 
 
-def engine_name(engine: Engine) -> str:
+def backend_name(accelerator: Accelerator) -> str:
     """DDP, FSDP2, ...: how the processes of a run share the work."""
-    kind = engine.distributed_type
+    kind = accelerator.distributed_type
     if kind == DistributedType.NO:
         return "one process"
     if kind == DistributedType.FSDP:
@@ -319,19 +318,19 @@ def engine_name(engine: Engine) -> str:
     return "DDP" if kind.value.startswith("MULTI_") else str(kind.value)
 
 
-def describe(engine: Engine, rows: str) -> str:
+def describe(accelerator: Accelerator, rows: str) -> str:
     """One line: processes, devices, engine, precision, global batch.
 
     Args:
         rows: the global batch in words.
     """
-    n = engine.num_processes
+    n = accelerator.num_processes
     nodes = n // max(int(os.environ.get("LOCAL_WORLD_SIZE", n)), 1)
-    where = f"{engine.device.type}{f', {nodes} nodes' if nodes > 1 else ''}"
+    where = f"{accelerator.device.type}{f', {nodes} nodes' if nodes > 1 else ''}"
     if n > 1:
-        where += f", {engine_name(engine)} over {dist.get_backend()}"
-    slow = " (slow on a CPU)" if engine.mixed_precision == "bf16" and engine.device.type == "cpu" else ""
+        where += f", {backend_name(accelerator)} over {dist.get_backend()}"
+    slow = " (slow on a CPU)" if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" else ""
     return (
-        f"Running on {n} process{'es' if n > 1 else ''} ({where}), precision {engine.mixed_precision}{slow}, "
+        f"Running on {n} process{'es' if n > 1 else ''} ({where}), precision {accelerator.mixed_precision}{slow}, "
         f"global batch {rows}."
     )

@@ -21,7 +21,7 @@ from titans_video.training import distributed
 from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
 
-Verdict = Literal["good", "skipped", "settling"]
+StepStatus = Literal["good", "skipped", "settling"]
 NAMED_ROWS = 8
 SPIKE_WARMUP = 50
 SPIKE_DEVIATIONS = 6.0
@@ -61,7 +61,7 @@ class Guard:
     variance: float = 0.0
     seen: int = 0
 
-    def judge(self, loss: float, norm: float, settling: bool = False) -> Verdict:
+    def judge(self, loss: float, norm: float, settling: bool = False) -> StepStatus:
         """Count a step.
 
         Args:

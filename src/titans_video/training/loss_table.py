@@ -11,7 +11,7 @@ from torch import nn
 
 from titans_video.data.held_out import HeldOut, Piece
 from titans_video.training import distributed
-from titans_video.training.distributed import Engine
+from titans_video.training.distributed import Accelerator
 from titans_video.training.recipe import Validated
 
 Cell = tuple[str, str]
@@ -45,7 +45,7 @@ def measure(
     model: nn.Module,
     rows: HeldOut,
     count: int,
-    machine: Engine,
+    accelerator: Accelerator,
     on_piece: Callable[[], bool],
 ) -> dict[Cell, Sums] | None:
     """The sums of every cell, the same on all processes.
@@ -62,16 +62,18 @@ def measure(
     """
     times, pieces = quantiles(count), rows.pieces()
     found: list[tuple[int, list[float], int, int]] = []
-    for turn in deal(pieces, machine.num_processes):
+    for turn in deal(pieces, accelerator.num_processes):
         if not on_piece():
             return None
-        number, piece, counts = turn[machine.process_index]
+        number, piece, counts = turn[accelerator.process_index]
         batch, good = rows.read(piece)
         losses, elements = recipe.held_out(model, batch, times)  # (Q, B), (B,)
         if counts and any(good):
             found.append((number, losses[:, good].sum(dim=1).tolist(), int(elements[good].sum()), sum(good)))
     cells: dict[Cell, Sums] = {}
-    for number, sums, total, kept in sorted(part for own in distributed.gather(machine, found) for part in own):
+    for number, sums, total, kept in sorted(
+        part for own in distributed.all_gather_object(accelerator, found) for part in own
+    ):
         cell = pieces[number].task, str(pieces[number].bucket)
         cells.setdefault(cell, Sums([0.0] * count)).add(sums, total, kept)
     return cells

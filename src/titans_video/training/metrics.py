@@ -19,7 +19,7 @@ from tqdm import tqdm
 from titans_video.checkpoint import atomic_path
 from titans_video.config.options import TrainOptions
 from titans_video.data.manifest import TASKS
-from titans_video.training.guards import Event, Verdict
+from titans_video.training.guards import Event, StepStatus
 from titans_video.training.run_folder import CURVE, EVENTS, NAME
 from titans_video.training.tracking import Tracker
 from titans_video.types import Batch
@@ -167,18 +167,18 @@ class Rates:
         self._steps: deque[tuple[float, float, Work]] = deque(maxlen=WINDOW)
         self.line: dict[str, Any] = {}
 
-    def update(self, step: int, work: Work, loss: float, seconds: float, waited: float) -> None:
+    def update(self, step: int, work: Work, loss: float, seconds: float, data_seconds: float) -> None:
         """Take an optimizer step in.
 
         Args:
             step: how many are done.
             work: this process's.
             loss: of all processes; one that is not finite is passed over.
-            seconds: that it took, of which it `waited` for data.
+            seconds: that it took, of which it `data_seconds` for data.
         """
         if math.isfinite(loss):
             self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
-        self._steps.append((max(seconds, 1e-9), waited, work))
+        self._steps.append((max(seconds, 1e-9), data_seconds, work))
         time, works = sum(s for s, _, _ in self._steps), [w for _, _, w in self._steps]
         self.line = {
             "loss_smooth": self.loss,
@@ -267,10 +267,10 @@ class StepResult:
     lr: float
     grad_norm: float
     elements: int
-    waited: float
+    data_seconds: float
     signal: int
     work: Work
-    verdict: Verdict = "good"
+    step_status: StepStatus = "good"
     tasks: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -313,7 +313,7 @@ class Recorder:
             step: how many are done.
             seconds: that it took.
         """
-        self.rates.update(step, result.work, result.loss, seconds, result.waited)
+        self.rates.update(step, result.work, result.loss, seconds, result.data_seconds)
         line = {
             "step": step,
             "loss": result.loss,
@@ -321,7 +321,7 @@ class Recorder:
             "grad_norm": result.grad_norm,
             "elements": result.elements,
             "seconds": round(seconds, 4),
-            "data_seconds": round(result.waited, 4),
+            "data_seconds": round(result.data_seconds, 4),
             **result.tasks,
             **self.rates.line,
         }

@@ -8,7 +8,7 @@ from titans_video.config.options import DataOptions, TrainOptions
 from titans_video.errors import ConfigError
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
-from titans_video.training.distributed import Engine
+from titans_video.training.distributed import Accelerator
 from titans_video.training.resume import find_resume, open_resume
 
 
@@ -22,14 +22,14 @@ class Rows(Protocol):
     def fingerprint(self) -> str: ...
 
 
-UNCOMPARED = ("advice", "watch")
+UNCOMPARED = ("generation_defaults", "validation")
 """Groups of options that do not change what is learned."""
 
 DataT = TypeVar("DataT", bound=Rows)
 
 
 @dataclass(frozen=True)
-class Start:
+class RunContext:
     """A run that has begun.
 
     Attributes:
@@ -39,13 +39,13 @@ class Start:
         running: the first line that was said: what runs.
     """
 
-    engine: Engine
+    accelerator: Accelerator
     resume: Resume | None
     say: Callable[[str], None]
     running: str
 
 
-def begin(data: DataOptions, train: TrainOptions) -> Start:
+def start_run(data: DataOptions, train: TrainOptions) -> RunContext:
     """Make the engine, find the checkpoint to go on from, and say first of all what runs.
 
     Raises:
@@ -53,11 +53,11 @@ def begin(data: DataOptions, train: TrainOptions) -> Start:
     """
     accelerator = distributed.start(train)
     say: Callable[[str], None] = print if accelerator.is_main_process else lambda text: None
-    folder, notes = distributed.once(accelerator, lambda: find_resume(train))
+    folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
     running = distributed.describe(accelerator, _batch_in_words(data, train, accelerator.num_processes, resume))
     say("\n".join([running, *notes]))
-    return Start(accelerator, resume, say, running)
+    return RunContext(accelerator, resume, say, running)
 
 
 def _batch_in_words(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
@@ -77,8 +77,8 @@ def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
     return {"batch_size": size, "tokens_per_batch": data.tokens_per_batch, "grad_accum": train.grad_accum}
 
 
-def settle(
-    options: Any, data: DataT, config: Mapping[str, Any], start: Start
+def reconcile_resume(
+    options: Any, data: DataT, config: Mapping[str, Any], start: RunContext
 ) -> tuple[DataT, TrainOptions, dict[str, Any]]:
     """Hold a run against the checkpoint that it goes on from, and divide its global batch among its processes.
 
@@ -98,8 +98,8 @@ def settle(
     groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in UNCOMPARED}
     facts = {
         "the manifest": data.fingerprint(),
-        "--validation-split": options.watch.validation_split,
-        "--mixed-precision": start.engine.mixed_precision,  # by flag or by the launcher
+        "--validation-split": options.validation.validation_split,
+        "--mixed-precision": start.accelerator.mixed_precision,  # by flag or by the launcher
     }
     parts = (("codec", "fingerprint"), ("text", "fingerprints"), ("base", "fingerprint"), ("image", "fingerprint"))
     for part, name in parts:

@@ -25,7 +25,7 @@ from titans_video.errors import ConfigError
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import GIF_FASTEST, write_video
-from titans_video.training.distributed import Engine, once
+from titans_video.training.distributed import Accelerator, run_on_main
 from titans_video.training.loss_table import as_table, in_cell
 from titans_video.training.run_folder import SHEET, video_name
 
@@ -81,19 +81,21 @@ def write_start(
     return str(record["id"])
 
 
-def environment(machine: Engine, line: str) -> dict[str, Any]:
+def environment(accelerator: Accelerator, line: str) -> dict[str, Any]:
     """Where and how this start runs.
 
     Args:
         line: what the first line of the run says.
     """
-    cuda = machine.device.type == "cuda"
+    cuda = accelerator.device.type == "cuda"
     found = {name: _version(name) for name in _PACKAGES}
     versions = {"titans-video": titans_video.__version__, "python": platform.python_version()}
     return {
         "running": line,
-        "processes": machine.num_processes,
-        "device": torch.cuda.get_device_name(machine.device) if cuda else f"CPU ({torch.get_num_threads()} threads)",
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(accelerator.device)
+        if cuda
+        else f"CPU ({torch.get_num_threads()} threads)",
         "command": sys.argv,
         "platform": platform.platform(),
         "versions": versions | {k: v for k, v in found.items() if v} | ({"cuda": torch.version.cuda} if cuda else {}),
@@ -134,7 +136,7 @@ TAG_LENGTH = 60
 
 
 def open_tracker(
-    machine: Engine, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]
+    accelerator: Accelerator, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]
 ) -> "Tracker":
     """The tracker that `--log-with` names, started on the main process.
 
@@ -148,14 +150,14 @@ def open_tracker(
         ConfigError: it cannot be started.
     """
     if kind != "none":
-        once(machine, lambda: _start(machine, kind, run, step, run_id, options))
-    return Tracker(machine, kind)
+        run_on_main(accelerator, lambda: _start(accelerator, kind, run, step, run_id, options))
+    return Tracker(accelerator, kind)
 
 
-def _start(machine: Engine, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]) -> None:
-    machine.project_configuration.set_directories(str(run))
-    machine.log_with = filter_trackers([kind], str(run))
-    if not machine.log_with:
+def _start(accelerator: Accelerator, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]) -> None:
+    accelerator.project_configuration.set_directories(str(run))
+    accelerator.log_with = filter_trackers([kind], str(run))
+    if not accelerator.log_with:
         raise ConfigError(f"--log-with {kind}: Accelerate does not find it; `pip install {kind}` installs it.")
     given = {
         "tensorboard": {"purge_step": step + 1 if step else None},
@@ -163,7 +165,7 @@ def _start(machine: Engine, kind: str, run: Path, step: int, run_id: str, option
     }
     project = FOLDER if kind == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
     try:
-        machine.init_trackers(project, init_kwargs=given)
+        accelerator.init_trackers(project, init_kwargs=given)
     except Exception as e:  # wandb's own errors, which cannot be named where it is not installed
         if type(e).__module__.split(".")[0] != "wandb":
             raise
@@ -173,7 +175,7 @@ def _start(machine: Engine, kind: str, run: Path, step: int, run_id: str, option
         ) from None
     if kind == "tensorboard":
         text = "\n".join(f"    {name}: {json.dumps(value)}" for name, value in options.items())
-        machine.get_tracker(kind).log({"options": text}, step=step)
+        accelerator.get_tracker(kind).log({"options": text}, step=step)
 
 
 class Tracker:
@@ -184,15 +186,15 @@ class Tracker:
         kind: tensorboard, wandb, or none: then nothing is done.
     """
 
-    def __init__(self, machine: Engine, kind: str = "none") -> None:
-        self.machine, self.kind = machine, kind
+    def __init__(self, accelerator: Accelerator, kind: str = "none") -> None:
+        self.accelerator, self.kind = accelerator, kind
 
     def scalars(self, step: int, values: Mapping[str, Any], group: str = "train") -> None:
         """Log the numbers among `values`."""
         if self.kind == "none":
             return
         numbers = {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        self.machine.log(numbers, step=step)
+        self.accelerator.log(numbers, step=step)
 
     def validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
         """Log a line of validation.jsonl, and the videos in the folder of its step."""
@@ -207,7 +209,7 @@ class Tracker:
         show(step, line, folder, prompts)
 
     def _to_tensorboard(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
-        writer = self.machine.get_tracker("tensorboard", unwrap=True)
+        writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
         if line.get("cells"):
             writer.add_text("validation/table", _markdown(line), step)
         if folder is not None:
@@ -229,7 +231,7 @@ class Tracker:
             for i, prompt in enumerate(prompts):
                 shown[f"samples/{i + 1:02d}"] = wandb.Video(str(folder / video_name(i)), caption=prompt, format="mp4")
         if shown:
-            self.machine.get_tracker("wandb").log(shown, step=step)
+            self.accelerator.get_tracker("wandb").log(shown, step=step)
 
 
 def _markdown(line: Mapping[str, Any]) -> str:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, DataError
-from titans_video.seeding import derive
+from titans_video.seeding import derive_seed
 from titans_video.training import distributed as engines
 from titans_video.training.checkpointing import Resume, Snapshot, load_weights
-from titans_video.training.distributed import Engine
+from titans_video.training.distributed import Accelerator
 from titans_video.training.flops import device_peak
 from titans_video.training.guards import Event, Guard, Interrupt, memory_watched, suspects
 from titans_video.training.metrics import Recorder, StepResult, Work, task_losses, task_sums, work_of
@@ -33,7 +33,7 @@ from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import CURVE, LAST, NAME, step_of
 from titans_video.training.sharded_state import reshard
 from titans_video.training.tracking import Tracker
-from titans_video.training.validation import Watched
+from titans_video.training.validation import Monitoring
 from titans_video.types import Batch
 
 
@@ -48,7 +48,7 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How a run ended.
 
     Attributes:
@@ -71,7 +71,7 @@ class Trainer:
         recipe: the network and its loss.
         stream: this process's batches.
         options: the run.
-        engine: from `engine.start`.
+        engine: from `accelerator.start`.
         resume: from `resuming.open_resume`; None starts anew.
         say: how to tell the user something; called on the main process alone.
         about: plain values kept in every checkpoint's training state: what the run is.
@@ -83,21 +83,23 @@ class Trainer:
         recipe: Recipe,
         stream: Stream,
         options: TrainOptions,
-        engine: Engine,
+        accelerator: Accelerator,
         resume: Resume | None = None,
         say: Callable[[str], None] = tqdm.write,
         about: dict[str, Any] | None = None,
-        watched: Watched | None = None,
+        watched: Monitoring | None = None,
     ) -> None:
         self.recipe = recipe
         self.stream = stream
         self.options = options
-        self.engine = engine
-        self.say: Callable[[str], None] = say if engine.is_main_process else lambda text: None
+        self.accelerator = accelerator
+        self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda text: None
         self.about = about or {}
         self.run_folder = Path(options.output_dir)
-        self.watched = watched or Watched(Tracker(engine))
-        self.peak = device_peak(engine.device, engine.mixed_precision) if engine.is_main_process else None
+        self.watched = watched or Monitoring(Tracker(accelerator))
+        self.peak = (
+            device_peak(accelerator.device, accelerator.mixed_precision) if accelerator.is_main_process else None
+        )
         self.step = 0
         self.folder = self.run_folder
         self.guard = Guard()
@@ -106,15 +108,15 @@ class Trainer:
             load_weights(network, resume)
         network.train()
         # Our count of supervised elements is the whole scaling; Accelerate's own accumulation stays at 1.
-        self.model, self.optimizer = engines.prepare(engine, network, build_optimizer(network, options))
+        self.model, self.optimizer = engines.prepare(accelerator, network, build_optimizer(network, options))
         self.network = network  # every engine wraps around it, or changes it in place
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = Ema(self.network, options.ema_decay) if options.ema_decay else None
-        self.snapshot = Snapshot(recipe, self.network, self.optimizer, self.ema, engine)
+        self.snapshot = Snapshot(recipe, self.network, self.optimizer, self.ema, accelerator)
         if resume:
             self._restore(resume)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         """Train, save, and say what came of it.
 
         Raises:
@@ -128,7 +130,7 @@ class Trainer:
         finally:
             release_folder(self.run_folder)
 
-    def _run(self) -> Outcome:
+    def _run(self) -> TrainResult:
         result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
@@ -150,7 +152,7 @@ class Trainer:
                 if last or self.step % self.options.save_every == 0:
                     self._save(recorder, last, fatal=last and not signal)
         self._say_goodbye(started_at, signal)
-        return Outcome(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
+        return TrainResult(self.step, result.loss if result else None, self.folder, 128 + signal if signal else 0)
 
     def _try_largest(self) -> None:
         """Run the largest bucket once, forwards and backwards, before anything is learned.
@@ -160,11 +162,11 @@ class Trainer:
         through. Nothing else of it remains; no random number of a step depends on it.
         """
         batch = self.stream.largest()
-        with memory_watched(batch, self.network, self.engine.device):
+        with memory_watched(batch, self.network, self.accelerator.device):
             # What the optimizer will keep and does not yet: two numbers a weight.
-            fresh = self.engine.device.type != "cpu" and not self.snapshot.optimizer.state
+            fresh = self.accelerator.device.type != "cpu" and not self.snapshot.optimizer.state
             held = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if fresh else []
-            self.engine.backward(self.recipe.loss(self.model, batch).sum())
+            self.accelerator.backward(self.recipe.loss(self.model, batch).sum())
             self.optimizer.zero_grad(set_to_none=True)
             del held
 
@@ -172,21 +174,21 @@ class Trainer:
         """Forward and backward over `grad_accum` micro-batches, then one update, unless something is not finite."""
         began = time.perf_counter()
         micro = [next(batches) for _ in range(self.options.grad_accum)]
-        waited = time.perf_counter() - began
-        elements = engines.total(self.engine, sum(map(self.recipe.supervised, micro)))
+        data_seconds = time.perf_counter() - began
+        elements = engines.all_reduce_sum(self.accelerator, sum(map(self.recipe.supervised, micro)))
         if elements == 0:
             raise DataError(
                 f"Step {self.step + 1} has nothing to learn from: every latent frame of every clip in it is given "
                 "as a known frame. Lower --cond-frames, or raise --num-frames."
             )
         # Whatever a network draws while training (dropout) is a function of the step too.
-        torch.manual_seed(derive(self.options.seed, "network", self.step, self.engine.process_index))
+        torch.manual_seed(derive_seed(self.options.seed, "network", self.step, self.accelerator.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, self.options))
-        with memory_watched(micro[0], self.network, self.engine.device):
+        with memory_watched(micro[0], self.network, self.accelerator.device):
             losses = [self._backward(batch, elements, last=batch is micro[-1]) for batch in micro]
-            norm = self.engine.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm or float("inf"))
             work = work_of(self.recipe, micro, count_flops=self.peak is not None)
-            result = self._result(micro, losses, norm, elements, waited, interrupt, work)
+            result = self._result(micro, losses, norm, elements, data_seconds, interrupt, work)
             self._update(result)
         self._watch(result, micro, losses, recorder)
         return result
@@ -197,16 +199,16 @@ class Trainer:
         Replicas exchange gradients once a step. Sharded processes do so each time: what they add up in between would be
         whole, and whole gradients are what they have no room for.
         """
-        with contextlib.nullcontext() if last or self.engine.is_fsdp2 else self.engine.no_sync(self.model):
+        with contextlib.nullcontext() if last or self.accelerator.is_fsdp2 else self.accelerator.no_sync(self.model):
             loss = self.recipe.loss(self.model, batch)
             # Processes' gradients are averaged, so their number comes back in.
-            self.engine.backward(loss.sum() * (self.engine.num_processes / elements))
+            self.accelerator.backward(loss.sum() * (self.accelerator.num_processes / elements))
         return loss.detach()
 
     def _update(self, result: StepResult) -> None:
         """Move the weights, unless the step is skipped."""
-        scaler = self.engine.scaler
-        if result.verdict == "good":
+        scaler = self.accelerator.scaler
+        if result.step_status == "good":
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.step)
@@ -220,7 +222,7 @@ class Trainer:
         losses: list[Tensor],
         norm: Tensor,
         elements: int,
-        waited: float,
+        data_seconds: float,
         interrupt: Interrupt,
         work: Work,
     ) -> StepResult:
@@ -230,14 +232,14 @@ class Trainer:
             torch.cat([total[None], task_sums(self.recipe, micro, losses)]), interrupt
         )
         loss, length = loss_sum / elements, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        group, scaler = self.optimizer.param_groups[0], self.engine.scaler
+        group, scaler = self.optimizer.param_groups[0], self.accelerator.scaler
         lr = self.options.lr * group["lr"] / group["base_lr"]
-        verdict = self.guard.judge(loss, length, settling=scaler is not None and scaler.get_scale() > 1)
-        return StepResult(loss, lr, length, elements, waited, signal, work, verdict, task_losses(tasks))
+        step_status = self.guard.judge(loss, length, settling=scaler is not None and scaler.get_scale() > 1)
+        return StepResult(loss, lr, length, elements, data_seconds, signal, work, step_status, task_losses(tasks))
 
     def _share(self, values: Tensor, interrupt: Interrupt) -> tuple[list[float], int]:
         """Sums over all processes, and the signal that any of them received, or 0."""
-        told = torch.tensor([0.0, 0.0], device=self.engine.device)
+        told = torch.tensor([0.0, 0.0], device=self.accelerator.device)
         if interrupt.signal:
             told[0 if interrupt.signal == 2 else 1] = 1.0
         *summed, ctrl_c, terminate = self._sum(torch.cat([values, told])).tolist()
@@ -248,7 +250,7 @@ class Trainer:
         validator = self.watched.validator
         if validator is None or not validator.due(self.step):
             return 0
-        nothing = torch.zeros(0, device=self.engine.device)
+        nothing = torch.zeros(0, device=self.accelerator.device)
         signal = validator.validate(self.step, self.model, self.ema, lambda: self._share(nothing, interrupt)[1])
         reshard(self.network)
         return signal
@@ -259,10 +261,10 @@ class Trainer:
         Raises:
             DivergedError: too many in a row were skipped.
         """
-        spike = result.verdict == "good" and self.guard.is_spike(result.loss)
-        if not spike and result.verdict != "skipped":
+        spike = result.step_status == "good" and self.guard.is_spike(result.loss)
+        if not spike and result.step_status != "skipped":
             return
-        found = engines.gather(self.engine, suspects(micro, [float(x.sum()) for x in losses]))
+        found = engines.all_gather_object(self.accelerator, suspects(micro, [float(x.sum()) for x in losses]))
         rows = [i for own, _ in found for i in own] or [i for _, every in found for i in every]
         event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
         if recorder:
@@ -271,15 +273,15 @@ class Trainer:
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
-        if self.engine.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return values
-        summed: Tensor = self.engine.reduce(values.to(self.engine.device), "sum")
+        summed: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return summed
 
     def _recording(self) -> contextlib.AbstractContextManager[Recorder | None]:
-        if not self.engine.is_main_process:
+        if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
-        watched, processes = self.watched.tracker, self.engine.num_processes
+        watched, processes = self.watched.tracker, self.accelerator.num_processes
         return Recorder(self.run_folder, self.options, self.step, processes, self.peak, watched)
 
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
@@ -296,7 +298,7 @@ class Trainer:
             **self.about,
             "stream": self.stream.state_dict(),
             "guard": self.guard.state_dict(),
-            "processes": self.engine.num_processes,
+            "processes": self.accelerator.num_processes,
         }
         try:
             before = recorder.sync if recorder else None

@@ -21,16 +21,16 @@ from torch import nn
 from tqdm import tqdm
 
 from titans_video.checkpoint import sync_folder
-from titans_video.config.options import WatchOptions
+from titans_video.config.options import ValidationOptions
 from titans_video.data.held_out import HeldOut
-from titans_video.generation.denoise import evaluating
+from titans_video.generation.denoise import eval_mode
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import Pixels
 from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.training import distributed, loss_table, run_folder
-from titans_video.training.distributed import Engine
+from titans_video.training.distributed import Accelerator
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import Ema
 from titans_video.training.recipe import Validated
@@ -55,7 +55,7 @@ def make(
     network: nn.Module,
     step: int,
     prompts: Sequence[str],
-    machine: Engine,
+    accelerator: Accelerator,
     on_video: Callable[[], bool],
 ) -> list[Made] | None:
     """A video of each prompt; prompt i, counted from 0, from the noise of seed i. All of them on the main process.
@@ -69,17 +69,17 @@ def make(
         None where it was left off.
     """
     made: list[Made] = []
-    world = machine.num_processes
+    world = accelerator.num_processes
     with recipe.sampler(network, step) as sampler:
         for start in range(0, len(prompts), world):
             if not on_video():
                 return None
-            number = start + machine.process_index
+            number = start + accelerator.process_index
             counts = number < len(prompts)
             sampled = sampler(prompts[number if counts else start], number if counts else start)
             if counts:
                 made.append(_packed(number, sampled))
-    return sorted((m for own in distributed.gather(machine, made) for m in own), key=lambda m: m.number)
+    return sorted((m for own in distributed.all_gather_object(accelerator, made) for m in own), key=lambda m: m.number)
 
 
 def _packed(number: int, sampled: Sampled) -> Made:
@@ -136,9 +136,9 @@ class Validator:
     """
 
     recipe: Validated
-    machine: Engine
+    accelerator: Accelerator
     run: Path
-    options: WatchOptions
+    options: ValidationOptions
     last: int
     prompts: Sequence[str]
     rows: HeldOut | None
@@ -147,7 +147,7 @@ class Validator:
 
     def start(self, step: int) -> None:
         """Begin at `step`, or go on from it: what was found at later ones is struck out and will be found again."""
-        self.done = distributed.once(self.machine, lambda: self._cut(step))
+        self.done = distributed.run_on_main(self.accelerator, lambda: self._cut(step))
 
     def due(self, step: int) -> bool:
         """Whether `step` is to be validated and was not yet; a run that was stopped during it makes up for it."""
@@ -164,16 +164,16 @@ class Validator:
         Returns:
             The signal that made it leave off, with nothing written; or 0.
         """
-        device = self.machine.device
+        device = self.accelerator.device
         devices = [device] if device.type == "cuda" else []
-        looks = _Looks(self._turns(), stop, f"validating step {step}", self.machine.is_main_process)
+        looks = _Looks(self._turns(), stop, f"validating step {step}", self.accelerator.is_main_process)
         weights = ema.applied() if ema else contextlib.nullcontext()
-        with torch.random.fork_rng(devices), torch.no_grad(), weights, evaluating(model), looks:
+        with torch.random.fork_rng(devices), torch.no_grad(), weights, eval_mode(model), looks:
             line, made = self._look(step, model, looks.next)
         if looks.signal:
             return looks.signal
         self.done = step
-        if self.machine.is_main_process:
+        if self.accelerator.is_main_process:
             try:
                 self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
             except OSError as e:  # a full disk, for which no run ends
@@ -187,18 +187,18 @@ class Validator:
         if self.rows:
             known = set(self.rows.broken)
             cells = loss_table.measure(
-                self.recipe, model, self.rows, self.options.validation_times, self.machine, on_turn
+                self.recipe, model, self.rows, self.options.validation_times, self.accelerator, on_turn
             )
             for name in self.rows.broken.keys() - known:
                 tqdm.write(f"Left out of validation: {self.rows.broken[name]}")
             if cells is None:
                 return {}, None
             line = loss_table.as_line(cells, self.options.validation_times)
-        network = self.machine.unwrap_model(model)
-        return line, make(self.recipe, network, step, self.prompts, self.machine, on_turn)
+        network = self.accelerator.unwrap_model(model)
+        return line, make(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
 
     def _turns(self) -> int:
-        world = self.machine.num_processes
+        world = self.accelerator.num_processes
         pieces = len(loss_table.deal(self.rows.pieces(), world)) if self.rows else 0
         return pieces + math.ceil(len(self.prompts) / world)
 
@@ -228,7 +228,7 @@ class Validator:
 
 
 @dataclass(frozen=True)
-class Watched:
+class Monitoring:
     """What looks at a run: the tracker that it is sent to, and its validation."""
 
     tracker: Tracker
