@@ -1,9 +1,9 @@
-"""python train.py --mode train|inference; without a mode it says what it can do."""
+"""Train or generate: python train.py --mode train|inference. Without a mode it prints its usage."""
 
 import sys
 from pathlib import Path
 
-import train  # noqa: F401  the folder beside this file: it finds src/ where titans-video is not installed
+import train  # noqa: F401  makes titans_video importable from src/ if it is not installed
 from titans_video.cli.launchers import train_script
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Clips a second beside OpenCV, decord and imageio, cold and cached, and how long training waits for data.
+"""Clips per second against OpenCV, decord and imageio, cold and cached, and how long training waits for data.
 
     python benchmarks/data.py [--clips FOLDER] [--repeats 3] [--steps 12] [--out FILE.md]
 
-Every reader is asked for the same frames of the same clips, on one thread, in one process; clip by clip they take turns
-in changing order, so that a slow minute of the machine falls on all alike. Cold: the file is dropped from the page
-cache before it is read. Frames are handed out as uint8 RGB of the file's own size; a frame is counted as wrong where it
-is not the picture that a plain decode of the whole file gives at that place (another moment, another size).
-The peers are optional: `pip install '.[bench]'`.
+Every reader reads the same frames of the same clips, on one thread, in one process. Readers alternate after each clip,
+in changing order, so a slow minute of the machine affects all equally. Cold: the file is dropped from the page cache
+before it is read. Frames are uint8 RGB of the file's own size. A frame is counted as wrong if it is not the image that
+a plain decode of the whole file gives at that index (another time or another size).
+The other readers are optional: `pip install '.[bench]'`.
 """
 
 import argparse
@@ -45,12 +45,12 @@ FRAMES, FPS, HEIGHT, WIDTH = 16, 12.0, 256, 448
 PATCH = (8, 4, 4)
 SPEC = CodecSpec("patch", 96, PATCH, "blocks")
 SMALL = 16  # frames are compared as SMALL x SMALL block means
-WRONG = 10.0  # mean difference in levels from which on it is another picture
+WRONG = 10.0  # mean difference in levels above which a frame is wrong
 
 
 @dataclass(frozen=True)
 class Task:
-    """Frames to read: numbers `indices` of a file, in the order of presentation."""
+    """The frames to read: `indices` of a file in presentation order."""
 
     path: Path
     info: VideoInfo
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass
 class Result:
-    """What one reader took: seconds a clip, cold and warm, and how many frames were wrong."""
+    """The results of one reader: seconds per clip, cold and warm, and the number of wrong frames."""
 
     cold: list[float] = field(default_factory=list)
     warm: list[float] = field(default_factory=list)
@@ -75,14 +75,14 @@ def opencv(task: Task) -> np.ndarray:
     cv2 = importlib.import_module("cv2")
     capture = cv2.VideoCapture(str(task.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     capture.set(cv2.CAP_PROP_POS_FRAMES, task.indices[0])
-    frames, at, picture = [], task.indices[0] - 1, None
+    frames, at, image = [], task.indices[0] - 1, None
     for wanted in task.indices:
         while at < wanted:
             capture.grab()
-            at, picture = at + 1, None
-        if picture is None:
-            picture = cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
-        frames.append(picture)
+            at, image = at + 1, None
+        if image is None:
+            image = cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+        frames.append(image)
     capture.release()
     return np.stack(frames)
 
@@ -109,14 +109,14 @@ MODULES = {"OpenCV": ("cv2",), "decord": ("decord",), "imageio": ("imageio", "im
 
 
 def small(frames: np.ndarray) -> np.ndarray:
-    """(T, H, W, 3) to (T, SMALL, SMALL, 3) block means."""
+    """(T, H, W, 3) -> (T, SMALL, SMALL, 3) block means."""
     t, h, w = len(frames), frames.shape[1] // SMALL, frames.shape[2] // SMALL
     cut = frames[:, : SMALL * h, : SMALL * w].astype(np.float32)
     return cut.reshape(t, SMALL, h, SMALL, w, 3).mean((2, 4))
 
 
 def plain_decode(task: Task) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The wanted frames, small, and their shape, by one pass over the whole file with PyAV alone."""
+    """Return the wanted frames, small, and their shape, from one pass over the whole file with only PyAV."""
     wanted, found = set(task.indices), {}
     with av.open(str(task.path)) as container:
         for number, frame in enumerate(container.decode(video=0)):
@@ -133,13 +133,13 @@ def timed(read: Callable[[Task], np.ndarray], task: Task, cold: bool) -> tuple[f
     start = time.perf_counter()
     try:
         frames = read(task)
-    except Exception:  # a peer may raise anything at a file that it cannot read
+    except Exception:  # other readers may raise anything for a file that they cannot read
         frames = None
     return time.perf_counter() - start, frames
 
 
 def compare(tasks: Sequence[Task], readers: dict[str, Callable[[Task], np.ndarray]], repeats: int) -> dict[str, Result]:
-    """All readers on all tasks."""
+    """Run all readers on all tasks."""
     results = {name: Result() for name in readers}
     for repeat in range(repeats):
         for number, task in enumerate(tasks):
@@ -167,27 +167,27 @@ def options_of(manifest: Path, **changes: Any) -> DataOptions:
 
 
 def tasks_of(data: VideoDataset) -> list[Task]:
-    """Each clip once, from a random start, so that readers have to find their way into the file."""
+    """Return each clip once, from a random start, so readers have to seek."""
     reader = data.reader()
-    samples = [reader.decide(entry, "t2v", number) for number, entry in enumerate(data.entries)]
-    return [Task(s.entry.row.video, s.entry.info(), s.plan.indices) for s in samples]
+    samples = [reader.decide(record, "t2v", number) for number, record in enumerate(data.records)]
+    return [Task(s.record.row.video, s.record.info(), s.plan.indices) for s in samples]
 
 
 def ready_clips(data: VideoDataset, folder: Path, repeats: int) -> list[tuple[str, float]]:
-    """Clips a second at the size of the bucket, as training takes them: from files, and from the two caches."""
+    """Measure clips per second at the bucket's size, as in training: from files, and from the two caches."""
     codec = PCACodec.fit(data.sample_pixels(16), PATCH, SPEC.channels)
     filled = fill_cache(data, folder, Encoders("bench", lambda: codec), progress=False)
     reader, bare = data.reader(), data.reader()
     bare.ram.budget = 0
-    samples = [reader.decide(entry, "t2v", 0) for entry in filled.data.entries]
+    samples = [reader.decide(record, "t2v", 0) for record in filled.data.records]
 
     def file(s: Any) -> Any:
         b = s.plan.bucket
-        return read_clip(s.entry.row.video, s.entry.info(), s.plan.indices, b.height, b.width, s.plan.crop)
+        return read_clip(s.record.row.video, s.record.info(), s.plan.indices, b.height, b.width, s.plan.crop)
 
     for s in samples:
         reader.clip(s)  # into memory
-    ways = {"from its file": file, "from --ram-cache-mb": reader.clip, "from --cache": filled.store.read_clip}
+    ways = {"from its file": file, "from --ram-cache-mb": reader.clip, "from --cache": filled.cache.read_clip}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for s in samples:
@@ -199,7 +199,7 @@ def ready_clips(data: VideoDataset, folder: Path, repeats: int) -> list[tuple[st
 
 
 def waits(manifest: Path, root: Path, folder: Path, steps: int) -> list[tuple[str, float, float]]:
-    """(how, seconds a step, share of it that training waited for data) of short runs of a small network."""
+    """Train a small network briefly; return (source, seconds per step, share of it spent waiting for data)."""
     ways: dict[str, dict[str, Any]] = {
         "files, read in the training process": {"ram_cache_mb": 0},
         "files, --num-workers 1": {"ram_cache_mb": 0, "num_workers": 1},
@@ -231,10 +231,10 @@ def report(
     ready: Sequence[tuple[str, float]],
     data_seconds: Sequence[tuple[str, float, float]],
 ) -> str:
-    """The results as markdown."""
+    """Format the results as Markdown."""
     total = sum(len(t.indices) for t in tasks)
     lines = [
-        f"{len(tasks)} clips, {FRAMES} frames of each at {FPS:g} a second from a random start, one thread, "
+        f"{len(tasks)} clips, {FRAMES} frames of each at {FPS:g} frames per second from a random start, one thread, "
         f"{os.cpu_count()} cores, PyAV {av.__version__}, torch {torch.__version__}.",
         "",
         "| frames of the file's own size | clips/s cold | clips/s warm | wrong frames | files not read |",
@@ -271,7 +271,7 @@ def main() -> None:
         manifest.write_text("".join(json.dumps(r) + "\n" for r in keep))
         data = open_data(options_of(manifest, data_root=str(source), random_start=True), SPEC, (1, 4, 4), seed=0)
         fixed = open_data(options_of(manifest, data_root=str(source)), SPEC, (1, 4, 4), seed=0)
-        # The peers come last: they start threads, and processes that read ahead are forked.
+        # The other readers come last: they start threads, and the worker processes of training are forked.
         data_seconds = waits(manifest, source, folder, a.steps)
         ready = ready_clips(fixed, folder / "ready", a.repeats)
         tasks = tasks_of(data)

@@ -1,16 +1,16 @@
-"""Steps of our LoRA beside PEFT's on the same transformer: time and memory, in one run.
+"""Time and memory of training steps: our LoRA against PEFT's on the same transformer, in one run.
 
     python benchmarks/lora.py
     python benchmarks/lora.py --device cuda --heads 48 --head-dim 64 --layers 42
 
 CogVideoX's transformer with random weights, the same for both, gets the same adapter (A and B included) from
-`titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Each lives in a process of its own; steps
-(forward, backward, clipping, AdamW) are taken in turn, so that a slow minute of the machine falls on both alike. The
-losses of all steps are compared too: they are of the same numbers. Needs the package peft.
+`titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Each has its own process. Steps (forward, backward,
+clipping, AdamW) alternate, so a slow minute of the machine affects both equally. The losses of all steps are compared
+too, since both compute the same function. Needs the package peft.
 
-"Growth" is what a step needs beyond what is held between steps: activations and gradients; from torch's allocator on
-CUDA, from the peak of the process's resident memory elsewhere, with malloc's hoard set aside. "CPU s" is the time that
-the step spent on cores: on a busy machine the steadier one.
+"Growth" is the memory of a step beyond what remains between steps: activations and gradients. It comes from torch's
+allocator on CUDA and from the peak of the process's resident memory elsewhere, without malloc's free lists. "CPU s" is
+the time that the step spent on cores: it varies less on a busy machine.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7, help="steps of each whose median is taken")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="at a tiny size, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="use a tiny size, to check that it runs")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(a: argparse.Namespace, library: str, checkpointing: bool = False, dtype: str = "float32", fp8: bool = False):
-    """The transformer with an adapter, and the parameters that are trained."""
+    """Return the transformer with an adapter, and the trained parameters."""
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -85,13 +85,13 @@ def build(a: argparse.Namespace, library: str, checkpointing: bool = False, dtyp
         network = peft.inject_adapter_in_model(config, network)
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
     for number, p in enumerate(trained.values()):
-        p.data = p.data.float()  # PEFT, too, trains in float32 where it is asked to (autocast_adapter_dtype)
+        p.data = p.data.float()  # PEFT trains in float32 too with autocast_adapter_dtype
         torch.nn.init.normal_(p, std=0.02, generator=torch.Generator(a.device).manual_seed(number))
     return network, list(trained.values())
 
 
 def work(a: argparse.Namespace) -> None:
-    """A training step for each line on stdin, until there are no more."""
+    """Take a training step for each line on stdin, to the end."""
     parent = Parent()
     import torch
 
@@ -122,7 +122,7 @@ def work(a: argparse.Namespace) -> None:
 
 
 def measure(a: argparse.Namespace, name: str) -> dict[str, dict[str, Any]]:
-    """Figures of both libraries in one setup, their steps taken in turn."""
+    """Measure both libraries in one setup, with alternating steps."""
     workers = {
         library: Worker([sys.executable, __file__, *sys.argv[1:], f"--worker={library}:{name}"])
         for library in LIBRARIES
@@ -142,7 +142,7 @@ def measure(a: argparse.Namespace, name: str) -> dict[str, dict[str, Any]]:
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], load: float) -> str:
-    """As markdown: ours, PEFT's, and ours as a share of PEFT's."""
+    """Format as Markdown: ours, PEFT's, and the ratio of ours to PEFT's."""
     import peft
     import torch
 

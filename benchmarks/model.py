@@ -1,13 +1,13 @@
-"""Forward and backward of SoraDiT beside diffusers' transformers of the same width, depth and tokens.
+"""Forward and backward of SoraDiT against diffusers' transformers of the same width, depth and tokens.
 
     python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 16 ...]
 
-`st` stands beside LatteTransformer3DModel (a layer of it is a spatial and a temporal block, as one block of ours holds
-spatial and temporal attention), `full` beside WanTransformer3DModel, and beside CogVideoXTransformer3DModel, which
-joins text and video in one attention and so has no cross-attention to compute. Each candidate lives in a process of its
-own; the parent asks them for one step each in turn, so that a slow minute of the machine falls on all alike.
-Time is the median step, memory the process's peak over what it held before the network was built (on CUDA: torch's own
-peak), FLOPs are counted by torch with attention as plain products (a backward pass twice a forward one).
+`st` is compared with LatteTransformer3DModel (one of its layers is a spatial and a temporal block; one block of ours
+has spatial and temporal attention). `full` is compared with WanTransformer3DModel and with CogVideoXTransformer3DModel,
+which joins text and video in one attention and so computes no cross-attention. Each candidate has its own process. The
+parent asks them for one step each in turn, so a slow minute of the machine affects all equally. Time is the median
+step. Memory is the process's peak minus the memory before the network was built (on CUDA: torch's peak). Torch counts
+the FLOPs with attention as plain products (a backward pass is twice a forward pass).
 """
 
 import argparse
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 
 def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], Any]]:
-    """A network, and a function of it and a device that runs its forward pass on random inputs."""
+    """Return a network, and a function of it and a device that runs its forward pass on random inputs."""
     import torch
 
     dtype = torch.bfloat16 if a.dtype == "bf16" else torch.float32
@@ -145,7 +145,7 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
 
 
 def count_flops(name: str, a: argparse.Namespace) -> int:
-    """FLOPs of one forward and backward pass, counted without computing anything."""
+    """Count the FLOPs of one forward and backward pass on the meta device."""
     import torch
 
     from titans_video.training import flops
@@ -156,9 +156,9 @@ def count_flops(name: str, a: argparse.Namespace) -> int:
 
 
 def worker(a: argparse.Namespace) -> None:
-    """One candidate: a step for each line on stdin, answered with its seconds; at the end a report.
+    """Take a step of one candidate for each line on stdin and answer with its seconds; report at the end.
 
-    With --memory two steps at once and the peak of the process, malloc told to give back what is freed.
+    With --memory, take two steps and report the peak of the process, with malloc returning freed blocks.
     """
     import torch
 
@@ -169,9 +169,8 @@ def worker(a: argparse.Namespace) -> None:
     torch.manual_seed(0)
     cuda = a.device.startswith("cuda")
     small = argparse.Namespace(**{**vars(a), "width": 8 * a.heads, "depth": 1, "frames": 1, "size": 8})
-    net, run = build(
-        a.worker, small
-    )  # so that libraries, which load on first use, do not count as the network's memory
+    # Run a small network first: libraries load on first use and must not count as the network's memory.
+    net, run = build(a.worker, small)
     run(net.to(a.device), a.device).float().mean().backward()
     before = resident()
     net, run = build(a.worker, a)
@@ -203,18 +202,18 @@ def worker(a: argparse.Namespace) -> None:
 
 
 def start(name: str, *flags: str) -> Worker:
-    """A worker, on this command's own flags."""
+    """Start a worker with this command's flags."""
     return Worker([sys.executable, __file__, *sys.argv[1:], "--worker", name, *flags])
 
 
 def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Memory of each candidate alone, then the time of all, interleaved."""
+    """Measure the memory of each candidate separately, then the time of all, interleaved."""
     names = [name for group in GROUPS for name in group]
     results = {name: start(name, "--memory").ask() for name in names}
     workers: dict[str, Worker] = {}
     for name in names:
         workers[name] = start(name)
-        workers[name].ask()  # warm: one at a time, together they would slow each other
+        workers[name].ask()  # one at a time: together they would slow each other
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(a.repeats):
         for name in names:
@@ -225,7 +224,7 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
-    """The results as markdown."""
+    """Format the results as Markdown."""
     from titans_video.training.flops import peak_flops
 
     first = next(iter(results.values()))

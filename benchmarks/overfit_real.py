@@ -1,14 +1,14 @@
-"""Eight real clips, learned by heart: the whole way on real files, through the command line that everybody uses.
+"""Overfit eight real clips, end to end through the documented command line.
 
-Trains on 8 clips at 64x64 and 8 frames, generates one clip for each caption, and asks which of the 8 originals it is
-nearest to (mean squared error after a small blur). Writes originals beside generated clips as a PNG, the table as JSON.
+Trains on 8 clips at 64x64 and 8 frames, generates one clip for each caption, and finds the nearest of the 8 originals
+(mean squared error after a small blur). Writes originals next to generated clips as a PNG, and the table as JSON.
 
     python benchmarks/overfit_real.py [--out outputs/overfit_real] [--max-steps 2500] [--keep] [--watch]
 
-With --watch every third of the other clips is held out and looked at on the way, first frames are given in a part of
-the steps, so that there are two tasks to compare, and the run's report is made.
+With --watch every third of the other clips is a validation clip, a part of the training rows is image-to-video, so
+there are two tasks to compare, and the run's report is written.
 
-The clips lie in $TITANS_REAL_CLIPS (default ../shared/real_clips), a folder with manifest.jsonl.
+The clips are in $TITANS_REAL_CLIPS (default ../shared/real_clips), a folder with manifest.jsonl.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from titans_video.data.loader import to_floats
 from titans_video.generation.denoise import generate
 from titans_video.generation.model import VideoModel, load_model
 from titans_video.generation.request import build_request
-from titans_video.media.resize import to_uint8
+from titans_video.media.colour import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.reporting.report import write_report
@@ -69,16 +69,20 @@ WANTED = 7
 
 
 def main() -> int:
-    """Train, generate, compare; the exit code is 0 where at least WANTED clips are nearest to their own original."""
+    """Train, generate, compare. Return 0 if at least WANTED clips are nearest to their own original."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/overfit_real"))
     parser.add_argument("--max-steps", type=int, default=2500)
-    parser.add_argument("--keep", action="store_true", help="use the run that is already there")
-    parser.add_argument("--watch", action="store_true", help="hold other clips out, sample on the way, make the report")
+    parser.add_argument("--keep", action="store_true", help="use the existing run")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="validate on other clips, generate samples during training, write the report",
+    )
     arguments = parser.parse_args()
     clips = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips")).resolve()
     if not (clips / "manifest.jsonl").is_file():
-        print(f"Skipped: {clips} holds no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
+        print(f"Skipped: {clips} has no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
         return 0
     captions, manifest = write_manifest(clips, arguments.out)
     started = time.monotonic()
@@ -95,7 +99,7 @@ def main() -> int:
 
 
 def write_manifest(clips: Path, out: Path) -> tuple[list[str], Path]:
-    """The rows of CLIPS as text-to-video rows, in a manifest of their own; captions, and its path."""
+    """Write the rows of CLIPS as a text-to-video manifest; return the captions and its path."""
     rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
     chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in CLIPS]
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ def write_manifest(clips: Path, out: Path) -> tuple[list[str], Path]:
 
 
 def watch_flags(clips: Path, out: Path) -> list[str]:
-    """Flags that hold out every third of the clips that are not CLIPS, and sample the captions of WATCHED."""
+    """Return flags that validate on every third of the other clips and sample the captions of WATCHED."""
     rows = list(map(json.loads, (clips / "manifest.jsonl").read_text().splitlines()))
     others = [{k: row[k] for k in ("video", "caption")} for row in rows if row["video"] not in CLIPS][::3]
     (out / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
@@ -115,7 +119,7 @@ def watch_flags(clips: Path, out: Path) -> list[str]:
 
 
 def train(manifest: Path, clips: Path, run: Path, more: list[str]) -> None:
-    """The documented training command, in a process of its own."""
+    """Run the documented training command in its own process."""
     script = REPOSITORY / "train" / "videos" / "video_framework.py"
     flags = ["--manifest", str(manifest), "--data-root", str(clips), "--output-dir", str(run)]
     flags += [*DATA_FLAGS, *MODEL_FLAGS, *TRAIN_FLAGS, *more]
@@ -124,25 +128,25 @@ def train(manifest: Path, clips: Path, run: Path, more: list[str]) -> None:
 
 
 def read_originals(manifest: Path, clips: Path, model: VideoModel) -> Tensor:
-    """The clips as training read them: (8, 3, T, H, W) in [-1, 1], in the manifest's order."""
+    """Return the clips as training reads them: (8, 3, T, H, W) in [-1, 1], in the manifest's order."""
     options = DataOptions(
         manifest=(str(manifest),), data_root=str(clips), height=SIZE, width=SIZE, num_frames=FRAMES, fps=FPS
     )
     data = open_data(options, model.codec.spec, model.patch_size, seed=0)
     reader = data.reader()
-    read = [torch.from_numpy(reader.clip(reader.decide(entry, "t2v", 0))) for entry in data.entries]
+    read = [torch.from_numpy(reader.clip(reader.decide(record, "t2v", 0))) for record in data.records]
     return to_floats(torch.stack(read))
 
 
 def generate_all(model: VideoModel, captions: list[str]) -> Tensor:
-    """One clip for each caption, (8, 3, T, H, W) in [-1, 1]."""
+    """Generate one clip for each caption, (8, 3, T, H, W) in [-1, 1]."""
     usual, _ = build_request(GenerateOptions(), model)
     seeds = [derive_seed(0, "overfit", i) for i in range(len(captions))]
     return generate(model, replace(usual, prompts=captions, seeds=seeds))
 
 
 def blurred(videos: Tensor) -> Tensor:
-    """Each frame averaged over BLUR x BLUR pixels, twice."""
+    """Average each frame over BLUR x BLUR pixels, twice."""
     frames = videos.transpose(1, 2).flatten(0, 1)  # (N T, 3, H, W)
     for _ in range(2):
         frames = F.avg_pool2d(frames, BLUR, stride=1, padding=BLUR // 2, count_include_pad=False)
@@ -150,7 +154,7 @@ def blurred(videos: Tensor) -> Tensor:
 
 
 def report(originals: Tensor, made: Tensor, captions: list[str], out: Path, minutes: float) -> int:
-    """Print and write which original each generated clip is nearest to, and the sheet; the exit code."""
+    """Print and write the nearest original of each generated clip, and the sheet; return the exit code."""
     distances = (blurred(made)[:, None] - blurred(originals)[None]).square().flatten(2).mean(-1)  # (made, originals)
     nearest = distances.argmin(1).tolist()
     rows = [

@@ -1,20 +1,18 @@
-"""Memory and time of a training step: what each knob takes or saves, against the same run without it.
+"""Memory and time of a training step: the effect of each option, against the same run without it.
 
     python benchmarks/training.py [--sizes] [--out FILE.md]
     python benchmarks/training.py --device cuda --width 1152 --depth 28 --heads 16 --resolution 512 --repeats 20
 
-The real Trainer, as the commands build it, trains SoraDiT on made-up latents of a VAE of stride 8 (the identity codec
-at an eighth of --resolution), so nothing but the step is measured: forward, backward, clipping, update, metrics. Each
-configuration lives in a process of its own, or in two under torchrun; its steps are taken in turn with those of the
-baseline of as many processes, so that a slow minute of the machine falls on both alike, and every ratio is to that
-baseline. With --sizes a second table in place of the first: batch size, resolution, frames, with and without
-checkpointing.
+The real Trainer, as the commands build it, trains SoraDiT on synthetic latents of a VAE of stride 8 (the identity codec
+at an eighth of --resolution). So only the step is measured: forward, backward, clipping, update, metrics. Each
+configuration has its own process, or two under torchrun. Its steps alternate with those of the baseline with the same
+number of processes, so a slow minute of the machine affects both equally. Every ratio is to that baseline. With --sizes
+the table shows batch size, resolution and frames instead, with and without checkpointing.
 
-"State" is counted: the storages that this rank holds of weights, gradients and optimizer state. "Growth" is what a step
-needs beyond weights and optimizer state: activations, gradients as they come, and the weights that FSDP2 gathers; from
-torch's allocator on CUDA, from the peak of the process's resident memory elsewhere. "Peak" is all of it together. "CPU
-s" is the time that the step spent on cores: on a busy machine the steadier one. Of two processes the larger figure
-counts.
+"State" is counted: this rank's storages of weights, gradients and optimizer state. "Growth" is the memory of a step
+beyond weights and optimizer state: activations, gradients, and the weights that FSDP2 gathers. It comes from torch's
+allocator on CUDA and from the peak of the process's resident memory elsewhere. "Peak" is the sum. "CPU s" is the time
+that the step spent on cores: it varies less on a busy machine. Of two processes the larger value counts.
 """
 
 import argparse
@@ -65,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=192, help="pixels of a side, a multiple of 16")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each configuration whose median is taken")
     parser.add_argument("--threads", type=int, default=2, help="of a configuration, over its processes")
-    parser.add_argument("--quick", action="store_true", help="at a tiny size, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="use a tiny size, to check that it runs")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -75,8 +73,8 @@ def arguments() -> argparse.Namespace:
 
 
 def start(a: argparse.Namespace, setup: Setup, folder: str) -> Worker:
-    """A worker on this command's own flags, or two under torchrun; ready when this returns."""
-    environment = {"TORCHINDUCTOR_CACHE_DIR": folder}  # so that the first step of --compile is a first one
+    """Start a worker with this command's flags, or two under torchrun, and wait until it is ready."""
+    environment = {"TORCHINDUCTOR_CACHE_DIR": folder}  # so the first step of --compile really compiles
     if a.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if setup.shard is not None:  # as `accelerate launch` sets them from configs/accelerate/fsdp2.yaml
@@ -97,7 +95,7 @@ def step(worker: Worker, size: Size, memory: bool = False) -> dict[str, Any]:
 
 
 def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Figures of every configuration that runs on this machine, by its name; a baseline that does not ends it all."""
+    """Measure every configuration that runs on this machine, by name. A baseline that fails ends the benchmark."""
     most = torch.cuda.device_count() if a.device == "cuda" else 2
     setups = [s for s in SETUPS if s.processes <= most]
     results: dict[str, dict[str, Any]] = {}
@@ -113,7 +111,7 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     worker = start(a, setup, folder)
                     results[setup.name] = compare(a, worker, baseline)
                     worker.end()
-                except WorkerFailed as e:  # such as one that does not fit into the memory
+                except WorkerFailed as e:  # for example out of memory
                     tqdm.write(f"{setup.name}: {e}", file=sys.stderr)
                 bar.update()
             baseline.end()
@@ -121,10 +119,10 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def compare(a: argparse.Namespace, worker: Worker, baseline: Worker) -> dict[str, Any]:
-    """Figures of a worker, with the times of the baseline's steps that were taken in turn with its own."""
+    """Measure a worker, and the baseline's steps that alternate with its own."""
     size = Size(a.batch, a.frames, a.resolution)
     warm = [step(worker, size, memory=True) for _ in range(WARM_UP)]
-    step(worker, size)  # malloc fills its lists again
+    step(worker, size)  # malloc refills its free lists
     theirs, own = [], []
     for _ in range(a.repeats):
         theirs.append(step(baseline, size))
@@ -133,12 +131,12 @@ def compare(a: argparse.Namespace, worker: Worker, baseline: Worker) -> dict[str
 
 
 def medians(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Of both kinds of time."""
+    """Return the median of both kinds of time."""
     return {name: statistics.median(one[name] for one in steps) for name in TIMES}
 
 
 def times_of(a: argparse.Namespace) -> dict[str, str]:
-    """The times that are shown, and what heads their columns. A GPU's work leaves no trace in the CPU's time."""
+    """Return the times to show and their column heads. CPU time does not include the work of a GPU."""
     return {name: head for name, head in TIMES.items() if name == "seconds" or a.device == "cpu"}
 
 
@@ -146,13 +144,13 @@ def row(name: str, cells: Iterable[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def beside(value: float, base: float, unit: float = 1.0, digits: int = 3) -> str:
-    """A figure, and how many times another one it is."""
+def with_ratio(value: float, base: float, unit: float = 1.0, digits: int = 3) -> str:
+    """Format a value and its ratio to `base`."""
     return f"{value / unit:.{digits}f} ({value / base:.2f})"
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float) -> str:
-    """The configurations as markdown."""
+    """Format the configurations as Markdown."""
     size = Size(a.batch, a.frames, a.resolution)
     times = times_of(a)
     heads = ["state, MiB", "growth, MiB", "peak, MiB", *times.values()]
@@ -163,27 +161,25 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float
             continue
         r = results[setup.name]
         base = baselines.setdefault(setup.processes, r)
-        cells = [beside(r[k], base[k], MIB, 1) for k in ("state", "growth", "peak")]
-        cells += [beside(r[k], r["base"][k]) for k in times]
+        cells = [with_ratio(r[k], base[k], MIB, 1) for k in ("state", "growth", "peak")]
+        cells += [with_ratio(r[k], r["base"][k]) for k in times]
         lines.append(row(setup.name + (f", {setup.processes} processes" if setup.processes > 1 else ""), cells))
     notes = [
-        f"{size.tokens} tokens a process. In brackets: times that of the first row of as many processes, taken in turn "
-        "with it."
+        f"{size.tokens} tokens per process. In brackets: ratio to the first row with the same number of processes, "
+        "whose steps alternate with it."
     ]
     if "--compile" in results:
         first = [results[name]["trial"] for name in (SETUPS[0].name, "--compile")]
-        notes.append(f"The first pass of all takes {first[0]:.1f} s, and {first[1]:.1f} s with --compile.")
+        notes.append(f"The very first pass takes {first[0]:.1f} s, and {first[1]:.1f} s with --compile.")
     missing = [s.name for s in SETUPS if s.name not in results]
     if missing:
-        notes.append(
-            f"Did not run (two processes take two GPUs; another reason stands on stderr): {'; '.join(missing)}."
-        )
+        notes.append(f"Did not run (two processes need two GPUs; stderr has any other reason): {'; '.join(missing)}.")
     lines += ["", " ".join(notes)]
     return "\n".join(lines)
 
 
 def sizes_of(a: argparse.Namespace) -> dict[str, Size]:
-    """The size that was asked for, then one thing changed at a time."""
+    """Return the requested size, then variants with one change each."""
     whole = Size(a.batch, a.frames, a.resolution)
     grid = STRIDE * PATCH[1]
     changed = [replace(whole, batch=n * a.batch) for n in (2, 4)]
@@ -196,12 +192,12 @@ def sizes_of(a: argparse.Namespace) -> dict[str, Size]:
 
 
 def measure_sizes(a: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Figures of every size, without checkpointing and with it."""
+    """Measure every size, without and with checkpointing."""
     sizes = sizes_of(a)
     total = 2 * len(sizes) * (1 + a.repeats)
     with tempfile.TemporaryDirectory(prefix="titans-bench-") as folder, tqdm(total=total, unit="step") as bar:
         workers = [start(a, setup, folder) for setup in SETUPS[:2]]
-        for worker in workers:  # the first steps make the optimizer's state, and load libraries
+        for worker in workers:  # the first steps create the optimizer state and load libraries
             for size in (*sizes.values(),)[:1] * 2:
                 step(worker, size, memory=True)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
@@ -209,7 +205,7 @@ def measure_sizes(a: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             for name, size in sizes.items():
                 results[name].append(step(worker, size, memory=True))
                 bar.update()
-            step(worker, max(sizes.values(), key=lambda s: s.tokens))  # malloc fills its lists again
+            step(worker, max(sizes.values(), key=lambda s: s.tokens))  # malloc refills its free lists
         steps: dict[str, list[list[dict[str, Any]]]] = {name: [[], []] for name in sizes}
         for _ in range(a.repeats):
             for name, size in sizes.items():
@@ -225,7 +221,7 @@ def measure_sizes(a: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def sizes_table(a: argparse.Namespace, results: dict[str, list[dict[str, Any]]], load: float) -> str:
-    """The sizes as markdown."""
+    """Format the sizes as Markdown."""
     times = times_of(a)
     heads = ["peak, MiB", *times.values()]
     heads = ["tokens", *heads, *(f"checkpointing: {head}" for head in heads)]
@@ -234,20 +230,20 @@ def sizes_table(a: argparse.Namespace, results: dict[str, list[dict[str, Any]]],
     for (name, size), found in zip(sizes_of(a).items(), results.values(), strict=True):
         cells = [str(size.tokens)]
         for one in found:
-            cells += [beside(one["peak"], base["peak"], MIB, 1), *(beside(one[k], base[k]) for k in times)]
+            cells += [with_ratio(one["peak"], base["peak"], MIB, 1), *(with_ratio(one[k], base[k]) for k in times)]
         lines.append(row(name, cells))
     lines += [
         "",
-        f"In brackets: times that of the first row without checkpointing. State: {base['state'] / MIB:.1f} MiB.",
+        f"In brackets: ratio to the first row without checkpointing. State: {base['state'] / MIB:.1f} MiB.",
     ]
     return "\n".join(lines)
 
 
 def about(a: argparse.Namespace, load: float) -> str:
-    """One line: what was trained, on what."""
+    """Describe the network, the clips and the machine in one line."""
     where = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU, {a.threads} threads"
     clip = f"batch {a.batch} of {a.frames} frames of {a.resolution}x{a.resolution}"
-    busy = "" if a.device == "cuda" else f"; load {load:.1f} on {os.cpu_count()} cores before it began"
+    busy = "" if a.device == "cuda" else f"; load {load:.1f} on {os.cpu_count()} cores before the start"
     return (
         f"Training steps of SoraDiT st, width {a.width}, depth {a.depth}, {a.heads} heads, {clip}, AdamW, {where}, "
         f"torch {torch.__version__}; median of {a.repeats}{busy}."

@@ -1,12 +1,12 @@
-"""Long video: do joins show, does memory stay, how long does it take, and what does interpolation bring.
+"""Long video: visibility of joins, peak memory, time, and the quality of frame interpolation.
 
     python benchmarks/windows.py [bounce] [memory] [real] [interpolation] [--out outputs/windows] [--keep]
 
 bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
-*continue* (as advised, and with one part of the advice left out) and in *blend* mode, beside true clips. memory: peak
-memory of 64, 256 and 1024 frames, each in a process of its own. real: trains on real clips ($TITANS_REAL_CLIPS, default
-../shared/real_clips) and makes 8 seconds at 24 frames a second. interpolation: PSNR against true 24 frames a second,
-beside repeated frames.
+*continue* mode (with the preset's defaults, and without one of them at a time) and in *blend* mode, against true clips.
+memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains on real clips ($TITANS_REAL_CLIPS,
+default ../shared/real_clips) and generates 8 seconds at 24 frames per second. interpolation: PSNR against true 24
+frames per second, compared with repeated frames.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from titans_video.demo.run import training_command
 from titans_video.generation.long_video import generate_long, plan_video
 from titans_video.generation.model import VideoModel, load_model
 from titans_video.generation.request import build_request
+from titans_video.media.colour import to_uint8
 from titans_video.media.interpolating import interpolate
 from titans_video.media.motion import seam_jumps
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
-from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import read_joins
-from titans_video.mock.bounce import sample_bounce
+from titans_video.mock.dataset import sample_bounce
 from titans_video.seeding import derive_seed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,22 +53,22 @@ CLIPS, WINDOW, OVERLAP, WINDOWS = 4000, 16, 8, 6
 FRAMES = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
 WITHOUT: dict[str, dict[str, Any]] = {
     "without a draft": {"draft_frames": 0},
-    "going on as from nothing": {"continue_steps": None, "continue_guidance": None},
+    "continued like the first window": {"continue_steps": None, "continue_guidance": None},
     "blocks as they are": {},
 }
-"""What is taken from the preset's advice, one at a time; in the last the codec's joins are."""
-_UNTRAINED = 1_000_000  # index of clips that no training set holds
+"""Changes to the preset's defaults, one at a time. The last one disables the codec's joins of blocks."""
+_UNTRAINED = 1_000_000  # index of clips outside every training set
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", nargs="*", choices=["bounce", "memory", "real", "interpolation", []])
     parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
-    parser.add_argument("--videos", type=int, default=48, help="of each mode of the bouncing world")
-    parser.add_argument("--keep", action="store_true", help="use the runs that are already there")
+    parser.add_argument("--videos", type=int, default=48, help="videos of each mode in the bouncing world")
+    parser.add_argument("--keep", action="store_true", help="use the existing runs")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    arguments.out = arguments.out.resolve()  # commands run in the repository's root, wherever this was called
+    arguments.out = arguments.out.resolve()  # commands run in the repository's root
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = {
         name: globals()[name](arguments) for name in arguments.what or ["bounce", "memory", "real", "interpolation"]
@@ -79,13 +79,13 @@ def main() -> int:
 
 
 def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
-    """WindowingSupport of the bouncing world, continued, blended and true."""
+    """Measure the joins of the bouncing world: continued, blended and true."""
     folder = arguments.out / "bounce"
     data = ["data", "mock", "--world", "bounce", "--clips", f"{CLIPS}", "--size", "64", "--frames", f"{WINDOW}"]
     found: dict[str, Any] = {}
     if not arguments.keep:
         found["data"] = run([sys.executable, "-m", "titans_video.cli.main", *data, "--out", f"{folder}/data"])
-        # As the demo does it: two processes of one thread each, on a CPU.
+        # As in the demo: two processes of one thread each, on a CPU.
         training = training_command(DemoOptions(train_config=f"{PRESET}"), folder)
         words = [*training.words, "--cache", f"{folder}/cache"]
         found["training"] = run(words, training.environment)
@@ -115,7 +115,7 @@ def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_bouncing(model: VideoModel, mode: str, count: int) -> tuple[np.ndarray, list[str], tuple[int, ...]]:
-    """Videos uint8 (N, T, H, W, 3), their prompts, and the first frame of each window but the first."""
+    """Return videos uint8 (N, T, H, W, 3), their prompts, and the first frame of each window but the first."""
     usual, _ = build_request(GenerateOptions(num_frames=FRAMES), model)
     prompts = [sample_bounce(1, i, frames=1).caption for i in range(count)]
     made = []
@@ -130,22 +130,24 @@ def make_bouncing(model: VideoModel, mode: str, count: int) -> tuple[np.ndarray,
 
 
 def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
-    """What follows the first block of true clips: joins; and PSNR in dB of the first four frames, with the codec's
-    blocks joined and as they are."""
+    """Continue the first block of true clips: measure the joins, and the PSNR in dB of the first four frames.
+
+    The PSNR is measured with and without the codec's joins of blocks.
+    """
     clips = [sample_bounce(0, _UNTRAINED + i, frames=FRAMES) for i in range(count)]
     truth = np.stack([clip.frames for clip in clips])
-    known = to_floats(torch.from_numpy(truth[:, :OVERLAP]))
+    cond_pixels = to_floats(torch.from_numpy(truth[:, :OVERLAP]))
     usual, _ = build_request(GenerateOptions(num_frames=FRAMES), model)
-    request = replace(usual, prompts=[c.caption for c in clips], seeds=list(range(count)), cond_pixels=known)
+    request = replace(usual, prompts=[c.caption for c in clips], seeds=list(range(count)), cond_pixels=cond_pixels)
     windows, _ = plan_video(model, request, WINDOW, OVERLAP, "continue")
     videos = torch.cat(list(generate_long(model, request, windows)), dim=2)
     found = judge(np.stack([to_uint8(video) for video in videos]), windows.edges)
-    alone = replace(request, frames=WINDOW)
-    plan, _ = plan_video(model, alone)
+    one_window = replace(request, frames=WINDOW)
+    plan, _ = plan_video(model, one_window)
     near = slice(OVERLAP, OVERLAP + 4)
     for name, state in (("joined", nullcontext()), ("as they are", unjoined(model))):
         with state:
-            made = torch.cat(list(generate_long(model, alone, plan)), dim=2)
+            made = torch.cat(list(generate_long(model, one_window, plan)), dim=2)
         error = np.stack([to_uint8(video) for video in made])[:, near].astype(np.float64) - truth[:, near]
         found[f"psnr, blocks {name}"] = round(float(10 * np.log10(255**2 / np.mean(error**2))), 2)
     return found
@@ -153,7 +155,7 @@ def after_true_frames(model: VideoModel, count: int) -> dict[str, Any]:
 
 @contextmanager
 def unjoined(model: VideoModel) -> Iterator[None]:
-    """The patch codec without its joins."""
+    """Disable the joins of the patch codec's blocks."""
     codec = model.codec
     assert isinstance(codec, PCACodec)
     gain, codec.gain = codec.gain, None
@@ -164,7 +166,7 @@ def unjoined(model: VideoModel) -> Iterator[None]:
 
 
 def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
-    """Shares of joins with the same object and a physical path, and the seam ratio over all videos."""
+    """Return the shares of joins with the same object and a physical path, and the seam ratio over all videos."""
     joins = [join for video in videos for join in read_joins(video, edges)]
     at, elsewhere = (np.concatenate(part) for part in zip(*(seam_jumps(v, edges) for v in videos), strict=True))
     misses = np.array([join.miss for join in joins])
@@ -177,7 +179,7 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
         "right_by_join": [
             round(float(np.mean([join.right for join in joins if join.edge == edge])), 3) for edge in edges
         ],
-        # Not a join of windows, but where the first one's two blocks meet.
+        # Not a join of windows, but the edge between the two blocks of the first one.
         "right_in_first_window": round(float(np.mean([read_joins(video, [OVERLAP])[0].right for video in videos])), 3),
         "jump_at_edges": round(float(np.median(at)), 2),
         "jump_elsewhere": round(float(np.median(elsewhere)), 2),
@@ -186,7 +188,7 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
 
 
 def run(words: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
-    """Run a command; minutes by the clock, and of both cores' time together."""
+    """Run a command; return its wall-clock minutes and CPU minutes."""
     print("$", shlex.join(words), flush=True)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(words, check=True, cwd=REPOSITORY, env={**os.environ, **(environment or {"OMP_NUM_THREADS": "2"})})
@@ -196,13 +198,12 @@ def run(words: list[str], environment: dict[str, str] | None = None) -> dict[str
 
 
 PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-"""glibc hoards freed blocks (100 to 250 MiB here, at any length), which is not what is asked for."""
+"""glibc keeps freed blocks (100 to 250 MiB here, at any length), which must not count."""
 PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
+from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.generation.run import run_generate
-from titans_video.config.generation import GenerateOptions
-from titans_video.config.generation import Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())
@@ -211,7 +212,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of the whole command against the length, at 256x256."""
+    """Measure the peak memory of the whole command against the length, at 256x256."""
     sys.path.insert(0, str(REPOSITORY))
     from tests.unit.generation_parts import as_checkpoint, tiny_model
     from titans_video import checkpoint
@@ -243,7 +244,7 @@ REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "hi
 
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
-    """192 frames from a model that was trained on real clips: read back."""
+    """Train on real clips, generate 192 frames, and read them back."""
     clips = real_clips()
     if clips is None:
         return {"skipped": "no real clips"}
@@ -283,14 +284,14 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def shrink(path: Path, out: Path) -> None:
-    """A copy at the size and rate of training: a processor that decodes 480 lines for every step does little else."""
+    """Write a copy at the size and rate of training, because decoding 480 lines for every step would dominate."""
     info = probe(path)
     times = [Fraction(k, 24) for k in range(int(info.duration * 24))]
     write_video(out, read_clip(path, info, info.indices_at(times), 64, 64), 24, crf=8)
 
 
 def interpolation(arguments: argparse.Namespace) -> dict[str, Any]:
-    """PSNR of 8 frames a second brought to 24, against the true 24."""
+    """Interpolate 8 to 24 frames per second and return the PSNR against the true 24."""
     clips = real_clips()
     truths = {f"bounce {size}": sample_bounce(3, 0, size, 97).frames for size in (32, 64, 128)}
     for name in (
@@ -313,7 +314,7 @@ def interpolation(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Over the frames that are not given, in dB."""
+    """Return the PSNR over the interpolated frames in dB."""
     between = np.arange(len(a)) % 3 != 0
     return float(10 * np.log10(255**2 / np.mean((a[between].astype(np.float64) - b[between]) ** 2)))
 
@@ -322,7 +323,7 @@ def real_clips() -> Path | None:
     folder = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips"))
     if (folder / "manifest.jsonl").is_file():
         return folder.resolve()
-    print(f"Skipped: {folder} holds no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
+    print(f"Skipped: {folder} has no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
     return None
 
 

@@ -51,7 +51,7 @@ LENGTH, HALF = "--max-steps 20", "--max-steps 10"
 RUN = f"{LENGTH} --mixed-precision no --lr 2e-3 --seed 3 --output-dir run"
 SORA = f"{DATA} {RUN} --num-frames 9 --batch-size 3 --model-dim 32 --depth 2 --heads 2 --cfg-drop-prob 0.2"
 TITANS = f"{DATA} {RUN} --num-frames 8 --batch-size 3 --model-dim 32 --depth 2 --heads 2 --mem-tokens 4"
-SVD = f"{DATA.replace('mixed', 'told')} {RUN} --num-frames 4 --batch-size 2 --pretrained-model {{models}}/svd"
+SVD = f"{DATA.replace('mixed', 'tasks')} {RUN} --num-frames 4 --batch-size 2 --pretrained-model {{models}}/svd"
 LORA = f"{DATA} {RUN} --num-frames 9 --rank 3 --lora-alpha 6 --text-dtype fp32 --pretrained-model {{models}}"
 TEXTS = "--text-model {models}/t5 --llm-model {models}/llm --text-dtype fp32 --llm-dtype fp32 --local-files-only"
 WATCHED = "--validate-every 10 --validation-split 0.2 --validation-times 2 --validation-rows 3 --sample-steps 2"
@@ -63,7 +63,7 @@ CLIP = "--video {data}/videos/00002.mp4"
 
 @dataclass(frozen=True)
 class Case:
-    """Commands that run one after another in a folder of their own; folders named frames-* hold what they make."""
+    """Commands that run one after another in one folder. Folders named frames-* contain the frames they generate."""
 
     name: str
     commands: tuple[str, ...]
@@ -107,7 +107,7 @@ def sora_cases() -> list[Case]:
 
 
 def titans_cases() -> list[Case]:
-    """TitansVideoDiT with tokens, with the neural memory and with none; long videos are stopped and gone on with."""
+    """TitansVideoDiT with tokens, with the neural memory and with none; long videos are stopped and continued."""
     pixels = """--vae-backend identity --vae-init-json '{{"space_to_depth": 4}}' --patch-size 2,2,2"""
     vae = "--pretrained-vae {models}/svd --patch-size 2,4,4 --segment-curriculum 10"
     script = "{tree}/train/videos/train_titans_video_dit_accelerate.py"
@@ -160,13 +160,13 @@ def pretrained_cases() -> list[Case]:
 
 
 def all_cases(pattern: str = "*") -> list[Case]:
-    """Give the cases whose names match the pattern, or hold it."""
+    """Return the cases whose names match the pattern or contain it."""
     cases = [*sora_cases(), *titans_cases(), *pretrained_cases()]
     return [c for c in cases if fnmatch.fnmatch(c.name, pattern) or pattern in c.name]
 
 
 def drive(tree: Path, work: Path, results: Path, shared: Path, pattern: str) -> None:
-    """Run the cases with the package that lies in a tree and keep what is compared."""
+    """Run the cases with the package of a worktree, and keep what is compared."""
     import titans_video
     from titans_video.cli.main import main as command_line
 
@@ -194,7 +194,7 @@ def drive(tree: Path, work: Path, results: Path, shared: Path, pattern: str) -> 
 
 
 def call(command_line: Any, words: list[str]) -> int | str | None:
-    """Run one command line, or a script where the first word is one, and give the exit code."""
+    """Run one command line, or a script if the first word is one; return the exit code."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ def call(command_line: Any, words: list[str]) -> int | str | None:
 
 
 def collect(folder: Path, results: Path, failure: str) -> None:
-    """Write what a case left: lines of figures, tensors and plain values by name, frames."""
+    """Write the results of a case: lines of figures, tensors and plain values by name, frames."""
     results.mkdir(parents=True)
     lines = {}
     for path in (p for name in ("metrics.jsonl", "validation.jsonl") for p in sorted(folder.glob(f"run/{name}"))):
@@ -241,7 +241,7 @@ def collect(folder: Path, results: Path, failure: str) -> None:
 
 
 def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Give the leaves of nested containers, each with its path as its name."""
+    """Return the leaves of nested containers, each with its path as its name."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
@@ -281,32 +281,32 @@ def make_shared(folder: Path) -> None:
         picture = {"cond_image": row["cond_image"]} if task == "i2v" and "cond_image" in row else {}
         mixed.append({"video": row["video"], "caption": row["caption"], "task": task} | picture)
     (folder / "data" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    told = [row | {"task": TASKS[number % 2]} for number, row in enumerate(mixed)]
-    (folder / "data" / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    tasks = [row | {"task": TASKS[number % 2]} for number, row in enumerate(mixed)]
+    (folder / "data" / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks))
     (folder / "data" / "prompts.txt").write_text("6: a red circle moving up\n6: a blue square moving left\n")
 
 
 def compare(a: Path, b: Path) -> tuple[str, str, str, str]:
-    """Give the cells of a row: losses, weights, frames, verdict."""
+    """Return the cells of a row: losses, weights, frames, result."""
     one, two = (json.loads((p / "figures.json").read_text()) for p in (a, b))
     lines = [dict(flatten(x["lines"], "")) for x in (one, two)]
-    losses, same_losses = said(differences(*lines), f"{len(one['lines'])} lines, {len(lines[0])} figures")
+    losses, same_losses = format_cell(differences(*lines), f"{len(one['lines'])} lines, {len(lines[0])} figures")
     tensors = [torch.load(p / "tensors.pt", weights_only=True) for p in (a, b)]
     found = differences(*tensors) + differences(one["values"], two["values"])
-    weights, same_weights = said(found, f"{len(tensors[0])} tensors, {len(one['values'])} values")
+    weights, same_weights = format_cell(found, f"{len(tensors[0])} tensors, {len(one['values'])} values")
     frames = [dict(np.load(p / "frames.npz")) for p in (a, b)]
-    pixels, same_frames = said(differences(*frames), f"{sum(map(len, frames[0].values()))} frames")
+    pixels, same_frames = format_cell(differences(*frames), f"{sum(map(len, frames[0].values()))} frames")
     if one["failure"] or two["failure"]:
-        verdict = f"failed: {one['failure'] or 'A ran'}; {two['failure'] or 'B ran'}"
+        result = f"failed: {one['failure'] or 'A ran'}; {two['failure'] or 'B ran'}"
     else:
         parts = {"losses": same_losses, "weights": same_weights, "frames": same_frames}
-        verdict = ", ".join(name for name, same in parts.items() if not same)
-        verdict = f"**differs**: {verdict}" if verdict else "identical"
-    return losses, weights, pixels, verdict
+        result = ", ".join(name for name, same in parts.items() if not same)
+        result = f"**differs**: {result}" if result else "identical"
+    return losses, weights, pixels, result
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, float]]:
-    """Give the names whose values are not the same to the bit, with the largest absolute difference."""
+    """Return the names whose values differ in any bit, with the largest absolute difference."""
     found = []
     for name in [*a, *(k for k in b if k not in a)]:
         if name not in a or name not in b:
@@ -327,8 +327,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, float]]
     return found
 
 
-def said(found: list[tuple[str, float]], whole: str) -> tuple[str, bool]:
-    """Say in a cell what differs: how many, the first, and the largest difference."""
+def format_cell(found: list[tuple[str, float]], whole: str) -> tuple[str, bool]:
+    """Return a cell that describes the differences: how many, the first, and the largest."""
     if not found:
         return whole, True
     sizes = [size for _, size in found if size == size]
@@ -341,10 +341,10 @@ def git(*words: str) -> str:
 
 
 def key() -> str:
-    """Name what results depend on beside the revision: this script, the models and the libraries."""
-    told = [Path(__file__).read_bytes(), FACTORIES.read_bytes(), sys.version.encode()]
-    told += [version(name).encode() for name in LIBRARIES]
-    return hashlib.sha256(b"\0".join(told)).hexdigest()[:12]
+    """Return a hash of everything but the revision that results depend on: script, models and libraries."""
+    parts = [Path(__file__).read_bytes(), FACTORIES.read_bytes(), sys.version.encode()]
+    parts += [version(name).encode() for name in LIBRARIES]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
 def child(words: list[str], **environment: str) -> None:
@@ -355,7 +355,7 @@ def child(words: list[str], **environment: str) -> None:
 
 
 def results_of(revision: str, options: argparse.Namespace, scratch: Path, side: str) -> tuple[str, Path]:
-    """Run a revision, or find what it gave before; give its name and the folder of results."""
+    """Run a revision, or find its earlier results; return its name and the folder of results."""
     commit = git("rev-parse", f"{'HEAD' if revision == '.' else revision}^{{commit}}")
     label = f"{commit[:12]} with the working tree" if revision == "." else commit[:12]
     kept = OUTPUTS / f"{commit[:12]}-{key()}"
@@ -389,9 +389,11 @@ def main() -> int:
     parser.add_argument("a", metavar="REV_A")
     parser.add_argument("b", metavar="REV_B")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose names match or hold it")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep here all that the commands wrote and said")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep everything that the commands wrote and printed in this folder"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table here")
-    parser.add_argument("--no-cache", action="store_true", help="run both anew, and keep nothing")
+    parser.add_argument("--no-cache", action="store_true", help="run both again, and keep nothing")
     options = parser.parse_args()
     shared = OUTPUTS / f"shared-{key()}"
     if not (shared / "data" / "prompts.txt").exists():
@@ -404,7 +406,7 @@ def main() -> int:
         rows = {case.name: compare(a / case.name, b / case.name) for case in all_cases(options.only)}
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     table = [f"A: {label_a}, B: {label_b}", "", f"Python {sys.version.split()[0]}, {versions}, two CPU threads", ""]
-    table += ["| case | losses | weights | frames | verdict |", "| --- | --- | --- | --- | --- |"]
+    table += ["| case | losses | weights | frames | result |", "| --- | --- | --- | --- | --- |"]
     table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     print("\n" + "\n".join(table))
     if options.out:

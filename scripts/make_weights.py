@@ -5,6 +5,7 @@ The tiny preset on the built-in data set, through the commands that everybody us
 `titans-video score`.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -50,6 +51,7 @@ def run(words: list[str], **environment: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()  # --help must not train
     command = [sys.executable, "-m", "titans_video.cli.main"]
     flags = ["--clips", str(CLIPS), "--seed", str(SEED)]
     run([*command, "data", "mock", "--out", str(WORK / "data"), *flags])

@@ -31,7 +31,7 @@ if [ -f "$installing" ]; then
     rm -rf "$venv"
 fi
 if [ -e "$venv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    echo "setup: $venv does not work (any more); making it anew."
+    echo "setup: $venv does not work (any more); creating it again."
     rm -rf "$venv"
 fi
 if [ ! -e "$venv" ]; then

@@ -206,8 +206,8 @@ def walk_prompt(folder: Path) -> Walk:
 
 def as_text(walk: Walk, markdown: bool) -> str:
     """Format a walk: totals, then each file with its functions."""
-    verdict = "within" if walk.files <= walk.target else "above"
-    total = f"{walk.files} files, {walk.functions} functions ({verdict} the target of {walk.target} files)."
+    comparison = "within" if walk.files <= walk.target else "above"
+    total = f"{walk.files} files, {walk.functions} functions ({comparison} the target of {walk.target} files)."
     lines = [f"## {walk.title}" if markdown else walk.title, "", total, *walk.notes, ""]
     for number, (file, functions) in enumerate(walk.calls.items(), start=1):
         mark = " (not counted)" if file in walk.uncounted else ""

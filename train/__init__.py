@@ -1,4 +1,4 @@
-"""Launchers. Importing this package finds titans_video in src/ where it is not installed."""
+"""Launchers. Importing this package makes titans_video importable from src/ if it is not installed."""
 
 import importlib.util
 import sys

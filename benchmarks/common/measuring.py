@@ -1,7 +1,7 @@
-"""Workers in processes of their own, asked for one thing at a time; their memory and time.
+"""Benchmark workers in separate processes, and the measurement of their memory and time.
 
-A worker lives in a process of its own, so that its memory is its own; its parent asks the workers in turn, so that a
-slow minute of the machine falls on all alike. Nothing here imports torch before a worker does.
+Each worker has its own process, so its memory can be measured. The parent asks the workers in turn, so a slow minute of
+the machine affects all equally. Nothing here imports torch before a worker does.
 """
 
 import contextlib
@@ -23,29 +23,29 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 class WorkerFailed(SystemExit):
-    """A worker stopped before it was told to; with what it said."""
+    """A worker stopped early. The message has the end of its stderr."""
 
 
 class Worker:
-    """A process that answers each line on its stdin with a line of JSON on its stdout; it is ready after the first.
+    """A process that answers each line on its stdin with a line of JSON on its stdout. Its first line says it is ready.
 
     Args:
-        command: what to run.
-        environment: what is set for it beside this process's own.
+        command: the command to run.
+        environment: variables in addition to this process's own.
     Attributes:
-        ready: its first answer, where somebody waited for it.
+        ready: its first answer, once received.
     """
 
     ready: dict[str, Any]
 
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        # Warnings belong in no table: they are shown where a worker fails.
-        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the worker
+        # Keep warnings out of the tables; they are shown only if the worker fails.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the worker
         self.process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.words,
+            stderr=self.errors,
             text=True,
             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **(environment or {})},
         )
@@ -54,23 +54,23 @@ class Worker:
         """Send a line, if any, and wait for the answer.
 
         Raises:
-            WorkerFailed: there is none; nobody who does not mind need catch it, as it ends the program with its words.
+            WorkerFailed: there is no answer. Uncaught, it ends the program with its message.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         if line is not None:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer, which is handled below
                 self.process.stdin.write(line + "\n")
                 self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             code = self.process.wait()
-            self.words.seek(0)
-            raise WorkerFailed(f"{self.words.read()[-4000:]}\nA worker stopped with exit code {code}: see above.")
+            self.errors.seek(0)
+            raise WorkerFailed(f"{self.errors.read()[-4000:]}\nA worker stopped with exit code {code}: see above.")
         return json.loads(answer)
 
     def end(self) -> None:
-        """Nothing more will be asked."""
+        """Let the worker stop, and wait for it."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -78,7 +78,7 @@ class Worker:
 
 
 class Parent:
-    """Who started this worker, as the worker sees it. Whatever else the worker prints goes to stderr."""
+    """The worker's connection to its parent. Everything else that the worker prints goes to stderr."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
@@ -88,18 +88,21 @@ class Parent:
         print(json.dumps(answer), file=self.answers, flush=True)
 
     def order(self) -> str:
-        """The next line; empty where nothing more is asked."""
+        """Return the next line, or an empty string at the end."""
         return sys.stdin.readline().strip()
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def map_large_blocks(wanted: bool) -> None:
-    """Whether glibc maps every block of 64 KiB and more on its own, so that memory is that of live tensors and not of
-    malloc's free lists (it costs time, so never when time is measured), or keeps them, as it comes to do by itself."""
+    """Choose whether glibc maps every block of 64 KiB and more separately.
+
+    If it does, the memory is that of live tensors without malloc's free lists. That costs time, so never use it when
+    time is measured. Otherwise glibc keeps freed blocks, as by default after a while.
+    """
     size = SMALL_BLOCKS if wanted else LARGEST_BLOCKS
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, size)
@@ -107,11 +110,11 @@ def map_large_blocks(wanted: bool) -> None:
 
 
 class Meter:
-    """Seconds from `start` to `stop`, and by how much memory grew at most in between, over what was held at `start`.
+    """Measure the seconds from `start` to `stop` and the peak growth of memory in between.
 
-    On CUDA memory is torch's own count of allocated bytes, elsewhere the resident memory of the process (Linux alone).
-    Seconds are of the clock; `cpu_seconds`, those that all threads of this process spent on a core, hardly depend on
-    what else the machine does.
+    On CUDA, memory is torch's count of allocated bytes; elsewhere it is the resident memory of the process (Linux
+    only). `seconds` is wall-clock time. `cpu_seconds` is the time that all threads of this process spent on a core,
+    which hardly depends on the machine's other load.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -125,12 +128,12 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (proc(5))
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
             self.before = resident()
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def stop(self) -> dict[str, float]:
-        """`seconds`, `cpu_seconds`, and `growth` in bytes."""
+        """Return `seconds`, `cpu_seconds`, and `growth` in bytes."""
         if self.cuda:
             import torch
 
@@ -147,7 +150,7 @@ class Meter:
 
 
 def show(text: str, out: Path | None) -> None:
-    """Print a table, and write it where it was asked for."""
+    """Print a table, and write it to `out` if given."""
     print(text)
     if out:
         out.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""One configuration of training.py, in a process of its own: real training steps on made-up latents, one when asked."""
+"""The worker of training.py: real training steps on synthetic latents for one configuration, one step per request."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ CAPTION = "a white dog runs along a beach at sunset, waves behind it"
 
 @dataclass(frozen=True)
 class Setup:
-    """One configuration; `shard` is what FSDP2's reshard_after_forward is, None: no sharding."""
+    """One configuration. `shard` is FSDP2's reshard_after_forward, or None without sharding."""
 
     name: str
     processes: int = 1
@@ -40,7 +40,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Size:
-    """Clips of a process, and pixels of their side."""
+    """The clips of one process; `resolution` is their side in pixels."""
 
     batch: int
     frames: int
@@ -52,74 +52,74 @@ class Size:
 
 
 class Finished(Exception):
-    """Nothing more is asked."""
+    """The parent has no more requests."""
 
 
 class Turns:
-    """The trainer's stream: a made-up batch whenever the parent asks for a step, and the figures of it afterwards."""
+    """The trainer's stream: a synthetic batch for each request of the parent, then the step's measurements."""
 
     def __init__(self, parent: Parent, accelerator: Any, size: Size) -> None:
         self.parent, self.accelerator, self.size = parent, accelerator, size
         self.trainer: Any = None
 
     def attend(self, trainer: Any) -> None:
-        """Count what this trainer holds, at the moment when it holds most: after each update, before gradients go."""
+        """Measure the trainer's state at its peak: after each update, before the gradients are freed."""
         self.trainer = trainer
         trainer.optimizer.optimizer.register_step_post_hook(lambda *_: self._count())
 
     def _count(self) -> None:
         parameters = self.trainer.parameters
         state = [x for p in parameters for x in self.trainer.optimizer.state[p].values() if isinstance(x, Tensor)]
-        self.weights, self.optimizer = held(parameters), held(state)
-        self.gradients = held(p.grad for p in parameters if p.grad is not None)
+        self.weights, self.optimizer = storage_bytes(parameters), storage_bytes(state)
+        self.gradients = storage_bytes(p.grad for p in parameters if p.grad is not None)
 
     def __iter__(self) -> Iterator[Batch]:
-        from titans_video.training import distributed as engines
+        from titans_video.training import distributed
 
-        figures = {"trial": time.perf_counter() - self.began}
+        measured = {"trial": time.perf_counter() - self.began}
         cuda = self.accelerator.device.type == "cuda"
         while True:
-            order = json.loads(engines.run_on_main(self.accelerator, partial(self._turn, figures)) or "{}")
+            order = json.loads(distributed.run_on_main(self.accelerator, partial(self._turn, measured)) or "{}")
             if not order:
                 raise Finished
             if not cuda:
                 map_large_blocks(order["memory"])
-            batch = made_up(Size(**order["size"]), self.accelerator.process_index)
+            batch = synthetic_batch(Size(**order["size"]), self.accelerator.process_index)
             meter = Meter(cuda)
             meter.start()
             yield batch
             own = meter.stop()
-            if engines.backend_name(self.accelerator) == "DDP":
-                own["growth"] += self.gradients  # it keeps them in its buckets between steps
+            if distributed.backend_name(self.accelerator) == "DDP":
+                own["growth"] += self.gradients  # DDP keeps them in its buckets between steps
             own["state"] = self.weights + self.gradients + self.optimizer
             own["peak"] = self.weights + self.optimizer + own["growth"]
-            every = engines.all_gather_object(self.accelerator, own)
-            figures = {name: max(one[name] for one in every) for name in own}
+            every = distributed.all_gather_object(self.accelerator, own)
+            measured = {name: max(one[name] for one in every) for name in own}
 
-    def _turn(self, figures: dict[str, float]) -> str:
-        self.parent.tell(figures)
+    def _turn(self, measured: dict[str, float]) -> str:
+        self.parent.tell(measured)
         return self.parent.order()
 
     def largest(self) -> Batch:
-        """For the trainer's trial before the first step."""
+        """Return the batch of the trainer's trial before the first step."""
         self.began = time.perf_counter()
-        return made_up(self.size, self.accelerator.process_index)
+        return synthetic_batch(self.size, self.accelerator.process_index)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("nothing is resumed here")
+        raise NotImplementedError("benchmarks do not resume")
 
 
-def held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind this rank's pieces of tensors, each storage once."""
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages behind this rank's shards of tensors, each storage once."""
     storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def made_up(size: Size, rank: int) -> Batch:
-    """Latents as pixels of the identity codec."""
+def synthetic_batch(size: Size, rank: int) -> Batch:
+    """Return random latents as pixels of the identity codec."""
     seeds = [derive_seed(0, "row", rank, i) for i in range(size.batch)]
     side = size.resolution // STRIDE
     return Batch(
@@ -137,12 +137,13 @@ def made_up(size: Size, rank: int) -> Batch:
 
 
 def take_steps(a: argparse.Namespace, setup: Setup) -> None:
-    """One configuration: a training step for each line on stdin, until there are no more."""
+    """Take a training step of one configuration for each line on stdin, to the end."""
     parent = Parent()
-    from titans_video.codecs.registry import build_codec
-    from titans_video.recipes.sora import build_recipe
-    from titans_video.text.registry import build_text
-    from titans_video.training import distributed as engines
+    from titans_video.codecs.base import build_codec
+    from titans_video.recipes.setup import RunParts
+    from titans_video.recipes.sora import build_sora
+    from titans_video.text.base import build_text
+    from titans_video.training import distributed
     from titans_video.training.trainer import Trainer
 
     torch.set_num_threads(max(a.threads // setup.processes, 1))
@@ -162,13 +163,14 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
                 output_dir=folder, max_steps=10**9, save_every=10**9, mixed_precision=setup.precision, lr=1e-5
             ),
         )
-        accelerator = engines.start(options.train)
+        accelerator = distributed.start(options.train)
         side = a.resolution // STRIDE
         data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0, tasks=("t2v",))
         codec = build_codec(options.codec, device=accelerator.device)
-        recipe = build_recipe(options, data, codec, build_text(options.text, accelerator.device), accelerator.device)
+        parts = RunParts(data, None, codec, options.codec, build_text(options.text, accelerator.device), None)
+        recipe = build_sora(options, parts, accelerator.device)
         stream = Turns(parent, accelerator, Size(a.batch, a.frames, a.resolution))
-        trainer = Trainer(recipe, stream, options.train, accelerator, say=lambda text: None)
+        trainer = Trainer(recipe, stream, options.train, accelerator)
         stream.attend(trainer)
         with contextlib.suppress(Finished):
             outcome = trainer.run()

@@ -1,1 +1,1 @@
-"""Proof that the memory is used, and what it costs; each module is a command: python -m benchmarks.memory.recall."""
+"""Proof that the memory is used, and its cost. Each module is a command: python -m benchmarks.memory.recall."""

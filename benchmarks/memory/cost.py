@@ -1,12 +1,12 @@
-"""What length costs: the state, the peak memory and time of generating, and the FLOPs of training.
+"""The cost of length: the state, the peak memory and time of generation, and the FLOPs of training.
 
     python -m benchmarks.memory.cost --out docs/memory
 
-State: bytes of all that streaming carries, after 10 and after 1000 segments. Generating: 64, 256 and 1024 frames from
-random weights through the command's own path, mp4 included, each in a process of its own: peak resident memory, and
-CPU seconds a frame. Training: FLOPs of one step (torch's counter, on the meta device) of the size of the documented
-command, for clips of 2 to 32 segments, beside SoraDiT with full and with `st` attention over the whole clip; the
-exponent is the slope in log space between the two longest.
+State: bytes of the streaming state after 10 and after 1000 segments. Generation: 64, 256 and 1024 frames from random
+weights through the command's own path, including mp4, each in its own process: peak resident memory, and CPU seconds
+per frame. Training: FLOPs of one step (torch's counter, on the meta device) at the size of the documented command, for
+clips of 2 to 32 segments, compared with SoraDiT with `full` and with `st` attention over the whole clip. The exponent
+is the slope in log space between the two longest.
 """
 
 import argparse
@@ -36,16 +36,16 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(memory: str, size: int) -> Any:
-    """A streaming model of random weights on pixels folded 8 by 8."""
+    """Build a streaming model with random weights on pixels folded 8 by 8."""
     import torch
 
-    from titans_video.codecs.identity import IdentityCodec
+    from titans_video.codecs.base import IdentityCodec
     from titans_video.config.options import TextOptions
     from titans_video.diffusion.rectified_flow import RectifiedFlow
     from titans_video.generation.model import VideoModel
     from titans_video.models.registry import network_config
     from titans_video.models.titans_dit import TitansVideoDiT
-    from titans_video.text.registry import build_text
+    from titans_video.text.base import build_text
 
     torch.manual_seed(0)
     codec = IdentityCodec((1, 8, 8))
@@ -59,10 +59,10 @@ def make_model(memory: str, size: int) -> Any:
 
 
 def generate(memory: str, frames: int, size: int) -> dict[str, float]:
-    """In this process: make a video of so many frames, into a file."""
+    """Generate a video with this many frames into a file, in this process."""
     from titans_video.generation.long_video import generate_long, plan_video
     from titans_video.generation.request import Request
-    from titans_video.media.resize import to_uint8
+    from titans_video.media.colour import to_uint8
     from titans_video.media.streaming import open_sink
 
     model = make_model(memory, size)
@@ -71,11 +71,11 @@ def generate(memory: str, frames: int, size: int) -> dict[str, float]:
         request = Request(["a"], count, size, size, [0], steps=2)
         plan, _ = plan_video(model, request)
         with open_sink(f"{folder}/o.mp4", size, size, 24.0) as sink:
-            for stretch in generate_long(model, request, plan, progress=False):
-                sink.write(to_uint8(stretch[0]))
+            for chunk in generate_long(model, request, plan, progress=False):
+                sink.write(to_uint8(chunk[0]))
 
     with tempfile.TemporaryDirectory() as folder:
-        run(16, folder)  # whatever is set up once
+        run(16, folder)  # warm up
         began = time.process_time()
         run(frames, folder)
     return {
@@ -84,8 +84,8 @@ def generate(memory: str, frames: int, size: int) -> dict[str, float]:
     }
 
 
-def carried_bytes(memory: str, size: int) -> dict[int, int]:
-    """Of all that streaming carries, after some segments."""
+def state_bytes(memory: str, size: int) -> dict[int, int]:
+    """Return the bytes of the streaming state after 10 and 1000 segments."""
     import torch
 
     from titans_video.generation import stream
@@ -96,7 +96,7 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
     model = make_model(memory, size)
     request = Request(["a"], SEGMENT, size, size, [0], steps=1)
     plan: Any = plan_video(model, request)[0]
-    state, found = stream._fresh(model, request), {}
+    state, found = stream._initial_state(model, request), {}
     bar = argparse.Namespace(update=lambda: None)
     with eval_mode(model.network), torch.no_grad():
         prompts = encode_prompts(model, request.prompts, "", request.uses_cfg)
@@ -108,7 +108,7 @@ def carried_bytes(memory: str, size: int) -> dict[int, int]:
 
 
 def training_flops() -> dict[str, list[int]]:
-    """Of one step on a clip of each length, in the documented command's size at 256 pixels through an 8x VAE."""
+    """Count the FLOPs of one step for each length, at the documented command's size and 256 pixels with an 8x VAE."""
     import torch
 
     from titans_video.models.titans_dit import SegmentRollout
@@ -145,7 +145,7 @@ def main() -> None:
 
     numbers: dict[str, Any] = {"state": {}, "generating": {}}
     for memory in a.memory:
-        numbers["state"][memory] = carried_bytes(memory, a.size)
+        numbers["state"][memory] = state_bytes(memory, a.size)
         for frames in FRAMES:
             command = [sys.executable, "-m", "benchmarks.memory.cost", "--worker", memory, str(frames)]
             command += ["--size", str(a.size), "--threads", str(a.threads)]

@@ -1,12 +1,12 @@
-"""Real clips: train with memory tokens and without memory, make ten segments, look at seams, drift and likeness.
+"""Train on real clips with memory tokens and without memory, generate ten segments, measure seams, drift, likeness.
 
     python -m benchmarks.memory.drift --clips FOLDER --out docs/memory
 
 FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on a linear codec fitted to the
-clips (there is no VAE to be had without a download); without memory the network is a sliding window that sees the last
-frames alone. Each then makes a video of ten segments for some captions. Seam ratio: the median step at segment edges
-over the median elsewhere. Drift: slope a segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10,
-20 apart, to be read beside the motion.
+clips, since a VAE would need a download. Without memory the network is a sliding window that sees only the last frames.
+Each then generates a video of ten segments for some captions. Seam ratio: the median step at segment edges over the
+median elsewhere. Drift: slope per segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20 apart,
+to be compared with the motion.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 def train(kind: str, a: argparse.Namespace) -> Path:
-    """The documented command, small."""
+    """Run the documented command at a small size."""
     out = a.work / kind
     command = [sys.executable, str(ROOT / "train/videos/train_titans_video_dit_accelerate.py")]
     flags: dict[str, Any] = {
@@ -87,7 +87,7 @@ def captions(a: argparse.Namespace) -> list[str]:
 
 
 def generate(checkpoint: Path, prompt: str, number: int, folder: Path) -> np.ndarray:
-    """(T, H, W, 3) in [0, 1], of raw frames."""
+    """Generate a video and return its raw frames, (T, H, W, 3) in [0, 1]."""
     from PIL import Image
 
     place = folder / f"video-{number}"
@@ -99,7 +99,7 @@ def generate(checkpoint: Path, prompt: str, number: int, folder: Path) -> np.nda
 
 
 def real_clips(a: argparse.Namespace) -> list[np.ndarray]:
-    """The clips as training sees them, as long as they are."""
+    """Return the clips as training sees them, at their full length."""
     from titans_video.config.options import DataOptions
     from titans_video.data.dataset import open_data
     from titans_video.types import CodecSpec
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def draw_plot(made: dict[str, list[np.ndarray]], numbers: dict[str, Any], path: Path) -> None:
-    """Luma frame by frame, and likeness against the lag."""
+    """Plot the luma of each frame, and the likeness against the lag."""
     from benchmarks.memory import watching
     from benchmarks.memory.reporting import figure
 

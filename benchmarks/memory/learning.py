@@ -1,4 +1,4 @@
-"""Small networks with and without memory, trained on made-up clips, and what they recall.
+"""Train small networks with and without memory on synthetic clips and measure what they recall.
 
 Legend: B clips, n segments, F frames of a segment. Pixels are the latents; t = n F.
 """
@@ -18,7 +18,8 @@ from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.models.memory import Memory
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
-from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from titans_video.training.optim import build_optimizer
+from titans_video.training.trainer import learning_rate_factor, set_learning_rates
 from titans_video.types import Condition
 
 SHIFT = 12.0
@@ -26,11 +27,11 @@ PROCESS = RectifiedFlow("x0", shift=SHIFT, variance=(0.35, 0.35, 0.35))
 STEPS = 8
 OVERLAP = 4
 Draw = Callable[[torch.Generator, float], Clips]
-"""Clips from a generator and the share of training that is done (1 in tests)."""
+"""Draws clips from a generator and the finished share of training (1 in tests)."""
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> TitansVideoDiT:
-    """About a quarter of a million parameters on 16x16 pixels."""
+    """Build a network with about a quarter of a million parameters for 16x16 pixels."""
     arguments: dict[str, Any] = {
         "in_channels": 3,
         "patch_size": (4, 4, 4),
@@ -51,7 +52,7 @@ def tiny_model(seed: int = 0, **changes: Any) -> TitansVideoDiT:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network, and what its training took."""
+    """A trained network and the cost of its training."""
 
     network: TitansVideoDiT
     steps: int
@@ -71,10 +72,10 @@ def train(
     seed: int = 0,
     label: str = "training",
 ) -> Trained:
-    """Minimise the recipe's loss until so many steps or CPU seconds (of all threads) are spent.
+    """Minimise the recipe's loss for this many steps or CPU seconds (of all threads).
 
-    The learning rate falls linearly over the steps, or over the time where only that is given. CPU seconds are counted
-    in place of the clock's because other work on a machine slows the clock and not the count.
+    The learning rate falls linearly over the steps, or over the time if only that is given. CPU seconds are used
+    because other work on the machine changes the wall-clock time.
     """
     options = TrainOptions(optimizer="muon", lr=lr, muon_lr=muon_lr, weight_decay=0.0, lr_warmup_steps=20)
     optimizer = build_optimizer(network, options)
@@ -97,9 +98,9 @@ def train(
 
 
 def rollout_loss(network: TitansVideoDiT, clips: Clips, overlap: int, generator: torch.Generator) -> Tensor:
-    """Mean weighted error over what is asked, each segment at a time of its own, as `recipes.titans` has it.
+    """Return the mean weighted error of the asked segments, each at its own time, as in `recipes.titans`.
 
-    Of a clip that asks for several segments the last and one drawn anew take part.
+    If a clip asks for several segments, the last one and a random one take part.
     """
     clean = clips.pixels
     B, n = len(clean), len(clips.texts)
@@ -107,21 +108,21 @@ def rollout_loss(network: TitansVideoDiT, clips: Clips, overlap: int, generator:
     t = torch.sigmoid(z)
     t = (SHIFT * t / (1 + (SHIFT - 1) * t)).repeat_interleave(FRAMES, dim=1)  # (B, n F)
     noise = torch.randn(clean.shape, generator=generator)
-    corrupted = PROCESS.add_noise(clean, noise, t)
+    sample = PROCESS.add_noise(clean, noise, t)
     level = (0.1 * torch.rand(B, n, generator=generator)).repeat_interleave(FRAMES, dim=1)
     written = PROCESS.add_noise(clean, torch.randn(clean.shape, generator=generator), level).model_input
     drawn = clips.asked[int(torch.randint(len(clips.asked), (), generator=generator))]
     read = tuple(sorted({drawn, clips.asked[-1]}))
     rollout = SegmentRollout(FRAMES, written, level, written, level, overlap, horizon=n, texts=clips.texts, read=read)
-    value = network(corrupted.model_input, t, Condition(clips.texts[0]), rollout=rollout).value
+    value = network(sample.model_input, t, Condition(clips.texts[0]), rollout=rollout).value
     frames = torch.cat([torch.arange(i * FRAMES, (i + 1) * FRAMES) for i in read])
-    target, weight = corrupted.target[:, :, frames], corrupted.weight[:, :, frames]
+    target, weight = sample.target[:, :, frames], sample.weight[:, :, frames]
     return (weight * (value - target).square()).mean()
 
 
 @torch.no_grad()
 def remember(network: TitansVideoDiT, clips: Clips, segments: int) -> Memory:
-    """The memory after the first segments of true clips."""
+    """Return the memory after the first segments of true clips."""
     memory = network.start(len(clips.pixels))
     for i in range(segments):
         part = PROCESS.model_input(clips.pixels[:, :, i * FRAMES : (i + 1) * FRAMES], torch.zeros(len(clips.pixels)))
@@ -133,7 +134,7 @@ def remember(network: TitansVideoDiT, clips: Clips, segments: int) -> Memory:
 def generate(
     network: TitansVideoDiT, clips: Clips, segment: int, memory: Memory, overlap: int, generator: torch.Generator
 ) -> Tensor:
-    """Segment `segment` from noise, after true frames and this memory: (B, 3, F, L, L)."""
+    """Generate segment `segment` after true frames and this memory: (B, 3, F, L, L)."""
     start = segment * FRAMES
     front = clips.pixels[:, :, max(start - overlap, 0) : start]
     o, B = front.shape[2], len(front)
@@ -160,13 +161,12 @@ def recall_of(
     overlap: int = OVERLAP,
     donor: bool = False,
     seed: int = 10_000,
-    batch: int = 128,
 ) -> float:
-    """Share of clips whose last segment, generated, has the colour of the first.
+    """Return the share of clips whose generated last segment has the colour of the first.
 
     Args:
-        change: what is done to the memory before the last segment.
-        donor: count against the colour of the clip before in the batch, whose memory `swap` gives.
+        change: applied to the memory before the last segment.
+        donor: compare with the colour of the previous clip in the batch, whose memory `swap` gives.
     """
     network.eval()
     generator, right, done = torch.Generator().manual_seed(seed), 0, 0
@@ -182,11 +182,11 @@ def recall_of(
 
 
 def swap(memory: Memory) -> Memory:
-    """Each sample gets the memory of the one before it in the batch."""
+    """Give each sample the memory of the previous one in the batch."""
     size = next(iter(memory.tensors().values())).shape[0] if memory.tensors() else 0
     return memory.rows(torch.arange(size).roll(1)) if size else memory
 
 
 def zero(memory: Memory) -> Memory:
-    """Nothing is remembered."""
+    """Set the memory to zero."""
     return memory.map(torch.zeros_like)

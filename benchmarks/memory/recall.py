@@ -2,11 +2,10 @@
 
     python -m benchmarks.memory.recall --out docs/memory
 
-What the network is given besides its memory does not depend on the colour, so a network without one is right in 12.5 %
-of cases. Controls: no memory (trained without), a zeroed memory, another sample's memory (the reveal must follow the
-donor: the causal proof), and one window that is large enough to see the cue. Training is counted in CPU seconds of all
-threads. Tensors are so small that a second thread adds nothing, so by default there is one, and less than three
-minutes.
+The network's other inputs do not depend on the colour, so a network without memory is right in 12.5 % of cases.
+Controls: no memory (trained without), a zeroed memory, another sample's memory (the reveal must follow the donor: the
+causal proof), and one window that is large enough to see the cue. Training is measured in CPU seconds of all threads.
+The tensors are so small that a second thread does not help, so the default is one thread and less than three minutes.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def training_clips(square: int) -> Draw:
-    """A curriculum: at first one segment of curtain, later up to six."""
+    """Return a curriculum: first one segment of curtain, later up to six."""
 
     def draw(generator: torch.Generator, progress: float) -> Clips:
         hidden = 1 if progress < 0.6 else int(torch.randint(1, max(HIDDEN) + 1, (), generator=generator))
@@ -51,7 +50,7 @@ def test_clips(hidden: int, square: int) -> Draw:
 
 
 def measure(kind: str, a: argparse.Namespace) -> tuple[Trained, dict[str, Any]]:
-    """Train one network and ask it."""
+    """Train one network and measure its recall."""
     # The large window: no memory, but every earlier frame in view.
     overlap = FRAMES * (max(HIDDEN) + 1) if kind == "window" else FRAMES
     network = tiny_model(a.seed, memory="none" if kind in ("none", "window") else kind)

@@ -1,11 +1,11 @@
-"""Code replay: n colours over n segments, then the same n in order. How much does the state hold?
+"""Code replay: n colours over n segments, then the same n in order. How many bits does the state store?
 
     python -m benchmarks.memory.replay --out docs/memory
 
 For 1 to 64 memory tokens and for the neural memory the same network is trained for the same FLOPs (counted by torch,
-the learning rate falling over them), and asked for every place of the code: bits recalled are n (mutual information
-of a symmetric channel with the measured share of right answers). `tokens+` has one block more than `tokens`, which
-costs what the neural memory costs.
+with the learning rate falling over them), and tested on every position of the code. The bits recalled are the mutual
+information of a symmetric channel with the measured share of right answers, summed over positions. `tokens+` has one
+block more than `tokens`, at the cost of the neural memory.
 """
 
 import argparse
@@ -43,18 +43,18 @@ def arguments() -> argparse.Namespace:
 
 
 def bits(share: float) -> float:
-    """Of one place: what a channel tells that is right with this share and errs evenly."""
+    """Return the information of one position: of a symmetric channel that is right with this probability."""
     wrong = 1 - share
-    told = math.log2(COLOURS)
+    information = math.log2(COLOURS)
     if share > 0:
-        told += share * math.log2(share)
+        information += share * math.log2(share)
     if wrong > 0:
-        told += wrong * math.log2(wrong / (COLOURS - 1))
-    return told if share > 1 / COLOURS else 0.0
+        information += wrong * math.log2(wrong / (COLOURS - 1))
+    return information if share > 1 / COLOURS else 0.0
 
 
 def step_flops(network: TitansVideoDiT, length: int) -> int:
-    """Of one training step, forward and backward."""
+    """Count the FLOPs of one training step, forward and backward."""
     clips = code_replay(BATCH, length, COLOURS, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     return count_flops(lambda: rollout_loss(network, clips, OVERLAP, generator))
@@ -62,7 +62,7 @@ def step_flops(network: TitansVideoDiT, length: int) -> int:
 
 @torch.no_grad()
 def recalled(network: TitansVideoDiT, length: int, samples: int) -> list[float]:
-    """Share of right colours at each place of the code, each reveal generated after true frames before it."""
+    """Return the share of right colours at each position of the code, each generated after true frames."""
     generator = torch.Generator().manual_seed(10_000)
     right, done = [0] * length, 0
     while done < samples:
@@ -76,7 +76,7 @@ def recalled(network: TitansVideoDiT, length: int, samples: int) -> list[float]:
 
 
 def report(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    """Table, numbers and plot."""
+    """Write the table, the numbers and the plot."""
     head = ["", "state bytes", "GFLOP a step", "steps", "right", "bits", f"of {a.length * math.log2(COLOURS):.0f}"]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table for the screen and the documentation, its numbers as JSON, and a plot."""
+"""Output of a benchmark: a table for the screen and the documentation, its numbers as JSON, and a plot."""
 
 import json
 import os
@@ -15,7 +15,7 @@ Row = Sequence[Any]
 
 
 def table(head: Sequence[str], rows: Sequence[Row]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *[[_shown(x) for x in row] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -27,13 +27,13 @@ def _shown(value: Any) -> str:
 
 
 def save(out: Path, name: str, command: str, text: str, numbers: Any) -> None:
-    """Print, and keep as `<out>/<name>.md` and `.json`, with the command and the versions."""
-    said = f"`{command}`, {versions()}."
+    """Print, and write `<out>/<name>.md` and `.json` with the command and the versions."""
+    header = f"`{command}`, {versions()}."
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(f"{said}\n\n{text}\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(f"{header}\n\n{text}\n", encoding="utf-8")
     whole = {"command": command, "versions": versions(), "numbers": numbers}
     (out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{said}\n\n{text}\n\nKept in {out}/{name}.md, .json and .png")
+    print(f"\n{header}\n\n{text}\n\nWritten to {out}/{name}.md, .json and .png")
 
 
 def versions() -> str:
@@ -44,7 +44,7 @@ def versions() -> str:
 
 
 def figure(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes, without a display."""
+    """Create a figure and its axes without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

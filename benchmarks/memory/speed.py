@@ -1,13 +1,13 @@
-"""The neural memory beside titans-pytorch's, at equal sizes, in one run: forward + backward, time and peak memory.
+"""Time and peak memory of forward + backward: the neural memory against titans-pytorch's, at equal sizes.
 
     pip install titans-pytorch
     python -m benchmarks.memory.speed --out docs/memory
 
-Both write a sequence into a memory of one two-layer MLP a head (hidden width 4 d, momentum and forgetting, gradients at
-each chunk's starting weights) and then read every token from it. The one difference in what is computed: there each
-token has gates of its own, here each slot of tokens has. Each candidate lives in a process of its own; the parent asks
-them for a step each in turn, so that a slow minute of the machine falls on both. Time is the median step in CPU
-seconds of all threads and on the clock, memory the process's peak over what it held before the first step.
+Both write a sequence into a memory of one two-layer MLP per head (hidden width 4 d, momentum and forgetting, gradients
+at each chunk's starting weights) and then read every token from it. The computations differ in one point: there each
+token has its own gates, here each slot of tokens has. Each candidate has its own process. The parent asks them for
+steps in turn, so a slow minute of the machine affects both equally. Time is the median step in CPU seconds of all
+threads and in wall-clock seconds; memory is the process's peak minus its memory before the first step.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def arguments() -> argparse.Namespace:
 
 
 def build(name: str, a: argparse.Namespace) -> Callable[[], Any]:
-    """A function that runs one forward and backward pass."""
+    """Return a function that runs one forward and backward pass."""
     import torch
 
     x = torch.randn(a.batch, a.slots * a.slot_tokens, a.dim, requires_grad=True)
     if name == "ours":
-        from titans_video.models.neural_memory import NeuralMemory
+        from titans_video.models.memory import NeuralMemory
 
         memory: Any = NeuralMemory(a.dim, a.heads, chunk=1)
 
@@ -82,19 +82,20 @@ def build(name: str, a: argparse.Namespace) -> Callable[[], Any]:
 
 
 def work(a: argparse.Namespace) -> None:
-    """Answer each line of standard input with the cost of a step."""
+    """Answer each line on stdin with the cost of a step."""
     import torch
 
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     step = build(a.worker, a)
-    held = _peak()
+    before = _peak()
     print("ready", flush=True)
     for _ in sys.stdin:
         cpu, clock = time.process_time(), time.perf_counter()
         size = step()
         cost = time.process_time() - cpu, time.perf_counter() - clock
-        print(json.dumps({"cpu": cost[0], "clock": cost[1], "peak": (_peak() - held) / 1024, "size": size}), flush=True)
+        peak = (_peak() - before) / 1024
+        print(json.dumps({"cpu": cost[0], "clock": cost[1], "peak": peak, "size": size}), flush=True)
 
 
 def _peak() -> int:

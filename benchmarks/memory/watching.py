@@ -1,4 +1,4 @@
-"""What happens to a picture over a long video: jumps at the joins, drift, and likeness against the lag.
+"""Measures of image quality over a long video: jumps at the joins, drift, and likeness against the lag.
 
 Legend: V videos, T frames; clips are (T, H, W, 3) float in [0, 1].
 """
@@ -13,7 +13,7 @@ QUANTITIES = ("luma", "saturation", "clipped", "sharpness", "motion")
 
 
 def quantities(clip: Clip) -> dict[str, NDArray[np.float64]]:
-    """Each quantity frame by frame, (T,) (motion: T - 1 values)."""
+    """Return each quantity per frame, (T,) (motion: T - 1 values)."""
     luma = clip @ np.array([0.2126, 0.7152, 0.0722])
     inner = luma[:, 1:-1, 1:-1]
     laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
@@ -27,7 +27,7 @@ def quantities(clip: Clip) -> dict[str, NDArray[np.float64]]:
 
 
 def seam_ratio(clips: Sequence[Clip], edges: Sequence[int]) -> float:
-    """Median step between frames where segments meet, over the median step elsewhere; 1: no seam is to be seen.
+    """Return the median step between frames at segment edges over the median step elsewhere. At 1 no seam is visible.
 
     Args:
         edges: the first frame of each segment but the first.
@@ -42,29 +42,31 @@ def seam_ratio(clips: Sequence[Clip], edges: Sequence[int]) -> float:
 
 
 def spread(clips: Sequence[Clip], length: int) -> dict[str, float]:
-    """How much each quantity varies within a clip from one stretch of `length` frames to the next, on average."""
+    """Return the mean standard deviation of each quantity between chunks of `length` frames of a clip."""
     found = {}
     for name in QUANTITIES:
-        of_clips = [np.std(_by_stretch(quantities(clip)[name], length)) for clip in clips]
+        of_clips = [np.std(_chunk_means(quantities(clip)[name], length)) for clip in clips]
         found[name] = float(np.mean(of_clips)) + 1e-9
     return found
 
 
 def drift(clips: Sequence[Clip], length: int, real: dict[str, float]) -> dict[str, float]:
-    """Mean absolute slope a segment of each quantity, in units of a real clip's own spread."""
+    """Return the mean absolute slope of each quantity per segment, in units of a real clip's own spread."""
     found = {}
     for name in QUANTITIES:
         slopes = []
         for clip in clips:
-            values = _by_stretch(quantities(clip)[name], length)
+            values = _chunk_means(quantities(clip)[name], length)
             slopes.append(abs(np.polyfit(np.arange(len(values)), values, 1)[0]))
         found[name] = float(np.mean(slopes) / real[name])
     return found
 
 
 def likeness(clips: Sequence[Clip], lags: Sequence[int]) -> dict[int, float]:
-    """Mean cosine between frames that many apart, after both are brought to 8x8 and their clip's mean colour is taken
-    away. To be read beside the motion: a frozen video is wholly like itself."""
+    """Return the mean cosine between frames at each lag, downsampled to 8x8 and without their clip's mean colour.
+
+    Compare it with the motion: a frozen video has a likeness of 1.
+    """
     found: dict[int, float] = {}
     for lag in lags:
         values = []
@@ -90,7 +92,7 @@ def _to_8x8(clip: Clip) -> Clip:
     return blocks.mean((2, 4)).reshape(t, 64, 3)
 
 
-def _by_stretch(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """Means of consecutive stretches; what is left over counts to the last."""
+def _chunk_means(values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+    """Return the means of consecutive chunks, nearly equal in length."""
     count = max(len(values) // length, 1)
     return np.array([part.mean() for part in np.array_split(values, count)])

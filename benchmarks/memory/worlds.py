@@ -1,4 +1,4 @@
-"""Made-up clips in which the last window cannot tell what comes next, so that only a memory can.
+"""Synthetic clips whose next segment depends on more than the last window, so only a memory can predict it.
 
 Legend: B clips, n segments, F frames of a segment, L side in pixels; clips are (B, 3, n F, L, L) in [-1, 1].
 """
@@ -33,9 +33,9 @@ class Clips:
 
     Attributes:
         pixels: (B, 3, n F, L, L).
-        identity: what must be recalled: (B,) of one object, (B, n / 2) of a code.
-        texts: of each segment; it says the phase and nothing else.
-        asked: the segments that cannot be made without a memory.
+        identity: the colours to recall: (B,) of one object, (B, n / 2) of a code.
+        texts: of each segment; it contains only the phase.
+        asked: the segments that need a memory.
     """
 
     pixels: Tensor
@@ -45,7 +45,7 @@ class Clips:
 
 
 def phase_text(phase: str, batch: int) -> TextCondition:
-    """One token that says which phase a segment is of."""
+    """Encode the phase of a segment as one token."""
     one_hot = torch.zeros(batch, 1, len(PHASES))
     one_hot[..., PHASES.index(phase)] = 1.0
     return TextCondition((one_hot,), (torch.ones(batch, 1, dtype=torch.bool),))
@@ -54,10 +54,9 @@ def phase_text(phase: str, batch: int) -> TextCondition:
 def occluded_identity(
     batch: int, hidden: int, generator: torch.Generator, colours: int = len(COLOURS), square: int = SQUARE
 ) -> Clips:
-    """Occluded identity recall: a moving square of one of some colours, `hidden` segments of a curtain, the square
-    again.
+    """Draw clips of occluded identity recall: a moving coloured square, `hidden` segments of curtain, the square again.
 
-    The curtain's stripes, the square's places and its ways are drawn anew and tell nothing of the colour.
+    The curtain's stripes and the square's positions and directions are random and independent of the colour.
     """
     colour = torch.randint(colours, (batch,), generator=generator)
     show = _squares(colour, generator, square)
@@ -69,17 +68,17 @@ def occluded_identity(
 
 
 def code_replay(batch: int, length: int, colours: int, generator: torch.Generator) -> Clips:
-    """A code of colours, one a segment, and then the same code again in order: log2(colours) bits a segment."""
+    """Draw a code of colours, one per segment, then the same code again: log2(colours) bits per segment."""
     code = torch.randint(colours, (batch, length), generator=generator)
-    told = [_squares(code[:, i], generator) for i in range(length)]
+    shown = [_squares(code[:, i], generator) for i in range(length)]
     asked = [_squares(code[:, i], generator) for i in range(length)]
     phases = ["show"] * length + ["reveal"] * length
     texts = tuple(phase_text(p, batch) for p in phases)
-    return Clips(torch.cat(told + asked, 2), code, texts, range(length, 2 * length))
+    return Clips(torch.cat(shown + asked, 2), code, texts, range(length, 2 * length))
 
 
 def read_colour(pixels: Tensor, colours: int = len(COLOURS)) -> Tensor:
-    """Which colour the square of a segment has: the one that most pixels are nearest to, background aside.
+    """Return the colour of a segment's square: the one that most pixels are nearest to, without the background.
 
     Args:
         pixels: (B, 3, F, L, L).
@@ -94,7 +93,7 @@ def read_colour(pixels: Tensor, colours: int = len(COLOURS)) -> Tensor:
 
 
 def _squares(colour: Tensor, generator: torch.Generator, square: int = SQUARE) -> Tensor:
-    """A square that moves a pixel a frame, from a place and in a direction of its own: (B, 3, F, L, L)."""
+    """Draw a square that moves a pixel per frame from a random position: (B, 3, F, L, L)."""
     batch = len(colour)
     step = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])[torch.randint(4, (batch,), generator=generator)]
     room = SIDE - square - 2 * (FRAMES - 1)
@@ -108,7 +107,7 @@ def _squares(colour: Tensor, generator: torch.Generator, square: int = SQUARE) -
 
 
 def _curtain(batch: int, frames: int, generator: torch.Generator) -> Tensor:
-    """Stripes of random greys that drift; nothing else is to be seen."""
+    """Draw drifting stripes of random greys that cover everything."""
     greys = torch.rand(batch, SIDE, generator=generator) * 1.6 - 0.8
     shift = torch.randint(1, 4, (batch,), generator=generator)
     column = (torch.arange(SIDE) + shift[:, None, None] * torch.arange(frames)[:, None]) % SIDE  # (B, frames, L)

@@ -1,51 +1,57 @@
-"""The one checkpoint format and its one reader.
+"""The checkpoint format: reading, writing and fingerprinting weights.
 
 A checkpoint is a dict of tensors and plain containers:
     format   "titans-video/1"
-    model    state dict of the network that is to be used (EMA weights where EMA is on)
-    codec    state dict of a fitted codec; empty for codecs that live elsewhere
-    step     optimizer steps done
-    config   how to build every part again:
+    model    state dict of the network to use (the EMA weights, if the run averages them)
+    codec    state dict of a fitted codec; empty for codecs whose weights are kept elsewhere
+    step     number of optimizer steps done
+    config   how to rebuild every part:
         recipe   "sora" | ...
         model    the network's own config (ConfigMixin)
         codec    {"options": CodecOptions as a dict, "spec": CodecSpec as a dict, "config": fitted codec's own,
                   "fingerprint": str | None}
         text     {"options": TextOptions as a dict, "fingerprints": [str | None, ...], "widths": [int, ...]}
-        image    {"pretrained_model", "dtype", "fingerprint"} of the image encoder of networks that are told pictures
+        image    {"pretrained_model", "dtype", "fingerprint"} of the image encoder, if the network uses one
         process  the noise process's own config
         data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, and the "tasks" trained
         sample   recommended {"steps", "guidance_scale", "guidance_interval", "draft_frames", "continue_steps",
                  "continue_guidance", "prompt"}, or fewer
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither
-can run code, and neither names code that is imported unasked.
+can run code, and no module that a checkpoint names is imported unless the user names it too.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, few, first_line
+
+MODEL, EMA, LAST = "model.pt", "model_ema.pt", "last.pt"
+"""Files in a run: the trained weights, the averaged weights, and a link to the newest of them."""
 
 FORMAT = "titans-video/1"
 
 
 @dataclass
 class Checkpoint:
-    """What the module's docstring lists, plus the path it was read from."""
+    """The contents of a checkpoint (see the module's docstring) and the path it was read from."""
 
     model: dict[str, Tensor]
     config: dict[str, Any]
@@ -56,7 +62,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; on leaving well it is fsynced and takes `path`'s place, else it is removed."""
+    """Give a temporary path next to `path`; on success fsync it and rename it to `path`, otherwise remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -79,10 +85,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(data: dict[str, Any], path: Path) -> None:
-    """Atomically `torch.save` a dict of tensors and plain containers.
+    """Save a dict of tensors and plain containers atomically with `torch.save`.
 
     Raises:
-        OSError: it could not be written whole.
+        OSError: it could not be written completely.
     """
     with atomic_path(path) as temporary:
         try:
@@ -95,21 +101,21 @@ def save_tensors(data: dict[str, Any], path: Path) -> None:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether torch's own writer could not write (a full disk): it raises RuntimeError for that as for all else."""
+    """Check whether torch failed to write (a full disk). It raises RuntimeError for this as for everything else."""
     words = ("PytorchStreamWriter", "inline_container", "iostream")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """`torch.load` with `weights_only=True`: a pickle that is more than tensors is refused and never run.
+    """Load with `weights_only=True`: a pickle that contains more than tensors is refused and never executed.
 
     Args:
-        mmap: leave tensors in the file until they are used; processes of one machine then share them.
+        mmap: keep tensors in the file until they are used; processes on one machine then share them.
     Raises:
         CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
     """
     try:
-        with warnings.catch_warnings():  # of unusual pickles; what is wrong with one is said below
+        with warnings.catch_warnings():  # about unusual pickles; the errors below explain the problem
             warnings.simplefilter("ignore")
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -117,7 +123,7 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values (or is damaged). It was not run. "
-            "Checkpoints of this project never need code; use one that `titans-video train` or an export wrote."
+            "Checkpoints of this project never need code. Use one that `titans-video train` or an export wrote."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
         reason = next(iter(str(e).splitlines()), "it is empty or cut off")
@@ -128,7 +134,7 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a `.pt` file holds."""
+    """Return the contents of a `.pt` file."""
     return {
         "format": FORMAT,
         "model": checkpoint.model,
@@ -139,7 +145,7 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a `.pt` file, or for any other name a folder of `model.safetensors` and `config.json`."""
+    """Write a `.pt` file; for any other name write a folder with `model.safetensors` and `config.json`."""
     if path.suffix == ".pt":
         save_tensors(as_dict(checkpoint), path)
         return
@@ -155,18 +161,18 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 def read(path: Path | str, mmap: bool = False) -> Checkpoint:
     """Read a `.pt` file, a checkpoint folder, an exported folder, or a run's folder (its `last.pt`).
 
-    Of a checkpoint folder with averaged weights beside the trained ones, the averaged ones are read.
+    If a checkpoint folder has both averaged and trained weights, the averaged ones are read.
 
     Args:
         mmap: as for `load_tensors`.
     Raises:
-        CheckpointError: nothing there, damaged, unsafe, or not a checkpoint of this project.
+        CheckpointError: missing, damaged, unsafe, or not a checkpoint of this project.
     """
     path = Path(path)
     if path.is_dir():
         if (path / "config.json").exists():
             return _read_folder(path)
-        inside = next((path / n for n in ("last.pt", "model_ema.pt", "model.pt") if (path / n).exists()), None)
+        inside = next((path / n for n in (LAST, EMA, MODEL) if (path / n).exists()), None)
         if inside is None:
             raise CheckpointError(
                 f"{path} is a folder without a checkpoint in it: last.pt, model.pt or model.safetensors with "
@@ -207,7 +213,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 def restore_options(kind: type[OptionsT], stored: Mapping[str, Any]) -> OptionsT:
-    """Options as a checkpoint stores them; fields that it does not have take their defaults.
+    """Rebuild options from a checkpoint; fields that it does not have take their defaults.
 
     Raises:
         CheckpointError: a field that this version does not know.
@@ -222,16 +228,23 @@ def restore_options(kind: type[OptionsT], stored: Mapping[str, Any]) -> OptionsT
     return kind(**stored)
 
 
+def override(options: OptionsT, overrides: Overrides) -> OptionsT:
+    """Return `options`, a dataclass, with every field that is set in `overrides`."""
+    given: dict[str, Any] = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
+    names = {f.name for f in fields(options)}  # type: ignore[arg-type]
+    return replace(options, **{k: v for k, v in given.items() if v is not None and k in names})  # type: ignore[type-var]
+
+
 def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
-    """A model of diffusers or transformers from a folder, with no weight left at random; nothing is ever fetched.
+    """Load a diffusers or transformers model from a local folder; no weight may stay random, nothing is downloaded.
 
     Args:
         kind: its class.
-        what: what to call it in messages.
-        error: what to raise.
+        what: its name in messages.
+        error: the exception class to raise.
         arguments: of `from_pretrained`.
     Raises:
-        error: it cannot be read, or weights are missing or misshapen.
+        error: it cannot be read, or weights are missing or have the wrong shape.
     """
     try:
         model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **arguments)
@@ -246,16 +259,88 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
 
 
 def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any]:
-    """A model's JSON file.
+    """Read a JSON file of a model, which must contain an object.
 
     Args:
-        missing: what to say, after its path, where there is none.
-        error: what to raise.
+        missing: the message, after the path, if there is no such file.
+        error: the exception class to raise.
     """
     try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} {missing}") from None
     except (OSError, ValueError) as e:
         raise error(f"{path} cannot be read: {first_line(e)}") from None
+    if not isinstance(read, dict):
+        raise error(f"{path} is not a JSON object.")
     return read
+
+
+WHOLE_FILE = 64 * 2**20
+"""Files up to this many bytes are hashed completely; larger ones by the start of each tensor and evenly spaced blocks.
+"""
+
+BLOCK = 16 * 2**10
+BLOCKS = 1024
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Return a hash of a model folder: its weights, its config without names and versions, its tokenizer.
+
+    It depends on the contents only, never on the folder's path or on file times. It takes well under a second even for
+    tens of gigabytes, see `WHOLE_FILE`.
+    """
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.is_file():
+        values = {
+            k: v
+            for k, v in json.loads(config.read_text()).items()
+            if not k.startswith("_") and k not in ("transformers_version", "architectures")
+        }
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    for path in sorted(p for pattern in (*_WEIGHTS, *_TOKENIZER) for p in folder.glob(pattern)):
+        digest.update(f"\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as f:
+            for block in _blocks(f, path.stat().st_size, path.suffix == ".safetensors"):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _blocks(f: BinaryIO, size: int, safetensors: bool) -> Iterator[bytes]:
+    if size <= WHOLE_FILE:
+        while block := f.read(2**20):
+            yield block
+        return
+    starts = {size * i // BLOCKS for i in range(BLOCKS)} | {size - BLOCK}
+    if safetensors:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(length)
+        yield header
+        entries = json.loads(header)
+        starts |= {8 + length + e["data_offsets"][0] for name, e in entries.items() if name != "__metadata__"}
+    for start in sorted(starts):
+        f.seek(start)
+        yield f.read(BLOCK)
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor], extra: str = "") -> str:
+    """Return a hash of the bytes of named tensors, for models without a folder."""
+    digest = hashlib.sha256(extra.encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\0{name}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def warn_if_changed(what: str, path: str | None, stored: str | None, now: str | None) -> None:
+    """Warn on stderr if a frozen part is not the one that the checkpoint was trained with."""
+    if stored is not None and now is not None and stored != now:
+        print(
+            f"warning: the {what} {path} differs from the one that the checkpoint was trained with "
+            f"(fingerprint {now[:8]}, not {stored[:8]}); results may suffer.",
+            file=sys.stderr,
+        )

@@ -1,16 +1,20 @@
-"""Errors that the user can act on (one clear paragraph, exit code 2, no traceback), and helpers that word them."""
+"""Errors that the user can act on (one clear paragraph, exit code 2, no traceback), and helpers that format them."""
 
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message says what was wrong, which file, line or flag, and what to do.
+    """Bad input. The message says what is wrong, in which file, line or flag, and how to fix it.
 
     Attributes:
-        alone: of several processes of a run this one alone knows; else all raise the same, and the first one speaks.
+        is_reported: the main process reports this error, so this process must not.
     """
 
-    alone = False
+    is_reported = False
+
+
+class PeerError(UserError):
+    """Another process of the run ended. It is reported only when no process reported the cause."""
 
 
 class ConfigError(UserError):
@@ -22,25 +26,25 @@ class DataError(UserError):
 
 
 class CodecError(UserError):
-    """A VAE or codec is missing, malformed, or asked for a shape that it cannot handle."""
+    """A VAE or codec is missing or malformed, or it cannot handle the requested shape."""
 
 
 class TextError(UserError):
-    """A text encoder is missing, malformed or disagrees with its flags."""
+    """A text encoder is missing or malformed, or contradicts its flags."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, unsafe or of another kind than asked for."""
+    """A checkpoint is missing, damaged, unsafe or of the wrong kind."""
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:
-    """The first names of many, and how many there are in all."""
+    """Return the first names, sorted, and the total count when there are more."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line; its name where it says nothing."""
+    """Return the first line of a library's error message, or the exception's class name when it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

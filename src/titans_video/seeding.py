@@ -1,8 +1,8 @@
-"""Randomness as a function: generators keyed by what they are for, never by what ran before.
+"""Seeded randomness: each generator is keyed by its purpose and never depends on what ran before.
 
-A noise tensor, a time, a crop or a dropout decision is drawn from a generator whose seed is a hash of
-(run seed, purpose, epoch, row id, occurrence). A run that resumes at step k, or runs on another number of
-processes, therefore draws exactly what it would have drawn.
+Every noise tensor, time, crop or dropout decision is drawn from a generator whose seed is a hash of
+(run seed, purpose, epoch, row id, occurrence). A run that resumes at step k, or uses another number of processes,
+therefore draws exactly the same values.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ Key = int | str
 
 
 def derive_seed(seed: int, *key: Key) -> int:
-    """A 63-bit seed from a run seed and a key; equal inputs give equal seeds on every machine."""
+    """Return a 63-bit seed from a run seed and a key; equal inputs give equal seeds on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(seed: int, *key: Key) -> torch.Generator:
-    """A CPU generator for one purpose, e.g. `generator(seed, "noise", epoch, row_id, occurrence)`."""
+    """Return a CPU generator for one purpose, e.g. `generator(seed, "noise", epoch, row_id, occurrence)`."""
     return torch.Generator().manual_seed(derive_seed(seed, *key))
 
 
@@ -31,17 +31,17 @@ def uniform(seed: int, *key: Key) -> float:
 
 
 def seeded_uniform(seeds: Sequence[int], *key: Key) -> Tensor:
-    """Return (len(seeds),) float32 in [0, 1); element i depends on seeds[i] and the key alone."""
+    """Return (len(seeds),) float32 in [0, 1); element i depends on seeds[i] and the key only."""
     return torch.tensor([uniform(seed, *key) for seed in seeds])
 
 
 def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Standard normal noise, one independent CPU stream a sample.
+    """Draw standard normal noise, with an independent CPU stream per sample.
 
     Args:
-        shape: the shape of one sample, without the batch axis.
-        seeds: one seed a sample, from `derive_seed`.
+        shape: of one sample, without the batch axis.
+        seeds: one seed per sample, from `derive_seed`.
     Returns:
-        float32 (len(seeds), *shape). Sample i depends on seeds[i] alone, not on the batch it stands in.
+        float32 (len(seeds), *shape). Sample i depends on seeds[i] only, not on the rest of the batch.
     """
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds])

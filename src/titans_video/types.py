@@ -1,17 +1,20 @@
-"""What the floors say to each other.
+"""The types that packages exchange: codec specs, conditions, predictions and batches.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid,
 S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text or image width.
 Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from titans_video.errors import CodecError
+
+T = TypeVar("T")
 
 FrameRule = Literal["each", "blocks", "causal", "cogvideox"]
 
@@ -26,18 +29,18 @@ BYTE_VOCABULARY = 258
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """What a codec makes of a clip's shape.
+    """Describe how a codec changes the shape of a clip.
 
     Attributes:
-        name: what to call it in messages.
+        name: for messages.
         channels: latent channels C.
         stride: (S, sh, sw), pixels of one latent cell along time, height and width.
         frame_rule: which frame counts T round-trip, and how frames share latent frames.
-            `each`: any T, one latent frame a frame (S = 1).
-            `blocks`: T a multiple of S, one latent frame a block of S frames.
-            `causal`: T = 1 + kS; the first frame stands alone (Wan, HunyuanVideo, LTX).
+            `each`: any T, one latent frame per frame (S = 1).
+            `blocks`: T a multiple of S, one latent frame per block of S frames.
+            `causal`: T = 1 + kS; the first frame has a latent frame of its own (Wan, HunyuanVideo, LTX).
             `cogvideox`: T = 8k (blocks of 4) or 8k + 1 (causal by 4).
-        variance: of each latent channel on the data, where the codec knows it (a fitted codec); None: about 1.
+        variance: of each latent channel on the data, if the codec knows it (a fitted codec); None means about 1.
     """
 
     name: str
@@ -47,7 +50,7 @@ class CodecSpec:
     variance: tuple[float, ...] | None = None
 
     def frame_groups(self, frames: int) -> list[tuple[int, int]]:
-        """The pixel frames [start, stop) that each latent frame stands for.
+        """Return the pixel frames [start, stop) that each latent frame encodes.
 
         Raises:
             CodecError: `frames` does not round-trip through this codec.
@@ -55,7 +58,7 @@ class CodecSpec:
         if not self._round_trips(frames):
             raise CodecError(
                 f"{frames} frames do not round-trip through the codec {self.name} "
-                f"({self._rule_in_words()}); the nearest legal counts are {self._nearest_in_words(frames)}."
+                f"({self._format_rule()}); the nearest legal counts are {self.format_nearest_frames(frames)}."
             )
         s = self.stride[0]
         if self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and frames % 8 == 1):
@@ -63,28 +66,33 @@ class CodecSpec:
         return [(i * s, (i + 1) * s) for i in range(frames // s)]
 
     def is_legal(self, frames: int, patch_t: int = 1) -> bool:
-        """Whether T frames round-trip and the network's temporal patch divides their latent frames."""
+        """Check that T frames round-trip and that the network's temporal patch divides their latent frames."""
         return self._round_trips(frames) and len(self.frame_groups(frames)) % patch_t == 0
 
     def frames_at_most(self, frames: int, patch_t: int = 1) -> int | None:
-        """The largest legal frame count <= `frames`, or None."""
+        """Return the largest legal frame count <= `frames`, or None."""
         return next((f for f in range(frames, 0, -1) if self.is_legal(f, patch_t)), None)
 
     def frames_at_least(self, frames: int, patch_t: int = 1) -> int:
-        """The smallest legal frame count >= `frames`."""
+        """Return the smallest legal frame count >= `frames`."""
         f = max(frames, 1)
         while not self.is_legal(f, patch_t):
             f += 1
         return f
 
+    def format_nearest_frames(self, frames: int, patch_t: int = 1) -> str:
+        """Name the nearest legal frame counts for a message: `9 and 17`, or one number if none is smaller."""
+        below, above = self.frames_at_most(frames, patch_t), self.frames_at_least(frames, patch_t)
+        return f"{below} and {above}" if below else f"{above}"
+
     def frames_of(self, latents: int) -> int:
-        """The pixel frames of a clip of this many latent frames."""
+        """Return the number of pixel frames of a clip with this many latent frames."""
         s = self.stride[0]
-        first_alone = self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and latents % 2 == 1)
-        return 1 + (latents - 1) * s if first_alone else latents * s
+        single_first = self.frame_rule == "causal" or (self.frame_rule == "cogvideox" and latents % 2 == 1)
+        return 1 + (latents - 1) * s if single_first else latents * s
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of a clip's latents.
+        """Return (C, t, h, w) of a clip's latents.
 
         Raises:
             CodecError: a size is off the stride, or the frame count does not round-trip.
@@ -109,7 +117,7 @@ class CodecSpec:
             }[self.frame_rule]
         )
 
-    def _rule_in_words(self) -> str:
+    def _format_rule(self) -> str:
         s = self.stride[0]
         return {
             "each": "any number",
@@ -118,27 +126,25 @@ class CodecSpec:
             "cogvideox": "8k or 8k + 1",
         }[self.frame_rule]
 
-    def _nearest_in_words(self, frames: int) -> str:
-        below, above = self.frames_at_most(frames), self.frames_at_least(frames)
-        return f"{below} and {above}" if below else f"{above}"
-
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Encoded prompts: one entry a stream (T5 and, if wanted, an LLM), never concatenated.
+    """Hold the encoded prompts: one stream per text encoder (T5 and optionally an LLM), never concatenated.
+
+    A pooled text vector (B, E) is a stream of one token: (B, 1, E) with a mask of ones.
 
     Attributes:
-        streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids when the
-            encoder (`builtin`) is a part of the network.
-        masks: each (B, L) bool, True on real tokens. At least one token of every row is real, but for networks that
-            take rows without text (see `without`).
+        streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids if the encoder
+            (`builtin`) is a part of the network.
+        masks: each (B, L) bool, True on real tokens. Every row has at least one real token, except for networks that
+            accept rows without text (see `without`).
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
 
     def without(self, rows: Tensor) -> "TextCondition":
-        """Without the text of some rows, not even an empty one.
+        """Return a copy in which some rows have no text at all, not even the empty prompt.
 
         Args:
             rows: (B,) bool for all streams, or (B, number of streams).
@@ -158,12 +164,12 @@ class TextCondition:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """The first frame as a network sees it that is told a picture beside the noise (Stable Video Diffusion).
+    """Hold the first frame for networks that receive it as a separate input (Stable Video Diffusion).
 
     Attributes:
-        embedding: (B, 1, E), of an image encoder; 0 for rows without a picture.
-        latents: (B, C, h, w) or (B, 1, 1, 1), unscaled; 0 for rows without a picture.
-        ids: (B, N), numbers that every row is told, with a picture or without.
+        embedding: (B, 1, E) from an image encoder; 0 for rows without an image.
+        latents: (B, C, h, w) or (B, 1, 1, 1), unscaled; 0 for rows without an image.
+        ids: (B, N) extra numbers (frame rate, motion, noise level); every row has them, with or without an image.
     """
 
     embedding: Tensor
@@ -171,24 +177,24 @@ class ImageCondition:
     ids: Tensor
 
     def without(self, rows: Tensor | None = None) -> "ImageCondition":
-        """With the picture of the rows where (B,) bool is True taken away; None: of all rows."""
+        """Return a copy without the image of the rows where (B,) bool is True; with None, without any image."""
         if rows is None:
             return ImageCondition(torch.zeros_like(self.embedding), torch.zeros_like(self.latents), self.ids)
-        gone = rows.to(self.ids.device)
-        embedding = self.embedding.masked_fill(gone[:, None, None], 0.0)
-        return ImageCondition(embedding, self.latents.masked_fill(gone[:, None, None, None], 0.0), self.ids)
+        dropped = rows.to(self.ids.device)
+        embedding = self.embedding.masked_fill(dropped[:, None, None], 0.0)
+        return ImageCondition(embedding, self.latents.masked_fill(dropped[:, None, None, None], 0.0), self.ids)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Everything that the network is told beside the noisy latents and the time.
+    """Hold everything that a network receives besides the noisy latents and the time.
 
     Attributes:
         text: encoded prompts, or None.
-        cond_latents: (B, C, t, h, w) latents of the conditioning frames with the rest blank; zeros for rows without
-            conditioning frames. None where no row has any.
-        cond_mask: (B, S, t) bool, for each latent frame which of its pixel frames are known.
-        image: in place of known frames, for networks that are told a picture.
+        cond_latents: (B, C, t, h, w) latents of the conditioning frames, blank elsewhere; zeros for rows without
+            conditioning frames. None if no row has any.
+        cond_mask: (B, S, t) bool; for each latent frame, which of its pixel frames are conditioning frames.
+        image: the image condition of networks that use one instead of conditioning frames.
     """
 
     text: TextCondition | None = None
@@ -197,13 +203,18 @@ class Condition:
     image: ImageCondition | None = None
 
     def clean_mask(self) -> Tensor | None:
-        """(B, t) bool: latent frames all of whose pixel frames are given; no loss there, time 0 there."""
+        """Return (B, t) bool: True for latent frames whose pixel frames are all given. They have time 0 and no loss."""
         return None if self.cond_mask is None else self.cond_mask.all(dim=1)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says: `value` (B, C, t, h, w) in the terms of its noise process, and what memory it wrote."""
+    """Hold the output of a network.
+
+    Attributes:
+        value: (B, C, t, h, w), in the parameterization of its noise process (noise, velocity, ...).
+        memory: the memory state after this call, for networks with a memory.
+    """
 
     value: Tensor
     memory: Any = None
@@ -211,25 +222,25 @@ class Prediction:
 
 @dataclass
 class Batch:
-    """Rows of one bucket on one rank.
+    """Hold the rows of one micro-batch on one rank; all are of one bucket.
 
     Attributes:
-        ids: the rows' immutable ids.
-        seeds: per row, a seed that is f(run seed, epoch, row id, occurrence): whatever is drawn for a row (noise, time,
-            caption dropout) is drawn from `seeding.derive_seed(seed, purpose)`.
+        ids: the immutable row ids.
+        seeds: per row, f(run seed, epoch, row id, occurrence). Everything random about a row (noise, time, caption
+            dropout) is drawn from `seeding.derive_seed(seed, purpose)`.
         captions: the prompts as text.
         tasks: t2v | i2v | v2v per row.
-        frames, height, width: the bucket.
-        fps: (B,) float32, frames a second of the clips as read.
-        num_cond_frames: (B,) int64, how many leading frames are known (t2v 0, i2v 1, v2v k).
-        pixels: (B, 3, T, H, W) float32 in [-1, 1]; None where latents came from the cache.
-        cond_pixels: (B, 3, T, H, W), the known frames (of the clip, or a row's own picture) with the rest 0; None
-            where no row has any. With cached latents (B, 3, 1, H, W), where pictures are cached as they are.
-        moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, in place of pixels.
-        cond_moments: the same of `cond_pixels`.
+        frames, height, width: of the bucket.
+        fps: (B,) float32, frames per second of the clips as read.
+        num_cond_frames: (B,) int64, number of leading conditioning frames (t2v 0, i2v 1, v2v k).
+        pixels: (B, 3, T, H, W) float32 in [-1, 1]; None if the latents came from the cache.
+        cond_pixels: (B, 3, T, H, W), the conditioning frames (of the clip, or a row's own image), 0 elsewhere; None if
+            no row has any. With cached latents (B, 3, 1, H, W), if the cache stores images as pixels.
+        moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, instead of pixels.
+        cond_moments: the same for `cond_pixels`.
         motion: (B,) cached motion buckets, see `media.motion`.
-        text: cached hidden states, in place of running the frozen encoders.
-        step: the optimizer step that it is for, 0 the first: what a curriculum goes by.
+        text: cached hidden states, instead of running the frozen encoders.
+        step: the optimizer step of this batch, starting at 0; curricula depend on it.
     """
 
     ids: list[str]
@@ -253,15 +264,15 @@ class Batch:
         return len(self.ids)
 
     def cond_frame_mask(self) -> Tensor:
-        """(B, T) bool, True on known frames."""
+        """Return (B, T) bool, True on conditioning frames."""
         return torch.arange(self.frames)[None] < self.num_cond_frames[:, None]
 
 
 def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:
-    """For each latent frame, which of the pixel frames it stands for are known.
+    """Return, for each latent frame, which of its pixel frames are conditioning frames.
 
-    A causal codec's first latent frame stands for one pixel frame: its value fills all S places, as in Wan's
-    image-to-video, so that "all places known" means the same everywhere.
+    The first latent frame of a causal codec encodes one pixel frame. Its value fills all S places, as in Wan's
+    image-to-video, so that "all places are given" means the same everywhere.
 
     Args:
         given: (B, T) bool.
@@ -276,3 +287,28 @@ def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:
         for start, stop in spec.frame_groups(given.shape[1])
     ]
     return given[:, torch.tensor(places, device=given.device).T]
+
+
+class ProcessGroup:
+    """The processes of a run. This class is the group of a single process; see `training.distributed.process_group`.
+
+    Attributes:
+        is_main: whether this process reads shared inputs and writes shared files.
+    """
+
+    is_main: bool = True
+
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Run a function on the main process and return its result on every process.
+
+        Raises:
+            UserError: on every process, when the function raised it.
+        """
+        return function()
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their ranks, on every process."""
+        return [value]
+
+
+SINGLE_PROCESS = ProcessGroup()

@@ -1,9 +1,10 @@
-"""What several processes do for test_distributed.py: `torchrun distributed_jobs.py FOLDER [JOB, ddp or fsdp2 ...]`.
+"""The processes of test_distributed.py: `torchrun distributed_jobs.py FOLDER [JOB, ddp or fsdp2 ...]`.
 
-Each job runs once under DDP and once under FSDP2, in the same processes, and leaves a file for the test to judge.
+Each job runs once with DDP and once with FSDP2, in the same processes, and writes a file that the test checks.
 """
 
 import contextlib
+import io
 import os
 import resource
 import sys
@@ -15,19 +16,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titans_video.codecs.identity import IdentityCodec
+from titans_video.cli.run import configure_logging
+from titans_video.codecs.base import IdentityCodec
 from titans_video.config.options import TextOptions, TrainOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
+from titans_video.recipes.base import ClipGeometry
 from titans_video.recipes.sora import SoraRecipe
 from titans_video.seeding import derive_seed
-from titans_video.text.registry import build_text
+from titans_video.text.base import build_text
 from titans_video.training import distributed, sharded_state
-from titans_video.training import resume as resuming
+from titans_video.training import resume as resume_module
+from titans_video.training.recipe import VideoSampler
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
 
@@ -37,7 +41,7 @@ SHAPES = [(4, 8, 8), (8, 8, 8), (4, 8, 12), (2, 16, 8)]
 
 
 def make_recipe() -> SoraRecipe:
-    """A small SoraDiT on pixels; its last layers are not zero, or no gradient would reach the others."""
+    """Return a small SoraDiT on pixels. Its last layers are not zero, or no gradient would reach the others."""
     codec = IdentityCodec()
     text = build_text(TextOptions(), torch.device("cpu"))
     torch.manual_seed(1)
@@ -45,12 +49,26 @@ def make_recipe() -> SoraRecipe:
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    config = {"recipe": "sora", "model": network_config(network)}
-    return SoraRecipe(network, codec, text, RectifiedFlow(), config, torch.device("cpu"), cfg_drop_prob=0.3)
+    return SoraRecipe(
+        network=network,
+        codec=codec,
+        text=text,
+        process=RectifiedFlow(),
+        config={"recipe": "sora", "model": network_config(network)},
+        device=torch.device("cpu"),
+        geometry=ClipGeometry(codec.spec, network.config.patch_size),
+        count_flops=lambda latent_shape, text_lengths: 0,
+        make_sampler=no_sampler,
+        cfg_drop_prob=0.3,
+    )
+
+
+def no_sampler(network: nn.Module, step: int) -> VideoSampler:
+    raise NotImplementedError("nothing is validated here")
 
 
 def make_batch(rows: range, shape: tuple[int, int, int]) -> Batch:
-    """Clips with none, one or two known frames, so that rows differ in what is learned from them."""
+    """Return clips with no, one or two conditioning frames, so that rows differ in their supervised elements."""
     frames, height, width = shape
     n = len(rows)
     known = torch.tensor([i % 3 for i in rows])
@@ -72,7 +90,7 @@ def make_batch(rows: range, shape: tuple[int, int, int]) -> Batch:
 
 
 class Stream:
-    """Micro-batches of `size` rows; mixed: each of a shape of its own, on both ranks and over the accumulation."""
+    """Micro-batches of `size` rows; if mixed, each of another shape, on both ranks and over the accumulation."""
 
     def __init__(self, size: int, mixed: bool, rank: int, world: int, accum: int = ACCUM) -> None:
         self.size, self.mixed, self.rank, self.world, self.accum = size, mixed, rank, world, accum
@@ -105,15 +123,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gradients(folder: Path, kind: str) -> dict[str, Any]:
-    """The gradients that the first step clips, for equal and for mixed shapes, and what a sharded process holds."""
+    """Return the gradients that the first step clips, for equal and mixed shapes, and the elements of each process."""
     found: dict[str, Any] = {}
     for mixed in (False, True):
         given = options(folder / f"{kind} {mixed}", max_steps=1)
         accelerator = start(given)
         recipe = make_recipe()
-        trainer = Trainer(
-            recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator, say=lambda text: None
-        )
+        trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator)
         kept: dict[str, Tensor] = {}
         clip = accelerator.clip_grad_norm_
 
@@ -123,14 +139,13 @@ def gradients(folder: Path, kind: str) -> dict[str, Any]:
 
         accelerator.clip_grad_norm_ = spy
         outcome = trainer.run()
-        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.parameters)
-        found["mixed" if mixed else "equal"] = {"loss": outcome.loss, "gradients": kept, "held": held}
+        local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.parameters)
+        found["mixed" if mixed else "equal"] = {"loss": outcome.loss, "gradients": kept, "local": local}
     return found
 
 
 def resume(folder: Path, kind: str) -> dict[str, Any]:
-    """Four steps in one go against two, and two more by a trainer that begins from the checkpoint: with both
-    optimizers, every bit of the pieces."""
+    """Compare four steps at once with two steps and two more after a resume, bit for bit, for both optimizers."""
     same = {}
     for optimizer in ("adamw", "muon"):
         run = folder / f"{kind} {optimizer}"
@@ -139,18 +154,17 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
             for stop in stops:
                 given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer)
                 accelerator = start(given)
-                found, _ = distributed.run_on_main(accelerator, lambda given=given: resuming.find_resume(given))
-                going_on = resuming.open_resume(found, given)
+                found, _ = distributed.run_on_main(accelerator, lambda given=given: resume_module.find_resume(given))
+                going_on = resume_module.open_resume(found, given)
                 trainer = Trainer(
                     make_recipe(),
                     Stream(2, True, dist.get_rank(), dist.get_world_size()),
                     given,
                     accelerator,
                     going_on,
-                    lambda text: None,
                 )
                 trainer.run()
-            named = sharded_state.optimizer_tensors(trainer.snapshot.optimizer, trainer.network)
+            named = sharded_state.optimizer_tensors(trainer.checkpointer.optimizer, trainer.network)
             named |= {f"{n}/weight": t for n, t in trainer.network.state_dict().items()}
             named |= {f"{n}/average": t for n, t in trainer.ema.state_dict().items()} if trainer.ema else {}
             pieces.append({n: t.to_local().clone() if isinstance(t, DTensor) else t.clone() for n, t in named.items()})
@@ -161,10 +175,19 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
     return same
 
 
-def full_disk(folder: Path, kind: str) -> dict[str, Any]:
-    """A save that fails on one process alone fails on both, and leaves nothing."""
-    given = options(folder / kind, max_steps=2, save_every=1)
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """What this process would show on the console."""
+    shown = io.StringIO()
     said: list[str] = []
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), configure_logging():
+        yield said
+    said += shown.getvalue().splitlines()
+
+
+def full_disk(folder: Path, kind: str) -> dict[str, Any]:
+    """Let a save fail on one process: it fails on both, and leaves nothing."""
+    given = options(folder / kind, max_steps=2, save_every=1)
 
     class Full(Stream):
         def __iter__(self) -> Iterator[Batch]:
@@ -176,13 +199,14 @@ def full_disk(folder: Path, kind: str) -> dict[str, Any]:
                 yield batch
 
     stream = Full(2, False, dist.get_rank(), 2)
-    Trainer(make_recipe(), stream, given, start(given), say=said.append).run()
+    with logged() as said:
+        Trainer(make_recipe(), stream, given, start(given)).run()
     names = sorted(p.name for p in (folder / kind).iterdir() if p.is_dir())
     return {"said": said, "folders": names}
 
 
 def bf16(folder: Path, kind: str) -> dict[str, Any]:
-    """The loss in bfloat16, which must be the same whatever divides the network, and of a precise time."""
+    """Return the loss in bfloat16, which must not depend on the sharding, and needs a precise timestep."""
     given = options(folder / f"{kind} bf16", max_steps=1, mixed_precision="bf16")
     accelerator = start(given)
     trainer = Trainer(
@@ -190,7 +214,6 @@ def bf16(folder: Path, kind: str) -> dict[str, Any]:
         Stream(2, True, dist.get_rank(), dist.get_world_size()),
         given,
         accelerator,
-        say=lambda text: None,
     )
     return {"loss": trainer.run().loss, "dtype": str(next(iter(trainer.network.parameters())).dtype)}
 
@@ -205,7 +228,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def start(given: TrainOptions) -> distributed.Accelerator:
-    """A new engine in processes that already know one another."""
+    """Return a new accelerator in processes that are already connected."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return distributed.start(given)

@@ -2,10 +2,9 @@
 
     python tests/endtoend/kill_and_resume.py --kills 50
 
-Every kill has a run of its own. Half of the instants are drawn over the whole run; the others fall while a checkpoint
-is being written. Compared are every byte of weights, averages, optimizer and data position, and the lines of
-metrics.jsonl but for their times. Runs are forked from a process that has everything imported, so that a kill costs a
-second.
+Every kill has its own run. Half of the instants are drawn over the whole run; the others are while a checkpoint is
+written. The comparison covers every byte of weights, averages, optimizer and data position, and the lines of
+metrics.jsonl except times. Runs are forked from a process that has imported everything, so a kill takes one second.
 """
 
 import argparse
@@ -52,18 +51,18 @@ def words(folder: Path) -> list[str]:
 
 
 def start(folder: Path) -> int:
-    """A training run in a process of its own; gives its id."""
+    """Start a training run in a new process and return its id."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
-    try:  # whatever happens, this process must not go on as a copy of its parent
+    try:  # after an error this process must not continue as a copy of its parent
         from titans_video.cli.main import main
 
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as output:
             code = main(words(folder))
         if code:
-            (folder.parent / f"{folder.name}.said.txt").write_text(said.getvalue())
+            (folder.parent / f"{folder.name}.output.txt").write_text(output.getvalue())
     finally:
         os._exit(code)
 
@@ -76,7 +75,7 @@ def finish(folder: Path) -> None:
 
 
 def kill_within(folder: Path, rng: random.Random, length: float) -> str:
-    """Start a run, kill it at a random instant, and say where it stood. A run that ended first is begun anew."""
+    """Start a run, kill it at a random instant, and describe when. A run that ended before is started again."""
     while True:
         pid = start(folder)
         if rng.random() < 0.5:
@@ -96,13 +95,13 @@ def kill_within(folder: Path, rng: random.Random, length: float) -> str:
 
 
 def _sleep(pid: int, seconds: float) -> bool:
-    """Whether the process is still there after a while."""
+    """Whether the process still runs after some seconds."""
     time.sleep(seconds)
     return os.waitpid(pid, os.WNOHANG)[0] == 0
 
 
 def _until_saving(folder: Path, pid: int, wanted: int) -> bool:
-    """Wait until the process is at its checkpoint number `wanted`; False where it ended before."""
+    """Wait until the process writes its checkpoint number `wanted`. Return False if it ended before."""
     seen: set[str] = set()
     while len(seen) < wanted:
         if os.waitpid(pid, os.WNOHANG)[0]:
@@ -112,7 +111,7 @@ def _until_saving(folder: Path, pid: int, wanted: int) -> bool:
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    """Everything that a run is at its end, but for times."""
+    """Return everything that a run leaves behind, except times."""
     last = folder / f"checkpoint-{STEPS}"
     found: dict[str, Any] = {
         name: torch.load(last / name, weights_only=True) for name in ("model.pt", "model_ema.pt", "training_state.pt")
@@ -122,7 +121,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     found["validation"] = (folder / "validation.jsonl").read_text()
     found["samples"] = {name: (folder / name).read_bytes() for name in SAMPLES}
     found["folders"] = sorted(p.name for p in folder.glob("checkpoint-*"))
-    found["rubbish"] = sorted(p.name for p in folder.glob(".*"))
+    found["leftovers"] = sorted(p.name for p in folder.glob(".*"))
     found["last"] = (folder / "last.pt").samefile(last / "model_ema.pt")
     return found
 
@@ -139,10 +138,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def run(folder: Path, kills: int, seed: int) -> list[str]:
-    """Kill and resume; a line for each kill.
+    """Kill and resume, and return a line for each kill.
 
     Raises:
-        SystemExit: a resumed run failed, or ended otherwise than the unbroken one.
+        SystemExit: a resumed run failed, or its end differs from the unbroken one.
     """
     import titans_video.recipes.sora
 
@@ -152,18 +151,18 @@ def run(folder: Path, kills: int, seed: int) -> list[str]:
     finish(folder / "unbroken")
     length = time.monotonic() - began
     unbroken = state_of(folder / "unbroken")
-    told = []
+    report = []
     for i in range(kills):
         broken = folder / f"killed-{i}"
         where = kill_within(broken, rng, length)
         finish(broken)
         state = state_of(broken)
         differs = [name for name in unbroken if not same(unbroken[name], state[name])]
-        told.append(f"kill {i + 1}: {where}: {'DIFFERS in ' + ', '.join(differs) if differs else 'bitwise the same'}")
-        print(told[-1], flush=True)
+        report.append(f"kill {i + 1}: {where}: {'DIFFERS in ' + ', '.join(differs) if differs else 'bitwise the same'}")
+        print(report[-1], flush=True)
         if differs:
-            raise SystemExit(f"{broken} ends otherwise than the unbroken run.")
-    return told
+            raise SystemExit(f"{broken} differs from the unbroken run.")
+    return report
 
 
 if __name__ == "__main__":

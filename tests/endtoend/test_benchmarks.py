@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from titans_video.codecs.identity import IdentityCodec
+from titans_video.codecs.base import IdentityCodec
 from titans_video.config.options import ModelOptions
 from titans_video.models.registry import build_network, sora_config
 

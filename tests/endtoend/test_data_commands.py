@@ -1,4 +1,4 @@
-"""`data check`, `data cache` and `cache verify` as a person types them, and training from what they leave."""
+"""`data check`, `data cache` and `cache verify` as users type them, and training from their results."""
 
 import json
 from pathlib import Path

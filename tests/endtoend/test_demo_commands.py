@@ -1,4 +1,4 @@
-"""`titans-video demo` and `score` from end to end: tiny, in real processes, files and figures looked at."""
+"""`titans-video demo` and `score` from end to end: tiny runs in real processes, their files and figures checked."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCORES = {"colour", "direction", "shape", "shape_strict", "all", "videos"}
 
 @pytest.fixture(autouse=True)
 def in_the_repository(repository, monkeypatch):
-    """Where the demo is run: it uses files of the repository."""
+    """Run the demo in the repository, whose files it uses."""
     monkeypatch.chdir(repository)
 
 
@@ -37,7 +37,7 @@ def small_config(repository, tmp_path) -> Path:
 
 
 def run(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The console script's function in a process of its own, in the repository's root."""
+    """Run the function of the console script in another process, in the root of the repository."""
     code = "import sys; from titans_video.cli.main import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(repository / "src")}
     return subprocess.run(
@@ -50,7 +50,7 @@ def run(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo_makes_everything_that_it_names_twice(repository, tmp_path, small_config):
+def test_demo_writes_everything_that_it_names_twice(repository, tmp_path, small_config):
     out = tmp_path / "demo"
     words = ["demo", "--quick", "--output-dir", str(out), "--train-config", str(small_config)]
     first = run(repository, *words, "--processes", "2")
@@ -89,30 +89,30 @@ def test_demo_makes_everything_that_it_names_twice(repository, tmp_path, small_c
 
 
 def test_two_processes_share_the_batch(small_config, tmp_path):
-    alone = training_command(DemoOptions(train_config=str(small_config), processes=1), tmp_path)
+    single = training_command(DemoOptions(train_config=str(small_config), processes=1), tmp_path)
     shared = training_command(DemoOptions(train_config=str(small_config), processes=2), tmp_path)
-    assert "--batch-size" not in alone.words
+    assert "--batch-size" not in single.words
     assert shared.words[shared.words.index("--batch-size") + 1] == "4"
-    assert shared.typed.startswith("OMP_NUM_THREADS=")
+    assert shared.text.startswith("OMP_NUM_THREADS=")
     with pytest.raises(ConfigError, match="cannot be shared"):
         training_command(DemoOptions(train_config=str(small_config), processes=3), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--videos", "0"], "--videos 0"),
         (["--train-config", "nowhere.yaml"], "nowhere.yaml"),
         (["--stepz", "3"], "--steps"),
     ],
 )
-def test_what_a_user_gets_wrong_is_said_before_anything_is_made(tmp_path, words, said):
-    with pytest.raises(ConfigError, match=said):
+def test_mistakes_are_reported_before_anything_is_written(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
         main_demo(["--output-dir", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_others_are_left_alone(tmp_path, small_config):
+def test_other_folders_are_not_touched(tmp_path, small_config):
     (tmp_path / "mine" / "videos").mkdir(parents=True)
     holiday = tmp_path / "mine" / "videos" / "holiday.mp4"
     holiday.write_bytes(b"mine")
@@ -121,14 +121,14 @@ def test_folders_of_others_are_left_alone(tmp_path, small_config):
     assert holiday.exists()
 
 
-def test_score_says_what_is_wrong(tmp_path):
+def test_score_reports_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="--steps 0"):
         main_score(["--steps", "0", "--out", str(tmp_path / "s")])
     assert not (tmp_path / "s").exists()
 
 
 def scored(split: scoring.Split, wanted: Combination, shown: Combination, near: bool | None = None) -> scoring.Scored:
-    """As if a model had made a perfect clip of `shown` when `wanted` was asked for."""
+    """Score a perfect clip of `shown` as the video of a prompt for `wanted`."""
     pool = SEEN if shown in SEEN else HELD_OUT
     index = next(i for i in range(len(pool)) if sample_clip(0, i, held_out=pool is HELD_OUT).combination == shown)
     frames = sample_clip(0, index, held_out=pool is HELD_OUT).frames

@@ -225,11 +225,12 @@ def test_num_frames_16_with_every_vae(kind: str, desk: Desk) -> None:
     size = {"height": str(side), "width": str(side), "num_frames": "16"}
     said = desk.train(words, pretrained_model="vae", text_model="builtin", batch_size="1", **size)
     assert said.count(f"{side}x{side}x{trained} ") == 1
-    assert_said_once(said, "--num-frames 16", None if trained == 16 else f"{trained} is used, {made} would be the next")
+    used = None if trained == 16 else f"{trained} is used; the next legal count is {made}"
+    assert_said_once(said, "--num-frames 16", used)
     said = desk.infer(**size)
     in_windows = made > MOST_BEYOND * trained
-    assert_said_once(said, "The model was trained on", "made in windows of that many." if in_windows else None)
-    assert_said_once(said, " asked for", None if made == 16 or in_windows else f"make {made} frames together")
+    assert_said_once(said, "The model was trained on", "generated in windows of that many." if in_windows else None)
+    assert_said_once(said, " are kept.", None if made == 16 or in_windows else f"generate {made} frames together")
     assert desk.frames() == (16, side, side)
 
 

@@ -59,8 +59,7 @@ PEAK = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from titans_video.generation.run import run_generate
-from titans_video.config.generation import GenerateOptions
-from titans_video.config.generation import Overrides
+from titans_video.config.generation import GenerateOptions, Overrides
 path, frames, out = sys.argv[1:]
 options = GenerateOptions(checkpoint=path, num_frames=int(frames), window=16, overlap=4, steps=1, out=out)
 run_generate(options, Overrides())

@@ -86,7 +86,7 @@ def test_two_processes_equal_one(
     script = repository / "train" / "videos" / "train_cogvideox_lora_accelerate.py"
     done = run(*launch, script, *flags, "--batch-size", "1", "--output-dir", tmp_path / "two", cwd=repository)
     assert "Running on 2 processes" in done.stdout
-    assert done.stdout.count("Rows of i2v train as t2v: CogVideoX 1.0 cannot be told of a first frame.") == 1
+    assert done.stdout.count("Rows of i2v train as t2v: CogVideoX 1.0 has no image condition.") == 1
     assert "lora_0000003: stock diffusers loads it and computes the same" in done.stdout + done.stderr
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["elements"] == b["elements"]
@@ -126,8 +126,8 @@ def test_a_killed_run_resumes_bitwise(repository: Path, pipelines: dict[str, Pat
         assert same(a[name], b[name])
     assert same(a["training"], b["training"])
     keys = ("step", "loss", "grad_norm", "elements", "lr")
-    told = [[[m[k] for k in keys] for m in metrics(tmp_path / x)] for x in "ab"]
-    assert told[0] == told[1]
+    values = [[[m[k] for k in keys] for m in metrics(tmp_path / x)] for x in "ab"]
+    assert values[0] == values[1]
     exported = [load_file(tmp_path / x / "lora_0000006" / lora_io.WEIGHTS) for x in "ab"]
     assert same(exported[0], exported[1])
     names = ["lora_0000004", "lora_0000004.pt", "lora_0000006", "lora_0000006.pt"]
@@ -170,8 +170,8 @@ def test_cache_buckets_and_validation(
     for name, more in (("plain", ""), ("cached", f"--cache {tmp_path / 'cache'}")):
         flags = words(repository, pipelines["1.5-i2v"], f"{common} {more} --output-dir {tmp_path / name}")
         assert main(["train", "cogvideox-lora", *flags]) == 0
-    told = capsys.readouterr().out
-    assert told.count("Rows of t2v train as i2v: CogVideoX 1.5 I2V is told of every clip's first frame.") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("Rows of t2v train as i2v: CogVideoX 1.5 I2V gets the first frame of every clip.") == 2
     a, b = ([m["loss"] for m in metrics(tmp_path / name)] for name in ("plain", "cached"))
     assert a == pytest.approx(b, rel=1e-5)
     for name in ("plain", "cached"):
@@ -233,13 +233,13 @@ def test_long_videos(
 @pytest.mark.parametrize(
     ("kind", "flags", "said"),
     [
-        ("2b", "--image refs/00001.png", "cannot be told of a first frame"),
-        ("2b", "--num-frames 25 --window 9 --window-mode continue", "use --window-mode blend"),
+        ("2b", "--image refs/00001.png", "takes no first frame"),
+        ("2b", "--num-frames 25 --window 9 --window-mode continue", "Use --window-mode blend"),
         ("2b", "--guidance-interval 0.5,1", "diffusers' own pipeline"),
-        ("2b", "--continue-steps 8", "--continue-steps 8: this network has one time"),
+        ("2b", "--continue-steps 8", "--continue-steps 8: this network has one timestep"),
         ("2b", "--lora nowhere.safetensors", "no such LoRA"),
-        ("2b", "--lora nowhere:strong", "'strong' is no weight"),
-        ("1.5-i2v", "", "give --image PICTURE"),
+        ("2b", "--lora nowhere:strong", "'strong' is not a weight"),
+        ("1.5-i2v", "", "give --image IMAGE"),
         ("1.5-i2v", "--image refs/00001.png --num-frames 25 --window 9 --window-mode blend", "only the first window"),
         ("5b-i2v", "--image refs/00001.png --num-frames 17 --window 17", "--num-frames 9"),
         ("2b", "--lora refs/00001.png", "a LoRA is a .safetensors file"),
@@ -272,7 +272,7 @@ def test_a_lora_for_another_model_or_without_one(
     said = generate(wide, f"--lora {trained['2b']} --prompt x --out {tmp_path / 'o.mp4'}", capsys, code=2)
     assert "for another network" in said
     assert main(["generate", "--lora", str(trained["2b"]), "--out", str(tmp_path / "o.mp4")]) == 2
-    assert "give --pretrained-model DIR" in capsys.readouterr().err
+    assert "--pretrained-model DIR, and no --checkpoint" in capsys.readouterr().err
     assert main(["generate", "--checkpoint", str(trained["2b"]), "--out", str(tmp_path / "o.mp4")]) == 2
     assert f"--pretrained-model {pipelines['2b']} --lora" in capsys.readouterr().err
     other = factories.make_cogvideox(tmp_path / "other", "5b")
@@ -286,7 +286,7 @@ def test_a_lora_for_another_model_or_without_one(
         ("--rank 0", "--rank 0"),
         ("--lora-alpha 0", "--lora-alpha 0"),
         ("--lora-dropout 1", "--lora-dropout 1"),
-        ("--target-modules to_x", "near it are"),
+        ("--target-modules to_x", "the nearest are"),
         ("--target-modules attn[", "not a regular expression"),
         ("--base-dtype fp16", "CPUs compute in fp32 or bf16"),
         ("--offload group", "give both"),
@@ -333,7 +333,7 @@ def test_sizes_that_the_transformer_cannot_do(
     assert "--height 32 --width 32 --num-frames 9" in capsys.readouterr().err
     flags = f"--height 32 --width 32 --num-frames 7 --output-dir {tmp_path / 'out'}"  # 1, rounded down
     assert main(["train", "cogvideox-lora", *words(repository, pipelines["1.5-i2v"], flags)]) == 2
-    assert "a clip of 1 frame has nothing else. Give --num-frames 8" in capsys.readouterr().err
+    assert "a clip of 1 frame has nothing to train on. Give --num-frames 8" in capsys.readouterr().err
 
 
 def test_a_file_that_diffusers_reads_otherwise_stops_the_run(

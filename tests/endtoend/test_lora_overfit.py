@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.cli.main import main
+from titans_video.config.options import CogVideoXLoraOptions
 from titans_video.data.held_out import HeldOut
 from titans_video.models import lora
 from titans_video.recipes import lora as recipes
+from titans_video.recipes.setup import RunParts
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -29,13 +31,13 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
     manifest = tmp_path / "four.jsonl"
     manifest.write_text("\n".join(map(json.dumps, rows)))
     pipeline = factories.make_cogvideox(tmp_path / "pipeline", "2b")
-    made: list[recipes.LoraRecipe] = []
+    made: list[tuple[recipes.LoraRecipe, RunParts]] = []
     before: dict[str, float] = {}
     build = recipes.build_lora
 
-    def loss_of(recipe: recipes.LoraRecipe, model: nn.Module) -> float:
+    def loss_of(recipe: recipes.LoraRecipe, parts: RunParts, model: nn.Module) -> float:
         """At fixed noise and times, of all four clips."""
-        held = HeldOut(recipe.data, recipe.store)
+        held = HeldOut(parts.data, parts.cache)
         total, elements = 0.0, 0
         with torch.no_grad():
             for piece in held.pieces():
@@ -43,10 +45,10 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
                 total, elements = total + float(sums.sum()), elements + len(QUANTILES) * int(counts.sum())
         return total / elements
 
-    def watched(*given: Any, **more: Any) -> recipes.LoraRecipe:
-        recipe = build(*given, **more)
-        before["base"], before["silent"] = loss_of(recipe, recipe.network), loss_of(recipe, Silent())
-        made.append(recipe)
+    def watched(options: CogVideoXLoraOptions, parts: RunParts, *more: Any) -> recipes.LoraRecipe:
+        recipe = build(options, parts, *more)
+        before["base"], before["silent"] = (loss_of(recipe, parts, m) for m in (recipe.network, Silent()))
+        made.append((recipe, parts))
         return recipe
 
     monkeypatch.setattr(recipes, "build_lora", watched)
@@ -57,8 +59,8 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
         *("--text-dtype", "fp32", "--cfg-drop-prob", "0", "--save-every", "300", "--output-dir", str(tmp_path / "out")),
     ]
     assert main(["train", "cogvideox-lora", *flags]) == 0
-    (recipe,) = made
-    after = loss_of(recipe, recipe.network.eval())
+    ((recipe, parts),) = made
+    after = loss_of(recipe, parts, recipe.network.eval())
     print(f"base {before['base']:.3f}, silent {before['silent']:.3f}, with the LoRA {after:.3f}")
     assert after < 0.7 * before["base"]
     assert after < 0.7 * before["silent"]

@@ -112,7 +112,7 @@ def test_infer_sora_takes_seconds_and_makes_longer_videos_in_windows(
     assert frames_of(tmp_path / "o.mp4") == (8, 32, 32)
     done = run(script, *words, "--seconds", "8", "--out", "long.mp4", cwd=tmp_path)
     assert frames_of(tmp_path / "long.mp4") == (192, 32, 32)
-    assert "trained on 8 frames; longer videos are made in windows" in done.stderr
+    assert "trained on 8 frames; longer videos are generated in windows" in done.stderr
     assert {p.name for p in tmp_path.glob("long*")} == {"long.mp4", "long.mp4.json", "long.mp4.sheet.png"}
     wrong = run(script, *words, "--seconds", "8", "--overlap", "3", "--out", "no.mp4", cwd=tmp_path, code=2)
     assert "--overlap 3" in wrong.stderr
@@ -129,7 +129,7 @@ def test_two_processes_equal_one(repository: Path, tiny: list[str], tmp_path: Pa
     words += ["--cache", str(tmp_path / "cache")]  # which both fill, each its share
     done = run(*words, "--vae-backend", "patch", "--output-dir", tmp_path / "two", cwd=repository)
     assert done.stdout.count("Running on 2 processes (cpu, DDP over gloo)") == 1
-    assert done.stdout.count(" encodings made, 0 were there.") == 1
+    assert done.stdout.count(" encodings made, 0 found.") == 1
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["elements"] == b["elements"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -294,10 +294,16 @@ def test_a_missing_dependency_is_one_line(module: str, capsys: pytest.CaptureFix
     assert "make setup" in line
 
 
-def test_only_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_only_a_later_process_meets_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["trane"]) == 2
-    assert capsys.readouterr().err == ""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "[process 1]" in lines[0]
+    assert "'trane'" in lines[0]
 
 
 def test_ctrl_c_before_training_is_130() -> None:

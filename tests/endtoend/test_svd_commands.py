@@ -17,7 +17,7 @@ from tests.endtoend.test_sora_commands import frames_of, metrics, run
 from tests.unit.svd_parts import picture, pipeline_video
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.codecs.registry import build_codec
+from titans_video.codecs.base import build_codec
 from titans_video.config.generation import Overrides
 from titans_video.config.options import SVDOptions
 from titans_video.config.parse import parse
@@ -27,12 +27,13 @@ from titans_video.generation.denoise import frame_noise, generate
 from titans_video.generation.image_conditioning import NOISE
 from titans_video.generation.model import load_model
 from titans_video.generation.request import Request
-from titans_video.media.resize import to_tensor
+from titans_video.media.colour import to_tensor
 from titans_video.media.writing import write_video
 from titans_video.models.svd_unet import TextCrossAttention
+from titans_video.recipes.setup import RunParts
 from titans_video.recipes.svd import SVDRecipe, build_svd
 from titans_video.seeding import derive_seed, seeded_randn
-from titans_video.text.registry import build_text
+from titans_video.text.base import build_text
 from titans_video.types import Batch
 
 BUCKETS = "28x48,48x28,14x24,24x14"
@@ -164,7 +165,7 @@ def test_a_run_from_a_cache_is_the_run(svd: Path, clips: Path, trained: Path, tm
 
 def test_the_export_is_ours_without_text(svd: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(trained / "checkpoint-8" / "model.pt"), str(tmp_path / "exported")]) == 0
-    assert "branch for text is left out" in capsys.readouterr().out
+    assert "text branch is left out" in capsys.readouterr().out
     model = load_model(str(trained / "checkpoint-8" / "model.pt"), Overrides(), "cpu")
     assert any(bool(m.to_out.weight.any()) for m in model.network.modules() if isinstance(m, TextCrossAttention))
     seed, frames, height, width = 3, 4, 32, 48
@@ -210,7 +211,8 @@ def test_the_loss_on_real_clips_falls(svd: Path, real_clips: Path, tmp_path: Pat
     options = parse(SVDOptions(), given, prog="", description="")
     codec = build_codec(options.codec)
     data = open_data(options.data, codec.spec, (1, 1, 1), seed=0)
-    recipe = build_svd(options, data, codec, build_text(options.text), torch.device("cpu"))
+    parts = RunParts(data, None, codec, options.codec, build_text(options.text), None)
+    recipe = build_svd(options, parts, torch.device("cpu"))
     held = HeldOut(data)
 
     def losses() -> dict[str, float]:
@@ -239,12 +241,12 @@ def test_a_folder_with_a_vae_alone_trains_sora_dit(
 ) -> None:
     more = "--max-steps 1 --mixed-precision no --preset tiny --num-frames 2 --buckets 16x24"
     assert main(["train", "svd", *words(vae_alone, clips, tmp_path / "out", more)]) == 0
-    assert "holds no unet/: SoraDiT is trained" in capsys.readouterr().out
+    assert "has no unet/: SoraDiT is trained" in capsys.readouterr().out
     config = files.read(tmp_path / "out").config
     assert config["recipe"] == "sora"
     out = ["--steps", "1", "--out", str(tmp_path / "o.mp4")]
     assert main(["generate", "--checkpoint", str(tmp_path / "out"), "--motion-bucket", "3", *out]) == 2
-    assert "--motion-bucket: only Stable Video Diffusion" in capsys.readouterr().err
+    assert "--motion-bucket 3: only Stable Video Diffusion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", ["--architecture sora-dit", "--vae-backend identity"])
@@ -257,7 +259,7 @@ def test_whoever_asks_for_sora_dit_is_not_told_that_a_unet_is_missing(
         at = given.index("--pretrained-model")
         del given[at : at + 2]
     assert main(["train", "svd", *given]) == 0
-    assert "holds no unet/" not in capsys.readouterr().out
+    assert "has no unet/" not in capsys.readouterr().out
     assert files.read(tmp_path / "out").config["recipe"] == "sora"
 
 

@@ -77,7 +77,7 @@ def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: P
     [
         ("--memory-in nowhere", "--memory-in nowhere"),
         ("--window 3 --num-frames 20", "--window 3: this model's windows"),
-        ("--memory-out m.safetensors --num-videos 2", "one at a time"),
+        ("--memory-out m.safetensors --num-videos 2", "--memory-out saves the state of one video"),
         ("--segment-prompts nowhere", "--prompt and --segment-prompts"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every VAE class against diffusers' own calls with its pipeline's scaling."""
+"""Every VAE class, compared with diffusers' own calls and its pipeline's scaling."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def column(values: Any) -> Tensor:
 
 
 def pipeline_latents(kind: str, vae: Any, x: Tensor) -> Tensor:
-    """What each pipeline does between its VAE's encoder and its transformer, the mode taken."""
+    """Compute what each pipeline computes between its VAE's encoder and its transformer, with the mode."""
     if kind in ("kl", "svd"):
         z = torch.stack([vae.encode(x[:, :, i]).latent_dist.mode() for i in range(x.shape[2])], dim=2)
         return (z - vae.config.shift_factor) * vae.config.scaling_factor if kind == "kl" else z * 0.18215
@@ -49,7 +49,7 @@ def pipeline_latents(kind: str, vae: Any, x: Tensor) -> Tensor:
 
 
 def pipeline_pixels(kind: str, vae: Any, z: Tensor) -> Tensor:
-    """What each pipeline does after its transformer."""
+    """Compute what each pipeline computes after its transformer."""
     if kind == "kl":
         z = z / vae.config.scaling_factor + vae.config.shift_factor
         return torch.stack([vae.decode(z[:, :, i]).sample for i in range(z.shape[2])], dim=2)
@@ -132,12 +132,12 @@ def test_temporal_chunks_equal_the_whole(kind: str, most: int, monkeypatch: pyte
     whole = codec.encode(x)
     assert max(seen) <= most
     assert sum(seen) == 17
-    # Causal: what comes later changes nothing, so a clip's beginning is the same encoded alone.
+    # Causal: later frames change nothing, so the beginning of a clip is encoded the same without the rest.
     torch.testing.assert_close(codec.encode(x[:, :, :9]), whole[:, :, :3], atol=1e-5, rtol=0)
 
 
 def set_tiles(kind: str, vae: Any) -> None:
-    """Tiles far smaller than the defaults, with overlaps that fall on whole latent cells."""
+    """Use tiles far smaller than the defaults, with overlaps that fall on whole latent cells."""
     if kind == "kl":
         vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 16
     elif kind == "cogvideox":
@@ -150,8 +150,8 @@ def set_tiles(kind: str, vae: Any) -> None:
 
 
 @pytest.mark.parametrize("frames", [17, 30, 41])
-def test_long_clips_of_svd_are_decoded_in_stretches(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearly as whole ones: its decoder normalises over all frames that it is given."""
+def test_long_clips_of_svd_are_decoded_in_chunks(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that chunks are nearly equal to whole clips: the decoder normalises over all frames that it gets."""
     codec, z = DiffusersCodec(tiny_vae("svd")), torch.randn(1, 4, frames, 6, 8)
     whole = codec.decode(z, frames)
     monkeypatch.setattr(diffusers, "TEMPORAL_PIXELS", 17 * 12 * 16)
@@ -246,7 +246,7 @@ def test_folders_without_a_known_vae_say_so(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match=r"neither vae/config\.json nor config\.json"):
         DiffusersCodec.load(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
-    with pytest.raises(CodecError, match="AutoencoderDC; the VAEs known here"):
+    with pytest.raises(CodecError, match="AutoencoderDC; the supported VAEs are"):
         DiffusersCodec.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CodecError, match="cannot be read"):

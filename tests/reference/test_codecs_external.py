@@ -1,5 +1,6 @@
-"""Classes of the user's own: the documented example, the CogVideoX adapter, and each way of being wrong."""
+"""Classes of the user: the documented example, the CogVideoX adapter, and each kind of error."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from tests.factories import make_vae
-from titans_video.codecs.base import Codec
-from titans_video.codecs.diffusers import DiffusersCodec
-from titans_video.codecs.registry import build_codec
+from titans_video.codecs.base import Codec, build_codec
+from titans_video.codecs.diffusers import CogVideoXVAEWrapper, DiffusersCodec
+from titans_video.codecs.external import source_digest
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
 
@@ -80,7 +81,7 @@ function = len
         ("BadSpec", None, "spec of BadSpec is .*'stride': 8.* is expected"),
         ("WrongShape", None, r"gave \(1, 6, 1, 64, 64\) when encoding.* says \(1, 8, 1, 8, 8\)"),
         ("WrongDecode", None, r"gave \(1, 3, 1, 62, 64\) when decoding"),
-        ("NoTensor", None, "encode gave a NoneType"),
+        ("NoTensor", None, "encode returned a NoneType"),
         ("Raises", '{"size": 1}', "ZeroDivisionError: by zero"),
         ("Raises", '{"colour": 1}', "TypeError: .*colour"),
         ("Missing", None, "broken_codecs.Missing does not exist"),
@@ -110,3 +111,11 @@ def test_modules_that_cannot_be_imported_are_described(tmp_path: Path, monkeypat
         external("explodes", "C")
     with pytest.raises(CodecError, match="is not a folder here"):
         external("train.videos.cogvideox_vae_adapter", "CogVideoXVAEWrapper", '{"pretrained_path": "/no/where"}')
+
+
+def test_the_cache_key_is_that_of_the_source_or_of_the_stated_version(tmp_path: Path) -> None:
+    folder = make_vae("cogvideox", tmp_path)
+    codec = CogVideoXVAEWrapper(folder)
+    assert source_digest(codec) == "b1ea7a00087a443f769b2627d22f31a9"  # caches of earlier versions stay valid
+    with_own_source = type("Own", (CogVideoXVAEWrapper,), {"cache_version": None, "__module__": __name__})
+    assert source_digest(with_own_source(folder)) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:32]

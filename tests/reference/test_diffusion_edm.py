@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.factories import SVD_SCHEDULER
-from titans_video.diffusion.edm import EDM
-from titans_video.diffusion.registry import build_process
+from titans_video.diffusion.base import build_process
 from titans_video.diffusion.samplers import euler
+from titans_video.diffusion.v_prediction import EDM
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from titans_video.diffusion.guidance import guided, join_text
 from titans_video.diffusion.rectified_flow import RectifiedFlow
-from titans_video.diffusion.samplers import euler
+from titans_video.diffusion.samplers import euler, guided, join_text
 from titans_video.errors import ConfigError
 from titans_video.types import Condition, ImageCondition, TextCondition
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_video.config.options import ProcessOptions
-from titans_video.diffusion.base import count_tokens
+from titans_video.diffusion.base import build_process, count_tokens
 from titans_video.diffusion.rectified_flow import RectifiedFlow, default_shift, shift_time
-from titans_video.diffusion.registry import build_process, process_config
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed
 from titans_video.types import CodecSpec
@@ -36,7 +35,7 @@ def test_the_target_stands_for_the_data(prediction, variance):
         corrupted = process.add_noise(x0, noise, time)
         x_t = process.noisy(x0, noise, time)
         assert torch.equal(process.model_input(x_t, time), corrupted.model_input)
-        assert corrupted.model_time is time
+        assert corrupted.timesteps is time
         assert corrupted.target.isfinite().all()
         assert corrupted.model_input.isfinite().all()
         torch.testing.assert_close(process.to_x0(corrupted.target, x_t, time), x0, rtol=0, atol=1e-6)
@@ -161,11 +160,11 @@ def test_the_shift_goes_by_size_and_reaches_training_and_sampling_alike():
 
 def test_a_process_is_rebuilt_from_its_config():
     spec = CodecSpec("patch", 3, (8, 4, 4), "blocks", VARIANCE)
-    config = process_config(ProcessOptions(prediction="x0", time_mean=1.4, shift=2.0), spec)
+    config = RectifiedFlow.from_options(ProcessOptions(prediction="x0", time_mean=1.4, shift=2.0), spec).config()
     again = build_process(json.loads(json.dumps(config)))
     assert again.config() == config
     assert again.variance == VARIANCE
-    assert process_config(ProcessOptions(), spec)["variance"] is None
+    assert RectifiedFlow.from_options(ProcessOptions(), spec).config()["variance"] is None
     for wrong in ({"name": "rectified-flow"}, {"name": "rectified_flow", "sigma": 1}, {}):
         with pytest.raises(ConfigError):
             build_process(wrong)

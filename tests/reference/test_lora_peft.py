@@ -1,4 +1,4 @@
-"""Our LoRA against PEFT's on the same network, and each other's files."""
+"""Our LoRA against PEFT's on the same network; each reads the other's files."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def base() -> Net:
 
 
 def filled(network: nn.Module, name: str = lora.DEFAULT) -> dict[str, Tensor]:
-    """Random A and B, and the state dict."""
+    """Fill A and B with random values and return the state dict."""
     torch.manual_seed(5)
     for _, layer in lora.layers(network):
         if name in layer.alphas:
@@ -138,13 +138,50 @@ def test_our_file_comes_back_with_its_alphas(base: Net, tmp_path: Path) -> None:
     read = lora_io.read(tmp_path)
     assert read.alphas == {k: a for k, (_, a) in sizes.items()}
     assert all(torch.equal(read.tensors[k], tensors[k]) for k in tensors)
-    # PEFT makes the same of the header as we do.
+    # PEFT reads the header as we do.
     header = json.loads(_header(tmp_path)["lora_adapter_metadata"])
     config = peft.LoraConfig(**{k.removeprefix("transformer."): v for k, v in header.items()})
     theirs = peft.inject_adapter_in_model(config, copy.deepcopy(base), state_dict=tensors)
     peft.set_peft_model_state_dict(theirs, tensors)
     x = torch.randn(5, 6)
     assert torch.equal(ours(x), theirs(x))
+
+
+TWO = {"transformer.": "transformer", "transformer_2.": "transformer_2"}
+
+
+def test_two_networks_share_one_file_that_diffusers_reads(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders import WanLoraLoaderMixin
+
+    torch.manual_seed(2)
+    size: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "in_channels": 4}
+    size |= {"out_channels": 4, "text_dim": 8, "ffn_dim": 16, "freq_dim": 8, "rope_max_seq_len": 32}
+    experts = nn.ModuleDict({name: WanTransformer3DModel(**size) for name in ("transformer", "transformer_2")})
+    plain = copy.deepcopy(experts)
+    q, v = "blocks.0.attn1.to_q", "blocks.1.attn2.to_v"
+    sizes = {f"transformer.{q}": (2, 5.0), f"transformer_2.{q}": (3, 1.0), f"transformer_2.{v}": (4, 2.0)}
+    lora.add_adapter(experts, "default", sizes)
+    tensors = filled(experts)
+    lora_io.write(tmp_path, tensors, lora.layer_sizes(experts), prefixes=TWO)
+
+    ours = lora_io.read(tmp_path, TWO)
+    assert ours.tensors.keys() == tensors.keys()
+    assert all(torch.equal(ours.tensors[k], tensors[k]) for k in tensors)
+    assert (ours.alphas, ours.notes) == ({name: alpha for name, (_, alpha) in sizes.items()}, [])
+
+    # diffusers sees both prefixes, and each transformer gets its own rank and alpha.
+    state, header = WanLoraLoaderMixin.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert state.keys() == tensors.keys()
+    assert header["transformer.target_modules"] == [q]
+    assert header["transformer_2.target_modules"] == [q, v]
+    x, time, text = torch.randn(1, 4, 2, 4, 4), torch.tensor([500]), torch.randn(1, 3, 8)
+    for prefix, network in plain.items():
+        base = network(x, time, text).sample
+        network.load_lora_adapter(dict(state), prefix=prefix, metadata=header)
+        adapted = network(x, time, text).sample
+        assert not torch.equal(adapted, base)
+        torch.testing.assert_close(adapted, experts[prefix](x, time, text).sample)
 
 
 def _header(folder: Path) -> dict[str, str]:
@@ -161,7 +198,7 @@ def test_a_file_without_alpha_says_so(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     read = lora_io.read(tmp_path / "x.safetensors")
     assert read.alphas == {"a": 4.0}
-    assert "does not say its alpha" in read.notes[0]
+    assert "has no alpha" in read.notes[0]
     older = {"transformer.a.lora.down.weight": torch.ones(4, 2), "transformer.a.lora.up.weight": torch.ones(3, 4)}
     save_file({**older, "transformer.a.alpha": torch.tensor(2.0)}, tmp_path / "y.safetensors")
     read = lora_io.read(tmp_path / "y.safetensors")
@@ -187,7 +224,7 @@ def test_other_files_are_refused(tensors: dict[str, Tensor] | None, said: str, t
         save_file(tensors, path)
     with pytest.raises(CheckpointError, match=said):
         lora_io.read(path)
-    with pytest.raises(CheckpointError, match="holds no LoRA"):
+    with pytest.raises(CheckpointError, match="has no LoRA"):
         lora_io.read(tmp_path)
     with pytest.raises(CheckpointError, match="no such LoRA"):
         lora_io.read(tmp_path / "nowhere.safetensors")

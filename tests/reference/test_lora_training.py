@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
-from titans_video.config.options import BaseOptions, CogVideoXLoraOptions, DataOptions, LoraOptions, TrainOptions
+from titans_video.config.options import (
+    BaseOptions,
+    CodecOptions,
+    CogVideoXLoraOptions,
+    DataOptions,
+    LoraOptions,
+    TrainOptions,
+)
+from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
+from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.registry import open_model_spec
-from titans_video.recipes import lora_base
-from titans_video.recipes.lora import LoraRecipe, as_sora, build_lora, open_clips
+from titans_video.pretrained.base import open_model_spec
+from titans_video.recipes import lora as lora_recipe
+from titans_video.recipes.lora import LoraFiles, LoraRecipe, build_lora, check_sizes, first_frame
+from titans_video.recipes.setup import RunParts, open_clips
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
 from titans_video.types import Batch
@@ -34,25 +44,44 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: factories.make_cogvideox(root / kind, kind) for kind in factories.COGVIDEOX_KINDS}
 
 
-def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, Batch]:
-    """A recipe with an adapter that is not at its start, and two rows."""
+def recipe_and_parts(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, RunParts]:
+    """Build a recipe on the clips of the mock data, with an adapter that is not at its start."""
+    task = open_model_spec(folder).task
     options = CogVideoXLoraOptions(
         data=DataOptions(
-            manifest=(str(MOCK / "manifest.jsonl"),), height=size[0], width=size[1], num_frames=frames, batch_size=2
+            manifest=(str(MOCK / "manifest.jsonl"),),
+            height=size[0],
+            width=size[1],
+            num_frames=frames,
+            batch_size=2,
+            task_mix=f"{task}=1",
         ),
         base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32", **base),
         lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
         train=TrainOptions(cfg_drop_prob=0.5),
     )
     accelerator = distributed.start(options.train)
-    spec = open_model_spec(folder)
-    data = open_clips(as_sora(options, spec), spec, accelerator)
+    spec, codec_options = open_model_spec(folder), CodecOptions(pretrained_model=str(folder))
     codec, text = spec.codec("fp32", "cpu", load=True), spec.text("fp32", "cpu")
-    recipe = build_lora(options, data, spec, codec, text, accelerator)
+    data, _ = open_clips(options, codec_options, codec, spec.clip_grid, accelerator)
+    check_sizes(spec, data)
+    parts = RunParts(data, None, codec, codec_options, text, None)
+    recipe = build_lora(options, parts, spec, accelerator)
     torch.manual_seed(2)
     for _, layer in lora.layers(recipe.network):
         nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.2)  # type: ignore[arg-type,union-attr]
-    return recipe, next(iter(data.stream()))
+    return recipe, parts
+
+
+def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, Batch]:
+    """Return the recipe and two rows."""
+    recipe, parts = recipe_and_parts(folder, frames, size, **base)
+    return recipe, next(iter(parts.data.stream()))
+
+
+def files_of(recipe: LoraRecipe) -> LoraFiles:
+    assert isinstance(recipe.adapter, LoraFiles)
+    return recipe.adapter
 
 
 def with_peft(recipe: LoraRecipe, folder: Path) -> Any:
@@ -76,7 +105,7 @@ def drawn(vae: Any, pixels: Tensor, seeds: list[int]) -> Tensor:
 
 
 def loss_by_hand(pipe: Any, batch: Batch) -> Tensor:
-    """As diffusers' example of training CogVideoX has it: x0 from v, the error weighted by 1 / (1 - a); summed."""
+    """Return the summed loss of diffusers' training example: x0 from v, the error weighted by 1 / (1 - a)."""
     config, vae = pipe.transformer.config, pipe.vae
     factor = vae.config.scaling_factor
     assert batch.pixels is not None
@@ -137,7 +166,7 @@ def test_loss_and_gradients_of_a_step(
     expected = loss_by_hand(pipe, batch)
     ours = recipe.loss(recipe.network, batch).sum()
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=0)
-    elements = recipe.supervised(batch)
+    elements = int(recipe.row_elements(batch).sum())
     t = recipe.spec.padded_frames(3 if frames == 9 else 4)
     assert elements == 2 * 4 * t * (size[0] // 8) * (size[1] // 8)
     (ours / elements).backward()
@@ -168,10 +197,10 @@ def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipel
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b"])
-def test_weights_that_are_away_are_never_computed_with(
+def test_offloaded_weights_are_never_used(
     kind: str, pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where a layer's weights are elsewhere but while it is used: here they are zeros meanwhile."""
+    """As on a GPU, where a layer has its weights only while it is used; here they are zeros otherwise."""
     from diffusers.hooks.group_offloading import ModuleGroup
 
     away: dict[int, Tensor] = {}
@@ -238,13 +267,13 @@ def test_a_base_in_bf16_is_near_and_the_adapter_stays_in_float32(pipelines: dict
 
 
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
-def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
+def test_the_stock_pipeline_makes_our_video_with_the_saved_file(
     kind: str, pipelines: dict[str, Path], tmp_path: Path
 ) -> None:
-    """To 1e-5; and so do merged weights, and PEFT's own file read by us."""
+    """To 1e-5, and so do merged weights and PEFT's own file as read here."""
     recipe, _ = recipe_of(pipelines[kind], 9, (32, 32))
     trained = {n: p for n, p in recipe.network.named_parameters() if p.requires_grad}
-    recipe.export(trained, tmp_path)
+    files_of(recipe).export(trained, tmp_path)
     t = recipe.spec.padded_frames(3)
     image = {"image": torch.rand(1, 3, 32, 32)} if recipe.spec.image_to_video else {}
     noise = torch.randn(1, t, 4, 4, 4)
@@ -265,10 +294,10 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     assert (theirs - without).abs().max() > 0.01  # it does something
     spec = recipe.spec
     network = recipe.network.eval()
-    ours = video(spec.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    ours = video(spec.pipeline(network, recipe.codec, text=True, dtype=torch.float32))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     lora.merge(network)
-    merged = video(spec.pipeline(network, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    merged = video(spec.pipeline(network, recipe.codec, text=True, dtype=torch.float32))
     torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
     lora.unmerge(network)
     # PEFT's own file of the same adapter.
@@ -279,15 +308,16 @@ def test_the_stock_pipeline_makes_our_video_of_the_saved_file(
     lora.load(fresh, read.tensors, read.alphas)
     assert read.notes == []
     assert read.alphas == {name: 6.0 for name, _ in lora.layers(network)}
-    back = video(spec.pipeline(fresh, recipe.codec.vae, text=True, dtype=torch.float32))  # type: ignore[attr-defined]
+    back = video(spec.pipeline(fresh, recipe.codec, text=True, dtype=torch.float32))
     assert torch.equal(back, ours)
 
 
-def test_dropout_of_training_is_in_no_file(pipelines: dict[str, Path], tmp_path: Path) -> None:
+def test_dropout_of_training_is_not_in_the_file(pipelines: dict[str, Path], tmp_path: Path) -> None:
     """diffusers leaves a loaded adapter's dropout switched on."""
     recipe, _ = recipe_of(pipelines["2b"], 9, (32, 32))
-    recipe.adapter = replace(recipe.adapter, dropout=0.5)
-    recipe.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
+    files = files_of(recipe)
+    files = replace(files, config=replace(files.config, dropout=0.5))
+    files.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
     stock = diffusers.DiffusionPipeline.from_pretrained(pipelines["2b"])
     stock.load_lora_weights(tmp_path)
     x, states, time = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
@@ -305,8 +335,8 @@ def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in recipe.network.state_dict().items())
 
 
-def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
-    """A forward pass and the gradients of what flows, not of the weights; the adapter's own are few."""
+def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass and the gradients of activations, not of weights; the adapter's own are few."""
     from torch.utils.flop_counter import FlopCounterMode
 
     recipe, batch = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
@@ -315,34 +345,42 @@ def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path]) -> None:
         recipe.loss(recipe.network, batch).sum()
         module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
     assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
+    monkeypatch.delattr(lora_recipe, "count_flops")  # the count of this size is kept
+    assert recipe.flops(replace(batch, captions=["a much longer caption"] * 2)) == recipe.flops(batch)
     assert recipe.tokens(batch) == 2 * 2 * 2 * 2
 
 
 def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict[str, Path]) -> None:
-    """In the size of the videos, whatever bucket the row is in; rows that cannot be read are passed over."""
-    recipe, _ = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
-    assert recipe_of(pipelines["1.5"], 9, (32, 32))[0]._first_frame("x") is None
-    entry = next(e for e in recipe.data.entries if e.row.cond_image is None)
-    reader = recipe.data.reader()
+    """In the size of the videos, whatever bucket the row is in; rows that cannot be read are skipped."""
+    recipe, parts = recipe_and_parts(pipelines["1.5-i2v"], 9, (32, 32))
+    data, spec = parts.data, recipe.spec
+    assert first_frame(data, open_model_spec(pipelines["1.5"]), "x") is None
+    entry = next(e for e in data.records if e.row.cond_image is None)
+    reader = data.reader()
     first = reader.clip(reader.decide(entry, "i2v", 0))[0]
     expected = torch.from_numpy(first).permute(2, 0, 1).float() / 127.5 - 1
-    entries = [e for e in recipe.data.entries if e.row.caption != entry.row.caption]
-    recipe.data = replace(recipe.data, entries=[*entries, entry])
-    found = recipe._first_frame(entry.row.caption)
+    others = [e for e in data.records if e.row.caption != entry.row.caption]
+    found = first_frame(replace(data, records=[*others, entry]), spec, entry.row.caption)
     assert found is not None
     torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
-    recipe.config["data"] |= {"height": 16, "width": 48}
-    found = recipe._first_frame("nothing of the kind")
+    large = replace(data, records=[replace(others[0], bucket=Bucket(9, 16, 80)), *others[1:], entry])
+    found = first_frame(large, spec, entry.row.caption)
     assert found is not None
-    assert found.shape == (1, 3, 1, 16, 48)
+    assert torch.equal(found[0], to_tensor(cover_crop(first[None], 16, 80)))
+    found = first_frame(large, spec, "nothing of the kind")
+    assert found is not None
+    assert found.shape == (1, 3, 1, 16, 80)
+    missing = replace(entry, row=replace(entry.row, video=MOCK / "missing.mp4"))
+    found = first_frame(replace(large, records=[missing, *large.records[:-1]]), spec, entry.row.caption)
+    assert found is not None
 
 
 def test_processes_with_other_base_weights_are_refused(
     pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing sends them from one to the other."""
-    monkeypatch.setattr(lora_base, "all_gather_object", lambda accelerator, own: [own, "another"])
-    with pytest.raises(ConfigError, match="different transformers"):
+    """Each process reads the frozen weights itself."""
+    monkeypatch.setattr(lora_recipe, "all_gather_object", lambda accelerator, own: [own, "another"])
+    with pytest.raises(ConfigError, match="different networks"):
         recipe_of(pipelines["2b"], 9, (32, 32))
 
 
@@ -355,9 +393,9 @@ def test_processes_with_other_base_weights_are_refused(
         ({}, {"mixed_precision": "fp16"}, "CPUs compute in fp32"),
     ],
 )
-def test_what_an_engine_cannot_do_is_said_without_the_base(
+def test_what_an_accelerator_cannot_do_is_rejected_before_loading(
     base: dict[str, Any], accelerator: dict[str, Any], said: str
 ) -> None:
     usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
     with pytest.raises(ConfigError, match=said):
-        lora_base.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | accelerator)))  # type: ignore[arg-type]
+        lora_recipe.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | accelerator)))  # type: ignore[arg-type]

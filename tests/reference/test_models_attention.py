@@ -1,4 +1,4 @@
-"""Attention without norms and turns is torch's MultiheadAttention."""
+"""Attention without norms and rotations is torch's MultiheadAttention."""
 
 import torch
 from torch import nn

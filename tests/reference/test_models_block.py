@@ -1,4 +1,4 @@
-"""The block against plain loops over samples, slots, tokens and heads, in float64, written from the description."""
+"""The block against plain float64 loops over samples, slots, tokens and heads, written from the description."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
 
 
-def turn(x: Tensor, place: tuple[int, int, int]) -> Tensor:
+def rotate(x: Tensor, place: tuple[int, int, int]) -> Tensor:
     out, channel = x.clone(), 0
     for position, pairs in zip(place, axis_pairs(D // HEADS), strict=True):
         for k in range(pairs):
@@ -57,7 +57,7 @@ def place_of(slot: int, token: int) -> tuple[int, int, int]:
 
 
 def self_attention(w: dict[str, Tensor], name: str, inputs: dict[tuple[int, int], Tensor]) -> dict[Any, Tensor]:
-    """`inputs`: (slot, token) -> vector, all of which see each other."""
+    """Apply self-attention among all `inputs`: (slot, token) -> vector."""
     d, outputs = D // HEADS, {at: [] for at in inputs}
     for head in range(HEADS):
         heads: dict[str, dict[Any, Tensor]] = {"q": {}, "k": {}, "v": {}}
@@ -66,7 +66,7 @@ def self_attention(w: dict[str, Tensor], name: str, inputs: dict[tuple[int, int]
             for i, part in enumerate("qkv"):
                 vector = qkv[i * D + head * d : i * D + (head + 1) * d]
                 if part != "v":
-                    vector = turn(rms_norm(vector, w[f"{name}.qk_scale"][i, 0]), place_of(*at))
+                    vector = rotate(rms_norm(vector, w[f"{name}.qk_scale"][i, 0]), place_of(*at))
                 heads[part][at] = vector
         for at in inputs:
             outputs[at].append(attend(heads["q"][at], list(heads["k"].values()), list(heads["v"].values())))

@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.neural_memory import (
-    Gates,
-    NeuralMemory,
-    State,
-    add_up,
-    recall,
-    restore_norms,
-    surprise,
-    update,
-)
+from titans_video.models.memory import Gates, NeuralMemory, State, recall, restore_norms, surprise, unroll_chunk, update
 
 B, H, STEPS, TOKENS, WIDTH = 2, 3, 6, 4, 5
 HIDDEN = 4 * WIDTH
@@ -58,7 +49,7 @@ def plain_recall(k: Tensor, w1: Tensor, w2: Tensor, scale: Tensor, shift: Tensor
 
 
 def step_gradient(c: Case, b: int, h: int, i: int, w1: Tensor, w2: Tensor, differentiable: bool) -> list[Tensor]:
-    """Of the sum of |M(k) - v|^2 over the tokens of step i, by autograd."""
+    """Differentiate the sum of |M(k) - v|^2 over the tokens of step i by autograd."""
     with torch.enable_grad():
         if not differentiable:
             w1, w2 = w1.detach().requires_grad_(), w2.detach().requires_grad_()
@@ -70,7 +61,7 @@ def step_gradient(c: Case, b: int, h: int, i: int, w1: Tensor, w2: Tensor, diffe
 
 
 def plain_update(c: Case, chunk: int, differentiable: bool = False) -> tuple[State, State]:
-    """Step by step, sample by sample, head by head, gradients at the weights that the step's chunk starts with."""
+    """Loop over samples, heads and steps, with gradients at the starting weights of the step's chunk."""
     out: list[list[Tensor]] = [[], [], [], []]
     for b in range(B):
         for h in range(H):
@@ -101,7 +92,7 @@ def test_chunks_equal_the_recurrence(chunk: int) -> None:
 
 
 def test_chunks_of_one_are_the_papers_rule() -> None:
-    """S_t = eta S_{t-1} - theta grad l(M_{t-1}); M_t = (1 - alpha) M_{t-1} + S_t, one token a step."""
+    """S_t = eta S_{t-1} - theta grad l(M_{t-1}); M_t = (1 - alpha) M_{t-1} + S_t, one token per step."""
     c = case(1)
     single = c._replace(k=c.k[:, :, :, :1], v=c.v[:, :, :, :1])
     (got, _), _ = chunked(single, 1)
@@ -140,7 +131,7 @@ def test_chained_segments_equal_one_pass_where_chunks_meet() -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_the_hand_written_gradient_is_autograds() -> None:
+def test_the_hand_written_gradient_is_that_of_autograd() -> None:
     c = case(4)
     w1, w2 = (w.clone().requires_grad_() for w in c.weights)
     k, v = c.k.flatten(2, 3), c.v.flatten(2, 3)
@@ -152,16 +143,16 @@ def test_the_hand_written_gradient_is_autograds() -> None:
         assert_close(got[0], expected, atol=1e-10, rtol=1e-10)
 
 
-def test_sums_need_no_division() -> None:
-    """Gates that are exactly 0 or 1 divide by nothing."""
+def test_unrolling_needs_no_division() -> None:
+    """Gates that are exactly 0 or 1 give finite coefficients."""
     gates = Gates(*(torch.tensor([[[1.0, 0.0, 1.0]]], dtype=torch.float64) for _ in range(3)))
-    sums = add_up(gates)
-    assert all(x.isfinite().all() for x in vars(sums).values())
-    assert sums.keep.item() == 0
-    assert sums.into_weights.tolist() == [[[0.0, 0.0, 1.0]]]
+    coefficients = unroll_chunk(gates)
+    assert all(x.isfinite().all() for x in vars(coefficients).values())
+    assert coefficients.keep.item() == 0
+    assert coefficients.into_weights.tolist() == [[[0.0, 0.0, 1.0]]]
 
 
-def test_forgetting_to_the_start_is_the_rule_on_what_was_learned() -> None:
+def test_forgetting_to_the_start_applies_the_rule_to_the_difference() -> None:
     c = case(5)
     home = case(6).weights
     got, _ = update(c.weights, c.momentum, c.k, c.v, c.gates, c.scale, c.shift, None, home)
@@ -205,7 +196,7 @@ def test_many_writes_do_not_explode() -> None:
 
 
 def test_what_was_written_is_recalled() -> None:
-    """A key that was written comes back nearer to its value than before, and nearer than a key that was not."""
+    """A written key is recalled closer to its value than before the write."""
     torch.manual_seed(1)
     d, tokens = 16, 4
     start = torch.randn(1, 1, d, 4 * d) * d**-0.5, torch.randn(1, 1, 4 * d, d) * d**-0.5

@@ -10,8 +10,7 @@ import torch
 
 from tests import factories
 from titans_video.errors import ConfigError
-from titans_video.pretrained.base import PipelineCall
-from titans_video.pretrained.registry import is_pipeline, open_model_spec
+from titans_video.pretrained.base import PipelineCall, is_pipeline, open_model_spec
 from titans_video.text.base import drop_captions
 
 
@@ -28,7 +27,7 @@ def stock(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
-def test_what_a_pipeline_is_is_told_from_its_configuration(kind: str, pipelines: dict[str, Path]) -> None:
+def test_a_pipeline_is_described_by_its_configuration(kind: str, pipelines: dict[str, Path]) -> None:
     spec = open_model_spec(pipelines[kind])
     assert spec.image_to_video == kind.endswith("i2v")
     assert spec.task == ("i2v" if kind.endswith("i2v") else "t2v")
@@ -56,12 +55,12 @@ def test_noise_and_target_are_the_schedulers(kind: str, pipelines: dict[str, Pat
 
 def test_times_are_even_and_a_function_of_the_seed(pipelines: dict[str, Path]) -> None:
     process = open_model_spec(pipelines["2b"]).process()
-    times = process.sample_timesteps(range(4000)).double()
-    assert torch.equal(process.sample_timesteps([7, 9]), times[[7, 9]].long())
+    times = process.sample_timesteps(range(4000), tokens=8).double()
+    assert torch.equal(process.sample_timesteps([7, 9], tokens=64), times[[7, 9]].long())  # whatever the size
     assert 0 <= times.min() < 5
     assert 995 <= times.max() <= 999
     assert times.mean().item() == pytest.approx(499.5, abs=15)
-    assert [process.timestep_quantile(q) for q in (0.1, 0.5, 0.9)] == [100, 500, 900]
+    assert [process.timestep_quantile(q, 8) for q in (0.1, 0.5, 0.9)] == [100, 500, 900]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_rotary_positions_are_the_pipelines(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_prompts_are_padded_and_unmasked_as_the_pipeline_has_them(pipelines: dict[str, Path]) -> None:
+def test_prompts_are_padded_and_unmasked_as_in_the_pipeline(pipelines: dict[str, Path]) -> None:
     spec, pipe = open_model_spec(pipelines["2b"]), stock(pipelines["2b"])
     prompts = ["a red circle", "", "two cats asleep on a warm stone wall at dusk and much more than twelve tokens"]
     text = spec.text("fp32", "cpu")
@@ -92,7 +91,7 @@ def test_prompts_are_padded_and_unmasked_as_the_pipeline_has_them(pipelines: dic
 
 @pytest.mark.parametrize("kind", ["5b-i2v", "1.5-i2v"])
 def test_image_latents_are_the_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
-    """The first frame encoded alone, scaled the way that the VAE's configuration says, in the first place."""
+    """The first frame, encoded as a clip of one frame, scaled as the VAE's configuration says."""
     spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
     clip = torch.rand(2, 3, 9, 32, 32) * 2 - 1
     codec = spec.codec("fp32", "cpu", load=True)
@@ -126,7 +125,7 @@ def test_image_latents_are_the_pipelines(kind: str, pipelines: dict[str, Path]) 
     torch.testing.assert_close(drawn.transpose(1, 2), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_first_frame_is_encoded_alone(pipelines: dict[str, Path]) -> None:
+def test_a_first_frame_is_encoded_as_a_clip_of_one_frame(pipelines: dict[str, Path]) -> None:
     codec = open_model_spec(pipelines["5b-i2v"]).codec("fp32", "cpu", load=True)
     clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     blank = torch.cat([clip[:, :, :1], torch.zeros_like(clip[:, :, 1:])], dim=2)
@@ -135,7 +134,7 @@ def test_a_first_frame_is_encoded_alone(pipelines: dict[str, Path]) -> None:
     assert not torch.allclose(alone[:, :, :1], codec.encode_moments(blank)[:, :, :1], atol=1e-3)
 
 
-def test_learned_positions_refuse_what_they_do_not_know(pipelines: dict[str, Path]) -> None:
+def test_sizes_without_learned_positions_are_rejected(pipelines: dict[str, Path]) -> None:
     spec = open_model_spec(pipelines["5b-i2v"])
     spec.check_size(9, 32, 32)
     for wrong in ((17, 32, 32), (9, 32, 48), (8, 32, 32)):
@@ -147,7 +146,7 @@ def test_learned_positions_refuse_what_they_do_not_know(pipelines: dict[str, Pat
         open_model_spec(pipelines["1.5"]).check_size(9, 48, 32)
 
 
-def test_a_first_frame_alone_is_no_clip(pipelines: dict[str, Path]) -> None:
+def test_image_to_video_clips_of_one_frame_are_rejected(pipelines: dict[str, Path]) -> None:
     for kind in factories.COGVIDEOX_KINDS:
         spec = open_model_spec(pipelines[kind])
         if not spec.image_to_video:
@@ -159,7 +158,7 @@ def test_a_first_frame_alone_is_no_clip(pipelines: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) -> None:
-    """With text, and with states in its place."""
+    """With encoded prompts, and with its own text encoder."""
     spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
     t = spec.padded_frames(3)
     noise = torch.randn(1, 4, t, 4, 4)
@@ -171,15 +170,16 @@ def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) ->
         output_type="pt",
     ).frames  # fmt: skip
     network = spec.load_network(torch.float32)
-    vae = spec.codec("fp32", "cpu", load=True).vae
+    codec = spec.codec("fp32", "cpu", load=True)
     text = spec.text("fp32", "cpu")
-    states = text(["a red circle"]).streams[0], text.empty(1).streams[0]
-    call = PipelineCall(9, 32, 32, 3, 3.0, noise, *states, image=image, seed=5)
-    ours = spec.run(spec.pipeline(network, vae, text=False, dtype=torch.float32), call)
+    prompts = text(["a red circle"]), text.empty(1)
+    call = PipelineCall(9, 32, 32, 3, 3.0, noise, *prompts, image=image, seed=5)
+    ours = spec.run(spec.pipeline(network, codec, text=False, dtype=torch.float32), call)
     torch.testing.assert_close((ours.transpose(1, 2) + 1) / 2, expected, rtol=0, atol=1e-5)
-    own = spec.encode(spec.pipeline(network, vae, text=True, dtype=torch.float32), "a red circle", "")
-    for a, b in zip(own, states, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    own = spec.encode(spec.pipeline(network, codec, text=True, dtype=torch.float32), "a red circle", "")
+    for a, b in zip(own, prompts, strict=True):
+        torch.testing.assert_close(a.streams, b.streams, rtol=0, atol=1e-6)
+        assert torch.equal(a.masks[0], b.masks[0])
 
 
 def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -190,12 +190,12 @@ def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path
     with pytest.raises(ConfigError, match="is not a folder"):
         open_model_spec(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ConfigError, match="is a WanPipeline; the pipelines known here are CogVideoXPipeline"):
+    with pytest.raises(ConfigError, match="is a WanPipeline; the supported pipelines are CogVideoXPipeline"):
         open_model_spec(tmp_path)
 
 
-def test_a_small_copy_is_read_from_whatever_diffusers_reads(pipelines: dict[str, Path], tmp_path: Path) -> None:
-    """Safetensors and torch's .bin; in the blocks' places that it does not have nothing happens."""
+def test_a_tiny_model_is_read_from_all_that_diffusers_reads(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    """From safetensors and torch's .bin; skipped blocks change nothing."""
     folder = tmp_path / "pipeline"
     shutil.copytree(pipelines["5b"], folder)
     whole = open_model_spec(folder).load_network(torch.float32)
@@ -208,8 +208,8 @@ def test_a_small_copy_is_read_from_whatever_diffusers_reads(pipelines: dict[str,
         values, there = whole.state_dict(), small.state_dict()
         assert {k for k in values if not k.startswith("transformer_blocks.0.")} == there.keys()
         assert all(torch.equal(v, values[k]) for k, v in there.items() if k != "patch_embed.pos_embedding")
-        noisy, time, text = spec.tiny_inputs(small, 0)
-        found = spec.predict(small, noisy, time, text, None, torch.float32)
+        noisy, prepared = spec.example()
+        found = spec.predict(small, noisy, prepared, torch.float32)
         for other in (spec.tiny_model(None), small):
             del other.transformer_blocks[0]  # type: ignore[operator,union-attr]
-            assert torch.equal(spec.predict(other, noisy, time, text, None, torch.float32), found)
+            assert torch.equal(spec.predict(other, noisy, prepared, torch.float32), found)

@@ -17,9 +17,9 @@ from titans_video.generation.denoise import frame_noise, generate
 from titans_video.generation.image_conditioning import NOISE, SVDSettings
 from titans_video.generation.request import Request
 from titans_video.generation.video_pipeline import VideoPipeline, draw_seeds
+from titans_video.media.colour import to_tensor
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
-from titans_video.media.resize import to_tensor
 from titans_video.media.writing import write_video
 from titans_video.models.svd_unet import TextCrossAttention
 from titans_video.seeding import derive_seed, seeded_randn
@@ -96,7 +96,7 @@ def test_pictures_are_resized_as_the_pipeline_does(height: int, width: int) -> N
 
 
 def test_programs_get_the_same_video() -> None:
-    """SkippedBlock `VideoPipeline`, with its pictures and settings."""
+    """Through `VideoPipeline`, with its images and settings."""
     model = svd_model()
     seed = draw_seeds(torch.Generator().manual_seed(5), 1)[0]
     settings = SVDSettings(fps=8.0, motion_bucket=90.0, noise_aug=0.1, guidance=(1.0, 2.0))

@@ -1,4 +1,4 @@
-"""Frozen encoders against transformers' own calls, from folders that it wrote itself."""
+"""Frozen encoders, compared with transformers' own calls on folders that transformers wrote."""
 
 import io
 import json
@@ -23,9 +23,8 @@ from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
 from titans_video.text import huggingface
-from titans_video.text.base import TextEncoder
+from titans_video.text.base import TextEncoder, build_text, text_from_checkpoint
 from titans_video.text.huggingface import PretrainedStream
-from titans_video.text.registry import build_text, text_from_checkpoint
 from titans_video.types import PRECISIONS
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -45,7 +44,7 @@ def as_llm(folder: Path, **changes: Any) -> TextEncoder:
 
 
 def library(folder: Path, name: str) -> Any:
-    """The library's own model: the encoder alone for T5s, the whole of any other."""
+    """Load the library's own model: only the encoder for T5s, the whole model otherwise."""
     kind = {"T5": "T5EncoderModel", "UMT5": "UMT5EncoderModel"}.get(name, "AutoModel")
     return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -99,7 +98,7 @@ def test_other_layers_are_the_librarys_hidden_states(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_stands_before_the_prompt_in_a_template_is_cut(tmp_path: Path) -> None:
+def test_template_tokens_before_the_prompt_are_cut(tmp_path: Path) -> None:
     folder = make_llm("Llama", tmp_path)
     before = "Describe the video:\n"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -112,7 +111,7 @@ def test_what_stands_before_the_prompt_in_a_template_is_cut(tmp_path: Path) -> N
         expected = library(folder, "Llama")(**inputs).last_hidden_state[0, start:]
         torch.testing.assert_close(states[mask], expected, atol=1e-5, rtol=0)
     assert as_llm(folder, llm_template=before + "{prompt}")([""]).masks[0].sum() == 1
-    with pytest.raises(TextError, match="llm-template must have"):
+    with pytest.raises(TextError, match="llm-template must contain"):
         as_llm(folder, llm_template="no place")
 
 
@@ -141,7 +140,7 @@ def test_two_streams_stay_apart(tmp_path: Path) -> None:
         text_from_checkpoint(stored, Overrides(text_model=str(make_t5(tmp_path / "narrow"))))
 
 
-def test_changed_weights_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_weights_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored = as_llm(make_llm("Qwen2", tmp_path / "a")).describe()
     text_from_checkpoint(stored, Overrides(llm_model=str(make_llm("Qwen2", tmp_path / "same"))))
     assert "warning" not in capsys.readouterr().err
@@ -163,7 +162,7 @@ def test_half_precision_is_kept_and_close(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umt5", [False, True])
 @pytest.mark.parametrize("says", [False, True])
-def test_a_t5_saved_by_its_encoder_alone(umt5: bool, says: bool, tmp_path: Path) -> None:
+def test_a_t5_saved_from_its_encoder_only(umt5: bool, says: bool, tmp_path: Path) -> None:
     whole = make_t5(tmp_path, umt5=umt5)
     expected = as_text(whole)(WORDS).streams[0]
     library(whole, "UMT5" if umt5 else "T5").save_pretrained(whole)
@@ -194,7 +193,7 @@ def test_weights_in_other_files(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umt5", [False, True])
-def test_a_t5_with_a_sentencepiece_vocabulary_alone(umt5: bool, tmp_path: Path) -> None:
+def test_a_t5_with_only_a_sentencepiece_vocabulary(umt5: bool, tmp_path: Path) -> None:
     folder = make_t5(tmp_path, umt5=umt5)
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -219,7 +218,7 @@ def test_a_t5_with_a_sentencepiece_vocabulary_alone(umt5: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", MULTIMODAL_FAMILIES)
-def test_of_a_multimodal_model_the_text_part_alone_is_kept(family: str, tmp_path: Path) -> None:
+def test_only_the_text_part_of_a_multimodal_model_is_kept(family: str, tmp_path: Path) -> None:
     (stream,) = as_llm(make_multimodal(family, tmp_path)).streams
     assert isinstance(stream, PretrainedStream)
     names = [name for name, _ in stream.model.named_parameters()]
@@ -287,7 +286,7 @@ def test_missing_or_misshapen_weights_are_an_error(tmp_path: Path) -> None:
         as_llm(folder)
 
 
-def test_models_that_are_not_there_are_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in (TextOptions(text_model="google/umt5-xxl"), TextOptions("google/umt5-xxl", local_files_only=True)):
         with pytest.raises(TextError, match=r"not on this machine and hub access is off.*--text-model builtin"):
             build_text(options)
@@ -295,15 +294,15 @@ def test_models_that_are_not_there_are_said_at_once(monkeypatch: pytest.MonkeyPa
         build_text(TextOptions(llm_model="./nowhere"))
     monkeypatch.setattr(huggingface, "_hub_is_off", lambda: False)
     monkeypatch.setattr(huggingface, "_hub_problem", lambda: "no route")
-    with pytest.raises(TextError, match=r"the hub does not answer \(no route\).*--text-model builtin"):
+    with pytest.raises(TextError, match=r"the hub does not respond \(no route\).*--text-model builtin"):
         build_text(TextOptions(text_model="google/umt5-xxl"))
 
 
-def test_a_folder_without_a_tokenizer_or_of_no_known_kind_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_or_of_an_unknown_kind_is_reported(tmp_path: Path) -> None:
     folder = make_llm("Qwen2", tmp_path)
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(TextError, match="tokenizer knows no plain English"):
+    with pytest.raises(TextError, match="tokenizer does not know plain English"):
         as_llm(folder)
     (folder / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(TextError, match="cannot be loaded"):
@@ -326,7 +325,7 @@ def test_without_an_llm_nothing_of_it_is_imported(tmp_path: Path) -> None:
     make_t5(tmp_path)
     code = (
         "import sys; from titans_video.config.options import TextOptions; "
-        "from titans_video.text.registry import build_text; "
+        "from titans_video.text.base import build_text; "
         "build_text(TextOptions())(['a']); assert 'transformers' not in sys.modules; "
         "build_text(TextOptions(text_model=sys.argv[1]))(['a']); "
         "kinds = {m.split('.')[2] for m in sys.modules if '.modeling_' in m and m.startswith('transformers.models.')}; "
@@ -336,13 +335,13 @@ def test_without_an_llm_nothing_of_it_is_imported(tmp_path: Path) -> None:
 
 
 def anonymous_bytes() -> int:
-    """This process's own memory; pages of mapped files, which the kernel takes back at will, are not counted."""
+    """Return this process's own memory, without pages of mapped files, which the kernel may reclaim at any time."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def peak_of_loading(folder: str, warm: str) -> int:
-    """Bytes that loading an LLM takes at its peak, beyond what was held before; for a process of its own."""
+    """Return the peak memory of loading an LLM beyond what was in use before; run it in a separate process."""
     as_llm(Path(warm))(["libraries allocate what they need once"])
     before = anonymous_bytes()
     peak, stop = before, threading.Event()

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from titans_video.checkpoint import Checkpoint
-from titans_video.codecs.identity import IdentityCodec
-from titans_video.codecs.registry import describe_codec
+from titans_video.codecs.base import IdentityCodec, describe_codec
 from titans_video.config.options import CodecOptions, TextOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.generation.model import VideoModel
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
-from titans_video.text.registry import build_text
+from titans_video.text.base import build_text
 from titans_video.types import Condition, Prediction
 
 DATA = {"num_frames": 8, "height": 16, "width": 24, "fps": 8.0}

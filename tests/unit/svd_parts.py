@@ -12,14 +12,14 @@ from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
 
 from tests.factories import make_svd
+from titans_video.codecs.base import build_codec, describe_codec
 from titans_video.codecs.image_encoder import ImageEncoder
-from titans_video.codecs.registry import build_codec, describe_codec
 from titans_video.config.options import CodecOptions, TextOptions
 from titans_video.generation.model import VideoModel
 from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import SVDUNet
-from titans_video.recipes.svd import load_unet, process_of, unet_config
-from titans_video.text.registry import build_text
+from titans_video.recipes.svd import folder_process, load_unet, unet_config
+from titans_video.text.base import build_text
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 PIPELINE = "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion"
@@ -38,7 +38,7 @@ def svd_model(folder: Path | None = None, text: str = "builtin", tasks: tuple[st
     network = SVDUNet(unet_config(str(folder)), tuple(encoder.widths), text_layers=1, text_buckets=64).eval()
     load_unet(network, str(folder))
     options = CodecOptions(pretrained_model=str(folder))
-    codec, image, process = build_codec(options), ImageEncoder(folder), process_of(str(folder), 0.7, 1.6)
+    codec, image, process = build_codec(options), ImageEncoder(folder), folder_process(str(folder), 0.7, 1.6)
     config: dict[str, Any] = {
         "recipe": "svd",
         "model": network_config(network),

@@ -1,4 +1,4 @@
-"""Flags, configuration files, and what the command line says when they are wrong."""
+"""Flags, configuration files, rules across flags, and their error messages."""
 
 import errno
 import shlex
@@ -12,9 +12,9 @@ from titans_video.cli.generate import GenerateFlags
 from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.run import guarded
-from titans_video.config.options import DataOptions, GenerationDefaults, SoraOptions
-from titans_video.config.parse import flags_from_yaml, parse
-from titans_video.config.rules import check_training
+from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
+from titans_video.config.parse import flags_from_yaml, parse, read_prompts
+from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.errors import ConfigError
 
 TRAINING_SCRIPTS = (
@@ -83,7 +83,7 @@ def test_underscores_repeats_and_negative_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--bach-size 3", "--bach-size.*--batch-size"),
         ("--patch-size 2,2", "--patch-size.*three positive whole numbers"),
@@ -96,8 +96,8 @@ def test_underscores_repeats_and_negative_numbers() -> None:
         ("--config missing.yaml", r"missing\.yaml: there is no such file"),
     ],
 )
-def test_what_the_command_line_says_about_a_mistake(words: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as e:
+def test_messages_about_mistakes_on_the_command_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as e:
         training(words)
     assert len(str(e.value).splitlines()) == 1
     assert "─" not in str(e.value)
@@ -119,12 +119,62 @@ def test_what_the_command_line_says_about_a_mistake(words: str, said: str) -> No
         "--grad-accum 0",
     ],
 )
-def test_numbers_without_meaning_are_refused_by_their_flag(words: str) -> None:
+def test_numbers_without_meaning_are_rejected_by_their_flag(words: str) -> None:
     with pytest.raises(ConfigError, match=words.split()[0]):
         check_training(training("--manifest a.jsonl " + words))
 
 
-def test_no_clips_named() -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--output-dir=", "--output-dir is empty"),
+        ("--resume=", "--resume is empty"),
+        ("--lr 0.1 --min-lr 0.2", "--min-lr 0.2: it must be at least 0 and at most --lr 0.1"),
+        ("--validation-split 0.1 --validation-manifest x", "give only one"),
+        ("--validation-prompts x --validation-prompt y", "put them all in the file"),
+        ("--validation-prompt y", "nothing is validated"),
+    ],
+)
+def test_rules_across_flags_of_every_training(words: str, message: str) -> None:
+    argv = ["--manifest", "m.jsonl", *words.split()]
+    for default, check in ((SoraOptions(), check_training), (TitansOptions(), check_titans), (SVDOptions(), check_svd)):
+        with pytest.raises(ConfigError, match=message):
+            check(parse(default, argv, prog="train", description=""))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        check_lora(parse(CogVideoXLoraOptions(), argv, prog="train", description=""))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mem-tokens 0", "--mem-tokens 0: it must be at least 1"),
+        ("--bptt-segments 1", "--bptt-segments 1: it must be at least 2"),
+        ("--sample-continue-steps 4", "--sample-continue-steps: a model with a memory"),
+    ],
+)
+def test_rules_of_the_memory(words: str, message: str) -> None:
+    argv = ["--manifest", "m.jsonl", *words.split()]
+    with pytest.raises(ConfigError, match=message):
+        check_titans(parse(TitansOptions(), argv, prog="train", description=""))
+    if "sample" not in words:
+        check_titans(parse(TitansOptions(), [*argv, "--memory", "none"], prog="train", description=""))
+
+
+def test_prompt_files_name_their_flag(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(ConfigError, match=r"^--prompt-file .*prompts\.txt cannot be read"):
+        read_prompts(str(path), "--prompt-file")
+    path.write_text("\n \n")
+    with pytest.raises(ConfigError, match=r"^--prompt-file .*there is no prompt in it"):
+        read_prompts(str(path), "--prompt-file")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"^--prompt-file .*is not text in UTF-8"):
+        read_prompts(str(path), "--prompt-file")
+    path.write_text(" a cat \n\na dog\n")
+    assert read_prompts(str(path), "--prompt-file") == ("a cat", "a dog")
+
+
+def test_a_training_without_clips_is_rejected() -> None:
     with pytest.raises(ConfigError, match="--manifest"):
         check_training(training(""))
 
@@ -139,7 +189,7 @@ def preset(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_configuration_file_stands_for_flags(preset: Path) -> None:
+def test_a_configuration_file_sets_flags(preset: Path) -> None:
     options = training(["--config", str(preset), "--width", "48"])
     assert options.data.manifest == ("a.jsonl", "b.jsonl")
     assert options.train.lr == 1e-3
@@ -159,22 +209,22 @@ def test_the_command_line_wins_over_the_file(preset: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("bach_size: 3", "bach_size.*batch_size"),
-        ("- a\n- b", "holds a list"),
+        ("- a\n- b", "contains a list"),
         ("a: [", "is not YAML"),
         ("batch_size: 0.5", "--batch-size"),
         ("batch_size: [[1]]", "neither a plain value"),
         ("config: other.yaml", "config"),
     ],
 )
-def test_what_is_said_about_a_wrong_file(tmp_path: Path, text: str, said: str) -> None:
+def test_messages_about_a_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=said) as e:
+    with pytest.raises(ConfigError, match=message) as e:
         training(["--config", str(path)])
-    assert said == "--batch-size" or str(path) in str(e.value)
+    assert message == "--batch-size" or str(path) in str(e.value)
 
 
 def test_an_empty_file_is_no_flags(tmp_path: Path) -> None:
@@ -192,11 +242,11 @@ def test_an_empty_file_is_no_flags(tmp_path: Path) -> None:
         ("--mode", "", ""),
     ],
 )
-def test_the_mode_is_taken_from_anywhere(words: str, mode: str | None, rest: str) -> None:
+def test_the_mode_may_be_anywhere(words: str, mode: str | None, rest: str) -> None:
     assert take_mode(words.split()) == (mode, rest.split())
 
 
-def test_defaults_of_the_script_give_way(repository: Path) -> None:
+def test_flags_override_the_defaults_of_the_script(repository: Path) -> None:
     def added(words: str) -> set[str]:
         given = words.split()
         return {w for w in with_defaults(given, repository)[: -len(given) or None] if w.startswith("--")}
@@ -219,7 +269,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert all(name in printed for name in COMMANDS)
 
 
-def test_what_the_system_refuses_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_system_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def too_long() -> int:
         return len((tmp_path / ("a" * 300)).read_bytes())
 
@@ -238,20 +288,16 @@ def test_what_the_system_refuses_names_the_file(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_command_gets_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr("titans_video.cli.train.train_sora", lambda argv: seen.append(argv) or 7)
+    calls: list[Any] = []
+    monkeypatch.setattr("titans_video.cli.train.train_sora", lambda argv: calls.append(argv) or 7)
     assert dispatch(["train", "--lr", "1"]) == 7
-    assert seen == [["--lr", "1"]]
+    assert calls == [["--lr", "1"]]
 
 
-@pytest.mark.parametrize("interval", [(1.0, 0.2), (-0.1, 0.5), (0.5, 1.1)])
-def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float, float]) -> None:
-    options = SoraOptions(
-        data=DataOptions(manifest=("m.jsonl",)),
-        generation_defaults=GenerationDefaults(sample_guidance_interval=interval),
-    )
+@pytest.mark.parametrize("interval", ["1,0.2", "-0.1,0.5", "0.5,1.1"])
+def test_a_guidance_interval_that_means_nothing_is_rejected(interval: str) -> None:
     with pytest.raises(ConfigError, match="--sample-guidance-interval"):
-        check_training(options)
+        check_training(training(f"--manifest m.jsonl --sample-guidance-interval={interval}"))
 
 
 @pytest.mark.parametrize(
@@ -270,10 +316,10 @@ def test_a_guidance_interval_that_means_nothing_is_refused(interval: tuple[float
     ],
 )
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_launchers_process_ends_at_once_wherever_it_trained(
+def test_a_process_of_a_launcher_ends_at_once_after_training(
     processes: str, entry: Any, words: str, ends: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And only where a command line began it: a program that calls a command goes on."""
+    """But not if another program called the command, because that program continues."""
     ended: list[int] = []
     monkeypatch.setattr("titans_video.cli.run.os._exit", ended.append)
     monkeypatch.setenv("WORLD_SIZE", processes)

@@ -1,12 +1,11 @@
-"""Pixels as latents: exact both ways, the fold against einops-free loops, keyed sampling."""
+"""The identity codec: exact in both directions, its fold compared with loops, and seeded sampling."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans_video.codecs.base import Codec, without_noise
-from titans_video.codecs.identity import IdentityCodec
+from titans_video.codecs.base import Codec, IdentityCodec, without_noise
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
 from titans_video.types import CodecSpec
@@ -95,10 +94,12 @@ def test_a_codec_that_breaks_its_own_spec_is_named() -> None:
 @pytest.mark.parametrize("init", [{"space_to_depth": 0}, {"factor": [1, 2]}, {"factor": 4}, {"side": 2}])
 def test_wrong_arguments_are_refused(init: dict[str, object]) -> None:
     with pytest.raises(CodecError, match="vae-init-json"):
-        IdentityCodec.from_init(init)
+        IdentityCodec.from_options(CodecOptions(), init, load=True)
 
 
 def test_default_backend_is_diffusers_and_space_to_depth_is_spatial() -> None:
     assert CodecOptions().vae_backend == "diffusers"
-    assert IdentityCodec.from_init({"space_to_depth": 4}).spec == CodecSpec("identity", 48, (1, 4, 4))
+    assert IdentityCodec.from_options(CodecOptions(), {"space_to_depth": 4}, load=True).spec == CodecSpec(
+        "identity", 48, (1, 4, 4)
+    )
     assert without_noise(torch.zeros(1, 2, 1, 1, 1)).shape == (1, 4, 1, 1, 1)

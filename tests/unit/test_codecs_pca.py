@@ -1,4 +1,4 @@
-"""The fitted linear codec: its components against numpy's, and how it joins the blocks that it decodes."""
+"""The fitted linear codec: its components compared with numpy's, and how decoded blocks are joined."""
 
 from pathlib import Path
 
@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_video.codecs.pca import PCACodec, _to_patches
+from titans_video.codecs.base import to_patches
+from titans_video.codecs.pca import PCACodec
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
-from titans_video.mock.bounce import sample_bounce
-from titans_video.recipes.setup import spec_of
+from titans_video.mock.dataset import sample_bounce
+from titans_video.recipes.setup import codec_spec
 
 SMOOTH = 0.1
 
 
 def clips(seed: int, count: int, frames: int = 16) -> Tensor:
-    """(N, 3, T, 32, 32) in [-1, 1] of the bouncing world."""
+    """Return (N, 3, T, 32, 32) in [-1, 1] of the bouncing world."""
     shown = np.stack([sample_bounce(seed, i, frames=frames).frames for i in range(count)])
     return torch.from_numpy(shown).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
@@ -32,11 +33,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def test_components_are_those_of_a_singular_value_decomposition() -> None:
     codec, x = fit(0.0), clips(0, 60)
-    patches = _to_patches(x, codec.patch).reshape(-1, 192).double().numpy()
+    patches = to_patches(x, codec.patch).reshape(-1, 192).double().numpy()
     _, _, rows = np.linalg.svd(patches - patches.mean(0), full_matrices=False)
     kept = rows[:48].T @ rows[:48]
     nearest = torch.from_numpy((patches - patches.mean(0)) @ kept + patches.mean(0)).float()
-    decoded = _to_patches(codec.decode(codec.encode(x), 16), codec.patch).reshape(-1, 192)
+    decoded = to_patches(codec.decode(codec.encode(x), 16), codec.patch).reshape(-1, 192)
     torch.testing.assert_close(decoded, nearest, rtol=0, atol=1e-4)
     latents = codec.encode(x)
     torch.testing.assert_close(latents.var((0, 2, 3, 4), unbiased=False), codec.variance, rtol=1e-3, atol=1e-4)
@@ -61,7 +62,7 @@ def test_latents_are_the_same_with_joins_and_without(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("patch", "channels"), [((2, 1, 1), 4), ((3, 2, 1), 11)])
 def test_the_gain_is_the_regression_of_true_pixels_on_decoded_ones(patch: tuple[int, int, int], channels: int) -> None:
-    """Against least squares on drawn pixels of a Gaussian world; their errors differ before the join and behind it."""
+    """Compare with least squares on pixels drawn from a Gaussian; their errors differ before and after the join."""
     generator = torch.Generator().manual_seed(0)
     pt, size = patch[0], 3 * patch[0] * patch[1] * patch[2]
     # What is kept of it, and the same spread of everything else.
@@ -133,15 +134,15 @@ def test_blocks_with_errors_of_their_own_are_nearer_to_the_truth_and_to_one_anot
 @pytest.mark.parametrize(
     ("init", "said"),
     [
-        ('{"smooth": -0.1}', "the errors for which blocks are joined"),
-        ('{"smooth": "much"}', "the errors for which blocks are joined"),
-        ('{"smoth": 0.1}', "the errors for which blocks are joined"),
+        ('{"smooth": -0.1}', "of the errors that joining blocks should smooth"),
+        ('{"smooth": "much"}', "of the errors that joining blocks should smooth"),
+        ('{"smoth": 0.1}', "of the errors that joining blocks should smooth"),
         ('{"patch": [1, 4, 4], "channels": 8, "smooth": 0.1}', "leave smooth out"),
     ],
 )
 def test_a_smoothness_that_means_nothing_is_refused(init: str, said: str) -> None:
     with pytest.raises(CodecError, match=said):
-        spec_of(CodecOptions(vae_backend="patch", vae_init_json=init))
+        codec_spec(CodecOptions(vae_backend="patch", vae_init_json=init))
 
 
 def test_blocks_of_one_frame_cannot_be_joined() -> None:

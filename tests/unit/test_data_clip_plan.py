@@ -1,4 +1,4 @@
-"""Buckets and plans: sizes that codec and patch divide, frames by timestamp, the arithmetic of what is refused."""
+"""Buckets and clip plans: legal sizes for codec and patch, frames by timestamp, and why rows are rejected."""
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titans_video.config.fields import validate
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable, parse_buckets
 from titans_video.data.clip_plan import MOST_REPEATS, REASONS, Rejected, RowPlan, plan_row
 from titans_video.data.manifest import Row
-from titans_video.data.tasks import num_cond_frames, parse_task_mix
+from titans_video.data.sampler import num_cond_frames, parse_task_mix
 from titans_video.errors import ConfigError
 from titans_video.media.opening import REASONS as MEDIA_REASONS
 from titans_video.types import CodecSpec
@@ -24,7 +25,7 @@ ROW = Row("r", Path("r.mp4"), "a cat")
 
 @dataclass
 class Clip:
-    """A file as planning sees it."""
+    """A file as the planner sees it."""
 
     pts: tuple[int, ...]
     ticks_per_second: Fraction = Fraction(1000)
@@ -79,8 +80,12 @@ def test_documented_buckets_and_their_order() -> None:
     ],
 )
 def test_wrong_sizes_name_the_nearest_legal_ones(options: DataOptions, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
+    def buckets() -> None:
+        validate(options)
         parse_buckets(options, WAN, (1, 2, 2), (480, 854))
+
+    with pytest.raises(ConfigError) as caught:
+        buckets()
     for word in words:
         assert word in str(caught.value)
 
@@ -106,7 +111,7 @@ def test_short_clips_fill_the_largest_legal_count_and_stills_are_refused() -> No
 @pytest.mark.parametrize("fps", [5.0, 12.5, 24.0, 25.0, 29.97, 30.0, 48.0])
 @pytest.mark.parametrize("rate", [10.0, 24000 / 1001, 30000 / 1001, 60.0])
 def test_frames_are_those_on_screen(fps: float, rate: float) -> None:
-    """Against plain counting in exact fractions, with the tenth of an interval that is granted."""
+    """Compare with counting in exact fractions, with the tolerance of a tenth of an interval."""
     clip, options = steady(200, rate), DataOptions(fps=fps, num_frames=20)
     if fps > MOST_REPEATS * rate:
         return
@@ -205,20 +210,20 @@ def test_any_timestamps_give_frames_in_order_or_a_reason(
     assert moved == plan_row(ROW, clip, table(options), options, seed)
 
 
-def test_random_starts_use_the_whole_clip_but_pictures_hold_theirs() -> None:
+def test_random_starts_use_the_whole_clip_but_rows_with_an_image_start_fixed() -> None:
     options = DataOptions(num_frames=8, random_start=True)
     clip = steady(40, 30)
     starts = {planned(ROW, clip, options, seed).indices[0] for seed in range(400)}
     assert starts == set(range(33))
     held = replace(ROW, task="i2v", cond_image=Path("x.png"), start=0.5)
     assert {planned(held, clip, options, seed).indices[0] for seed in range(20)} == {15}
-    unused = replace(held, task="t2v")  # its picture is of no account
+    unused = replace(held, task="t2v")  # its image is not used
     assert {planned(unused, clip, options, seed).indices[0] for seed in range(400)} == set(range(15, 33))
     mixed = replace(options, task_mix="t2v=0.5,i2v=0.5")
     assert {planned(unused, clip, mixed, seed).indices[0] for seed in range(20)} == {15}
 
 
-def test_task_mix_and_known_frames() -> None:
+def test_task_mix_and_cond_frames() -> None:
     mix = parse_task_mix("t2v=0.5,i2v=0.4,v2v=0.1")
     drawn = [mix.draw(ROW, seed * 7919 << 40) for seed in range(3000)]
     assert {t: round(drawn.count(t) / 3000, 1) for t in set(drawn)} == {"t2v": 0.5, "i2v": 0.4, "v2v": 0.1}

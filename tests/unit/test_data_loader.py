@@ -8,7 +8,7 @@ import torch
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
 from titans_video.config.options import DataOptions
-from titans_video.data.bad_rows import Broken, BrokenRows
+from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.loader import BatchStream
 from titans_video.errors import DataError
@@ -55,7 +55,7 @@ def same(a: Batch, b: Batch) -> bool:
     return tensors and (a.ids, a.seeds, a.tasks, a.captions) == (b.ids, b.seeds, b.tasks, b.captions)
 
 
-def test_a_batch_holds_what_its_rows_say(manifest: Path) -> None:
+def test_a_batch_contains_the_content_of_its_rows(manifest: Path) -> None:
     seen = {}
     for batch in take(opened(manifest).stream(), 10):
         assert batch.pixels is not None
@@ -145,11 +145,11 @@ def test_a_row_that_breaks_is_left_out_and_stays_out(tmp_path: Path, workers: in
     write_clip(tmp_path / "set" / "1.mp4", 9)  # another film under the same name
     found = take(before, 12)
     assert "row1" not in {b.ids[0] for b in found}
-    expected = take(opened(manifest, **options).stream(), 12)  # a scan of what lies there now has the row again
+    expected = take(opened(manifest, **options).stream(), 12)  # a new scan accepts the replaced file again
     places = [i for i, b in enumerate(expected) if b.ids == ["row1"]]
     assert [found[i].ids for i in places] == [["row2"]] * len(places)  # the next row of its bucket
     assert len({s for _, s in rows(found)}) == 12
-    records = list(before.broken.known.values())
+    records = list(before.bad_rows.records.values())
     assert [(r.id, r.reason, r.batch) for r in records] == [("row1", "changed", places[0])]
     again = opened(manifest, **options).stream(folder=run)
     again.load_state_dict({"step": 4})
@@ -159,12 +159,13 @@ def test_a_row_that_breaks_is_left_out_and_stays_out(tmp_path: Path, workers: in
 
 
 @pytest.mark.parametrize("fate", ["gone", "wide"])
-def test_a_row_that_broke_holds_its_place_on_resume(tmp_path: Path, fate: str) -> None:
-    """Also where the scan of the resumed run no longer has it, or has it in another bucket."""
+def test_an_unreadable_row_keeps_its_position_on_resume(
+    tmp_path: Path, fate: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check also scans of the resumed run that no longer find the row, or find it in another bucket."""
     manifest = make_set(tmp_path / "set", rows=5, wide=3)
     clip, options = tmp_path / "set" / "2.mp4", {"ram_cache_mb": 0, "batch_size": 2}
-    said: list[str] = []
-    stream = opened(manifest, **options).stream(folder=tmp_path / "run", say=said.append)
+    stream = opened(manifest, **options).stream(folder=tmp_path / "run")
     head = take(stream, 3)
     if fate == "gone":
         clip.unlink()
@@ -172,27 +173,27 @@ def test_a_row_that_broke_holds_its_place_on_resume(tmp_path: Path, fate: str) -
         write_clip(clip, 9, (16, 32))
     tail = take(stream, 14)
     assert "row2" not in {name for b in tail for name in b.ids}
-    assert len(said) == 1
-    assert "2.mp4" in said[0]
-    record = next(iter(stream.broken.known.values()))
+    assert len(caplog.messages) == 1
+    assert "2.mp4" in caplog.messages[0]
+    record = next(iter(stream.bad_rows.records.values()))
     assert (record.id, record.bucket, record.reason) == (
         "row2",
         "16x16x6",
         {"gone": "missing", "wide": "changed"}[fate],
     )
     for step in (3, 10):
-        again = opened(manifest, **options).stream(folder=tmp_path / "run", say=said.append)
+        again = opened(manifest, **options).stream(folder=tmp_path / "run")
         again.load_state_dict({"step": step})
         found = take(again, 17 - step)
         first = max(record.batch - step, 0)  # before it the row was there
         assert rows(found)[2 * first :] == rows([*head, *tail])[2 * (step + first) :]
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
 
 
 def test_a_rank_that_starts_afresh_removes_no_file_that_another_may_have_written(tmp_path: Path) -> None:
     for rank in range(3):
-        BrokenRows(tmp_path, rank).add(Broken(f"row{rank}", "a.mp4", "missing", "", 0, "16x16x6"))
-    BrokenRows(tmp_path, 0).start_afresh(world=2)  # rank 2 is of an earlier run
+        BadRows(tmp_path, rank).add(BadRow(f"row{rank}", "a.mp4", "missing", "", 0, "16x16x6"))
+    BadRows(tmp_path, 0).reset(world=2)  # rank 2 is of an earlier run
     assert [path.name for path in tmp_path.iterdir()] == ["broken.rank1.jsonl"]
 
 
@@ -202,7 +203,7 @@ def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
         stream = opened(manifest, buckets="16x16", max_bad=0.25, ram_cache_mb=0, num_workers=workers).stream()
         for path in tmp_path.glob("*.mp4"):
             path.rename(path.with_suffix(".gone"))
-        with pytest.raises(DataError, match=r"broke during training.*--max-bad 0\.25"):
+        with pytest.raises(DataError, match=r"became unreadable during training.*--max-bad 0\.25"):
             take(stream, 8)
         for path in tmp_path.glob("*.gone"):
             path.rename(path.with_suffix(".mp4"))

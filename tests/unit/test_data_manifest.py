@@ -1,4 +1,4 @@
-"""The manifest reader: both forms, every wrong line named, nothing but clear errors."""
+"""The manifest reader: both forms, an error for every wrong line, and no other exceptions."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def test_manifest_weights_multiply_and_data_root_holds(tmp_path: Path) -> None:
     options = DataOptions(manifest=(f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl"), data_root="/")
     a, b = read_manifest(options)
     assert (a.weight, b.weight, a.video) == (6, 2, Path("/a.mp4"))
-    with pytest.raises(DataError, match="weight 0 must lie above 0"):
+    with pytest.raises(DataError, match="weight 0 must be above 0"):
         read_manifest(DataOptions(manifest=(f"{tmp_path}/a.jsonl:0",)))
 
 
@@ -138,7 +138,7 @@ def test_missing_manifest_and_none_at_all(tmp_path: Path) -> None:
 def test_list_errors_name_the_line_of_the_item(tmp_path: Path) -> None:
     text = '[\n {"video_path": "a.mp4",\n  "caption": "x"},\n {"video_path": "b.mp4", "caption": 5}\n]'
     assert "line 4: key 'caption': 5" in refused(tmp_path, text)
-    assert "line 2: the list does not go on" in refused(tmp_path, '[{"video":"a","caption":"x"}\n {"video":"b"}]')
+    assert "line 2: the list ends here" in refused(tmp_path, '[{"video":"a","caption":"x"}\n {"video":"b"}]')
     assert "follows the closing" in refused(tmp_path, '[{"video":"a","caption":"x"}] 1')
     assert "not JSON" in refused(tmp_path, '[{"video":"a","caption":"x"},\n]')
 
@@ -156,7 +156,7 @@ def test_ids_are_unique_stable_and_free_of_the_folder(tmp_path: Path) -> None:
 
 
 def fuzzed_lines(seed: int, count: int) -> list[bytes]:
-    """Sound rows with one to four wounds: bytes changed, cut, doubled, or values of other kinds put in."""
+    """Return valid rows with one to four damages: bytes changed, cut or doubled, or values of other types."""
     rng = random.Random(seed)
     values = [
         None,

@@ -1,4 +1,4 @@
-"""The sampler and the plans of batches: what a run sees is a function of the seed and the global batch alone."""
+"""The sampler and the order of batches: what a run reads is a function of the seed and the global batch number."""
 
 import math
 from collections import Counter
@@ -15,14 +15,14 @@ from titans_video.data.sampler import BucketQueue, GlobalBatch, SampleIndex, Sam
 def make(
     sizes: Sequence[int], batches: Sequence[int], seed: int = 0, weights: Sequence[float] | None = None
 ) -> Sampler:
-    lanes, rows, first = [], [], 0
+    queues, rows, first = [], [], 0
     for i, (size, batch) in enumerate(zip(sizes, batches, strict=True)):
         index = list(range(first, first + size))
         given_weights = tuple(weights[k] for k in index) if weights else (1.0,) * size
-        lanes.append(BucketQueue(f"lane{i}", tuple(f"row{k}" for k in index), given_weights, batch))
+        queues.append(BucketQueue(f"lane{i}", tuple(f"row{k}" for k in index), given_weights, batch))
         rows.append(index)
         first += size
-    return Sampler(lanes, rows, seed)
+    return Sampler(queues, rows, seed)
 
 
 def take(sampler: Sampler, count: int, start: int = 0) -> list[GlobalBatch]:
@@ -55,7 +55,7 @@ def test_every_row_once_an_epoch_and_each_batch_one_bucket(shape: list[tuple[int
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(0, 200))
-def test_a_batch_depends_on_its_number_alone(shape: list[tuple[int, int]], start: int) -> None:
+def test_a_batch_depends_on_its_number_only(shape: list[tuple[int, int]], start: int) -> None:
     sizes, batches = zip(*shape, strict=True)
     straight = take(make(sizes, batches), start + 5)[start:]
     assert take(make(sizes, batches), 5, start) == straight
@@ -92,7 +92,7 @@ def test_weights_scale_how_often_a_row_comes() -> None:
     weights = [3.0, 1.0, 0.5, 0.25, 1.3]
     sampler = make([5], [1], weights=weights)
     epochs = 40
-    total = sampler._lane_end(0, epochs)
+    total = sampler._queue_end(0, epochs)
     items = [o for b in take(sampler, total) for o in b.items]
     counts = Counter(o.row for o in items)
     assert all(abs(counts[i] - w * epochs) <= 1 for i, w in enumerate(weights))

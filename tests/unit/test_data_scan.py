@@ -1,4 +1,4 @@
-"""Scan, summary and report: every row ends somewhere, with a name and an arithmetic."""
+"""Scan, summary and report: every row gets a bucket or a reason with an explanation."""
 
 import json
 import os
@@ -57,10 +57,10 @@ def test_every_row_ends_in_a_bucket_or_with_a_reason(tmp_path: Path) -> None:
     for word in ("3 frames, but at least 6 are needed", "grey 4", "data:image/jpeg;base64", "<svg", REASONS["missing"]):
         assert word in page
     assert "http" not in page.replace("http-equiv", "")  # one file, nothing loaded from elsewhere
-    assert "No clip suits the bucket 32x32x6" in report.text
+    assert "No clip fits the bucket 32x32x6" in report.text
 
 
-def test_refuses_when_too_much_is_bad_and_goes_on_when_not(tmp_path: Path) -> None:
+def test_refuses_when_too_much_is_bad_and_continues_otherwise(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, rows=4, wide=0)
     for i in (0, 1, 2):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
@@ -72,7 +72,7 @@ def test_refuses_when_too_much_is_bad_and_goes_on_when_not(tmp_path: Path) -> No
     assert len(data.rows) == 1
     assert "1 of 4 rows usable" in data.summary()
     (tmp_path / "3.mp4").write_bytes(b"")
-    with pytest.raises(DataError, match="Not one of 4 rows is usable"):
+    with pytest.raises(DataError, match="None of 4 rows is usable"):
         open_data(options(manifest, max_bad=1.0), PLAIN, PATCH, seed=0)
 
 
@@ -80,8 +80,8 @@ def test_summary_speaks_of_thin_empty_and_enlarged(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, rows=2, wide=1)
     data = open_data(options(manifest, buckets="32x32,16x32,64x16", batch_size=2), PLAIN, PATCH, seed=0)
     text = data.summary()
-    assert "Thinner than one batch: 16x32x6" in text
-    assert "No clip suits the bucket 64x16x6" in text
+    assert "Smaller than one batch: 16x32x6" in text
+    assert "No clip fits the bucket 64x16x6" in text
     assert "2 clips are smaller than their bucket and enlarged, 2.00 times at most" in text
     default = open_data(options(manifest), PLAIN, PATCH, seed=0)
     assert [str(b) for b in default.buckets] == ["16x16x6"]
@@ -148,13 +148,13 @@ def test_files_that_hang_or_crash_cost_one_process(tmp_path: Path, monkeypatch: 
 
 
 def small(frame: np.ndarray) -> np.ndarray:
-    """16 x 16 block means."""
+    """Return 16 x 16 block means."""
     h, w = frame.shape[0] // 16, frame.shape[1] // 16
     return frame[: 16 * h, : 16 * w].astype(np.float32).reshape(16, h, 16, w, 3).mean((1, 3))
 
 
 def decode_all(path: Path) -> tuple[list[float], np.ndarray]:
-    """Seconds from the first frame, and every frame small, by PyAV alone."""
+    """Return the seconds from the first frame and every frame reduced in size, by PyAV only."""
     with av.open(str(path)) as container:
         found = [(float(f.time), small(f.to_ndarray(format="rgb24"))) for f in container.decode(video=0)]
     return [t - found[0][0] for t, _ in found], np.stack([f for _, f in found])
@@ -162,19 +162,19 @@ def decode_all(path: Path) -> tuple[list[float], np.ndarray]:
 
 @pytest.mark.parametrize("name", ["man_paper_sign_vfr.mp4", "stove_and_dog_vfr.mp4"])
 def test_plan_equals_decode_on_variable_rate_clips(real_clips: Path, tmp_path: Path, name: str) -> None:
-    """Every planned frame against a full decode: the right one is read, at three rates."""
+    """Compare every planned frame with a full decode: the right one is read, at three rates."""
     manifest = tmp_path / "m.jsonl"
     manifest.write_text(json.dumps({"video": name, "caption": "x"}) + "\n")
     times, pictures = decode_all(real_clips / name)
     usual = float(np.median(np.diff(times)))
     for fps in (4.0, 10.0, 24.0):
         given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
-        (entry,) = open_data(given, PLAIN, PATCH, seed=0).entries
-        plan = plan_row(entry.row, entry.info(), scan.make_table(given, PLAIN, PATCH, None), given)
+        (record,) = open_data(given, PLAIN, PATCH, seed=0).records
+        plan = plan_row(record.row, record.info(), scan.make_table(given, PLAIN, PATCH, None), given)
         assert isinstance(plan, RowPlan)
         right = [max(i for i, t in enumerate(times) if t <= k / fps + 0.1 * usual + 1e-6) for k in range(9)]
         assert list(plan.indices) == right
-        read = read_clip(entry.row.video, entry.info(), plan.indices, entry.info().height, entry.info().width)
+        read = read_clip(record.row.video, record.info(), plan.indices, record.info().height, record.info().width)
         for index, picture in zip(right, map(small, read), strict=True):
             errors = np.abs(pictures - picture).mean((1, 2, 3))
             assert errors[index] <= errors.min() + 0.5
@@ -182,7 +182,7 @@ def test_plan_equals_decode_on_variable_rate_clips(real_clips: Path, tmp_path: P
 
 
 def test_every_clip_is_planned_by_its_own_timestamps(real_clips: Path, tmp_path: Path) -> None:
-    """The frame on screen at each time, by the timestamps of a full decode with PyAV alone: every clip, three rates."""
+    """Compare with the frame on screen at each time by a full decode with PyAV only: every clip, three rates."""
     videos = [json.loads(line)["video"] for line in (real_clips / "manifest.jsonl").read_text().splitlines()]
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("".join(json.dumps({"video": v, "caption": "x", "id": v}) + "\n" for v in videos))
@@ -193,16 +193,16 @@ def test_every_clip_is_planned_by_its_own_timestamps(real_clips: Path, tmp_path:
         times[video] = [t - found[0] for t in found]
     for fps in (4.0, 10.0, 24.0):
         given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
-        entries = open_data(given, PLAIN, PATCH, seed=0).entries
-        assert {e.row.id for e in entries} == set(videos)
+        records = open_data(given, PLAIN, PATCH, seed=0).records
+        assert {e.row.id for e in records} == set(videos)
         table = scan.make_table(given, PLAIN, PATCH, None)
-        for entry in entries:
-            plan = plan_row(entry.row, entry.info(), table, given)
+        for record in records:
+            plan = plan_row(record.row, record.info(), table, given)
             assert isinstance(plan, RowPlan)
-            clock = times[entry.row.id]
+            clock = times[record.row.id]
             grace = 0.1 * float(np.median(np.diff(clock))) + 1e-6
             wanted = [max(i for i, t in enumerate(clock) if t <= k / fps + grace) for k in range(plan.bucket.frames)]
-            assert list(plan.indices) == wanted, (entry.row.id, fps)
+            assert list(plan.indices) == wanted, (record.row.id, fps)
 
 
 def test_nasty_files_end_as_their_class_says(real_clips: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_nasty_files_end_as_their_class_says(real_clips: Path, tmp_path: Path) -
             assert left_out[name]["reason"] in REASONS
         elif e["class"] == "quirk":
             assert name in plans
-        elif name in plans:  # partial or short: real frames alone
+        elif name in plans:  # partial or short: real frames only
             assert plans[name]["available"] <= e["frames_seen"]
             assert max(plans[name]["frames"]) < e["frames_seen"]
     assert left_out["one_frame.mp4"]["reason"] == "too-short"

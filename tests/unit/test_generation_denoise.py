@@ -68,7 +68,7 @@ def test_frames_are_made_in_legal_counts_and_cut_to_what_was_asked(capsys):
     three = generate(model, replace(REQUEST, frames=3), progress=True)
     assert torch.equal(three, full[:, :, :3])
     shown = capsys.readouterr()
-    assert "cut to the 3 asked for" in shown.err
+    assert "4 frames together; 3 are kept" in shown.err
     assert "denoising" in shown.err
     assert shown.out == ""
 
@@ -76,11 +76,11 @@ def test_frames_are_made_in_legal_counts_and_cut_to_what_was_asked(capsys):
 def test_a_count_that_training_would_round_down_to_its_own_is_made_by_rounding_up():
     model = tiny_model()  # 8 frames; a patch spans 2
     (note,) = plan(model, replace(REQUEST, frames=9)).notes
-    assert "make 10 frames together, more than the 8 trained on; they are cut to the 9 asked for" in note
+    assert "generate 10 frames together, more than the 8 of training; 9 are kept" in note
     assert generate(model, replace(REQUEST, frames=9), progress=False).shape[2] == 9
 
 
-def test_known_frames_are_held_clean_and_come_out_as_they_went_in():
+def test_cond_frames_are_held_clean_and_come_out_as_they_went_in():
     cond_pixels = clip(frames=2)
     rest = torch.full((1, 3, 2, 16, 24), 0.25)
     model, oracle = oracle_model(torch.cat([torch.zeros_like(cond_pixels), rest], dim=2))
@@ -125,7 +125,7 @@ def test_the_networks_mode_is_given_back():
         ({"seeds": [1, 2]}, "1 prompts and 2 seeds"),
         ({"prompts": [], "seeds": []}, "0 prompts"),
         ({"cond_pixels": torch.zeros(1, 3, 4, 16, 24)}, "4 of 4 frames are given"),
-        ({"cond_pixels": torch.zeros(1, 3, 1, 16, 16)}, "do not go with 1 videos of 16x24"),
+        ({"cond_pixels": torch.zeros(1, 3, 1, 16, 16)}, "do not fit 1 videos of 16x24"),
         ({"sampler": "ddim"}, "no sampler 'ddim'"),
         ({"steps": 0}, "at least 1"),
     ],
@@ -142,6 +142,6 @@ def test_another_size_than_trained_is_made_and_said():
     assert made.latent_shape == (48, 4, 8, 6)
     assert made.tokens == 2 * 4 * 3
     idle = plan(model, replace(REQUEST, negative_prompt="blurred"))
-    assert idle.notes == ["The negative prompt does nothing at a guidance scale of 1."]
+    assert idle.notes == ["The negative prompt has no effect at a guidance scale of 1."]
     model.config["data"] = {}
     assert plan(model, replace(REQUEST, frames=100)).notes == []

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
+from titans_video.diffusion.base import NoisySample, Prepared
 from titans_video.generation.denoise import frame_noise
 from titans_video.generation.diffusers_backend import (
     PretrainedModel,
     PretrainedPipeline,
-    load_pretrained,
+    load_pipeline,
     parse_lora,
     plan_pretrained,
     windowed,
 )
 from titans_video.generation.request import build_request
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.registry import open_model_spec
+from titans_video.pretrained.base import open_model_spec
 from titans_video.seeding import derive_seed
+from titans_video.types import Condition, TextCondition
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_it_is_the_stock_pipeline_with_its_own_loader(
     kind: str, pipelines: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
     options = GenerateOptions(prompt="a red circle", num_frames=9, height=32, width=32, steps=3, seed=7)
-    model, notes = load_pretrained(RunOptions(), str(pipelines[kind]), [f"{adapters[kind]}:0.6"], Overrides())
+    model, notes = load_pipeline(RunOptions(), str(pipelines[kind]), [f"{adapters[kind]}:0.6"], Overrides())
     assert notes == []
     image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if kind.endswith("i2v") else None
     ours = made(model, options, image)
@@ -86,12 +88,20 @@ def test_blended_windows_are_weighted_averages(
     network = spec.load_network(torch.float32)
     total = starts[-1] + length
     x, states, time = torch.randn(1, 4, total, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
+    condition = Condition(text=TextCondition((states,), (torch.ones(1, 12, dtype=torch.bool),)))
+
+    def predicted(x: Tensor) -> Tensor:
+        noisy, prepared = NoisySample(x, time, x, torch.ones(())), Prepared(x, time, condition, tokens=1)
+        value = spec.predict(network, noisy, prepared, torch.float32)
+        assert isinstance(value, Tensor)
+        return value
+
     with torch.no_grad():
         with windowed(spec, network, starts, length):
-            ours = spec.predict(network, x, time, states, None, torch.float32)
+            ours = predicted(x)
         expected, weight = torch.zeros_like(x), torch.zeros(total)
         for i, start in enumerate(starts):
-            value = spec.predict(network, x[:, :, start : start + length], time, states, None, torch.float32)
+            value = predicted(x[:, :, start : start + length])
             for frame in range(length):
                 before = starts[i - 1] + length - start if i else 0
                 after = start + length - starts[i + 1] if i + 1 < len(starts) else 0
@@ -100,12 +110,12 @@ def test_blended_windows_are_weighted_averages(
                 expected[:, :, start + frame] += w * value[:, :, frame]
                 weight[start + frame] += w
     torch.testing.assert_close(ours, expected / weight[:, None, None], rtol=1e-4, atol=1e-5)
-    again = spec.predict(network, x[:, :, :length], time, states, None, torch.float32)
+    again = predicted(x[:, :, :length])
     assert again.shape[2] == length  # the transformer is its own again
 
 
 def test_one_window_is_the_unblended_call_and_odd_lengths_of_version_1_5(pipelines: dict[str, Path]) -> None:
-    model, _ = load_pretrained(RunOptions(), str(pipelines["1.5"]), [], Overrides())
+    model, _ = load_pipeline(RunOptions(), str(pipelines["1.5"]), [], Overrides())
     options = GenerateOptions(prompt="x", num_frames=9, height=32, width=32, steps=2)
     whole = made(model, options)
     assert torch.equal(made(model, replace(options, window=9, window_mode="blend")), whole)
@@ -117,8 +127,8 @@ def test_one_window_is_the_unblended_call_and_odd_lengths_of_version_1_5(pipelin
 @pytest.mark.parametrize("overrides", [Overrides(), Overrides(vae_dtype="fp32")])
 def test_a_pipeline_in_bf16(overrides: Overrides, pipelines: dict[str, Path], adapters: dict[str, Path]) -> None:
     options = GenerateOptions(prompt="a red circle", num_frames=9, height=32, width=32, steps=2)
-    half, _ = load_pretrained(RunOptions(dtype="bf16"), str(pipelines["2b"]), [str(adapters["2b"])], overrides)
-    whole, _ = load_pretrained(RunOptions(), str(pipelines["2b"]), [str(adapters["2b"])], Overrides())
+    half, _ = load_pipeline(RunOptions(dtype="bf16"), str(pipelines["2b"]), [str(adapters["2b"])], overrides)
+    whole, _ = load_pipeline(RunOptions(), str(pipelines["2b"]), [str(adapters["2b"])], Overrides())
     video = made(half, options)
     assert video.dtype == torch.float32
     assert (video - made(whole, options)).abs().mean() < 0.1

@@ -13,7 +13,7 @@ from titans_video.generation.denoise import frame_noise, generate
 from titans_video.generation.long_video import blend_windows, generate_long, plan_video, ramp
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Request
-from titans_video.generation.windows import WindowingSupport, check_draft
+from titans_video.generation.windows import Capabilities, check_draft
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import CodecSpec
@@ -127,7 +127,7 @@ def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
         assert len(model.network.asked) == forwards
         steps = 1 if windows.mode == "blend" else forwards
         assert f"{steps}/{steps}" in capsys.readouterr().err
-        assert any("no --draft-frames 2." in note for note in notes) == (windows.mode == "blend")
+        assert any("so --draft-frames 2 has no effect" in note for note in notes) == (windows.mode == "blend")
 
 
 def test_a_draft_that_cannot_be_gone_on_from_is_refused():
@@ -136,12 +136,14 @@ def test_a_draft_that_cannot_be_gone_on_from_is_refused():
     with pytest.raises(ConfigError, match=r"--draft-frames 3: .* the nearest legal: 2 and 4"):
         plan_video(model, request)
     model.config["data"]["tasks"] = ["i2v", "t2v"]
-    with pytest.raises(ConfigError, match=r"--draft-frames 2: this model was not trained to go on from 2 .* from one"):
+    with pytest.raises(
+        ConfigError, match=r"--draft-frames 2: this model was not trained to continue from 2 .* from one"
+    ):
         plan_video(model, replace(request, draft_frames=2))
     plan_video(model, replace(request, draft_frames=1))
-    model.network.__class__ = type("OneTime", (SoraDiT,), {"frame_times": False})
+    model.network.__class__ = type("OneTime", (SoraDiT,), {"per_frame_time": False})
     for change in ({"draft_frames": 1}, {"draft_frames": 0, "continue_steps": 1}):
-        with pytest.raises(ConfigError, match="this network has one time"):
+        with pytest.raises(ConfigError, match="this network has one timestep"):
             plan_video(model, replace(request, **change))
 
 
@@ -156,7 +158,7 @@ def test_a_draft_that_cannot_be_gone_on_from_is_refused():
 )
 def test_a_draft_is_whole_latent_frames_of_every_kind_of_codec(rule, draft, said):
     spec, frames = CodecSpec("codec", 16, (4, 8, 8), rule), 17 if rule == "causal" else 16
-    arguments = ("--sample-draft-frames", draft, WindowingSupport(True, frozenset({"t2v", "v2v"})), spec, frames)
+    arguments = ("--sample-draft-frames", draft, Capabilities(True, frozenset({"t2v", "v2v"})), spec, frames)
     if said is None:
         check_draft(*arguments)
     else:
@@ -271,11 +273,11 @@ def test_what_is_taken_without_a_window_is_announced():
     model = tiny_model()
     windows, notes = plan_video(model, REQUEST)
     assert (windows.window, windows.overlap, windows.mode) == (8, 2, "continue")
-    assert notes[0] == "The model was trained on 8 frames; longer videos are made in windows of that many."
+    assert notes[0] == "The model was trained on 8 frames; longer videos are generated in windows of that many."
     assert "20 frames in 3 windows of 8 that share 2" in notes[1]
     rounded, notes = plan_video(model, replace(REQUEST, frames=9))  # training would round 9 down to 8
     assert rounded.starts == (0,)
-    assert "10 frames together, more than the 8 trained on; they are cut to the 9" in notes[0]
+    assert "10 frames together, more than the 8 of training; 9 are kept" in notes[0]
     coarse = tiny_model(factor=(8, 4, 4), patch=(1, 2, 2))  # and here 15, but 16 frames are no little more
     assert len(plan_video(coarse, replace(REQUEST, frames=15))[0].starts) == 2
     assert "trained on 8 frames" in plan_video(model, REQUEST, window=12)[1][0]
@@ -284,13 +286,13 @@ def test_what_is_taken_without_a_window_is_announced():
     model.config["data"]["tasks"] = ["i2v", "t2v"]
     chained = plan_video(model, REQUEST)[0]
     assert (chained.mode, chained.overlap) == ("continue", 1)
-    with pytest.raises(ConfigError, match="--overlap 2: 8 frames are made in one window"):
+    with pytest.raises(ConfigError, match="--overlap 2: 8 frames are generated in one window"):
         plan_video(model, replace(REQUEST, frames=8), overlap=2)
 
 
 def test_a_network_with_one_time_a_clip_is_never_given_several():
     class OneTime(Recorder):
-        frame_times = False
+        per_frame_time = False
 
     model = tiny_model(patch=(1, 2, 2))
     model.network.__class__ = OneTime
@@ -304,7 +306,7 @@ def test_the_callers_gradients_are_left_alone():
     model = tiny_model()
     model.network.train()
     windows, _ = plan_video(model, REQUEST, **LAST)
-    for stretch in generate_long(model, REQUEST, windows, progress=False):
+    for chunk in generate_long(model, REQUEST, windows, progress=False):
         assert torch.is_grad_enabled()
         assert model.network.training
-        assert not stretch.requires_grad
+        assert not chunk.requires_grad

@@ -10,8 +10,8 @@ import torch
 
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
+from titans_video.codecs.base import describe_codec
 from titans_video.codecs.pca import PCACodec
-from titans_video.codecs.registry import describe_codec
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, ConfigError, UserError

@@ -16,7 +16,7 @@ from titans_video import checkpoint as checkpoints
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.errors import ConfigError, DataError
 from titans_video.generation.request import build_request, check_options, exact_frames
-from titans_video.generation.run import in_words, run_generate
+from titans_video.generation.run import format_written, run_generate
 from titans_video.media.writing import write_video
 
 
@@ -56,7 +56,7 @@ def test_flags_win():
     model.config["sample"] |= {"draft_frames": 4, "continue_steps": 2, "continue_guidance": 1.0}
     usual, _ = build_request(GenerateOptions(), model)
     assert (usual.draft_frames, usual.continue_steps, usual.continue_guidance) == (4, 2, 1.0)
-    # What is asked for all windows goes before advice on some.
+    # A value for all windows overrides the checkpoint's default for some.
     asked, _ = build_request(GenerateOptions(steps=7), model)
     assert (asked.for_continuation(4).steps, asked.for_continuation(4).guidance_scale) == (7, 1.0)
     asked, _ = build_request(GenerateOptions(guidance_scale=5.0, continue_steps=6), model)
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_says_little():
     ("options", "said"),
     [
         (GenerateOptions(seconds=1.0, num_frames=8), "--seconds and --num-frames"),
-        (GenerateOptions(seconds=0.0), "--seconds 0.0"),
+        (GenerateOptions(seconds=0.0), "--seconds 0: it must be above 0"),
         (GenerateOptions(seconds=math.nan), "--seconds nan"),
         (GenerateOptions(fps=-1.0), "--fps"),
         (GenerateOptions(fps=60.0, out="x.gif"), "--fps 60: a gif"),
@@ -140,7 +140,7 @@ def test_the_command_writes_the_file_and_says_where(tmp_path, capsys, out):
     path = run_generate(options, Overrides())
     shown = capsys.readouterr()
     assert path == tmp_path / "made" / out
-    assert f"{path}: 5 frames of 16x24 at 10 frames a second (0.50 s)" in shown.out
+    assert f"{path}: 5 frames of 16x24 at 10 fps (0.50 s)" in shown.out
     if path.suffix == ".mp4":
         import av
 
@@ -156,8 +156,8 @@ def test_the_command_writes_the_file_and_says_where(tmp_path, capsys, out):
 
 
 def test_what_the_file_had_to_change_is_said(tmp_path):
-    line = in_words(write_video(tmp_path / "odd.mp4", np.zeros((4, 15, 16, 3), np.uint8), 23.976), 15, 16)
-    assert "4 frames of 15x16 at 23.976 frames a second" in line
+    line = format_written(write_video(tmp_path / "odd.mp4", np.zeros((4, 15, 16, 3), np.uint8), 23.976), 15, 16)
+    assert "4 frames of 15x16 at 23.976 fps" in line
     assert "edge-padded" in line
 
 

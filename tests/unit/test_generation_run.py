@@ -58,7 +58,7 @@ def test_eight_seconds_at_24_in_windows(model, capsys):
     assert len(frames_of(path)) == 192
     shown = capsys.readouterr()
     assert "192 frames in 32 windows of 8 that share 2 (continue; the last begins at 184)." in shown.err
-    assert "out_8s.mp4: 192 frames of 16x24 at 24 frames a second (8.00 s)" in shown.out
+    assert "out_8s.mp4: 192 frames of 16x24 at 24 fps (8.00 s)" in shown.out
 
 
 def test_seconds_and_interpolation_give_exactly_what_was_asked(model):
@@ -78,7 +78,7 @@ def test_what_is_made_for_an_interpolated_video():
         return timing(GenerateOptions(**flags), model)
 
     assert (made(num_frames=24, fps=24.0, gen_fps=8.0).made, made(num_frames=22, fps=24.0, gen_fps=8.0).made) == (8, 8)
-    assert "held for what remains of 24" in made(num_frames=24, fps=24.0, gen_fps=8.0).notes[1]
+    assert "repeated to fill 24" in made(num_frames=24, fps=24.0, gen_fps=8.0).notes[1]
     assert made(seconds=8, fps=24.0, gen_fps=8.0).made == 65
     assert not made(num_frames=24).interpolated
     with pytest.raises(ConfigError, match=r"--gen-fps 9 is above --fps 8"):
@@ -138,13 +138,13 @@ def test_a_clip_is_gone_on_from(model):
         generate(model, video="no.mp4", out="x.mp4")
 
 
-def test_a_model_without_known_frames_says_so(tmp_path, capsys):
+def test_a_model_without_cond_frames_says_so(tmp_path, capsys):
     saved = as_checkpoint(tiny_model())
     saved.config["data"]["tasks"] = ["t2v"]
     checkpoints.write(saved, tmp_path / "t2v.pt")
     Image.fromarray(moving_bars(1, 16, 24)[0]).save("first.png")
     generate(tmp_path / "t2v.pt", image="first.png", num_frames=4)
-    assert "not trained to go on from given frames" in capsys.readouterr().err
+    assert "not trained to continue from given frames" in capsys.readouterr().err
 
 
 def test_crf_changes_the_size(model):
@@ -157,11 +157,11 @@ def test_crf_changes_the_size(model):
     [
         ({"window": 7, "num_frames": 20}, "--window 7 is not legal .* the nearest legal: 6 and 8"),
         ({"window": 8, "overlap": 8, "num_frames": 20}, "--overlap 8: it must be below the 8 frames of a window"),
-        ({"overlap": 2}, "--overlap 2: 8 frames are made in one window"),
-        ({"overlap": 0}, "--overlap 0: it must be above 0"),
+        ({"overlap": 2}, "--overlap 2: 8 frames are generated in one window"),
+        ({"overlap": 0}, "--overlap 0: it must be at least 1"),
         ({"window": -1}, "--window -1"),
-        ({"shift": 0.0}, "--shift 0.0"),
-        ({"gen_fps": 0.0}, "--gen-fps 0.0"),
+        ({"shift": 0.0}, "--shift 0: it must be above 0"),
+        ({"gen_fps": 0.0}, "--gen-fps 0: it must be above 0"),
         ({"gen_fps": 24.0, "fps": 8.0}, "--gen-fps 24 is above --fps 8"),
         ({"crf": 52}, "--crf 52"),
         ({"num_videos": 0}, "--num-videos 0"),
@@ -203,7 +203,29 @@ def test_a_stopped_run_keeps_its_finished_windows_and_the_earlier_video(model, m
         generate(model, num_frames=33, window=8, overlap=2, out=str(out))
     assert out.read_bytes() == b"earlier"
     assert len(frames_of(partial_path(out))) == 14
-    assert "finished lie in a.partial.mp4" in capsys.readouterr().err
+    assert "finished frames are in a.partial.mp4" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_ends_the_generation_first(model, monkeypatch):
+    """So that the progress bar is closed before the message about the finished frames."""
+    events = []
+
+    def chunks(*_):
+        try:
+            yield torch.zeros(1, 3, 2, 16, 16)
+        finally:
+            events.append("generation")
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    abandon = StreamWriter.abandon
+    monkeypatch.setattr(run.long_video, "generate_long", chunks)
+    monkeypatch.setattr(StreamWriter, "write", no_space)
+    monkeypatch.setattr(StreamWriter, "abandon", lambda self: (events.append("file"), abandon(self)))
+    with pytest.raises(OSError, match="No space"):
+        generate(model, num_frames=2)
+    assert events[:2] == ["generation", "file"]
 
 
 def test_steps_are_shifted_as_asked(model, monkeypatch):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tests.factories import tiny_vae
 from tests.unit.generation_parts import tiny_model
+from titans_video.codecs.base import IdentityCodec
 from titans_video.codecs.diffusers import DiffusersCodec
-from titans_video.codecs.identity import IdentityCodec
 from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import GenerateOptions
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.long_video import generate_long, plan_video, sample
 from titans_video.generation.model import VideoModel
-from titans_video.generation.request import Request
+from titans_video.generation.request import Request, build_request
 from titans_video.generation.stream import (
     StreamPlan,
     StreamState,
@@ -157,7 +157,7 @@ def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
     assert (torch.cat(pieces, 2) - alone).abs().max() > 0.01
 
 
-def test_a_batch_is_its_rows_and_known_frames_come_first() -> None:
+def test_a_batch_is_its_rows_and_cond_frames_come_first() -> None:
     model = streaming_model("neural")
     cond_pixels = torch.rand(2, 3, 1, H, W) * 2 - 1
     both = made(model, request(7, 2, cond_pixels=cond_pixels))
@@ -167,7 +167,7 @@ def test_a_batch_is_its_rows_and_known_frames_come_first() -> None:
         assert torch.allclose(alone[0], both[row], atol=1e-4)
 
 
-def test_what_is_carried_does_not_grow() -> None:
+def test_the_state_does_not_grow() -> None:
     model, sizes = streaming_model("neural"), []
     plan = replace(plan_video(model, request(2))[0], save_to=Path("unused"))
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +229,9 @@ def test_windows_are_segments_and_what_they_see_of_the_one_before(tmp_path: Path
     assert (asked, same) == (usual, notes)
     plan, notes = plan_video(model, request(7), 5, 2)
     assert (plan.segment, plan.overlap, plan.edges) == (3, 2, (3, 6))
-    assert any("Windows of 5 frames with an overlap of 2: it was trained on 3 with 1" in note for note in notes)
+    assert any(
+        "Windows of 5 frames with an overlap of 2 may look worse: it was trained on 3 with 1" in note for note in notes
+    )
     whole = made(model, request(7), plan)
     assert whole.shape[2] == 7
     path = tmp_path / "m.safetensors"
@@ -260,9 +262,10 @@ def test_impossible_windows_are_refused(window: int | None, overlap: int | None,
 def test_other_models_are_refused(tmp_path: Path) -> None:
     model = streaming_model()
     plain = tiny_model()
-    plan, _ = plan_video(plain, request(8))
-    with pytest.raises(ConfigError, match="--memory-out: the model has no memory"):
-        apply_state_flags(plain, plan, GenerateOptions(memory_out="m.safetensors"), None)
+    for flag in ("memory_in", "memory_out", "segment_prompts"):
+        words = rf"--{flag.replace('_', '-')} m\.safetensors: the model has no memory"
+        with pytest.raises(ConfigError, match=words):
+            build_request(GenerateOptions(**{flag: "m.safetensors"}), plain)
     with pytest.raises(ConfigError, match="2 frames are given"):
         plan_video(model, request(8, cond_pixels=torch.zeros(1, 3, 2, H, W)))
     with pytest.raises(ConfigError, match=r"--draft-frames 2 and --continue-guidance 1\.5: a model with"):
@@ -280,7 +283,7 @@ def test_a_state_of_another_model_or_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="16x24, not 16x32"):
         apply_state_flags(model, plan, GenerateOptions(memory_in=str(path)), None)
     save_memory(path, model.network.start(1))
-    with pytest.raises(CheckpointError, match="not a stream"):
+    with pytest.raises(CheckpointError, match="not a state that --memory-out saved"):
         going_on(model, 3, path)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_video.errors import ConfigError
-from titans_video.generation.windows import WindowingSupport, legal_overlaps, plan_windows, select_window_mode
+from titans_video.generation.windows import Capabilities, legal_overlaps, plan_windows, select_window_mode
 from titans_video.types import CodecSpec
 
 EACH = CodecSpec("kl", 4, (1, 8, 8), "each")
@@ -24,7 +24,7 @@ def test_eight_seconds() -> None:
     assert plan.overlap_frames == (0, 8, 8, 8, 8, 8, 8, 16)
     assert plan.edges == (32, 56, 80, 104, 128, 152, 176)
     assert plan.latent_starts == plan.starts
-    assert plan.in_words(192) == ("192 frames in 8 windows of 32 that share 8 (continue; the last begins at 160).")
+    assert plan.format(192) == ("192 frames in 8 windows of 32 that share 8 (continue; the last begins at 160).")
 
 
 def test_a_causal_codec_shares_one_frame_more_than_whole_blocks() -> None:
@@ -114,39 +114,39 @@ def test_defaults_and_single_latent_windows() -> None:
     with pytest.raises(ConfigError, match="single latent frame"):
         plan_windows(BLOCKS, 1, 20, 8, mode="blend")
     assert plan_windows(BLOCKS, 1, 7, 8, mode="blend").starts == (0,)
-    assert plan_windows(EACH, 1, 5, 8).in_words(5) == "5 frames in one window."
+    assert plan_windows(EACH, 1, 5, 8).format(5) == "5 frames in one window."
 
 
 ALL = frozenset({"t2v", "i2v", "v2v"})
 
 
 @pytest.mark.parametrize(
-    ("joins", "wanted", "overlap", "mode", "taken", "said"),
+    ("model", "wanted", "overlap", "mode", "taken", "said"),
     [
-        (WindowingSupport(True, ALL), "auto", None, "continue", None, ""),
-        (WindowingSupport(True, None), "auto", 8, "continue", 8, ""),
-        (WindowingSupport(True, ALL), "blend", 8, "blend", 8, ""),
-        (WindowingSupport(True, frozenset({"t2v"})), "auto", None, "blend", None, "windows are blended"),
-        (WindowingSupport(True, frozenset({"t2v"})), "continue", 8, "continue", 8, "not trained to go on"),
-        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "auto", None, "continue", 1, "chained on their last one"),
-        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "auto", 8, "continue", 8, "not trained to go on"),
-        (WindowingSupport(True, frozenset({"t2v", "i2v"})), "continue", 1, "continue", 1, ""),
-        (WindowingSupport(False, frozenset({"i2v"})), "auto", None, "continue", 1, "last frame of the one before"),
-        (WindowingSupport(False, frozenset({"i2v"})), "continue", 1, "continue", 1, "last frame of the one before"),
-        (WindowingSupport(False, frozenset({"t2v", "i2v"})), "auto", 8, "blend", 8, "share 8 frames are blended"),
-        (WindowingSupport(False, frozenset({"t2v", "i2v"})), "auto", 1, "continue", 1, "last frame of the one before"),
-        (WindowingSupport(False, frozenset({"i2v"})), "blend", 8, "blend", 8, ""),
-        (WindowingSupport(False, frozenset({"t2v"})), "auto", None, "blend", None, "blended"),
+        (Capabilities(True, ALL), "auto", None, "continue", None, ""),
+        (Capabilities(True, None), "auto", 8, "continue", 8, ""),
+        (Capabilities(True, ALL), "blend", 8, "blend", 8, ""),
+        (Capabilities(True, frozenset({"t2v"})), "auto", None, "blend", None, "windows are blended"),
+        (Capabilities(True, frozenset({"t2v"})), "continue", 8, "continue", 8, "not trained to continue"),
+        (Capabilities(True, frozenset({"t2v", "i2v"})), "auto", None, "continue", 1, "chained on their last"),
+        (Capabilities(True, frozenset({"t2v", "i2v"})), "auto", 8, "continue", 8, "not trained to continue"),
+        (Capabilities(True, frozenset({"t2v", "i2v"})), "continue", 1, "continue", 1, ""),
+        (Capabilities(False, frozenset({"i2v"})), "auto", None, "continue", 1, "last frame of the previous one"),
+        (Capabilities(False, frozenset({"i2v"})), "continue", 1, "continue", 1, "last frame of the previous one"),
+        (Capabilities(False, frozenset({"t2v", "i2v"})), "auto", 8, "blend", 8, "share 8 frames are blended"),
+        (Capabilities(False, frozenset({"t2v", "i2v"})), "auto", 1, "continue", 1, "last frame of the previous one"),
+        (Capabilities(False, frozenset({"i2v"})), "blend", 8, "blend", 8, ""),
+        (Capabilities(False, frozenset({"t2v"})), "auto", None, "blend", None, "blended"),
     ],
 )
-def test_the_way_to_join_follows_from_what_a_network_can_do(joins, wanted, overlap, mode, taken, said) -> None:
-    got_mode, got_overlap, notes = select_window_mode(joins, wanted, overlap)
+def test_the_window_mode_follows_from_the_capabilities(model, wanted, overlap, mode, taken, said) -> None:
+    got_mode, got_overlap, notes = select_window_mode(model, wanted, overlap)
     assert (got_mode, got_overlap) == (mode, taken)
     assert re.search(said, " ".join(notes)) if said else notes == []
 
 
 def test_a_network_with_one_time_a_clip_cannot_hold_several_frames() -> None:
-    with pytest.raises(ConfigError, match="--overlap 8: this network has one time"):
-        select_window_mode(WindowingSupport(False, frozenset({"i2v"})), "continue", 8)
-    with pytest.raises(ConfigError, match="use --window-mode blend"):
-        select_window_mode(WindowingSupport(False, frozenset({"t2v"})), "continue", None)
+    with pytest.raises(ConfigError, match="--overlap 8: this network has one timestep"):
+        select_window_mode(Capabilities(False, frozenset({"i2v"})), "continue", 8)
+    with pytest.raises(ConfigError, match="Use --window-mode blend"):
+        select_window_mode(Capabilities(False, frozenset({"t2v"})), "continue", None)

@@ -1,4 +1,4 @@
-"""Imports go down only: every import of the package, lazy ones inside functions too, against the layers."""
+"""Imports go down only: checks every import of the package, also lazy ones inside functions, against the layers."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ LAUNCHERS = [REPOSITORY / "train.py", *sorted((REPOSITORY / "train" / "videos").
 LAUNCHER_LINES = 15
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["types", "errors", "seeding", "checkpoint", "fingerprint", "config", "media"], 0),
+    **dict.fromkeys(["types", "errors", "seeding", "checkpoint", "config", "media"], 0),
     **dict.fromkeys(["data", "codecs", "text", "models", "mock"], 1),
     "diffusion": 2,
     "pretrained": 3,
@@ -27,7 +27,10 @@ LAYERS: dict[str, int] = {
 APART = 1
 """The layer whose packages do not import one another."""
 LIGHT = ["titans_video", "titans_video.config.options", "titans_video.errors"]
-"""What `--help` needs: none of it, nor the modules of cli/ and those of the commands, may import torch."""
+"""Modules that `--help` imports, besides cli/ and the modules of the commands; none of them may import torch."""
+
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib", "av"}
+"""Packages that take seconds to import."""
 
 
 class Import(NamedTuple):
@@ -37,7 +40,7 @@ class Import(NamedTuple):
 
 
 def imports(path: Path, package: str) -> list[Import]:
-    """Every module that a file imports anywhere in it, with relative imports resolved against `package`."""
+    """Return every module that a file imports anywhere, with relative imports resolved against `package`."""
     name = str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
     found: list[Import] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -53,7 +56,7 @@ def imports(path: Path, package: str) -> list[Import]:
 
 
 def part(module: str) -> str | None:
-    """`media` of `titans_video.media.probe`; None for the bare package and for other distributions."""
+    """Return `media` of `titans_video.media.probe`; None for the bare package and for other distributions."""
     pieces = module.split(".")
     return pieces[1] if pieces[0] == "titans_video" and len(pieces) > 1 and pieces[1] != "__version__" else None
 
@@ -70,16 +73,16 @@ def package_of(path: Path) -> str:
 
 
 def violation(importer: str, imported: str) -> str | None:
-    """Why `importer` may not import `imported`, or None."""
+    """Return why `importer` may not import `imported`, or None."""
     if importer == imported:
         return None
     for name in (importer, imported):
         if name not in LAYERS:
             return f"{name} is in no layer: add it to LAYERS"
     if LAYERS[imported] > LAYERS[importer]:
-        return f"{importer} (L{LAYERS[importer]}) imports {imported} (L{LAYERS[imported]}), which is above it"
+        return f"{importer} (layer {LAYERS[importer]}) imports {imported} (layer {LAYERS[imported]}), which is above it"
     if LAYERS[imported] == LAYERS[importer] == APART:
-        return f"{importer} and {imported} are both on L{APART}, whose packages do not import one another"
+        return f"{importer} and {imported} are both in layer {APART}, whose packages do not import one another"
     return None
 
 
@@ -98,7 +101,7 @@ def resolve(module: str, known: set[str]) -> str | None:
 def import_graph(found: dict[str, list[Import]]) -> dict[str, set[str]]:
     """Return the modules that each module imports, anywhere in its file.
 
-    The `__init__.py` that Python loads before a submodule is no edge; an import that names it, or a name in it, is.
+    The `__init__.py` that Python loads before a submodule is not an edge. An import that names it, or a name in it, is.
     """
     known = set(found)
     return {m: {r for i in items if (r := resolve(i.module, known))} - {m} for m, items in found.items()}
@@ -158,7 +161,7 @@ def test_no_modules_import_one_another() -> None:
     assert not found, "\n" + "\n".join(" <-> ".join(group) for group in found)
 
 
-def test_accelerate_is_imported_under_training_alone() -> None:
+def test_only_training_imports_accelerate() -> None:
     wrong = [
         f"{i.file}:{i.line}"
         for path, found in IMPORTS.items()
@@ -184,7 +187,7 @@ def test_launchers_are_short(path: Path) -> None:
 
 
 def light_modules() -> list[str]:
-    """What is imported before a command's flags are read."""
+    """Return the modules that are imported before the flags of a command are parsed."""
     commands = {module.partition(":")[0] for module, _ in COMMANDS.values()}
     own = {f"titans_video.cli.{p.stem}" for p in (PACKAGE / "cli").glob("*.py") if p.stem != "__init__"}
     return LIGHT + sorted(commands | own)
@@ -192,13 +195,23 @@ def light_modules() -> list[str]:
 
 @pytest.mark.parametrize("module", light_modules())
 def test_help_needs_no_torch(module: str) -> None:
-    program = (
-        f"import sys, {module}; "
-        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'av'} & set(sys.modules); "
-        "sys.exit(', '.join(sorted(heavy)) or 0)"
-    )
+    program = f"import sys, {module}; sys.exit(', '.join(sorted({HEAVY!r} & set(sys.modules))) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, f"importing {module} imports {done.stderr.strip()}"
+
+
+def test_help_of_every_command_imports_no_torch() -> None:
+    program = (
+        "import contextlib, io, sys\n"
+        "from titans_video.cli.main import COMMANDS, main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    for name in COMMANDS:\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            main([*name.split(), '--help'])\n"
+        f"sys.exit(', '.join(sorted({HEAVY!r} & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, f"--help imports {done.stderr.strip()}"
 
 
 def test_the_rule_itself_sees_what_it_forbids(tmp_path: Path) -> None:

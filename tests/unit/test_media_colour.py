@@ -1,4 +1,4 @@
-"""Colours, against the formulas of the standards written out here."""
+"""Colour conversion, compared with the formulas of the standards."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ WEIGHTS = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}  # red a
 
 
 def expected_rgb(planes: list[np.ndarray], matrix: int, full: bool, bits: int) -> np.ndarray:
-    """ITU-T H.273, in float64, for planes of equal size."""
+    """Convert by ITU-T H.273, in float64, for planes of equal size."""
     y, u, v = (plane.astype(np.float64) / 2 ** (bits - 8) for plane in planes)
     red, blue = WEIGHTS[matrix]
     luma, chroma = (y / 255, 255) if full else ((y - 16) / 219, 224)
@@ -28,7 +28,7 @@ def expected_rgb(planes: list[np.ndarray], matrix: int, full: bool, bits: int) -
 
 
 def patches(bits: int) -> list[np.ndarray]:
-    """16 x 16 patches of plausible Y, U and V."""
+    """Return 16 x 16 patches of plausible Y, U and V."""
     generator = np.random.default_rng(1)
     scale = 2 ** (bits - 8)
     values = [generator.integers(low, high, (4, 6)) * scale for low, high in ((40, 220), (80, 180), (80, 180))]
@@ -75,7 +75,7 @@ def test_quarter_size_chroma_is_not_darkened(real_clips: Path) -> None:
 
 
 def test_perceptual_quantiser() -> None:
-    """Values of SMPTE ST 2084 and BT.2408."""
+    """Compare with values of SMPTE ST 2084 and BT.2408."""
     assert pq_to_light(np.array([0.0, 1.0])) == pytest.approx([0, 10000])
     assert light_to_pq(np.array([100.0, 203.0, 1000.0])) == pytest.approx([0.5081, 0.5807, 0.7518], abs=2e-4)
 
@@ -108,7 +108,7 @@ def test_hdr_greys_stay_grey_and_the_two_systems_agree() -> None:
 
 
 def test_hdr_files(tmp_path: Path) -> None:
-    """10-bit PQ and HLG from file to pixels: greys at their nominal places."""
+    """Read 10-bit PQ and HLG files: greys have their nominal levels."""
     for transfer, name, code in ((16, "pq", 0.5807), (18, "hlg", 0.75)):
         luma = np.full((64, 64), round(64 + 876 * code), np.uint16)
         chroma = np.full((64, 64), 512, np.uint16)
@@ -144,7 +144,7 @@ def test_grey_alpha_and_palette(real_clips: Path) -> None:
 
 
 def test_ranges_agree(real_clips: Path) -> None:
-    """The same picture in full and in limited range looks the same."""
+    """Check that the same image in full and in limited range is read the same."""
     nasty = real_clips / "nasty"
     full, limited = (
         read_indices(nasty / n, probe(nasty / n), [0])[0].astype(int)

@@ -1,4 +1,4 @@
-"""More frames a second: exact counts, source frames untouched, and nearer to the truth than repeated frames."""
+"""Frame interpolation: exact counts, unchanged source frames, and closer to the truth than repeated frames."""
 
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ from titans_video.media import interpolating
 from titans_video.media.interpolating import Interpolator, frames_needed, interpolate
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_clip
-from titans_video.mock.bounce import sample_bounce
+from titans_video.mock.dataset import sample_bounce
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -28,16 +28,16 @@ def repeated(frames: np.ndarray, factor: int, count: int) -> np.ndarray:
     source=st.sampled_from([6, 8, 10, 12.5, 23.976]),
     target=st.sampled_from([24, 23.976, 25, 30]),
     count=st.integers(1, 60),
-    way=st.sampled_from(["motion", "fade"]),
-    stretch=st.integers(1, 9),
+    method=st.sampled_from(["motion", "fade"]),
+    chunk=st.integers(1, 9),
 )
-def test_exactly_the_frames_asked_for_in_any_stretches(source, target, count, way, stretch):
+def test_exactly_the_requested_frames_in_any_chunks(source, target, count, method, chunk):
     few = frames_needed(count, target, source)
     frames = sample_bounce(0, 1, 32, few).frames
-    whole = interpolate(frames, source, target, count, way)
+    whole = interpolate(frames, source, target, count, method)
     assert whole.shape == (count, 32, 32, 3)
-    interpolator = Interpolator(32, 32, source, target, count, way)
-    pieces = [interpolator.feed(frames[i : i + stretch]) for i in range(0, few, stretch)] + [interpolator.finish()]
+    interpolator = Interpolator(32, 32, source, target, count, method)
+    pieces = [interpolator.feed(frames[i : i + chunk]) for i in range(0, few, chunk)] + [interpolator.finish()]
     assert np.array_equal(np.concatenate(pieces), whole)
     step = interpolator.step
     for number in range(count):
@@ -57,7 +57,7 @@ def test_frames_needed_reach_the_last_one():
 def test_a_world_whose_truth_is_known(size):
     truth = sample_bounce(3, 0, size, 96).frames
     few = truth[::3]
-    motion, fade = (interpolate(few, 8, 24, 94, way) for way in ("motion", "fade"))
+    motion, fade = (interpolate(few, 8, 24, 94, method) for method in ("motion", "fade"))
     plain = repeated(few, 3, 94)
     assert psnr(motion, truth[:94]) > psnr(plain, truth[:94]) + 3
     assert psnr(fade, truth[:94]) > psnr(plain, truth[:94])
@@ -74,18 +74,18 @@ def test_real_clips_beat_repeated_frames(real_clips):
     assert np.mean(gains) > 1
 
 
-def test_the_end_is_held_where_nothing_follows():
+def test_the_last_frame_is_repeated_at_the_end():
     frames = sample_bounce(0, 2, 32, 4).frames
-    for way in ("motion", "fade"):
-        made = interpolate(frames, 8, 24, 15, way)
+    for method in ("motion", "fade"):
+        made = interpolate(frames, 8, 24, 15, method)
         assert all(np.array_equal(made[k], frames[3]) for k in range(9, 15))
 
 
 def test_small_frames_and_a_library_without_the_filter_fade(monkeypatch):
-    assert Interpolator(16, 64, 8, 24, 10).way == "fade"
-    assert Interpolator(64, 64, 8, 24, 10).way == "motion"
+    assert Interpolator(16, 64, 8, 24, 10).method == "fade"
+    assert Interpolator(64, 64, 8, 24, 10).method == "motion"
     monkeypatch.setattr(interpolating.av.filter, "filters_available", set())
-    assert Interpolator(64, 64, 8, 24, 10).way == "fade"
+    assert Interpolator(64, 64, 8, 24, 10).method == "fade"
     frames = np.stack([np.full((2, 2, 3), v, np.uint8) for v in (0, 90)])
     assert interpolate(frames, 8, 24, 4)[:, 0, 0, 0].tolist() == [0, 30, 60, 90]
 

@@ -1,4 +1,4 @@
-"""The motion of made-up clips whose motion is known."""
+"""The measured motion of synthetic clips with known motion."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ HEIGHT, WIDTH = 96, 128
 
 
 def moving(speed: float, fps: float, count: int = 8, angle: float = 0.7) -> Tensor:
-    """(1, 3, T, H, W): a texture that moves `speed` short sides a second."""
+    """Return (1, 3, T, H, W): a texture that moves `speed` short sides per second."""
     texture = F.interpolate(torch.randn(1, 3, 40, 60, generator=torch.Generator().manual_seed(0)), (320, 480)).clamp(
         -1, 1
     )
@@ -44,7 +44,7 @@ def test_faster_is_more_up_to_255() -> None:
     assert all(b == round(b) for b in buckets)
 
 
-def test_what_stands_still_under_noise_hardly_moves() -> None:
+def test_a_still_clip_with_noise_hardly_moves() -> None:
     noisy = moving(0.0, 8.0) + 0.01 * torch.randn(1, 3, 8, HEIGHT, WIDTH)
     flat = torch.zeros(1, 3, 8, HEIGHT, WIDTH) + 0.01 * torch.randn(1, 3, 8, HEIGHT, WIDTH)
     for clip in (noisy, flat):

@@ -1,4 +1,4 @@
-"""What the probe finds out, and the name it gives to everything that it refuses."""
+"""The probe: its results, and the reason it gives for every refused file."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_all_eight_ways_to_hold_a_camera(tmp_path: Path, matrix: list[int], expe
     assert np.array_equal(read_indices(path, info, [1])[0], shown)
 
 
-def test_a_tilted_picture_is_refused(tmp_path: Path) -> None:
+def test_a_tilted_video_is_refused(tmp_path: Path) -> None:
     turn = [int(65536 * v) for v in (0.8, 0.6, 0, -0.6, 0.8, 0, 0, 0)]
     assert reason(encode(tmp_path / "a.mp4", moving_bars(2), matrix=[*turn, 1 << 30])) == "tilted"
 
@@ -129,7 +129,7 @@ def test_named_refusals(tmp_path: Path) -> None:
     assert reason(tmp_path / "http://example.org/a.mp4") == "missing"
 
 
-def test_a_picture_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     assert probe(tmp_path / "a.png").frames == 1
 
@@ -196,7 +196,7 @@ NASTY = {  # file -> (frames, width, height), or the reason of its refusal
     "fragmented.mp4": (60, 426, 240),
     "no_duration.webm": (60, 426, 240),
     "starts_on_non_keyframe.ts": (25, 426, 240),
-    "resolution_change.ts": (30, 480, 360),  # the longer part; of equals the larger picture
+    "resolution_change.ts": (30, 480, 360),  # the longer part; if equal, the larger frame size
     "two_video_streams.mp4": (390, 480, 270),
     "webm_renamed.mp4": (30, 161, 121),
     "animated.gif": (16, 240, 135),

@@ -1,4 +1,4 @@
-"""Frames by timestamp, against one pass over the whole file."""
+"""Frames by timestamp, compared with one pass over the whole file."""
 
 import json
 from fractions import Fraction
@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.unit.media_clips import decode_all, encode, moving_bars
+from titans_video.media.colour import cover_crop
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import iterate, read_clip, read_frames, read_image, read_indices
-from titans_video.media.resize import cover_crop
 
 SOME_CLIPS = {
     "man_paper_sign_vfr.mp4",
@@ -133,21 +133,21 @@ def test_interlaced_frames_do_not_depend_on_where_reading_starts(tmp_path: Path)
 
 
 def combing(frames: np.ndarray) -> float:
-    """How much rows differ from their neighbours, over how much they differ from the rows next to those."""
+    """Return how much rows differ from their neighbours, relative to the rows after those."""
     rows = frames.astype(np.float32).mean(-1)
     return float(
         np.abs(rows[:, 1:-1] - (rows[:, :-2] + rows[:, 2:]) / 2).mean() / np.abs(rows[:, 2:] - rows[:, :-2]).mean()
     )
 
 
-def test_combs_are_gone(real_clips: Path) -> None:
+def test_combing_is_removed(real_clips: Path) -> None:
     path = real_clips / "nasty" / "interlaced_tff.mp4"
     woven = decode_all(path)[1][20:24]
     assert combing(read_indices(path, probe(path), range(20, 24))) < 0.7 * combing(woven)
 
 
 def on_screen(stamps: list[int], time_base: Fraction, t: float) -> int:
-    """By brute force: the last frame that began by then, give or take the half tick by which timestamps are rounded."""
+    """Find by brute force the last frame that started by then, within half a tick, the rounding of timestamps."""
     shortest = min(b - a for a, b in pairwise(sorted(set(stamps))))
     slack = min(Fraction(1, 2), Fraction(shortest, 20)) + Fraction(1, 10**6)
     began = [i for i, stamp in enumerate(stamps) if stamp - stamps[0] <= Fraction(t) / time_base + slack]
@@ -216,7 +216,7 @@ def test_parts_and_streams(real_clips: Path) -> None:
     assert read_indices(path, probe(path), [32]).shape == (1, 480, 854, 3)
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     square = np.zeros((4, 6, 3), np.uint8)
     square[:2, :3] = 200
     exif = Image.Exif()
@@ -232,7 +232,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert read_image(tmp_path / "palette.gif").shape == (2, 3, 3)
 
 
-def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:4000])

@@ -1,4 +1,4 @@
-"""Clips written while they are made: whole at the end, playable before it, and small in memory."""
+"""Streamed clips: complete at the end, playable before it, and constant in memory."""
 
 import json
 import os
@@ -26,21 +26,21 @@ def frames_in(path: Path) -> np.ndarray:
 
 
 def numbers_of(seen: np.ndarray, frames: np.ndarray) -> list[int]:
-    """Which of `frames` each one is nearest to (4:2:0 blurs the bars' colours, so it is not equal to it)."""
+    """Return which of `frames` each one is nearest to (4:2:0 blurs the bars' colours, so it is not equal to it)."""
     far = np.abs(seen[:, None].astype(np.int16) - frames[None]).mean((2, 3, 4))
     assert far.min(1).max() < 10
     return far.argmin(1).tolist()
 
 
 @pytest.mark.parametrize("fps", [24, 23.976, 12.5])
-@pytest.mark.parametrize("stretches", [(1,), (2, 1), (16, 8, 8), (0, 5, 0, 40)])
-def test_the_file_is_as_any_other(tmp_path: Path, fps: float, stretches: tuple[int, ...]) -> None:
-    count = sum(stretches)
+@pytest.mark.parametrize("chunks", [(1,), (2, 1), (16, 8, 8), (0, 5, 0, 40)])
+def test_the_file_is_as_any_other(tmp_path: Path, fps: float, chunks: tuple[int, ...]) -> None:
+    count = sum(chunks)
     frames = moving_bars(count)
     path = tmp_path / "new" / "a.mp4"
     with StreamWriter(path, 48, 64, fps, metadata={"prompt": "红色 circle", "seed": 7}) as writer:
         done = 0
-        for length in stretches:
+        for length in chunks:
             writer.write(frames[done : done + length])
             done += length
     assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
@@ -60,7 +60,7 @@ def test_the_file_is_as_any_other(tmp_path: Path, fps: float, stretches: tuple[i
     assert numbers_of(read, frames) == list(range(count))
 
 
-def test_equal_stretches_give_equal_files(tmp_path: Path) -> None:
+def test_equal_chunks_give_equal_files(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         with StreamWriter(tmp_path / name, 48, 64, 12) as writer:
             writer.write(moving_bars(20)[:12])

@@ -1,4 +1,4 @@
-"""What is written: counts, rates, colours, sizes, and nothing half done."""
+"""Written files: counts, rates, colours, sizes, and nothing incomplete."""
 
 import json
 from fractions import Fraction
@@ -47,7 +47,7 @@ def test_rates_that_are_meant() -> None:
         Fraction(30000, 1001),
     ]
     for bad in (0, -1, float("nan"), float("inf"), 1e6):
-        with pytest.raises(UserError, match="frames a second"):
+        with pytest.raises(UserError, match="frames per second"):
             exact_rate(bad)
 
 
@@ -63,7 +63,7 @@ def test_what_players_need(tmp_path: Path) -> None:
 
 
 def test_colours_are_bt709(tmp_path: Path) -> None:
-    """The stored samples are those of the standard's formula, and reading gives the colours back."""
+    """Check that stored samples follow the standard's formula, and that reading restores the colours."""
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [30, 200, 90]], np.uint8)
     frames = np.repeat(np.kron(colours[None], np.ones((32, 16, 1), np.uint8))[None], 3, 0)
     write_video(tmp_path / "a.mp4", frames, 8, crf=1)
@@ -79,7 +79,7 @@ def test_colours_are_bt709(tmp_path: Path) -> None:
     assert np.abs(back[16, 8::16].astype(int) - colours).max() <= 3
 
 
-def test_odd_sizes_are_padded_at_the_edge_and_said(tmp_path: Path) -> None:
+def test_odd_sizes_are_padded_at_the_edge_and_reported(tmp_path: Path) -> None:
     frames = moving_bars(3, 33, 45)
     written = write_video(tmp_path / "a.mp4", frames, 24, crf=1)
     assert (written.height, written.width, written.padded) == (34, 46, (1, 1))

@@ -1,4 +1,4 @@
-"""The analyser reads true clips right, also from files, and is not talked into seeing what is not there."""
+"""The analyser reads true clips correctly, also from files, and reports nothing that is not there."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import write_video
 from titans_video.mock import world
-from titans_video.mock.analyse import STRICT_OVERLAP, UNKNOWN, analyse, place
+from titans_video.mock.analyse import STRICT_OVERLAP, UNKNOWN, analyse, object_centres
 from titans_video.mock.world import COLOURS, SHAPES, Clip, sample_clip
 
 
@@ -19,7 +19,7 @@ def through_a_file(frames: np.ndarray, path: Path) -> np.ndarray:
 
 
 def shares_right(clips, frames_of) -> np.ndarray:
-    """Shares of clips with the right colour, shape, direction and strict shape."""
+    """Return the shares of clips with the right colour, shape, direction and strict shape."""
     rights = []
     for clip in clips:
         read, true = analyse(frames_of(clip)), clip.combination
@@ -103,7 +103,7 @@ def test_jumping_objects_have_no_direction(clips):
 def test_nothing_is_seen_in_nothing(frames):
     read = analyse(frames)
     assert (read.colour, read.shape, read.direction) == (UNKNOWN, UNKNOWN, UNKNOWN)
-    assert np.isnan(place(frames)).all()
+    assert np.isnan(object_centres(frames)).all()
 
 
 def test_paints_that_are_no_colour_of_the_world(clips):
@@ -168,4 +168,4 @@ def test_place_is_the_centre_to_a_fraction_of_a_pixel():
     for shape in SHAPES:
         masks = world.coverage(shape, centres, 6.0, 32, 32)[..., None]
         frames = to_bytes(25 + masks * (np.array(COLOURS["blue"]) - 25.0))
-        assert np.abs(place(frames) - centres).max() < 0.2
+        assert np.abs(object_centres(frames) - centres).max() < 0.2

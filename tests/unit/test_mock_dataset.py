@@ -1,4 +1,4 @@
-"""The data set on disk: rows, files, pictures, determinism, and no harm to folders of others."""
+"""The data set on disk: rows, files, images, determinism, and no change to foreign folders."""
 
 import json
 
@@ -23,7 +23,7 @@ def rows_of(manifest) -> list[dict]:
     return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
-def test_rows_files_and_pictures_agree(tmp_path):
+def test_rows_files_and_images_agree(tmp_path):
     manifest = make_dataset(tmp_path / "d", clips=10, seed=3, i2v_share=0.4, progress=False)
     rows = rows_of(manifest)
     assert [row["task"] for row in rows].count("i2v") == 4

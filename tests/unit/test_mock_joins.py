@@ -1,4 +1,4 @@
-"""The bouncing world keeps to its borders, and its reader knows a join that is right from every one that is not."""
+"""The bouncing world stays inside its borders, and its reader separates correct joins from wrong ones."""
 
 import json
 
@@ -9,8 +9,7 @@ from titans_video.cli.tools import main_mock
 from titans_video.errors import ConfigError
 from titans_video.media.motion import jumps, seam_ratio
 from titans_video.mock.analyse import path_miss, read_joins
-from titans_video.mock.bounce import RADIUS, SPEED, bounce, sample_bounce
-from titans_video.mock.dataset import make_dataset
+from titans_video.mock.dataset import RADIUS, SPEED, bounce, make_dataset, sample_bounce
 from titans_video.mock.world import COLOURS, SHAPES
 
 
@@ -74,7 +73,7 @@ def share_right(spoil) -> float:
 
 
 def same_kind(frames: np.ndarray, index: int) -> np.ndarray:
-    """Another clip of the same colour and shape."""
+    """Return another clip of the same colour and shape."""
     clip = sample_bounce(5, index, frames=1)
     others = (sample_bounce(6, k, frames=24) for k in range(100))
     return next(o.frames for o in others if (o.colour, o.shape) == (clip.colour, clip.shape))

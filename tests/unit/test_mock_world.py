@@ -1,4 +1,6 @@
-"""The mock world draws what it says: areas, places, ways, and a held-out set that leaves every pair to training."""
+"""The mock world draws what it describes: areas, positions, distances, and a held-out set that leaves every pair to
+training.
+"""
 
 import itertools
 import math
@@ -61,7 +63,7 @@ def test_edges_are_antialiased():
 
 @pytest.mark.parametrize("size", [32, 48, 64])
 @pytest.mark.parametrize("frames", [8, 17])
-def test_objects_stay_whole_and_move_as_told(size, frames):
+def test_objects_stay_whole_and_move_as_described(size, frames):
     for index in range(48):
         clip = world.sample_clip(5, index, None, size, frames)
         assert clip.frames.shape == (frames, size, size, 3)

@@ -10,7 +10,7 @@ from titans_video.types import END_OF_TEXT
 
 
 def plain_hashes(ids: list[int]) -> list[int]:
-    """One byte after the other, with Python's unbounded integers."""
+    """Hash one byte after the other, with Python's unbounded integers."""
     out, total, power = [], 0, 1
     for i in ids:
         if i in (SPACE, END_OF_TEXT):
@@ -33,12 +33,12 @@ def encode(text: str) -> torch.Tensor:
     return torch.tensor([[byte + 1 for byte in text.encode()] + [END_OF_TEXT]])
 
 
-def test_a_word_hashes_alike_wherever_it_stands() -> None:
+def test_the_hash_of_a_word_does_not_depend_on_its_position() -> None:
     a, b = prefix_hashes(encode("red"))[0], prefix_hashes(encode("a blue red"))[0]
     assert a[:3].tolist() == b[7:10].tolist()
     assert a[-1] == b[-1]
     assert prefix_hashes(encode("circle circles"))[0, 5] == prefix_hashes(encode("circle circles"))[0, 12]
-    assert len(set(prefix_hashes(encode("der red"))[0].tolist())) == 8  # letters alike, order not
+    assert len(set(prefix_hashes(encode("der red"))[0].tolist())) == 8  # the same letters in another order
 
 
 def encoder() -> ByteEncoder:

@@ -1,4 +1,4 @@
-"""LoRA on any network: what is trained, several adapters, merging, and under what wraps a network."""
+"""LoRA on any network: training, several adapters, merging, and networks that are wrapped or compiled."""
 
 import copy
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def network() -> Net:
 
 
 def merged_by_hand(base: nn.Module, weights: dict[str, float], source: nn.Module) -> nn.Module:
-    """W + sum of weight alpha / R B A, in float64 and by loops."""
+    """Compute W + sum of weight alpha / R B A in float64 with loops."""
     made = copy.deepcopy(base).double()
     for target, layer in lora.layers(source):
         for name, weight in weights.items():
@@ -33,7 +33,7 @@ def merged_by_hand(base: nn.Module, weights: dict[str, float], source: nn.Module
     return made
 
 
-def test_a_new_adapter_changes_nothing_and_alone_is_trained(network: Net) -> None:
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained(network: Net) -> None:
     before = copy.deepcopy(network)
     found = lora.inject(network, lora.LoraConfig(2, targets=TARGETS))
     assert found == [f"blocks.{i}.{n}" for i in (0, 1) for n in ("to_q", "to_out.0", "ff.0", "ff.2")]
@@ -47,7 +47,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(network: Net) -> Non
     lora.remove(network)
     assert [type(m) for m in network.modules()] == [type(m) for m in before.modules()]
     for name, value in network.state_dict().items():
-        assert torch.equal(value, before.state_dict()[name]), name  # bitwise what it was
+        assert torch.equal(value, before.state_dict()[name]), name  # unchanged to the bit
 
 
 def test_a_is_a_function_of_seed_and_layer(network: Net) -> None:
@@ -69,9 +69,9 @@ def test_targets(targets: Sequence[str] | str, count: int, network: Net) -> None
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"), [(("to_qq",), "near it are to_q"), (r"nothing.*", "no linear"), ("a(", "not a regular")]
+    ("targets", "said"), [(("to_qq",), "the nearest are to_q"), (r"nothing.*", "no linear"), ("a(", "not a regular")]
 )
-def test_targets_that_are_none(targets: Sequence[str] | str, said: str, network: Net) -> None:
+def test_targets_without_a_match(targets: Sequence[str] | str, said: str, network: Net) -> None:
     with pytest.raises(ConfigError, match=said):
         lora.find_targets(network, targets)
 
@@ -140,7 +140,7 @@ def test_an_adapter_for_another_network_is_refused(network: Net) -> None:
         ({k.replace("blocks", "layers"): v for k, v in tensors.items()}, "no linear layer layers.0"),
         ({k: v for k, v in tensors.items() if "lora_B" not in k}, "lacks B"),
         ({k: torch.ones(2, 3) if "lora_A" in k else v for k, v in tensors.items()}, "another network"),
-        ({}, "holds no lora_A"),
+        ({}, "has no lora_A"),
     ):
         with pytest.raises(CheckpointError, match=said):
             lora.load(network, broken)
@@ -173,7 +173,7 @@ def test_under_checkpointing_and_compilation(network: Net) -> None:
 
 
 def test_over_a_layerwise_cast_base(network: Net) -> None:
-    """The base is stored in 8 bits and computes in float32; gradients are those of the rounded weights."""
+    """The base is stored in 8 bits and computes in float32, so the gradients are those of the rounded weights."""
     from diffusers.hooks import apply_layerwise_casting
 
     rounded = copy.deepcopy(network)
@@ -196,7 +196,7 @@ def test_over_a_layerwise_cast_base(network: Net) -> None:
         lora.merge(network)
 
 
-def test_dropout_is_of_training_alone(network: Net) -> None:
+def test_dropout_applies_only_in_training(network: Net) -> None:
     lora.inject(network, lora.LoraConfig(2, dropout=0.5, targets=TARGETS))
     filled(network)
     x = torch.randn(3, 6)
@@ -211,7 +211,7 @@ def test_the_documented_module_is_this_one() -> None:
 
 
 class Two(nn.Module):
-    """The layers that the documentation names."""
+    """A network with the layers that the documentation names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Two(nn.Module):
 def test_the_documented_example_does_what_it_says(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Line by line, with weights that are not trivial where it says that they are trained."""
+    """Run it line by line, with random weights where it says that the adapter is trained."""
     monkeypatch.chdir(tmp_path)
     section = (repository / "docs" / "lora.md").read_text().partition("## On your own networks")[2]
     example = section.partition("```text\n")[2].partition("```")[0]

@@ -1,4 +1,4 @@
-"""The memory as a value: what it holds, its file, and gated tokens."""
+"""The memory as a value, its file, and gated tokens."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_a_file_gives_it_back(value: Memory, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_other_tensors_and_words_travel_along(tmp_path: Path) -> None:
+def test_other_tensors_and_metadata_are_saved_too(tmp_path: Path) -> None:
     value = memory()
     save_state(tmp_path / "m.safetensors", value.tensors() | {"overlap": torch.ones(2)}, {"seed": "7"})
     tensors, about = load_state(tmp_path / "m.safetensors")
@@ -48,6 +48,15 @@ def test_rows_and_sizes() -> None:
     assert swapped.shapes() == value.shapes()
     assert value.bytes == 4 * B * (24 + 4 * 2 * 36)
     assert not value.map(lambda x: x.requires_grad_()).detach().momentum[0].requires_grad
+
+
+def test_one_layer_is_replaced_and_the_others_stay() -> None:
+    a, b = memory(), memory()
+    both = Memory(a.tokens, a.weights + b.weights, a.momentum + b.momentum)
+    assert both.layer(1) == (b.weights, b.momentum)
+    swapped = both.with_layer(0, *both.layer(1))
+    assert (swapped.layer(0), swapped.layer(1)) == (both.layer(1), both.layer(1))
+    assert both.with_layer(1, *both.layer(0)).layer(0) == (a.weights, a.momentum)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors"])

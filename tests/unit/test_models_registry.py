@@ -1,4 +1,4 @@
-"""Presets: parameters counted by a formula of their own."""
+"""Presets: parameter counts against a formula."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 def expected_parameters(name: str, attention_type: str, width: int) -> int:
-    """Counted from the description, for patches of (1, 2, 2) on 16 channels with 4 mask channels."""
+    """Count from the description, for patches of (1, 2, 2) on 16 channels with 4 mask channels."""
     preset = {"adaln": "shared", "conv": False, "gated_skip": False, "text_layers": 2} | PRESETS[name]
     D, depth, heads = (preset[k] for k in ("model_dim", "depth", "heads"))
     head = D // heads
@@ -28,16 +28,16 @@ def expected_parameters(name: str, attention_type: str, width: int) -> int:
     mlp = linear(D, 4 * D) + linear(4 * D, D)
     attentions = 2 if attention_type == "st" else 1
     modulation = 3 * (attentions + 1) * D
-    own = preset["adaln"] == "block"
+    per_block = preset["adaln"] == "block"
     block = attentions * self_attention + cross_attention + mlp
-    block += (linear(D, modulation) if own else modulation) + (10 * D if preset["conv"] else 0)
+    block += (linear(D, modulation) if per_block else modulation) + (10 * D if preset["conv"] else 0)
     if width:
         text = width + linear(width, D) + linear(D, D)
     else:
         text = (258 + 4096) * D + preset["text_layers"] * (self_attention + mlp)
     ends = linear((16 + 16 + 4) * 4, D) + linear(D, 16 * 4 * (2 if preset["gated_skip"] else 1)) + linear(D, 2 * D)
     time = linear(256, D) + linear(D, D)
-    shared = 0 if own else linear(D, modulation)
+    shared = 0 if per_block else linear(D, modulation)
     return depth * block + text + linear(D, D) + ends + time + shared
 
 

@@ -1,4 +1,4 @@
-"""SoraDiT as a whole: what it must ignore, what it must see, what it hands back."""
+"""SoraDiT as a whole: what it must ignore, what it must use, what it returns."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ B, C, S, WIDTH = 2, 3, 4, 20
 
 
 def network(**changes: Any) -> SoraDiT:
-    """A tiny network with random weights everywhere, so that nothing hides behind a zero."""
+    """Build a tiny network with random weights everywhere, so that no zero hides an input."""
     arguments: dict[str, Any] = {
         "in_channels": C,
         "time_stride": S,
@@ -64,24 +64,24 @@ def test_value_has_the_latents_shape_and_starts_at_zero(attention_type: str, pat
     assert network(patch_size=patch, attention_type=attention_type)(x, torch.rand(B), Condition(BYTES)).value.any()
 
 
-def test_sine_positions_tell_a_token_where_in_the_frame_it_is() -> None:
-    x = torch.ones(LATENTS)  # everywhere alike, so that only its place can tell a token from the next
+def test_sine_positions_distinguish_the_tokens_of_a_frame() -> None:
+    x = torch.ones(LATENTS)  # constant, so tokens differ only by their position
     times = torch.full((B,), 0.5)
     without = network()(x, times, Condition(BYTES)).value.unflatten(-1, (3, 2)).unflatten(-3, (2, 2))
     assert_close(without, without[:, :, :, :1, :, :1].expand_as(without), atol=1e-5, rtol=1e-5)
     net = network(sine_positions=True)
-    told = net(x, times, Condition(BYTES)).value.unflatten(-1, (3, 2)).unflatten(-3, (2, 2))
-    tokens = told.movedim((3, 5), (0, 1)).flatten(2).flatten(0, 1)
+    value = net(x, times, Condition(BYTES)).value.unflatten(-1, (3, 2)).unflatten(-3, (2, 2))
+    tokens = value.movedim((3, 5), (0, 1)).flatten(2).flatten(0, 1)
     assert min(torch.pdist(tokens)) > 1e-2
     added = net.embed_patches(x, Condition(BYTES)) - network().embed_patches(x, Condition(BYTES))  # (B, s, p, D)
-    places = [(16 * row / 2, 16 * column / 3) for row in range(2) for column in range(3)]  # a frame is 16 long
+    positions = [(16 * row / 2, 16 * column / 3) for row in range(2) for column in range(3)]  # a frame is 16 long
     waves = torch.tensor([[10_000 ** (-k / 6) for k in range(6)]])
-    angles = [torch.tensor([[place[axis]] for place in places]) * waves for axis in (1, 0)]
+    angles = [torch.tensor([[position[axis]] for position in positions]) * waves for axis in (1, 0)]
     expected = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     assert_close(added, expected.expand_as(added), atol=1e-5, rtol=1e-5)
 
 
-def test_sine_positions_need_a_width_of_four_times_something() -> None:
+def test_sine_positions_need_a_width_that_is_a_multiple_of_4() -> None:
     with pytest.raises(ConfigError, match="--model-dim 18 must be 16 or 20"):
         SoraDiT(C, S, model_dim=18, depth=1, heads=3, sine_positions=True)
 
@@ -158,10 +158,10 @@ def test_one_time_a_sample_is_the_same_time_for_each_frame() -> None:
 def test_a_tokens_time_is_that_of_its_noisiest_frame() -> None:
     net, x = network(patch_size=(2, 2, 2)), torch.randn(LATENTS)
 
-    def value(times: list[float], known: list[bool] | None = None) -> Tensor:
+    def value(times: list[float], given: list[bool] | None = None) -> Tensor:
         condition = Condition(BYTES)
-        if known is not None:
-            mask = torch.tensor(known).expand(B, S, 4)
+        if given is not None:
+            mask = torch.tensor(given).expand(B, S, 4)
             condition = Condition(BYTES, torch.zeros(LATENTS), mask)
         return net(x, torch.tensor([times, times]), condition).value
 
@@ -173,30 +173,30 @@ def test_a_tokens_time_is_that_of_its_noisiest_frame() -> None:
     assert not torch.equal(value([0.9, 0.8, 0.5, 0.5], half), value([0.0, 0.0, 0.5, 0.5], half))
 
 
-def test_a_partly_known_latent_frame_keeps_its_time() -> None:
+def test_a_partly_given_latent_frame_keeps_its_time() -> None:
     net, x = network(), torch.randn(LATENTS)
     mask = torch.ones(B, S, 4, dtype=torch.bool)
     mask[:, 1:, 0] = False  # one pixel frame of four
     mask[:, :, 2:] = False
-    known = torch.randn(LATENTS)
-    a = net(x, torch.tensor([[0.5, 0.5, 0.5, 0.5]] * B), Condition(BYTES, known, mask)).value
-    b = net(x, torch.tensor([[0.5, 0.0, 0.5, 0.5]] * B), Condition(BYTES, known, mask)).value
-    c = net(x, torch.tensor([[0.0, 0.5, 0.5, 0.5]] * B), Condition(BYTES, known, mask)).value
+    cond_latents = torch.randn(LATENTS)
+    a = net(x, torch.tensor([[0.5, 0.5, 0.5, 0.5]] * B), Condition(BYTES, cond_latents, mask)).value
+    b = net(x, torch.tensor([[0.5, 0.0, 0.5, 0.5]] * B), Condition(BYTES, cond_latents, mask)).value
+    c = net(x, torch.tensor([[0.0, 0.5, 0.5, 0.5]] * B), Condition(BYTES, cond_latents, mask)).value
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
-def test_known_latents_and_mask_are_seen_row_by_row() -> None:
+def test_conditioning_latents_and_mask_are_used_row_by_row() -> None:
     net, x, time = network(), torch.randn(LATENTS), torch.rand(B)
     nothing = net(x, time, Condition(BYTES)).value
-    mask, known = torch.zeros(B, S, 4, dtype=torch.bool), torch.zeros(LATENTS)
-    assert torch.equal(net(x, time, Condition(BYTES, known, mask)).value, nothing)
+    mask, cond_latents = torch.zeros(B, S, 4, dtype=torch.bool), torch.zeros(LATENTS)
+    assert torch.equal(net(x, time, Condition(BYTES, cond_latents, mask)).value, nothing)
     mask[0, 0, 0] = True
-    masked = net(x, time, Condition(BYTES, known, mask)).value
+    masked = net(x, time, Condition(BYTES, cond_latents, mask)).value
     assert not torch.equal(masked[0], nothing[0])
     assert torch.equal(masked[1], nothing[1])
-    known[0, :, 0] = 1.0
-    assert not torch.equal(net(x, time, Condition(BYTES, known, mask)).value[0], masked[0])
+    cond_latents[0, :, 0] = 1.0
+    assert not torch.equal(net(x, time, Condition(BYTES, cond_latents, mask)).value[0], masked[0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_type": "full", "adaln": "block", "conv": True, "gated_skip": 1}])
@@ -288,7 +288,7 @@ def test_attention_goes_through_the_dispatch(monkeypatch: pytest.MonkeyPatch) ->
         ((B, C, 3, 4, 4), "3 -> 2 or 4"),
         ((B, C, 2, 5, 4), "5 -> 4 or 6"),
         ((B, C, 2, 4, 1), "1 -> 2"),
-        ((B, C + 1, 2, 4, 4), "another"),
+        ((B, C + 1, 2, 4, 4), "codec must be"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest(shape: tuple[int, ...], words: str) -> None:
@@ -316,7 +316,7 @@ def test_a_network_without_text_needs_none() -> None:
         ({"patch_size": (0, 2, 2)}, "positive"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_settings_that_do_not_fit_together_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         network(**changes)
 

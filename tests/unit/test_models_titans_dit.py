@@ -1,4 +1,4 @@
-"""TitansVideoDiT: one forward for a whole clip, what flows through it and what does not, and its state."""
+"""TitansVideoDiT: one forward pass for a whole clip, its gradients, and its state."""
 
 import copy
 from dataclasses import replace
@@ -63,9 +63,9 @@ def rollout(clean: Tensor, **changes: Any) -> SegmentRollout:
 def test_a_rollout_is_reads_and_writes_in_turn(attention_type: str, kind: str, overlap: int) -> None:
     net = network(kind, attention_type=attention_type)
     noisy, clean, time = frames(6), frames(6), torch.rand(B, 6)
-    known, mask = frames(6), torch.zeros(B, S, 6, dtype=torch.bool)
+    cond_latents, mask = frames(6), torch.zeros(B, S, 6, dtype=torch.bool)
     mask[0, :, 0] = True
-    condition = Condition(TEXT, known, mask)
+    condition = Condition(TEXT, cond_latents, mask)
     plan = rollout(clean, overlap=overlap, write_last=True)
     got = net(noisy, time, condition, rollout=plan)
 
@@ -76,7 +76,7 @@ def test_a_rollout_is_reads_and_writes_in_turn(attention_type: str, kind: str, o
         times = torch.cat((plan.written_time[:, start - o : start], time[:, start : start + 2]), 1)
         part = Condition(
             TEXT,
-            torch.cat((torch.zeros(B, C, o, 4, 6), known[:, :, start : start + 2]), 2),
+            torch.cat((torch.zeros(B, C, o, 4, 6), cond_latents[:, :, start : start + 2]), 2),
             torch.cat((torch.zeros(B, S, o, dtype=torch.bool), mask[:, :, start : start + 2]), 2),
         )
         read = net(x, times, part, memory, overlap=o)
@@ -91,7 +91,7 @@ def test_a_rollout_is_reads_and_writes_in_turn(attention_type: str, kind: str, o
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
 @pytest.mark.parametrize("horizon", [1, 2, 4])
 def test_gradients_stop_at_the_edge_and_only_there(kind: str, horizon: int) -> None:
-    """Of a segment's loss with respect to what each earlier segment wrote."""
+    """A segment's loss has gradients in the frames that earlier segments since the edge wrote, and in no others."""
     net = network(kind)
     noisy, time = frames(8), torch.rand(B, 8)
     for last in range(4):
@@ -104,7 +104,7 @@ def test_gradients_stop_at_the_edge_and_only_there(kind: str, horizon: int) -> N
         assert [bool(r > 0) for r in reach] == expected, (last, reach)
 
 
-def test_the_state_at_an_edge_is_the_state_all_the_same() -> None:
+def test_detaching_does_not_change_the_values() -> None:
     net, noisy, clean, time = network("neural"), frames(8), frames(8), torch.rand(B, 8)
     whole = net(noisy, time, CONDITION, rollout=rollout(clean, horizon=4)).value
     cut = net(noisy, time, CONDITION, rollout=rollout(clean, horizon=2)).value
@@ -122,7 +122,7 @@ def test_no_parameter_is_without_a_gradient(kind: str, t: int, horizon: int) -> 
 @pytest.mark.parametrize("attention_type", ["st", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed_equals_plain(attention_type: str, kind: str) -> None:
-    """A state kept on a module would be written twice when activations are computed again."""
+    """A state kept on a module would be written twice when activations are recomputed."""
     net = network(kind, attention_type=attention_type)
     noisy, clean, time = frames(6), frames(6), torch.rand(B, 6)
 
@@ -156,7 +156,7 @@ def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -
         grads.append([p.grad for p in net.parameters()])
         values.append(value.detach())
     assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
-    for fused, one_by_one in zip(grads[1], grads[0], strict=True):  # sums are added up in another order
+    for fused, one_by_one in zip(grads[1], grads[0], strict=True):  # sums in another order
         assert (fused - one_by_one).norm() <= 1e-4 * one_by_one.norm() + 1e-6
 
 
@@ -170,7 +170,7 @@ def test_the_network_keeps_nothing_between_calls() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
-def test_memory_is_seen_and_rows_keep_to_themselves(kind: str) -> None:
+def test_memory_is_used_and_rows_do_not_mix(kind: str) -> None:
     net, x, time = network(kind), frames(2), torch.rand(B, 2)
     memory = net(frames(2), torch.zeros(B), CONDITION, write=True).memory
     value = net(x, time, CONDITION, memory).value
@@ -201,7 +201,7 @@ def test_the_state_is_float32_whatever_the_network_computes_in(kind: str, half: 
 
 
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
-def test_a_thousand_segments_leave_the_state_as_large_and_every_one_changes_it(kind: str) -> None:
+def test_a_thousand_segments_keep_the_size_of_the_state_and_each_changes_it(kind: str) -> None:
     net = network(kind, depth=1, text_widths=())
     memory, sizes = net.start(1), {}
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_a_thousand_segments_leave_the_state_as_large_and_every_one_changes_it(k
 
 
 def test_without_memory_a_segment_is_a_clip_of_soradit() -> None:
-    """Nothing is remembered, and the weights that both have give the same video."""
+    """Nothing is remembered, and with the same weights both give the same video."""
     net = network("none", persistent_tokens=0)
     sora = SoraDiT(**{k: v for k, v in network_config(net).items() if k in dict(SoraDiT(C).config)})
     sora.load_state_dict(net.state_dict())
@@ -226,27 +226,28 @@ def test_without_memory_a_segment_is_a_clip_of_soradit() -> None:
     assert net(x, time, CONDITION, write=True).memory == Memory()
 
 
-def test_the_overlap_stands_before_the_segment() -> None:
-    """Rotary places are relative, so without registers, which have none, only the offset between frames counts."""
+def test_the_overlap_has_positions_before_the_segment() -> None:
+    """Rotary positions are relative, so without registers, which have none, only offsets between frames matter."""
     net, x, time = network("none", persistent_tokens=0), frames(4), torch.rand(B, 4)
     value = net(x, time, CONDITION).value
     assert_close(net(x, time, CONDITION, overlap=2).value, value, atol=1e-5, rtol=1e-5)
-    beside = network("tokens")
-    assert (beside(x, time, CONDITION).value - beside(x, time, CONDITION, overlap=2).value).abs().max() > 1e-3
-    freqs_cis = beside.freqs_cis((4, 2, 3), torch.device("cpu"), -2)
-    assert_close(freqs_cis[2:], beside.freqs_cis((2, 2, 3), torch.device("cpu")))
+    with_registers = network("tokens")
+    moved = with_registers(x, time, CONDITION, overlap=2).value
+    assert (with_registers(x, time, CONDITION).value - moved).abs().max() > 1e-3
+    freqs_cis = with_registers.freqs_cis((4, 2, 3), torch.device("cpu"), -2)
+    assert_close(freqs_cis[2:], with_registers.freqs_cis((2, 2, 3), torch.device("cpu")))
 
 
 def test_each_segment_may_have_a_text_of_its_own() -> None:
     net, noisy, clean, time = network(), frames(4), frames(4), torch.rand(B, 4)
     other = TextCondition((IDS.flip(0),), (IDS.flip(0) != 0,))
     plain = net(noisy, time, CONDITION, rollout=rollout(clean)).value
-    told = net(noisy, time, CONDITION, rollout=rollout(clean, texts=(TEXT, other))).value
-    assert torch.equal(plain[:, :, :2], told[:, :, :2])
-    assert not torch.equal(plain[:, :, 2:], told[:, :, 2:])
+    changed = net(noisy, time, CONDITION, rollout=rollout(clean, texts=(TEXT, other))).value
+    assert torch.equal(plain[:, :, :2], changed[:, :, :2])
+    assert not torch.equal(plain[:, :, 2:], changed[:, :, 2:])
 
 
-def test_noise_on_the_state_is_read_and_not_kept() -> None:
+def test_noise_on_the_state_is_read_but_not_stored() -> None:
     net, noisy, clean, time = network(), frames(4), frames(4), torch.rand(B, 4)
     noise = torch.zeros(B, 2, 3, 24)
     noise[:, 1] = 0.5
@@ -287,7 +288,7 @@ def test_blocks_start_as_the_identity_and_gates_do_not_start_shut() -> None:
         ({"persistent_tokens": -1}, "--persistent-tokens"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_meaningless_settings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         network(**changes)
 

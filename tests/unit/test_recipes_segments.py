@@ -1,4 +1,4 @@
-"""The arithmetic of segments: clips of any codec are cut into whole ones."""
+"""Segment plans: clips of any codec are cut into whole segments."""
 
 import pytest
 from hypothesis import given
@@ -36,14 +36,14 @@ def test_a_clip_is_cut_in_four_three_or_two(
     assert (plan.latents, plan.overlap, plan.count, plan.frames) == expected
 
 
-def test_flags_say_otherwise() -> None:
+def test_flags_override_the_plan() -> None:
     plan = plan_segments(MemoryOptions(segment_frames=6, overlap=0), 16, EACH, 2)
     assert (plan.latents, plan.overlap, plan.count, plan.frames) == (6, 0, 2, 12)
-    assert plan.in_words(EACH, 16).startswith("--num-frames 16: 12 are used, 2 segments of 6 frames, each sees 0")
+    assert plan.format(EACH, 16).startswith("--num-frames 16: 12 are used, 2 segments of 6 frames, each sees 0")
     assert plan_segments(MemoryOptions(segments=2), 16, EACH, 2).latents == 8
     plan = plan_segments(MemoryOptions(segments=2, segment_frames=4, overlap=4), 16, EACH, 2)
     assert (plan.count, plan.frames, plan.overlap) == (2, 8, 4)
-    assert "the first 5," in plan_segments(MemoryOptions(), 29, CAUSAL, 1).in_words(CAUSAL, 29)
+    assert "the first 5," in plan_segments(MemoryOptions(), 29, CAUSAL, 1).format(CAUSAL, 29)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_flags_say_otherwise() -> None:
         (MemoryOptions(), 1, 2, "at least 2 frames"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(options: MemoryOptions, frames: int, patch: int, words: str) -> None:
+def test_clips_that_cannot_be_cut_are_rejected(options: MemoryOptions, frames: int, patch: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         plan_segments(options, frames, EACH, patch)
 
 
-def test_without_memory_one_segment_will_do() -> None:
+def test_without_memory_one_segment_is_enough() -> None:
     assert plan_segments(MemoryOptions(memory="none"), 2, EACH, 2).count == 1
 
 

@@ -1,4 +1,4 @@
-"""The SoraDiT recipe: what its loss is made of, row by row, and that its checkpoints build the same model again."""
+"""The SoraDiT recipe: its loss row by row, dropped captions, and checkpoints that rebuild the model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.data_sets import make_set
 from titans_video import checkpoint as files
 from titans_video.config.generation import Overrides
 from titans_video.config.options import (
@@ -19,12 +20,16 @@ from titans_video.config.options import (
     SoraOptions,
     TextOptions,
     TrainOptions,
+    ValidationOptions,
 )
 from titans_video.data.buckets import Bucket
-from titans_video.recipes.setup import frames_in_words, open_data_and_codec, spec_of
-from titans_video.recipes.sora import SoraRecipe, build_recipe
+from titans_video.errors import ConfigError
+from titans_video.recipes import sora
+from titans_video.recipes.base import DiffusionRecipe
+from titans_video.recipes.setup import RunParts, frame_count_notes, open_clips, open_codec
+from titans_video.recipes.sora import SoraRecipe, build_sora, train_sora
 from titans_video.seeding import derive_seed, seeded_randn
-from titans_video.text.registry import build_text
+from titans_video.text.base import build_text
 from titans_video.training import distributed
 from titans_video.types import Batch, Condition, Prediction, TextCondition, fold_frame_mask
 
@@ -62,21 +67,27 @@ def options(prediction: Any = "velocity", factor: tuple[int, int, int] = (1, 2, 
     )
 
 
-def recipe_of(run: SoraOptions) -> SoraRecipe:
-    start = distributed.start(run.train)
+def parts_of(run: SoraOptions) -> RunParts:
+    """Open the codec of a run, fitted to `FakeData` if it is fitted at all, and its text encoder."""
     data: Any = FakeData()
-    codec = open_codec(run, start)
-    made = build_recipe(run, data, codec, build_text(run.text), CPU)
+    accelerator = distributed.start(run.train)
+    codec = open_codec(run.codec, accelerator, None, load=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titans_video.recipes.setup.open_data", lambda *a, **k: data)
+        data, codec = open_clips(run, run.codec, codec, run.model.patch_size, accelerator)
+    return RunParts(data, None, codec, run.codec, build_text(run.text), None)
+
+
+def recipe_of(run: SoraOptions) -> SoraRecipe:
+    made = build_sora(run, parts_of(run), CPU)
     torch.manual_seed(0)
-    for p in made.network.parameters():  # the zero initialisation would hide what the network is given
+    for p in made.network.parameters():  # the zero initialisation would hide the network's inputs
         torch.nn.init.normal_(p, std=0.1)
     return made
 
 
-def open_codec(run: SoraOptions, start: distributed.Accelerator) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("titans_video.recipes.setup.open_data", lambda *a, **k: FakeData())
-        return open_data_and_codec(run, start, None)[1]
+def elements(recipe: DiffusionRecipe[Any], batch: Batch) -> int:
+    return int(recipe.row_elements(batch).sum())
 
 
 def batch_of(known: list[int], rows: int = 4) -> Batch:
@@ -116,37 +127,36 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows(prediction: str, known: list
         whole = recipe.loss(recipe.network, batch)
         rows = [recipe.loss(recipe.network, row_of(batch, i)) for i in range(4)]
     torch.testing.assert_close(whole, torch.cat(rows), rtol=1e-5, atol=1e-4)
-    assert recipe.supervised(batch) == sum(recipe.supervised(row_of(batch, i)) for i in range(4))
+    assert elements(recipe, batch) == sum(elements(recipe, row_of(batch, i)) for i in range(4))
 
 
-def test_supervised_elements_are_those_of_frames_not_wholly_known() -> None:
+def test_row_elements_are_those_of_frames_that_are_not_clean() -> None:
     recipe = recipe_of(options())
     of_a_frame = 3 * SIDE * SIDE
-    assert recipe.supervised(batch_of([0])) == 4 * FRAMES * of_a_frame
-    assert recipe.supervised(batch_of([0, 1, 2, 3])) == (4 + 3 + 2 + 1) * of_a_frame
+    assert elements(recipe, batch_of([0])) == 4 * FRAMES * of_a_frame
+    assert elements(recipe, batch_of([0, 1, 2, 3])) == (4 + 3 + 2 + 1) * of_a_frame
     blocks = recipe_of(options(factor=(2, 2, 2)))  # a latent frame stands for two: one known frame holds none of them
-    assert blocks.supervised(batch_of([0, 1, 2, 3])) == (4 + 4 + 2 + 2) * of_a_frame
+    assert elements(blocks, batch_of([0, 1, 2, 3])) == (4 + 4 + 2 + 2) * of_a_frame
 
 
-def test_a_frame_count_that_is_not_legal_is_said_in_one_line() -> None:
+def test_a_frame_count_that_is_not_legal_is_noted_in_one_line() -> None:
     run = options(factor=(2, 2, 2))
-    data: Any = FakeData()
-    spec = spec_of(run.codec)
-    assert frames_in_words(replace(run, data=DataOptions(num_frames=4)), data, spec) == []
-    (line,) = frames_in_words(replace(run, data=DataOptions(num_frames=5)), data, spec)
+    parts = parts_of(run)
+    assert frame_count_notes(DataOptions(num_frames=4), run.model.patch_size[0], parts) == []
+    (line,) = frame_count_notes(DataOptions(num_frames=5), run.model.patch_size[0], parts)
     assert "--num-frames 5" in line
-    assert "4 is used, 6 would be the next" in line
+    assert "4 is used; the next legal count is 6" in line
 
 
 class Spy(nn.Module):
-    """Remembers what it is given and answers zeros."""
+    """Record the inputs and return zeros."""
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Prediction:
         self.latents, self.time, self.condition = latents, time, condition
         return Prediction(torch.zeros_like(latents))
 
 
-def test_known_frames_are_clean_at_time_zero_and_free() -> None:
+def test_cond_frames_are_clean_at_timestep_zero_without_loss() -> None:
     recipe, spy = recipe_of(options()), Spy()
     batch = batch_of([0, 1, 2, 3])
     loss = recipe.loss(spy, batch)
@@ -167,7 +177,7 @@ def test_known_frames_are_clean_at_time_zero_and_free() -> None:
     assert torch.equal(spy.latents, recipe.process.noisy(clean, noise, spy.time))
 
 
-def test_a_rows_own_picture_is_what_stands_at_its_known_frame() -> None:
+def test_an_image_of_its_own_is_the_conditioning_frame() -> None:
     recipe, spy = recipe_of(options()), Spy()
     batch = batch_of([1])
     picture = torch.zeros_like(batch.cond_pixels)  # type: ignore[arg-type]
@@ -176,7 +186,7 @@ def test_a_rows_own_picture_is_what_stands_at_its_known_frame() -> None:
     assert (spy.latents[:, :, 0] == 0.5).all()
 
 
-def test_rows_without_known_frames_have_blank_latents() -> None:
+def test_rows_without_cond_frames_have_blank_latents() -> None:
     recipe, spy = recipe_of(options()), Spy()
     batch = batch_of([0, 2])
     assert batch.cond_pixels is not None
@@ -187,7 +197,7 @@ def test_rows_without_known_frames_have_blank_latents() -> None:
     assert spy.condition.cond_latents[1].any()
 
 
-def test_cached_encodings_take_the_place_of_pixels() -> None:
+def test_cached_encodings_replace_pixels() -> None:
     recipe = recipe_of(options())
     batch = batch_of([0, 1])
     assert batch.pixels is not None
@@ -215,19 +225,19 @@ def test_dropped_captions_are_the_empty_prompt() -> None:
 def test_the_share_of_dropped_captions() -> None:
     recipe, empty_length = recipe_of(options(drop=0.3)), 1
     batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive_seed(9, i) for i in range(600)])
-    text = recipe._dropped(batch, recipe.text(batch.captions))
+    text = recipe.encode_captions(batch, train=True)
     share = (text.masks[0].sum(dim=1) == empty_length).float().mean().item()
     assert share == pytest.approx(0.3, abs=0.06)
 
 
-def test_streams_are_dropped_together_or_each_alone() -> None:
+def test_text_streams_are_dropped_together_or_independently() -> None:
     recipe = recipe_of(options(drop=0.5))
     batch = replace(batch_of([0], rows=1), captions=["a"] * 600, seeds=[derive_seed(9, i) for i in range(600)])
     one, none = recipe.text(batch.captions), recipe.empty
     text, recipe.empty = (TextCondition(t.streams * 2, t.masks * 2) for t in (one, none))
 
     def dropped() -> tuple[Tensor, Tensor]:
-        first, second = recipe._dropped(batch, text).masks
+        first, second = recipe.encode_captions(replace(batch, text=text), train=True).masks
         return first.sum(dim=1) == 1, second.sum(dim=1) == 1
 
     first, second = dropped()
@@ -239,26 +249,22 @@ def test_streams_are_dropped_together_or_each_alone() -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_gradient_checkpointing_is_as_asked(wanted: bool) -> None:
+def test_gradient_checkpointing_follows_its_flag(wanted: bool) -> None:
     run = options()
     run = replace(run, model=replace(run.model, gradient_checkpointing=wanted))
     assert recipe_of(run).network.gradient_checkpointing is wanted
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
-    run, data = options(), _data()
-    codec, text = recipe_of(run).codec, build_text(run.text)
-    first, again = (build_recipe(run, data, codec, text, CPU) for _ in range(2))
+    run = options()
+    parts = parts_of(run)
+    first, again = (build_sora(run, parts, CPU) for _ in range(2))
     for a, b in zip(first.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def _data() -> Any:
-    return FakeData()
-
-
 @pytest.mark.parametrize("backend", ["identity", "patch"])
-def test_a_checkpoint_builds_the_same_model_again(tmp_path: Path, backend: Any) -> None:
+def test_a_checkpoint_rebuilds_the_model(tmp_path: Path, backend: Any) -> None:
     from titans_video.generation.model import load_model
 
     run = options("x0")
@@ -294,7 +300,7 @@ def test_held_out_loss_of_each_row_at_fixed_noise_and_times() -> None:
     assert elements.tolist() == free.flatten(1).sum(1).tolist()
     for i, quantile in enumerate(quantiles):
         noise = seeded_randn(clean.shape[1:], [derive_seed(s, "noise", f"{quantile:g}") for s in batch.seeds])
-        expected = ((noise - clean).square() * free).flatten(1).sum(1).double()  # the spy answers 0
+        expected = ((noise - clean).square() * free).flatten(1).sum(1).double()  # the spy predicts 0
         torch.testing.assert_close(sums[i], expected, rtol=1e-5, atol=0)
     time = torch.sigmoid(torch.tensor(1.2815515655446004))  # the 0.9 quantile of a normal; no shift
     torch.testing.assert_close(spy.time, torch.where(given, 0.0, time))
@@ -302,7 +308,7 @@ def test_held_out_loss_of_each_row_at_fixed_noise_and_times() -> None:
     assert spy.condition.text.masks[0].sum(1).tolist() == [len(c.encode()) + 1 for c in batch.captions]
 
 
-def test_held_out_loss_is_the_rows_own_and_the_same_each_time() -> None:
+def test_held_out_loss_is_of_each_row_and_reproducible() -> None:
     recipe, batch = recipe_of(options("x0")), batch_of([0, 2])
     with torch.no_grad():
         sums, elements = recipe.held_out(recipe.network, batch, [0.3, 0.6])
@@ -316,7 +322,7 @@ def test_held_out_loss_is_the_rows_own_and_the_same_each_time() -> None:
 
 @pytest.mark.parametrize("prediction", ["velocity", "x0"])
 def test_held_out_loss_over_all_times_is_the_training_loss(prediction: str) -> None:
-    """Even quantiles are a quadrature of the distribution that training draws its times from."""
+    """Even quantiles are a quadrature of the distribution of training timesteps."""
     recipe = recipe_of(options(prediction, drop=0.0))
     one = batch_of([0], rows=1)
     many = replace(one, seeds=[derive_seed(11, i) for i in range(400)], ids=one.ids * 400, captions=one.captions * 400)
@@ -331,7 +337,7 @@ def test_held_out_loss_over_all_times_is_the_training_loss(prediction: str) -> N
     assert float(sums.mean()) == pytest.approx(drawn, rel=0.05)
 
 
-def test_samples_are_what_the_checkpoint_generates(tmp_path: Path) -> None:
+def test_validation_videos_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     from titans_video.generation.long_video import sample
     from titans_video.generation.model import load_model
 
@@ -347,15 +353,37 @@ def test_samples_are_what_the_checkpoint_generates(tmp_path: Path) -> None:
     assert made.about["trained_steps"] == 12
 
 
-def test_tokens_and_flops_of_a_batch() -> None:
+def test_tokens_and_flops_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, batch = recipe_of(options()), batch_of([0])
+    counted, count = [], sora.clip_flops
+    monkeypatch.setattr(sora, "clip_flops", lambda *given: counted.append(given[1:3]) or count(*given))
     assert recipe.tokens(batch) == 4 * FRAMES * (SIDE // 2 // 2) ** 2
     state = torch.get_rng_state()
     flops = recipe.flops(batch)
     assert torch.equal(state, torch.get_rng_state())
     assert flops == 4 * recipe.flops(row_of(batch, 3))  # captions of up to 64 bytes count alike
     assert recipe.flops(replace(batch, captions=["a" * 100] * 4)) > flops
-    assert len(recipe.counted_flops) == 2
+    assert len(set(counted)) == len(counted) == 2  # once for each size of clip and length of text
     # Of a network this narrow the parameters are not all in use for each token; its matrices are most of the work.
     matrices = sum(p.numel() for n, p in recipe.network.blocks.named_parameters() if p.ndim == 2)
     assert flops > 6 * 0.5 * matrices * recipe.tokens(batch)
+
+
+def test_a_draft_is_checked_against_the_clips_that_are_trained_on(tmp_path: Path) -> None:
+    """Held-out clips only have their loss measured, so they need no v2v rows."""
+    v2v = make_set(tmp_path / "v2v", rows=2, wide=0, row0={"task": "v2v"})
+    t2v = make_set(tmp_path / "t2v", rows=1, wide=0)
+
+    def train(trained: Path, held_out: Path, name: str) -> int:
+        run = replace(
+            options(),
+            data=DataOptions(manifest=(str(trained),), num_frames=FRAMES, height=16, width=16),
+            train=TrainOptions(max_steps=1, output_dir=str(tmp_path / name)),
+            validation=ValidationOptions(validation_manifest=(str(held_out),), validate_every=1),
+            generation_defaults=GenerationDefaults(sample_draft_frames=2, sample_steps=1),
+        )
+        return train_sora(run).step
+
+    assert train(v2v, t2v, "a") == 1
+    with pytest.raises(ConfigError, match="--sample-draft-frames 2"):
+        train(t2v, v2v, "b")

@@ -1,4 +1,4 @@
-"""The recipe of Stable Video Diffusion: its loss against the paper, what it is told against the pipeline."""
+"""The recipe of Stable Video Diffusion: its loss against the paper, its image condition against the pipeline."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.reference.test_diffusion_edm import Paper
 from tests.unit.data_sets import make_set
 from tests.unit.svd_parts import PIPELINE, svd_folder
-from titans_video.codecs.registry import build_codec
+from titans_video.codecs.base import build_codec
 from titans_video.config.options import (
     CodecOptions,
     DataOptions,
@@ -32,10 +32,10 @@ from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.errors import ConfigError
 from titans_video.media.motion import motion_bucket
 from titans_video.models.svd_unet import ATTENTION, BRANCH, TEMPORAL, TextCrossAttention, plain_unet
-from titans_video.recipes.setup import codec_key
+from titans_video.recipes.setup import RunParts, codec_key
 from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
 from titans_video.seeding import derive_seed, seeded_randn
-from titans_video.text.registry import build_text
+from titans_video.text.base import build_text
 from titans_video.types import Batch, Prediction
 
 SIZE = (4, 16, 24)
@@ -53,9 +53,9 @@ def options(manifest: str = "x", text: str = "builtin", **tune: Any) -> SVDOptio
 
 
 def recipe_of(chosen: SVDOptions, data: VideoDataset) -> SVDRecipe:
-    codec = build_codec(chosen.codec)
     text = build_text(chosen.text, needed=False)
-    return build_svd(chosen, data, codec, text, torch.device("cpu"))
+    parts = RunParts(data, None, build_codec(chosen.codec), chosen.codec, text, None)
+    return build_svd(chosen, parts, torch.device("cpu"))
 
 
 @lru_cache
@@ -92,7 +92,7 @@ def batch_of(tasks: list[str]) -> Batch:
 
 
 class Spy(nn.Module):
-    """Answers noise, and keeps what it was asked."""
+    """Return noise, and record the inputs."""
 
     def forward(self, latents: Tensor, time: Tensor, condition: Any) -> Prediction:
         self.latents, self.time, self.condition = latents, time, condition
@@ -101,7 +101,7 @@ class Spy(nn.Module):
 
 
 def test_the_loss_is_the_papers(data: VideoDataset) -> None:
-    """Every frame counts, also that of the picture."""
+    """Every frame has loss, also the first."""
     recipe, spy, batch = recipe_of(options(), data), Spy(), batch_of(["t2v", "i2v", "i2v"])
     loss = recipe.loss(spy, batch)
     assert batch.pixels is not None
@@ -118,15 +118,14 @@ def test_the_loss_is_the_papers(data: VideoDataset) -> None:
     expected = paper.loss(spy.said.double(), x, x0).flatten(1).sum(1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-2)
     assert recipe.row_elements(batch).tolist() == [x0[0].numel()] * 3
-    assert recipe.supervised(batch) == x0.numel()
 
 
-def test_rows_are_told_what_the_pipeline_tells(data: VideoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_condition_is_the_pipelines(data: VideoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, batch = recipe_of(options(), data), batch_of(["t2v", "i2v", "i2v"])
     assert batch.cond_pixels is not None
     assert batch.pixels is not None
     batch.cond_pixels[2, :, 0] = torch.linspace(-1, 1, SIZE[2])  # a picture of its own
-    picture = recipe.picture(batch)
+    picture = recipe.image_condition(batch)
     pipeline = StableVideoDiffusionPipeline.from_pretrained(svd_folder())
     for row in (1, 2):
         frame, strength = batch.cond_pixels[row : row + 1, :, 0], float(picture.ids[row, 2])
@@ -140,18 +139,20 @@ def test_rows_are_told_what_the_pipeline_tells(data: VideoDataset, monkeypatch: 
     assert not picture.embedding[0].any()
     assert picture.ids[:, 0].tolist() == [7.0, 8.0, 9.0]
     assert torch.equal(picture.ids[:, 1], motion_bucket(batch.pixels, batch.fps))
-    strengths = torch.cat([recipe.picture(replace(batch_of(["t2v"]), seeds=[s])).ids[:, 2] for s in range(500)]).log()
+    strengths = torch.cat(
+        [recipe.image_condition(replace(batch_of(["t2v"]), seeds=[s])).ids[:, 2] for s in range(500)]
+    ).log()
     assert float(strengths.mean()) == pytest.approx(-3.0, abs=0.1)
     assert float(strengths.std()) == pytest.approx(0.5, abs=0.07)
 
 
-def test_motion_may_be_named(data: VideoDataset) -> None:
+def test_the_motion_bucket_may_be_fixed(data: VideoDataset) -> None:
     recipe = recipe_of(options(motion_bucket="40"), data)
-    assert recipe.picture(batch_of(["t2v", "i2v"])).ids[:, 1].tolist() == [40.0, 40.0]
+    assert recipe.image_condition(batch_of(["t2v", "i2v"])).ids[:, 1].tolist() == [40.0, 40.0]
 
 
-def test_every_row_begins_as_the_pretrained_model(data: VideoDataset) -> None:
-    """Bit for bit, whatever its caption says."""
+def test_training_starts_exactly_from_the_pretrained_model(data: VideoDataset) -> None:
+    """Bit for bit, for any caption."""
     recipe, batch, spy = recipe_of(options(), data), batch_of(["t2v", "i2v"]), Spy()
     recipe.loss(spy, batch)
     told, time = spy.condition.image, spy.time[:, 0]
@@ -163,13 +164,13 @@ def test_every_row_begins_as_the_pretrained_model(data: VideoDataset) -> None:
         assert torch.equal(recipe.network(spy.latents, time, spy.condition).value, expected)
 
 
-def test_pictures_and_captions_are_dropped_apart(data: VideoDataset) -> None:
+def test_images_and_captions_are_dropped_independently(data: VideoDataset) -> None:
     recipe = recipe_of(options(image_drop_prob=0.3, motion_bucket="40"), data)
     recipe.cfg_drop_prob = 0.2
     many, one = batch_of(["i2v"] * 50), batch_of(["i2v"])
     counts = torch.zeros(2, 2)
     for start in range(0, 600, 50):
-        _, condition = recipe.encode(replace(many, seeds=list(range(start, start + 50))))
+        condition = recipe.prepare(replace(many, seeds=list(range(start, start + 50))), train=True).condition
         assert condition.image is not None
         assert condition.text is not None
         no_picture = ~condition.image.embedding.flatten(1).any(dim=1)
@@ -179,7 +180,7 @@ def test_pictures_and_captions_are_dropped_apart(data: VideoDataset) -> None:
     shares = counts / counts.sum()
     expected = torch.tensor([[0.7 * 0.8, 0.7 * 0.2], [0.3 * 0.8, 0.3 * 0.2]])
     torch.testing.assert_close(shares, expected, rtol=0, atol=4 * (0.25 / 600) ** 0.5)
-    _, whole = recipe.encode(replace(one, seeds=[3]), drop=False)
+    whole = recipe.prepare(replace(one, seeds=[3]), train=False).condition
     assert whole.image is not None
     assert whole.image.embedding.any()
 
@@ -203,7 +204,7 @@ def test_a_row_without_text_is_the_network_without_the_branch(data: VideoDataset
 
 
 @pytest.mark.parametrize("which", ["all", "temporal", "attention"])
-def test_what_is_trained_is_what_was_asked_for(which: str, data: VideoDataset) -> None:
+def test_the_trained_parameters_follow_the_flag(which: str, data: VideoDataset) -> None:
     recipe = recipe_of(options(trainable=which), data)
     parts = {"all": ("",), "temporal": TEMPORAL, "attention": ATTENTION}[which]
     trained = {name for name, p in recipe.network.named_parameters() if p.requires_grad}
@@ -219,7 +220,7 @@ def test_what_is_trained_is_what_was_asked_for(which: str, data: VideoDataset) -
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(data: VideoDataset) -> None:
-    """Text reaches the branch again when activations are recomputed."""
+    """The text branch gets its text again when activations are recomputed."""
     batch, found = batch_of(["t2v", "i2v"]), []
     for checkpointing in (False, True):
         chosen = replace(options(), model=ModelOptions(gradient_checkpointing=checkpointing))
@@ -246,8 +247,8 @@ def test_rows_that_cannot_be_trained(text: str, task: str, said: str, tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["builtin", "none"])
-def test_one_frame_has_nothing_to_go_on_with(text: str, tmp_path: Path) -> None:
-    """Drawn as i2v beside t2v it trains as t2v; as i2v alone it would be told a blank picture."""
+def test_i2v_clips_of_one_frame_are_rejected(text: str, tmp_path: Path) -> None:
+    """With a mix of tasks such a row trains as t2v; as i2v only it would get a blank image."""
     chosen = DataOptions(manifest=(str(make_set(tmp_path, rows=2, wide=0)),), num_frames=1, height=16, width=24)
     spec, encoder = build_codec(options().codec).spec, build_text(TextOptions(text_model=text), needed=False)
     for mix in ("i2v=1", "t2v=0.5,i2v=0.5")[: 2 if text == "builtin" else 1]:
@@ -257,7 +258,7 @@ def test_one_frame_has_nothing_to_go_on_with(text: str, tmp_path: Path) -> None:
             refuse_tasks(data, encoder)
 
 
-def test_without_text_pictures_are_enough(tmp_path: Path) -> None:
+def test_without_text_images_are_enough(tmp_path: Path) -> None:
     recipe = recipe_of(options(text="none"), some_data(tmp_path, "i2v"))
     assert not any(isinstance(m, TextCrossAttention) for m in recipe.network.modules())
     assert recipe.loss(recipe.network, batch_of(["i2v", "i2v"])).sum().item() > 0
@@ -266,7 +267,7 @@ def test_without_text_pictures_are_enough(tmp_path: Path) -> None:
     assert made.video.shape == (3, *SIZE)
 
 
-def test_without_text_validation_goes_on_from_a_picture_of_its_videos_size(tmp_path: Path) -> None:
+def test_without_text_validation_starts_from_an_image_of_the_videos_size(tmp_path: Path) -> None:
     """The fullest bucket is a smaller one."""
     manifest = make_set(tmp_path, rows=3, wide=1, **{f"row{i}": {"task": "i2v"} for i in range(4)})
     chosen = options(str(manifest), text="none")
@@ -285,12 +286,12 @@ def test_flags_of_the_other_network() -> None:
         refuse_unused(options(architecture="sora-dit", trainable="temporal", image_drop_prob=0.1))
 
 
-def test_the_pipelines_module_is_where_it_was() -> None:
+def test_the_pipelines_module_has_its_name() -> None:
     assert StableVideoDiffusionPipeline.__module__ == PIPELINE
 
 
-def test_its_arithmetic_is_counted_without_doing_it(data: VideoDataset) -> None:
-    """At every size, text or not: training on a GPU asks for it in each step."""
+def test_flops_are_counted_without_computing(data: VideoDataset) -> None:
+    """At every size, with and without text: training on a GPU reads it in each step."""
     recipe, batch = recipe_of(options(), data), batch_of(["t2v", "i2v"])
     assert recipe.flops(batch) > 1e8
     wider = replace(batch, width=2 * batch.width)
@@ -298,8 +299,8 @@ def test_its_arithmetic_is_counted_without_doing_it(data: VideoDataset) -> None:
     assert recipe.tokens(wider) == 2 * recipe.tokens(batch)
 
 
-def test_cached_rows_are_the_rows_themselves(tmp_path: Path) -> None:
-    """Latents, motion and pictures, one of them a row's own; the loss is the same."""
+def test_cached_rows_equal_the_rows(tmp_path: Path) -> None:
+    """Latents, motion and images, one of them a row's own; the loss is the same."""
     changes: dict[str, Any] = {f"row{i}": {"task": "i2v" if i % 2 else "t2v"} for i in range(4)}
     changes["row3"]["cond_image"] = "white.png"
     manifest = str(make_set(tmp_path / "rows", rows=4, wide=0, **changes))
@@ -308,18 +309,19 @@ def test_cached_rows_are_the_rows_themselves(tmp_path: Path) -> None:
     codec = build_codec(chosen.codec)
     data = open_data(chosen.data, codec.spec, (1, 1, 1), seed=0)
     key = codec_key(codec, chosen.codec)
-    filled = fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, pictures=True), progress=False)
+    filled = fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, cond_images=True), progress=False)
     assert filled.made == 4 + 4 + 2
     recipe = recipe_of(chosen, data)
     fresh = next(data.stream())
-    cached = next(filled.data.stream(store=filled.store))
+    cached = next(filled.data.stream(cache=filled.cache))
     assert cached.pixels is None
     assert cached.ids == fresh.ids
-    one, two = recipe.picture(fresh), recipe.picture(replace(cached, seeds=fresh.seeds))
+    one, two = recipe.image_condition(fresh), recipe.image_condition(replace(cached, seeds=fresh.seeds))
     for name in ("embedding", "latents", "ids"):
         torch.testing.assert_close(getattr(two, name), getattr(one, name))
     assert bool(one.embedding.any())
     losses = [recipe.loss(recipe.network, replace(b, seeds=fresh.seeds)) for b in (fresh, cached)]
     torch.testing.assert_close(losses[0], losses[1])
-    assert fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, pictures=True), progress=False).made == 0
+    again = fill_cache(data, tmp_path / "cache", Encoders(key, lambda: codec, cond_images=True), progress=False)
+    assert again.made == 0
     assert verify(tmp_path / "cache") == (10, [])

@@ -1,4 +1,4 @@
-"""The TitansVideoDiT recipe: what its one call of the model is given, row by row."""
+"""The TitansVideoDiT recipe: the inputs of its one model call, row by row."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.test_recipes_sora import CPU, FRAMES, SIDE, FakeData, batch_of, open_codec, row_of
+from tests.unit.test_recipes_sora import CPU, FRAMES, SIDE, batch_of, elements, parts_of, row_of
 from titans_video import checkpoint as files
 from titans_video.config.generation import Overrides
 from titans_video.config.options import (
@@ -22,10 +22,8 @@ from titans_video.config.options import (
 )
 from titans_video.generation.model import load_model
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
-from titans_video.recipes.setup import spec_of
+from titans_video.recipes.setup import codec_spec
 from titans_video.recipes.titans import TitansRecipe, build_titans, plan_segments, with_vae
-from titans_video.text.registry import build_text
-from titans_video.training import distributed
 from titans_video.types import Batch, Condition, Prediction
 
 
@@ -41,10 +39,8 @@ def options(prediction: Any = "velocity", **memory: Any) -> TitansOptions:
 
 
 def recipe_of(run: TitansOptions) -> TitansRecipe:
-    data: Any = FakeData()
-    plan = plan_segments(run.memory, FRAMES, spec_of(run.codec), run.model.patch_size[0])
-    codec = open_codec(run, distributed.start(run.train))
-    made = build_titans(run, data, codec, build_text(run.text), CPU, plan=plan)
+    plan = plan_segments(run.memory, FRAMES, codec_spec(run.codec), run.model.patch_size[0])
+    made = build_titans(run, parts_of(run), CPU, plan)
     torch.manual_seed(0)
     for p in made.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -52,7 +48,7 @@ def recipe_of(run: TitansOptions) -> TitansRecipe:
 
 
 class Spy(nn.Module):
-    """Remembers what it is given and answers zeros."""
+    """Record the inputs and return zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,10 +67,10 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows(kind: str, prediction: str) 
         whole = recipe.loss(recipe.network, batch)
         rows = [recipe.loss(recipe.network, row_of(batch, i)) for i in range(4)]
     torch.testing.assert_close(whole, torch.cat(rows), rtol=1e-5, atol=1e-4)
-    assert recipe.supervised(batch) == sum(recipe.supervised(row_of(batch, i)) for i in range(4))
+    assert elements(recipe, batch) == sum(elements(recipe, row_of(batch, i)) for i in range(4))
 
 
-def test_the_model_is_called_once_with_a_time_for_each_segment() -> None:
+def test_the_model_is_called_once_with_a_timestep_for_each_segment() -> None:
     recipe, spy, batch = recipe_of(options(segment_frames=2)), Spy(), batch_of([0])
     recipe.loss(spy, batch)
     ((latents, time, _, rollout),) = spy.calls
@@ -86,7 +82,7 @@ def test_the_model_is_called_once_with_a_time_for_each_segment() -> None:
     assert not (time[:, 0] == time[:, 2]).any()
 
 
-def test_what_is_written_is_nearly_clean_and_what_is_hidden_is_noise() -> None:
+def test_written_frames_are_nearly_clean_and_hidden_ones_are_noise() -> None:
     recipe, spy, batch = recipe_of(options(write_noise=0.1)), Spy(), batch_of([0])
     recipe.loss(spy, batch)
     rollout = spy.calls[0][3]
@@ -117,7 +113,7 @@ def test_without_noise_the_write_is_clean() -> None:
 
 
 @pytest.mark.parametrize("known", [[0], [0, 1, 2, 3]])
-def test_the_curriculum_cuts_the_clip_and_counts_what_is_left(known: list[int]) -> None:
+def test_the_curriculum_shortens_clips_and_their_row_elements(known: list[int]) -> None:
     recipe, batch = recipe_of(options(segment_frames=1, segment_curriculum=100)), batch_of(known)
     early, late = Spy(), Spy()
     recipe.loss(early, batch)
@@ -130,10 +126,10 @@ def test_the_curriculum_cuts_the_clip_and_counts_what_is_left(known: list[int]) 
             assert condition.cond_latents is not None
             assert condition.cond_latents.shape == latents.shape
         free = (time > 0).sum()
-        assert recipe.supervised(replace(batch, step=step)) == int(free) * latents[0, :, 0].numel()
+        assert elements(recipe, replace(batch, step=step)) == int(free) * latents[0, :, 0].numel()
 
 
-def test_a_step_depends_on_its_rows_alone() -> None:
+def test_a_step_depends_only_on_its_rows() -> None:
     recipe, batch = recipe_of(options()), batch_of([0, 1])
     a, b = Spy(), Spy()
     recipe.loss(a, batch)
@@ -151,7 +147,7 @@ def test_gradients_reach_every_parameter_through_the_recipe() -> None:
         assert not [n for n, p in recipe.network.named_parameters() if p.grad is None]
 
 
-def test_a_checkpoint_says_how_segments_are_cut_and_builds_the_network_again(tmp_path: Path) -> None:
+def test_a_checkpoint_records_the_segments_and_rebuilds_the_network(tmp_path: Path) -> None:
     recipe = recipe_of(options(memory="neural"))
     files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
@@ -162,7 +158,7 @@ def test_a_checkpoint_says_how_segments_are_cut_and_builds_the_network_again(tmp
         assert torch.equal(model.network.state_dict()[name], weight)
 
 
-def test_the_documented_flag_says_where_the_vae_is() -> None:
+def test_the_documented_flag_names_the_folder_of_the_vae() -> None:
     assert with_vae(TitansOptions(pretrained_vae="a")).codec.pretrained_model == "a"
     assert with_vae(TitansOptions()).codec.pretrained_model is None
     both = TitansOptions(pretrained_vae="a", codec=CodecOptions(pretrained_model="b"))
@@ -171,7 +167,7 @@ def test_the_documented_flag_says_where_the_vae_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokens", "neural", "none"])
-def test_flops_are_counted_for_the_segments_that_a_step_has(kind: str) -> None:
+def test_flops_are_those_of_the_segments_of_a_step(kind: str) -> None:
     recipe, batch = recipe_of(options(memory=kind, segment_frames=1, segment_curriculum=100)), batch_of([0])
     early, late = recipe.flops(batch), recipe.flops(replace(batch, step=100))
     assert 1.9 < late / early < 2.5  # four segments, not two; the last one is never written

@@ -1,4 +1,4 @@
-"""The report of a run: what stands in it, that it is one file, and what it says of runs that are odd."""
+"""The report of a run: its contents, that it is one file, and runs that lack something."""
 
 import json
 import re
@@ -12,12 +12,12 @@ import pytest
 from titans_video.cli.main import main
 from titans_video.config.options import SoraOptions
 from titans_video.errors import DataError
+from titans_video.media.plots import MOST_POINTS, Line, chart, thin
 from titans_video.media.writing import write_video
 from titans_video.reporting import report as shown
-from titans_video.reporting.charts import MOST_POINTS, Line, chart, thinned
 from titans_video.reporting.report import duration, write_report
 from titans_video.training import tracking, validation
-from titans_video.training.validation import Made
+from titans_video.training.validation import SampleVideo
 
 PROMPT = "a <red> circle & more"
 EVENTS = [(3, "skipped", None), (5, "spike", 7.25), (11, "spike", 8.5)]
@@ -30,10 +30,10 @@ def metrics(folder: Path, steps: int) -> None:
         for s in range(1, steps + 1)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "lo')  # as a kill leaves it
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "lo')  # a line that a kill cut off
 
 
-def look(step: int, losses: list[float]) -> dict[str, Any]:
+def validation_line(step: int, losses: list[float]) -> dict[str, Any]:
     mean = sum(losses) / len(losses)
     cell = {"task": "t2v", "bucket": "16x16x4", "rows": 3, "elements": 9, "loss": mean, "losses": losses}
     return {
@@ -53,9 +53,11 @@ def make_run(folder: Path, steps: int = 8) -> Path:
     metrics(folder, steps)
     frames = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8)
     write_video(folder / "one.mp4", frames, 8)
-    found = [look(s, [0.5 / s, 1.0 / s]) for s in (2, 4, 6, 8, 12)]  # 12: of a course that was left
+    found = [validation_line(s, [0.5 / s, 1.0 / s]) for s in (2, 4, 6, 8, 12)]  # 12: from before a resume
     for line in found:
-        validation.write(folder, line["step"], [PROMPT], [Made(0, (folder / "one.mp4").read_bytes(), frames)])
+        validation.write_samples(
+            folder, line["step"], [PROMPT], [SampleVideo(0, (folder / "one.mp4").read_bytes(), frames)]
+        )
     (folder / "one.mp4").unlink()
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     events = [{"step": s, "kind": k, "loss": x, "grad_norm": 9.5, "rows": ["a<b", "c"]} for s, k, x in EVENTS]
@@ -85,14 +87,14 @@ def make_run(folder: Path, steps: int = 8) -> Path:
     options = {"max_steps": 10, "betas": [0.9, 0.95], "lr": 1e-4, "resume": None}
     for step in (0, 6):
         tracking.write_start(folder, step, SoraOptions(), SoraOptions(), about, environment)
-    record = tracking.read(folder)
+    record = tracking.read_run_record(folder)
     record |= {"options": options, "defaults": options | {"max_steps": 100_000, "betas": [0.9, 0.999]}}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
 
-class Outside(HTMLParser):
-    """What a page asks for beside itself, and whether its tags are balanced."""
+class PageParser(HTMLParser):
+    """The files that a page needs, and whether its tags are balanced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,9 +129,9 @@ class Outside(HTMLParser):
             self.wrong.append(f"/{tag}")
 
 
-def read(path: Path) -> tuple[str, Outside]:
+def read(path: Path) -> tuple[str, PageParser]:
     text = path.read_text(encoding="utf-8")
-    parser = Outside()
+    parser = PageParser()
     parser.feed(text)
     return text, parser
 
@@ -138,7 +140,7 @@ def words_of(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
 
 
-def test_everything_stands_in_one_file(tmp_path: Path) -> None:
+def test_everything_is_in_one_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "my run")
     assert main(["report", str(run)]) == 0
     text, page = read(run / "report.html")
@@ -146,7 +148,7 @@ def test_everything_stands_in_one_file(tmp_path: Path) -> None:
     assert page.wrong == []
     assert page.open == []
     words = words_of(text)
-    for said in (
+    for message in (
         "my run",
         "SoraDiT, 1.5 million parameters",
         "step 8 of 10, 1 min to go",
@@ -154,27 +156,27 @@ def test_everything_stands_in_one_file(tmp_path: Path) -> None:
         "98.8k tokens/s",
         "25% waiting for data",
         "4 min of training",
-        "Steps that stood out: 1 skipped, 1 spike",
+        "Unusual steps: 1 skipped, 1 spike",
         "5 spike 7.2500 9.5000 a&lt;b, c 3 skipped - 9.5000",
         "too-short 2 fewer frames than the smallest bucket needs",
         "--betas 0.9,0.95 0.9,0.999",
-        "2 options as they are by default",
+        "2 options with their default values",
         "NVIDIA H100 80GB HBM3",
         "commit abcdef",
         "train.py --max-steps 10 --prompt 'two words'".replace("'", "&#x27;"),
         "0.0625 0.1250 0.0938",
     ):
-        assert said in words, said
+        assert message in words, message
     for title in ("Loss", "Learning rate", "Gradient norm, before clipping", "By quantile of the training times"):
         assert re.search(rf'<figcaption>{title}</figcaption><img src="data:image/svg\+xml;base64,', text), title
-    assert "Model FLOPs" not in text  # no such figure is known
+    assert "Model FLOPs" not in text  # not in the metrics
     assert text.count("<video ") == 4
     assert "step 12" not in words
     assert "a &lt;red&gt; circle &amp; more" in text
     assert "<red>" not in text
     assert "<mine>" not in text
     assert text.count("(UTC)") == 1
-    assert len(tracking.read(run)["starts"]) == 2
+    assert len(tracking.read_run_record(run)["starts"]) == 2
 
 
 def test_large_videos_are_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +196,7 @@ def test_a_run_that_has_nothing_but_metrics(tmp_path: Path) -> None:
         assert missing not in text
 
 
-def test_samples_that_are_gone_or_damaged_do_not_stop_it(tmp_path: Path) -> None:
+def test_missing_or_damaged_samples_do_not_stop_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "samples" / "step-0000002" / "01.mp4").unlink()
     (run / "samples" / "step-0000004" / "01.mp4").write_bytes(b"no video")
@@ -203,14 +205,14 @@ def test_samples_that_are_gone_or_damaged_do_not_stop_it(tmp_path: Path) -> None
     assert page.wrong == []
 
 
-@pytest.mark.parametrize(("path", "said"), [("none", "no such folder"), (".", "no metrics.jsonl")])
-def test_what_is_no_run(tmp_path: Path, path: str, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+@pytest.mark.parametrize(("path", "message"), [("none", "no such folder"), (".", "no metrics.jsonl")])
+def test_a_folder_that_is_not_a_run(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         write_report(tmp_path / path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 2
     assert "titans-video report RUN" in capsys.readouterr().err
 
@@ -228,13 +230,13 @@ def test_thinning_keeps_every_spike() -> None:
     y = np.sin(x / 1e4)
     y[[7, 55_555]] = [50.0, -50.0]
     y[70_000:70_100] = np.nan
-    thin_x, thin_y = thinned(x, y)
+    thin_x, thin_y = thin(x, y)
     assert len(thin_x) <= MOST_POINTS
     assert (thin_y.max(), thin_y.min()) == (50.0, -50.0)
     assert np.array_equal(y[thin_x.astype(int)], thin_y)
     assert np.all(np.diff(thin_x) > 0)
 
 
-def test_a_chart_without_a_point_is_none() -> None:
+def test_a_chart_without_a_point_is_empty() -> None:
     nothing = np.full(3, np.nan)
     assert chart("MFU", [Line("", np.arange(3.0), nothing)]) == ""

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
-from titans_video.text.base import ByteStream, drop_captions
-from titans_video.text.registry import build_text, text_from_checkpoint
+from titans_video.text.base import ByteStream, build_text, drop_captions, text_from_checkpoint
 from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT, TextCondition
 
 
@@ -62,7 +61,7 @@ def test_dropped_captions_become_the_empty_prompt() -> None:
     assert not dropped.masks[0][:, length:].any()
 
 
-def test_streams_drop_each_alone_and_a_longer_empty_prompt_fits() -> None:
+def test_streams_drop_separately_and_a_longer_empty_prompt_fits() -> None:
     states = TextCondition(
         (torch.ones(2, 1, 3), torch.ones(2, 2, 5)), (torch.ones(2, 1).bool(), torch.ones(2, 2).bool())
     )

@@ -16,7 +16,7 @@ from titans_video.codecs.base import without_noise
 from titans_video.config.options import DataOptions
 from titans_video.data import scan
 from titans_video.data.cache import verify
-from titans_video.data.dataset import ProcessGroup, open_data
+from titans_video.data.dataset import open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.errors import DataError
 from titans_video.training import distributed
@@ -53,7 +53,7 @@ def _work(start: Any, folder: Path) -> dict[str, Any]:
     looked: list[int] = []
     plain = scan.run_jobs
     scan.run_jobs = lambda *a: looked.append(1) or plain(*a)  # type: ignore[func-returns-value,assignment]
-    processes = ProcessGroup(partial(distributed.run_on_main, start), partial(distributed.all_gather_object, start))
+    processes = distributed.process_group(start)
     options = DataOptions(manifest=(str(folder / "set" / "manifest.jsonl"),), height=16, width=16, num_frames=FRAMES)
     rank = start.process_index
     data = open_data(options, PLAIN, PATCH, seed=0, rank=rank, world=2, processes=processes)
@@ -70,6 +70,7 @@ def _work(start: Any, folder: Path) -> dict[str, Any]:
         "made": (filled.made, filled.found),
         "said": filled.summary(),
         "error": str(caught.value),
+        "reported elsewhere": caught.value.is_reported,
     }
 
 
@@ -89,6 +90,7 @@ def test_processes_share_what_one_finds(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(first, dict), first
     assert isinstance(second, dict), second
     assert (first.pop("looked"), second.pop("looked")) == (2, 0)  # at clips, then at what is in the files
+    assert (first.pop("reported elsewhere"), second.pop("reported elsewhere")) == (False, True)
     assert first == second
     assert first["rows"] == ["row0", "row2", "row4"]
     assert first["left out"] == [("row3", "missing"), ("row1", "changed")]

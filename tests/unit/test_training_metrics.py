@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.training_fakes import ToyRecipe, toy_batch
 from titans_video.config.options import ModelOptions
+from titans_video.media.plots import format_short
 from titans_video.models.registry import build_network, sora_config
 from titans_video.training.flops import clip_flops, count_flops, device_peak, peak_flops
-from titans_video.training.metrics import WINDOW, Rates, Work, in_short, work_of
+from titans_video.training.metrics import WINDOW, Rates, Work
+from titans_video.training.trainer import work_of
 from titans_video.types import CodecSpec, Condition, TextCondition
 
 SPEC = CodecSpec("vae", 4, (4, 8, 8), "causal")
@@ -30,7 +32,7 @@ def test_the_line_and_the_text_of_a_run() -> None:
     assert line["data_wait"] == pytest.approx(1.5 / 8, abs=1e-4)
     assert line["mfu"] == pytest.approx(1.5e6 / 8 / 1e6, abs=1e-4)  # of one device: the others do as much
     assert line["eta_seconds"] == pytest.approx(97 * 8 / 3, abs=0.1)
-    assert rates.text() == "loss 3.9000 | 22.5k tok/s | 60.0 frames/s | data 19% | MFU 19%"
+    assert str(rates) == "loss 3.9000 | 22.5k tok/s | 60.0 frames/s | data 19% | MFU 19%"
 
 
 def test_without_a_known_peak_nothing_is_counted_or_shown() -> None:
@@ -40,7 +42,7 @@ def test_without_a_known_peak_nothing_is_counted_or_shown() -> None:
     rates = Rates(max_steps=1)
     rates.update(1, Work(6, 18), 0.5, 2.0, 0.0)
     assert rates.line["mfu"] is None
-    assert rates.text() == "loss 0.5000 | 9.00 tok/s | 3.00 frames/s | data 0%"
+    assert str(rates) == "loss 0.5000 | 9.00 tok/s | 3.00 frames/s | data 0%"
 
 
 def test_speeds_forget_what_is_long_past() -> None:
@@ -66,8 +68,8 @@ def test_speeds_forget_what_is_long_past() -> None:
         (9.9996e8, "1.00G"),
     ],
 )
-def test_numbers_in_short(number: float, text: str) -> None:
-    assert in_short(number) == text
+def test_numbers_format_short(number: float, text: str) -> None:
+    assert format_short(number) == text
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,8 @@ from tests.unit.training_fakes import Toy
 from titans_video.config.options import TrainOptions
 from titans_video.training.guards import Interrupt
 from titans_video.training.metrics import MetricsLog
-from titans_video.training.optim import (
-    Ema,
-    Float32Muon,
-    MuonWithAdamW,
-    build_optimizer,
-    hidden_matrices,
-    learning_rate_factor,
-    orthogonalise,
-    set_learning_rates,
-)
+from titans_video.training.optim import Ema, Float32Muon, MuonWithAdamW, build_optimizer, hidden_matrices, orthogonalise
+from titans_video.training.trainer import learning_rate_factor, set_learning_rates
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:

@@ -26,9 +26,10 @@ from titans_video.media.reading import read_indices
 from titans_video.training import distributed, loss_table, run_folder, validation
 from titans_video.training.metrics import Recorder
 from titans_video.training.optim import Ema
+from titans_video.training.run_folder import VALIDATION_LOG
 from titans_video.training.tracking import Tracker
 from titans_video.training.trainer import Trainer, TrainResult
-from titans_video.training.validation import NAME, Monitoring, Validator
+from titans_video.training.validation import Monitoring, Validator
 from titans_video.types import Batch
 
 ROWS = (
@@ -41,7 +42,7 @@ ROWS = (
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recorder, "draw_curve", lambda self, always, say: None)
+    monkeypatch.setattr(Recorder, "draw_curve", lambda self, always: None)
 
 
 def options(folder: Path, **changes: Any) -> TrainOptions:
@@ -60,7 +61,6 @@ def validator(run: TrainOptions, recipe: ToyRecipe, accelerator: Any, every: int
         ["a red circle", "ein Kreis"],
         rows,
         Tracker(accelerator),
-        say=lambda text: None,
     )
     return replace(made, **changes)
 
@@ -70,15 +70,15 @@ def train(
 ) -> tuple[TrainResult, dict[str, Tensor]]:
     resume = going_on(run)
     recipe, accelerator = ToyRecipe(dropout=0.2), distributed.start(run)
-    watched = Monitoring(Tracker(accelerator), validator(run, recipe, accelerator, every, **changes) if watch else None)
-    outcome = Trainer(
-        recipe, stream or ToyStream(4), run, accelerator, resume, lambda text: None, watched=watched
-    ).run()
+    monitoring = Monitoring(
+        Tracker(accelerator), validator(run, recipe, accelerator, every, **changes) if watch else None
+    )
+    outcome = Trainer(recipe, stream or ToyStream(4), run, accelerator, resume, monitoring=monitoring).run()
     return outcome, {k: v.clone() for k, v in recipe.network.state_dict().items()}
 
 
 def looks(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / VALIDATION_LOG).read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
@@ -184,7 +184,7 @@ def test_the_table_against_a_plain_computation(tmp_path: Path) -> None:
     assert line["losses"] == pytest.approx((total / elements).tolist(), rel=1e-6)
     assert line["loss"] == pytest.approx(float(total.mean()) / elements, rel=1e-6)
     assert line["rows"] == 6
-    words = loss_table.in_words(line).splitlines()
+    words = loss_table.format_table(line).splitlines()
     assert words[0].split() == ["task", "bucket", "rows", "0.25", "0.5", "0.75", "mean"]
     assert [w.split()[:2] for w in words[1:]] == [["i2v", "1x1x8"], ["t2v", "1x1x8"], ["all", "6"]]
     assert len(set(map(len, words))) == 1
@@ -230,7 +230,7 @@ def test_a_killed_run_ends_with_the_same_lines_and_files(tmp_path: Path, after: 
         train(options(tmp_path / "b", **shared), Failing(4), every=3)
     train(options(tmp_path / "b", **shared, resume="auto"), every=3)
     assert [look["step"] for look in looks(tmp_path / "a")] == [3, 6, 9, 11]
-    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    assert (tmp_path / "a" / VALIDATION_LOG).read_bytes() == (tmp_path / "b" / VALIDATION_LOG).read_bytes()
     assert files_of(tmp_path / "a" / "samples") == files_of(tmp_path / "b" / "samples")
 
 
@@ -248,7 +248,7 @@ def test_a_signal_cuts_validation_short_and_the_next_run_makes_up_for_it(tmp_pat
     train(options(tmp_path / "b", resume="auto"), every=4)
     train(options(tmp_path / "a"), every=4)
     assert [look["step"] for look in looks(tmp_path / "b")] == [4, 6]
-    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    assert (tmp_path / "a" / VALIDATION_LOG).read_bytes() == (tmp_path / "b" / VALIDATION_LOG).read_bytes()
 
 
 def test_a_new_run_in_the_same_folder_moves_what_was_seen_aside(tmp_path: Path) -> None:
@@ -267,8 +267,10 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_moves_later_samples_away(tm
     assert {p.name for p in (tmp_path / "previous-1").glob("step-*")} == {"step-0000004", "step-0000006"}
 
 
-def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, said = validation.contact_sheet, []
+def test_a_full_disk_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = validation.contact_sheet
 
     def full(*given: Any, **more: Any) -> Path:
         if "Step 2" in more["title"]:
@@ -276,11 +278,11 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
         return plain(*given, **more)
 
     monkeypatch.setattr(validation, "contact_sheet", full)
-    outcome, _ = train(options(tmp_path), say=said.append)
+    outcome, _ = train(options(tmp_path))
     assert outcome.step == 6
     assert [look["step"] for look in looks(tmp_path)] == [4, 6]
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000004", "step-0000006"}
-    assert "The validation of step 2 could not be written: No space left on device." in said
+    assert "The validation of step 2 could not be written: No space left on device." in caplog.messages
 
 
 def test_without_held_out_rows_there_are_videos_alone(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def _work(rank: int, world: int) -> Any:
 
     with torch.no_grad():
         cells = loss_table.measure(recipe, network, any_rows, 3, accelerator, going_on)
-        made = validation.make(recipe, network, 5, ["one", "two", "three"], accelerator, going_on)
+        made = validation.generate_samples(recipe, network, 5, ["one", "two", "three"], accelerator, going_on)
     assert cells is not None
     assert made is not None
     return loss_table.as_line(cells, 3), [(m.number, m.file) for m in made], network.calls, len(asked)

@@ -1,4 +1,4 @@
-"""The known-frame mask on the latent grid, against its definition place by place."""
+"""The mask of conditioning frames on the latent grid, compared with its definition."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_each_place_says_whether_its_pixel_frame_is_known(rule: FrameRule, strid
             assert torch.equal(folded[:, place, i], known[:, frame])
 
 
-def test_wholly_known_needs_all_pixel_frames() -> None:
+def test_clean_mask_needs_all_pixel_frames() -> None:
     causal, blocks = CodecSpec("wan", 16, (4, 8, 8), "causal"), CodecSpec("patch", 96, (4, 4, 4), "blocks")
     known = torch.arange(9)[None] < torch.tensor([[0], [1], [4], [5]])
     whole = Condition(cond_mask=fold_frame_mask(known, causal)).clean_mask()

@@ -1,6 +1,7 @@
 """A toy recipe and stream for tests of the trainer: a two-layer network that learns a fixed map."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +14,12 @@ from titans_video.data.buckets import Bucket
 from titans_video.data.held_out import Piece
 from titans_video.generation.long_video import Sampled
 from titans_video.seeding import derive_seed, seeded_randn
-from titans_video.training import resume as resuming
+from titans_video.training import resume as resume_module
 from titans_video.training.checkpointing import Resume
-from titans_video.training.recipe import Sampler
+from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.types import Batch
+
+logger = logging.getLogger("titans_video.tests")
 
 WIDTH = 6
 
@@ -47,13 +50,14 @@ class ToyRecipe:
         self.network: nn.Module = Toy(dropout)
         self.sample_prompt = prompt
         self.sample_flags: tuple[str, ...] = ()
+        self.adapter: AdapterFiles | None = None
 
-    def supervised(self, batch: Batch) -> int:
-        return int(self._mask(batch).sum())
+    def row_elements(self, batch: Batch) -> Tensor:
+        return self._mask(batch).sum(1).long()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         x = seeded_randn((WIDTH,), [derive_seed(s, "x") for s in batch.seeds])
-        return ((model(x) - x.flip(1)).square() * self._mask(batch)).sum()
+        return ((model(x) - x.flip(1)).square() * self._mask(batch)).sum(1)
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config={"recipe": "toy"}, step=step)
@@ -72,7 +76,7 @@ class ToyRecipe:
         return torch.stack(rows), mask.sum(1).long()
 
     @contextmanager
-    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
+    def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
         """Videos whose grey is what the network says of the seed."""
 
         def sample(prompt: str, seed: int) -> Sampled:
@@ -89,13 +93,13 @@ class ToyRecipe:
         return (torch.arange(WIDTH)[None] < counts[:, None]).float()
 
 
-def going_on(run: TrainOptions, say: Callable[[str], object] = lambda text: None) -> Resume | None:
+def going_on(run: TrainOptions) -> Resume | None:
     """What the recipes do before they train: find the checkpoint to go on from, and make the folder ready."""
-    folder, notes = resuming.find_resume(run)
+    folder, notes = resume_module.find_resume(run)
     for note in notes:
-        say(note)
-    resume = resuming.open_resume(folder, run)
-    resuming.prepare_folder(run, resume)
+        logger.info(note)
+    resume = resume_module.open_resume(folder, run)
+    resume_module.prepare_folder(run, resume)
     return resume
 
 
@@ -142,13 +146,13 @@ class ToyRows:
 
     def __init__(self, *pieces: tuple[str, int, range], lost: Sequence[int] = ()) -> None:
         self.given, self.lost = pieces, lost
-        self.broken: dict[str, str] = {}
+        self.bad_rows: dict[str, str] = {}
 
     def pieces(self) -> list[Piece]:
         numbers: Any = [rows for _, _, rows in self.given]
         return [Piece(task, Bucket(t, 1, 1), numbers[i]) for i, (task, t, _) in enumerate(self.given)]
 
     def read(self, piece: Piece) -> tuple[Batch, list[bool]]:
-        rows: Any = piece.entries
-        self.broken |= {str(i): "gone" for i in rows if i in self.lost}
+        rows: Any = piece.records
+        self.bad_rows |= {str(i): "gone" for i in rows if i in self.lost}
         return toy_batch(rows), [i not in self.lost for i in rows]

@@ -1,1 +1,1 @@
-"""Scripts to train and to generate with; see their --help."""
+"""Scripts that train and generate; see their --help."""

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # import from the repository, not from this folder
     import train  # noqa: F401
     from titans_video.cli.launchers import train_video_accelerate
 

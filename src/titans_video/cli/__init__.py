@@ -1,1 +1,1 @@
-"""Flags and exit codes (floor L5)."""
+"""Flags and exit codes of every command (layer 6)."""

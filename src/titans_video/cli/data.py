@@ -5,24 +5,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
-from titans_video.config.parse import first_word_is, parse
+from titans_video.config.parse import insert_flag, parse
 from titans_video.config.rules import check_training
 from titans_video.errors import ConfigError
 
 FOUND_FAULTS = 1
+"""Exit code of a check that worked and found faults."""
 
-CHECK = """Say which rows of a manifest can be trained on, and why the others cannot.
+CHECK = """List the rows of a manifest that cannot be trained on, and why.
 
-titans-video data check MANIFEST [the flags of the training]. Without --vae-backend any size and frame count will do.
-Flags of the training that do not concern data are read and not used, so that a whole command or --config can be given.
-The exit code is 0 where training would go ahead and 1 where it would stop."""
+titans-video data check MANIFEST [training flags]. Without --vae-backend any size and frame count is legal. Training
+flags that do not concern data have no effect, so you can give a whole training command or --config.
+The exit code is 0 if training would run and 1 if it would stop."""
 
 CACHE = """Encode clips and captions once, into --cache FOLDER, so that training needs no VAE and no text encoder.
 
-The flags are those of the training; under `accelerate launch` its processes share the work."""
-VERIFY = """Read a cache through: every file is checked against its name and its checksum.
+The flags are those of the training. Under `accelerate launch` the processes share the work."""
+VERIFY = """Read a whole cache and check every file against its name and its checksum.
 
-titans-video cache verify FOLDER. The exit code is 1 where a file is damaged."""
+titans-video cache verify FOLDER. The exit code is 1 if a file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,29 @@ class CheckFlags(SoraOptions):
 
 @dataclass(frozen=True)
 class VerifyFlags:
-    """Which cache."""
+    """The cache."""
 
     cache: str | None = None
     """Folder of the cache."""
 
 
 def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> int:
-    """Scan, write the report, print where it lies."""
-    flags = parse(CheckFlags(), first_word_is(argv, "--manifest"), prog=prog, description=CHECK)
+    """Scan the manifest, write the report and print its path; return the exit code."""
+    flags = parse(CheckFlags(), insert_flag(argv, "--manifest"), prog=prog, description=CHECK)
     check_training(flags)
     from titans_video.data.report import check
-    from titans_video.recipes.setup import spec_of
+    from titans_video.recipes.setup import codec_spec
 
-    report = check(flags.data, spec_of(flags.codec), flags.model.patch_size, flags.out)
+    report = check(flags.data, codec_spec(flags.codec), flags.model.patch_size, flags.out)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
     return 0 if report.passed else FOUND_FAULTS
 
 
 def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> int:
-    """Fill the cache."""
-    options = parse(SoraOptions(), first_word_is(argv, "--manifest"), prog=prog, description=CACHE)
+    """Fill the cache; return the exit code."""
+    options = parse(SoraOptions(), insert_flag(argv, "--manifest"), prog=prog, description=CACHE)
     if options.data.cache is None:
-        raise ConfigError("--cache FOLDER is missing: say where the encodings go.")
+        raise ConfigError("--cache FOLDER is missing: the folder for the encoded clips and captions.")
     check_training(options)
     from titans_video.recipes.sora import cache_sora
 
@@ -68,10 +69,10 @@ def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> in
 
 
 def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") -> int:
-    """Read a cache through."""
-    flags = parse(VerifyFlags(), first_word_is(argv, "--cache"), prog=prog, description=VERIFY)
+    """Verify the cache and print damaged files; return the exit code."""
+    flags = parse(VerifyFlags(), insert_flag(argv, "--cache"), prog=prog, description=VERIFY)
     if flags.cache is None:
-        raise ConfigError(f"Which cache? Use `{prog} FOLDER`.")
+        raise ConfigError(f"The cache is missing. Use `{prog} FOLDER`.")
     from tqdm import tqdm
 
     from titans_video.data.cache import verify
@@ -82,6 +83,6 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
             bar.total = total
             bar.update(done - bar.n)
 
-        sound, wrong = verify(Path(flags.cache), show)
-    print("\n".join([*wrong, f"{sound} of {sound + len(wrong)} files are sound."]))
-    return FOUND_FAULTS if wrong else 0
+        sound, faults = verify(Path(flags.cache), show)
+    print("\n".join([*faults, f"{sound} of {sound + len(faults)} files are sound."]))
+    return FOUND_FAULTS if faults else 0

@@ -8,10 +8,13 @@ from titans_video.config.generation import GenerateOptions, Overrides, RunOption
 from titans_video.config.parse import parse
 from titans_video.errors import ConfigError
 
-DESCRIPTION = """Make a video of any length from a prompt (and, if wanted, from a first frame or a clip).
+GENERATE = """Generate a video of any length from a prompt, optionally from a first frame or a clip.
 
-Without --checkpoint the weights that come with the package are used;
-`--checkpoint latest` is the newest of outputs*/."""
+Without --checkpoint the weights of the package are used; `--checkpoint latest` is the newest of outputs*/."""
+EXPORT = """Write a model as one self-contained folder: weights, configuration, VAE and text encoders.
+
+titans-video export RUN DIR. `VideoPipeline.from_pretrained(DIR)` and `--checkpoint DIR` read it. A fine-tuned Stable
+Video Diffusion is written for diffusers' StableVideoDiffusionPipeline, without its text layers."""
 
 
 @dataclass(frozen=True)
@@ -23,52 +26,46 @@ class GenerateFlags:
     overrides: Overrides = field(default_factory=Overrides)
 
 
+@dataclass(frozen=True)
+class ExportFlags:
+    """The model and the folder."""
+
+    checkpoint: str | None = None
+    """A .pt file, the folder of a run, or `latest`."""
+    out: str | None = None
+    """The folder to write."""
+    encoders: bool = True
+    """Copy a diffusers VAE and the text encoders into the folder; --no-encoders stores their paths."""
+    overrides: Overrides = field(default_factory=Overrides)
+
+
 def main(argv: Sequence[str], prog: str = "titans-video generate") -> int:
-    """Parse and generate; the exit code."""
-    flags = parse(GenerateFlags(), argv, prog=prog, description=DESCRIPTION)
+    """Generate; return the exit code."""
+    flags = parse(GenerateFlags(), argv, prog=prog, description=GENERATE)
     from titans_video.generation.run import run_generate
 
     run_generate(flags.generate, flags.overrides, flags.run)
     return 0
 
 
-EXPORT = """Write a model as one folder that needs nothing else: weights, configuration, VAE and text encoders.
-
-titans-video export RUN DIR. `VideoPipeline.from_pretrained(DIR)` and `--checkpoint DIR` read it. Of a fine-tuned Stable
-Video Diffusion it is a folder for diffusers' StableVideoDiffusionPipeline, without what reads text."""
-
-
-@dataclass(frozen=True)
-class ExportFlags:
-    """What goes where."""
-
-    checkpoint: str | None = None
-    """A .pt file, a run's folder, or `latest`."""
-    out: str | None = None
-    """The folder to make."""
-    encoders: bool = True
-    """Copy a diffusers VAE and the text encoders into it; --no-encoders remembers where they are."""
-    overrides: Overrides = field(default_factory=Overrides)
-
-
 def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
-    """Write the folder and say where it lies; the exit code."""
+    """Write the folder and print its path; return the exit code."""
     words, names = list(argv), ["--checkpoint", "--out"]
-    named: list[str] = []
+    positional: list[str] = []
     while words and names and not words[0].startswith("-"):
-        named += [names.pop(0), words.pop(0)]
-    flags = parse(ExportFlags(), [*named, *words], prog=prog, description=EXPORT)
+        positional += [names.pop(0), words.pop(0)]
+    flags = parse(ExportFlags(), [*positional, *words], prog=prog, description=EXPORT)
     if flags.checkpoint is None or flags.out is None:
-        raise ConfigError(f"Which model, and where to? Use `{prog} RUN DIR`.")
+        raise ConfigError(f"The model or the folder to write is missing. Use `{prog} RUN DIR`.")
     from titans_video.generation.export import LEFT_OUT, export
     from titans_video.generation.model import load_model
 
     model = load_model(flags.checkpoint, flags.overrides, "cpu")
     folder = export(model, Path(flags.out), encoders=flags.encoders)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
-    if model.image is None:
-        by = f"VideoPipeline.from_pretrained({str(folder)!r}) and --checkpoint {folder}"
+    if not model.capabilities.image_condition:
+        reader = f"VideoPipeline.from_pretrained({str(folder)!r}) or --checkpoint {folder}"
     else:
-        by = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
-    print(f"{folder}: {size:.1f} MB; read by {by}")
+        reader = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
+    print(f"{folder}: {size:.1f} MB; load it with {reader}")
     return 0

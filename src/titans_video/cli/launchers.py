@@ -1,89 +1,75 @@
-"""What train.py and the scripts in train/videos run."""
+"""Entry points of train.py and of the scripts in train/videos.
+
+Commands are imported inside `guarded`, which reports a missing dependency.
+"""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from titans_video.cli.run import at_once, guarded
+from titans_video.cli.run import at_once, guarded, load_entry
 from titans_video.errors import ConfigError
-
-
-def video_framework() -> int:
-    """Train, or after the word `infer` generate."""
-    words = sys.argv[1:]
-    if words[:1] == ["infer"]:
-        return guarded(lambda: _generate(words[1:], "video_framework.py infer"))
-    if words[:1] == ["train"]:
-        words = words[1:]
-    return _trained(lambda: _train(words, "video_framework.py"))
-
-
-def train_sora_accelerate() -> int:
-    """Train; a launcher says on how many processes."""
-    return _trained(lambda: _train(sys.argv[1:], "train_sora_accelerate.py"))
-
-
-def train_titans_video_dit_accelerate() -> int:
-    """Train the model with a memory; a launcher says on how many processes."""
-    from titans_video.cli.train import train_titans
-
-    return _trained(lambda: train_titans(sys.argv[1:], "train_titans_video_dit_accelerate.py"))
-
-
-def train_cogvideox_lora_accelerate() -> int:
-    """Train a LoRA on CogVideoX; a launcher says on how many processes."""
-    from titans_video.cli.train import train_lora
-
-    return _trained(lambda: train_lora(sys.argv[1:], "train_cogvideox_lora_accelerate.py"))
-
-
-def train_video_accelerate() -> int:
-    """Fine-tune Stable Video Diffusion; a launcher says on how many processes."""
-    from titans_video.cli.train import train_svd
-
-    return _trained(lambda: train_svd(sys.argv[1:], "train_video_accelerate.py"))
-
-
-def infer_sora() -> int:
-    """Generate."""
-    return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))
-
-
-def _train(words: list[str], prog: str) -> int:
-    from titans_video.cli.train import train_framework
-
-    return train_framework(words, prog)
-
-
-def _generate(words: list[str], prog: str) -> int:
-    from titans_video.cli.generate import main
-
-    return main(words, prog)
-
-
-def _trained(command: Callable[[], int]) -> int:
-    return at_once(guarded(command))
-
 
 SCRIPT_USAGE = """Titans Video: train and run video diffusion transformers.
 
-  python train.py --mode inference        make a video with the weights that come along
+  python train.py --mode inference        generate a video with the weights of the package
       --prompt "a blue square moving up" --out x.mp4
       --checkpoint PATH|latest            use your own weights
   python train.py --mode train            train the tiny preset on the mock clips, into outputs/
       --manifest FILE.jsonl | --metadata FILE.json
-      --config FILE.yaml                  another preset (configs/sora/tiny.yaml is used without it)
+      --config FILE.yaml                  another preset (default: configs/sora/tiny.yaml)
       --max-steps N --output-dir DIR ...  any option of the trainer
 
 `python train.py --mode train --help` and `--mode inference --help` list all options."""
 
 
+def video_framework() -> int:
+    """Train, or generate after the word `infer`; return the exit code."""
+    words = sys.argv[1:]
+    if words[:1] == ["infer"]:
+        return guarded(lambda: _generate(words[1:], "video_framework.py infer"))
+    return _train("train_framework", words[1:] if words[:1] == ["train"] else words, "video_framework.py")
+
+
+def train_sora_accelerate() -> int:
+    """Train SoraDiT on the processes of a launcher; return the exit code."""
+    return _train("train_framework", sys.argv[1:], "train_sora_accelerate.py")
+
+
+def train_titans_video_dit_accelerate() -> int:
+    """Train TitansVideoDiT on the processes of a launcher; return the exit code."""
+    return _train("train_titans", sys.argv[1:], "train_titans_video_dit_accelerate.py")
+
+
+def train_cogvideox_lora_accelerate() -> int:
+    """Train a LoRA on CogVideoX on the processes of a launcher; return the exit code."""
+    return _train("train_lora", sys.argv[1:], "train_cogvideox_lora_accelerate.py")
+
+
+def train_video_accelerate() -> int:
+    """Fine-tune Stable Video Diffusion on the processes of a launcher; return the exit code."""
+    return _train("train_svd", sys.argv[1:], "train_video_accelerate.py")
+
+
+def infer_sora() -> int:
+    """Generate; return the exit code."""
+    return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))
+
+
+def _train(function: str, words: list[str], prog: str) -> int:
+    return at_once(guarded(lambda: load_entry(f"titans_video.cli.train:{function}")(words, prog)))
+
+
+def _generate(words: list[str], prog: str) -> int:
+    return load_entry("titans_video.cli.generate:main")(words, prog)
+
+
 def train_script(root: Path, argv: Sequence[str] | None = None) -> int:
-    """What train.py does.
+    """Run train.py.
 
     Args:
-        root: of the repository, where configs/ and train/ are.
-        argv: without the program's name; default: the command line's.
+        root: of the repository, with configs/ and train/ in it.
+        argv: without the program's name (default: the command line's).
     Returns:
         The exit code.
     """
@@ -98,19 +84,17 @@ def _train_script(root: Path, words: list[str]) -> int:
         print(SCRIPT_USAGE)
         return 0
     if mode == "train":
-        from titans_video.cli import train
-
-        return train.train_sora(with_defaults(rest, root), "python train.py --mode train")
+        return load_entry("titans_video.cli.train:train_sora")(
+            with_defaults(rest, root), "python train.py --mode train"
+        )
     if mode == "inference":
-        from titans_video.cli import generate
-
-        return generate.main(rest, "python train.py --mode inference")
-    said = "is missing" if mode is None else f"{mode}: there is no such mode"
-    raise ConfigError(f"--mode {said}; it is train or inference. `python train.py` alone says what each does.")
+        return _generate(rest, "python train.py --mode inference")
+    problem = "is missing" if mode is None else f"{mode}: there is no such mode"
+    raise ConfigError(f"--mode {problem}; it is train or inference. `python train.py` without flags explains both.")
 
 
 def take_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of --mode (None where it is not given), and the other words."""
+    """Split words into the value of --mode (None if it is not given) and the other words."""
     for i, word in enumerate(words):
         if word.startswith("--mode="):
             return word.partition("=")[2], [*words[:i], *words[i + 1 :]]
@@ -120,16 +104,15 @@ def take_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def with_defaults(words: list[str], root: Path) -> list[str]:
-    """Put in what nobody said: the tiny preset and the mock clips."""
+    """Insert the tiny preset and the mock clips unless the words name others."""
     names = {word.partition("=")[0].replace("_", "-") for word in words}
     added: list[str] = []
     if "--config" not in names:
-        added += ["--config", str(_shown(root / "configs" / "sora" / "tiny.yaml"))]
+        added += ["--config", str(_relative(root / "configs" / "sora" / "tiny.yaml"))]
         if not names & {"--manifest", "--metadata"}:
-            added += ["--manifest", str(_shown(root / "train" / "videos" / "mock_data" / "manifest.jsonl"))]
+            added += ["--manifest", str(_relative(root / "train" / "videos" / "mock_data" / "manifest.jsonl"))]
     return added + words
 
 
-def _shown(path: Path) -> Path:
-    """Relative to the working folder where it lies in it."""
+def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

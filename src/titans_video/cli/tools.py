@@ -6,19 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from titans_video.config.generation import DemoOptions, MockOptions, ScoreOptions
-from titans_video.config.parse import first_word_is, parse
+from titans_video.config.parse import insert_flag, parse
 from titans_video.errors import ConfigError
 
-DEMO = """Make the built-in data set, train on it, score what the model makes, and show a dozen videos.
+DEMO = """Make the built-in data set, train on it, score the generated videos, and show a dozen of them.
 
-Everything lies in --output-dir afterwards: mp4s, contact sheet, loss curve, report.html and scores.json."""
-SCORE = """Generate videos of the built-in data set's sentences, and score whether they show what the sentences say.
+--output-dir gets the mp4s, a contact sheet, the loss curve, report.html and scores.json."""
+SCORE = """Generate videos from the built-in data set's sentences, and score whether they show what the sentences say.
 
 The folder --out gets the mp4s, a contact sheet, report.html and scores.json."""
+MOCK = """Write the built-in data set: rendered, captioned clips of moving shapes.
+
+The folder gets videos/*.mp4, refs/*.png (first frames, for rows with task i2v), manifest.jsonl and metadata.json."""
+REPORT = """Write one HTML page about a run: curves, held-out loss, samples over time, data, options, environment.
+
+titans-video report RUN, with the --output-dir of a training, finished or not. The page is RUN/report.html."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """The run."""
+
+    run: str | None = None
+    """The --output-dir of a training."""
 
 
 def main_demo(argv: Sequence[str], prog: str = "titans-video demo") -> int:
-    """The whole way; the exit code."""
+    """Run the demo; return the exit code."""
     options = parse(DemoOptions(), argv, prog=prog, description=DEMO)
     from titans_video.demo.run import run_demo
 
@@ -27,7 +41,7 @@ def main_demo(argv: Sequence[str], prog: str = "titans-video demo") -> int:
 
 
 def main_score(argv: Sequence[str], prog: str = "titans-video score") -> int:
-    """Score a checkpoint; the exit code."""
+    """Score a checkpoint; return the exit code."""
     options = parse(ScoreOptions(), argv, prog=prog, description=SCORE)
     from titans_video.demo.run import run_score
 
@@ -35,40 +49,22 @@ def main_score(argv: Sequence[str], prog: str = "titans-video score") -> int:
     return 0
 
 
-MOCK = """Write the built-in data set: captioned clips of shapes that move, made on the spot.
-
-The folder gets videos/*.mp4, refs/*.png (first frames, for rows with task i2v), manifest.jsonl and metadata.json."""
-
-
 def main_mock(argv: Sequence[str], prog: str = "titans-video data mock") -> int:
-    """Write the data set and say where it lies; the exit code."""
+    """Write the data set and print its path; return the exit code."""
     options = parse(MockOptions(), argv, prog=prog, description=MOCK)
     from titans_video.mock.dataset import make_dataset
 
-    given: dict[str, Any] = asdict(options)
-    manifest = make_dataset(given.pop("out"), **given)
+    arguments: dict[str, Any] = asdict(options)
+    manifest = make_dataset(arguments.pop("out"), **arguments)
     print(f"{options.clips} clips in {manifest.parent}: train with --manifest {manifest}")
     return 0
 
 
-REPORT = """Make one HTML page of a run: curves, held-out loss, samples over time, data, options, environment.
-
-titans-video report RUN, with the --output-dir of a training, finished or not. The page is RUN/report.html."""
-
-
-@dataclass(frozen=True)
-class ReportFlags:
-    """Which run."""
-
-    run: str | None = None
-    """The --output-dir of a training."""
-
-
 def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:
-    """Write the page and say where it lies."""
-    flags = parse(ReportFlags(), first_word_is(argv, "--run"), prog=prog, description=REPORT)
+    """Write the page and print its path; return the exit code."""
+    flags = parse(ReportFlags(), insert_flag(argv, "--run"), prog=prog, description=REPORT)
     if flags.run is None:
-        raise ConfigError(f"Which run? Use `{prog} RUN` with the --output-dir of a training.")
+        raise ConfigError(f"The run is missing. Use `{prog} RUN` with the --output-dir of a training.")
     from titans_video.reporting.report import write_report
 
     print(f"Report      {write_report(Path(flags.run))}")

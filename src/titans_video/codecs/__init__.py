@@ -1,1 +1,1 @@
-"""VAEs and other codecs: pixels to latents and back (floor L1)."""
+"""VAEs and other codecs: pixels to latents and back (layer 1)."""

@@ -1,77 +1,110 @@
-"""What every codec is: pixels in, latents out, and back.
+"""The interface of a codec (pixels to latents and back), and building one from flags or from a checkpoint.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the latent grid.
-A codec's moments are the mean and log-variance of its *unscaled* latents; `scale` takes unscaled latents to the
-unit-variance ones that networks are trained on, and `unscale` takes them back.
+A codec's moments are the mean and log-variance of its *unscaled* latents. `scale` turns unscaled latents into the
+unit-variance latents that networks are trained on; `unscale` is its inverse.
 """
 
+import importlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from titans_video.errors import CodecError
+from titans_video.checkpoint import override, restore_options, warn_if_changed
+from titans_video.config.generation import Overrides
+from titans_video.config.options import CodecOptions
+from titans_video.errors import CheckpointError, CodecError
 from titans_video.seeding import seeded_randn
 from titans_video.types import CodecSpec
 
 NO_NOISE = -30.0
-"""The log-variance of a codec that is a plain function: `from_moments` then gives exactly the mean."""
+"""The log-variance of a deterministic codec: `from_moments` then returns exactly the mean."""
 
 MAX_LOGVAR = 20.0
-"""Log-variances are clamped to [NO_NOISE, MAX_LOGVAR], as diffusers' DiagonalGaussianDistribution does."""
+"""Log-variances are clamped to [NO_NOISE, MAX_LOGVAR], as in diffusers' DiagonalGaussianDistribution."""
 
 CONTEXT = 4
-"""See `Codec.decode_context`."""
+"""The default of `Codec.decode_context` for codecs whose frames mix in time."""
 
 
 def without_noise(mean: Tensor) -> Tensor:
-    """Moments (B, 2C, t, h, w) of a codec that has no noise, from its mean (B, C, t, h, w)."""
+    """Return the moments (B, 2C, t, h, w) of a deterministic codec from its mean (B, C, t, h, w)."""
     return torch.cat([mean, torch.full_like(mean, NO_NOISE)], dim=1)
 
 
 class Codec(ABC):
-    """Pixels <-> latents. A codec writes `spec`, `moments_of` and `pixels_of`; what is checked, is checked here.
+    """Encode pixels to latents and decode them. A codec implements `spec`, `moments_of` and `pixels_of`.
 
-    It is no `nn.Module` on purpose: a frozen VAE must never slip into a network's state, optimizer or shards.
+    The public methods check every shape. A codec is not an `nn.Module` on purpose: a frozen VAE must never end up in
+    a network's state dict, optimizer or shards.
     """
 
     spec: CodecSpec
     device: torch.device = torch.device("cpu")
 
+    @classmethod
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "Codec":
+        """Build the codec that flags describe; see `build_codec`.
+
+        Args:
+            init: `--vae-init-json`, parsed.
+            load: read the weights now; otherwise at first use.
+        Raises:
+            CodecError: flags, weights, module or class are missing or malformed.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> "Codec":
+        """Rebuild a fitted codec from its `config` and `state_dict`.
+
+        Raises:
+            CodecError: a tensor is missing or does not fit the configuration.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def moments_of(self, pixels: Tensor) -> Tensor:
-        """(B, 3, T, H, W), shape already checked and on the codec's device -> (B, 2C, t, h, w) unscaled moments."""
+        """Return the unscaled moments (B, 2C, t, h, w) of (B, 3, T, H, W) pixels on the codec's device.
+
+        The caller has checked the shape.
+        """
 
     @abstractmethod
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
-        """(B, C, t, h, w) unscaled latents, shape already checked -> (B, 3, frames, H, W)."""
+        """Decode unscaled latents (B, C, t, h, w), whose shape the caller has checked, to (B, 3, frames, H, W)."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that differs when the codec would give other latents: of its weights and its configuration."""
+        """Return a hash of weights and configuration; it differs when the codec would give other latents."""
 
     @property
     def decode_context(self) -> int:
-        """Latent frames before a stretch that are decoded with it, so that a stream has no seams of the codec's; what
-        a codec whose frames mix in time sees beyond four is little."""
+        """How many latent frames before a chunk are decoded together with it, so that a stream has no codec seams.
+
+        A codec whose frames mix in time depends little on frames further back than `CONTEXT`.
+        """
         return 0 if self.spec.frame_rule in ("each", "blocks") else CONTEXT
 
     def scale(self, unscaled: Tensor) -> Tensor:
-        """Unscaled latents -> the network's latents."""
+        """Turn unscaled latents into the network's latents."""
         return unscaled
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """The network's latents -> unscaled latents."""
+        """Turn the network's latents into unscaled latents."""
         return latents
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which, with `state_dict`, a fitted codec is built again."""
+        """Return plain values from which, with `state_dict`, a fitted codec is rebuilt."""
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors of a fitted codec, stored in checkpoints; empty for codecs whose weights live elsewhere."""
+        """Return the tensors of a fitted codec for checkpoints; empty if the weights are kept elsewhere."""
         return {}
 
     def to(self, device: torch.device | str) -> Self:
@@ -79,12 +112,12 @@ class Codec(ABC):
         self.device = torch.device(device)
         return self
 
-    def release(self) -> None:  # noqa: B027 - a codec of no such weights has nothing to free
-        """Free weights that live elsewhere, e.g. once the clips are cached; what needs them again loads them again."""
+    def release(self) -> None:  # noqa: B027 - a codec without frozen weights has nothing to free
+        """Free frozen weights, e.g. once all clips are cached; the next use loads them again."""
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and log-variance of a clip's latents.
+        """Return mean and log-variance of a clip's latents.
 
         Args:
             pixels: (B, 3, T, H, W), float in [-1, 1]; T a legal count, H and W multiples of the stride.
@@ -92,7 +125,7 @@ class Codec(ABC):
             (B, 2C, t, h, w) float32, unscaled: the mean, then the log-variance.
         Raises:
             CodecError: a size is off the stride or T does not round-trip (nothing is padded or dropped silently), or
-                the codec gave another shape than its spec says.
+                the codec returned a shape that contradicts its spec.
         """
         if pixels.dim() != 5 or pixels.shape[1] != 3:
             raise CodecError(f"The codec {self.spec.name} takes (B, 3, T, H, W) pixels; it got {tuple(pixels.shape)}.")
@@ -105,14 +138,15 @@ class Codec(ABC):
     def from_moments(
         self, moments: Tensor, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Moments to scaled latents.
+        """Sample scaled latents from moments.
 
         Args:
             moments: (B, 2C, t, h, w) from `encode_moments`.
-            generator: a CPU generator to draw the latents with, for the whole batch.
-            seeds: one seed a sample in its place (see `seeding.derive_seed`). With neither, the mean is taken.
+            generator: a CPU generator for the noise of the whole batch.
+            seeds: one seed per sample instead of a generator (see `seeding.derive_seed`). With neither, the mean is
+                used.
         Returns:
-            (B, C, t, h, w), scaled; `decode` undoes it.
+            (B, C, t, h, w), scaled; `decode` is the inverse.
         """
         mean, logvar = moments.chunk(2, dim=1)
         if seeds is not None:
@@ -127,7 +161,7 @@ class Codec(ABC):
     def encode(
         self, pixels: Tensor, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Compress a clip to scaled latents: `from_moments` of `encode_moments`.
+        """Encode a clip to scaled latents: `from_moments` of `encode_moments`.
 
         Args:
             pixels: (B, 3, T, H, W), float in [-1, 1].
@@ -140,24 +174,25 @@ class Codec(ABC):
         return self.from_moments(self.encode_moments(pixels), generator, seeds)
 
     def encode_cond_frames(self, pixels: Tensor) -> Tensor:
-        """The moments of known frames, of which the rest is blank, as the networks on this codec are told of them."""
+        """Return the moments of conditioning frames (the other frames are blank) as networks on this codec see them."""
         return self.encode_moments(pixels)
 
     def encode_unscaled(self, pixels: Tensor) -> Tensor:
-        """The mean, unscaled: for pipelines that condition on raw latents (Stable Video Diffusion)."""
+        """Return the unscaled mean, for pipelines that condition on raw latents (Stable Video Diffusion)."""
         return self.encode_moments(pixels).chunk(2, dim=1)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
-        """Scaled latents back to pixels.
+        """Decode scaled latents to pixels.
 
         Args:
-            latents: (B, C, t, h, w), scaled as `encode` gives them.
-            frames: how many pixel frames they stand for.
+            latents: (B, C, t, h, w), scaled as `encode` returns them.
+            frames: how many pixel frames they cover.
         Returns:
             (B, 3, frames, H, W) float32, not clamped.
         Raises:
-            CodecError: `frames` is not legal or does not belong to t latent frames; or the codec gave another shape.
+            CodecError: `frames` is not legal or does not belong to t latent frames, or the codec returned a shape that
+                contradicts its spec.
         """
         if latents.dim() != 5 or latents.shape[1] != self.spec.channels:
             raise CodecError(
@@ -182,3 +217,183 @@ class Codec(ABC):
                 f"(channels {self.spec.channels}, stride {self.spec.stride}, frame rule {self.spec.frame_rule}) "
                 f"says {shape}."
             )
+
+
+BACKENDS: dict[str, str] = {
+    "diffusers": "titans_video.codecs.diffusers:DiffusersCodec",
+    "external": "titans_video.codecs.external:ExternalCodec",
+    "identity": "titans_video.codecs.base:IdentityCodec",
+    "patch": "titans_video.codecs.pca:PCACodec",
+}
+"""The class of each `--vae-backend`, imported when it is needed."""
+
+OWN_MODULES: dict[tuple[str | None, str | None], str] = {
+    ("train.videos.cogvideox_vae_adapter", "CogVideoXVAEWrapper"): "titans_video.codecs.diffusers",
+}
+"""Documented external codecs that this project itself contains, and the module of each class."""
+
+
+def backend_class(backend: str) -> type[Codec]:
+    """Import the class of a `--vae-backend`."""
+    module, _, name = BACKENDS[backend].partition(":")
+    found: type[Codec] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def flags_to_name_again(options: CodecOptions) -> tuple[str, ...]:
+    """Return the flags that generating from a checkpoint of this codec needs: those that name the user's own module."""
+    if options.vae_backend != "external" or (options.vae_module, options.vae_class) in OWN_MODULES:
+        return ()
+    return "--vae-module", str(options.vae_module), "--vae-class", str(options.vae_class)
+
+
+def parse_init(text: str | None) -> dict[str, Any]:
+    """Parse `--vae-init-json`; {} if it is not given.
+
+    Raises:
+        CodecError: not JSON, or not an object.
+    """
+    try:
+        init = json.loads(text) if text else {}
+    except ValueError as e:
+        raise CodecError(f"--vae-init-json is not JSON ({e}): {text}") from None
+    if not isinstance(init, dict):
+        raise CodecError(f'--vae-init-json must be a JSON object such as {{"space_to_depth": 4}}; got {text}')
+    return init
+
+
+def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu", load: bool = True) -> Codec:
+    """Build the codec that flags describe (the `patch` codec is fitted instead, see `codecs.pca.PCACodec.fit`).
+
+    Args:
+        options: what to build.
+        device: where it runs.
+        load: read the weights now; otherwise when a clip is first encoded or decoded (a run on cached latents never
+            needs them).
+    Raises:
+        CodecError: flags, weights, module or class are missing or malformed.
+    """
+    init = parse_init(options.vae_init_json)
+    return backend_class(options.vae_backend).from_options(options, init, load=load).to(device)
+
+
+def describe_codec(codec: Codec, options: CodecOptions) -> dict[str, Any]:
+    """Return what a checkpoint stores as config["codec"]; its tensors are `codec.state_dict()`."""
+    spec = json.loads(json.dumps(asdict(codec.spec)))
+    return {"options": asdict(options), "spec": spec, "config": codec.config(), "fingerprint": codec.fingerprint()}
+
+
+def codec_from_checkpoint(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], overrides: Overrides, *, device: torch.device | str = "cpu"
+) -> Codec:
+    """Build the codec that a checkpoint was trained with; `overrides` may give other paths.
+
+    Args:
+        config: a checkpoint's config["codec"].
+        state: a checkpoint's codec tensors (of a fitted codec).
+        overrides: `pretrained_model` and `vae_*` replace the stored values. A module that the checkpoint names and
+            that this project does not contain is imported only if `overrides.vae_module` names it again.
+        device: where the codec runs.
+    Raises:
+        CheckpointError: the user has not named the checkpoint's module again, or the codec has another latent shape.
+        CodecError: as `build_codec`.
+    """
+    options = override(restore_options(CodecOptions, config["options"]), overrides)
+    if options.vae_backend == "patch":
+        codec = backend_class("patch").from_config(config["config"], state).to(device)
+    else:
+        if options.vae_backend == "external" and overrides.vae_module is None:
+            options = replace(options, vae_module=_own_module(options))
+        codec = build_codec(options, device=device)
+    _check_same_latents(codec, config["spec"])
+    path = options.pretrained_model if options.vae_backend == "diffusers" else options.vae_module
+    warn_if_changed("codec", path or options.vae_backend, config.get("fingerprint"), codec.fingerprint())
+    return codec
+
+
+def _own_module(options: CodecOptions) -> str:
+    """Return this project's module for the class that a checkpoint names, never a module of the checkpoint's choice.
+
+    Raises:
+        CheckpointError: the module is not this project's.
+    """
+    own = OWN_MODULES.get((options.vae_module, options.vae_class))
+    if own is None:
+        raise CheckpointError(
+            f"The checkpoint's codec is the class {options.vae_class} of the module {options.vae_module}. A module "
+            "that a checkpoint names is not imported unless you name it too. If you trust it, add "
+            f"--vae-module {options.vae_module} --vae-class {options.vae_class}."
+        )
+    return own
+
+
+def _check_same_latents(codec: Codec, stored: Mapping[str, Any]) -> None:
+    spec = codec.spec
+    now = {"channels": spec.channels, "stride": list(spec.stride), "frame_rule": spec.frame_rule}
+    before = {k: stored[k] for k in now} | {"stride": list(stored["stride"])}
+    if now != before:
+        raise CheckpointError(
+            f"The checkpoint was trained on the codec {stored['name']} with {before}; the one given, {spec.name}, has "
+            f"{now}. Give the same VAE with --pretrained-model or the --vae-* flags."
+        )
+
+
+class IdentityCodec(Codec):
+    """Keep pixels as latents, or fold blocks of `factor` pixels into channels; decoding returns the same bits.
+
+    It has no weights and no loss.
+    """
+
+    def __init__(self, factor: tuple[int, int, int] = (1, 1, 1)) -> None:
+        ft, fh, fw = self.factor = factor
+        self.spec = CodecSpec("identity", 3 * ft * fh * fw, factor, "blocks" if ft > 1 else "each")
+
+    @classmethod
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "IdentityCodec":
+        """Build it from `--vae-init-json`: {}, {"space_to_depth": 4} or {"factor": [2, 4, 4]}.
+
+        Raises:
+            CodecError: another key, or not positive whole numbers.
+        """
+        unknown = sorted(set(init) - {"space_to_depth", "factor"})
+        if unknown or len(init) > 1:
+            raise CodecError(
+                f"--vae-init-json {dict(init)} is not for --vae-backend identity, which takes nothing, "
+                '{"space_to_depth": 4} or {"factor": [2, 4, 4]} (frames, height, width).'
+            )
+        side = init.get("space_to_depth", 1)
+        factor = init.get("factor", [1, side, side])
+        whole = isinstance(factor, list | tuple) and all(type(n) is int and n > 0 for n in factor)
+        if not whole or len(factor) != 3:
+            raise CodecError(
+                f"--vae-init-json {dict(init)}: positive whole numbers are expected, three of them in a factor."
+            )
+        return cls((factor[0], factor[1], factor[2]))
+
+    def moments_of(self, pixels: Tensor) -> Tensor:
+        return without_noise(to_patches(pixels, self.factor).movedim(-1, 1).contiguous())
+
+    def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
+        return from_patches(unscaled.movedim(1, -1), self.factor)
+
+    def config(self) -> dict[str, Any]:
+        return {"factor": list(self.factor)}
+
+    def fingerprint(self) -> str:
+        return "identity-" + "x".join(map(str, self.factor))
+
+
+def to_patches(pixels: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """(B, 3, T, H, W) -> (B, t, h, w, P)."""
+    b, c, t, h, w = pixels.shape
+    pt, ph, pw = patch
+    x = pixels.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t // pt, h // ph, w // pw, c * pt * ph * pw)
+
+
+def from_patches(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """(B, t, h, w, P) -> (B, 3, T, H, W)."""
+    b, t, h, w, _ = x.shape
+    pt, ph, pw = patch
+    x = x.reshape(b, t, h, w, 3, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(b, 3, t * pt, h * ph, w * pw)

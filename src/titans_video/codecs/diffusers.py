@@ -1,25 +1,26 @@
-"""The VAEs of diffusers, read from a pipeline's folder: each with its own scaling, strides and frame rule.
+"""VAEs from diffusers, read from a pipeline's folder, each with its own scaling, strides and frame rule.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the latent grid, N frames of all samples.
-Samples go through one by one and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the batch.
+Samples are processed one by one, and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the
+batch.
 """
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titans_video.checkpoint import load_pretrained
+from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors, load_pretrained
 from titans_video.codecs.base import CONTEXT, Codec, without_noise
+from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, first_line
-from titans_video.fingerprint import fingerprint_folder, fingerprint_tensors
-from titans_video.types import CodecSpec, FrameRule
+from titans_video.types import PRECISIONS, CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
 """Frames of more pixels than this are encoded and decoded in blended spatial tiles."""
@@ -28,19 +29,10 @@ CHUNK_PIXELS = 8 * 512 * 512
 """Frame-by-frame VAEs take at most this many pixels at once (always at least one frame)."""
 
 TEMPORAL_PIXELS = 33 * 576 * 1024
-"""Stable Video Diffusion's decoder takes at most this many pixels at once."""
+"""The decoder of Stable Video Diffusion takes at most this many pixels at once."""
 
 FRAMEWISE_ABOVE = 121 * 512 * 768
-"""LTX clips of more pixels than this (all frames together) go through in blended temporal tiles too."""
-
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+"""LTX clips of more pixels than this (all frames together) are also processed in blended temporal tiles."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
@@ -48,12 +40,12 @@ INSTALL = "needs the packages diffusers and accelerate: pip install diffusers ac
 
 @dataclass(frozen=True)
 class VaeSpec:
-    """How one VAE class is used.
+    """Describe how one VAE class is used.
 
     Attributes:
         frame_rule: see `CodecSpec`.
         stride: (S, sh, sw) of a loaded VAE.
-        shift_and_factor: what its pipeline does: latents = (unscaled - shift) * factor, each a scalar or C values.
+        shift_and_factor: as in its pipeline: latents = (unscaled - shift) * factor, each a scalar or C values.
         encode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w).
         decode: (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
         context: see `Codec.decode_context`.
@@ -95,7 +87,7 @@ def _decode_framewise(vae: Any, z: Tensor) -> Tensor:
 
 def _decode_temporal(vae: Any, z: Tensor) -> Tensor:
     # The decoder's convolutions mix all frames of a clip, so a clip is decoded whole, as its pipeline does by default.
-    # A long video has no end of frames: it is decoded in stretches, each with a few frames more on either side.
+    # A long video is decoded in chunks, each with a few more frames on either side.
     frames, pixels = z.shape[2], z.shape[-2] * z.shape[-1] * _spatial(vae) ** 2
     most = max(TEMPORAL_PIXELS // pixels, 4 * CONTEXT)
     if frames <= most:
@@ -113,7 +105,7 @@ def _decode_clip(vae: Any, z: Tensor) -> Tensor:
 
 
 def _decode_ltx(vae: Any, z: Tensor) -> Tensor:
-    # Later LTX decoders are told a noise level; 0 with no noise added is their pipeline's default.
+    # Later LTX decoders take a noise level; 0 with no added noise is their pipeline's default.
     time = z.new_zeros(1) if vae.config.timestep_conditioning else None
     return vae.decode(z, time).sample
 
@@ -163,11 +155,11 @@ VAE_SPECS = {
 
 
 class DiffusersCodec(Codec):
-    """A frozen VAE of diffusers, scaled as its pipeline scales it.
+    """A frozen VAE from diffusers, scaled as its pipeline scales it.
 
     Args:
         vae: a loaded VAE of a class in `VAE_SPECS`.
-        folder: where it was read from, for the fingerprint; None: the tensors themselves are hashed.
+        folder: where it was read from, for the fingerprint; if None, the tensors themselves are hashed.
     Source: the classes of `VAE_SPECS` and the pipelines that use them, in diffusers.
     """
 
@@ -177,23 +169,23 @@ class DiffusersCodec(Codec):
         self._describe(vae, folder)
 
     def _describe(self, vae: Any, folder: Path | None) -> None:
-        """Everything that is known without the weights."""
+        """Set everything that can be determined without the weights."""
         name = type(vae).__name__
-        self.family = VAE_SPECS[name]
+        self.vae_spec = VAE_SPECS[name]
         self.folder = folder
         self._fingerprint: str | None = None
         channels = vae.config.get("latent_channels") or vae.config.z_dim
-        self.spec = CodecSpec(name, int(channels), self.family.stride(vae), self.family.frame_rule)
-        shift, factor = self.family.shift_and_factor(vae)
+        self.spec = CodecSpec(name, int(channels), self.vae_spec.stride(vae), self.vae_spec.frame_rule)
+        shift, factor = self.vae_spec.shift_and_factor(vae)
         self.shift = torch.as_tensor(shift, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
         self.factor = torch.as_tensor(factor, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32", *, weights: bool = True) -> Self:
-        """Read a VAE from a pipeline's folder or its own; nothing is ever fetched.
+        """Read a VAE from a pipeline's folder or its own; nothing is downloaded.
 
         Args:
-            path: a folder with vae/config.json in it, or with config.json.
+            path: a folder that contains vae/config.json or config.json.
             dtype: precision of weights and computation: fp32, bf16, fp16 (or float32, bfloat16, float16).
             weights: read them now; otherwise when a clip is first encoded or decoded.
         Raises:
@@ -203,21 +195,35 @@ class DiffusersCodec(Codec):
         codec._open(find_vae(path), parse_dtype(dtype), weights)
         return codec
 
+    @classmethod
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> Self:
+        if not options.pretrained_model:
+            raise CodecError(
+                "--vae-backend diffusers needs --pretrained-model: a folder of diffusers weights with vae/ in it, or "
+                "the VAE's own folder (config.json and *.safetensors). Without a VAE, --vae-backend identity trains on "
+                "pixels."
+            )
+        if init:
+            raise CodecError(
+                "--vae-init-json is for --vae-backend external or identity; a diffusers VAE has its own config."
+            )
+        return cls.load(options.pretrained_model, dtype=options.vae_dtype, weights=load)
+
     def _open(self, folder: Path, dtype: torch.dtype, weights: bool) -> None:
-        vae = load_vae(folder, dtype) if weights else outline(folder, dtype) or load_vae(folder, dtype)
+        vae = load_vae(folder, dtype) if weights else meta_vae(folder, dtype) or load_vae(folder, dtype)
         self._vae = None if vae.device.type == "meta" else vae.eval().requires_grad_(False)
         self._dtype = dtype
         self._describe(vae, folder)
 
     @property
     def decode_context(self) -> int:
-        return self.family.context
+        return self.vae_spec.context
 
     @property
     def vae(self) -> Any:
-        """The VAE, read at first use and again after `release`."""
+        """The VAE, loaded at first use and again after `release`."""
         if self._vae is None:
-            assert self.folder is not None  # else it was not released
+            assert self.folder is not None  # a VAE without a folder is never released
             self._vae = load_vae(self.folder, self._dtype).eval().requires_grad_(False).to(self.device)
         return self._vae
 
@@ -239,12 +245,12 @@ class DiffusersCodec(Codec):
 
     def moments_of(self, pixels: Tensor) -> Tensor:
         self._bound_memory(pixels.shape[-2] * pixels.shape[-1], pixels.shape[-3])
-        return torch.cat([self.family.encode(self.vae, x.to(self.vae.dtype)) for x in pixels.split(1)])
+        return torch.cat([self.vae_spec.encode(self.vae, x.to(self.vae.dtype)) for x in pixels.split(1)])
 
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
         _, sh, sw = self.spec.stride
         self._bound_memory(unscaled.shape[-2] * sh * unscaled.shape[-1] * sw, frames)
-        return torch.cat([self.family.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
+        return torch.cat([self.vae_spec.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
@@ -254,31 +260,34 @@ class DiffusersCodec(Codec):
         return self._fingerprint
 
     def _bound_memory(self, frame_pixels: int, frames: int) -> None:
-        """Tiles for large frames; temporal tiles for LTX, the only class here that holds a whole clip otherwise."""
+        """Use tiles for large frames, and temporal tiles for LTX, the only class here that would process a whole clip
+        at once.
+        """
         if hasattr(self.vae, "use_tiling"):
             if frame_pixels > TILE_ABOVE:
                 self.vae.enable_tiling()
             else:
                 self.vae.use_tiling = False
         if self.spec.name == "AutoencoderKLLTXVideo":
-            # Its encoder looks at the decoder's switch.
+            # Its encoder reads the decoder's switch.
             self.vae.use_framewise_decoding = self.vae.use_framewise_encoding = frames * frame_pixels > FRAMEWISE_ABOVE
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name.
+    """Return the torch dtype of a name: fp32, bf16, fp16, or torch's own names of these.
 
     Raises:
-        CodecError: not one of `DTYPES`.
+        CodecError: another name.
     """
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    names = PRECISIONS | {str(value).removeprefix("torch."): value for value in PRECISIONS.values()}
+    found = names.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(names)}.")
     return found
 
 
 def find_vae(path: str | Path) -> Path:
-    """The VAE's own folder: `path`/vae or `path`.
+    """Return the VAE's own folder: `path`/vae or `path`.
 
     Raises:
         CodecError: neither has a config.json.
@@ -296,10 +305,10 @@ def find_vae(path: str | Path) -> Path:
 
 
 def class_name(folder: Path) -> str:
-    """The class that a VAE's folder describes.
+    """Return the class that a VAE's folder describes.
 
     Raises:
-        CodecError: its config.json cannot be read, or names no class of `VAE_SPECS`.
+        CodecError: its config.json cannot be read, or names a class that is not in `VAE_SPECS`.
     """
     try:
         name = json.loads((folder / "config.json").read_text()).get("_class_name")
@@ -307,7 +316,7 @@ def class_name(folder: Path) -> str:
         raise CodecError(f"{folder / 'config.json'} cannot be read: {e}") from None
     if name not in VAE_SPECS:
         raise CodecError(
-            f"{folder / 'config.json'} describes the class {name}; the VAEs known here are {', '.join(VAE_SPECS)}. "
+            f"{folder / 'config.json'} describes the class {name}; the supported VAEs are {', '.join(VAE_SPECS)}. "
             "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
         )
     return str(name)
@@ -322,9 +331,11 @@ def _class(folder: Path) -> Any:
     return getattr(diffusers, name)
 
 
-def outline(folder: Path, dtype: torch.dtype) -> Any:
-    """A VAE without weights, on the device `meta`: it tells its shapes and its scaling. None where the scaling is among
-    the weights and these are not in one file."""
+def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
+    """Return a VAE without weights, on the device `meta`: its shapes and scaling are known.
+
+    It returns None if the scaling is among the weights and the weights are not in one file.
+    """
     kind = _class(folder)
     try:
         with torch.device("meta"):
@@ -349,22 +360,25 @@ def load_vae(folder: Path, dtype: torch.dtype) -> Any:
 
 
 class FirstFrameCodec(DiffusersCodec):
-    """What is known is the first frame, encoded as a clip of one; in a clip with blank frames behind it normalisation
-    would mix the two.
+    """A VAE that encodes the first frame, the only conditioning frame, as a clip of one frame.
+
+    In a clip with blank frames after it, normalisation would mix the first frame with the blank ones.
 
     Source: `prepare_latents` of CogVideoXImageToVideoPipeline in diffusers.
     """
 
     @torch.no_grad()
     def encode_cond_frames(self, pixels: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> (B, 2C, t, h, w): the moments of the first frame, then zeros without noise."""
+        """Return (B, 2C, t, h, w) of (B, 3, T, H, W): the moments of the first frame, then zeros without noise."""
         first = self.encode_moments(pixels[:, :, :1])
         t = len(self.spec.frame_groups(pixels.shape[2]))
         blank = without_noise(first.new_zeros(first.shape[0], first.shape[1] // 2, t - 1, *first.shape[3:]))
         return torch.cat([first, blank], dim=2)
 
     def fingerprint(self) -> str:
-        """With a word: known frames are kept apart in a cache from those of other networks."""
+        """Return the VAE's fingerprint with a suffix, so that a cache separates these conditioning frames from other
+        networks'.
+        """
         return f"{super().fingerprint()} first frame alone"
 
 
@@ -377,8 +391,11 @@ class CogVideoXVAEWrapper(DiffusersCodec):
         device: where it runs.
         load: read the weights now; otherwise when a clip is first encoded or decoded.
     Raises:
-        CodecError: the folder holds no CogVideoX VAE, or an incomplete one.
+        CodecError: the folder has no CogVideoX VAE, or an incomplete one.
     """
+
+    cache_version: ClassVar = "b1ea7a00087a443f769b2627d22f31a9"
+    """Part of the keys of cached latents; see `codecs.external.source_digest`. Change it only if the latents change."""
 
     def __init__(
         self,
@@ -391,7 +408,8 @@ class CogVideoXVAEWrapper(DiffusersCodec):
         name = class_name(folder)
         if name != "AutoencoderKLCogVideoX":
             raise CodecError(
-                f"{folder} holds an {name}, not CogVideoX's VAE; --vae-backend diffusers --pretrained-model loads it."
+                f"{folder} contains an {name}, not CogVideoX's VAE; load it with --vae-backend diffusers "
+                "--pretrained-model."
             )
         self._open(folder, parse_dtype(dtype), load)
         self.to(device)

@@ -1,4 +1,4 @@
-"""A codec of the user's own: any class with `encode`, `decode` and a `spec`, described in docs/codecs.md.
+"""Codecs of the user: any class with `encode`, `decode` and a `spec`, as described in docs/codecs.md.
 
 Legend: B batch, C latent channels, T H W pixels, t h w the latent grid.
 """
@@ -15,28 +15,39 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from titans_video.checkpoint import fingerprint_tensors
 from titans_video.codecs.base import Codec, without_noise
+from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, UserError
-from titans_video.fingerprint import fingerprint_tensors
 from titans_video.types import CodecSpec
 
 PROBE_SIDE = 64
-"""A new class is tried on a blank clip of about this size, so that a wrong one is found before training."""
+"""A new class is tried on a blank clip of about this size, so that errors appear before training."""
 
 
 class ExternalCodec(Codec):
-    """Wraps an object whose `encode` gives scaled latents (B, C, t, h, w) and whose `decode` takes them back."""
+    """Wrap an object whose `encode` returns scaled latents (B, C, t, h, w) and whose `decode` accepts them."""
 
     def __init__(self, inner: Any, name: str) -> None:
         missing = [m for m in ("encode", "decode") if not callable(getattr(inner, m, None))]
         if missing or not hasattr(inner, "spec"):
             missing += [] if hasattr(inner, "spec") else ["spec"]
-            raise CodecError(f"The codec {name} has no {' and no '.join(missing)}; docs/codecs.md says what it needs.")
+            raise CodecError(f"The codec {name} has no {' and no '.join(missing)}; docs/codecs.md lists what it needs.")
         self.inner = inner
         self.spec = _read_spec(inner.spec, name)
-        self._frames_wanted = _takes_frames(inner.decode)
+        self._passes_frames = _takes_frames(inner.decode)
         if isinstance(inner, torch.nn.Module):
             inner.eval().requires_grad_(False)
+
+    @classmethod
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> Codec:
+        if not options.vae_module or not options.vae_class:
+            raise CodecError(
+                "--vae-backend external needs --vae-module and --vae-class, for example --vae-module "
+                "train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper; docs/codecs.md describes what "
+                "such a class needs."
+            )
+        return load_external(options.vae_module, options.vae_class, init, load=load)
 
     def to(self, device: torch.device | str) -> Self:
         if hasattr(self.inner, "to"):
@@ -47,7 +58,7 @@ class ExternalCodec(Codec):
         return without_noise(self._tensor("encode", self.inner.encode(pixels)))
 
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
-        extra = (frames,) if self._frames_wanted else ()
+        extra = (frames,) if self._passes_frames else ()
         return self._tensor("decode", self.inner.decode(unscaled, *extra))
 
     def fingerprint(self) -> str:
@@ -58,24 +69,24 @@ class ExternalCodec(Codec):
 
     def _tensor(self, method: str, got: Any) -> Tensor:
         if not isinstance(got, Tensor):
-            raise CodecError(f"{self.spec.name}.{method} gave a {type(got).__name__}; a tensor is expected.")
+            raise CodecError(f"{self.spec.name}.{method} returned a {type(got).__name__}; a tensor is expected.")
         return got
 
 
 def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool = True) -> Codec:
-    """Import `module`, build its class `name` with `init` as arguments, and try it on a blank clip.
+    """Import `module`, create its class `name` with `init` as arguments, and try it on a blank clip.
 
     Args:
-        load: False: it may never be used, so a class that has an argument `load` is told, and none is tried.
+        load: False if the codec may never be used: a class with an argument `load` gets False, and no clip is tried.
     Raises:
-        CodecError: the module, class, a method or the spec is missing or malformed, the class raises, or what it gives
-            has another shape than its spec says.
+        CodecError: the module, class, a method or the spec is missing or malformed, the class raises, or it returns a
+            shape that contradicts its spec.
     """
     kind = getattr(_import(module), name, None)
     where = f"--vae-module {module} --vae-class {name}"
     if not isinstance(kind, type) or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         what = "does not exist" if kind is None else "is not a class with encode and decode"
-        raise CodecError(f"{where}: {module}.{name} {what}. docs/codecs.md says what a codec's class needs.")
+        raise CodecError(f"{where}: {module}.{name} {what}. docs/codecs.md lists what a codec's class needs.")
     extra = {} if load or "load" not in _parameters(kind) else {"load": False}
     codec = _guard(f"{where}: building it with --vae-init-json {dict(init)}", lambda: _build(kind, name, init, extra))
     if load:
@@ -84,16 +95,20 @@ def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool
 
 
 def source_digest(codec: Codec) -> str:
-    """A hash of the file that the user's class stands in; empty where there is none to be found."""
+    """Return the `cache_version` of the user's class, or a hash of its source file; empty if it has neither."""
+    kind = type(getattr(codec, "inner", codec))
+    version = getattr(kind, "cache_version", None)
+    if isinstance(version, str):
+        return version
     try:
-        source = inspect.getsourcefile(type(getattr(codec, "inner", codec)))
+        source = inspect.getsourcefile(kind)
         return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:32] if source else ""
     except (TypeError, OSError):
         return ""
 
 
 def _import(module: str) -> Any:
-    # A command installed as a script does not have the folder it is called from on its path; a user's module is there.
+    # A command installed as a script does not have the current folder on its path, but the user's module is there.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -137,13 +152,15 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _takes_frames(decode: Any) -> bool:
-    """Whether `decode` has a second parameter for the frame count."""
+    """Check whether `decode` has a second parameter for the frame count."""
     positional = [p for p in _parameters(decode).values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1
 
 
 def _read_spec(spec: Any, name: str) -> CodecSpec:
-    """A `CodecSpec`, or a mapping or object with channels, stride and (default: by the stride) frame_rule."""
+    """Accept a `CodecSpec`, or a mapping or object with channels, stride and optionally frame_rule (default: by the
+    stride).
+    """
     if isinstance(spec, CodecSpec):
         return spec
     names = ("channels", "stride", "frame_rule", "name")

@@ -1,4 +1,4 @@
-"""Pictures to the embedding that Stable Video Diffusion is told: CLIP's, of the picture as its pipeline prepares it.
+"""Encode images to the CLIP embedding of Stable Video Diffusion's image condition, prepared as its pipeline does.
 
 Legend: B batch, H W pixel size, E width of the embedding.
 """
@@ -11,25 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_video.checkpoint import load_pretrained, read_json
+from titans_video.checkpoint import fingerprint_folder, load_pretrained, read_json
 from titans_video.codecs.diffusers import parse_dtype
 from titans_video.errors import CodecError
-from titans_video.fingerprint import fingerprint_folder
 
 ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
 
 
 class ImageEncoder:
-    """A frozen CLIPVisionModelWithProjection; no `nn.Module` on purpose, as a codec is none.
+    """A frozen CLIPVisionModelWithProjection. Like a codec, it is deliberately not an `nn.Module`.
 
     Args:
-        folder: of a pipeline, with image_encoder/ and feature_extractor/ in it; nothing is ever fetched.
+        folder: of a pipeline with image_encoder/ and feature_extractor/; nothing is downloaded.
         dtype: precision of weights and computation.
-        weights: read them now; otherwise when a picture is first encoded.
+        weights: read them now; otherwise when the first image is encoded.
     Attributes:
         width: E.
     Raises:
-        CodecError: something of it is missing or cannot be read.
+        CodecError: a part is missing or unreadable.
     """
 
     def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = True) -> None:
@@ -51,31 +50,31 @@ class ImageEncoder:
         self._model: Any = self._load() if weights else None
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [-1, 1] -> (B, 1, E) float32.
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode images: (B, 3, H, W) float in [-1, 1] -> (B, 1, E) float32.
 
         Source: StableVideoDiffusionPipeline._encode_image of diffusers.
         """
-        small = (resized(pictures.to(self.device, torch.float32), self.side) + 1) / 2
+        small = (resized(images.to(self.device, torch.float32), self.side) + 1) / 2
         normal = (small - self.mean.to(small)) / self.std.to(small)
         embedding: Tensor = self.model(normal.to(self.dtype)).image_embeds
         return embedding.float()[:, None]
 
     @property
     def model(self) -> Any:
-        """The encoder, read at first use and again after `release`."""
+        """The encoder, loaded at first use and again after `release`."""
         if self._model is None:
             self._model = self._load()
         return self._model
 
     def fingerprint(self) -> str:
-        """A hash of its weights and configuration."""
+        """Hash its weights and configuration."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint_folder(self.folder)
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint stores as config["image"]."""
+        """Return the value that a checkpoint stores as config["image"]."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"pretrained_model": str(self.pipeline), "dtype": dtype, "fingerprint": self.fingerprint()}
 
@@ -87,7 +86,7 @@ class ImageEncoder:
         return self
 
     def release(self) -> None:
-        """Free the weights; what needs them again loads them again."""
+        """Free the weights; the next use loads them again."""
         self._model = None
         gc.collect()
 
@@ -100,27 +99,27 @@ class ImageEncoder:
         return model.eval().requires_grad_(False).to(self.device)
 
 
-def resized(pictures: Tensor, side: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, side, side): blurred by as much as it shrinks, then bicubic with the corners kept.
+def resized(images: Tensor, side: int) -> Tensor:
+    """Resize (B, 3, H, W) -> (B, 3, side, side): blur in proportion to the shrinking, then bicubic, corners aligned.
 
-    Source: _resize_with_antialiasing of diffusers' StableVideoDiffusionPipeline, whose import would bring the whole
-    pipeline along.
+    Source: _resize_with_antialiasing of diffusers' StableVideoDiffusionPipeline; importing it would import the whole
+    pipeline.
     """
-    for dim, size in zip((2, 3), pictures.shape[2:], strict=True):
+    for dim, size in zip((2, 3), images.shape[2:], strict=True):
         sigma = max((size / side - 1) / 2, 0.001)
         reach = int(max(4 * sigma, 3)) // 2
-        places = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+        places = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
         kernel = torch.exp(-(places**2) / (2 * sigma**2))
         shape, border = [1, 1, 1, 1], [0, 0, 0, 0]
         shape[dim], border[2 * (3 - dim)], border[2 * (3 - dim) + 1] = -1, reach, reach
         weights = (kernel / kernel.sum()).view(shape).repeat(3, 1, 1, 1)
-        pictures = F.conv2d(F.pad(pictures, border, mode="reflect"), weights, groups=3)
-    return F.interpolate(pictures, size=(side, side), mode="bicubic", align_corners=True)
+        images = F.conv2d(F.pad(images, border, mode="reflect"), weights, groups=3)
+    return F.interpolate(images, size=(side, side), mode="bicubic", align_corners=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     missing = (
-        f"is missing: Stable Video Diffusion is told a picture through its {path.parent.name}/, which lies beside "
-        "unet/ and vae/ in the folder that --pretrained-model names."
+        f"is missing: the image condition of Stable Video Diffusion needs {path.parent.name}/. Copy it beside unet/ "
+        "and vae/ into the folder of --pretrained-model."
     )
     return read_json(path, missing, CodecError)

@@ -1,16 +1,19 @@
-"""A small linear codec fitted to the training clips: principal components of space-time patches.
+"""The `patch` codec: principal components fitted to the clips, without a pretrained VAE.
 
-Legend: N clips, T H W pixel frames, height and width, P = 3 * pt * ph * pw pixels of a patch, C channels kept, t h w
-the latent grid, k = pt // 2 frames of a block that are joined to the block before it, J = 3 * k * ph * pw.
+Legend: B batch, N clips, T H W pixel frames, height and width, (pt, ph, pw) the space-time patch,
+P = 3 * pt * ph * pw pixels of a patch, C channels kept, t h w the latent grid, k = pt // 2 frames of a block that are
+joined to the block before it, J = 3 * k * ph * pw.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from titans_video.codecs.base import Codec, without_noise
+from titans_video.codecs.base import Codec, from_patches, to_patches, without_noise
+from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
 from titans_video.types import CodecSpec
 
@@ -18,19 +21,19 @@ TENSORS = ("mean", "basis", "scales", "variance")
 
 
 class PCACodec(Codec):
-    """Keeps the leading principal components of (pt, ph, pw) patches, each divided by eigenvalue^(1/4).
+    """Keep the leading principal components of (pt, ph, pw) patches, each divided by eigenvalue^(1/4).
 
-    Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the weight of the coarsest shape;
-    not dividing would leave the detail under the noise at nearly every time. The fourth root is the middle, and
-    `spec.variance` tells the noise process what is left of the spread, so that it can precondition each channel on its
-    own.
+    Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the same weight as the coarsest
+    shape. Without any division the detail would be below the noise at nearly every time. The fourth root is between the
+    two; `spec.variance` gives the noise process the remaining spread, so that it can precondition each channel
+    separately.
 
-    Needs no download: it is fitted in seconds, and travels inside the checkpoint that was trained on it.
+    The codec needs no download: it is fitted in seconds and stored in the checkpoint that was trained on it.
 
-    Blocks of pt frames are decoded one by one, and a network's errors differ from block to block, so that things jump
-    where two meet. With `smooth` the first k frames of a block fade in from what the frames before it and its own say
-    together (see `_join_gain`): it is a codec that overlaps in time, on the decoder's side alone. Latents, and so
-    training, are the same with and without.
+    Blocks of pt frames are decoded one by one, and a network's errors differ from block to block, so objects jump
+    between blocks. With `smooth`, the first k frames of a block fade in from an estimate that combines the frames
+    before the block with its own (see `_join_gain`). This is a temporal overlap in the decoder only: latents, and
+    therefore training, are the same with and without it.
     """
 
     def __init__(
@@ -43,15 +46,16 @@ class PCACodec(Codec):
         smooth: float = 0.0,
         gain: Tensor | None = None,
     ) -> None:
-        """
+        """Build the codec from the results of `fit`.
+
         Args:
             patch: (pt, ph, pw) pixels.
             mean: (P,), the mean patch.
             basis: (P, C), orthonormal columns.
-            scales: (C,), what a component is multiplied by.
-            variance: (C,), the variance of each latent channel on the clips it was fitted to.
-            smooth: what blocks were joined for, see `fit`.
-            gain: (J, P), from `_join_gain`; None: blocks are left as they are.
+            scales: (C,), the factor of each component.
+            variance: (C,), the variance of each latent channel on the clips that it was fitted to.
+            smooth: the expected error that the blocks are joined for, see `fit`.
+            gain: (J, P), from `_join_gain`; None leaves the blocks unchanged.
         """
         self.patch = patch
         self.mean, self.basis, self.scales, self.variance = (x.float() for x in (mean, basis, scales, variance))
@@ -62,27 +66,28 @@ class PCACodec(Codec):
     def fit(
         cls, pixels: Tensor, patch: tuple[int, int, int] = (8, 4, 4), channels: int = 96, smooth: float = 0.0
     ) -> "PCACodec":
-        """Principal components of the clips' patches (in float64, on the CPU: seconds for a few hundred small clips).
+        """Fit the principal components of the clips' patches (float64 on the CPU: seconds for a few hundred small
+        clips).
 
         Args:
             pixels: (N, 3, T, H, W) in [-1, 1].
-            patch: (pt, ph, pw) that divide T, H and W.
+            patch: (pt, ph, pw), divisors of T, H and W.
             channels: components to keep, at most P.
-            smooth: the errors that decoded blocks are expected to have, as a standard deviation of pixels in [-1, 1]:
-                the larger, the more a block is made to agree with the one before it; 0: not at all.
+            smooth: the expected error of decoded blocks, as a standard deviation of pixels in [-1, 1]. The larger it
+                is, the more a block is adapted to the one before it; 0 means not at all.
         Raises:
             CodecError: the patch does not divide the clips, there are more channels than pixels in a patch, or blocks
-                of one frame are to be joined.
+                of one frame should be joined.
         """
         size = 3 * patch[0] * patch[1] * patch[2]
         if not 1 <= channels <= size:
-            raise CodecError(f"the patch codec has {channels} channels; a patch of {patch} has only {size} values.")
+            raise CodecError(f"The patch codec has {channels} channels; a patch of {patch} has only {size} values.")
         if smooth and patch[0] == 1:
-            raise CodecError(f"the patch codec's patch {patch} has one frame; joined blocks need two or more.")
+            raise CodecError(f"The patch codec's patch {patch} has one frame; joined blocks need two or more.")
         if any(n % p for n, p in zip(pixels.shape[2:], patch, strict=True)):
             t, h, w = pixels.shape[2:]
-            raise CodecError(f"the patch codec's patch {patch} does not divide clips of {t} frames of {h}x{w}.")
-        x = _to_patches(pixels, patch).reshape(-1, size).double()
+            raise CodecError(f"The patch codec's patch {patch} does not divide clips of {t} frames of {h}x{w}.")
+        x = to_patches(pixels, patch).reshape(-1, size).double()
         mean = x.mean(0)
         covariance = (x - mean).T @ (x - mean) / len(x)
         eigenvalues, vectors = torch.linalg.eigh(covariance)  # ascending
@@ -90,7 +95,7 @@ class PCACodec(Codec):
         eigenvalues, basis = eigenvalues.flip(0)[:channels], vectors.flip(1)[:, :channels]
         # The sign of an eigenvector is arbitrary; fix it so that fitting again gives the same codec.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-        # Few clips leave directions without any variance; they must not be blown up.
+        # With few clips some directions have no variance; they must not be amplified.
         eigenvalues = eigenvalues.clamp(min=eigenvalues[0].clamp(min=1e-8) * 1e-5)
         scale = eigenvalues**-0.25
         scale = scale / (eigenvalues * scale**2).mean().sqrt()
@@ -98,40 +103,37 @@ class PCACodec(Codec):
         return cls(patch, mean, basis, scale, eigenvalues * scale**2, smooth, gain)
 
     def moments_of(self, pixels: Tensor) -> Tensor:
-        z = (_to_patches(pixels, self.patch) - self.mean) @ self.basis * self.scales  # (B, t, h, w, C)
+        z = (to_patches(pixels, self.patch) - self.mean) @ self.basis * self.scales  # (B, t, h, w, C)
         return without_noise(z.movedim(-1, 1))
 
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
-        b, _, t, h, w = unscaled.shape
-        pt, ph, pw = self.patch
         x = (unscaled.movedim(1, -1) / self.scales) @ self.basis.T + self.mean
         if self.gain is not None:
             x = self._joined(x, self.gain)
-        x = x.reshape(b, t, h, w, 3, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return x.reshape(b, 3, t * pt, h * ph, w * pw)
+        return from_patches(x, self.patch)
 
     def _joined(self, x: Tensor, gain: Tensor) -> Tensor:
-        """Patches (B, t, h, w, P) whose first k frames fade from what `gain` makes of them into what they were."""
+        """Fade the first k frames of the patches (B, t, h, w, P) from the estimate by `gain` to their own values."""
         pt, ph, pw = self.patch
         k = pt // 2
         frames = x.unflatten(-1, (3, pt, ph * pw))
-        # As if blocks began k frames earlier: the last frames of the one before, and the first k of this one.
+        # As if blocks started k frames earlier: the last frames of the block before, then the first k of this one.
         over = torch.cat((frames[:, :-1, ..., k:, :], frames[:, 1:, ..., :k, :]), dim=-2).flatten(-3)
         mean = self.mean.view(3, pt, -1)[:, pt - k :].flatten()
         agreed = (mean + (over - self.mean) @ gain.T).unflatten(-1, (3, k, ph * pw))
-        fade = 1 - (torch.arange(k, device=x.device) + 0.5).unsqueeze(-1) / k  # of frames that are joined
+        fade = 1 - (torch.arange(k, device=x.device) + 0.5).unsqueeze(-1) / k  # over the joined frames
         joined = frames.clone()
         joined[:, 1:, ..., :k, :] += fade * (agreed - frames[:, 1:, ..., :k, :])
         return joined.flatten(-3)
 
     @property
     def decode_context(self) -> int:
-        """See `Codec.decode_context`: a join looks at the last frames of one block, which no join changes."""
+        """See `Codec.decode_context`: a join uses the last frames of the block before, which no join changes."""
         return 0 if self.gain is None else 1
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.patch).encode())
-        for name in TENSORS:  # not the gain: latents are the same without it
+        for name in TENSORS:  # not the gain: latents do not depend on it
             digest.update(getattr(self, name).cpu().contiguous().numpy().tobytes())
         return f"patch-{digest.hexdigest()[:32]}"
 
@@ -149,11 +151,23 @@ class PCACodec(Codec):
         return super().to(device)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], state: dict[str, Tensor]) -> "PCACodec":
-        """The codec that a checkpoint carries.
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "PCACodec":
+        """Refuse: this codec is fitted (see `fit`).
 
         Raises:
-            CodecError: the state lacks a tensor or does not fit the configuration.
+            CodecError: always.
+        """
+        raise CodecError(
+            "--vae-backend patch is fitted to clips by training and is stored in its checkpoint; it cannot be built "
+            "from flags."
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> "PCACodec":
+        """Rebuild the codec that a checkpoint contains.
+
+        Raises:
+            CodecError: a tensor is missing or does not fit the configuration.
         """
         try:
             patch = config["patch"]
@@ -162,24 +176,26 @@ class PCACodec(Codec):
             gain = state["gain"] if smooth else None
             codec = cls((patch[0], patch[1], patch[2]), mean, basis, scales, variance, smooth, gain)
         except (KeyError, IndexError, TypeError) as e:
-            raise CodecError(f"the checkpoint's patch codec is incomplete: {e} is missing.") from None
+            raise CodecError(f"The checkpoint's patch codec is incomplete: {e} is missing.") from None
         if codec.basis.shape != (3 * patch[0] * patch[1] * patch[2], config["channels"]):
             raise CodecError(
-                f"the checkpoint's patch codec has a basis of {tuple(codec.basis.shape)}, not of {config}."
+                f"The checkpoint's patch codec has a basis of {tuple(codec.basis.shape)}, which contradicts {config}."
             )
         if codec.gain is not None and codec.gain.shape != (patch[0] // 2 * 3 * patch[1] * patch[2], len(codec.mean)):
-            raise CodecError(f"the checkpoint's patch codec has a gain of {tuple(codec.gain.shape)}, not of {config}.")
+            raise CodecError(
+                f"The checkpoint's patch codec has a gain of {tuple(codec.gain.shape)}, which contradicts {config}."
+            )
         return codec
 
 
 def _join_gain(patch: tuple[int, int, int], basis: Tensor, eigenvalues: Tensor, rest: float, smooth: float) -> Tensor:
-    """(J, P): the deviations from the mean patch of the last k of pt successive frames, given those of all pt as they
-    were decoded, of which the last k are of another block than the others.
+    """Return (J, P): the estimator of the last k of pt successive frames from all pt decoded frames.
 
-    Patches are taken to be Gaussian with the covariance S = V L V' + rest (1 - V V') that the codec knows
-    (probabilistic principal components, Tipping & Bishop 1999), and decoded pixels to have errors R of their own:
-    `smooth` behind the join. Before it they are believed to be half as large, but no smaller than what the codec loses:
-    the frames there are shown already, and what follows is to agree with them. The best guess is then S (S + R)^-1
+    The last k of these frames belong to another block than the others. Inputs and outputs are deviations from the mean
+    patch. Patches are modelled as Gaussian with the covariance S = V L V' + rest (1 - V V') that the codec knows
+    (probabilistic principal components, Tipping & Bishop 1999), and decoded pixels have additional errors R: `smooth`
+    after the join. Before the join the error is assumed to be half as large, but no smaller than the codec's own loss:
+    those frames have been shown already, and the next ones must match them. The best estimate is then S (S + R)^-1
     (Wiener).
 
     Args:
@@ -195,11 +211,3 @@ def _join_gain(patch: tuple[int, int, int], basis: Tensor, eigenvalues: Tensor, 
     lost = rest * (size - len(eigenvalues)) / size
     noise = torch.where(made, smooth**2, max(lost, smooth**2 / 4))
     return torch.linalg.solve(covariance + torch.diag(noise), covariance[:, made]).T.float()
-
-
-def _to_patches(pixels: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """(B, 3, T, H, W) -> (B, t, h, w, P)."""
-    b, c, t, h, w = pixels.shape
-    pt, ph, pw = patch
-    x = pixels.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t // pt, h // ph, w // pw, c * pt * ph * pw)

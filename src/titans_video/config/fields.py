@@ -1,11 +1,103 @@
-"""Types of command-line options: how a value is read from one word, and which values are legal. No torch here."""
+"""Types of command-line options: how a value is read from one word, which values are legal, and their check.
 
-from typing import Annotated, Any, Literal
+No torch here: `--help` imports this file.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, get_type_hints
 
 import tyro
 
+from titans_video.errors import ConfigError
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 VaeBackend = Literal["diffusers", "external", "identity", "patch"]
+
+
+class OptionGroup(Protocol):
+    """Any dataclass of options."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def is_group(value: object) -> TypeGuard[OptionGroup]:
+    return is_dataclass(value)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The bounds of a number, declared with its option: `lr: Annotated[float, Range(above=0)] = 1e-4`.
+
+    An option of several numbers takes one range for all of them, or one range for each. Every number must be finite,
+    also without bounds. None is always legal.
+
+    Attributes:
+        least, most: inclusive bounds.
+        above, below: exclusive bounds.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Return the bounds as the end of a sentence: "at least 0 and below 1"."""
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{name} {b:g}" for name, b in bounds.items() if b is not None) or "a finite number"
+
+
+def validate(options: OptionGroup) -> None:
+    """Check every number of a dataclass, and of the dataclasses in it, against its declared `Range`.
+
+    Raises:
+        ConfigError: a value is out of range; the message has its flag, the value and the bounds.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if is_group(value):
+            validate(value)
+        elif value is not None:
+            ranges = [m for m in getattr(hints[option.name], "__metadata__", ()) if isinstance(m, Range)]
+            if ranges:
+                check_value(flag_of(option.name), value, *ranges)
+
+
+def check_value(flag: str, value: Any, *ranges: Range) -> None:
+    """Check one value against its range, or each number of a tuple against its own.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
+    numbers = value if isinstance(value, tuple | list) else (value,)
+    for number, legal in zip(numbers, ranges * len(numbers) if len(ranges) == 1 else ranges, strict=True):
+        if number not in legal:
+            named = "it" if len(numbers) == 1 else _format(number)
+            raise ConfigError(f"{flag} {','.join(map(_format, numbers))}: {named} must be {legal}.")
+
+
+def _format(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option's field: `--max-steps` of `max_steps`."""
+    return "--" + name.replace("_", "-")
+
+
+ValueT = TypeVar("ValueT", bound=tuple[float, ...])
 
 
 def _triple(args: list[str]) -> tuple[int, int, int]:
@@ -30,8 +122,14 @@ def _integers(args: list[str]) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-def _joined(metavar: str, parse: Any, length: int | None) -> Any:
-    """A tuple of `length` (None: any number of) values written in one word, with commas."""
+def _comma_separated(
+    metavar: str, parse: Callable[[list[str]], ValueT], length: int | None
+) -> tyro.constructors.PrimitiveConstructorSpec[ValueT]:
+    """Return tyro's description of a tuple written as one word with commas.
+
+    Args:
+        length: of the tuple; None: any.
+    """
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -41,6 +139,6 @@ def _joined(metavar: str, parse: Any, length: int | None) -> Any:
     )
 
 
-PatchSize = Annotated[tuple[int, int, int], _joined("T,H,W", _triple, 3)]
-Pair = Annotated[tuple[float, float], _joined("A,B", _pair, 2)]
-Integers = Annotated[tuple[int, ...], _joined("N,N,...", _integers, None)]
+PatchSize = Annotated[tuple[int, int, int], _comma_separated("T,H,W", _triple, 3), Range(least=1)]
+Pair = Annotated[tuple[float, float], _comma_separated("A,B", _pair, 2)]
+Integers = Annotated[tuple[int, ...], _comma_separated("N,N,...", _integers, None)]

@@ -1,7 +1,7 @@
 """Turn a command line and a YAML file into options.
 
-A file never becomes options by itself. It becomes a list of flags that precede those of the command line, so one
-parser checks names, types and choices, and also writes the help.
+The YAML file is translated into flags, which precede those of the command line. So one parser checks names, types and
+choices, and also writes the help.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import io
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import tyro
 
+from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
 from titans_video.errors import ConfigError
 
-OptionsT = TypeVar("OptionsT")
+OptionsT = TypeVar("OptionsT", bound=OptionGroup)
 
 ALTERNATIVES = (
     frozenset({"manifest", "metadata"}),
@@ -26,23 +27,25 @@ ALTERNATIVES = (
     frozenset({"width", "resolution", "buckets"}),
     frozenset({"batch_size", "tokens_per_batch"}),
 )
-"""Options that stand for one choice: one of them on the command line puts the others in a configuration file aside."""
+"""Options that exclude one another: one of them on the command line overrides all of them in the YAML file."""
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
 
 
 def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str) -> OptionsT:
-    """Options from flags; `--config FILE.yaml`, where the options have it, comes first and the flags win.
+    """Parse flags into options, and check each value against its `Range`.
+
+    If the options have a `config` field, `--config FILE.yaml` sets any of them. Command-line flags override the file.
 
     Args:
-        default: a dataclass, possibly of dataclasses, whose values are the defaults; flags are its leaves' names, flat.
+        default: a dataclass, possibly of dataclasses. Its values are the defaults, and its leaves are the flags.
         argv: without the program's name.
-        prog: what the command is called in its help.
+        prog: the command's name in its help.
         description: the first lines of its help.
     Returns:
         A dataclass of the same type.
     Raises:
-        ConfigError: an unknown flag or key (the nearest is named), a value that cannot be read.
+        ConfigError: an unknown flag or key (the message names the nearest one), or an illegal value.
         SystemExit: with 0, after --help.
     """
     known = flags_of(default)
@@ -51,38 +54,40 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str
     for name in given:
         if name not in known and name != "help":
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"There is no option --{name.replace('_', '-')}.{hint} `{prog} --help` lists all.")
+            hint = f" Did you mean {flag_of(near[0])}?" if near else ""
+            raise ConfigError(f"There is no option {flag_of(name)}.{hint} `{prog} --help` lists all options.")
     if "config" in known and "config" in given and "help" not in given and "-h" not in argv:
         argv = _expand_config(argv, known, given)
-    return _parse(default, argv, prog, description)
+    options = _parse(default, argv, prog, description)
+    validate(options)
+    return options
 
 
-def first_word_is(argv: Sequence[str], flag: str) -> list[str]:
-    """The words with `flag` before the first one, where that is no flag itself: `report RUN` is `report --run RUN`."""
+def insert_flag(argv: Sequence[str], flag: str) -> list[str]:
+    """Insert `flag` before a first word that is not a flag, so that `report RUN` means `report --run RUN`."""
     return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)
 
 
-def flags_of(options: Any) -> dict[str, bool]:
-    """Each flag's field name, and whether it may be repeated."""
+def flags_of(options: OptionGroup) -> dict[str, bool]:
+    """Return the field name of each flag, and whether the flag is repeatable."""
     known: dict[str, bool] = {}
     for f in fields(options):
         value = getattr(options, f.name)
-        if is_dataclass(value):
+        if is_group(value):
             known |= flags_of(value)
         else:
             known[f.name] = get_args(f.type)[-1:] == (Ellipsis,)
     return known
 
 
-def given_names(argv: Sequence[str], known: dict[str, bool]) -> list[str]:
-    """The field names of the flags on a command line, written with - or _, =value or not, --no-flag or not."""
+def given_names(argv: Sequence[str], known: Mapping[str, bool]) -> list[str]:
+    """Return the field names of the flags on a command line: --some-flag, --some_flag, --flag=value and --no-flag."""
     names = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--") and len(word) > 2]
     return [n.removeprefix("no_") if n not in known and n.removeprefix("no_") in known else n for n in names]
 
 
-def _expand_config(argv: list[str], known: dict[str, bool], given: list[str]) -> list[str]:
-    """The file's flags, then the command line's."""
+def _expand_config(argv: list[str], known: Mapping[str, bool], given: list[str]) -> list[str]:
+    """Return the flags of the file of `--config`, followed by those of the command line."""
     if given.count("config") > 1:
         raise ConfigError(
             "--config is given more than once; put everything in one file, or the rest on the command line."
@@ -96,24 +101,26 @@ def _expand_config(argv: list[str], known: dict[str, bool], given: list[str]) ->
 
 
 def _parse(default: OptionsT, argv: list[str], prog: str, description: str) -> OptionsT:
-    def once() -> OptionsT:
+    """Run tyro, and turn its framed message into one paragraph."""
+
+    def attempt() -> OptionsT:
         return tyro.cli(type(default), args=argv, default=default, prog=prog, description=description, config=MARKERS)
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return once()
+            return attempt()
     except SystemExit as e:
         if e.code in (0, None):
             raise
-    said = io.StringIO()
-    with _wide_terminal(), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        once()
-    raise ConfigError(f"{_paragraph(said.getvalue())} `{prog} --help` explains every option.")
+    message = io.StringIO()
+    with _wide_terminal(), contextlib.redirect_stderr(message), contextlib.suppress(SystemExit):
+        attempt()
+    raise ConfigError(f"{_paragraph(message.getvalue())} `{prog} --help` explains every option.")
 
 
 @contextlib.contextmanager
 def _wide_terminal() -> Iterator[None]:
-    """So wide that the parser breaks no line of its message."""
+    """Set a width at which tyro breaks no line of its message."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "4000"
     try:
@@ -126,7 +133,7 @@ def _wide_terminal() -> Iterator[None]:
 
 
 def _paragraph(box: str) -> str:
-    """What a parser's framed message says, up to its first rule, as one sentence."""
+    """Return the text of a framed message, up to its first horizontal rule, as one sentence."""
     lines: list[str] = []
     for line in box.splitlines():
         text = line.strip("│ ").strip()
@@ -135,9 +142,9 @@ def _paragraph(box: str) -> str:
                 lines.append(text)
         elif lines:
             break
-    said = " ".join(lines).removeprefix("Error parsing ") or "The command line cannot be read."
-    said = said[0].upper() + said[1:]
-    return said if said.endswith((".", "?")) else said + "."
+    sentence = " ".join(lines).removeprefix("Error parsing ") or "The command line cannot be read."
+    sentence = sentence[0].upper() + sentence[1:]
+    return sentence if sentence.endswith((".", "?")) else sentence + "."
 
 
 Scalar = str | int | float | bool
@@ -150,20 +157,20 @@ def flags_from_yaml(
     given: Collection[str] = (),
     alternatives: Iterable[frozenset[str]] = (),
 ) -> list[str]:
-    """The flags that a YAML file stands for.
+    """Translate a YAML file into flags.
 
     `lr: 1e-4` is `--lr 1e-4`, `random_crop: true` is `--random-crop` (false: `--no-random-crop`), `betas: [0.9, 0.95]`
-    is `--betas 0.9,0.95`, a mapping is JSON, and a list for a flag that may be repeated repeats it. A key with no value
-    keeps the default.
+    is `--betas 0.9,0.95`, a mapping is JSON, and a list for a repeatable flag repeats it. A key without a value keeps
+    the default.
 
     Args:
-        path: of the file; keys may be written with - or _.
-        known: each flag's field name (with _), and whether it may be repeated.
-        given: field names that the command line sets itself; the file's own values for them are dropped.
-        alternatives: sets of fields that stand for one choice: when the command line sets one, the file's others
-            are dropped.
+        path: of the file; its keys may contain - or _.
+        known: the field name (with _) of each flag, and whether the flag is repeatable.
+        given: field names of the flags on the command line; the file's values for them are dropped.
+        alternatives: sets of fields that exclude one another. If the command line sets one, the file's values for the
+            others are dropped too.
     Raises:
-        ConfigError: missing file, not a mapping, a key that is no flag (the nearest one is named), a value of no use.
+        ConfigError: the file is missing or not a mapping, a key is not a flag, or a value cannot be a flag's.
     """
     dropped = set(given)
     for group in alternatives:
@@ -179,8 +186,8 @@ def flags_from_yaml(
     return flags
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
-    import yaml  # here, not above: most commands have no configuration file, and --help must be quick
+def _read_mapping(path: Path) -> dict[object, object]:
+    import yaml  # lazy: most commands have no configuration file, and --help must be fast
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -194,7 +201,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(
-            f"--config {path} holds a {type(data).__name__}; options as `name: value` lines were expected."
+            f"--config {path} contains a {type(data).__name__}; options as `name: value` lines were expected."
         )
     return data
 
@@ -204,9 +211,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else " `--help` lists all options."
 
 
-def _flag(name: str, value: Any, repeatable: bool, path: Path | str) -> list[str]:
-    """One option as the words of a command line."""
-    flag = "--" + name.replace("_", "-")
+def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[str]:
+    """Return one option as the words of a command line."""
+    flag = flag_of(name)
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag.removeprefix("--")]
     if isinstance(value, list) and all(isinstance(v, Scalar) for v in value):
@@ -217,20 +224,24 @@ def _flag(name: str, value: Any, repeatable: bool, path: Path | str) -> list[str
         return [flag, json.dumps(value)]
     if isinstance(value, Scalar):
         return [flag, str(value)]
-    raise ConfigError(f"{path}: {name} is neither a plain value nor a list of them: {value!r}.")
+    raise ConfigError(f"{path}: {name} is neither a plain value nor a list of plain values: {value!r}.")
 
 
-def read_prompts(path: str) -> tuple[str, ...]:
-    """The prompts of a text file: its lines that are not empty.
+def read_prompts(path: str, flag: str) -> tuple[str, ...]:
+    """Read the prompts of a text file: its lines that are not empty.
 
+    Args:
+        flag: the flag that gave the path, for the message.
     Raises:
-        ConfigError: it is missing, not text, or without a line.
+        ConfigError: the file is missing, not text, or contains no prompt.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--validation-prompts {path} cannot be read as a text file: {e}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {path} is not text in UTF-8.") from None
+    except OSError as e:
+        raise ConfigError(f"{flag} {path} cannot be read as a text file: {e}") from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ConfigError(f"--validation-prompts {path}: there is no prompt in it; write one a line.")
+        raise ConfigError(f"{flag} {path}: there is no prompt in it; write one a line.")
     return prompts

@@ -1,14 +1,21 @@
-"""Rules that options must meet before anything is loaded."""
+"""Rules across options, checked before anything is loaded.
 
-import math
+`parse` has already checked each option against its own `Range`.
+"""
+
 from importlib.util import find_spec
 
+from titans_video.config.fields import Range, check_value
 from titans_video.config.options import (
+    BaseOptions,
     CogVideoXLoraOptions,
     DataOptions,
     GenerationDefaults,
+    LoraOptions,
     MemoryOptions,
     SoraOptions,
+    SVDOptions,
+    TitansOptions,
     TrainOptions,
     TuneOptions,
     ValidationOptions,
@@ -17,148 +24,99 @@ from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
 
 
-def check_training(options: SoraOptions) -> None:
-    """Refuse values that have no meaning.
+def check_training(options: SoraOptions | CogVideoXLoraOptions) -> None:
+    """Check the options that all training commands share.
 
     Raises:
-        ConfigError: the flag, its value, and what it must be.
+        ConfigError: names the flag, its value and the legal values.
     """
-    _check_train(options.train)
-    _need("--model-dim", options.model.model_dim, 1)
-    _need("--depth", options.model.depth, 1)
-    _need("--heads", options.model.heads, 1)
-    _need("--text-max-length", options.text.text_max_length, 1)
-    _need("--llm-max-length", options.text.llm_max_length, 1)
-    _need("--time-std", options.process.time_std, 0, above=True)
-    _need("--shift", options.process.shift, 0, above=True)
-    _check_generation_defaults(options.generation_defaults)
-    _check_validation(options.validation)
-    check_data(options.data)
+    check_clips(options.data)
+    check_run(options.train)
+    check_guidance_interval(options.generation_defaults)
+    check_held_out(options.validation)
+    check_validation_prompts(options.validation)
+    check_validation_runs(options.validation)
+    check_tracker(options.validation)
 
 
-def check_memory(memory: MemoryOptions) -> None:
-    """Refuse values of a memory that have no meaning.
+def check_titans(options: TitansOptions) -> None:
+    """Check the options of `train titans`.
 
     Raises:
         ConfigError: as `check_training`.
     """
-    _need("--segment-frames", memory.segment_frames, 1)
-    _need("--segments", memory.segments, 1)
-    _need("--segment-curriculum", memory.segment_curriculum, 0)
-    _need("--overlap", memory.overlap, 0)
-    _need("--overlap-drop", memory.overlap_drop, 0, 1)
-    _need("--write-noise", memory.write_noise, 0, 1)
-    if memory.memory != "none":
-        # Through fewer than two segments nothing that was written is ever read with a gradient.
-        _need("--bptt-segments", memory.bptt_segments, 2)
+    check_training(options)
+    check_memory(options.memory)
+    reject_continuation(options.generation_defaults, "a model with a memory samples all segments alike")
+
+
+def check_svd(options: SVDOptions) -> None:
+    """Check the options of `train svd`.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    check_training(options)
+    check_motion_bucket(options.tune)
 
 
 def check_lora(options: CogVideoXLoraOptions) -> None:
-    """Refuse values of a LoRA run that have no meaning.
+    """Check the options of `train cogvideox-lora`.
 
     Raises:
         ConfigError: as `check_training`.
     """
-    _check_train(options.train)
-    if options.base.pretrained_model is None:
-        raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
-    _need("--rank", options.lora.rank, 1)
-    _need("--lora-alpha", options.lora.lora_alpha, 0, above=True)
-    if not 0 <= options.lora.lora_dropout < 1:
-        raise ConfigError(f"--lora-dropout {options.lora.lora_dropout:g}: it must be at least 0 and below 1.")
-    if not options.lora.target_modules.strip(", "):
-        raise ConfigError("--target-modules is empty; name at least one layer, e.g. to_q.")
-    if options.base.offload == "group" and not options.base.gradient_checkpointing:
-        raise ConfigError(
-            "--offload group without --gradient-checkpointing would keep every layer for the backward pass, and save "
-            "nothing; give both."
-        )
-    _check_generation_defaults(options.generation_defaults)
+    check_training(options)
+    check_base(options.base)
+    check_target_modules(options.lora)
     if options.generation_defaults.sample_guidance_interval is not None:
-        raise ConfigError("--sample-guidance-interval: the pipelines of diffusers guide at all times; leave it out.")
-    refuse_continuation(options.generation_defaults, "the pipelines of diffusers make all windows alike")
-    _check_validation(options.validation)
-    check_data(options.data)
+        raise ConfigError("--sample-guidance-interval: diffusers pipelines guide at all times; leave it out.")
+    reject_continuation(options.generation_defaults, "the diffusers pipelines sample all windows alike")
 
 
-def check_tuning(tune: TuneOptions) -> None:
-    """Refuse values of a fine-tuning that have no meaning.
-
-    Raises:
-        ConfigError: as `check_training`.
-    """
-    _need("--image-drop-prob", tune.image_drop_prob, 0, 1)
-    _need("--sigma-std", tune.sigma_std, 0, above=True)
-    _need("--noise-aug's spread", tune.noise_aug[1], 0)
-    if tune.motion_bucket == "auto":
-        return
-    try:
-        bucket = float(tune.motion_bucket)
-    except ValueError:
-        raise ConfigError(f"--motion-bucket {tune.motion_bucket}: it is auto, or a number from 0 to 255.") from None
-    _need("--motion-bucket", bucket, 0, 255)
-
-
-def refuse_continuation(generation_defaults: GenerationDefaults, why: str) -> None:
-    """Refuse advice on windows that go on from known frames, for models that have none.
-
-    Raises:
-        ConfigError: naming the flags.
-    """
-    if generation_defaults.continuation_flags:
-        raise ConfigError(f"{' and '.join(generation_defaults.continuation_flags)}: {why}; leave it out.")
-
-
-def check_data(data: DataOptions) -> None:
-    """Refuse data options that have no meaning, or that name no clips.
-
-    Raises:
-        ConfigError: as `check_training`.
-    """
-    for flag, value in (
-        ("--batch-size", data.batch_size),
-        ("--tokens-per-batch", data.tokens_per_batch),
-        ("--num-frames", data.num_frames),
-        ("--height", data.height),
-        ("--width", data.width),
-        ("--resolution", data.resolution),
-        ("--cond-frames", data.cond_frames),
-        ("--cache-variants", data.cache_variants),
-    ):
-        _need(flag, value, 1)
-    _need("--fps", data.fps, 0, above=True)
-    _need("--max-upscale", data.max_upscale, 0, above=True)
-    _need("--max-bad", data.max_bad, 0, 1)
-    _need("--num-workers", data.num_workers, 0)
-    _need("--ram-cache-mb", data.ram_cache_mb, 0)
+def check_clips(data: DataOptions) -> None:
+    """Require a manifest or a metadata file."""
     if not data.manifest and data.metadata is None:
         raise ConfigError(
-            "No clips are named: give --manifest manifest.jsonl or --metadata metadata.json "
+            "There are no clips: give --manifest manifest.jsonl or --metadata metadata.json "
             "(the mock data is train/videos/mock_data/manifest.jsonl)."
         )
 
 
-def _check_generation_defaults(generation_defaults: GenerationDefaults) -> None:
-    _need("--sample-steps", generation_defaults.sample_steps, 1)
-    _need("--sample-guidance", generation_defaults.sample_guidance, 0)
-    _need("--sample-draft-frames", generation_defaults.sample_draft_frames, 0)
-    _need("--sample-continue-steps", generation_defaults.sample_continue_steps, 1)
-    _need("--sample-continue-guidance", generation_defaults.sample_continue_guidance, 0)
-    low, high = generation_defaults.sample_guidance_interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: expected two rising times from 0 to 1.")
+def check_run(train: TrainOptions) -> None:
+    """Require a folder, a way to resume, and a learning rate that does not rise to its minimum."""
+    if not train.output_dir:
+        raise ConfigError("--output-dir is empty; give a folder, e.g. --output-dir outputs.")
+    if not train.resume:
+        raise ConfigError("--resume is empty; give auto, none, or the path of a checkpoint.")
+    if train.min_lr > train.lr:
+        raise ConfigError(f"--min-lr {train.min_lr:g}: it must be at least 0 and at most --lr {train.lr:g}.")
 
 
-def _check_validation(validation: ValidationOptions) -> None:
-    _need("--validate-every", validation.validate_every, 0)
-    _need("--validation-rows", validation.validation_rows, 0)
-    _need("--validation-times", validation.validation_times, 1)
-    if not 0 <= validation.validation_split < 1:
-        raise ConfigError(f"--validation-split {validation.validation_split:g}: it must be at least 0 and below 1.")
+def check_guidance_interval(defaults: GenerationDefaults) -> None:
+    """Require LO <= HI."""
+    low, high = defaults.sample_guidance_interval or (0.0, 1.0)
+    if low > high:
+        raise ConfigError(f"--sample-guidance-interval {low:g},{high:g}: the first time must not be above the second.")
+
+
+def check_held_out(validation: ValidationOptions) -> None:
+    """Reject two sources of held-out clips."""
     if validation.validation_split and validation.validation_manifest:
-        raise ConfigError("--validation-split and --validation-manifest both say what is held out; give one of them.")
-    if validation.validation_prompts is not None and validation.validation_prompt:
-        raise ConfigError("--validation-prompts and --validation-prompt both name prompts; put them all in the file.")
+        raise ConfigError("--validation-split and --validation-manifest both say what is held out; give only one.")
+
+
+def check_validation_prompts(validation: ValidationOptions) -> None:
+    """Reject two sources of prompts, and a file that contains none."""
+    if validation.validation_prompts is None:
+        return
+    if validation.validation_prompt:
+        raise ConfigError("--validation-prompts and --validation-prompt both give prompts; put them all in the file.")
+    read_prompts(validation.validation_prompts, "--validation-prompts")
+
+
+def check_validation_runs(validation: ValidationOptions) -> None:
+    """Reject flags of a validation that never runs."""
     given = {
         "--validation-split": validation.validation_split,
         "--validation-manifest": validation.validation_manifest,
@@ -168,56 +126,67 @@ def _check_validation(validation: ValidationOptions) -> None:
     unused = [flag for flag, value in given.items() if value]
     if unused and not validation.validate_every:
         raise ConfigError(f"{' and '.join(unused)}: nothing is validated; give --validate-every N too.")
-    if validation.validation_prompts is not None:
-        read_prompts(validation.validation_prompts)
-    if validation.log_with != "none" and not _is_installed(validation.log_with):
+
+
+def check_tracker(validation: ValidationOptions) -> None:
+    """Require the package of `--log-with`."""
+    name = validation.log_with
+    if name != "none" and not _is_installed(name):
         raise ConfigError(
-            f"--log-with {validation.log_with}: not installed; run `pip install {validation.log_with}` (or, in the "
-            f"repository, `pip install -e .[{validation.log_with}]`)."
+            f"--log-with {name}: not installed; run `pip install {name}` (or, in the repository, "
+            f"`pip install -e .[{name}]`)."
         )
 
 
 def _is_installed(module: str) -> bool:
-    """A mere folder of that name, such as the one that wandb leaves behind, is none."""
+    # A folder without Python files, such as the one that wandb writes its runs to, is found too, but has no origin.
     found = find_spec(module)
     return found is not None and found.origin is not None
 
 
-def _check_train(train: TrainOptions) -> None:
-    for flag, value in (
-        ("--max-steps", train.max_steps),
-        ("--grad-accum", train.grad_accum),
-        ("--save-every", train.save_every),
-        ("--log-every", train.log_every),
-        ("--max-bad-steps", train.max_bad_steps),
-        ("--expect-processes", train.expect_processes),
-    ):
-        _need(flag, value, 1)
-    for flag, whole in (
-        ("--lr-warmup-steps", train.lr_warmup_steps),
-        ("--save-limit", train.save_limit),
-        ("--seed", train.seed),
-    ):
-        _need(flag, whole, 0)
-    if not train.resume:
-        raise ConfigError("--resume is empty; it is auto, none, or the path of a checkpoint.")
-    if not train.output_dir:
-        raise ConfigError("--output-dir is empty; name a folder, e.g. --output-dir outputs.")
-    _need("--lr", train.lr, 0, above=True)
-    _need("--muon-lr", train.muon_lr, 0, above=True)
-    _need("--min-lr", train.min_lr, 0, train.lr)
-    _need("--weight-decay", train.weight_decay, 0)
-    _need("--max-grad-norm", train.max_grad_norm, 0)
-    _need("--cfg-drop-prob", train.cfg_drop_prob, 0, 1)
-    for flag, share in (("--ema-decay", train.ema_decay), *(("--betas", b) for b in train.betas)):
-        if not 0 <= share < 1:
-            raise ConfigError(f"{flag} {share:g}: it must be at least 0 and below 1.")
+def check_memory(memory: MemoryOptions) -> None:
+    """Require memory tokens, and backpropagation through two segments.
+
+    With fewer segments, what is written to the memory is never read with a gradient.
+    """
+    if memory.memory != "none":
+        check_value("--mem-tokens", memory.mem_tokens, Range(least=1))
+        check_value("--bptt-segments", memory.bptt_segments, Range(least=2))
 
 
-def _need(flag: str, value: float | None, least: float, most: float | None = None, *, above: bool = False) -> None:
-    if value is None:
+def check_motion_bucket(tune: TuneOptions) -> None:
+    """Require `auto` or a number in the range of the pretrained embedding."""
+    if tune.motion_bucket == "auto":
         return
-    good = math.isfinite(value) and (value > least if above else value >= least) and (most is None or value <= most)
-    if not good:
-        limit = f"above {least:g}" if above else f"at least {least:g}"
-        raise ConfigError(f"{flag} {value:g}: it must be {limit}{'' if most is None else f' and at most {most:g}'}.")
+    try:
+        bucket = float(tune.motion_bucket)
+    except ValueError:
+        raise ConfigError(f"--motion-bucket {tune.motion_bucket}: it is auto, or a number from 0 to 255.") from None
+    check_value("--motion-bucket", bucket, Range(least=0, most=255))
+
+
+def check_base(base: BaseOptions) -> None:
+    """Require a pretrained pipeline, and an offload that saves memory."""
+    if base.pretrained_model is None:
+        raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
+    if base.offload == "group" and not base.gradient_checkpointing:
+        raise ConfigError(
+            "--offload group without --gradient-checkpointing would keep every layer for the backward pass and save no "
+            "memory; give both."
+        )
+
+
+def check_target_modules(lora: LoraOptions) -> None:
+    """Require at least one layer."""
+    if not lora.target_modules.strip(", "):
+        raise ConfigError("--target-modules is empty; name at least one layer, e.g. to_q.")
+
+
+def reject_continuation(defaults: GenerationDefaults, why: str) -> None:
+    """Reject defaults of continuation windows, for models that do not distinguish them from other windows.
+
+    Raises:
+        ConfigError: names the flags.
+    """
+    if defaults.continuation_flags:
+        raise ConfigError(f"{' and '.join(defaults.continuation_flags)}: {why}; leave it out.")

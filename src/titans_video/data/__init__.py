@@ -1,1 +1,1 @@
-"""Manifest rows, planning, buckets, the sampler and the store of cached encodings (floor L1)."""
+"""Manifests, clip planning, buckets, the sampler and the cache of encodings (layer 1)."""

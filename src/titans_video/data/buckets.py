@@ -1,4 +1,4 @@
-"""Buckets: the few sizes that clips are brought to, so that a batch is one tensor.
+"""Buckets: the few sizes that clips are resized to, so that a batch is one tensor.
 
 Legend: T frames, H W pixel height and width.
 """
@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titans_video.config.options import DataOptions
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.types import CodecSpec
 
-SAME_ASPECT = 0.01  # buckets whose log aspects differ by less are one shape in several sizes
+SAME_ASPECT = 0.01  # buckets whose log aspects differ by less count as one shape in several sizes
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One size of clip. `shorter` marks a bucket whose frame count came from `--num-frames`: clips that are too short
-    for it take the largest legal count that they can fill, but a still is no clip; a bucket written HxWxT takes no
-    shorter ones."""
+    """One clip size.
+
+    `shorter` marks a bucket whose frame count came from `--num-frames`: a clip that is too short takes the largest
+    legal frame count that it can fill, but at least two frames. A bucket written HxWxT takes no shorter clips.
+    """
 
     frames: int
     height: int
@@ -29,7 +31,7 @@ class Bucket:
         return f"{self.height}x{self.width}x{self.frames}"
 
     def tokens(self, spec: CodecSpec, patch_size: Sequence[int]) -> int:
-        """Video tokens of one clip."""
+        """Return the number of video tokens of one clip."""
         _, t, h, w = spec.latent_shape(self.frames, self.height, self.width)
         return (t // patch_size[0]) * (h // patch_size[1]) * (w // patch_size[2])
 
@@ -40,18 +42,16 @@ def parse_buckets(
     patch_size: Sequence[int],
     first_size: tuple[int, int] | None = None,
 ) -> list[Bucket]:
-    """The buckets that the flags ask for.
+    """Return the buckets that the flags describe.
 
     Args:
-        first_size: display (height, width) of the first usable clip: what `--resolution` takes its aspect from, and the
-            size itself where no size is asked for (rounded down to a legal one).
+        first_size: displayed (height, width) of the first usable clip. `--resolution` takes its aspect from it; without
+            any size flag it is the size itself, rounded down to a legal one.
     Raises:
-        ConfigError: flags that contradict, cannot be read, or ask for a size that codec and patch do not divide (the
-            message names the nearest legal ones).
+        ConfigError: flags that contradict each other, cannot be read, or ask for a size that codec and patch do not
+            divide (the message names the nearest legal ones).
     """
-    if options.num_frames < 1:
-        raise ConfigError(f"--num-frames {options.num_frames}: at least 1 frame is needed.")
-    _refuse_contradictions(options)
+    _reject_contradictions(options)
     if options.buckets is not None:
         return sorted(
             {_parse_one(part, options, spec, patch_size) for part in options.buckets.split(",")}, reverse=True
@@ -64,30 +64,25 @@ def parse_buckets(
     height, width = first_size or (grid_h, grid_w)
     if options.resolution is None:
         return [Bucket(frames, max(height // grid_h, 1) * grid_h, max(width // grid_w, 1) * grid_w, True)]
-    if options.resolution < 1:
-        raise ConfigError(f"--resolution {options.resolution}: at least 1 pixel is needed.")
     scale = options.resolution / min(height, width)
     return [Bucket(frames, _round_to(height * scale, grid_h), _round_to(width * scale, grid_w), True)]
 
 
 def grid(spec: CodecSpec, patch_size: Sequence[int]) -> tuple[int, int]:
-    """What heights and widths must be multiples of."""
+    """Return the numbers that heights and widths must be multiples of."""
     return spec.stride[1] * patch_size[1], spec.stride[2] * patch_size[2]
 
 
 def check_size(height: int, width: int, spec: CodecSpec, patch_size: Sequence[int], flag: str) -> None:
-    """Refuse a size that codec and patch do not divide, naming the nearest legal ones.
+    """Reject a size that codec and patch do not divide.
 
     Raises:
-        ConfigError: with the legal sizes at most and at least this one.
+        ConfigError: with the nearest legal sizes.
     """
     grid_h, grid_w = grid(spec, patch_size)
-    if height < 1 or width < 1:
-        raise ConfigError(f"{flag} {height}x{width}: both must be at least 1.")
     if height % grid_h or width % grid_w:
-        low = (max(height // grid_h, 1) * grid_h, max(width // grid_w, 1) * grid_w)
-        high = (-(-height // grid_h) * grid_h, -(-width // grid_w) * grid_w)
-        nearest = " and ".join(dict.fromkeys(f"{h}x{w}" for h, w in (low, high)))
+        heights, widths = _nearest_sides(height, grid_h), _nearest_sides(width, grid_w)
+        nearest = " and ".join(dict.fromkeys(f"{heights[i]}x{widths[i]}" for i in (0, -1)))
         raise ConfigError(
             f"{flag} {height}x{width}: the codec {spec.name} (stride {spec.stride[1]}x{spec.stride[2]}) with a patch "
             f"of {patch_size[1]}x{patch_size[2]} needs heights that are multiples of {grid_h} and widths of {grid_w}; "
@@ -95,9 +90,13 @@ def check_size(height: int, width: int, spec: CodecSpec, patch_size: Sequence[in
         )
 
 
+def _nearest_sides(side: int, step: int) -> list[int]:
+    return nearest_multiples(side, step, step) if side % step else [side]
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A bucket for a clip, and how much the clip is enlarged for it (1 or less: not at all)."""
+    """A bucket for a clip, and the factor by which the clip is enlarged for it (1 or less: not enlarged)."""
 
     bucket: Bucket
     upscale: float
@@ -105,22 +104,23 @@ class Choice:
 
 @dataclass(frozen=True)
 class BucketTable:
-    """The buckets of a run with what decides which clip goes where."""
+    """The buckets of a run, and the rule that assigns clips to them."""
 
     buckets: tuple[Bucket, ...]
     spec: CodecSpec
     patch_size: tuple[int, int, int]
 
     def least_frames(self) -> int:
-        """The fewest frames that any bucket can use."""
+        """Return the smallest number of frames that any bucket can use."""
         shortest = self.spec.frames_at_least(2, self.patch_size[0])
         return min(min(shortest, b.frames) if b.shorter else b.frames for b in self.buckets)
 
     def choose(self, height: int, width: int, frames: int) -> Choice | None:
-        """The bucket of a clip of this display size that can give this many frames; None: too few for any.
+        """Return the bucket for a clip of this displayed size that can give this many frames; None if it is too short
+        for all.
 
-        Among the buckets whose frames the clip can fill, the nearest aspect in log space; of several sizes of that
-        aspect the largest that does not enlarge the clip, else the one that enlarges it least; then the longest.
+        Among the buckets whose frames the clip can fill, take the nearest aspect in log space. Of several sizes of that
+        aspect take the largest that does not enlarge the clip, else the one that enlarges it least; then the longest.
         """
         fitting = [b for b in (self._fit(b, frames) for b in self.buckets) if b is not None]
         if not fitting:
@@ -141,7 +141,7 @@ class BucketTable:
         return None if count is None or count < 2 else Bucket(count, bucket.height, bucket.width, True)
 
 
-def _refuse_contradictions(options: DataOptions) -> None:
+def _reject_contradictions(options: DataOptions) -> None:
     if (options.height is None) != (options.width is None):
         missing = "--width" if options.width is None else "--height"
         raise ConfigError(f"--height and --width go together: give {missing} too, or --resolution for the short side.")
@@ -150,9 +150,9 @@ def _refuse_contradictions(options: DataOptions) -> None:
         "--resolution": options.resolution is not None,
         "--height/--width": options.height is not None,
     }
-    both = [flag for flag, is_given in given.items() if is_given]
-    if len(both) > 1:
-        raise ConfigError(f"{' and '.join(both)} both say which size; give one of them.")
+    flags = [flag for flag, is_given in given.items() if is_given]
+    if len(flags) > 1:
+        raise ConfigError(f"{' and '.join(flags)} each set the size; give only one of them.")
 
 
 def _parse_one(text: str, options: DataOptions, spec: CodecSpec, patch_size: Sequence[int]) -> Bucket:
@@ -165,8 +165,7 @@ def _parse_one(text: str, options: DataOptions, spec: CodecSpec, patch_size: Seq
         return Bucket(_legal_frames(options.num_frames, spec, patch_size), height, width, True)
     frames = int(parts[2])
     if not spec.is_legal(frames, patch_size[0]):
-        below, above = spec.frames_at_most(frames, patch_size[0]), spec.frames_at_least(frames, patch_size[0])
-        nearest = f"{below} and {above}" if below else str(above)
+        nearest = spec.format_nearest_frames(frames, patch_size[0])
         raise ConfigError(
             f"--buckets {text.strip()}: {frames} frames do not suit the codec {spec.name} with a temporal patch of "
             f"{patch_size[0]}; the nearest legal counts are {nearest}."

@@ -1,8 +1,8 @@
-"""The content-addressed store of cached encodings.
+"""The content-addressed cache of encodings.
 
-A clip's moments, the moments of what it is conditioned on, and each prompt's hidden states are safetensors files of
-their own, named by a hash of everything that they depend on. A file is therefore right or absent, never stale; it is
-written beside and renamed, so any number of processes may fill one store at once.
+A clip's moments, the moments of its conditioning frames, and each prompt's hidden states are separate safetensors
+files. The name of a file is a hash of everything that its content depends on. A file is therefore correct or missing,
+never outdated. It is written under a temporary name and renamed, so any number of processes may fill one cache at once.
 
 Legend: C latent channels, t h w the latent grid, L tokens, E width of a text stream.
 """
@@ -21,42 +21,44 @@ from torch import Tensor
 
 from titans_video.checkpoint import atomic_path
 from titans_video.data.clip_plan import PLAN_VERSION
-from titans_video.data.reader import BrokenRow, Sample
+from titans_video.data.reader import BadRowError, Sample
 from titans_video.errors import DataError
 from titans_video.media.motion import MOTION_VERSION
 from titans_video.types import TextCondition
 
-STORE_VERSION = 1  # raise it when the same clip would give other pixels
-KINDS = CLIPS, KNOWN, PICTURES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
-KEPT_TEXTS = 4096
+CACHE_VERSION = 1  # raise it when the same clip would give other pixels
+KINDS = CLIPS, COND_FRAMES, COND_IMAGES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
+MAX_TEXTS = 4096
 
 
-class EncodingStore:
-    """Encodings of one codec and of some text encoders in a folder that any number of both may share.
+class EncodingCache:
+    """A folder of encodings of codecs and text encoders; any number of them may share it.
+
+    The names of its subfolders and the key fields ("known", "picture", ...) are a file format and never change.
 
     Args:
-        folder: of the store.
-        codec: what tells the codec from any other: fingerprint of weights and configuration, and its precision.
-        texts: the same of each text stream; () where text is not cached because the network reads bytes itself.
-        pictures: first frames are kept as pixels in place of moments, as they get noise before they are encoded, and so
-            is how much moves in each clip (Stable Video Diffusion).
+        folder: of the cache.
+        codec: identifies the codec: fingerprint of weights and configuration, and its precision.
+        texts: the same for each text stream; () if text is not cached because the network reads bytes itself.
+        cond_images: save conditioning images as pixels instead of moments, because noise is added before they are
+            encoded, and save the motion bucket of each clip (Stable Video Diffusion).
     """
 
-    def __init__(self, folder: Path, codec: str, texts: Sequence[str] = (), pictures: bool = False) -> None:
-        self.folder, self.codec, self.texts, self.pictures = folder, codec, tuple(texts), pictures
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+    def __init__(self, folder: Path, codec: str, texts: Sequence[str] = (), cond_images: bool = False) -> None:
+        self.folder, self.codec, self.texts, self.cond_images = folder, codec, tuple(texts), cond_images
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
     def has_text(self) -> bool:
         return bool(self.texts)
 
     def clip_fields(self, sample: Sample) -> dict[str, Any]:
-        """Everything that a clip's moments depend on."""
+        """Return everything that a clip's moments depend on."""
         plan = sample.plan
         return {
             "kind": CLIPS,
-            "version": [STORE_VERSION, PLAN_VERSION],
-            "file": sample.entry.digest,
+            "version": [CACHE_VERSION, PLAN_VERSION],
+            "file": sample.record.digest,
             "times": [round(t, 6) for t in plan.times],
             "frames": list(plan.indices),
             "size": [plan.bucket.height, plan.bucket.width],
@@ -65,37 +67,37 @@ class EncodingStore:
         }
 
     def cond_fields(self, sample: Sample) -> dict[str, Any]:
-        """Everything that the moments of what a sample is conditioned on depend on."""
-        picture = sample.entry.image_digest if sample.picture else None
-        return {**self.clip_fields(sample), "kind": KNOWN, "known": sample.num_cond_frames, "picture": picture}
+        """Return everything that the moments of a sample's conditioning frames depend on."""
+        image = sample.record.image_digest if sample.own_image else None
+        return {**self.clip_fields(sample), "kind": COND_FRAMES, "known": sample.num_cond_frames, "picture": image}
 
     def image_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
-        """Everything that a sample's first frame, or its motion, depends on; no codec is among it."""
-        seen = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
+        """Return everything that a sample's first frame, or its motion, depends on; the codec is not part of it."""
+        fields = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
         if kind == MOTION:
-            return {**seen, "fps": round(sample.plan.fps, 6), "measure": MOTION_VERSION}
-        return {**seen, "picture": sample.entry.image_digest if sample.picture else None}
+            return {**fields, "fps": round(sample.plan.fps, 6), "measure": MOTION_VERSION}
+        return {**fields, "picture": sample.record.image_digest if sample.own_image else None}
 
     def wanted(self, sample: Sample) -> list[dict[str, Any]]:
-        """The fields of all that is kept of a sample."""
+        """Return the key fields of everything that is cached for a sample."""
         found = [self.clip_fields(sample)]
-        if self.pictures:
+        if self.cond_images:
             found.append(self.image_fields(sample, MOTION))
         if sample.num_cond_frames:
-            found.append(self.image_fields(sample, PICTURES) if self.pictures else self.cond_fields(sample))
+            found.append(self.image_fields(sample, COND_IMAGES) if self.cond_images else self.cond_fields(sample))
         return found
 
     def text_fields(self, prompt: str, stream: int) -> dict[str, Any]:
-        """Everything that a prompt's hidden states depend on."""
-        return {"kind": TEXT, "version": STORE_VERSION, "prompt": prompt, "encoder": self.texts[stream]}
+        """Return everything that a prompt's hidden states depend on."""
+        return {"kind": TEXT, "version": CACHE_VERSION, "prompt": prompt, "encoder": self.texts[stream]}
 
     def path(self, fields: Mapping[str, Any]) -> Path:
-        """Where the tensors with these fields lie."""
+        """Return the path of the tensor with these fields."""
         key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:40]
         return self.folder / fields["kind"] / key[:2] / f"{key}.safetensors"
 
     def write(self, fields: Mapping[str, Any], tensor: Tensor) -> None:
-        """Keep one tensor with what it was made from, atomically."""
+        """Write one tensor with its key fields, atomically."""
         with atomic_path(self.path(fields)) as temporary:
             save_file(
                 {"data": tensor.contiguous().cpu()},
@@ -104,44 +106,45 @@ class EncodingStore:
             )
 
     def read(self, fields: Mapping[str, Any]) -> Tensor:
-        """What `write` kept.
+        """Read what `write` wrote.
 
         Raises:
-            BrokenRow: it is missing or unreadable.
+            BadRowError: it is missing or unreadable.
         """
         path = self.path(fields)
         try:
             with safe_open(path, framework="pt") as f:
                 tensor: Tensor = f.get_tensor("data")
         except FileNotFoundError:
-            raise BrokenRow("not-in-cache", f"{path} is missing; fill the cache again.") from None
+            raise BadRowError("not-in-cache", f"{path} is missing; fill the cache again.") from None
         except (SafetensorError, OSError) as e:
-            raise BrokenRow("not-in-cache", f"{path} cannot be read ({e}); verify the cache.") from None
+            raise BadRowError("not-in-cache", f"{path} cannot be read ({e}); verify the cache.") from None
         return tensor
 
     def read_clip(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
-        """Moments (2C, t, h, w) of a sample, and those of its known frames if it has any.
+        """Read the moments (2C, t, h, w) of a sample, and those of its conditioning frames if it has any.
 
         Raises:
-            BrokenRow: one is missing or unreadable.
+            BadRowError: one is missing or unreadable.
         """
-        known = self.read(self.cond_fields(sample)) if sample.num_cond_frames and not self.pictures else None
-        return self.read(self.clip_fields(sample)), known
+        cond = self.read(self.cond_fields(sample)) if sample.num_cond_frames and not self.cond_images else None
+        return self.read(self.clip_fields(sample)), cond
 
     def read_image_fields(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
-        """The picture (H, W, 3) uint8 of a sample, if it has one, and the bucket of its motion (); None where pictures
-        are not kept.
+        """Read the conditioning image (H, W, 3) uint8 of a sample, if it has one, and its motion bucket ().
+
+        Both are None if this cache has no images.
 
         Raises:
-            BrokenRow: one is missing or unreadable.
+            BadRowError: one is missing or unreadable.
         """
-        if not self.pictures:
+        if not self.cond_images:
             return None, None
-        picture = self.read(self.image_fields(sample, PICTURES)) if sample.num_cond_frames else None
-        return picture, self.read(self.image_fields(sample, MOTION))
+        image = self.read(self.image_fields(sample, COND_IMAGES)) if sample.num_cond_frames else None
+        return image, self.read(self.image_fields(sample, MOTION))
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
-        """Hidden states of prompts as their encoders gave them, padded to the longest.
+        """Read the hidden states of prompts as their encoders returned them, padded to the longest.
 
         Raises:
             DataError: one is missing or unreadable.
@@ -156,49 +159,49 @@ class EncodingStore:
 
     def _prompt(self, prompt: str, stream: int) -> Tensor:
         key = f"{stream}\0{prompt}"
-        if key not in self._kept:
+        if key not in self._texts:
             try:
-                self._kept[key] = self.read(self.text_fields(prompt, stream))
-            except BrokenRow as e:
+                self._texts[key] = self.read(self.text_fields(prompt, stream))
+            except BadRowError as e:
                 raise DataError(f"The prompt {prompt[:80]!r} is not in the cache {self.folder}: {e.detail}") from None
-            if len(self._kept) > KEPT_TEXTS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+            if len(self._texts) > MAX_TEXTS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(key)
+        return self._texts[key]
 
 
-class StoredText:
-    """Encodes prompts as a text encoder does, as far as they are in a store."""
+class CachedText:
+    """Encode prompts like a text encoder, but from a cache."""
 
-    def __init__(self, store: EncodingStore) -> None:
-        self.store = store
+    def __init__(self, cache: EncodingCache) -> None:
+        self.cache = cache
 
     def __call__(self, prompts: Sequence[str]) -> TextCondition:
-        return self.store.text(prompts)
+        return self.cache.text(prompts)
 
     def empty(self, n: int) -> TextCondition:
         return self([""] * n)
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[int, list[str]]:
-    """Read every file of a store and check it against its name and its checksum.
+    """Read every file of a cache and check it against its name and its checksum.
 
     Args:
-        progress: told how many of how many files are done.
+        progress: called with the number of finished files and of all files.
     Returns:
-        How many files are sound, and of each other one its path with what is wrong.
+        The number of intact files, and for each other one its path and the problem.
     Raises:
-        DataError: there is no such store, or nothing in it.
+        DataError: the cache does not exist, or is empty.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such cache.")
     paths = sorted(p for kind in KINDS for p in (folder / kind).glob("*/*.safetensors"))
     if not paths:
-        raise DataError(f"{folder}: there is no cached file in it; it is no cache, or nothing was cached yet.")
-    store = EncodingStore(folder, "")
+        raise DataError(f"{folder}: it contains no cached file. It is not a cache, or nothing has been cached yet.")
+    cache = EncodingCache(folder, "")
     wrong = []
     for done, path in enumerate(paths, 1):
-        problem = _problem(store, path)
+        problem = _problem(cache, path)
         if problem is not None:
             wrong.append(f"{path}: {problem}")
         if progress is not None:
@@ -206,20 +209,20 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     return len(paths) - len(wrong), wrong
 
 
-def _problem(store: EncodingStore, path: Path) -> str | None:
+def _problem(cache: EncodingCache, path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as f:
             tensor, notes = f.get_tensor("data"), f.metadata() or {}
         fields = json.loads(notes["made_from"])
-        named = store.path(fields)
+        named = cache.path(fields)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         return f"unreadable ({type(e).__name__}: {e})"
     if named.name != path.name:
-        return f"its name does not agree with what it was made from ({named.name} was expected)"
+        return f"its name does not match the key fields in it ({named.name} was expected)"
     if notes.get("sha256") != _digest(tensor):
-        return "its content does not agree with its checksum"
+        return "its content does not match its checksum"
     if not bool(torch.isfinite(tensor).all()):
-        return "it holds values that are not finite"
+        return "it contains values that are not finite"
     return None
 
 

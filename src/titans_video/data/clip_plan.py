@@ -1,10 +1,10 @@
-"""The one plan of a row: which frames, which crop, which bucket.
+"""Plan a row: which frames, which crop, which bucket.
 
-The scan, the key of the cache and the reader all call `plan_row` and nothing else decides any of it, so what the report
-promises is what training decodes. Everything comes from the timestamps of the frames that are there, never from a
-duration, a header's frame count or an average rate.
+The scan, the cache key and the reader all call `plan_row`, and nothing else decides any of this, so the report shows
+exactly what training decodes. The plan uses only the timestamps of the frames that exist, never a duration, a header's
+frame count or an average rate.
 
-Legend: T frames of the bucket, t_i seconds of frame i from the first one as played.
+Legend: T frames of the bucket, t_i seconds of frame i from the first displayed frame.
 """
 
 import bisect
@@ -20,15 +20,15 @@ from typing import Protocol
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.manifest import Row
-from titans_video.data.tasks import needs_picture, parse_task_mix
+from titans_video.data.sampler import parse_task_mix, uses_cond_image
 from titans_video.media.info import VideoInfo
 from titans_video.seeding import uniform
 
 PLAN_VERSION = 1  # part of every cache key: raise it when the same row would give other frames
-TOLERANCE = 0.0015  # seconds; containers that keep whole milliseconds are off by up to half of one
-EARLY = 0.1  # of a usual interval: how far before its time a frame may be shown
-HOLE_LEAST, HOLE_FACTOR = 1.0, 5.0  # a gap over both 1 s and 5 usual intervals is a hole, not a slow frame
-MOST_REPEATS = 4.0  # a file so slow that each frame would be shown more often gives stills, not video
+TOLERANCE = 0.0015  # seconds; containers with whole milliseconds are off by up to half of one
+EARLY = 0.1  # of a usual interval: how early a frame may be shown
+HOLE_LEAST, HOLE_FACTOR = 1.0, 5.0  # a gap above both 1 s and 5 usual intervals is a hole, not a slow frame
+MOST_REPEATS = 4.0  # a file so slow that each frame would be repeated more often gives stills, not video
 
 REASONS: dict[str, str] = {
     "missing": "there is no file at the path",
@@ -37,14 +37,14 @@ REASONS: dict[str, str] = {
     "no-permission": "this user may not read the file",
     "empty-file": "the file has 0 bytes",
     "not-a-video": "no video is found in the file",
-    "not-an-image": "no picture is found in the file",
+    "not-an-image": "no image is found in the file",
     "playlist": "the file names other files and holds no video of its own",
     "no-video-stream": "the file has no video stream",
-    "cover-art-only": "the only picture in the file is its cover",
+    "cover-art-only": "the only image in the file is its cover",
     "no-decoder": "this build of FFmpeg cannot decode the file",
     "no-frames": "not one frame can be decoded",
     "damaged": "decoding fails in the frames that are needed",
-    "tilted": "the picture is turned by an angle other than a quarter",
+    "tilted": "the image is rotated by an angle other than a multiple of 90 degrees",
     "unsupported-colour": "a colour space that cannot be read faithfully",
     "changed": "the file is no longer what was scanned",
     "timeout": "reading took longer than the time limit of one file",
@@ -53,13 +53,13 @@ REASONS: dict[str, str] = {
     "too-slow": "far fewer frames a second than --fps asks for",
     "too-small": "it would be enlarged more than --max-upscale allows",
     "start-past-end": "the row starts after the last frame",
-    "cond-image": "the row's own picture cannot be read",
+    "cond-image": "the row's own image cannot be read",
     "not-in-cache": "its latents or text states are missing in the cache, or damaged",
 }
 
 
 class Video(Protocol):
-    """What planning needs to know of a file; `media.probe` gives it."""
+    """The facts about a file that planning needs; `media.probe` provides them."""
 
     @property
     def width(self) -> int: ...
@@ -76,17 +76,16 @@ class Video(Protocol):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What reading a row will do.
+    """How a row will be read.
 
     Attributes:
-        bucket: the size it comes out in.
-        indices: T indices of the frames among the file's, in order; repeated where the rate asked for is above the
-            source's.
+        bucket: the size of the result.
+        indices: T indices of the file's frames, in order; repeated if the requested rate is above the source's.
         times: their t_i.
-        crop: (y, x) in [0, 1], where of the spare height and width the crop stands; (0.5, 0.5): the centre.
-        fps: frames a second at which the clip plays as read.
-        upscale: how much the picture is enlarged; at most 1 where it is not.
-        source: (height, width) of the picture as displayed.
+        crop: (y, x) in [0, 1], the position of the crop within the spare height and width; (0.5, 0.5) is the centre.
+        fps: frames per second at which the clip plays as read.
+        upscale: the enlargement factor; at most 1 if the clip is not enlarged.
+        source: displayed (height, width) of the file.
         available: the longest clip, in frames, that the row could give.
     """
 
@@ -102,7 +101,7 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Why a row gives nothing: one of `REASONS`, and the arithmetic behind it."""
+    """Why a row cannot be used: one of `REASONS`, and the details."""
 
     reason: str
     detail: str
@@ -110,7 +109,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class _Run:
-    """Frames [first, stop) without a hole between them, and how many frames of the clip each could be the first of."""
+    """Frames [first, stop) without a hole, and for each frame the longest clip that could start there."""
 
     first: int
     stop: int
@@ -123,8 +122,8 @@ def plan_row(
     """Decide the frames, the crop and the bucket of a row.
 
     Args:
-        seed: of one occurrence of the row (or of one cached variant): what a random crop or start is drawn from. None:
-            centre and beginning. The bucket and whether the row is usable never depend on it.
+        seed: of one occurrence of the row (or of one cached variant); a random crop or start is drawn from it. None
+            means centre and beginning. The bucket, and whether the row is usable, never depend on it.
     """
     if not info.pts:
         return Rejected("no-frames", "the file has no frame with a time.")
@@ -136,12 +135,12 @@ def plan_row(
     if step is not None and len(times) > 1 and usual > MOST_REPEATS * step:
         return Rejected(
             "too-slow",
-            f"its own rate is {1 / usual:.2f} frames a second; read at {1 / step:g} each frame would be shown "
+            f"its own rate is {1 / usual:.2f} frames per second; read at {1 / step:g} each frame would be shown "
             f"{usual / step:.1f} times ({MOST_REPEATS:g} at most).",
         )
     runs = _runs(row, times, usual, step, options.stride)
     if not runs:
-        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame stands at {times[-1]:.3f} s.")
+        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame is at {times[-1]:.3f} s.")
     available = max(max(r.lengths) for r in runs)
     needed = 2 if row.task != "t2v" and options.task_mix is None else 1
     choice = table.choose(info.height, info.width, available)
@@ -174,8 +173,10 @@ def _usual_interval(times: Sequence[float]) -> float:
 
 
 def _runs(row: Row, times: Sequence[float], usual: float, step: float | None, stride: int) -> list[_Run]:
-    """The stretches of the row's window that no hole breaks. A clip is never taken across a hole in the timestamps:
-    its frames would jump in time, or stand still for as long as the hole lasts."""
+    """Split the row's window at holes in the timestamps.
+
+    A clip never crosses a hole: its frames would jump in time, or freeze for as long as the hole lasts.
+    """
     first = bisect.bisect_left(times, row.start - TOLERANCE)
     stop = len(times) if row.end is None else bisect.bisect_left(times, row.end - TOLERANCE)
     limit = max(HOLE_LEAST, HOLE_FACTOR * usual)
@@ -184,8 +185,10 @@ def _runs(row: Row, times: Sequence[float], usual: float, step: float | None, st
 
 
 def _lengths(times: Sequence[float], usual: float, step: float | None, stride: int) -> tuple[int, ...]:
-    """How many frames a clip that begins at each frame of a run could have. With a step in time, frames are taken as
-    long as the last one is on screen, which is for its own interval."""
+    """Return how many frames a clip that starts at each frame of a run could have.
+
+    With a step in seconds, frames are taken while the last one is on screen, that is for its own interval.
+    """
     n = len(times)
     if step is None:
         return tuple((n - 1 - i) // stride + 1 for i in range(n))
@@ -194,19 +197,23 @@ def _lengths(times: Sequence[float], usual: float, step: float | None, stride: i
 
 
 def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, seed: int | None) -> int:
-    """The first frame: the earliest that leaves room, or a random one. A row whose own picture conditions it always
-    begins where the picture was taken."""
-    held = row.cond_image is not None and needs_picture(row, parse_task_mix(options.task_mix))
+    """Return the first frame: the earliest that leaves enough frames, or a random one.
+
+    A row with its own image always starts where the image was taken.
+    """
+    own_image = row.cond_image is not None and uses_cond_image(row, parse_task_mix(options.task_mix))
     fits = [r.first + i for r in runs for i, length in enumerate(r.lengths) if length >= frames]
-    if not options.random_start or seed is None or held:
+    if not options.random_start or seed is None or own_image:
         return fits[0]
     return fits[min(int(uniform(seed, "start") * len(fits)), len(fits) - 1)]
 
 
 def _indices(times: Sequence[float], start: int, frames: int, step: float | int, usual: float, stop: int) -> list[int]:
-    """Every step-th frame for a whole number; for a step in seconds the frame on screen at each time, that is the last
-    one whose timestamp is not later. A tenth of an interval is granted, because timestamps are rounded (whole
-    milliseconds in Matroska) and rates nearly agree (29.97 and 30): else frames would be shown twice for nothing."""
+    """Return every step-th frame; for a step in seconds, the frame on screen at each time (the last one not later).
+
+    A tenth of an interval is tolerated, because timestamps are rounded (whole milliseconds in Matroska) and rates
+    nearly agree (29.97 and 30). Without it frames would be repeated needlessly.
+    """
     if isinstance(step, int):
         return [start + k * step for k in range(frames)]
     targets = (times[start] + k * step + EARLY * usual for k in range(frames))
@@ -227,25 +234,25 @@ def _too_short(
     available: int,
     needed: int,
 ) -> str:
-    """The arithmetic, in words that let the reader see what to lower."""
+    """Explain the frame arithmetic, so that the user sees which value to lower."""
     window = f"from {row.start:g} s" + (f" to {row.end:g} s" if row.end is not None else "")
     seconds = times[-1] + (usual if len(times) > 1 else 0.0)
-    said = f"{len(times)} frame{'s' * (len(times) != 1)} in {seconds:.3f} s, {window}"
+    text = f"{len(times)} frame{'s' * (len(times) != 1)} in {seconds:.3f} s, {window}"
     largest = max((b - a for a, b in pairwise(times)), default=0.0)
     if largest > max(HOLE_LEAST, HOLE_FACTOR * usual):
-        said += f", broken by a hole of {largest:.2f} s"
+        text += f", broken by a hole of {largest:.2f} s"
     if fps is not None:
-        said += f", read at {fps:g} frames a second"
+        text += f", read at {fps:g} frames per second"
     if options.stride > 1:
-        said += f", every {options.stride}th"
-    return f"{said}: {available} frame{'s' * (available != 1)}, but at least {needed} are needed."
+        text += f", every {options.stride}th"
+    return f"{text}: {available} frame{'s' * (available != 1)}, but at least {needed} are needed."
 
 
 _TIMES = ("pts", "key_pts")
 
 
 def pack(info: VideoInfo) -> bytes:
-    """`unpack` undoes it."""
+    """Serialize a `VideoInfo` compactly; `unpack` is the inverse."""
     plain = info.to_dict()
     for name in _TIMES:
         plain[name] = _step_runs(plain[name])
@@ -253,10 +260,10 @@ def pack(info: VideoInfo) -> bytes:
 
 
 def unpack(packed: bytes) -> VideoInfo:
-    """What `pack` was given.
+    """Deserialize the result of `pack`.
 
     Raises:
-        ValueError, KeyError, TypeError: `packed` is damaged, or of another version.
+        ValueError, KeyError, TypeError: `packed` is damaged, or from another version.
     """
     plain = json.loads(packed)
     for name in _TIMES:
@@ -265,7 +272,7 @@ def unpack(packed: bytes) -> VideoInfo:
 
 
 def _step_runs(values: Sequence[int]) -> list[int]:
-    """[first, step, count, step, count, ...]"""
+    """Run-length encode the steps: [first, step, count, step, count, ...]."""
     found = list(values[:1])
     for step, group in groupby(b - a for a, b in pairwise(values)):
         found += [step, sum(1 for _ in group)]

@@ -1,13 +1,14 @@
 """From rows to batches: an endless stream whose whole state is the number of the next optimizer step.
 
-A micro-batch is a pure function of its number: the sampler says which rows, the rows' seeds say everything that is
-random about them. Worker processes only compute that function ahead of time, so the stream is the same with any number
-of them.
+A micro-batch is a pure function of its number: the sampler chooses the rows, and the rows' seeds determine everything
+random about them. Worker processes only compute that function ahead of time, so the stream does not depend on their
+number.
 
 Legend: B rows of this rank, T frames, H W pixel height and width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count as count_from
 from pathlib import Path
@@ -19,31 +20,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IndexSampler
 
-from titans_video.data.bad_rows import Broken, BrokenRows
+from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.buckets import Bucket
-from titans_video.data.cache import EncodingStore
+from titans_video.data.cache import EncodingCache
 from titans_video.data.manifest import Row
-from titans_video.data.reader import BrokenRow, ClipRecord, Frames, RowReader, Sample
+from titans_video.data.reader import BadRowError, ClipRecord, Frames, RowReader, Sample
 from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
 from titans_video.errors import DataError
 from titans_video.seeding import derive_seed
 from titans_video.types import Batch
 
-LATE = 10**9
-"""The step of a trial batch: any curriculum is at its end, where batches are largest."""
+logger = logging.getLogger(__name__)
+
+LAST_STEP = 10**9
+"""The step of a trial batch: every curriculum has ended, so batches have their largest size."""
 
 
 @dataclass(frozen=True)
 class RankShard:
-    """How global batches are divided: by `steps` micro-batches, then by `world` ranks."""
+    """How global batches are divided: into `grad_accum` micro-batches, then among `world` ranks."""
 
     rank: int
     world: int
     grad_accum: int
 
     def of(self, items: Sequence[SampleIndex], micro: int) -> Sequence[SampleIndex]:
-        """This rank's rows of micro-batch `micro`; equal pieces in order, so that any division of a global batch gives
-        the same rows to the same optimizer step."""
+        """Return this rank's rows of micro-batch `micro`.
+
+        The parts are equal and in order, so any division of a global batch gives the same rows to the same optimizer
+        step.
+        """
         size = len(items) // (self.world * self.grad_accum)
         start = (micro * self.world + self.rank) * size
         return items[start : start + size]
@@ -51,27 +57,27 @@ class RankShard:
 
 @dataclass
 class HostBatch:
-    """A batch as it travels from a worker process: pixels in bytes, a quarter of their size as floats.
+    """A batch on the host as a worker process sends it: pixels are bytes, a quarter of their size as floats.
 
     Attributes:
         seeds, samples: of its rows.
         frames: (B, T, H, W, 3) uint8.
-        pictures: by place in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
-        moments, cond_moments: (B, 2C, t, h, w) from a store, in place of frames.
-        motion: (B,) from a store that keeps it.
-        broken: rows that turned out to be broken.
-        error: why there is no batch: errors of worker processes are handed on as words.
-        step: the optimizer step that it is for.
+        cond_images: by position in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
+        moments, cond_moments: (B, 2C, t, h, w) from a cache, instead of frames.
+        motion: (B,) from a cache that stores it.
+        bad_rows: rows that turned out to be unreadable.
+        error: why there is no batch; errors of worker processes are passed on as text.
+        step: the optimizer step of this batch.
     """
 
     seeds: list[int]
     samples: list[Sample]
     frames: Tensor | None = None
-    pictures: dict[int, Tensor] = field(default_factory=dict)
+    cond_images: dict[int, Tensor] = field(default_factory=dict)
     moments: Tensor | None = None
     cond_moments: Tensor | None = None
     motion: Tensor | None = None
-    broken: tuple[Broken, ...] = ()
+    bad_rows: tuple[BadRow, ...] = ()
     error: str | None = None
     step: int = 0
 
@@ -83,125 +89,128 @@ class Example:
     seed: int
     sample: Sample
     frames: Frames | None = None
-    picture: Frames | None = None
+    cond_image: Frames | None = None
     moments: Tensor | None = None
     cond_moments: Tensor | None = None
     motion: Tensor | None = None
 
 
 class BatchReader(Dataset[HostBatch]):
-    """Micro-batch `number` of one rank, read from files or from a store of encodings."""
+    """Read micro-batch `number` of one rank, from files or from a cache of encodings."""
 
     def __init__(
         self,
-        entries: Sequence[ClipRecord],
+        records: Sequence[ClipRecord],
         sampler: Sampler,
         reader: RowReader,
-        share: RankShard,
+        shard: RankShard,
         seed: int,
-        broken: BrokenRows,
-        most_broken: float,
-        store: EncodingStore | None = None,
+        bad_rows: BadRows,
+        max_bad: float,
+        cache: EncodingCache | None = None,
     ) -> None:
-        self.entries, self.sampler, self.reader, self.share, self.seed = entries, sampler, reader, share, seed
-        self.broken, self.most_broken, self.store = broken, most_broken, store
-        self.places = {r: (lane, at) for lane, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
+        self.records, self.sampler, self.reader, self.shard, self.seed = records, sampler, reader, shard, seed
+        self.bad_rows, self.max_bad, self.cache = bad_rows, max_bad, cache
+        # row -> (its queue, its position there)
+        self.positions = {r: (q, at) for q, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
 
     def __getitem__(self, number: int) -> HostBatch:
-        step, micro = divmod(number, self.share.grad_accum)
-        return self.rows(self.share.of(self.sampler.batch(step).items, micro), step)
+        step, micro = divmod(number, self.shard.grad_accum)
+        return self.rows(self.shard.of(self.sampler.batch(step).items, micro), step)
 
     def rows(self, items: Sequence[SampleIndex], step: int = 0) -> HostBatch:
-        """A batch of these rows of one bucket, as optimizer step `step` sees them."""
-        found: list[Broken] = []
+        """Read a batch of these rows of one bucket, as optimizer step `step` sees them."""
+        found: list[BadRow] = []
         try:
             return replace(collate([self._row(step, o, found) for o in items], found), step=step)
         except DataError as e:
-            return HostBatch([], [], broken=tuple(found), error=str(e))
+            return HostBatch([], [], bad_rows=tuple(found), error=str(e))
 
-    def _row(self, step: int, item: SampleIndex, found: list[Broken]) -> Example:
-        """Read an occurrence; in place of a broken row the next sound one of its bucket, in the manifest's order."""
-        lane, at = self.places[item.row]
-        rows = self.sampler.rows[lane]
-        asked = self.entries[item.row].row.id
+    def _row(self, step: int, item: SampleIndex, found: list[BadRow]) -> Example:
+        """Read an occurrence; replace an unreadable row by the next readable one of its bucket, in the manifest's
+        order.
+        """
+        queue, at = self.positions[item.row]
+        rows = self.sampler.rows[queue]
+        wanted = self.records[item.row].row.id
         for k in range(len(rows)):
-            entry = self.entries[int(rows[(at + k) % len(rows)])]
-            if entry.gone or self.broken.leaves_out(entry.row.id, step):
+            record = self.records[int(rows[(at + k) % len(rows)])]
+            if record.is_placeholder or self.bad_rows.leaves_out(record.row.id, step):
                 continue
-            instead = () if k == 0 else ("in place of", asked)
-            seed = derive_seed(self.seed, item.epoch, entry.row.id, item.count, *instead)
+            instead = () if k == 0 else ("in place of", wanted)
+            seed = derive_seed(self.seed, item.epoch, record.row.id, item.count, *instead)
             try:
-                return read_sample(seed, self.reader.sample(entry, seed), self.reader, self.store)
-            except BrokenRow as e:
-                record = Broken(entry.row.id, str(entry.row.video), e.reason, e.detail, step, str(entry.bucket))
-                self.broken.add(record)
-                found.append(record)
-                self._refuse_too_many(record)
-        raise DataError(f"No row of the bucket {self.entries[item.row].bucket} can be read any more.")
+                return read_sample(seed, self.reader.sample(record, seed), self.reader, self.cache)
+            except BadRowError as e:
+                bad = BadRow(record.row.id, str(record.row.video), e.reason, e.detail, step, str(record.bucket))
+                self.bad_rows.add(bad)
+                found.append(bad)
+                self._refuse_too_many(bad)
+        raise DataError(f"No row of the bucket {self.records[item.row].bucket} can be read any more.")
 
-    def _refuse_too_many(self, last: Broken) -> None:
-        count = len(self.broken.known)
-        if count > self.most_broken * len(self.entries):
+    def _refuse_too_many(self, last: BadRow) -> None:
+        count = len(self.bad_rows.records)
+        if count > self.max_bad * len(self.records):
             raise DataError(
-                f"{count} of {len(self.entries)} rows broke during training, more than --max-bad {self.most_broken:g} "
-                f"allows. The last: {last.video} ({last.reason}): {last.detail}"
+                f"{count} of {len(self.records)} rows became unreadable during training, more than "
+                f"--max-bad {self.max_bad:g} allows. The last: {last.video} ({last.reason}): {last.detail}"
             )
 
 
-def read_sample(seed: int, sample: Sample, reader: RowReader, store: EncodingStore | None) -> Example:
-    """One row, from its files or from a store of encodings.
+def read_sample(seed: int, sample: Sample, reader: RowReader, cache: EncodingCache | None) -> Example:
+    """Read one row, from its files or from a cache of encodings.
 
     Raises:
-        BrokenRow: it cannot be read.
+        BadRowError: it cannot be read.
     """
-    if store is not None:
-        moments, known = store.read_clip(sample)
-        picture, motion = store.read_image_fields(sample)
-        shown = None if picture is None else picture.numpy()
-        return Example(seed, sample, picture=shown, moments=moments, cond_moments=known, motion=motion)
-    return Example(seed, sample, reader.clip(sample), reader.picture(sample) if sample.picture else None)
+    if cache is not None:
+        moments, cond = cache.read_clip(sample)
+        image, motion = cache.read_image_fields(sample)
+        pixels = None if image is None else image.numpy()
+        return Example(seed, sample, cond_image=pixels, moments=moments, cond_moments=cond, motion=motion)
+    return Example(seed, sample, reader.clip(sample), reader.cond_image(sample) if sample.own_image else None)
 
 
-def collate(read: Sequence[Example], broken: Sequence[Broken]) -> HostBatch:
+def collate(read: Sequence[Example], bad_rows: Sequence[BadRow]) -> HostBatch:
     """Stack rows into a batch."""
-    raw = HostBatch([r.seed for r in read], [r.sample for r in read], broken=tuple(broken))
+    host_batch = HostBatch([r.seed for r in read], [r.sample for r in read], bad_rows=tuple(bad_rows))
     frames = [r.frames for r in read if r.frames is not None]
     moments = [r.moments for r in read if r.moments is not None]
-    raw.pictures = {i: torch.from_numpy(r.picture) for i, r in enumerate(read) if r.picture is not None}
+    host_batch.cond_images = {i: torch.from_numpy(r.cond_image) for i, r in enumerate(read) if r.cond_image is not None}
     motion = [r.motion for r in read if r.motion is not None]
     if motion:
-        raw.motion = torch.stack(motion)
+        host_batch.motion = torch.stack(motion)
     if frames:
-        raw.frames = torch.from_numpy(np.stack(frames))
+        host_batch.frames = torch.from_numpy(np.stack(frames))
     if moments:
-        raw.moments = torch.stack(moments)
+        host_batch.moments = torch.stack(moments)
         if any(r.cond_moments is not None for r in read):
             blank = torch.zeros_like(moments[0])
-            raw.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
-    return raw
+            host_batch.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
+    return host_batch
 
 
 class BatchStream:
-    """An endless iterator of this rank's micro-batches.
+    """An endless iterator over this rank's micro-batches.
 
     Args:
-        entries: the usable rows.
+        records: the usable rows.
         batch_sizes: for each bucket the rows of one micro-batch on one rank.
-        reader: how rows are read.
+        reader: reads the rows.
         seed: of the run.
         rank, world: of this process.
         grad_accum: micro-batches of one optimizer step.
-        store: cached encodings, in place of pixels.
-        folder: of the run, where rows that break are recorded; None: nowhere.
-        most_broken: stop when more than this share of the rows breaks.
+        cache: cached encodings, instead of pixels.
+        folder: of the run, where unreadable rows are recorded; None records nothing.
+        max_bad: stop when more than this share of the rows is unreadable.
         workers: processes that read ahead.
-        lost: rows that are no entries, each with its place: those that broke earlier in a resumed run keep theirs.
-        say: told about each row that breaks.
+        unusable: rows that are not usable, with their numbers. A row that failed earlier in a resumed run keeps its
+            position.
     """
 
     def __init__(
         self,
-        entries: Sequence[ClipRecord],
+        records: Sequence[ClipRecord],
         batch_sizes: dict[Bucket, int],
         reader: RowReader,
         *,
@@ -209,55 +218,56 @@ class BatchStream:
         rank: int = 0,
         world: int = 1,
         grad_accum: int = 1,
-        store: EncodingStore | None = None,
+        cache: EncodingCache | None = None,
         folder: Path | None = None,
-        most_broken: float = 0.5,
+        max_bad: float = 0.5,
         workers: int = 0,
-        lost: Sequence[tuple[int, Row]] = (),
-        say: Callable[[str], None] | None = None,
+        unusable: Sequence[tuple[int, Row]] = (),
     ) -> None:
-        self.workers, self.seed, self.store, self.reader = workers, seed, store, reader
-        self.share = RankShard(rank, world, grad_accum)
-        self.batch_sizes, self.lost, self.say = batch_sizes, list(lost), say
+        self.workers, self.seed, self.cache, self.reader = workers, seed, cache, reader
+        self.shard = RankShard(rank, world, grad_accum)
+        self.batch_sizes, self.unusable = batch_sizes, list(unusable)
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
-        self._arrange(entries)
-        self.broken = BrokenRows(folder, rank)
-        self._most_broken = most_broken
-        self._told: set[str] = set()
+        self._build_sampler(records)
+        self.bad_rows = BadRows(folder, rank)
+        self._max_bad = max_bad
+        self._reported: set[str] = set()
         self._delivered = 0
         self._resumed = False
         self._batches: Iterator[HostBatch] | None = None
 
-    def _arrange(self, entries: Sequence[ClipRecord]) -> None:
-        """Lay out the lines of the buckets."""
-        self.entries = list(entries)
-        rows = [[i for i, e in enumerate(self.entries) if e.bucket == b] for b in self.buckets]
-        lanes = [
+    def _build_sampler(self, records: Sequence[ClipRecord]) -> None:
+        self.records = list(records)
+        rows = [[i for i, e in enumerate(self.records) if e.bucket == b] for b in self.buckets]
+        queues = [
             BucketQueue(
                 str(bucket),
-                tuple(self.entries[i].row.id for i in lane),
-                tuple(self.entries[i].row.weight for i in lane),
-                self.batch_sizes[bucket] * self.share.world * self.share.grad_accum,
+                tuple(self.records[i].row.id for i in queue),
+                tuple(self.records[i].row.weight for i in queue),
+                self.batch_sizes[bucket] * self.shard.world * self.shard.grad_accum,
             )
-            for bucket, lane in zip(self.buckets, rows, strict=True)
+            for bucket, queue in zip(self.buckets, rows, strict=True)
         ]
-        self.sampler = Sampler(lanes, rows, self.seed)
+        self.sampler = Sampler(queues, rows, self.seed)
 
-    def _hold_places(self) -> None:
-        """Give the rows that broke earlier in this run the places that they had: a scan that no longer finds them, or
-        finds other clips there, must not move all rows behind them."""
+    def _restore_positions(self) -> None:
+        """Put rows that became unreadable earlier in this run back at their positions.
+
+        A new scan may no longer find them, or may find other clips there; this must not shift the rows behind them.
+        """
         buckets = {str(b): b for b in self.buckets}
-        entries, lost = {e.row.id: e for e in self.entries}, {row.id: (place, row) for place, row in self.lost}
-        for record in self.broken.known.values():
-            bucket, found = buckets.get(record.bucket), entries.get(record.id)
+        records = {e.row.id: e for e in self.records}
+        unusable = {row.id: (row_number, row) for row_number, row in self.unusable}
+        for bad in self.bad_rows.records.values():
+            bucket, found = buckets.get(bad.bucket), records.get(bad.id)
             if bucket is None or (found is not None and found.bucket == bucket):
                 continue
             if found is not None:
-                entries[record.id] = replace(found, bucket=bucket, packed=b"")
-            elif record.id in lost:
-                place, row = lost[record.id]
-                entries[record.id] = ClipRecord(row, bucket, 1.0, 0.0, b"", place)
-        self._arrange(sorted(entries.values(), key=lambda e: e.place))
+                records[bad.id] = replace(found, bucket=bucket, packed=b"")
+            elif bad.id in unusable:
+                row_number, row = unusable[bad.id]
+                records[bad.id] = ClipRecord(row, bucket, 1.0, 0.0, b"", row_number)
+        self._build_sampler(sorted(records.values(), key=lambda e: e.row_number))
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -266,86 +276,81 @@ class BatchStream:
         if self._batches is None:
             self._batches = self._start()
         try:
-            raw = next(self._batches)
+            host_batch = next(self._batches)
         except RuntimeError as e:
             if "DataLoader worker" not in str(e):
                 raise
-            raise _alone(
-                DataError(f"A process that reads clips ahead died (out of memory?); lower --num-workers. {e}")
-            ) from None
-        self._note(raw.broken)
+            raise DataError(f"A worker process died (out of memory?); lower --num-workers. {e}") from None
+        self._record_bad_rows(host_batch.bad_rows)
         self._delivered += 1
-        return self._sound(raw)
+        return self._checked(host_batch)
 
-    def _sound(self, raw: HostBatch) -> Batch:
-        """The batch, or the error that came in its place: this process's alone."""
-        if raw.error is not None:
-            raise _alone(DataError(raw.error))
-        try:
-            return to_batch(raw, self.store)
-        except DataError as e:
-            raise _alone(e) from None
+    def _checked(self, host_batch: HostBatch) -> Batch:
+        """Return the batch, or raise the error that a reader sent instead of it."""
+        if host_batch.error is not None:
+            raise DataError(host_batch.error)
+        return to_batch(host_batch, self.cache)
 
     def largest(self) -> Batch:
-        """A micro-batch of the bucket with the most pixels at once, read for a trial alone."""
+        """Return a micro-batch of the bucket with the most pixels, for a trial step."""
         pixels = [self.batch_sizes[b] * b.frames * b.height * b.width for b in self.buckets]
-        lane = pixels.index(max(pixels))
-        rows, size = self.sampler.rows[lane], self.batch_sizes[self.buckets[lane]]
-        apart = BrokenRows(None)
-        apart.known = dict(self.broken.known)
-        read = self._reader(apart).rows([SampleIndex(int(rows[i % len(rows)]), 0, 0) for i in range(size)])
-        return replace(self._sound(read), step=LATE)
+        queue = pixels.index(max(pixels))
+        rows, size = self.sampler.rows[queue], self.batch_sizes[self.buckets[queue]]
+        items = [SampleIndex(int(rows[i % len(rows)]), 0, 0) for i in range(size)]
+        read = self._reader(self._copy_bad_rows()).rows(items)
+        return replace(self._checked(read), step=LAST_STEP)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of optimizer steps whose micro-batches were all delivered, and the rows of a step by bucket."""
-        rows = {lane.name: lane.batch for lane in self.sampler.lanes}
-        return {"step": self._delivered // self.share.grad_accum, "rows": rows}
+        """Return the number of optimizer steps whose micro-batches were all delivered, and the rows of a step by
+        bucket.
+        """
+        rows = {queue.name: queue.batch for queue in self.sampler.queues}
+        return {"step": self._delivered // self.shard.grad_accum, "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the optimizer step after `state["step"]`, leaving out the rows that broke before it."""
-        self._delivered = int(state["step"]) * self.share.grad_accum
+        """Continue with the optimizer step after `state["step"]`, leaving out the rows that failed before it."""
+        self._delivered = int(state["step"]) * self.shard.grad_accum
         self._resumed, self._batches = True, None
-        self.broken.load()
-        self._hold_places()
+        self.bad_rows.load()
+        self._restore_positions()
 
-    def _note(self, found: Sequence[Broken]) -> None:
-        """Record rows that broke, and say so once a row: each process that reads ahead comes upon it by itself."""
-        for record in found:
-            self.broken.add(record)
-            if self.say is not None and record.id not in self._told:
-                self._told.add(record.id)
-                self.say(f"Left out from now on: {record.video} ({record.reason}). {record.detail}")
+    def _record_bad_rows(self, found: Sequence[BadRow]) -> None:
+        """Record unreadable rows and report each once: every process that reads ahead finds them separately."""
+        for bad in found:
+            self.bad_rows.add(bad)
+            if bad.id not in self._reported:
+                self._reported.add(bad.id)
+                logger.warning("Left out from now on: %s (%s). %s", bad.video, bad.reason, bad.detail)
 
-    def _reader(self, broken: BrokenRows) -> BatchReader:
+    def _copy_bad_rows(self) -> BadRows:
+        """Return the records in memory only: what a trial or a worker adds must not be written by it."""
+        copy = BadRows(None)
+        copy.records = dict(self.bad_rows.records)
+        return copy
+
+    def _reader(self, bad_rows: BadRows) -> BatchReader:
         return BatchReader(
-            self.entries, self.sampler, self.reader, self.share, self.seed, broken, self._most_broken, self.store
+            self.records, self.sampler, self.reader, self.shard, self.seed, bad_rows, self._max_bad, self.cache
         )
 
     def _start(self) -> Iterator[HostBatch]:
         if not self._resumed:
-            self.broken.start_afresh(self.share.world)
+            self.bad_rows.reset(self.shard.world)
         if self.workers == 0:
-            reader = self._reader(self.broken)
+            reader = self._reader(self.bad_rows)
             return (reader[number] for number in count_from(self._delivered))
-        apart = BrokenRows(None)
-        apart.known = dict(self.broken.known)
         loader = DataLoader(
-            self._reader(apart),
+            self._reader(self._copy_bad_rows()),
             batch_size=None,
-            sampler=_From(self._delivered),
+            sampler=_CountFrom(self._delivered),
             num_workers=self.workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_identity,  # type: ignore[arg-type]
         )
         return iter(loader)
 
 
-def _alone(error: DataError) -> DataError:
-    error.alone = True
-    return error
-
-
-class _From(IndexSampler[int]):
-    """The whole numbers from `start` on, without an end."""
+class _CountFrom(IndexSampler[int]):
+    """All whole numbers from `start` on."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -354,58 +359,59 @@ class _From(IndexSampler[int]):
         return count_from(self.start)
 
 
-def _as_it_is(raw: HostBatch) -> HostBatch:
-    return raw
+def _identity(host_batch: HostBatch) -> HostBatch:
+    return host_batch
 
 
-def to_batch(raw: HostBatch, store: EncodingStore | None) -> Batch:
-    """Bytes to floats in [-1, 1], and the fields that follow from the samples."""
-    samples = raw.samples
+def to_batch(host_batch: HostBatch, cache: EncodingCache | None) -> Batch:
+    """Convert bytes to floats in [-1, 1], and fill in the fields that follow from the samples."""
+    samples = host_batch.samples
     bucket = samples[0].plan.bucket
     batch = Batch(
-        ids=[s.entry.row.id for s in samples],
-        seeds=raw.seeds,
-        captions=[s.entry.row.caption for s in samples],
+        ids=[s.record.row.id for s in samples],
+        seeds=host_batch.seeds,
+        captions=[s.record.row.caption for s in samples],
         tasks=[s.task for s in samples],
         frames=bucket.frames,
         height=bucket.height,
         width=bucket.width,
         fps=torch.tensor([s.plan.fps for s in samples], dtype=torch.float32),
         num_cond_frames=torch.tensor([s.num_cond_frames for s in samples], dtype=torch.int64),
-        moments=raw.moments,
-        cond_moments=raw.cond_moments,
-        motion=raw.motion,
-        step=raw.step,
+        moments=host_batch.moments,
+        cond_moments=host_batch.cond_moments,
+        motion=host_batch.motion,
+        step=host_batch.step,
     )
-    if raw.frames is not None:
-        batch.pixels = to_floats(raw.frames)
-        batch.cond_pixels = _cond_pixels(batch, raw.pictures)
-    elif raw.pictures:
+    if host_batch.frames is not None:
+        batch.pixels = to_floats(host_batch.frames)
+        batch.cond_pixels = _cond_pixels(batch, host_batch.cond_images)
+    elif host_batch.cond_images:
         batch.cond_pixels = torch.zeros(len(batch), 3, 1, bucket.height, bucket.width)
-        _put_in(batch.cond_pixels, raw.pictures)
-    if store is not None and store.has_text:
-        batch.text = store.text(batch.captions)
+        _set_first_frames(batch.cond_pixels, host_batch.cond_images)
+    if cache is not None and cache.has_text:
+        batch.text = cache.text(batch.captions)
     return batch
 
 
 def to_floats(frames: Tensor) -> Tensor:
-    """(B, T, H, W, 3) uint8 to (B, 3, T, H, W) float32 in [-1, 1]."""
-    return frames.permute(0, 4, 1, 2, 3).contiguous().to(torch.float32).div_(127.5).sub_(1.0)  # bytes move faster
+    """Convert (B, T, H, W, 3) uint8 to (B, 3, T, H, W) float32 in [-1, 1]."""
+    moved = frames.permute(0, 4, 1, 2, 3).contiguous()  # faster in bytes than in floats
+    return moved.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-def _cond_pixels(batch: Batch, pictures: dict[int, Tensor]) -> Tensor | None:
-    """The known frames with the rest 0; None where no row has any."""
+def _cond_pixels(batch: Batch, cond_images: dict[int, Tensor]) -> Tensor | None:
+    """Return the conditioning frames with the other frames 0; None if no row has any."""
     counts = batch.num_cond_frames.tolist()
     if batch.pixels is None or not any(counts):
         return None
-    known = torch.zeros_like(batch.pixels)
+    cond = torch.zeros_like(batch.pixels)
     for i, count in enumerate(counts):
-        known[i, :, :count] = batch.pixels[i, :, :count]
-    if pictures:
-        _put_in(known, pictures)
-    return known
+        cond[i, :, :count] = batch.pixels[i, :, :count]
+    if cond_images:
+        _set_first_frames(cond, cond_images)
+    return cond
 
 
-def _put_in(known: Tensor, pictures: dict[int, Tensor]) -> None:
-    """Pictures as the first frames of their rows."""
-    known[list(pictures), :, 0] = to_floats(torch.stack(list(pictures.values()))[:, None])[:, :, 0]
+def _set_first_frames(cond: Tensor, cond_images: dict[int, Tensor]) -> None:
+    """Write images as the first frames of their rows."""
+    cond[list(cond_images), :, 0] = to_floats(torch.stack(list(cond_images.values()))[:, None])[:, :, 0]

@@ -1,8 +1,8 @@
-"""The manifest: rows of clips and captions, read strictly from JSONL or from a JSON list.
+"""The manifest: rows of clips and captions, parsed strictly from JSONL or from a JSON list.
 
-Both documented forms go through one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`,
-`cond_image`, and a JSON list of `video_path`, `caption`. Every row has one id that never changes: the one it gives, or
-a hash of what it says. Nothing is opened here but the manifest itself.
+Both documented forms use one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`,
+and a JSON list of `video_path`, `caption`. Every row has one immutable id: the one it gives, or a hash of its content.
+This module opens no file but the manifest itself.
 """
 
 import difflib
@@ -28,18 +28,18 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a manifest.
+    """One row of a manifest.
 
     Attributes:
         id: unique among all manifests of a run, and the same in every run.
-        video: where the clip lies.
+        video: path of the clip.
         caption: its prompt; may be empty.
         task: t2v | i2v | v2v.
-        cond_image: an i2v row's own first picture, in place of the clip's first frame.
-        start, end: seconds from the first frame as played, [start, end).
-        fps: frames a second to read this clip at, before `--fps`.
+        cond_image: an i2v row's own first image, instead of the clip's first frame.
+        start, end: seconds from the first displayed frame, [start, end).
+        fps: frames per second to read this clip at; overrides `--fps`.
         weight: how often the row occurs in an epoch (its own weight times its manifest's).
-        cond_frames: known frames of a v2v row.
+        cond_frames: number of conditioning frames of a v2v row.
         source: (manifest file, line) for messages.
     """
 
@@ -60,35 +60,34 @@ class Row:
 
 
 class _RowError(Exception):
-    """What is wrong with one line, and the way out; the file and the line are added by the reader."""
+    """The problem with one line and its fix; the reader adds the file and the line."""
 
 
 def read_manifest(options: DataOptions) -> list[Row]:
-    """Every row of `--manifest` (each with its weight) and `--metadata`, in order.
+    """Read all rows of `--manifest` (each with its weight) and `--metadata`, in order.
 
     Raises:
-        DataError: no manifest given, one missing or empty, or wrong lines: the file, line, key, value and fix of the
-            first few.
+        DataError: no manifest given, one missing or empty, or wrong lines: file, line, key, value and fix of the first
+            few.
     """
     files = [_split_weight(m) for m in options.manifest]
     files += [(Path(options.metadata), 1.0)] if options.metadata else []
     if not files:
-        raise DataError("No clips were named: give --manifest FILE.jsonl (or --metadata metadata.json).")
+        raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
     rows: list[Row] = []
     taken: dict[str, Row] = {}
     for path, weight in files:
         found = _read_file(path, weight, options, taken)
         if not found:
             raise DataError(
-                f"{path} is empty: it holds no row. A row is one line such as "
-                '{"video": "clips/0001.mp4", "caption": "a cat running"}.'
+                f'{path} is empty. A row is one line such as {{"video": "clips/0001.mp4", "caption": "a cat running"}}.'
             )
         rows += found
     return rows
 
 
 def _split_weight(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH:WEIGHT`; a file that has that very name wins."""
+    """Split `PATH` or `PATH:WEIGHT`; an existing file with the whole name takes precedence."""
     path, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0
@@ -98,8 +97,8 @@ def _split_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     if not 0 < weight <= MAX_WEIGHT:
         raise DataError(
-            f"--manifest {text}: the weight {tail} must lie above 0 and be at most {MAX_WEIGHT:g}; "
-            "leave the manifest out in place of a weight of 0."
+            f"--manifest {text}: the weight {tail} must be above 0 and at most {MAX_WEIGHT:g}. "
+            "Omit the manifest instead of giving it the weight 0."
         )
     return Path(path), weight
 
@@ -133,32 +132,32 @@ def _read_file(path: Path, weight: float, options: DataOptions, taken: dict[str,
 
 
 def _objects(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(line, parsed value or the error in its place) of a JSON list or of JSON lines, told apart by the first sign."""
+    """Yield (line, parsed value or its error) of a JSON list or of JSON lines; the first character decides which."""
     if data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
     if data.lstrip()[:1] == b"[":
         yield from _list_items(data)
         return
-    for number, raw in enumerate(data.split(b"\n"), 1):
-        if raw.strip():
-            yield number, _parse(raw)
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, _parse(line)
 
 
-def _parse(raw: bytes) -> Any:
+def _parse(line: bytes) -> Any:
     try:
-        return _decoder().decode(raw.decode("utf-8").strip())
+        return _decoder().decode(line.decode("utf-8").strip())
     except _RowError as e:
         return e
     except UnicodeDecodeError as e:
         return _RowError(f"byte {e.start + 1} is not UTF-8 text; save the manifest as UTF-8.")
     except json.JSONDecodeError as e:
-        return _RowError(f"not JSON at column {e.colno}: {e.msg}; each line holds one JSON object.")
+        return _RowError(f"not JSON at column {e.colno}: {e.msg}; each line must be one JSON object.")
     except (ValueError, RecursionError) as e:
         return _RowError(f"not usable JSON: {_short(str(e))}.")
 
 
 def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The items of one JSON list, each with the line that it begins on; ends at the first sign of damage."""
+    """Yield the items of one JSON list, each with the line that it starts on; stop at the first damage."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -189,7 +188,7 @@ def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
         at += 1
     line += text.count("\n", counted, at)
     if text[at : at + 1] != "]":
-        yield line, _RowError("the list does not go on: a comma or the closing ] is missing.")
+        yield line, _RowError("the list ends here: a comma or the closing ] is missing.")
     elif text[at + 1 :].strip():
         yield line, _RowError("text follows the closing ] of the list; the file must be one list.")
 
@@ -202,7 +201,7 @@ def _skip_space(text: str, at: int) -> int:
 
 def _decoder() -> json.JSONDecoder:
     def constant(name: str) -> None:
-        raise _RowError(f"{name} is not a JSON number; write a finite one or leave the key out.")
+        raise _RowError(f"{name} is not a JSON number; write a finite one or omit the key.")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -235,13 +234,13 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
     if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or not 0 < frames < 10**6):
         _refuse("cond_frames", frames, "a whole number of frames, at least 1")
     video = _inside("video", name, root, outside)
-    picture = None if image is None else _inside("cond_image", image, root, outside)
+    cond_image = None if image is None else _inside("cond_image", image, root, outside)
     return Row(
         id=_id(values, name),
         video=video,
         caption=caption,
         task=task,
-        cond_image=picture,
+        cond_image=cond_image,
         start=start or 0.0,
         end=end,
         fps=_number(values, "fps", None, above=0.0, high=1000.0),
@@ -252,11 +251,11 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
 
 
 def _refuse_misspelt(item: dict[str, Any]) -> None:
-    """A key that is nearly one of ours is a slip; any other foreign key is somebody's own and left alone."""
+    """Refuse a key that is nearly one of ours, a likely typo; other unknown keys are ignored."""
     for key in item:
         near = _misspelt(key[:40])
         if near is not None:
-            raise _RowError(f"key {key!r} is not known; did you mean {near!r}?")
+            raise _RowError(f"key {key!r} is unknown; did you mean {near!r}?")
 
 
 @lru_cache(maxsize=1000)
@@ -268,7 +267,7 @@ def _misspelt(key: str) -> str | None:
 def _video(values: dict[str, Any]) -> Any:
     given = [k for k in ("video", "video_path") if k in values]
     if not given:
-        raise _RowError("key 'video' (or 'video_path') is missing; it names the clip's file.")
+        raise _RowError("key 'video' (or 'video_path') is missing; it gives the path of the clip.")
     if len(given) == 2 and values["video"] != values["video_path"]:
         raise _RowError("keys 'video' and 'video_path' name different files; keep one.")
     return values[given[0]]
@@ -311,23 +310,26 @@ def _encodable(key: str, value: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _RowError(f"key {key!r}: {_shown(value)} holds half of a surrogate pair, which is no text.") from None
+        raise _RowError(f"key {key!r}: {_shown(value)} contains half of a surrogate pair, which is not text.") from None
 
 
 def _id(values: dict[str, Any], name: Any) -> str:
     given = values.get("id")
     if given is None:
-        said = [name, *(values.get(k) for k in ("caption", "task", "cond_image", "start", "end", "fps", "cond_frames"))]
-        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+        content = [
+            name,
+            *(values.get(k) for k in ("caption", "task", "cond_image", "start", "end", "fps", "cond_frames")),
+        ]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
         return f"{os.path.basename(str(name))[:40]}-{digest}"
     if isinstance(given, bool) or not isinstance(given, (str, int)) or not 0 < len(_text(given)) <= 200:
-        _refuse("id", given, "a text or whole number of at most 200 signs")
+        _refuse("id", given, "a text or whole number of at most 200 characters")
     _encodable("id", _text(given))
     return _text(given)
 
 
 def _unique(row: Row, taken: dict[str, Row]) -> Row:
-    """Rows that say the very same get a counter; two rows that were given one id are an error."""
+    """Number rows with identical content; two rows with the same explicit id are an error."""
     if row.id not in taken:
         return row
     if row.id.startswith(f"{row.video.name[:40]}-"):
@@ -340,7 +342,7 @@ def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
 
 
 def _text(value: Any) -> str:
-    """str(), but never the thousands of digits that Python refuses to write."""
+    """Return str(value), but hex() for huge numbers, whose decimal digits Python refuses to write."""
     return value if isinstance(value, str) else hex(value) if abs(value) > 10**18 else str(value)
 
 

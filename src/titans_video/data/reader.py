@@ -1,4 +1,4 @@
-"""From a planned row to the pixels of one sample.
+"""Read the pixels of one sample of a planned row.
 
 Legend: T frames, H W pixel height and width of the bucket.
 """
@@ -15,21 +15,21 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.clip_plan import Rejected, RowPlan, plan_row, unpack
 from titans_video.data.manifest import Row
-from titans_video.data.tasks import TaskMix, num_cond_frames
+from titans_video.data.sampler import TaskMix, num_cond_frames
 from titans_video.errors import DataError
+from titans_video.media.colour import cover_crop
 from titans_video.media.info import VideoInfo
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.reading import read_clip, read_image
-from titans_video.media.resize import cover_crop
 from titans_video.seeding import derive_seed
 
 Frames = NDArray[np.uint8]
 T = TypeVar("T")
-KEPT_PLANS = 100_000
+MAX_PLANS = 100_000
 
 
-class BrokenRow(Exception):
-    """A row that cannot be read: `reason` is one of `plan.REASONS`."""
+class BadRowError(Exception):
+    """Raised for a row that cannot be read; `reason` is one of `clip_plan.REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -38,16 +38,16 @@ class BrokenRow(Exception):
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """A usable row: what the scan found out.
+    """A usable row with the results of the scan.
 
     Attributes:
-        bucket: where it goes.
-        upscale: how much it is enlarged for it.
-        fps: frames a second as read.
-        packed: what `media.probe` said, packed; empty of a row that broke and only holds its place.
-        place: number of the row among all rows of the manifests.
-        digest: of the file's content, where a cache needs it.
-        image_digest: of the content of the row's own picture.
+        bucket: its bucket.
+        upscale: the enlargement factor for it.
+        fps: frames per second as read.
+        packed: the packed result of `media.probe`; empty for a row that became unreadable and only keeps its position.
+        row_number: number of the row among all rows of the manifests.
+        digest: of the file's content, if a cache needs it.
+        image_digest: of the content of the row's own image.
     """
 
     row: Row
@@ -55,12 +55,12 @@ class ClipRecord:
     upscale: float
     fps: float
     packed: bytes
-    place: int = 0
+    row_number: int = 0
     digest: str | None = None
     image_digest: str | None = None
 
     @property
-    def gone(self) -> bool:
+    def is_placeholder(self) -> bool:
         return not self.packed
 
     def info(self) -> VideoInfo:
@@ -69,46 +69,48 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class Sample:
-    """One occurrence of a row, decided down to the frame: everything that reading it and caching it depends on.
+    """One occurrence of a row with every decision made: all that reading and caching it depends on.
 
     Attributes:
-        num_cond_frames: how many leading frames are given.
-        picture: the given frame is the row's own picture.
+        num_cond_frames: number of leading conditioning frames.
+        own_image: the conditioning frame is the row's own image.
     """
 
-    entry: ClipRecord
+    record: ClipRecord
     task: str
     num_cond_frames: int
-    picture: bool
+    own_image: bool
     plan: RowPlan
 
 
 @dataclass
 class RamCache:
-    """Decoded clips, kept until the budget is full and never exchanged: epochs run in a circle, where throwing out the
-    oldest would throw out exactly what is needed next."""
+    """Keep decoded clips until the budget is full and never evict them.
+
+    Epochs visit the rows in cycles, so evicting the oldest clip would evict the one that is needed next.
+    """
 
     budget: int
     used: int = 0
-    kept: dict[str, Frames] = field(default_factory=dict)
+    clips: dict[str, Frames] = field(default_factory=dict)
 
     def get(self, key: str) -> Frames | None:
-        return self.kept.get(key)
+        return self.clips.get(key)
 
     def put(self, key: str, frames: Frames) -> None:
-        if key not in self.kept and self.used + frames.nbytes <= self.budget:
-            self.kept[key] = frames
+        if key not in self.clips and self.used + frames.nbytes <= self.budget:
+            self.clips[key] = frames
             self.used += frames.nbytes
 
 
 @dataclass
 class RowReader:
-    """Reads samples.
+    """Read samples.
 
     Args:
-        table: the buckets, as `plan_row` needs them.
-        cached: samples come from a store of encodings, so crop, start and known frames are those of one of
-            `--cache-variants` variants of the row, not of the occurrence.
+        table: the buckets, as for `plan_row`.
+        cached: samples come from a cache of encodings, so crop, start and conditioning frames belong to one of the
+            `--cache-variants` variants of the row, not to the occurrence.
     """
 
     options: DataOptions
@@ -118,89 +120,89 @@ class RowReader:
     ram: RamCache = field(default_factory=lambda: RamCache(0))
     plans: dict[str, RowPlan] = field(default_factory=dict)
 
-    def sample(self, entry: ClipRecord, seed: int) -> Sample:
+    def sample(self, record: ClipRecord, seed: int) -> Sample:
         """Decide one occurrence of a row.
 
         Args:
-            seed: the occurrence's own.
+            seed: of the occurrence.
         """
-        task = self.mix.draw(entry.row, seed)
+        task = self.mix.draw(record.row, seed)
         if self.cached:
-            seed = self.variant_seed(entry.row, derive_seed(seed, "variant") % self.options.cache_variants)
-        return self.decide(entry, task, seed)
+            seed = self.variant_seed(record.row, derive_seed(seed, "variant") % self.options.cache_variants)
+        return self.decide(record, task, seed)
 
     def variant_seed(self, row: Row, variant: int) -> int:
-        """What a cached variant is drawn from: the same in every run, so that runs share a cache."""
+        """Return the seed of a cached variant. It is the same in every run, so that runs share a cache."""
         return derive_seed(0, "cache", row.id, variant)
 
-    def decide(self, entry: ClipRecord, task: str, seed: int) -> Sample:
-        """`sample` with the task, and the seed of what is random about the frames, given."""
-        plan = self._plan(entry, seed)
-        count = num_cond_frames(task, entry.row, self.options, plan.bucket.frames, seed)
-        own_image = task == "i2v" and count > 0 and entry.row.cond_image is not None
-        return Sample(entry, task, count, own_image, plan)
+    def decide(self, record: ClipRecord, task: str, seed: int) -> Sample:
+        """Decide a sample whose task is given, and the seed of what is random about its frames."""
+        plan = self._plan(record, seed)
+        count = num_cond_frames(task, record.row, self.options, plan.bucket.frames, seed)
+        own_image = task == "i2v" and count > 0 and record.row.cond_image is not None
+        return Sample(record, task, count, own_image, plan)
 
     def clip(self, sample: Sample) -> Frames:
-        """(T, H, W, 3) uint8 of a sample.
+        """Read the frames (T, H, W, 3) uint8 of a sample.
 
         Raises:
-            BrokenRow: it cannot be read, or is not the file that was scanned.
+            BadRowError: it cannot be read, or is not the file that was scanned.
         """
-        key = sample.entry.row.id
-        frames = self.ram.get(key) if self._same_every_time() else None
+        key = sample.record.row.id
+        frames = self.ram.get(key) if self._is_fixed() else None
         if frames is None:
-            frames = self._guarded(lambda: self._decode(sample), sample.entry.row.video)
-            if self._same_every_time():
+            frames = self._call(lambda: self._decode(sample), sample.record.row.video)
+            if self._is_fixed():
                 self.ram.put(key, frames)
         return frames
 
-    def picture(self, sample: Sample) -> Frames:
-        """(H, W, 3) uint8 of the row's own picture, cropped as the clip is.
+    def cond_image(self, sample: Sample) -> Frames:
+        """Read the row's own image (H, W, 3) uint8, cropped like the clip.
 
         Raises:
-            BrokenRow: it cannot be read.
+            BadRowError: it cannot be read.
         """
-        path, bucket = sample.entry.row.cond_image, sample.plan.bucket
-        assert path is not None, "only samples with a picture are asked for it"
-        key = f"{sample.entry.row.id}\0picture"
-        found = self.ram.get(key) if self._same_every_time() else None
+        path, bucket = sample.record.row.cond_image, sample.plan.bucket
+        assert path is not None, "only samples with an own image have one"
+        key = f"{sample.record.row.id}\0picture"
+        found = self.ram.get(key) if self._is_fixed() else None
         if found is None:
             try:
                 image = read_image(path)
             except (DataError, OSError, ValueError) as e:
-                raise BrokenRow("cond-image", f"{path}: {e}") from None
+                raise BadRowError("cond-image", f"{path}: {e}") from None
             found = cover_crop(image[None], bucket.height, bucket.width, sample.plan.crop)[0]
-            if self._same_every_time():
+            if self._is_fixed():
                 self.ram.put(key, found)
         return found
 
-    def _same_every_time(self) -> bool:
+    def _is_fixed(self) -> bool:
         return not (self.options.random_crop or self.options.random_start)
 
-    def _plan(self, entry: ClipRecord, seed: int) -> RowPlan:
-        found = self.plans.get(entry.row.id)
+    def _plan(self, record: ClipRecord, seed: int) -> RowPlan:
+        found = self.plans.get(record.row.id)
         if found is not None:
             return found
-        plan = plan_row(entry.row, entry.info(), self.table, self.options, seed)
-        if isinstance(plan, Rejected) or plan.bucket != entry.bucket:
-            raise AssertionError(f"{entry.row.id}: the plan depends on more than it may.")
-        if self._same_every_time() and len(self.plans) < KEPT_PLANS:
-            self.plans[entry.row.id] = plan
+        plan = plan_row(record.row, record.info(), self.table, self.options, seed)
+        if isinstance(plan, Rejected) or plan.bucket != record.bucket:
+            raise AssertionError(f"{record.row.id}: the plan depends on more than the row and the options.")
+        if self._is_fixed() and len(self.plans) < MAX_PLANS:
+            self.plans[record.row.id] = plan
         return plan
 
     def _decode(self, sample: Sample) -> Frames:
-        path, info, bucket = sample.entry.row.video, sample.entry.info(), sample.plan.bucket
+        path, info, bucket = sample.record.row.video, sample.record.info(), sample.plan.bucket
         found = path.stat()
         if (found.st_size, found.st_mtime_ns) != (info.file_size, info.modified_ns):
-            raise BrokenRow("changed", f"{path} was replaced or touched after it was scanned.")
+            raise BadRowError("changed", f"{path} was changed after the scan.")
         return read_clip(path, info, sample.plan.indices, bucket.height, bucket.width, sample.plan.crop)
 
-    def _guarded(self, read: Callable[[], T], path: Path) -> T:
+    def _call(self, read: Callable[[], T], path: Path) -> T:
         try:
             return read()
         except UnreadableMedia as e:
-            raise BrokenRow(e.reason, str(e)) from None
+            raise BadRowError(e.reason, str(e)) from None
         except FileNotFoundError:
-            raise BrokenRow("missing", f"{path} is gone.") from None
+            raise BadRowError("missing", f"{path} no longer exists.") from None
         except (DataError, OSError, ValueError) as e:
-            raise BrokenRow("damaged", f"{path}: {e}") from None
+            raise BadRowError("damaged", f"{path}: {e}") from None

@@ -1,4 +1,4 @@
-"""`data check`: scan a manifest and write down what became of every row."""
+"""`data check`: scan a manifest and report the result for every row."""
 
 import io
 import json
@@ -35,13 +35,13 @@ HTML = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        rows, usable: how many.
+        rows, usable: number of rows.
         buckets: rows of each bucket, HxWxT.
         reasons: rows left out for each reason.
-        passed: training would go ahead.
+        passed: training would start.
         html, quarantine, plan: the files written.
         text: a summary for the terminal.
     """
@@ -65,34 +65,34 @@ def check(
     workers: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Scan and report; bad rows are findings here, never errors.
+    """Scan and report. Bad rows are part of the result here, not errors.
 
     Args:
-        out: folder for report.html, quarantine.jsonl and plan.jsonl; made if missing.
-        workers: processes that look into files; None: as many as cores and work allow.
+        out: folder for report.html, quarantine.jsonl and plan.jsonl; created if missing.
+        workers: processes that probe files; None means as many as cores and work allow.
     Raises:
         ConfigError, DataError: flags or the manifest itself are wrong.
     """
     folder = Path(out)
-    # Said before the long look into files; made only after it, so that refused flags leave nothing behind.
+    # Checked before the long scan; created only after it, so that refused flags leave nothing behind.
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--out {folder} cannot be written: {nearest} is no folder that this user may write to.")
+        raise ConfigError(f"--out {folder} cannot be written: {nearest} is not a folder that this user may write to.")
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
     folder.mkdir(parents=True, exist_ok=True)
-    data = VideoDataset(options, scan.entries, scan.quarantined, scan.table, mix, seed=0)
+    data = VideoDataset(options, scan.records, scan.quarantined, scan.table, mix, seed=0)
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
-    plans = {e.row.id: _plan(e, data) for e in data.entries}
+    plans = {e.row.id: _plan(e, data) for e in data.records}
     write_quarantine(quarantine, scan.quarantined)
-    _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.entries))
-    total = len(scan.entries) + len(scan.quarantined)
+    _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.records))
+    total = len(scan.records) + len(scan.quarantined)
     write_html(html, data, plans, progress=progress)
     return Report(
         rows=total,
-        usable=len(scan.entries),
-        buckets={str(b): n for b, n in Counter(e.bucket for e in scan.entries).most_common()},
+        usable=len(scan.records),
+        buckets={str(b): n for b, n in Counter(e.bucket for e in scan.records).most_common()},
         reasons=dict(Counter(q.reason for q in scan.quarantined).most_common()),
-        passed=bool(scan.entries) and len(scan.quarantined) <= options.max_bad * total,
+        passed=bool(scan.records) and len(scan.quarantined) <= options.max_bad * total,
         html=html,
         quarantine=quarantine,
         plan=plan,
@@ -101,12 +101,12 @@ def check(
 
 
 def write_quarantine(path: Path, quarantined: Iterable[Quarantined]) -> None:
-    """Write down the rows that are left out, a line of JSON each."""
+    """Write the rows that are left out, one line of JSON each."""
     _write_lines(path, (_quarantine_line(q) for q in quarantined))
 
 
-def _plan(entry: ClipRecord, data: VideoDataset) -> RowPlan:
-    plan = plan_row(entry.row, unpack(entry.packed), data.table, data.options)
+def _plan(record: ClipRecord, data: VideoDataset) -> RowPlan:
+    plan = plan_row(record.row, unpack(record.packed), data.table, data.options)
     assert isinstance(plan, RowPlan), "the scan planned this row before"
     return plan
 
@@ -122,11 +122,11 @@ def _quarantine_line(q: Quarantined) -> dict[str, Any]:
     }
 
 
-def _plan_line(entry: ClipRecord, plan: RowPlan) -> dict[str, Any]:
+def _plan_line(record: ClipRecord, plan: RowPlan) -> dict[str, Any]:
     return {
-        "id": entry.row.id,
-        "video": str(entry.row.video),
-        "task": entry.row.task,
+        "id": record.row.id,
+        "video": str(record.row.video),
+        "task": record.row.task,
         "bucket": str(plan.bucket),
         "frames": list(plan.indices),
         "times": [round(t, 6) for t in plan.times],
@@ -143,9 +143,9 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-PICTURED = 2000  # rows with a strip; a page of more would not open
+MAX_STRIPS = 2000  # rows with a thumbnail strip; a browser would not open a longer page
 STRIP_FRAMES, STRIP_HEIGHT = 4, 64
-WIDEST = 3.2  # width over height where the plot ends
+WIDEST = 3.2  # width over height at the edge of the plot
 COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
 
 STYLE = """
@@ -162,7 +162,7 @@ def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, 
     Args:
         plans: by row id, of every usable row.
     """
-    strips = _strips(data.entries[:PICTURED], plans, progress)
+    strips = _strips(data.records[:MAX_STRIPS], plans, progress)
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
@@ -172,47 +172,47 @@ def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, 
         _scatter(data, plans),
         "</div>",
         _left_out(data.quarantined),
-        _rows(data.entries, plans, strips),
+        _rows(data.records, plans, strips),
     ]
     with atomic_path(path) as temporary:
         temporary.write_text(page("Data report", body, STYLE), encoding="utf-8")
 
 
-def _strips(entries: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
-    """Of each row a few of the very frames that training will read, cropped as they will be, as a data URL."""
+def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
+    """Return for each row a few of the frames that training will read, cropped the same way, as a data URL."""
 
-    def strip(entry: ClipRecord) -> tuple[str, str]:
-        plan = plans[entry.row.id]
+    def strip(record: ClipRecord) -> tuple[str, str]:
+        plan = plans[record.row.id]
         width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
         picks = np.linspace(0, len(plan.indices) - 1, min(STRIP_FRAMES, len(plan.indices))).round().astype(int)
         wanted = [plan.indices[i] for i in picks]
         try:
-            frames = read_clip(entry.row.video, entry.info(), wanted, STRIP_HEIGHT, width, plan.crop)
+            frames = read_clip(record.row.video, record.info(), wanted, STRIP_HEIGHT, width, plan.crop)
         except (DataError, OSError, ValueError) as e:
-            return entry.row.id, f"!{e}"
+            return record.row.id, f"!{e}"
         written = io.BytesIO()
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)
-        return entry.row.id, data_url(written.getvalue(), "image/jpeg")
+        return record.row.id, data_url(written.getvalue(), "image/jpeg")
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         made = tqdm(
-            pool.map(strip, entries), total=len(entries), desc="thumbnails", unit="row", disable=not progress, delay=1.0
+            pool.map(strip, records), total=len(records), desc="thumbnails", unit="row", disable=not progress, delay=1.0
         )
         return dict(made)
 
 
 def _numbers(data: VideoDataset) -> str:
-    usable, bad = len(data.entries), len(data.quarantined)
-    empty = sum(not e.row.caption for e in data.entries)
+    usable, bad = len(data.records), len(data.quarantined)
+    empty = sum(not e.row.caption for e in data.records)
     found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
     return numbers(found)
 
 
 def _bucket_counts(data: VideoDataset) -> dict[str, int]:
-    """Rows of each bucket, the empty ones too."""
+    """Return the rows of each bucket, including the empty ones."""
     shapes = {(b.height, b.width) for b in data.buckets}
     empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
-    return dict(Counter(str(e.bucket) for e in data.entries)) | empty
+    return dict(Counter(str(e.bucket) for e in data.records)) | empty
 
 
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
@@ -232,12 +232,14 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
-    """Aspect (width over height, log) against length; a vertical line where each bucket stands. Clips wider or taller
-    than `WIDEST` stand at the edge."""
-    order = [name for name, _ in Counter(str(e.bucket) for e in data.entries).most_common()]
+    """Plot aspect (width over height, log) against length, with a vertical line at each bucket.
+
+    Clips wider or taller than `WIDEST` are drawn at the edge.
+    """
+    order = [name for name, _ in Counter(str(e.bucket) for e in data.records).most_common()]
     points = [
         (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
-        for e in data.entries[:PICTURED]
+        for e in data.records[:MAX_STRIPS]
         for p in [plans[e.row.id]]
     ]
     if not points:
@@ -286,7 +288,7 @@ def _aspect(bucket: Bucket) -> float:
 
 
 def _round_step(least: float) -> float:
-    """The first of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is not less."""
+    """Return the first of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * n for n in (1, 2, 5, 10) if power * n >= least * 0.999)
 
@@ -302,21 +304,21 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
         f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="small">'
         f"{escape(q.row.id)}<br>{escape(q.row.where())}</div><td>{escape(q.detail)}"
         f'<td class="small">{escape(q.row.caption)}</tr>'
-        for q in quarantined[:PICTURED]
+        for q in quarantined[:MAX_STRIPS]
     ]
     return "".join([*parts, "</table>"])
 
 
-def _rows(entries: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
-    shown = f", the first {PICTURED} of them" if len(entries) > PICTURED else ""
-    parts = [f"<h2>Usable ({len(entries)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
-    for e in entries[:PICTURED]:
+def _rows(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
+    shown = f", the first {MAX_STRIPS} of them" if len(records) > MAX_STRIPS else ""
+    parts = [f"<h2>Usable ({len(records)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
+    for e in records[:MAX_STRIPS]:
         plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
-        picture = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
+        image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
         notes = "".join(f"<br>{escape(note)}" for note in info.notes)
         enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
         parts.append(
-            f'<tr><td>{picture}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
+            f'<tr><td>{image}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
             f'<td class="small plan">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of '
             f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
             f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"

@@ -1,10 +1,11 @@
-"""Which rows stand in which global batch: a pure function of the seed and the batch's number.
+"""Which rows form which global batch, and which task each of them trains.
 
-The rows of a bucket form one endless line, epoch after epoch, each epoch in an order of its own; global batches are
-consecutive pieces of that line. What an epoch leaves over is therefore the beginning of the next epoch's first batch:
-no row is dropped, and none waits longer than its bucket takes to fill. A batch belongs to the epoch in which its last
-row comes, and the batches of all buckets of an epoch are mixed. All of it is computed in closed form from the batch's
-number, so that number is the whole state: nothing is replayed, and neither processes nor workers enter.
+A global batch is a pure function of the seed and the batch's number. The rows of a bucket form one endless queue, epoch
+after epoch, each epoch in its own order. Global batches are consecutive parts of that queue. The rows left over at the
+end of an epoch therefore start the next epoch's first batch: no row is dropped, and none waits longer than its bucket
+takes to fill. A batch belongs to the epoch of its last row, and the batches of all buckets of an epoch are shuffled
+together. Everything is computed in closed form from the batch's number, so that number is the whole state: nothing is
+replayed, and the number of processes or workers does not matter.
 
 Legend: n batch number, e epoch, G rows of a global batch.
 """
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_video.seeding import derive_seed
+from titans_video.config.options import DataOptions
+from titans_video.data.manifest import TASKS, Row
+from titans_video.errors import ConfigError
+from titans_video.seeding import derive_seed, uniform
 
 Keys = NDArray[np.uint64]
-KEPT_ORDERS, KEPT_ENDS = 64, 1000
+MAX_ORDERS, MAX_ENDS = 64, 1000
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """One appearance of a row: the `count`-th in `epoch`."""
+    """One occurrence of a row: the `count`-th in `epoch`."""
 
     row: int
     epoch: int
@@ -33,7 +37,7 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The rows of one optimizer step, all of one bucket."""
+    """The rows of one optimizer step, all from one bucket."""
 
     bucket: int
     items: tuple[SampleIndex, ...]
@@ -44,7 +48,7 @@ class BucketQueue:
     """A bucket as the sampler sees it.
 
     Attributes:
-        name: its own, stable name; part of the order.
+        name: stable; part of the order.
         ids: of its rows.
         weights: how often each row occurs in an epoch, on average.
         batch: G, rows of a global batch.
@@ -57,98 +61,100 @@ class BucketQueue:
 
 
 class Sampler:
-    """Global batches by number; see the module's docstring.
+    """Compute global batches by number; see the module's docstring.
 
     Args:
-        lanes: one a bucket, none empty.
-        rows: for each lane, the index that its rows have for the caller.
+        queues: one per bucket, none empty.
+        rows: for each queue, the caller's index of each of its rows.
         seed: of the run.
     """
 
-    def __init__(self, lanes: Sequence[BucketQueue], rows: Sequence[Sequence[int]], seed: int) -> None:
-        self.lanes, self.rows, self.seed = list(lanes), [np.asarray(r) for r in rows], seed
-        self._weights = [np.asarray(lane.weights, dtype=np.float64) for lane in lanes]
-        self._keys = [np.asarray([derive_seed(0, "row", i) for i in lane.ids], dtype=np.uint64) for lane in lanes]
-        # A row of weight 0.5 comes every other epoch; the phase spreads such rows over the epochs.
+    def __init__(self, queues: Sequence[BucketQueue], rows: Sequence[Sequence[int]], seed: int) -> None:
+        self.queues, self.rows, self.seed = list(queues), [np.asarray(r) for r in rows], seed
+        self._weights = [np.asarray(queue.weights, dtype=np.float64) for queue in queues]
+        self._keys = [np.asarray([derive_seed(0, "row", i) for i in queue.ids], dtype=np.uint64) for queue in queues]
+        # A row of weight 0.5 occurs in every other epoch; the phase spreads such rows over the epochs.
         self._phases = [(k >> np.uint64(11)).astype(np.float64) / 2.0**53 for k in self._keys]
         self._ends: dict[int, NDArray[np.int64]] = {}
         self._orders: OrderedDict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
         self._epoch: tuple[int, list[tuple[int, int]]] | None = None
 
     def batch(self, number: int) -> GlobalBatch:
-        """Global batch `number`, counted from 0."""
+        """Return global batch `number`, counted from 0."""
         epoch, within = self._locate(number)
-        lane, k = self._batches(epoch)[within]
-        size = self.lanes[lane].batch
-        return GlobalBatch(lane, tuple(self._line(lane, k * size, size)))
+        queue, k = self._batches(epoch)[within]
+        size = self.queues[queue].batch
+        return GlobalBatch(queue, tuple(self._part(queue, k * size, size)))
 
-    def _counts(self, lane: int, epoch: int) -> NDArray[np.int64]:
-        """Occurrences of each row before `epoch`."""
-        return np.floor(epoch * self._weights[lane] + self._phases[lane]).astype(np.int64)
+    def _counts(self, queue: int, epoch: int) -> NDArray[np.int64]:
+        """Return how often each row occurs before `epoch`."""
+        return np.floor(epoch * self._weights[queue] + self._phases[queue]).astype(np.int64)
 
-    def _lane_end(self, lane: int, epoch: int) -> int:
-        """Length of one lane's line before `epoch`."""
-        return int(self._line_ends(epoch)[lane])
+    def _queue_end(self, queue: int, epoch: int) -> int:
+        """Return the length of one queue before `epoch`."""
+        return int(self._queue_ends(epoch)[queue])
 
-    def _line_ends(self, epoch: int) -> NDArray[np.int64]:
-        """Lengths of all lanes' lines before `epoch`."""
+    def _queue_ends(self, epoch: int) -> NDArray[np.int64]:
+        """Return the lengths of all queues before `epoch`."""
         if epoch not in self._ends:
-            if len(self._ends) >= KEPT_ENDS:
+            if len(self._ends) >= MAX_ENDS:
                 self._ends.clear()
-            self._ends[epoch] = np.asarray([self._counts(lane, epoch).sum() for lane in range(len(self.lanes))])
+            self._ends[epoch] = np.asarray([self._counts(queue, epoch).sum() for queue in range(len(self.queues))])
         return self._ends[epoch]
 
     def _batches_before(self, epoch: int) -> NDArray[np.int64]:
-        """Complete batches of each lane before `epoch`."""
-        return self._line_ends(epoch) // np.asarray([lane.batch for lane in self.lanes])
+        """Return the number of complete batches of each queue before `epoch`."""
+        return self._queue_ends(epoch) // np.asarray([queue.batch for queue in self.queues])
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """(epoch, place within it) of a batch."""
+        """Return (epoch, position within it) of a batch."""
         epoch = _epoch_of(number, lambda e: int(self._batches_before(e).sum()))
         return epoch, number - int(self._batches_before(epoch).sum())
 
     def _batches(self, epoch: int) -> list[tuple[int, int]]:
-        """(lane, k-th batch of its line) in the order of the epoch."""
+        """Return (queue, k-th batch of it) in the order of the epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             first, stop = self._batches_before(epoch), self._batches_before(epoch + 1)
-            found = [(lane, k) for lane in range(len(self.lanes)) for k in range(int(first[lane]), int(stop[lane]))]
-            keys = [derive_seed(self.seed, "batch", self.lanes[lane].name, k) for lane, k in found]
+            found = [
+                (queue, k) for queue in range(len(self.queues)) for k in range(int(first[queue]), int(stop[queue]))
+            ]
+            keys = [derive_seed(self.seed, "batch", self.queues[queue].name, k) for queue, k in found]
             self._epoch = epoch, [b for _, b in sorted(zip(keys, found, strict=True))]
         return self._epoch[1]
 
-    def _line(self, lane: int, start: int, length: int) -> list[SampleIndex]:
-        """Places [start, start + length) of a bucket's endless line."""
+    def _part(self, queue: int, start: int, length: int) -> list[SampleIndex]:
+        """Return positions [start, start + length) of an endless queue."""
         found: list[SampleIndex] = []
-        epoch = _epoch_of(start, lambda e: self._lane_end(lane, e))
+        epoch = _epoch_of(start, lambda e: self._queue_end(queue, e))
         while len(found) < length:
-            base = self._lane_end(lane, epoch)
-            rows, counts = self._order(lane, epoch)
+            base = self._queue_end(queue, epoch)
+            rows, counts = self._order(queue, epoch)
             a = start + len(found) - base
             stop = min(len(rows), a + length - len(found))
-            taken = self.rows[lane][rows[a:stop]].tolist()
+            taken = self.rows[queue][rows[a:stop]].tolist()
             found += [SampleIndex(r, epoch, c) for r, c in zip(taken, counts[a:stop].tolist(), strict=True)]
             epoch += 1
         return found
 
-    def _order(self, lane: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of a lane in the order of an epoch, and for each its count: f(seed, epoch)."""
-        key = (lane, epoch)
+    def _order(self, queue: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows of a queue in the order of an epoch, and for each its count: f(seed, epoch)."""
+        key = (queue, epoch)
         if key not in self._orders:
-            times = self._counts(lane, epoch + 1) - self._counts(lane, epoch)
+            times = self._counts(queue, epoch + 1) - self._counts(queue, epoch)
             rows = np.repeat(np.arange(len(times)), times)
             counts = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
-            salt = np.uint64(derive_seed(self.seed, "order", epoch, self.lanes[lane].name))
-            drawn = _mix(_mix(self._keys[lane][rows] ^ salt) + counts.astype(np.uint64))
+            salt = np.uint64(derive_seed(self.seed, "order", epoch, self.queues[queue].name))
+            drawn = _mix(_mix(self._keys[queue][rows] ^ salt) + counts.astype(np.uint64))
             order = np.lexsort((counts, rows, drawn))
             self._orders[key] = rows[order], counts[order]
-            if len(self._orders) > KEPT_ORDERS:
+            if len(self._orders) > MAX_ORDERS:
                 self._orders.popitem(last=False)
         self._orders.move_to_end(key)
         return self._orders[key]
 
 
 def _epoch_of(place: int, before: Callable[[int], int]) -> int:
-    """The epoch e with before(e) <= place < before(e + 1); `before` never falls."""
+    """Return the epoch e with before(e) <= place < before(e + 1); `before` never decreases."""
     low, high = 0, 1
     while before(high) <= place:
         high *= 2
@@ -159,9 +165,76 @@ def _epoch_of(place: int, before: Callable[[int], int]) -> int:
 
 
 def _mix(x: Keys) -> Keys:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a fixed bijection, unlike a library's shuffles, whose streams
-    may change between versions."""
+    """Apply SplitMix64's finaliser (Steele, Lea, Flood 2014).
+
+    It is a fixed bijection; a library's shuffles may change between versions.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class TaskMix:
+    """Shares of t2v, i2v and v2v that sum to 1; if empty, each row keeps its own task."""
+
+    shares: tuple[tuple[str, float], ...] = ()
+
+    def draw(self, row: Row, seed: int) -> str:
+        """Draw the task of one occurrence; `seed` belongs to the occurrence."""
+        if not self.shares:
+            return row.task
+        u = uniform(seed, "task")
+        for task, share in self.shares:
+            u -= share
+            if u < 0:
+                return task
+        return self.shares[-1][0]
+
+
+def parse_task_mix(text: str | None) -> TaskMix:
+    """Parse `t2v=0.5,i2v=0.4,v2v=0.1`.
+
+    Raises:
+        ConfigError: an unknown or repeated task, or shares that are no numbers or do not sum to 1.
+    """
+    if text is None:
+        return TaskMix()
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        task, _, value = (p.strip() for p in part.partition("="))
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if task not in TASKS or task in shares or not 0 <= share <= 1:
+            raise ConfigError(
+                f"--task-mix: {part.strip()!r} is not TASK=SHARE with a task among {', '.join(TASKS)}, each once, and "
+                "a share from 0 to 1, e.g. t2v=0.5,i2v=0.4,v2v=0.1."
+            )
+        shares[task] = share
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ConfigError(f"--task-mix {text}: the shares sum to {sum(shares.values()):g}; they must sum to 1.")
+    return TaskMix(tuple((t, s) for t, s in shares.items() if s > 0))
+
+
+def num_cond_frames(task: str, row: Row, options: DataOptions, frames: int, seed: int) -> int:
+    """Return the number of leading conditioning frames.
+
+    t2v has none and i2v one. v2v has the row's `cond_frames`, else `--cond-frames`, else a uniform draw from 1 to all
+    but one. At least one frame always remains to be generated; a clip of one frame is t2v.
+    """
+    if task == "t2v" or frames < 2:
+        return 0
+    if task == "i2v":
+        return 1
+    count = row.cond_frames if row.cond_frames is not None else options.cond_frames
+    if count is None:
+        count = 1 + int(uniform(seed, "known-frames") * (frames - 1))
+    return min(count, frames - 1)
+
+
+def uses_cond_image(row: Row, mix: TaskMix) -> bool:
+    """Check whether a row's own image, if it has one, may condition it."""
+    return any(task == "i2v" for task, _ in mix.shares) if mix.shares else row.task == "i2v"

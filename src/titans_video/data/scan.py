@@ -1,8 +1,8 @@
 """The scan: every row of a manifest ends in a bucket or in the quarantine, with a reason.
 
-Files are examined in processes of their own, each with a time limit: a file that hangs or crashes a decoder costs one
-process, which is replaced, and never the run. What a probe finds is remembered by the file's size and modification
-time, in the user's cache folder: all runs on a data set share it, and data folders may be read-only.
+Files are probed in separate processes with a time limit each. A file that hangs or crashes a decoder costs one process,
+which is replaced, and never the run. Results are remembered by the file's size and modification time in the user's
+cache folder: all runs on a data set share them, and data folders may be read-only.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from titans_video.data.buckets import BucketTable, parse_buckets
 from titans_video.data.clip_plan import REASONS, Rejected, pack, plan_row, unpack
 from titans_video.data.manifest import Row
 from titans_video.data.reader import ClipRecord
-from titans_video.data.tasks import TaskMix, needs_picture
+from titans_video.data.sampler import TaskMix, uses_cond_image
 from titans_video.errors import DataError
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.probe import probe
@@ -36,104 +36,104 @@ from titans_video.media.reading import read_image
 from titans_video.types import CodecSpec
 
 Job = tuple[str, Path]
-GRACE = 15.0  # seconds past its own time limit that a job may take before its process is ended
+GRACE = 15.0  # seconds after its own time limit before the process of a job is killed
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a job has no result: one of `plan.REASONS`, and words."""
+    """Why a job has no result: one of `clip_plan.REASONS`, and an explanation."""
 
     reason: str
     detail: str
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
     jobs: Iterable[Job], workers: int, seconds: float, grace: float = GRACE
 ) -> Iterator[tuple[Job, bytes | str | Failed]]:
-    """Do jobs in parallel; results come as they are ready.
+    """Run jobs in parallel; yield results as they are ready.
 
     Args:
-        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, an empty text for a picture that can be
-            read, the SHA-256 of the content.
-        workers: processes.
+        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, an empty text for a readable image, the
+            SHA-256 of the content.
+        workers: number of processes.
         seconds: the time limit of one job.
     """
-    # A fork starts in milliseconds, and the children touch neither torch nor a device.
+    # A fork starts in milliseconds, and the children use neither torch nor a device.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting = iter(jobs)
-    crew: dict[Connection, _Worker] = {}
+    running: dict[Connection, _Worker] = {}
     try:
         for job in waiting:
-            worker = _Worker(context, seconds, grace, list(crew))
-            crew[worker.pipe] = worker
-            worker.give(job)
-            if len(crew) >= workers:
+            worker = _Worker(context, seconds, grace, list(running))
+            running[worker.pipe] = worker
+            worker.send(job)
+            if len(running) >= workers:
                 break
-        while crew:
-            nearest = min(w.end for w in crew.values())
-            ready = wait(list(crew), timeout=max(nearest - time.monotonic(), 0.0) + 0.01)
-            late = [pipe for pipe, w in crew.items() if pipe not in ready and time.monotonic() > w.end]
-            for pipe in [p for p in crew if p in ready or p in late]:
-                worker = crew.pop(pipe)
+        while running:
+            nearest = min(w.end for w in running.values())
+            ready = wait(list(running), timeout=max(nearest - time.monotonic(), 0.0) + 0.01)
+            late = [pipe for pipe, w in running.items() if pipe not in ready and time.monotonic() > w.end]
+            for pipe in [p for p in running if p in ready or p in late]:
+                worker = running.pop(pipe)
                 yield worker.job, worker.result(late=pipe in late)
                 job = next(waiting, None)  # type: ignore[assignment]
                 if job is None:
                     worker.close()
                     continue
-                worker = worker if worker.process.is_alive() else _Worker(context, seconds, grace, list(crew))
-                crew[worker.pipe] = worker
-                worker.give(job)
+                worker = worker if worker.process.is_alive() else _Worker(context, seconds, grace, list(running))
+                running[worker.pipe] = worker
+                worker.send(job)
     finally:
-        for worker in crew.values():
-            worker.end_now()
+        for worker in running.values():
+            worker.kill()
 
 
 class _Worker:
-    """A process and the job that it is at."""
+    """A process and its current job."""
 
     def __init__(self, context: Any, seconds: float, grace: float, others: list[Connection]) -> None:
         self.seconds, self.grace, self.end = seconds, grace, 0.0
         self.job: Job = ("", Path())
         self.pipe, theirs = context.Pipe()
-        # A fork inherits the parent's ends of all pipes; while it holds them, no process would see the parent go.
+        # A fork inherits the parent's ends of all pipes; while they are open, no process notices that the parent ended.
         inherited = [self.pipe, *others] if context.get_start_method() == "fork" else []
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, seconds, inherited), daemon=True)
         self.process.start()
         theirs.close()
 
-    def give(self, job: Job) -> None:
+    def send(self, job: Job) -> None:
         self.job, self.end = job, time.monotonic() + self.seconds + self.grace
         self.pipe.send(job)
 
     def result(self, late: bool) -> bytes | str | Failed:
         if late:
-            self.end_now()
-            return Failed("timeout", f"not done after {self.seconds + self.grace:g} s; its process was ended.")
+            self.kill()
+            return Failed("timeout", f"not finished after {self.seconds + self.grace:g} s; its process was killed.")
         try:
             found: bytes | str | Failed = self.pipe.recv()
         except (EOFError, OSError):
-            self.end_now()
+            self.kill()
             return Failed("crashed", f"its process ended with code {self.process.exitcode}.")
         return found
 
     def close(self) -> None:
-        self.pipe.close()  # the process reads the end of the pipe and leaves
+        self.pipe.close()  # the process reads the end of the pipe and exits
         self.process.join(self.grace)
-        self.end_now()
+        self.kill()
 
-    def end_now(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.join()
         self.pipe.close()
 
 
 def _serve(pipe: Connection, seconds: float, inherited: list[Connection]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and kills its workers
     for other in inherited:
         other.close()
     while True:
@@ -141,14 +141,14 @@ def _serve(pipe: Connection, seconds: float, inherited: list[Connection]) -> Non
             kind, path = pipe.recv()
         except (EOFError, OSError):
             return
-        done = _do(_KINDS[kind], path, seconds)
+        result = _run_job(_KINDS[kind], path, seconds)
         try:
-            pipe.send(done)
+            pipe.send(result)
         except BrokenPipeError:
             return
 
 
-def _do(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -> bytes | str | Failed:
+def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -> bytes | str | Failed:
     try:
         return job(path, seconds)
     except UnreadableMedia as e:
@@ -156,7 +156,7 @@ def _do(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -
     except FileNotFoundError:
         return Failed("missing", "there is no such file.")
     except PermissionError:
-        return Failed("no-permission", "the file may not be read by this user.")
+        return Failed("no-permission", "this user may not read the file.")
     except (DataError, OSError, ValueError, MemoryError) as e:
         return Failed("damaged", f"{type(e).__name__}: {e}")
 
@@ -170,34 +170,34 @@ def _image(path: Path, seconds: float) -> str:
     return ""
 
 
-def _digest(path: Path, seconds: float) -> str:
-    """SHA-256 of a file's content."""
+def _file_digest(path: Path, seconds: float) -> str:
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-_KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _digest}
-MEMORY_VERSION = 1  # raise it when a probe of the same file would say something else
+_KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
+PROBE_VERSION = 1  # raise it when probing the same file would give another result
 FILE_SECONDS = 60.0
-JOBS_A_WORKER = 8
-Finding = bytes | str | Failed
+JOBS_PER_WORKER = 8
+JobResult = bytes | str | Failed
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that is left out, and why; `place` is its number among all rows of the manifests."""
+    """A row that is left out, and why; `row_number` is its number among all rows of the manifests."""
 
     row: Row
     reason: str
     detail: str
-    place: int = 0
+    row_number: int = 0
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What became of every row: `entries` and `quarantined` together are the manifest."""
+    """The result for every row: `records` and `quarantined` together are the manifest."""
 
-    entries: list[ClipRecord]
+    records: list[ClipRecord]
     quarantined: list[Quarantined]
     table: BucketTable
 
@@ -213,32 +213,32 @@ def scan_rows(
     progress: bool = False,
     seconds: float = FILE_SECONDS,
 ) -> Scan:
-    """Look into every file and plan every row.
+    """Probe every file and plan every row.
 
     Args:
-        workers: processes; None: as many as cores and work allow.
-        progress: show a bar where it takes more than a moment.
+        workers: number of processes; None means as many as cores and work allow.
+        progress: show a bar if it takes more than a moment.
         seconds: the time limit of one file.
     Raises:
         ConfigError: the bucket flags cannot be used.
-        DataError: not one file can be read.
+        DataError: no file can be read.
     """
-    sized = options.buckets is not None or options.height is not None or options.width is not None
-    table = make_table(options, spec, patch_size, None) if sized else None
+    has_size = options.buckets is not None or options.height is not None or options.width is not None
+    table = make_table(options, spec, patch_size, None) if has_size else None
     jobs: list[Job] = [("probe", row.video) for row in rows]
-    jobs += [("image", row.cond_image) for row in rows if row.cond_image is not None and needs_picture(row, mix)]
-    found = look_into(jobs, workers=workers, progress=progress, seconds=seconds)
+    jobs += [("image", row.cond_image) for row in rows if row.cond_image is not None and uses_cond_image(row, mix)]
+    found = run_cached_jobs(jobs, workers=workers, progress=progress, seconds=seconds)
     if table is None:
         table = make_table(options, spec, patch_size, _first_size(rows, found))
-    entries: list[ClipRecord] = []
+    records: list[ClipRecord] = []
     quarantined: list[Quarantined] = []
-    for place, row in enumerate(rows):
-        outcome = replace(_outcome(row, options, table, found), place=place)
-        if isinstance(outcome, ClipRecord):
-            entries.append(outcome)
+    for row_number, row in enumerate(rows):
+        result = replace(_scan_row(row, options, table, found), row_number=row_number)
+        if isinstance(result, ClipRecord):
+            records.append(result)
         else:
-            quarantined.append(outcome)
-    return Scan(entries, quarantined, table)
+            quarantined.append(result)
+    return Scan(records, quarantined, table)
 
 
 def make_table(
@@ -247,7 +247,7 @@ def make_table(
     return BucketTable(tuple(parse_buckets(options, spec, patch_size, first_size)), spec, patch_size)
 
 
-def _first_size(rows: Sequence[Row], found: dict[Job, Finding]) -> tuple[int, int] | None:
+def _first_size(rows: Sequence[Row], found: dict[Job, JobResult]) -> tuple[int, int] | None:
     for row in rows:
         packed = found["probe", row.video]
         if isinstance(packed, bytes):
@@ -256,70 +256,72 @@ def _first_size(rows: Sequence[Row], found: dict[Job, Finding]) -> tuple[int, in
     return None
 
 
-def _outcome(row: Row, options: DataOptions, table: BucketTable, found: dict[Job, Finding]) -> ClipRecord | Quarantined:
+def _scan_row(
+    row: Row, options: DataOptions, table: BucketTable, found: dict[Job, JobResult]
+) -> ClipRecord | Quarantined:
     packed = found["probe", row.video]
     if not isinstance(packed, bytes):
         failed = packed if isinstance(packed, Failed) else Failed("damaged", packed)
         return Quarantined(row, failed.reason, failed.detail)
-    picture = found.get(("image", row.cond_image)) if row.cond_image is not None else None
-    if isinstance(picture, Failed):
-        return Quarantined(row, "cond-image", f"{row.cond_image}: {picture.detail}")
+    image = found.get(("image", row.cond_image)) if row.cond_image is not None else None
+    if isinstance(image, Failed):
+        return Quarantined(row, "cond-image", f"{row.cond_image}: {image.detail}")
     plan = plan_row(row, unpack(packed), table, options)
     if isinstance(plan, Rejected):
         return Quarantined(row, plan.reason, plan.detail)
     return ClipRecord(row, plan.bucket, plan.upscale, plan.fps, packed)
 
 
-def look_into(
+def run_cached_jobs(
     jobs: Iterable[Job], *, workers: int | None = None, progress: bool = False, seconds: float = FILE_SECONDS
-) -> dict[Job, Finding]:
-    """Do the jobs that no earlier scan did on the very same files, and remember them.
+) -> dict[Job, JobResult]:
+    """Run the jobs that no earlier scan ran on the same unchanged files, and remember the results.
 
-    Failures are remembered too, except those that may pass: a time limit, a crash, a missing file.
+    Failures are remembered too, except those that may be temporary: a time limit, a crash, a missing file.
     """
     wanted = list(dict.fromkeys(jobs))
-    memory = Memory(wanted)
-    found = {job: memory.recall(job) for job in wanted}
+    cache = JobCache(wanted)
+    found = {job: cache.get(job) for job in wanted}
     todo = [job for job in wanted if found[job] is None]
     if todo:
-        count = min(workers or usable_cores(), -(-len(todo) // JOBS_A_WORKER))
-        bar = tqdm(total=len(todo), desc="looking into files", unit="file", disable=not progress, delay=1.0)
+        count = min(workers or usable_cores(), -(-len(todo) // JOBS_PER_WORKER))
+        bar = tqdm(total=len(todo), desc="probing files", unit="file", disable=not progress, delay=1.0)
         with bar:
             for job, result in run_jobs(todo, max(count, 1), seconds):
                 found[job] = result
-                memory.note(job, result)
+                cache.put(job, result)
                 bar.update()
-        memory.save()
+        cache.save()
     return {job: result for job, result in found.items() if result is not None}
 
 
-class Memory:
-    """Findings by file, size and time of change, in one JSON file a data set.
+class JobCache:
+    """Job results by file, size and modification time, in one JSON file per data set.
 
     Args:
-        jobs: of one data set; their first path's folder names it.
+        jobs: of one data set; the folders of their paths identify it.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         folders = sorted({str(path.parent) for _, path in jobs})
         name = hashlib.sha256("\n".join(folders[:100]).encode()).hexdigest()[:16]
         self.path = cache_folder() / "scans" / f"{name}.json"
-        self.known: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
         try:
             stored = json.loads(self.path.read_text())
-            if stored["version"] == MEMORY_VERSION:
-                self.known = stored["files"]
+            if stored["version"] == PROBE_VERSION:
+                self.files = stored["files"]
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # no scan yet, or a damaged one: look again
+            pass  # no earlier scan, or a damaged file: probe again
 
-    def recall(self, job: Job) -> Finding | None:
+    def get(self, job: Job) -> JobResult | None:
         kind, path = job
-        known = self.known.get(_name(job))
-        if not isinstance(known, dict) or known.get("stamp") != _stamp(path):
+        stored = self.files.get(_name(job))
+        if not isinstance(stored, dict) or stored.get("stamp") != _stamp(path):
             return None
-        if "reason" in known:
-            return Failed(known["reason"], known["detail"])
-        value = str(known.get("value", ""))
+        if "reason" in stored:
+            return Failed(stored["reason"], stored["detail"])
+        value = str(stored.get("value", ""))
         if kind != "probe":
             return value
         try:
@@ -328,27 +330,27 @@ class Memory:
             return None
         return value.encode()
 
-    def note(self, job: Job, finding: Finding) -> None:
+    def put(self, job: Job, result: JobResult) -> None:
         stamp = _stamp(job[1])
-        if stamp is None or (isinstance(finding, Failed) and finding.reason in ("timeout", "crashed", "missing")):
+        if stamp is None or (isinstance(result, Failed) and result.reason in ("timeout", "crashed", "missing")):
             return
-        if isinstance(finding, Failed):
-            value = {"reason": finding.reason, "detail": finding.detail}
+        if isinstance(result, Failed):
+            value = {"reason": result.reason, "detail": result.detail}
         else:
-            value = {"value": finding.decode() if isinstance(finding, bytes) else finding}
-        self.known[_name(job)] = {"stamp": stamp, **value}
+            value = {"value": result.decode() if isinstance(result, bytes) else result}
+        self.files[_name(job)] = {"stamp": stamp, **value}
 
     def save(self) -> None:
-        """Best effort: without a writable home the next scan only takes longer."""
+        """Write the file if possible: without a writable home the next scan only takes longer."""
         try:
             with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps({"version": MEMORY_VERSION, "files": self.known}))
+                temporary.write_text(json.dumps({"version": PROBE_VERSION, "files": self.files}))
         except OSError:
             return
 
 
 def cache_folder() -> Path:
-    """Where what can be found again is kept: $XDG_CACHE_HOME/titans-video, by default under ~/.cache."""
+    """Return the folder of reproducible files: $XDG_CACHE_HOME/titans-video, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans-video"
 
 
@@ -365,30 +367,30 @@ def _stamp(path: Path) -> list[int] | None:
 
 
 def refuse_bad(scan: Scan, options: DataOptions) -> None:
-    """Stop where nothing is usable, or where more than `--max-bad` of the rows is not.
+    """Stop if nothing is usable, or if more than `--max-bad` of the rows is not.
 
     Raises:
         DataError: with the reasons and the first rows.
     """
-    bad, total = len(scan.quarantined), len(scan.quarantined) + len(scan.entries)
-    if scan.entries and bad <= options.max_bad * total:
+    bad, total = len(scan.quarantined), len(scan.quarantined) + len(scan.records)
+    if scan.records and bad <= options.max_bad * total:
         return
     what = (
-        f"Not one of {total} rows is usable."
-        if not scan.entries
+        f"None of {total} rows is usable."
+        if not scan.records
         else f"{bad} of {total} rows are unusable, more than --max-bad {options.max_bad:g} allows."
     )
-    raise DataError(f"{what} {reasons_in_words(scan.quarantined)}\n" + "\n".join(_examples(scan.quarantined)))
+    raise DataError(f"{what} {format_reasons(scan.quarantined)}\n" + "\n".join(_examples(scan.quarantined)))
 
 
-def reasons_in_words(quarantined: Sequence[Quarantined]) -> str:
-    """`3 too-short (fewer frames than ...), 1 missing (...)`."""
+def format_reasons(quarantined: Sequence[Quarantined]) -> str:
+    """Return the counts with explanations: `3 too-short (fewer frames than ...), 1 missing (...)`."""
     counts = Counter(q.reason for q in quarantined).most_common()
     return ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in counts)
 
 
 def _examples(quarantined: Sequence[Quarantined]) -> list[str]:
-    """The first row of each reason."""
+    """Return the first row of each reason."""
     first: dict[str, Quarantined] = {}
     for q in quarantined:
         first.setdefault(q.reason, q)

@@ -1,1 +1,1 @@
-"""The whole way at once on the mock world: make data, train, generate, score, show."""
+"""The mock world from end to end: write data, train, generate, score, report (layer 5)."""

@@ -1,5 +1,6 @@
-"""The mock world from data to figures and pictures: `titans-video demo`, and its second half, `titans-video score`."""
+"""`titans-video demo`: the mock world from data to scores and an HTML report; `titans-video score`: its second half."""
 
+import html
 import json
 import os
 import shlex
@@ -14,41 +15,47 @@ from pathlib import Path
 import torch
 import yaml
 
-from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides, ScoreOptions
+from titans_video.checkpoint import LAST
+from titans_video.config.fields import validate
+from titans_video.config.generation import DemoOptions, Overrides, ScoreOptions
 from titans_video.demo import scoring
-from titans_video.demo.report import caption_of, write_report
-from titans_video.demo.scoring import Scored, Settings, Split
+from titans_video.demo.scoring import Scored, Settings, Split, summary
 from titans_video.errors import ConfigError, DataError
 from titans_video.generation.model import VideoModel, choose_device, load_model
-from titans_video.generation.request import check_options
-from titans_video.media.plots import loss_curve
+from titans_video.media.plots import loss_curve, page
 from titans_video.media.sheets import contact_sheet
 from titans_video.mock.dataset import make_dataset
+from titans_video.training.run_folder import METRICS
 
 MARKER = "made_by_titans_video.json"
+"""The file that marks a folder as replaceable."""
+
 TRAINER = Path("train/videos/train_sora_accelerate.py")
 TWO_PROCESSES = Path("configs/accelerate/cpu2.yaml")
+
 _OWN = ("run", "videos", "contact_sheet.png", "loss_curve.png", "report.html", "scores.json")
-_DOZEN: tuple[tuple[Split, int], ...] = (("seen", 6), ("held_out", 4), ("i2v", 2))
+
+_SHOWN: tuple[tuple[Split, int], ...] = (("seen", 6), ("held_out", 4), ("i2v", 2))
+
 _QUICK_CLIPS, _QUICK_STEPS, _QUICK_VIDEOS, _QUICK_DENOISING = 40, 4, 4, 2
 
 
 @dataclass(frozen=True)
 class Command:
-    """A training command: its words, what it adds to the environment, and how a person would type it."""
+    """A training command: its words, additional environment variables, and the text to show the user."""
 
     words: list[str]
     environment: dict[str, str]
-    typed: str
+    text: str
 
 
 def run_demo(options: DemoOptions) -> None:
-    """Make data, train, score, show; ends by printing where everything lies.
+    """Make data, train, score, write the report, and print the paths of everything.
 
     Raises:
-        UserError: a flag, a folder or the training run is at fault.
+        UserError: a flag or a folder is wrong, or the training failed.
     """
-    _at_least_one({"--clips": options.clips, "--videos": options.videos, "--steps": options.steps})
+    validate(options)
     if options.quick:
         options = replace(
             options, clips=_QUICK_CLIPS, steps=options.steps or _QUICK_STEPS, videos=min(options.videos, _QUICK_VIDEOS)
@@ -62,19 +69,18 @@ def run_demo(options: DemoOptions) -> None:
     model = load_model(str(folder / "run"), Overrides(), choose_device(None))
     settings = Settings(options.videos, options.seed, steps=_QUICK_DENOISING if options.quick else None)
     scored = _score(model, settings, ("seen", "held_out", "i2v"), folder)
-    places = {"mp4s": folder / "videos", "checkpoint": folder / "run" / "last.pt", **_figures(scored, folder)}
+    places = {"mp4s": folder / "videos", "checkpoint": folder / "run" / LAST, **_figures(scored, folder)}
     print(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     _print_places(places)
 
 
 def run_score(options: ScoreOptions) -> None:
-    """Score a checkpoint; ends by printing where everything lies.
+    """Score a checkpoint, write the report, and print the paths of everything.
 
     Raises:
-        UserError: a flag, a folder or the checkpoint is at fault.
+        UserError: a flag, a folder or the checkpoint is wrong.
     """
-    _at_least_one({"--videos": options.videos, "--batch-size": options.batch_size})
-    check_options(GenerateOptions(steps=options.steps, guidance_scale=options.guidance_scale))
+    validate(options)
     model = load_model(options.checkpoint, options.overrides, choose_device(options.device))
     folder = _claim(Path(options.out))
     settings = Settings(options.videos, options.seed, options.batch_size, options.steps, options.guidance_scale)
@@ -84,18 +90,17 @@ def run_score(options: ScoreOptions) -> None:
 
 
 def training_command(options: DemoOptions, folder: Path) -> Command:
-    """The command that trains the demo: the documented script, plainly or under Accelerate's launcher.
+    """Return the command that trains the demo: the documented script, directly or under Accelerate's launcher.
 
-    On a CPU of two or more cores it is two processes of one thread each: faster than one process of two threads. The
-    configuration's batch is shared out, so that a step is the same step.
+    The default on a CPU of two or more cores is two processes of one thread each, which is faster than one process of
+    two threads. The configuration's batch is divided among them, so that a step has the same rows.
 
     Raises:
-        ConfigError: a file is missing, or the batch cannot be shared.
+        ConfigError: a file is missing, or the batch cannot be divided.
     """
     config = _read_config(Path(options.train_config))
     cpus = os.cpu_count() or 1
     processes = options.processes or (1 if torch.cuda.is_available() or cpus < 2 else 2)
-    _at_least_one({"--processes": processes})
     flags = ["--config", options.train_config, "--manifest", str(folder / "data" / "manifest.jsonl")]
     flags += ["--output-dir", str(folder / "run"), "--seed", str(options.seed)]
     flags += [] if options.steps is None else ["--max-steps", str(options.steps)]
@@ -107,12 +112,12 @@ def training_command(options: DemoOptions, folder: Path) -> Command:
     launch = ["--config_file", str(TWO_PROCESSES), "--num_processes", str(processes), str(TRAINER), *flags]
     launch += ["--batch-size", str(batch // processes)]
     environment = {"OMP_NUM_THREADS": str(max(1, cpus // processes))}
-    typed = [f"{name}={value}" for name, value in environment.items()] + ["accelerate", "launch", *launch]
-    return Command([sys.executable, "-m", "accelerate.commands.launch", *launch], environment, shlex.join(typed))
+    words = [f"{name}={value}" for name, value in environment.items()] + ["accelerate", "launch", *launch]
+    return Command([sys.executable, "-m", "accelerate.commands.launch", *launch], environment, shlex.join(words))
 
 
 def _read_config(path: Path) -> dict[str, int]:
-    """The values of a training configuration, by field name."""
+    """Read the values of a training configuration, by field name."""
     for needed in (path, TRAINER, TWO_PROCESSES):
         if not needed.is_file():
             raise ConfigError(
@@ -123,16 +128,10 @@ def _read_config(path: Path) -> dict[str, int]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _at_least_one(counts: Mapping[str, int | None]) -> None:
-    for flag, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{flag} {count}: it must be at least 1.")
-
-
 def _claim(folder: Path) -> Path:
-    """Make the folder, or clear an earlier run's own files out of it."""
+    """Make the folder, or remove the files of an earlier run from it."""
     if folder.is_file():
-        raise DataError(f"{folder} is a file; a folder is needed.")
+        raise DataError(f"{folder} is a file; give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise DataError(
             f"{folder} is not empty and was not made by this command (it has no {MARKER}), so nothing in it was "
@@ -149,38 +148,107 @@ def _claim(folder: Path) -> Path:
 
 
 def _train(command: Command) -> None:
-    print(f"Training:\n  {command.typed}", flush=True)
+    print(f"Training:\n  {command.text}", flush=True)
     code = subprocess.run(command.words, env={**os.environ, **command.environment}, check=False).returncode
     if code != 0:
-        raise ConfigError(f"Training ended with exit code {code}; what it said stands above.")
+        raise ConfigError(f"Training ended with exit code {code}; see its messages above.")
 
 
 def _score(model: VideoModel, settings: Settings, splits: Sequence[Split], folder: Path) -> dict[Split, list[Scored]]:
-    """Score a model on each split, write scores.json and print the figures."""
+    """Score a model on each split, write scores.json and print the scores."""
     scored = {split: scoring.score(model, split, settings, folder / "videos" / split) for split in splits}
     summaries = {split: scoring.summary(videos) for split, videos in scored.items()}
     (folder / "scores.json").write_text(json.dumps(summaries, indent=1) + "\n")
-    for split, summary in summaries.items():
-        print(f"{split:9s} " + "  ".join(f"{name} {value}" for name, value in summary.items()))
+    for split, values in summaries.items():
+        print(f"{split:9s} " + "  ".join(f"{name} {value}" for name, value in values.items()))
     return scored
 
 
 def _figures(scored: Mapping[Split, Sequence[Scored]], folder: Path) -> dict[str, Path]:
-    """Contact sheet, loss curve where there is a run, and report; prints the dozen that they show."""
-    dozen = [video for split, count in _DOZEN for video in scored.get(split, [])[:count]]
-    for video in dozen:
+    """Write contact sheet, report and, if there is a run, the loss curve; print the videos that they show."""
+    shown = [video for split, count in _SHOWN for video in scored.get(split, [])[:count]]
+    for video in shown:
         print(f"  {'right' if video.right else 'wrong'}  {caption_of(video)}")
     figures = {"contact sheet": folder / "contact_sheet.png"}
-    contact_sheet(figures["contact sheet"], [v.frames for v in dozen], [caption_of(v) for v in dozen])
-    metrics = folder / "run" / "metrics.jsonl"
+    contact_sheet(figures["contact sheet"], [v.frames for v in shown], [caption_of(v) for v in shown])
+    metrics = folder / "run" / METRICS
     if metrics.is_file():
         figures["loss curve"] = folder / "loss_curve.png"
         loss_curve(metrics, figures["loss curve"])
     figures |= {"scores": folder / "scores.json", "report": folder / "report.html"}
-    write_report(figures["report"], scored, dozen)
+    write_report(figures["report"], scored, shown)
     return figures
 
 
 def _print_places(places: Mapping[str, Path]) -> None:
     for what, path in places.items():
         print(f"  {what:14s} {path}")
+
+
+_TITLES: dict[Split, str] = {
+    "seen": "seen combinations",
+    "held_out": "held-out combinations",
+    "i2v": "with a first frame",
+}
+
+_NOTES: dict[Split, str] = {"seen": "", "held_out": " (never trained on)", "i2v": " (first frame given)"}
+
+_STYLE = """
+td,th{border:1px solid var(--line);padding:.3rem .7rem;text-align:right}th{font-size:inherit}
+img{max-width:100%}video{width:128px;height:128px;image-rendering:pixelated;background:#000}
+figure{display:inline-block;width:150px;margin:.5rem;vertical-align:top;font-size:13px}
+"""
+
+
+def caption_of(video: Scored) -> str:
+    """Return the prompt, with a note if it was never trained on or if a first frame was given."""
+    return video.wanted.caption + _NOTES[video.split]
+
+
+def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Sequence[Scored]) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file; links to videos and images are relative to it.
+        scored: the videos of each split.
+        shown: the videos to show even if they are right.
+    """
+    wrong = [video for videos in scored.values() for video in videos if not video.right]
+    parts = [
+        "<h1>Titans Video: the mock world</h1>",
+        "<p>Shares of the generated videos whose file, read back, shows what the prompt describes. <em>shape</em> is "
+        "the nearest template, <em>shape_strict</em> also requires enough overlap with it, and <em>all</em> requires "
+        "colour, direction and strict shape.</p>",
+        _table(scored),
+        *(
+            f"<h2>{title}</h2><img src={name} alt='{title}'>"
+            for name, title in (("loss_curve.png", "Loss"), ("contact_sheet.png", "Contact sheet"))
+            if (path.parent / name).exists()
+        ),
+        "<h2>Examples</h2>",
+        *(_figure(path, video) for video in shown),
+        f"<h2>Wrong in at least one respect: {len(wrong)}</h2>",
+        *(_figure(path, video) for video in wrong),
+    ]
+    path.write_text(page("Titans Video: the mock world", parts, _STYLE), encoding="utf-8")
+
+
+def _table(scored: Mapping[Split, Sequence[Scored]]) -> str:
+    summaries = {split: summary(videos) for split, videos in scored.items()}
+    names = list(dict.fromkeys(name for row in summaries.values() for name in row))
+    head = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(
+        f"<tr><th>{_TITLES[split]}</th>" + "".join(f"<td>{row.get(name, '')}</td>" for name in names) + "</tr>"
+        for split, row in summaries.items()
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _figure(report: Path, video: Scored) -> str:
+    reading = video.reading
+    read = f"{reading.colour} {reading.shape} {reading.direction}, overlap {reading.overlap:.2f}"
+    source = html.escape(os.path.relpath(video.path, report.parent))
+    return (
+        f"<figure><video src='{source}' autoplay loop muted playsinline></video>"
+        f"<figcaption>{html.escape(caption_of(video))}<br><small>read: {read}</small></figcaption></figure>"
+    )

@@ -1,4 +1,4 @@
-"""Does a model do what the sentence says? Generate, write files, read the files back, count.
+"""Score how often a model's videos show what the sentences say: generate, write the files, read them back, count.
 
 Legend: B videos of one batch, T H W pixel frames, height and width.
 """
@@ -16,31 +16,31 @@ from titans_video.config.generation import GenerateOptions
 from titans_video.generation.denoise import generate
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import build_request
+from titans_video.media.colour import to_tensor, to_uint8
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
-from titans_video.media.resize import to_tensor, to_uint8
 from titans_video.media.writing import write_video
-from titans_video.mock.analyse import Reading, analyse, place
+from titans_video.mock.analyse import Reading, analyse, object_centres
 from titans_video.mock.world import Clip, Combination, combination_of, sample_clip
 from titans_video.seeding import derive_seed
 
 Split = Literal["seen", "held_out", "i2v"]
 
 NEAR = 2 / 32
-"""How far the first made frame's object may lie from the true one's, as a share of the frame's side: 2 px of 32."""
+"""Largest distance of the object in the first generated frame from the true one, as a share of the frame's side."""
 
-_FIRST_UNTRAINED_INDEX = 1_000_000  # first frames come from clips far beyond any training set's indices
+_FIRST_UNTRAINED_INDEX = 1_000_000  # first frames come from clips far beyond the indices of any training set
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate.
+    """Settings of the generation.
 
     Attributes:
         videos: of each split.
-        seed: of noise and of the choice of sentences.
+        seed: of the noise and of the choice of sentences.
         batch_size: videos generated at once.
-        steps, guidance_scale: None: the checkpoint's recommendation.
+        steps, guidance_scale: None for the checkpoint's recommendation.
     """
 
     videos: int = 96
@@ -55,12 +55,12 @@ class Scored:
     """One generated video.
 
     Attributes:
-        split: which score it counts for.
-        wanted: what the prompt said.
-        reading: what the file shows, in the frames that were made (not in a given first one).
+        split: the score that it counts for.
+        wanted: the combination in the prompt.
+        reading: what the file shows, without a given first frame.
         path: of the mp4.
         frames: uint8 (T, H, W, 3), as read back from the file.
-        near: for i2v, whether the first made frame has the object within NEAR of the true clip's; else None.
+        near: for i2v, whether the object of the first generated frame is within NEAR of the true clip's; else None.
     """
 
     split: Split
@@ -72,7 +72,7 @@ class Scored:
 
     @property
     def right(self) -> bool:
-        """Colour, direction and strict shape."""
+        """Whether colour, direction and strict shape are right."""
         return (self.reading.colour, self.reading.direction, self.reading.strict_shape) == (
             self.wanted.colour,
             self.wanted.direction,
@@ -99,11 +99,11 @@ def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> 
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
-    """Shares of 1 over the videos of one split.
+    """Return the shares of right videos of one split, from 0 to 1.
 
     Returns:
         colour, direction, shape (nearest template), shape_strict, all (colour, direction and strict shape together),
-        and videos, how many; for i2v also place (see NEAR) and continues (colour, nearest shape and place together).
+        and videos, their number; for i2v also place (see NEAR) and continues (colour, nearest shape and place).
     """
     rights: dict[str, list[bool]] = {
         "colour": [s.reading.colour == s.wanted.colour for s in scored],
@@ -123,39 +123,39 @@ def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
 
 def _score_batch(model: VideoModel, split: Split, settings: Settings, folder: Path, indices: range) -> list[Scored]:
     usual, fps = build_request(GenerateOptions(steps=settings.steps, guidance_scale=settings.guidance_scale), model)
-    given: list[Clip] = []
+    true: list[Clip] = []
     if split == "i2v":
-        given = [
+        true = [
             sample_clip(settings.seed, _FIRST_UNTRAINED_INDEX + i, None, usual.height, usual.frames) for i in indices
         ]
-        wanted = [clip.combination for clip in given]
+        wanted = [clip.combination for clip in true]
     else:
         wanted = [combination_of(settings.seed, i, split == "held_out") for i in indices]
     request = replace(
         usual,
         prompts=[combination.caption for combination in wanted],
         seeds=[derive_seed(settings.seed, "score", split, i) for i in indices],
-        cond_pixels=torch.stack([to_tensor(clip.frames[:1]) for clip in given]) if given else None,
+        cond_pixels=torch.stack([to_tensor(clip.frames[:1]) for clip in true]) if true else None,
     )
-    made = generate(model, request, progress=False)  # (B, 3, T, H, W)
+    videos = generate(model, request, progress=False)  # (B, 3, T, H, W)
     scored = []
     for b, (index, combination) in enumerate(zip(indices, wanted, strict=True)):
         path = folder / f"{index:03d}_{combination.caption.replace(' ', '_')}.mp4"
-        write_video(path, to_uint8(made[b]), fps)
-        seen = read_file(path)
-        near = _near(seen, given[b].frames) if given else None
-        reading = analyse(seen[1:] if given else seen)
-        scored.append(Scored(split, combination, reading, path, seen, near))
+        write_video(path, to_uint8(videos[b]), fps)
+        frames = read_file(path)
+        near = _is_near(frames, true[b].frames) if true else None
+        reading = analyse(frames[1:] if true else frames)
+        scored.append(Scored(split, combination, reading, path, frames, near))
     return scored
 
 
-def _near(made: np.ndarray, true: np.ndarray) -> bool:
-    """Whether the object of the first made frame (the second of the clip) lies within NEAR of the true clip's."""
-    distance = np.linalg.norm(place(made)[1] - place(true)[1])
-    return bool(distance <= NEAR * min(true.shape[1:3]))  # False for NaN: no object there
+def _is_near(generated: np.ndarray, true: np.ndarray) -> bool:
+    """Check whether the object of the first generated frame (frame 1) is within NEAR of the true clip's."""
+    distance = np.linalg.norm(object_centres(generated)[1] - object_centres(true)[1])
+    return bool(distance <= NEAR * min(true.shape[1:3]))  # False for NaN, which means that there is no object
 
 
 def read_file(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 (T, H, W, 3)."""
+    """Read all frames of a video file, uint8 (T, H, W, 3)."""
     info = probe(path)
     return read_indices(path, info, range(info.frames))

@@ -1,1 +1,1 @@
-"""Noise processes, guidance and samplers; they know no network (floor L2)."""
+"""Noise processes, guidance and samplers; they know no network (layer 2)."""

@@ -1,69 +1,166 @@
-"""What every noise process shares.
+"""Noise processes: what training and sampling need of each, and the sample before and after noise is added.
 
-Legend: B batch, C latent channels, t h w the latent grid.
+Timesteps run from 0 (clean) to 1 (noise), except where a pretrained model counts its own steps (`VPredictionDDPM`).
+A sample has one timestep, (B,), or one for each latent frame, (B, t), latent cell, (B, t, h, w), or token, (B, N).
+
+Legend: B batch, C latent channels, t h w the latent grid, N tokens of packed latents (B, N, C), S pixel frames of a
+latent frame.
 """
 
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from titans_video.errors import ConfigError
+from titans_video.types import Condition
+
+PROCESSES = {
+    "rectified_flow": "titans_video.diffusion.rectified_flow:RectifiedFlow",
+    "edm": "titans_video.diffusion.v_prediction:EDM",
+}
+"""Processes that a checkpoint's config can name: `module:Class` with a classmethod `from_config`."""
+
+PreparedT = TypeVar("PreparedT", bound="Prepared")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One micro-batch before noise is added: clean latents, timesteps and what the network is conditioned on.
+
+    Attributes:
+        latents: (B, C, t, h, w), or packed (B, N, C); float32.
+        timesteps: one per clip, latent frame, latent cell or token, see the module's docstring.
+        condition: text, conditioning frames, image.
+        tokens: how many tokens of a clip are denoised together; time shifts depend on it.
+        clean_mask: bool, of the shape of `timesteps`: True where the sample stays clean, at timestep 0; None: nowhere.
+        loss_mask: bool, broadcasts against `latents`: True where there is loss; None: everywhere.
+        others: further modalities by name, e.g. `audio`, each with its own latents, timesteps and loss.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    condition: Condition
+    tokens: int
+    clean_mask: Tensor | None = None
+    loss_mask: Tensor | None = None
+    others: "Mapping[str, Prepared]" = field(default_factory=dict)
+
+    def at(self: PreparedT, timestep: float) -> PreparedT:
+        """Return the same batch with one timestep for everything that is not clean."""
+        timesteps = torch.full_like(self.timesteps, timestep)
+        return replace(
+            self, timesteps=timesteps if self.clean_mask is None else timesteps.masked_fill(self.clean_mask, 0)
+        )
 
 
 @dataclass(frozen=True)
 class NoisySample:
-    """What the network sees and what it is to say.
+    """The input and the target of the network.
 
     Attributes:
-        model_input: (B, C, t, h, w), the noisy latents in the network's own scale.
-        model_time: (B,) or (B, t), as given.
-        target: (B, C, t, h, w), what `Prediction.value` should be.
+        model_input: noisy latents in the network's own scale, of the shape of the latents.
+        timesteps: as given.
+        target: what the network should predict, of the same shape.
         weight: of the squared error against `target`; broadcasts against it.
+        others: the same of further modalities.
     """
 
     model_input: Tensor
-    model_time: Tensor
+    timesteps: Tensor
     target: Tensor
     weight: Tensor
-
-
-def count_tokens(grid: Sequence[int], patch_size: Sequence[int]) -> int:
-    """How many tokens a latent grid (t, h, w) makes; the number that the time shift goes by."""
-    return math.prod(n // p for n, p in zip(grid, patch_size, strict=True))
-
-
-def arguments_of(config: dict[str, Any], known: dict[str, Any], what: str) -> dict[str, Any]:
-    """The arguments of a process that a config holds.
-
-    Raises:
-        ConfigError: a key that is not among the known ones.
-    """
-    arguments = {k: v for k, v in config.items() if k != "name"}
-    unknown = sorted(set(arguments) - set(known))
-    if unknown:
-        raise ConfigError(f"{what} has no {', '.join(unknown)}.")
-    return arguments
-
-
-def expand_dims(time: Tensor, like: Tensor) -> Tensor:
-    """`time` (B,) or (B, t) as (B, 1, 1 or t, 1, 1), at least float32 so that bf16 latents lose nothing to it."""
-    time = time.to(like.device, torch.promote_types(like.dtype, torch.float32))
-    return time[:, None, None, None, None] if time.ndim == 1 else time[:, None, :, None, None]
+    others: "Mapping[str, NoisySample]" = field(default_factory=dict)
 
 
 class NoiseProcess(Protocol):
-    """Between data at time 0 and noise at time 1; a state is x_t = (1 - time) x0 + time n, up to a process's own scale
-    at its very beginning (`init_noise`). Samplers need nothing else. See `flow.RectifiedFlow` for each method."""
+    """How noise is added in training, and how a prediction becomes clean latents."""
 
-    def config(self) -> dict[str, Any]: ...
-    def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor: ...
-    def timestep_quantile(self, quantile: float, tokens: int) -> float: ...
-    def schedule(self, steps: int, tokens: int) -> Tensor: ...
-    def init_noise(self, noise: Tensor) -> Tensor: ...
-    def model_input(self, x_t: Tensor, time: Tensor) -> Tensor: ...
-    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample: ...
-    def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor: ...
+    def config(self) -> dict[str, object]:
+        """Return plain values for checkpoints."""
+
+    def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
+        """Return (B,) training timesteps.
+
+        Args:
+            seeds: one per clip; its timestep depends on its seed only.
+            tokens: of a clip; processes whose times do not depend on the size ignore it.
+        """
+
+    def timestep_quantile(self, quantile: float, tokens: int) -> float:
+        """Return the timestep below which a share `quantile`, in (0, 1), of the training timesteps lies."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> NoisySample:
+        """Return the network's input and target at `timesteps` between `x0` and `noise`, which have one shape."""
+
+    def to_x0(self, value: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the clean latents that the network's prediction `value` at the state `x_t` stands for."""
+
+
+class SamplingProcess(NoiseProcess, Protocol):
+    """A process that this project's own samplers can run backwards.
+
+    Its state is x_t = (1 - time) x0 + time noise, up to a scale of its own at the first time (`init_noise`).
+    """
+
+    def schedule(self, steps: int, tokens: int) -> Tensor:
+        """Return (steps + 1,) float64 falling times of the denoising steps."""
+
+    def init_noise(self, noise: Tensor) -> Tensor:
+        """Return the state at the first time of the schedule, from standard normal noise."""
+
+    def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """Return the state in the scale that the network expects."""
+
+
+def build_process(config: Mapping[str, object]) -> SamplingProcess:
+    """Build the process that a checkpoint's `config["process"]` describes.
+
+    Raises:
+        ConfigError: an unknown process, or a key or value that it does not take.
+    """
+    name = str(config.get("name"))
+    if name not in PROCESSES:
+        near = difflib.get_close_matches(name, PROCESSES, n=1)
+        hint = f"; perhaps {near[0]}" if near else ""
+        raise ConfigError(f"there is no noise process {name!r}{hint} (known: {', '.join(PROCESSES)}).")
+    module, _, kind = PROCESSES[name].partition(":")
+    return cast(SamplingProcess, getattr(import_module(module), kind).from_config(config))
+
+
+def process_arguments(config: Mapping[str, object], defaults: Mapping[str, object], name: str) -> dict[str, object]:
+    """Return the constructor's arguments in a process's config.
+
+    Raises:
+        ConfigError: a key that the process does not have.
+    """
+    arguments = {key: value for key, value in config.items() if key != "name"}
+    unknown = sorted(arguments.keys() - defaults.keys())
+    if unknown:
+        raise ConfigError(f"{name} has no {', '.join(unknown)}.")
+    return arguments
+
+
+def count_tokens(grid: Sequence[int], patch_size: Sequence[int]) -> int:
+    """Return how many tokens a latent grid (t, h, w) makes; time shifts depend on it."""
+    return math.prod(n // p for n, p in zip(grid, patch_size, strict=True))
+
+
+def expand_dims(timesteps: Tensor, like: Tensor) -> Tensor:
+    """Return timesteps with the axes of latents, in at least float32, so that bf16 latents lose no precision.
+
+    Args:
+        timesteps: (B,), (B, t) or (B, t, h, w) for latents (B, C, t, h, w); (B,) or (B, N) for packed ones.
+        like: the latents.
+    """
+    timesteps = timesteps.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    if like.ndim == 3:
+        return timesteps[:, None, None] if timesteps.ndim == 1 else timesteps[:, :, None]
+    if timesteps.ndim == 4:
+        return timesteps[:, None]
+    return timesteps[:, None, None, None, None] if timesteps.ndim == 1 else timesteps[:, None, :, None, None]

@@ -1,7 +1,7 @@
 """Rectified flow: straight lines between data and noise (Liu et al. 2022, Lipman et al. 2022, Esser et al. 2024).
 
 Legend: B batch, C latent channels, t h w the latent grid. x_t = a x0 + b n with a = 1 - time and b = time: time 0 is
-clean, time 1 is noise. A time is one a clip (B,), or one a latent frame (B, t), which is how known frames stay clean.
+clean, time 1 is noise. A timestep for each latent frame, (B, t), is how conditioning frames stay clean.
 """
 
 import math
@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.base import NoisySample, arguments_of, expand_dims
+from titans_video.config.options import ProcessOptions
+from titans_video.diffusion.base import NoisySample, expand_dims, process_arguments
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed, seeded_randn
+from titans_video.types import CodecSpec
 
 PredictionKind = Literal["velocity", "x0"]
 BASE_TOKENS = 256
@@ -23,9 +25,9 @@ MIN_VARIANCE = 1e-6
 
 
 def default_shift(tokens: int) -> float:
-    """Time shift by size: sqrt(tokens / 256), never below 1.
+    """Return the time shift for a size: sqrt(tokens / 256), never below 1.
 
-    Twice the tokens that show one thing hide it under less noise, so larger clips need more of it. Frames of a video
+    More tokens that show one thing reveal it at more noise, so larger clips need noisier times. Frames of a video
     repeat one another, so the law overstates very long clips; it stops at 12, the largest shift in wide use.
     Source: Esser et al. 2024 (Stable Diffusion 3), section 5.3.2, whose base is 256 tokens.
     """
@@ -33,7 +35,7 @@ def default_shift(tokens: int) -> float:
 
 
 def shift_time(time: Tensor, shift: float) -> Tensor:
-    """time' = s time / (1 + (s - 1) time): the ends stay, the middle moves towards noise.
+    """Return s time / (1 + (s - 1) time): the ends stay, the middle moves towards noise.
 
     Source: Esser et al. 2024, equation 23.
     """
@@ -43,25 +45,25 @@ def shift_time(time: Tensor, shift: float) -> Tensor:
 class RectifiedFlow:
     """The noise process of SoraDiT.
 
-    `velocity`: the network says n - x0, seen from x_t.
-    `x0`: the network says what is left of x0 once the best linear guess from x_t is taken away, in unit variance. With
-    lambda the variance of a channel and D = lambda a^2 + b^2:
+    `velocity`: the network predicts n - x0 from x_t.
+    `x0`: the network predicts the residual of x0 after the best linear estimate from x_t, in unit variance. With lambda
+    the variance of a channel and D = lambda a^2 + b^2:
         input   x_t / sqrt(D)
         x0      x_t lambda a / D + F sqrt(lambda) b / sqrt(D)
         target  F = (b x0 - lambda a n) / sqrt(lambda D)
-        weight  lambda (a^2 + b^2) / D, so that the loss is |x0_hat - x0|^2 (a^2 + b^2) / b^2, the velocity's own but
-                for the factor a^2 + b^2.
-    A network that says nothing is then already the Wiener filter of Gaussian data.
+        weight  lambda (a^2 + b^2) / D, so that the loss is |x0_hat - x0|^2 (a^2 + b^2) / b^2: the loss of the
+                velocity, times a^2 + b^2.
+    A network that predicts 0 is then already the Wiener filter of Gaussian data.
     Source: Karras et al. 2022 (EDM), table 1 and appendix B.6, with sigma = b / a and one sigma_data a channel.
 
     Args:
         prediction: `velocity` or `x0`.
-        time_mean: mean of logit(time) in training; positive is towards noise.
-        time_std: its spread.
-        shift: of times in training and sampling alike; None: by the number of tokens; 1: none.
-        variance: of each latent channel on the data, for `x0`; None: 1 each.
+        time_mean: mean of logit(time) in training; positive values are noisier.
+        time_std: its standard deviation.
+        shift: of times in training and sampling; None: by the number of tokens; 1: no shift.
+        variance: of each latent channel on the data, for `x0`; None: 1 for each.
     Raises:
-        ConfigError: a value that has no meaning.
+        ConfigError: an illegal value.
     """
 
     def __init__(
@@ -86,8 +88,8 @@ class RectifiedFlow:
         self.shift = shift
         self.variance = None if variance is None else tuple(float(v) for v in variance)
 
-    def config(self) -> dict[str, Any]:
-        """Plain values that `from_config` makes an equal process of."""
+    def config(self) -> dict[str, object]:
+        """Return plain values from which `from_config` builds an equal process."""
         return {
             "name": "rectified_flow",
             "prediction": self.prediction,
@@ -99,18 +101,30 @@ class RectifiedFlow:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RectifiedFlow":
-        """Undo `config`.
+        """Build a process from `config`.
 
         Raises:
-            ConfigError: a key that this process does not have.
+            ConfigError: an unknown key.
         """
-        return cls(**arguments_of(config, cls().config(), "the rectified flow"))
+        arguments: dict[str, Any] = dict(process_arguments(config, cls().config(), "the rectified flow"))
+        return cls(**arguments)
+
+    @classmethod
+    def from_options(cls, options: ProcessOptions, spec: CodecSpec) -> "RectifiedFlow":
+        """Build the process that the flags ask for, on the latents of a codec."""
+        return cls(
+            prediction=options.prediction,
+            time_mean=options.time_mean,
+            time_std=options.time_std,
+            shift=options.shift,
+            variance=spec.variance if options.prediction == "x0" else None,
+        )
 
     def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
-        """Logit-normal training times, shifted.
+        """Return logit-normal training times, shifted.
 
         Args:
-            seeds: one a clip; its time depends on its seed alone.
+            seeds: one per clip; its time depends on its seed only.
             tokens: of a clip, for the shift.
         Returns:
             (B,) float32 in [0, 1].
@@ -119,42 +133,42 @@ class RectifiedFlow:
         return self._time(seeded_randn((), [derive_seed(seed, "time") for seed in seeds]), tokens)
 
     def timestep_quantile(self, quantile: float, tokens: int) -> float:
-        """The time that a share `quantile`, in (0, 1), of the training times of clips of `tokens` tokens lies below."""
+        """Return the time below which a share `quantile`, in (0, 1), of the training times lies."""
         return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64), tokens))
 
     def _time(self, z: Tensor, tokens: int) -> Tensor:
-        """Training times from standard normal `z`."""
+        """Return training times from standard normal `z`."""
         return shift_time(torch.sigmoid(self.time_mean + self.time_std * z), self._shift(tokens))
 
     def schedule(self, steps: int, tokens: int) -> Tensor:
-        """(steps + 1,) float64 times from 1 to 0, both included: even steps under the shift of training."""
+        """Return (steps + 1,) float64 times from 1 to 0, evenly spaced and then shifted as in training."""
         if steps < 1:
             raise ConfigError(f"{steps} denoising steps; at least 1 is needed.")
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self._shift(tokens))
 
     def init_noise(self, noise: Tensor) -> Tensor:
-        """The state at the first time of the schedule, which is noise."""
+        """Return the state at the first time of the schedule, which is the noise itself."""
         return noise
 
     def noisy(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """x_t (B, C, t, h, w) between `x0` and `noise` of that shape, at `time` (B,) or (B, t)."""
+        """Return x_t between `x0` and `noise`, which have one shape, at `time`."""
         b = expand_dims(time, x0)
         return (1 - b) * x0 + b * noise
 
     def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """(B, C, t, h, w): `x_t` in the scale that the network is fed."""
+        """Return `x_t` in the scale that the network expects."""
         if self.prediction == "velocity":
             return x_t
         a, b, lam = self._coefficients(x_t, time)
         return x_t / (lam * a * a + b * b).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
-        """Training input and target.
+        """Return training input and target.
 
         Args:
-            x0: (B, C, t, h, w), clean latents.
-            noise: the same shape, standard normal.
-            time: (B,), or (B, t) with 0 on frames that are known; nothing divides by it.
+            x0: clean latents.
+            noise: of the same shape, standard normal.
+            time: see `diffusion.base`; 0 where the sample stays clean, so nothing divides by it.
         """
         x_t = self.noisy(x0, noise, time)
         if self.prediction == "velocity":
@@ -165,7 +179,7 @@ class RectifiedFlow:
         return NoisySample(x_t / d.sqrt(), time, target, lam * (a * a + b * b) / d)
 
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
-        """The clean latents (B, C, t, h, w) that the network's `value` at `x_t` stands for; affine in `value`."""
+        """Return the clean latents that the prediction `value` at `x_t` stands for; affine in `value`."""
         if self.prediction == "velocity":
             return x_t - expand_dims(time, x_t) * value
         a, b, lam = self._coefficients(x_t, time)
@@ -176,15 +190,15 @@ class RectifiedFlow:
         return default_shift(tokens) if self.shift is None else self.shift
 
     def _coefficients(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a and b (B, 1, 1 or t, 1, 1), lambda (1, C or 1, 1, 1, 1)."""
-        b = expand_dims(time, x)
+        """Return a and b with the axes of x, and lambda by channel (axis 1, or the last of packed latents)."""
+        b, channels = expand_dims(time, x), 2 if x.ndim == 3 else 1
         if self.variance is None:
-            return 1 - b, b, b.new_ones(1, 1, 1, 1, 1)
-        if len(self.variance) != x.shape[1]:
+            return 1 - b, b, b.new_ones(())
+        if len(self.variance) != x.shape[channels]:
             raise ConfigError(
                 f"the noise process knows the variance of {len(self.variance)} latent channels, "
-                f"but the latents have {x.shape[1]}: process and codec do not belong together."
+                f"but the latents have {x.shape[channels]}: the checkpoint's process and codec do not fit together."
             )
-        # A channel that never moves on the data would divide 0 by 0 at time 0.
+        # A channel that is constant on the data would divide 0 by 0 at time 0.
         lam = torch.tensor(self.variance, device=b.device, dtype=b.dtype).clamp(min=MIN_VARIANCE)
-        return 1 - b, b, lam.view(1, -1, 1, 1, 1)
+        return 1 - b, b, lam if channels == 2 else lam.view(1, -1, 1, 1, 1)

@@ -1,16 +1,22 @@
-"""ODE solvers from noise to data: free functions over `denoise(x_t, time) -> x0`.
+"""Sample from noise to data: ODE solvers over `denoise(x_t, time) -> x0`, and classifier-free guidance of `denoise`.
 
-The flow's velocity is dx/dtime = (x - x0) / time, so a solver needs nothing but the denoised guess. Both are
+The flow's velocity is dx/dtime = (x - x0) / time, so a solver only needs the denoised prediction. All solvers are
 deterministic: equal noise gives equal clips.
+
+Legend: B batch, C latent channels, t h w the latent grid, L text tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from titans_video.errors import ConfigError
+from titans_video.text.base import lengthen
+from titans_video.types import Condition, ImageCondition, TextCondition
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -18,11 +24,11 @@ OnStep = Callable[[int], object]
 """Called with the number of steps done, after each."""
 
 EditState = Callable[[int, Tensor, float], Tensor]
-"""Called after each step with the number of steps done, the state and its time; what it gives is gone on with."""
+"""Called after each step with the number of steps done, the state and its time; returns the state to continue with."""
 
 
 class Sampler(Protocol):
-    """A solver: `noise` (B, C, t, h, w) at `schedule[0]` -> the state at `schedule[-1]`."""
+    """Integrate `noise` (B, C, t, h, w) from `schedule[0]` to the state at `schedule[-1]`."""
 
     def __call__(
         self,
@@ -41,13 +47,13 @@ def euler(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """First order, one forward a step.
+    """Integrate with first order and one forward per step.
 
     Args:
         denoise: x0 from the state and its time.
         noise: the state at `schedule[0]`.
-        schedule: (steps + 1,) falling times; the last may be 0, where the result is the last x0 itself.
-        on_step: told after each step.
+        schedule: (steps + 1,) falling times; the last may be 0, and the result is then the last x0 itself.
+        on_step: called after each step.
         edit: may change the state after each step.
     Source: Euler's method, in the interpolating form of DDIM (Song et al. 2020, equation 12 with sigma = 0).
     """
@@ -69,7 +75,7 @@ def heun(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Second order, two forwards a step; a last step to time 0, where velocities have no value, is Euler's.
+    """Integrate with second order and two forwards per step; a step to time 0, without a velocity there, is Euler's.
 
     Args: as `euler`.
     Source: Karras et al. 2022 (EDM), algorithm 1.
@@ -93,7 +99,141 @@ SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
 
 
 def sampler_by_name(name: str) -> Sampler:
-    """Raises ConfigError for a name that is not in SAMPLERS."""
+    """Return a sampler by its name; raise ConfigError for a name that is not in SAMPLERS."""
     if name not in SAMPLERS:
-        raise ConfigError(f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)}.")
+        raise ConfigError(f"There is no sampler {name!r}; use one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name]
+
+
+Predict = Callable[[Tensor, float, Condition], Tensor]
+"""x0 (B, C, t, h, w) from x_t, its time and a condition of the same batch size."""
+
+
+def guided(
+    predict: Predict,
+    condition: Condition,
+    negative: TextCondition | None = None,
+    scale: float = 1.0,
+    interval: tuple[float, float] | None = None,
+    image_scale: Tensor | None = None,
+) -> Denoise:
+    """Return a denoiser with classifier-free guidance towards `condition` and away from `negative`.
+
+    Both are evaluated in one batched forward. Guidance is applied to x0. Every kind of prediction gives x0 as an affine
+    function of the network's value at equal x_t and time, and the weights of guidance sum to 1, so guiding the value
+    would give the same.
+
+    Args:
+        predict: the network and its process.
+        condition: of the clips, B rows.
+        negative: B rows of text: the empty prompt, as trained by caption dropout, or what to avoid.
+        scale: x0 = x0_negative + scale (x0_condition - x0_negative). At 1, `predict` is called with `condition` only.
+        interval: (lo, hi), guide only while lo <= time <= hi; elsewhere as at scale 1.
+        image_scale: (t,), the scale of image guidance on each latent frame; None: the image does not guide. See
+            `guided_by_image_and_text`.
+    Raises:
+        ConfigError: a scale other than 1 without text.
+    Source: Ho & Salimans 2022; the interval Kynkaanniemi et al. 2024.
+    """
+    if image_scale is not None and bool((image_scale != 1).any()):
+        return guided_by_image_and_text(predict, condition, negative, scale, image_scale, interval)
+    if scale == 1.0:
+        return lambda x, time: predict(x, time, condition)
+    if condition.text is None or negative is None:
+        raise ConfigError(f"Guidance of {scale} needs a text condition and a negative one; a scale of 1 needs none.")
+    both = _repeated(condition, [condition.text, negative])
+    lo, hi = (0.0, 1.0) if interval is None else interval
+
+    def denoise(x: Tensor, time: float) -> Tensor:
+        if not lo <= time <= hi:
+            return predict(x, time, condition)
+        x0, x0_negative = predict(torch.cat([x, x]), time, both).chunk(2)
+        return x0_negative + scale * (x0 - x0_negative)
+
+    return denoise
+
+
+def guided_by_image_and_text(
+    predict: Predict,
+    condition: Condition,
+    negative: TextCondition | None,
+    scale: float,
+    image_scale: Tensor,
+    interval: tuple[float, float] | None = None,
+) -> Denoise:
+    """Return a denoiser that the image and the text guide, each with its own scale:
+
+        x0 = D(-, n) + p (D(image, n) - D(-, n)) + s (D(image, text) - D(image, n))
+
+    with n the negative text, and D the prediction under both conditions. The last difference is not computed if the
+    text is the negative one. What remains is the guidance of Stable Video Diffusion's pipeline, whose scale grows over
+    the frames.
+
+    Args:
+        image_scale: p, (t,).
+        scale: s.
+        interval: as `guided`.
+    Source: Brooks et al. 2023 (InstructPix2Pix), equation 3, the image first.
+    """
+    image, text = condition.image, condition.text
+    assert image is not None, "only an image condition has an image scale"
+    lo, hi = (0.0, 1.0) if interval is None else interval
+    plain = negative if negative is not None else text
+    texts, images = [plain, plain], [image.without(), image]
+    if text is not None and scale != 0 and not _same(text, plain):
+        texts, images = [*texts, text], [*images, image]
+    all_rows = replace(_repeated(condition, texts), image=_joined(images))
+
+    def denoise(x: Tensor, time: float) -> Tensor:
+        if not lo <= time <= hi:
+            return predict(x, time, condition)
+        x0, with_image, *with_both = predict(torch.cat([x] * len(texts)), time, all_rows).chunk(len(texts))
+        guide = image_scale.to(x)[:, None, None]
+        x0 = x0 + guide * (with_image - x0)
+        return x0 + scale * (with_both[0] - with_image) if with_both else x0
+
+    return denoise
+
+
+def join_text(*conditions: TextCondition) -> TextCondition:
+    """Concatenate the rows of several text conditions; shorter streams are padded with masked tokens."""
+    streams, masks = [], []
+    for parts, of_masks in zip(
+        zip(*(c.streams for c in conditions), strict=True),
+        zip(*(c.masks for c in conditions), strict=True),
+        strict=True,
+    ):
+        length = max(mask.shape[1] for mask in of_masks)
+        streams.append(torch.cat([lengthen(x, length) for x in parts]))
+        masks.append(torch.cat([lengthen(mask, length) for mask in of_masks]))
+    return TextCondition(tuple(streams), tuple(masks))
+
+
+def _repeated(condition: Condition, texts: Sequence[TextCondition | None]) -> Condition:
+    """Repeat the rows once per text; everything but the text is the same."""
+    count = len(texts)
+
+    def repeat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat([x] * count)
+
+    given = [text for text in texts if text is not None]
+    image = condition.image
+    return Condition(
+        text=join_text(*given) if given else None,
+        cond_latents=repeat(condition.cond_latents),
+        cond_mask=repeat(condition.cond_mask),
+        image=None if image is None else _joined([image] * count),
+    )
+
+
+def _joined(images: Sequence[ImageCondition]) -> ImageCondition:
+    parts = [(image.embedding, image.latents, image.ids) for image in images]
+    embedding, latents, ids = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return ImageCondition(embedding, latents, ids)
+
+
+def _same(one: TextCondition, other: TextCondition | None) -> bool:
+    if other is None:
+        return False
+    pairs = zip(one.streams + one.masks, other.streams + other.masks, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)

@@ -1,1 +1,1 @@
-"""From a checkpoint and a prompt to a video (floor L3)."""
+"""From a checkpoint and a prompt to a video (layer 4)."""

@@ -1,7 +1,7 @@
-"""The parts of which every way to generate is made: prompts, noise, what is known, and the network as x0.
+"""Generate one clip, or one window of a longer video: prompts, conditions, noise, and the network as a denoiser.
 
-Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, k known
-frames, S pixel frames of one latent frame.
+Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
+k conditioning frames, S pixel frames of one latent frame.
 """
 
 import sys
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from titans_video.diffusion.guidance import Predict, guided
-from titans_video.diffusion.samplers import EditState, OnStep, sampler_by_name
+from titans_video.diffusion.samplers import EditState, OnStep, Predict, guided, sampler_by_name
 from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Plan, Request, plan
@@ -24,7 +23,7 @@ from titans_video.types import Condition, TextCondition, fold_frame_mask
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded once for all windows of a video: `text` of B rows, and `negative`, None without guidance."""
+    """Prompts, encoded once for all windows of a video: `text` of B rows, and `negative`, None without guidance."""
 
     text: TextCondition
     negative: TextCondition | None
@@ -33,13 +32,15 @@ class Prompts:
 def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, uses_cfg: bool) -> Prompts:
     """Encode the prompts and, with guidance (`uses_cfg`), the negative prompt for every row.
 
-    The empty negative prompt is the one that caption dropout trained.
+    The empty negative prompt is the one of caption dropout in training. Networks with an image condition were trained
+    to read no text at all for an empty prompt, and always need a negative one, because the image guides beside it.
     """
+    image_condition = model.capabilities.image_condition
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
-        if model.image is not None:
-            text = text.without(torch.tensor([not prompt for prompt in prompts]))  # as it was trained
-        if not uses_cfg and model.image is None:  # a picture guides beside the negative prompt
+        if image_condition:
+            text = text.without(torch.tensor([not prompt for prompt in prompts]))
+        elif not uses_cfg:
             return Prompts(text, None)
         negative = model.text([negative_prompt]) if negative_prompt else model.text.empty(1)
 
@@ -47,16 +48,16 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
         return x.expand(len(prompts), *x.shape[1:])
 
     rows = TextCondition(tuple(map(repeat, negative.streams)), tuple(map(repeat, negative.masks)))
-    if model.image is not None:
+    if image_condition:
         rows = rows.without(torch.full((len(prompts),), not negative_prompt))
     return Prompts(text, rows.to(model.device))
 
 
 def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> Tensor:
-    """Standard normal noise that is a function of the video's seed and the latent frame's number in the video.
+    """Draw standard normal noise as a function of the video's seed and the latent frame's number in the video.
 
-    So windows that begin at the same frame begin with the same noise, however long the video is. Frame 0 has the key of
-    the clip itself: clips of one latent frame are what they were before noise was keyed by frame.
+    Windows that begin at the same frame therefore begin with the same noise, however long the video is. Frame 0 has no
+    number in its key, so that clips of one latent frame keep the noise of earlier versions.
 
     Args:
         shape: (C, t, h, w) of one sample.
@@ -73,11 +74,23 @@ def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> T
     return torch.stack(frames, dim=2)
 
 
-def frame_condition(model: VideoModel, text: TextCondition, cond_pixels: Tensor | None, frames: int) -> Condition:
-    """What the network is told: the prompts and, where there are any, the known frames with the rest blank.
+def clip_condition(model: VideoModel, text: TextCondition, request: Request, frames: int, first: int = 0) -> Condition:
+    """Return the condition of a clip: its prompts and its conditioning frames, in the form that the network takes.
 
     Args:
-        known: (B, 3, k, H, W) in [-1, 1], the first k of `frames` frames.
+        request: `cond_pixels` are the first k of `frames` frames.
+        first: number of the clip's first latent frame in the whole video.
+    """
+    if model.capabilities.image_condition:
+        return encode_image_condition(model, text, request.cond_pixels, request.seeds, request.svd, first)
+    return frame_condition(model, text, request.cond_pixels, frames)
+
+
+def frame_condition(model: VideoModel, text: TextCondition, cond_pixels: Tensor | None, frames: int) -> Condition:
+    """Return the condition of prompts and of conditioning frames, with the other frames blank.
+
+    Args:
+        cond_pixels: (B, 3, k, H, W) in [-1, 1], the first k of `frames` frames; None: there are none.
     """
     if cond_pixels is None:
         return Condition(text=text)
@@ -91,20 +104,30 @@ def frame_condition(model: VideoModel, text: TextCondition, cond_pixels: Tensor 
     return Condition(text=text, cond_latents=latents, cond_mask=mask)
 
 
+def image_guidance(model: VideoModel, request: Request, length: int) -> Tensor | None:
+    """Return (t,), the guidance scale of the image condition on `length` latent frames; None without an image."""
+    if request.cond_pixels is None or not model.capabilities.image_condition:
+        return None
+    return image_scale(request.svd, length)
+
+
 def make_denoiser(model: VideoModel) -> Predict:
-    """x0 of the network. Latent frames that are wholly known are held clean, at time 0, where the network takes a time
-    for each; a network with one time a clip is told of them by its condition alone."""
-    by_frame = model.joins.frame_times
+    """Return the network as a prediction of x0.
+
+    A network with per-frame timesteps keeps the latent frames of `clean_mask` clean, at time 0. Other networks know of
+    them only by their condition.
+    """
+    per_frame = model.capabilities.per_frame_time
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
-        held = condition.clean_mask()  # (B, t)
+        clean = condition.clean_mask()  # (B, t)
         times = torch.full((x_t.shape[0],), time, device=x_t.device, dtype=x_t.dtype)
-        if held is None or condition.cond_latents is None or not by_frame:
+        if clean is None or condition.cond_latents is None or not per_frame:
             value = model.network(model.process.model_input(x_t, times), times, condition).value
             return model.process.to_x0(value, x_t, times)
-        keep = held[:, None, :, None, None]
+        keep = clean[:, None, :, None, None]
         x_t = torch.where(keep, condition.cond_latents, x_t)
-        times = times[:, None].masked_fill(held, 0.0)
+        times = times[:, None].masked_fill(clean, 0.0)
         value = model.network(model.process.model_input(x_t, times), times, condition).value
         return torch.where(keep, condition.cond_latents, model.process.to_x0(value, x_t, times))
 
@@ -113,9 +136,9 @@ def make_denoiser(model: VideoModel) -> Predict:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Without gradients and in evaluation mode; the training mode is given back.
+    """Run a block without gradients and in evaluation mode, then restore the training mode.
 
-    Not inference_mode: a table that the network caches on the way must still serve training afterwards.
+    Not inference_mode: a table that the network caches meanwhile must still serve training afterwards.
     """
     training = network.training
     network.eval()
@@ -127,14 +150,14 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def generate(model: VideoModel, request: Request, progress: bool = True) -> Tensor:
-    """Make the videos of a request, all in one batch.
+    """Generate the videos of a request, all in one batch.
 
     Args:
-        model: its weights are used as they are; its training mode is given back.
-        request: what to make.
-        progress: show a bar and what the plan has to say, on stderr.
+        model: its weights are used as they are, and its training mode is restored.
+        request: the videos.
+        progress: show a bar and the notes of the plan on stderr.
     Returns:
-        (B, 3, T, H, W) float32 in [-1, 1] on the CPU, T exactly `request.frames`; known frames as they were given.
+        (B, 3, T, H, W) float32 in [-1, 1] on the CPU, T exactly `request.frames`, with conditioning frames unchanged.
     Raises:
         ConfigError: as `plan`.
     """
@@ -158,8 +181,7 @@ def make_clip(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Denoise and decode one clip, or one window of a longer video; where there is a draft, twice. Call it within
-    `eval_mode`.
+    """Denoise and decode one clip, or one window of a longer video; with a draft, twice. Call it within `eval_mode`.
 
     Args:
         made: of the request, from `plan`.
@@ -174,11 +196,8 @@ def make_clip(
         request = replace(request, cond_pixels=draft[:, :, : request.draft_frames])
     if request.cond_pixels is not None:
         request = request.for_continuation(request.cond_pixels.shape[2])
-    if model.image is None:
-        condition, guide = frame_condition(model, prompts.text, request.cond_pixels, made.frames), None
-    else:
-        condition = encode_image_condition(model, prompts.text, request.cond_pixels, request.seeds, request.svd, first)
-        guide = image_scale(request.cond_pixels, request.svd, made.latent_shape[1])
+    condition = clip_condition(model, prompts.text, request, made.frames, first)
+    guide = image_guidance(model, request, made.latent_shape[1])
     denoise = guided(
         make_denoiser(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval, guide
     )
@@ -190,11 +209,13 @@ def make_clip(
 
 
 def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) -> Tensor:
-    """Latents of `frames` frames decoded, cut to what was asked for, the known frames put back as they were given; a
-    network that is told a picture makes its own first frame of it, as its training asked."""
+    """Decode the latents of `frames` frames, cut them to the request, and restore the conditioning frames.
+
+    A network with an image condition generates its own first frame, as its training asked, so that one is kept.
+    """
     with model.on_device("codec"):
         video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()
-    if request.cond_pixels is not None and model.image is None:
+    if request.cond_pixels is not None and not model.capabilities.image_condition:
         video[:, :, : request.cond_pixels.shape[2]] = request.cond_pixels.to(video)
     return video

@@ -1,14 +1,14 @@
-"""Videos from a pretrained diffusers pipeline, with LoRA: one call, windows that are blended, or a chain of calls.
+"""Generate with a pretrained diffusers pipeline and LoRA: one call, blended windows, or a chain of calls.
 
 Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid with the
-family's padding.
+padding of the model.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +16,75 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import TILE_ABOVE
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.errors import ConfigError
-from titans_video.fingerprint import fingerprint_folder
 from titans_video.generation.denoise import eval_mode, frame_noise
-from titans_video.generation.long_video import Sampled, plan_video, window_weights
-from titans_video.generation.model import VideoModel, choose_device
+from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
+from titans_video.generation.model import LoadedModel, PromptEncoder, run_device
 from titans_video.generation.request import Request, about, build_request
-from titans_video.generation.windows import WindowingSupport, WindowPlan
+from titans_video.generation.windows import Capabilities, WindowPlan
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.base import ModelSpec, PipelineCall
+from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
 from titans_video.pretrained.loading import compile_blocks
-from titans_video.pretrained.registry import open_model_spec
 from titans_video.seeding import derive_seed
-from titans_video.types import PRECISIONS
+from titans_video.types import PRECISIONS, TextCondition
 
 
 @dataclass
-class PretrainedModel(VideoModel):
-    """A pipeline as the rest of generation sees a model.
+class PretrainedModel(LoadedModel):
+    """A diffusers pipeline.
 
     Attributes:
-        text: encodes prompts in place of the pipeline's own text encoder; unused where the pipeline has one.
-        family: what its transformer expects.
-        pipeline: of diffusers.
-        dtype: that its transformer computes in; latents have the VAE's.
-        loras: files and weights that are on it.
+        spec: of its transformer.
+        pipeline: of diffusers, with `network` as its transformer.
+        dtype: of the transformer's computation; latents have the VAE's.
+        text: encodes prompts for a pipeline without a text encoder of its own.
     """
 
-    spec: ModelSpec = field(kw_only=True)
-    pipeline: Any = field(kw_only=True)
+    network: nn.Module
+    codec: Codec
+    config: dict[str, Any]
+    spec: ModelSpec
+    pipeline: Any
+    step: int = 0
+    path: Path | None = None
+    run_on: torch.device | None = None
     dtype: torch.dtype = torch.float32
-    loras: list[tuple[Path, float]] = field(default_factory=list)
+    text: PromptEncoder | None = None
+    loras: Sequence[tuple[Path, float]] = ()
 
     @property
-    def joins(self) -> WindowingSupport:
-        return WindowingSupport(frame_times=False, tasks=frozenset({self.spec.task}))
+    def capabilities(self) -> Capabilities:
+        image = self.spec.image_to_video
+        return Capabilities(
+            per_frame_time=False,
+            tasks=frozenset({self.spec.task}),
+            own_sampling=False,
+            time_shift=False,
+            most_cond_frames=int(image),
+            image_required=image,
+        )
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
-        """That clips are multiples of: padding along time is the family's own affair."""
+        """The grid of clips: the model pads along time by itself."""
         return self.spec.clip_grid
 
 
 @dataclass(frozen=True)
 class PretrainedPipeline:
-    """Streams as `VideoPipeline` does."""
+    """Generate videos with a pretrained model, chunk by chunk."""
 
     model: PretrainedModel
 
     def stream(self, request: Request, windows: WindowPlan, *, progress: bool = True) -> Iterator[Tensor]:
-        """Finished frames, stretch by stretch: (1, 3, n, H, W) float32 in [-1, 1] on the CPU.
+        """Yield finished frames, chunk by chunk: (1, 3, n, H, W) float32 in [-1, 1] on the CPU.
 
         Args:
             request: of one video.
-            windows: from `plan_video`.
+            windows: from `plan_pretrained`.
         """
         model, spec = self.model, self.model.spec
         if request.height * request.width > TILE_ABOVE:
@@ -87,26 +100,26 @@ class PretrainedPipeline:
                 yield video[:, :, : request.frames]
                 return
             cond_pixels, left = request.cond_pixels, request.frames
-            for number, (first, shared) in enumerate(zip(windows.latent_starts, windows.overlap_frames, strict=True)):
+            for number, (first, overlap) in enumerate(zip(windows.latent_starts, windows.overlap_frames, strict=True)):
                 if number:
-                    assert cond_pixels is not None  # the window before
+                    assert cond_pixels is not None  # of the previous window
                     cond_pixels = cond_pixels[:, :, -1:]
                 with eval_mode(model.network):
                     clip = self._call(request, windows.window, cond_pixels, first, bar)
                 if cond_pixels is not None:
-                    clip[:, :, :1] = cond_pixels  # as it was given
+                    clip[:, :, :1] = cond_pixels  # unchanged
                 cond_pixels = clip
-                fresh = clip[:, :, shared:][:, :, :left]
+                fresh = clip[:, :, overlap:][:, :, :left]
                 left -= fresh.shape[2]
                 yield fresh
 
     def _call(self, request: Request, frames: int, image: Tensor | None, first: int, bar: tqdm) -> Tensor:
-        """One call of the pipeline; `first` is the number of its first latent frame, which keys its noise."""
+        """Call the pipeline once; `first` is the number of its first latent frame, which keys its noise."""
         model, spec = self.model, self.model.spec
         (seed,), (prompt,) = request.seeds, request.prompts
         c, t, h, w = spec.codec_spec.latent_shape(frames, request.height, request.width)
         noise = frame_noise((c, spec.padded_frames(t), h, w), [seed], first)
-        states, negative = self._prompts(prompt, request.negative_prompt)
+        text, negative = self._prompts(prompt, request.negative_prompt)
         call = PipelineCall(
             frames=frames,
             height=request.height,
@@ -114,8 +127,8 @@ class PretrainedPipeline:
             steps=request.steps,
             guidance_scale=request.guidance_scale,
             noise=noise,
-            states=states,
-            negative_states=negative,
+            text=text,
+            negative=negative,
             image=image,
             seed=derive_seed(seed, "pipeline", first),
             on_step=lambda _: bar.update(),
@@ -123,54 +136,50 @@ class PretrainedPipeline:
         with cast_inputs(model.network, model.dtype):
             return spec.run(model.pipeline, call)
 
-    def _prompts(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        """(1, L, E) each, in the VAE's precision."""
-        model, pipeline = self.model, self.model.pipeline
-        if pipeline.text_encoder is not None:
-            states = model.spec.encode(pipeline, prompt, negative)
+    def _prompts(self, prompt: str, negative: str) -> tuple[TextCondition, TextCondition]:
+        """Encode the prompt and the negative prompt, one row each, in the VAE's precision."""
+        model, encode = self.model, self.model.text
+        if encode is None:
+            both = model.spec.encode(model.pipeline, prompt, negative)
         else:
-            no = model.text([negative]) if negative else model.text.empty(1)
-            states = model.text([prompt]).streams[0], no.streams[0]
-        first, second = (x.to(model.device, pipeline.vae.dtype) for x in states)
+            both = encode([prompt]), encode([negative]) if negative else encode.empty(1)
+        first, second = (text.to(model.device, model.pipeline.vae.dtype) for text in both)
         return first, second
 
 
+def plan_generation(
+    model: PretrainedModel, request: Request, options: GenerateOptions, texts: list[tuple[int, str]] | None
+) -> tuple[Generate, list[str]]:
+    """Plan the requests of a command, as `long_video.plan_generation` does."""
+    windows, notes = plan_pretrained(model, request, options)
+    return lambda one: PretrainedPipeline(model).stream(one, windows), notes
+
+
 def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateOptions) -> tuple[WindowPlan, list[str]]:
-    """As `plan_video`; everything is checked here, before any denoising.
+    """Plan the windows of a request, as `long_video.plan_video` does.
 
     Raises:
-        ConfigError: what this pipeline cannot do.
+        ConfigError: the pipeline cannot generate the request.
     """
     spec = model.spec
-    for flag, given in (
-        ("--guidance-interval", options.guidance_interval),
-        ("--shift", options.shift),
-        ("--memory-in", options.memory_in),
-        ("--memory-out", options.memory_out),
-        ("--segment-prompts", options.segment_prompts),
-        ("--sampler", None if options.sampler == "euler" else options.sampler),
-    ):
-        if given is not None:
-            raise ConfigError(
-                f"{flag} {given}: {spec.name} is run by diffusers' own pipeline, which has no such thing."
-            )
-    if spec.image_to_video and request.cond_pixels is None:
-        raise ConfigError(f"{spec.name} makes a video of a picture: give --image PICTURE, or --video CLIP.")
-    if not spec.image_to_video and request.cond_pixels is not None:
-        raise ConfigError(f"{spec.name} cannot be told of a first frame; --image and --video are for its I2V models.")
-    windows, notes = plan_video(model, request, options.window, options.overlap, options.window_mode)
-    assert isinstance(windows, WindowPlan)  # it has no segments
-    if len(windows.starts) > 1 and windows.mode == "blend" and spec.image_to_video:
+    windows, notes = plan_window_video(model, request, options.window, options.overlap, options.window_mode)
+    blended = len(windows.starts) > 1 and windows.mode == "blend"
+    if blended and spec.time_axis is None:
         raise ConfigError(
-            f"--window-mode blend: {spec.name} is told of a first frame, which only the first window has; its "
-            "windows are chained on their last frame (--window-mode continue)."
+            f"{spec.name} packs the tokens of a clip, so its windows cannot be blended. Use --num-frames "
+            f"{windows.window} or less."
+        )
+    if blended and spec.image_to_video:
+        raise ConfigError(
+            f"--window-mode blend: {spec.name} is conditioned on a first frame, and only the first window has one. "
+            "Use --window-mode continue, which chains windows on their last frame."
         )
     spec.check_size(windows.window, request.height, request.width)
     return windows, notes
 
 
 def sampled(model: PretrainedModel, prompt: str, seed: int, image: Tensor | None) -> Sampled:
-    """The video of a prompt, without its file.
+    """Generate the video of a prompt without writing a file.
 
     Args:
         image: (1, 3, 1, H, W) in [-1, 1], for an image-to-video model.
@@ -186,12 +195,17 @@ def sampled(model: PretrainedModel, prompt: str, seed: int, image: Tensor | None
 
 @contextmanager
 def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts, the transformer takes tensors of any precision: schedulers and VAEs may be more exact than it."""
+    """Cast the tensors that the transformer is called with: schedulers and VAEs may have a higher precision.
+
+    Tensors inside tuples, such as rotary positions, keep their precision.
+    """
     whole: Callable[..., Any] = network.forward
 
-    def forward(**given: Any) -> Any:
-        cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
-        return whole(**cast)
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return whole(*map(cast, given), **{name: cast(value) for name, value in named.items()})
 
     network.forward = forward  # type: ignore[method-assign]
     try:
@@ -202,29 +216,31 @@ def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length: int) -> Iterator[None]:
-    """While it lasts, the transformer sees a long video in windows, and what they say of shared frames is averaged.
+    """Within the block, call the transformer on windows of a long video and average its predictions on shared frames.
 
-    The scheduler's step is affine in what the transformer says at equal latents and time, so that is MultiDiffusion
-    (Bar-Tal et al. 2023, equation 5, along time), and the pipeline denoises a long video as it does a short one.
+    The scheduler's step is affine in the prediction at equal latents and time, so this is MultiDiffusion (Bar-Tal et
+    al. 2023, equation 5, along time), and the pipeline denoises a long video as it does a short one.
 
     Args:
-        starts: first latent frame of each window, rising; the last ends with the video.
+        starts: first latent frame of each window, rising; the last window ends with the video.
         length: t of a window, with its padding.
     """
     whole: Callable[..., Any] = network.forward
-    weights = window_weights(starts, length)
+    weights, axis = window_weights(starts, length), spec.time_axis
+    assert axis is not None, "packed tokens cannot be cut into windows"
 
     def forward(*, hidden_states: Tensor, return_dict: bool = True, **others: Any) -> tuple[Tensor]:
         height, width = hidden_states.shape[3:]
         own = spec.positions(length, height, width, hidden_states.device)
         mean: Tensor | None = None
         for start, weight in zip(starts, weights, strict=True):
-            part = slice(start, start + length)
-            (value,) = whole(hidden_states=hidden_states[:, part], return_dict=False, **{**others, **own})
+            part = hidden_states.narrow(axis, start, length)
+            (value,) = whole(hidden_states=part, return_dict=False, **{**others, **own})
             if mean is None:
-                b, _, c, h, w = value.shape
-                mean = torch.zeros(b, hidden_states.shape[1], c, h, w, device=value.device)
-            mean[:, part] += weight.to(value.device)[:, None, None, None] * value.float()
+                shape = (*value.shape[:axis], hidden_states.shape[axis], *value.shape[axis + 1 :])
+                mean = torch.zeros(shape, device=value.device)
+            column = weight.to(value.device).view(-1, *[1] * (value.ndim - axis - 1))
+            mean.narrow(axis, start, length).add_(column * value.float())
         assert mean is not None  # there is at least one window
         return (mean.to(hidden_states.dtype),)
 
@@ -235,45 +251,41 @@ def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length:
         network.forward = whole  # type: ignore[method-assign]
 
 
-def load_pretrained(
+def load_pipeline(
     run: RunOptions, folder: str, loras: Sequence[str], overrides: Overrides
 ) -> tuple[PretrainedModel, list[str]]:
-    """Read a pipeline and put adapters on it; with what the person should know of them.
+    """Load a pipeline with adapters, and notes for the user about the adapters.
 
     Args:
         folder: of a diffusers pipeline.
         loras: FILE or FILE:WEIGHT.
-        overrides: `vae_dtype` is looked at.
+        overrides: only `vae_dtype` is used.
     Raises:
-        UserError: the pipeline or a file is missing, malformed, or for another one.
+        UserError: the pipeline or a file is missing, malformed, or for another model.
     """
-    device = choose_device(run.device)
-    if run.dtype == "fp16" and device.type == "cpu":
-        raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
+    device = run_device(run)
     spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
     parsed = [parse_lora(word) for word in loras]
-    read = [(lora_io.read(path), weight) for path, weight in parsed]
+    read = [(lora_io.read(path, spec.lora_prefixes), weight) for path, weight in parsed]
     network = spec.load_network(dtype)
     notes: list[str] = []
     for number, (file, weight) in enumerate(read):
         lora.load(network, file.tensors, file.alphas, f"lora{number}", weight=weight)
         notes += file.notes
         trained_on = file.about.get("base", {}).get("fingerprint")
-        if trained_on not in (None, fingerprint_folder(spec.folder / "transformer")):
+        if trained_on not in (None, spec.fingerprint()):
             notes.append(f"{file.path} was trained on another transformer than the one in {spec.folder}.")
     codec = spec.codec(overrides.vae_dtype or run.dtype, "cpu", load=True)
-    pipeline = spec.pipeline(network, codec.vae, text=True, dtype=dtype)
+    pipeline = spec.pipeline(network, codec, text=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    _place(pipeline, network, run, device)
+    _place(pipeline, run, device)
     if run.compile:
         compile_blocks(network)
-    said = next((file.about for file, _ in reversed(read) if file.about), {})
+    trained = next((file.about for file, _ in reversed(read) if file.about), {})
     model = PretrainedModel(
         network=network,
         codec=codec,
-        text=None,  # type: ignore[arg-type]  # the pipeline has its own
-        process=None,  # type: ignore[arg-type]  # as above
-        config=_config(spec, said),
+        config=_config(spec, trained),
         path=spec.folder,
         run_on=device,
         spec=spec,
@@ -285,10 +297,10 @@ def load_pretrained(
 
 
 def parse_lora(word: str) -> tuple[Path, float]:
-    """FILE or FILE:WEIGHT.
+    """Parse FILE or FILE:WEIGHT.
 
     Raises:
-        ConfigError: the weight is no number.
+        ConfigError: the weight is not a number.
     """
     path, colon, weight = word.rpartition(":")
     if not colon or Path(word).exists():
@@ -296,11 +308,11 @@ def parse_lora(word: str) -> tuple[Path, float]:
     try:
         return Path(path), float(weight)
     except ValueError:
-        raise ConfigError(f"--lora {word}: {weight!r} is no weight; expected FILE or FILE:WEIGHT.") from None
+        raise ConfigError(f"--lora {word}: {weight!r} is not a weight; expected FILE or FILE:WEIGHT.") from None
 
 
-def _place(pipeline: Any, network: nn.Module, run: RunOptions, device: torch.device) -> None:
-    """Onto the device, or by diffusers' own offloading; a CPU has nowhere to offload to."""
+def _place(pipeline: Any, run: RunOptions, device: torch.device) -> None:
+    """Move the pipeline to the device, or let diffusers offload it; a CPU has nowhere to offload to."""
     if run.offload == "none" or device.type == "cpu":
         pipeline.to(device)
     elif run.offload == "model":
@@ -309,11 +321,11 @@ def _place(pipeline: Any, network: nn.Module, run: RunOptions, device: torch.dev
         pipeline.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
-def _config(spec: ModelSpec, said: dict[str, Any]) -> dict[str, Any]:
-    """As a checkpoint's: of the adapter's training where its file tells, else of the pretraining."""
+def _config(spec: ModelSpec, trained: dict[str, Any]) -> dict[str, Any]:
+    """Return a config as of a checkpoint: of the adapter's training if its file records it, else of the pretraining."""
     frames, height, width = spec.trained
-    data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **said.get("data", {})}
-    sample = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **said.get("sample", {})}
+    data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **trained.get("data", {})}
+    sample = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **trained.get("sample", {})}
     return {
         "recipe": "pretrained",
         "base": {"family": spec.name},

@@ -1,4 +1,4 @@
-"""A model as one folder that needs nothing else: weights, configuration, VAE, text encoders and a card."""
+"""Export a model as one self-contained folder: weights, configuration, VAE, text encoders and a model card."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ import diffusers
 
 from titans_video import checkpoint as checkpoints
 from titans_video.checkpoint import Checkpoint, restore_options
+from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ENCODER, EXTRACTOR
-from titans_video.codecs.registry import flags_to_name_again
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.model import BUNDLED, VideoModel
@@ -31,30 +31,32 @@ frames = pipe("{prompt}").frames[0]  # (T, H, W, 3), floats in [0, 1]
 or `titans-video generate --checkpoint {name} --prompt "{prompt}"{flags}`.
 """
 
-_LEFT_OUT = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.pb")
+_IGNORED = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.pb")
 
 
 def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
-    """Write a model as a folder; whole or not at all.
+    """Write a model as a folder, atomically.
 
     Args:
-        model: as it was loaded.
-        folder: to make; an empty one is taken too.
-        encoders: put copies of a diffusers VAE and of the text encoders into it (`vae`, `text_encoder`, `llm`), so that
-            the folder can be moved elsewhere. Without them it remembers where they are.
+        model: as loaded.
+        folder: new or empty.
+        encoders: copy a diffusers VAE and the text encoders into it (`vae`, `text_encoder`, `llm`), so that the folder
+            can be moved elsewhere. Without them it stores their paths.
     Returns:
-        The folder. Of Stable Video Diffusion it is one that diffusers' own pipeline loads, without what reads text.
+        The folder. For Stable Video Diffusion, diffusers' own pipeline loads it, without the text branch.
     Raises:
-        CheckpointError: there is something in the folder, or a part of Stable Video Diffusion is missing.
-        ConfigError: Stable Video Diffusion is to be written without its encoders.
+        CheckpointError: the folder is not empty, or a part of Stable Video Diffusion is missing.
+        ConfigError: Stable Video Diffusion would be written without its encoders.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: there is something there already; name a new folder.")
+        raise CheckpointError(f"{folder} is not an empty folder; name a new one.")
     temporary = folder.absolute().with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
     try:
-        if model.image is not None:
+        if model.capabilities.image_condition:
             if not encoders:
-                raise ConfigError("--no-encoders: Stable Video Diffusion's pipeline is loaded with all of its parts.")
+                raise ConfigError(
+                    "--no-encoders: the pipeline of Stable Video Diffusion needs all of its parts; leave it out."
+                )
             write_pipeline(model, temporary, folder.name)
         else:
             _write(model, temporary, folder.name, encoders)
@@ -67,17 +69,17 @@ def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
 
 
 def _write(model: VideoModel, folder: Path, name: str, encoders: bool) -> None:
-    """Weights and configuration in this project's own format, the frozen parts, and the card."""
+    """Write weights and configuration in this project's own format, the frozen parts, and the card."""
     weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
     checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), folder)
     if encoders:
         for part, source in _sources(model).items():
-            shutil.copytree(source, folder / BUNDLED[part], ignore=_LEFT_OUT)
+            shutil.copytree(source, folder / BUNDLED[part], ignore=_IGNORED)
     (folder / "README.md").write_text(_card(model, name), encoding="utf-8")
 
 
 def _sources(model: VideoModel) -> dict[str, Path]:
-    """Folders of the frozen parts, by the flag that names them."""
+    """Return the folders of the frozen parts, by the option that names them."""
     found: dict[str, Path] = {}
     vae: Any = getattr(model.codec, "folder", None)
     if vae is not None:
@@ -106,9 +108,9 @@ def _card(model: VideoModel, name: str) -> str:
 
 
 SCHEDULER = "scheduler"
-LEFT_OUT = (
-    "The branch for text is left out, as the pipeline has no place for it: the folder goes on from pictures alone."
-)
+
+LEFT_OUT = "The text branch is left out, because the pipeline has no place for it: the folder needs an image."
+"""Note in the card and the message of an exported Stable Video Diffusion."""
 
 SVD_CARD = """# {name}
 
@@ -131,18 +133,18 @@ def write_pipeline(model: VideoModel, folder: Path, name: str) -> None:
 
     Args:
         model: whose network is an SVDUNet.
-        name: of the folder that it becomes, for its card.
+        name: of the final folder, for its card.
     Raises:
-        CheckpointError: a part of the pipeline is not where the checkpoint says.
+        CheckpointError: a part of the pipeline is missing where the checkpoint says it is.
     """
     vae: Any = getattr(model.codec, "folder", None)
-    assert model.image is not None  # callers looked
-    sources = {"vae": vae} | {part: model.image.pipeline / part for part in (ENCODER, EXTRACTOR, SCHEDULER)}
+    pipeline = model.image_encoder.pipeline
+    sources = {"vae": vae} | {part: pipeline / part for part in (ENCODER, EXTRACTOR, SCHEDULER)}
     for part, source in sources.items():
         if source is None or not source.is_dir():
             raise CheckpointError(
-                f"{source or part} is missing: the export copies {part}/ from the folder that the model was trained "
-                "with; --pretrained-model says where that is now."
+                f"{source or part} is missing: the export copies {part}/ from the pipeline that the model was trained "
+                "from. Give its folder with --pretrained-model."
             )
     plain_unet(model.network).save_pretrained(folder / "unet")  # type: ignore[arg-type]
     for part, source in sources.items():

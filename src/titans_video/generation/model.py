@@ -1,5 +1,6 @@
-"""From a checkpoint to the parts that make a video."""
+"""Load the parts that generate a video from a checkpoint."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,54 +12,85 @@ import torch
 from torch import nn
 
 from titans_video import checkpoint as checkpoints
-from titans_video.checkpoint import Checkpoint
-from titans_video.codecs.base import Codec
+from titans_video.checkpoint import Checkpoint, fingerprint_tensors, warn_if_changed
+from titans_video.codecs.base import Codec, codec_from_checkpoint
 from titans_video.codecs.image_encoder import ImageEncoder
-from titans_video.codecs.registry import codec_from_checkpoint
 from titans_video.config.generation import Overrides, RunOptions
-from titans_video.diffusion.base import NoiseProcess
-from titans_video.diffusion.registry import build_process
+from titans_video.diffusion.base import SamplingProcess, build_process
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.fingerprint import fingerprint_tensors, warn_if_changed
-from titans_video.generation.windows import WindowingSupport
+from titans_video.generation.windows import Capabilities, check_flags
 from titans_video.models.registry import build_network
-from titans_video.text.registry import text_from_checkpoint
+from titans_video.text.base import text_from_checkpoint
 from titans_video.types import PRECISIONS, TextCondition
 
 PartT = TypeVar("PartT")
 LATEST = "latest"
 
 BUNDLED = {"pretrained_model": "vae", "text_model": "text_encoder", "llm_model": "llm"}
-"""Where an exported folder has its own copies of the frozen parts, by the override that names them."""
+"""Subfolders of an exported folder that hold copies of the frozen parts, by the override that names each part."""
 
 
 class PromptEncoder(Protocol):
-    """What makes a condition of prompts; see `text.table.TextEncoder`."""
+    """Encode prompts; `text.base.TextEncoder` is one."""
 
     def __call__(self, prompts: Sequence[str]) -> TextCondition: ...
     def empty(self, n: int) -> TextCondition: ...
 
 
-@dataclass
-class VideoModel:
-    """Everything that a prompt needs to become a video.
+class LoadedModel(ABC):
+    """A model that planning and requests can query, however it generates.
 
     Attributes:
-        network: on the device that generation runs on.
-        codec, text: on the same, unless their own options keep them elsewhere.
-        process: what the network's values stand for.
-        config: the checkpoint's, as `titans_video.checkpoint` lists it.
-        step: optimizer steps that the network has seen.
-        path: where it came from, for messages.
-        run_on: the device of the computation, where weights wait elsewhere (offloading).
-        image: what encodes the picture, for a network that is told one; else None.
-        turns: which of `text`, `codec`, `image` and `network` are on that device only while they are used.
+        network: on the device that generation runs on, unless it is offloaded.
+        codec: on the same device, unless its own options say otherwise.
+        config: as `titans_video.checkpoint` lists it.
+        step: optimizer steps of its training.
+        path: of the checkpoint or pipeline, for messages.
+        run_on: the device of the computation, if weights wait elsewhere (offloading).
+        loras: files and weights of the adapters on the network.
+    """
+
+    network: nn.Module
+    codec: Codec
+    config: dict[str, Any]
+    step: int
+    path: Path | None
+    run_on: torch.device | None
+    loras: Sequence[tuple[Path, float]] = ()
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent cells along time, height and width that clips must be multiples of."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.run_on or next(self.network.parameters()).device
+
+    def trained(self, name: str) -> Any:
+        """Return `num_frames`, `height`, `width`, `fps` or `tasks` of training; None if they are not recorded."""
+        return self.config.get("data", {}).get(name)
+
+
+@dataclass
+class VideoModel(LoadedModel):
+    """The parts of a checkpoint of this project.
+
+    Attributes:
+        text: on the device of the network, unless its own options say otherwise.
+        process: the noise process of training.
+        image: encodes the image condition of a network that has one.
+        turns: the parts that are on the device only while they are used.
     """
 
     network: nn.Module
     codec: Codec
     text: PromptEncoder
-    process: NoiseProcess
+    process: SamplingProcess
     config: dict[str, Any]
     step: int = 0
     path: Path | None = None
@@ -67,12 +99,39 @@ class VideoModel:
     turns: frozenset[str] = frozenset()
 
     @property
-    def device(self) -> torch.device:
-        return self.run_on or next(self.network.parameters()).device
+    def capabilities(self) -> Capabilities:
+        tasks = self.trained("tasks")
+        text, image = bool(self.config.get("text", {}).get("widths", [0])), self.image is not None
+        return Capabilities(
+            per_frame_time=bool(getattr(self.network, "per_frame_time", True)),
+            tasks=None if tasks is None else frozenset(tasks),
+            text=text,
+            image_condition=image,
+            segments=self.segments is not None,
+            time_shift="shift" in self.process.config(),
+            most_cond_frames=1 if image else None,
+            image_required=not text,
+        )
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
+        return t, h, w
+
+    @property
+    def segments(self) -> dict[str, int] | None:
+        """Return `latents` and `overlap` of a segment, in latent frames, if the network has a memory."""
+        return self.config.get("segments")
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """Return the encoder of a model with the capability `image_condition`."""
+        assert self.image, "this model has no image condition"
+        return self.image
 
     @contextmanager
     def on_device(self, part: Literal["text", "codec", "image", "network"]) -> Iterator[None]:
-        """That part is on the device of the computation: always, or where it takes turns for as long as the block."""
+        """Keep a part on the device of the computation within the block, if parts take turns there."""
         if part not in self.turns:
             yield
             return
@@ -83,59 +142,48 @@ class VideoModel:
         finally:
             moved.to("cpu")
 
-    @property
-    def joins(self) -> WindowingSupport:
-        """What the network can do about the frames that it is to go on from."""
-        tasks = self.trained("tasks")
-        return WindowingSupport(
-            bool(getattr(self.network, "frame_times", True)), None if tasks is None else frozenset(tasks)
-        )
-
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        """Latent cells of one token along time, height and width."""
-        t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
-        return t, h, w
-
-    @property
-    def segments(self) -> dict[str, int] | None:
-        """`latents` and `overlap` of a segment, in latent frames, of a network with a memory; else None."""
-        return self.config.get("segments")
-
-    def trained(self, name: str) -> Any:
-        """`num_frames`, `height`, `width`, `fps` or `tasks` of training; None where the checkpoint does not say."""
-        return self.config.get("data", {}).get(name)
-
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`; without a name CUDA where there is one, else the CPU.
+    """Return the device called `name`; without a name, CUDA if it is available, else the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: there is no such device.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: there is no such kind of device; try cpu, cuda or cuda:1.") from None
+        raise ConfigError(f"--device {name}: there is no such kind of device; use cpu, cuda or cuda:1.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
     return device
 
 
-def find_checkpoint(name: str | None) -> Path:
-    """Where a checkpoint lies: a path, `latest`, or None for the weights that come with the package.
+def run_device(run: RunOptions) -> torch.device:
+    """Return the device of the options.
 
     Raises:
-        CheckpointError: nothing there, and where it looked.
+        ConfigError: as `choose_device`, or it does not compute in the precision of the options.
+    """
+    device = choose_device(run.device)
+    if run.dtype == "fp16" and device.type == "cpu":
+        raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
+    return device
+
+
+def find_checkpoint(name: str | None) -> Path:
+    """Return the path of a checkpoint: a path, `latest`, or None for the weights that come with the package.
+
+    Raises:
+        CheckpointError: there is none; the message names where it looked.
     """
     if name is None:
         shipped = Path(str(files("titans_video"))) / "assets" / "tiny"
         if not (shipped / "config.json").exists():
             raise CheckpointError(
                 f"This installation has no weights of its own ({shipped} is missing or empty). Train a model with "
-                "`python train.py --mode train`, then give --checkpoint latest; or give the --checkpoint you have."
+                "`python train.py --mode train` and pass --checkpoint latest, or pass the --checkpoint you have."
             )
         return shipped
     if name != LATEST:
@@ -151,15 +199,15 @@ def find_checkpoint(name: str | None) -> Path:
 
 
 def load_model(checkpoint: str | None, overrides: Overrides, device: torch.device | str) -> VideoModel:
-    """Read a checkpoint and build what it describes, in evaluation mode on `device`.
+    """Read a checkpoint and build the model that it describes, in evaluation mode on `device`.
 
     Args:
-        checkpoint: a `.pt` file, a folder, `latest`, or None for the weights that come with the package.
-        overrides: where the encoders and the VAE are now.
+        checkpoint: see `find_checkpoint`.
+        overrides: new paths of the encoders and the VAE.
         device: of the network, the codec and the encoders.
     Raises:
-        CheckpointError: nothing there, unreadable, or its parts do not fit together.
-        CodecError, TextError: the VAE or a text encoder that it names is not there.
+        CheckpointError: it is missing or unreadable, or its parts do not fit together.
+        CodecError, TextError: the VAE or a text encoder that it names is missing.
     """
     path = find_checkpoint(checkpoint)
     read = checkpoints.read(path)
@@ -167,7 +215,7 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
     if "lora" in config:
         base = config.get("base", {}).get("pipeline", "DIR")
         raise CheckpointError(
-            f"{path} is a LoRA and no whole model: give --pretrained-model {base} --lora {path}, and no --checkpoint."
+            f"{path} is a LoRA, not a whole model. Use --pretrained-model {base} --lora {path} instead of --checkpoint."
         )
     overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: build_network(config["model"]))
@@ -189,7 +237,7 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
 def _image_encoder(
     config: dict[str, Any] | None, overrides: Overrides, device: torch.device | str
 ) -> ImageEncoder | None:
-    """The encoder that a checkpoint's network was told pictures by, at the place that `overrides` may give."""
+    """Load the image encoder of a checkpoint, from the folder that `overrides` may name."""
     if config is None:
         return None
     folder = overrides.pretrained_model or config["pretrained_model"]
@@ -199,7 +247,7 @@ def _image_encoder(
 
 
 def with_bundled(path: Path, overrides: Overrides) -> Overrides:
-    """The frozen parts that an exported folder brings along, where no flag names others."""
+    """Return the overrides with the frozen parts of an exported folder, unless a flag names others."""
     found: dict[str, Any] = {
         name: str(path / folder)
         for name, folder in BUNDLED.items()
@@ -209,12 +257,12 @@ def with_bundled(path: Path, overrides: Overrides) -> Overrides:
 
 
 def _part(path: Path, name: str, build: Callable[[], PartT]) -> PartT:
-    """What `build` makes; an unusable description becomes an error that names the file and the part."""
+    """Call `build`; an unusable description becomes an error that names the file and the part."""
     try:
         return build()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e)
-        raise CheckpointError(f'{path}: config["{name}"] cannot be built: {said}.') from e
+        reason = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e)
+        raise CheckpointError(f'{path}: config["{name}"] cannot be built: {reason}.') from e
     except (ConfigError, CheckpointError) as e:
         raise CheckpointError(f"{path}: {e}") from None
 
@@ -236,16 +284,14 @@ def _load_weights(network: nn.Module, read: Checkpoint, path: Path) -> None:
 
 
 def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> VideoModel:
-    """`loading.load_model`, and the network cast, offloaded and compiled as asked for.
+    """Load a model and cast, offload and compile its network as the options ask.
 
-    With an `offload` everything is read into main memory, and each part is on the device only while it is used.
+    With an `offload`, everything is read into main memory and each part is on the device only while it is used.
 
     Raises:
-        UserError: as `loading.load_model`, or a precision or way of offloading that the device does not know.
+        UserError: as `load_model`, or a device or precision is not available.
     """
-    device = choose_device(run.device)
-    if run.dtype == "fp16" and device.type == "cpu":
-        raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
+    device = run_device(run)
     model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu")
     if run.dtype != "fp32":
         model.network.to(PRECISIONS[run.dtype])
@@ -264,9 +310,21 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
     return model
 
 
-_SAMPLED = 1024  # values of each weight that the fingerprint looks at
+def with_shift(model: VideoModel, shift: float | None) -> VideoModel:
+    """Return the model with another time shift in sampling; None: the shift of training.
+
+    Raises:
+        ConfigError: its noise process has no time shift, or not this one.
+    """
+    if shift is None:
+        return model
+    check_flags({"shift": shift}, model.capabilities)
+    return replace(model, process=build_process({**model.process.config(), "shift": shift}))
 
 
-def fingerprint(model: VideoModel) -> str:
-    """A hash of the network's weights (the first values of each), so that another file under the same path is seen."""
+_SAMPLED = 1024  # values of each weight that go into the fingerprint
+
+
+def fingerprint(model: LoadedModel) -> str:
+    """Hash the first values of each weight of the network, so that another file under the same path is noticed."""
     return fingerprint_tensors({k: v.flatten()[:_SAMPLED].float() for k, v in model.network.state_dict().items()})

@@ -1,4 +1,4 @@
-"""The command that generates: flags to files, video after video, stretch after stretch.
+"""Run the `generate` command: flags to files, video after video, chunk after chunk.
 
 Legend: T H W frames, height and width.
 """
@@ -6,28 +6,27 @@ Legend: T H W frames, height and width.
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from titans_video import __version__
 from titans_video.checkpoint import atomic_path
-from titans_video.config.generation import GenerateOptions, Overrides, RunOptions, read_prompts
+from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
+from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
-from titans_video.generation.diffusers_backend import (
-    PretrainedModel,
-    PretrainedPipeline,
-    load_pretrained,
-    plan_pretrained,
-)
-from titans_video.generation.long_video import plan_video
-from titans_video.generation.model import VideoModel, fingerprint, load_for
+from titans_video.generation import diffusers_backend, long_video
+from titans_video.generation.long_video import Generate
+from titans_video.generation.model import LoadedModel, fingerprint, load_for, with_shift
 from titans_video.generation.request import (
     Request,
     Timing,
@@ -37,24 +36,23 @@ from titans_video.generation.request import (
     check_out,
     timing,
 )
-from titans_video.generation.stream import StreamPlan, apply_state_flags, read_segment_prompts
-from titans_video.generation.video_pipeline import VideoPipeline, with_shift
-from titans_video.generation.windows import WindowPlan
-from titans_video.media.colour import Pixels
+from titans_video.generation.stream import read_segment_prompts
+from titans_video.media.colour import Pixels, to_uint8
 from titans_video.media.interpolating import Interpolator
-from titans_video.media.resize import to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
 from titans_video.media.writing import Written
-from titans_video.pretrained.registry import is_pipeline
+from titans_video.pretrained.base import is_pipeline
 
-SHEET_FRAMES = 8
-SHEET_ROWS = 32
+SHEET_FRAMES, SHEET_ROWS = 8, 32
+
+PlanGeneration = Callable[[Request, GenerateOptions, list[tuple[int, str]] | None], tuple[Generate, list[str]]]
+"""`plan_generation` of a backend, for its loaded model."""
 
 
 @dataclass
-class _Shown:
-    """The few frames of a video that its sheet shows, picked as they come."""
+class _SheetFrames:
+    """The few frames of a video that its sheet shows, picked as they are generated."""
 
     total: int
     seen: int = 0
@@ -64,21 +62,21 @@ class _Shown:
         self.wanted = {round(i * (self.total - 1) / max(count - 1, 1)) for i in range(count)}
         self.frames: list[Pixels] = []
 
-    def look(self, frames: Pixels) -> None:
+    def pick(self, frames: Pixels) -> None:
         self.frames += [frame.copy() for number, frame in enumerate(frames, self.seen) if number in self.wanted]
         self.seen += len(frames)
 
 
 def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions | None = None) -> Path:
-    """Make the videos that the flags ask for, write them, and say where they lie.
+    """Generate the videos of the flags, write them, and print their paths.
 
-    Beside each lies `<name>.json`, all that is needed to make it again (an mp4 holds the same as its comment), and
-    beside the first `<name>.sheet.png`, a row of frames of each.
+    Beside each video this writes `<name>.json`, all that is needed to generate it again (an mp4 has the same as its
+    comment), and beside the first one `<name>.sheet.png`, a row of frames of each.
 
     Returns:
         The path of `--out`.
     Raises:
-        UserError: whatever the flags, the checkpoint, the picture or the clip have wrong, before any denoising.
+        UserError: the flags, the checkpoint, the image or the clip are wrong; always before any denoising.
     """
     run = run or RunOptions()
     out = check_options(options)
@@ -86,109 +84,101 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     if texts is not None:
         length = options.num_frames if options.seconds or options.num_frames else sum(n for n, _ in texts)
         options = replace(options, prompt=texts[0][1], num_frames=length)
-    model, pipeline, said_of_loras = _load(options, overrides, run)
-    usual, _ = build_request(options, model)
+    model, plan_generation, lora_notes = _load(options, overrides, run)
+    first, _ = build_request(options, model)
     when = timing(options, model)
-    windows: WindowPlan | StreamPlan
-    if isinstance(model, PretrainedModel):
-        windows, notes = plan_pretrained(model, usual, options)
-    else:
-        windows, notes = plan_video(model, usual, options.window, options.overlap, options.window_mode)
-        windows = apply_state_flags(model, windows, options, texts)
-    if usual.cond_pixels is not None and not model.joins.goes_on_from_one:
-        notes.append("The model was not trained to go on from given frames; the video may leave them at once.")
+    generate, notes = plan_generation(first, options, texts)
+    if first.cond_pixels is not None and not model.capabilities.continues_from_one:
+        notes.append("The model was not trained to continue from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
-        notes.append(f'No --prompt was given; making "{usual.prompts[0]}".')
-    for note in [*said_of_loras, *when.notes, *notes]:
+        notes.append(f'No --prompt was given; generating "{first.prompts[0]}".')
+    for note in [*lora_notes, *when.notes, *notes]:
         tqdm.write(note, file=sys.stderr)
-    prompts = usual.prompts if options.prompt_file is None else read_prompts(options.prompt_file)
+    prompts = first.prompts if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
     places = [check_out(str(numbered(out, i, len(jobs)))) for i in range(len(jobs))]
     weights = fingerprint(model)
     rows: list[tuple[str, Pixels]] = []
     for (prompt, seed), place in zip(jobs, places, strict=True):
-        request = replace(usual, prompts=[prompt], seeds=[seed])
-        said = prompt if texts is None else None  # they say it themselves
-        own = replace(options, prompt=said, prompt_file=None, seed=seed, num_videos=1, out=str(place))
+        request = replace(first, prompts=[prompt], seeds=[seed])
+        one = prompt if texts is None else None  # --segment-prompts has them
+        own = replace(options, prompt=one, prompt_file=None, seed=seed, num_videos=1, out=str(place))
         record = full_record(own, overrides, run, request, model, weights)
-        shown = _Shown(when.frames)
-        written = _write(pipeline, request, windows, when, own, record, shown)
+        shown = _SheetFrames(when.frames)
+        chunks = _at_full_rate(generate(request), request, when, own.interpolation)
+        written = _write(chunks, request, when.fps, own, record, shown)
         write_side_file(place, record)
         rows.append((prompt, np.stack(shown.frames)))
-        print(in_words(written, request.height, request.width))
+        print(format_written(written, request.height, request.width))
     sheet = contact_sheet(
         out.with_name(f"{out.name}.sheet.png"),
         [frames for _, frames in rows[:SHEET_ROWS]],
         [prompt for prompt, _ in rows[:SHEET_ROWS]],
         frames=SHEET_FRAMES,
     )
-    print(f"Beside it: {places[0].name}.json, {sheet.name}")
+    print(f"Also written: {places[0].name}.json, {sheet.name}")
     return out
 
 
 def _load(
     options: GenerateOptions, overrides: Overrides, run: RunOptions
-) -> tuple[VideoModel, VideoPipeline | PretrainedPipeline, list[str]]:
-    """A checkpoint of this project; or, without one, the pretrained pipeline of --pretrained-model, with LoRA."""
+) -> tuple[LoadedModel, PlanGeneration, list[str]]:
+    """Load a checkpoint of this project, or the pretrained pipeline of --pretrained-model, with LoRA.
+
+    Returns:
+        The model, its `plan_generation`, and notes for the user.
+    """
     folder = overrides.pretrained_model
     if options.checkpoint is None and folder is not None and (options.lora or is_pipeline(folder)):
-        pretrained, notes = load_pretrained(run, folder, options.lora, overrides)
-        return pretrained, PretrainedPipeline(pretrained), notes
+        pretrained, notes = diffusers_backend.load_pipeline(run, folder, options.lora, overrides)
+        return pretrained, partial(diffusers_backend.plan_generation, pretrained), notes
     if options.lora:
         raise ConfigError(
-            "--lora is put on a pretrained pipeline: give --pretrained-model DIR, the folder of that pipeline, and no "
-            "--checkpoint."
+            "--lora needs a pretrained pipeline: give its folder with --pretrained-model DIR, and no --checkpoint."
         )
     model = with_shift(load_for(run, options.checkpoint, overrides), options.shift)
-    return model, VideoPipeline.of(model), []
+    return model, partial(long_video.plan_generation, model), []
 
 
 def _write(
-    pipeline: VideoPipeline | PretrainedPipeline,
+    chunks: Generator[Pixels, None, None],
     request: Request,
-    windows: WindowPlan | StreamPlan,
-    when: Timing,
+    fps: float,
     options: GenerateOptions,
     record: dict[str, object],
-    shown: _Shown,
+    shown: _SheetFrames,
 ) -> Written:
-    """One video to its file, as its frames are finished."""
-    sink = open_sink(options.out, request.height, request.width, when.fps, crf=options.crf, metadata=record)
+    """Write one video as its frames are finished."""
+    sink = open_sink(options.out, request.height, request.width, fps, crf=options.crf, metadata=record)
     try:
-        with sink:
-            for frames in _at_full_rate(pipeline, request, windows, when, options):
-                shown.look(frames)
+        with sink, closing(chunks):  # closes the progress bar too, before the message below
+            for frames in chunks:
+                shown.pick(frames)
                 sink.write(frames)
     except BaseException:
-        left = partial_path(Path(options.out))
-        if left.is_file():
-            tqdm.write(f"Stopped; the frames that were finished lie in {left}.", file=sys.stderr)
+        finished = partial_path(Path(options.out))
+        if finished.is_file():
+            tqdm.write(f"Stopped; the finished frames are in {finished}.", file=sys.stderr)
         raise
     return sink.written
 
 
 def _at_full_rate(
-    pipeline: VideoPipeline | PretrainedPipeline,
-    request: Request,
-    windows: WindowPlan | StreamPlan,
-    when: Timing,
-    options: GenerateOptions,
-) -> Iterator[Pixels]:
-    """The frames of the file, uint8 (n, H, W, 3), stretch by stretch."""
-    made = (to_uint8(stretch[0]) for stretch in pipeline.stream(request, windows))  # type: ignore[arg-type]
+    generated: Iterator[Tensor], request: Request, when: Timing, interpolation: Literal["motion", "fade"]
+) -> Generator[Pixels, None, None]:
+    """Yield the frames of the file, uint8 (n, H, W, 3), chunk by chunk."""
+    made = (to_uint8(chunk[0]) for chunk in generated)
     if not when.interpolated:
         yield from made
         return
-    interpolator = Interpolator(
-        request.height, request.width, when.gen_fps, when.fps, when.frames, options.interpolation
-    )
+    interpolator = Interpolator(request.height, request.width, when.gen_fps, when.fps, when.frames, interpolation)
     for frames in made:
         yield interpolator.feed(frames)
     yield interpolator.finish()
 
 
 def command(options: GenerateOptions, overrides: Overrides, run: RunOptions) -> str:
-    """The command line of these options: only what differs from the defaults."""
+    """Return the command line of these options, without those that have their defaults."""
     words = ["titans-video", "generate"]
     for given, default in ((options, GenerateOptions()), (overrides, Overrides()), (run, RunOptions())):
         for f in fields(given):
@@ -206,13 +196,13 @@ def command(options: GenerateOptions, overrides: Overrides, run: RunOptions) -> 
 
 
 def full_record(
-    options: GenerateOptions, overrides: Overrides, run: RunOptions, request: Request, model: VideoModel, weights: str
+    options: GenerateOptions, overrides: Overrides, run: RunOptions, request: Request, model: LoadedModel, weights: str
 ) -> dict[str, Any]:
-    """Everything needed to make one video again.
+    """Return everything that is needed to generate one video again.
 
     Args:
-        options: of this one video: its own prompt, seed and place.
-        request: as it was carried out, with what the checkpoint recommends filled in.
+        options: of this video, with its own prompt, seed and path.
+        request: as it was generated, with the recommendations of the checkpoint.
         weights: from `fingerprint`.
     """
     return about(request, model) | {
@@ -227,29 +217,28 @@ def full_record(
 
 
 def write_side_file(path: Path, record: Mapping[str, Any]) -> Path:
-    """`record` as JSON beside a video: `<name>.json`."""
+    """Write `record` as JSON beside a video: `<name>.json`."""
     place = path.with_name(f"{path.name}.json")
     with atomic_path(place) as temporary:
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return place
 
 
-def in_words(written: Written, height: int, width: int) -> str:
-    """A line that says where a video lies and what it is, and a second one where something had to be changed.
+def format_written(written: Written, height: int, width: int) -> str:
+    """Return a line with the path and the properties of a video, and a second one if something was changed for it.
 
     Args:
-        height, width: of the frames as they were made.
+        height, width: of the generated frames.
     """
     rate = float(written.fps)
     line = (
-        f"{written.path}: {written.frames} frames of {height}x{width} at {rate:g} frames a second "
-        f"({written.frames / rate:.2f} s)"
+        f"{written.path}: {written.frames} frames of {height}x{width} at {rate:g} fps ({written.frames / rate:.2f} s)"
     )
     return f"{line}\n{written.note}" if written.note else line
 
 
 def numbered(path: Path, number: int, count: int) -> Path:
-    """The place of one of several videos: out-000.mp4, out-001.mp4, ...; of a single one `path` itself."""
+    """Return the path of one of several videos: out-000.mp4, out-001.mp4, ...; of a single one `path` itself."""
     if count == 1:
         return path
     return path.with_name(f"{path.stem}-{number:0{max(3, len(str(count - 1)))}d}{path.suffix}")

@@ -1,7 +1,7 @@
-"""What a stream carries from segment to segment, how it is kept in a file, and the flags about it.
+"""Generate a video of any length segment by segment, with a network that has a memory, and save its state.
 
 Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
-n latent frames of a segment, o of the overlap, k of the codec's context, p frames not yet handed on.
+n latent frames of a segment, o of the overlap, k of the codec's context, p frames not yet yielded.
 """
 
 import re
@@ -9,40 +9,40 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from titans_video.checkpoint import warn_if_changed
 from titans_video.config.generation import GenerateOptions
 from titans_video.diffusion.base import count_tokens
-from titans_video.diffusion.guidance import Predict, guided
-from titans_video.diffusion.samplers import EditState, sampler_by_name
-from titans_video.errors import CheckpointError, ConfigError
-from titans_video.fingerprint import warn_if_changed
+from titans_video.diffusion.samplers import EditState, Predict, guided, sampler_by_name
+from titans_video.errors import CheckpointError, ConfigError, nearest_multiples
 from titans_video.generation.denoise import Prompts, encode_prompts, eval_mode, frame_condition, frame_noise
 from titans_video.generation.model import VideoModel, fingerprint
 from titans_video.generation.request import Request, plan
+from titans_video.generation.windows import check_flags
 from titans_video.models.memory import Memory, load_state, save_state
 from titans_video.models.titans_dit import part_of
 from titans_video.types import Condition
 
-PlanT = TypeVar("PlanT")
 _LINE = re.compile(r"(\d+)\s*:\s*(.*)")
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """All that a stream takes from one segment to the next.
+    """The state that passes from one segment to the next.
 
     Attributes:
-        memory: what the network remembers.
+        memory: of the network.
         overlap: (B, C, o, h, w), the last latent frames; None before the first segment.
-        context: (B, C, k, h, w), what the codec looks back at; None where it does not, or before the first segment.
-        pending: (B, 3, p, H, W) in [-1, 1], frames that are made and were not asked for yet: fewer than a segment's.
-        latents: latent frames made so far; noise is keyed by it.
-        frames: pixel frames handed on so far.
+        context: (B, C, k, h, w), the latent frames that the codec decodes again with the next segment; None if it needs
+            none, or before the first segment.
+        pending: (B, 3, p, H, W) in [-1, 1], generated frames that were not requested yet: fewer than a segment's.
+        latents: latent frames generated so far; it keys the noise.
+        frames: pixel frames yielded so far.
         seeds: of the videos.
     """
 
@@ -56,25 +56,25 @@ class StreamState:
 
     @property
     def bytes(self) -> int:
-        """Size of everything that is carried."""
+        """Size of all tensors."""
         parts = [x for x in (self.overlap, self.context, self.pending) if x is not None]
         return self.memory.bytes + sum(x.numel() * x.element_size() for x in parts)
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """How a request is met by a network with a memory.
+    """How a network with a memory meets a request.
 
     Attributes:
         segment, overlap: latent frames.
         latent_shape: (C, n, h, w) of a segment.
         tokens: of a segment, for the time shift.
-        frames: how many pixel frames are asked for.
-        first, stretch: pixel frames of a video's first segment, and of every other.
-        start: what the stream goes on from; None: a new video.
-        texts: (frames, prompt) in order, in place of the request's prompts; the last one lasts.
-        save_to: where the state is kept, as of the last frame that was handed on.
-        weights: the network's fingerprint, kept with it.
+        frames: pixel frames that are requested.
+        first, chunk: pixel frames of a video's first segment, and of every other.
+        start: the state to continue from; None: a new video.
+        texts: (frames, prompt) in order, instead of the request's prompts; the last prompt applies to all later frames.
+        save_to: file for the state after the last yielded frame.
+        weights: fingerprint of the network, saved with the state.
     """
 
     segment: int
@@ -83,7 +83,7 @@ class StreamPlan:
     tokens: int
     frames: int
     first: int
-    stretch: int
+    chunk: int
     start: StreamState | None = None
     texts: tuple[tuple[int, str], ...] | None = None
     save_to: Path | None = None
@@ -91,22 +91,22 @@ class StreamPlan:
 
     @property
     def edges(self) -> tuple[int, ...]:
-        """The first frame of each segment but the first, counted from the first one asked for."""
-        begun = self.first if self.start is None else self.start.pending.shape[2] or self.stretch
-        return tuple(range(begun, self.frames, self.stretch))
+        """First frame of each segment after the first, counted from the first requested frame."""
+        begun = self.first if self.start is None else self.start.pending.shape[2] or self.chunk
+        return tuple(range(begun, self.frames, self.chunk))
 
     def segments_to_make(self) -> int:
-        """How many segments have to be denoised."""
+        """Count the segments that have to be denoised."""
         missing = self.frames - (0 if self.start is None else self.start.pending.shape[2])
         if missing <= 0:
             return 0
-        first = self.first if self.start is None or self.start.latents == 0 else self.stretch
-        return 1 + max(-(-(missing - first) // self.stretch), 0)
+        first = self.first if self.start is None or self.start.latents == 0 else self.chunk
+        return 1 + max(-(-(missing - first) // self.chunk), 0)
 
-    def prompt_at(self, frame: int, usual: str) -> str:
-        """What is shown at a frame, counted from the first one asked for."""
+    def prompt_at(self, frame: int, default: str) -> str:
+        """Return the prompt of a frame, counted from the first requested frame."""
         if self.texts is None:
-            return usual
+            return default
         for frames, prompt in self.texts:
             if frame < frames:
                 return prompt
@@ -115,7 +115,7 @@ class StreamPlan:
 
 
 def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
-    """Write all that a stream carries; the file's size does not depend on how long the video is by then.
+    """Save a state; the size of the file does not depend on the length of the video so far.
 
     Args:
         weights: fingerprint of the network.
@@ -127,10 +127,10 @@ def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
 
 
 def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
-    """Undo `save_stream_state`: the state, and the fingerprint of the network that it is of.
+    """Load a saved state and the fingerprint of its network.
 
     Raises:
-        CheckpointError: missing, damaged, of another version, or a memory without the rest of a stream.
+        CheckpointError: the file is missing, damaged, of another version, or not the state of a stream.
     """
     tensors, about = load_state(path)
     try:
@@ -144,56 +144,46 @@ def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
             tuple(int(seed) for seed in about["seeds"].split(",")),
         )
     except (KeyError, ValueError) as e:
-        raise CheckpointError(f"{path} is not a stream that --memory-out kept: {e} is missing or damaged.") from None
+        raise CheckpointError(f"{path} is not a state that --memory-out saved: {e} is missing or damaged.") from None
     return state, about.get("weights", "")
 
 
 def apply_state_flags(
-    model: VideoModel, plan: PlanT, options: GenerateOptions, texts: list[tuple[int, str]] | None
-) -> PlanT | StreamPlan:
-    """The plan with what --memory-in, --memory-out and --segment-prompts ask for.
+    model: VideoModel, plan: StreamPlan, options: GenerateOptions, texts: list[tuple[int, str]] | None
+) -> StreamPlan:
+    """Return the plan with --memory-in, --memory-out and --segment-prompts applied.
 
     Raises:
-        ConfigError: the model has no memory.
         CheckpointError: the state is of another model or size.
     """
-    flags = {
-        "--memory-in": options.memory_in,
-        "--memory-out": options.memory_out,
-        "--segment-prompts": options.segment_prompts,
-    }
-    given = [flag for flag, value in flags.items() if value is not None]
-    if not isinstance(plan, StreamPlan):
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)}: the model has no memory; `titans-video train titans` trains one that has."
-            )
-        return plan
-    if not given:
+    if options.memory_in is None and options.memory_out is None and texts is None:
         return plan
     weights = fingerprint(model)
     start = None
     if options.memory_in is not None:
-        start, before = load_stream_state(options.memory_in)
-        _check(model, plan, start, options.memory_in)
-        warn_if_changed("network of", options.memory_in, before or None, weights)
+        start, saved_weights = load_stream_state(options.memory_in)
+        _check_state(model, plan, start, options.memory_in)
+        warn_if_changed("network of", options.memory_in, saved_weights or None, weights)
         start = replace(start, memory=start.memory.map(lambda x: x.to(model.device)))
         if options.seed != GenerateOptions.seed and (options.seed,) != start.seeds:
             print(
-                f"--seed {options.seed}: {options.memory_in} goes on with its own, {start.seeds[0]}.", file=sys.stderr
+                f"--seed {options.seed} has no effect: {options.memory_in} continues with its own seed, "
+                f"{start.seeds[0]}.",
+                file=sys.stderr,
             )
     save_to = None if options.memory_out is None else Path(options.memory_out)
     return replace(plan, start=start, texts=None if texts is None else tuple(texts), save_to=save_to, weights=weights)
 
 
-def _check(model: VideoModel, plan: StreamPlan, start: StreamState, path: str) -> None:
+def _check_state(model: VideoModel, plan: StreamPlan, start: StreamState, path: str) -> None:
     network: Any = model.network
     with torch.no_grad():
         expected: dict[str, Any] = network.start(1).shapes()
     if start.memory.shapes() != expected:
+        saved, own = _format_shapes(start.memory.shapes()), _format_shapes(expected)
         raise CheckpointError(
-            f"--memory-in {path}: its memory is of another network ({_shapes(start.memory.shapes())}; this one's: "
-            f"{_shapes(expected)}). Give the checkpoint that it was kept with."
+            f"--memory-in {path}: its memory is of another network ({saved}; this one's: {own}). Give the checkpoint "
+            "that it was saved with."
         )
     _, _, h, w = plan.latent_shape
     sizes = [x.shape[3:] for x in (start.overlap, start.context) if x is not None]
@@ -205,24 +195,25 @@ def _check(model: VideoModel, plan: StreamPlan, start: StreamState, path: str) -
             f"--width {width}."
         )
     if start.overlap is not None and start.overlap.shape[2] != plan.overlap:
-        stride, seen = model.codec.spec.stride[0], start.overlap.shape[2]
+        stride = model.codec.spec.stride[0]
+        shared = start.overlap.shape[2] * stride
         raise CheckpointError(
-            f"--memory-in {path}: its segments see {seen * stride} frames of the one before, not "
-            f"{plan.overlap * stride}; give --overlap {seen * stride}."
+            f"--memory-in {path}: its segments overlap by {shared} frames, not {plan.overlap * stride}; give --overlap "
+            f"{shared}."
         )
     if len(start.seeds) != 1:
-        raise CheckpointError(f"--memory-in {path}: it holds {len(start.seeds)} videos; one is made at a time.")
+        raise CheckpointError(f"--memory-in {path}: it has {len(start.seeds)} videos, but one is generated at a time.")
 
 
-def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+def _format_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{'x'.join(map(str, shape))}" for shape in shapes.values()) or "none"
 
 
 def read_segment_prompts(path: str) -> list[tuple[int, str]]:
-    """The lines `frames: prompt` of --segment-prompts.
+    """Read the lines `frames: prompt` of --segment-prompts.
 
     Raises:
-        ConfigError: no text, no line, or a line that is another; it is named.
+        ConfigError: the file is not text or is empty, or a line has another form; the message has its number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -240,97 +231,101 @@ def read_segment_prompts(path: str) -> list[tuple[int, str]]:
             )
         found.append((int(match[1]), match[2].strip()))
     if not found:
-        raise ConfigError(f"--segment-prompts {path} has no line; write `frames: prompt`, one for each prompt.")
+        raise ConfigError(f"--segment-prompts {path} has no line; write one `frames: prompt` line for each prompt.")
     return found
 
 
 def plan_stream(
-    model: VideoModel, request: Request, window: int | None = None, overlap: int | None = None
+    model: VideoModel,
+    request: Request,
+    trained: dict[str, int],
+    window: int | None = None,
+    overlap: int | None = None,
 ) -> tuple[StreamPlan, list[str]]:
-    """Check a request of any length, and say what the person should be told.
+    """Plan the segments of a request of any length, and return notes for the user.
 
     Args:
-        window: frames in view at once: a segment's, and before them `overlap` of the last segment's; None: as trained.
-        overlap: those, in frames; None: as trained.
+        trained: the model's `segments`.
+        window: frames of a segment and of the `overlap` before it; None: as in training.
+        overlap: frames of the previous segment that a segment sees; None: as in training.
     Raises:
-        ConfigError: a size off the grid, a window that is no whole number of latent frames, given frames that the first
-            segment cannot hold, or what tells windows that go on from others.
+        ConfigError: a size is off the grid, a window is not a whole number of latent frames, the first segment cannot
+            hold the conditioning frames, or the request samples continued windows differently.
     """
-    n, overlap, said = _segments(model, window, overlap)
-    if request.continuation_flags:
-        raise ConfigError(
-            f"{' and '.join(request.continuation_flags)}: a model with a memory makes all segments alike; leave it out."
-        )
+    n, overlap, notes = _segments(model, trained, window, overlap)
+    check_flags(vars(request), model.capabilities)
     spec = model.codec.spec
     first, stride = spec.frames_of(n), n * spec.stride[0]
-    # Sizes and lists are checked as for a clip of one segment; longer than that is what a memory is for.
-    given = 0 if request.cond_pixels is None else request.cond_pixels.shape[2]
+    # Sizes and lists are checked as for a clip of one segment; the memory makes longer videos legal.
+    given = request.num_cond_frames
     if given >= first:
-        raise ConfigError(f"{given} frames are given, but a segment has {first}, of which one must be left to make.")
+        raise ConfigError(
+            f"{given} frames are given, but a segment has {first}, and one of them must be left to generate."
+        )
     made = plan(model, replace(request, frames=max(min(request.frames, first), given + 1)), first)
     shape = spec.latent_shape(first, request.height, request.width)
     count = 1 + max(-(-(request.frames - first) // stride), 0)
-    notes = said + [note for note in made.notes if "frames together" not in note]
+    notes += [note for note in made.notes if "frames together" not in note]
     notes.append(f"{request.frames} frames in {count} segment{'s' * (count > 1)} of {stride}.")
     tokens = count_tokens(shape[1:], model.patch_size)
     return StreamPlan(n, overlap, shape, tokens, request.frames, first, stride), notes
 
 
-def _segments(model: VideoModel, window: int | None, overlap: int | None) -> tuple[int, int, list[str]]:
-    """Latent frames of a segment and of the overlap, and what is unlike training."""
-    assert model.segments is not None  # callers looked
-    trained = n, o = model.segments["latents"], model.segments["overlap"]
+def _segments(
+    model: VideoModel, trained: dict[str, int], window: int | None, overlap: int | None
+) -> tuple[int, int, list[str]]:
+    """Return the latent frames of a segment and of the overlap, and a note if training had others."""
+    usual = n, o = trained["latents"], trained["overlap"]
     stride = model.codec.spec.stride[0]
     unit = model.patch_size[0] * stride  # frames
     whole = f"this model's windows and overlaps are multiples of {unit} frames"
     if overlap is not None:
         if overlap < 0 or overlap % unit:
-            raise ConfigError(f"--overlap {overlap}: {whole}; the nearest legal: {_near(overlap, unit, 0)}.")
+            raise ConfigError(f"--overlap {overlap}: {whole}; the nearest legal: {_nearest(overlap, unit, 0)}.")
         o = overlap // stride
     if window is not None:
-        # A segment is what comes after the overlap, and holds all that the next one sees of it.
+        # A segment comes after the overlap, and contains everything that the next segment sees of it.
         least = o * stride + max(o * stride, unit)
         if window < least or window % unit:
             raise ConfigError(
-                f"--window {window}: {whole}, and one holds the overlap of {o * stride} and at least as many new ones; "
-                f"the nearest legal: {_near(window, unit, least)}."
+                f"--window {window}: {whole}, and a window has the overlap of {o * stride} and at least as many new "
+                f"frames; the nearest legal: {_nearest(window, unit, least)}."
             )
         n = window // stride - o
     if o > n:
         raise ConfigError(f"--overlap {o * stride}: a segment has {n * stride} frames; give a longer --window too.")
-    if (n, o) == trained:
+    if (n, o) == usual:
         return n, o, []
-    usual = f"it was trained on {(trained[0] + trained[1]) * stride} with {trained[1] * stride}"
-    return n, o, [f"Windows of {(n + o) * stride} frames with an overlap of {o * stride}: {usual}, and may look worse."]
+    before = f"it was trained on {(usual[0] + usual[1]) * stride} with {usual[1] * stride}"
+    return n, o, [f"Windows of {(n + o) * stride} frames with an overlap of {o * stride} may look worse: {before}."]
 
 
-def _near(value: int, unit: int, least: int) -> str:
-    below, above = value // unit * unit, -(-value // unit) * unit
-    return " and ".join(f"{x}" for x in sorted({max(below, least), max(above, least)}))
+def _nearest(value: int, unit: int, least: int) -> str:
+    return " and ".join(map(str, nearest_multiples(value, unit, least) or [least]))
 
 
 def stream(
     model: VideoModel, request: Request, how: StreamPlan, progress: bool = True, edit: EditState | None = None
 ) -> Iterator[Tensor]:
-    """Make the videos of a request.
+    """Generate the videos of a request.
 
     Args:
-        model: its weights are used as they are; its training mode is given back.
-        request: `frames` is how many to make, counted from where `how.start` stands.
+        model: its weights are used as they are, and its training mode is restored.
+        request: `frames` counts the new frames, after those of `how.start`.
         how: from `plan_stream`.
         progress: show a bar on stderr.
         edit: may change the state after each denoising step.
     Yields:
-        (B, 3, T, H, W) float32 in [-1, 1] on the CPU: finished frames in order, together exactly `request.frames`.
+        (B, 3, T, H, W) float32 in [-1, 1] on the CPU: finished frames in order, exactly `request.frames` in total.
     """
-    state = how.start or _fresh(model, request)
+    state = how.start or _initial_state(model, request)
     before, left = state.frames, request.frames
     prompts: dict[str, Prompts] = {}
     total = how.segments_to_make() * request.steps
     with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
         while left > 0:
             if state.pending.shape[2] == 0:
-                # Its first frame, as of those asked for: frames made earlier and not handed on come before them.
+                # The prompt of the segment's first frame, counted from the first requested one.
                 prompt = how.prompt_at(state.frames - before, request.prompts[0])
                 rows = list(request.prompts) if how.texts is None else [prompt] * len(request.prompts)
                 with eval_mode(model.network):
@@ -356,9 +351,9 @@ def next_segment(
     bar: Any,
     edit: EditState | None = None,
 ) -> StreamState:
-    """Denoise a segment, write it into the memory, decode it. Call it within `eval_mode`.
+    """Denoise a segment, write it into the memory, and decode it. Call it within `eval_mode`.
 
-    Guidance's two halves read one memory, and the segment is written once, under its own prompt.
+    Both halves of guidance read the same memory, and the segment is written once, under its own prompt.
     """
     cond_pixels = request.cond_pixels if state.latents == 0 else None
     condition = frame_condition(model, prompts.text, cond_pixels, model.codec.spec.frames_of(how.segment))
@@ -384,8 +379,7 @@ def next_segment(
     )
 
 
-def _fresh(model: VideoModel, request: Request) -> StreamState:
-    """Before the first segment."""
+def _initial_state(model: VideoModel, request: Request) -> StreamState:
     rows = len(request.prompts)
     network: Any = model.network
     memory: Memory = network.start(rows).map(lambda x: x.detach().to(model.device))
@@ -394,31 +388,34 @@ def _fresh(model: VideoModel, request: Request) -> StreamState:
 
 
 def _make_denoiser(model: VideoModel, state: StreamState, batch: int) -> Predict:
-    """x0 of a segment, its overlap before it at time 0; frames that are wholly known are held clean."""
+    """Return the network as a prediction of a segment's x0.
+
+    The overlap comes before the segment at time 0, and the latent frames of `clean_mask` are kept clean.
+    """
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
         rows = torch.arange(x_t.shape[0]) % batch  # guidance doubles the batch
-        held, cond_latents = condition.clean_mask(), condition.cond_latents
+        clean, cond_latents = condition.clean_mask(), condition.cond_latents
         times = torch.full(x_t.shape[:1] + x_t.shape[2:3], time, device=x_t.device, dtype=x_t.dtype)
-        if held is not None and cond_latents is not None:
-            x_t = torch.where(held[:, None, :, None, None], cond_latents, x_t)
-            times = times.masked_fill(held, 0.0)
+        if clean is not None and cond_latents is not None:
+            x_t = torch.where(clean[:, None, :, None, None], cond_latents, x_t)
+            times = times.masked_fill(clean, 0.0)
         o = 0 if state.overlap is None else state.overlap.shape[2]
         whole = x_t if state.overlap is None else torch.cat((state.overlap[rows].to(x_t), x_t), dim=2)
         times = torch.cat((times.new_zeros(len(times), o), times), dim=1)
-        told = part_of(condition, 0, x_t.shape[2], o)
+        extended = part_of(condition, 0, x_t.shape[2], o)
         inputs = model.process.model_input(whole, times)
-        value = model.network(inputs, times, told, state.memory.rows(rows), overlap=o).value
+        value = model.network(inputs, times, extended, state.memory.rows(rows), overlap=o).value
         x0 = model.process.to_x0(value, whole, times)[:, :, o:]
-        return (
-            x0 if held is None or cond_latents is None else torch.where(held[:, None, :, None, None], cond_latents, x0)
-        )
+        if clean is None or cond_latents is None:
+            return x0
+        return torch.where(clean[:, None, :, None, None], cond_latents, x0)
 
     return predict
 
 
 def _decode(model: VideoModel, state: StreamState, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A segment's frames (B, 3, T, H, W) on the CPU, and the codec's context for the next."""
+    """Decode a segment: its frames (B, 3, T, H, W) on the CPU, and the codec's context for the next one."""
     spec, keep = model.codec.spec, model.codec.decode_context
     before = latents[:, :, :0] if state.context is None else state.context.to(latents)
     whole = torch.cat((before, latents), dim=2)

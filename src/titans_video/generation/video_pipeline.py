@@ -1,9 +1,9 @@
-"""`VideoPipeline`: a checkpoint as a diffusers pipeline, for notebooks and programs; the commands use it too.
+"""`VideoPipeline`: a checkpoint as a diffusers pipeline, for notebooks and programs.
 
-Legend: B videos of one batch, T H W frames, height and width, k given frames.
+Legend: B videos of one batch, T H W frames, height and width, k conditioning frames.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,43 +17,41 @@ from PIL import Image
 from torch import Tensor, nn
 
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
-from titans_video.diffusion.registry import build_process
 from titans_video.diffusion.samplers import EditState
 from titans_video.errors import ConfigError
 from titans_video.generation.export import export
 from titans_video.generation.long_video import generate_long, plan_video
-from titans_video.generation.model import VideoModel, load_for
-from titans_video.generation.request import Request, build_request, check_options
-from titans_video.generation.stream import StreamPlan
-from titans_video.generation.windows import WindowModeFlag, WindowPlan
-from titans_video.media.resize import cover_crop, to_tensor
+from titans_video.generation.model import VideoModel, load_for, with_shift
+from titans_video.generation.request import build_request, check_options
+from titans_video.generation.windows import WindowModeFlag
+from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.types import PRECISIONS
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
 
 OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-"""Called with the pipeline, the step (from 0, through all windows, and a draft before them), its time (1 noise, 0
-clean) and {"latents": ...}; a mapping that it returns may hold other latents to go on with."""
+"""Called with the pipeline, the step (from 0, through a draft and all windows), its time (1 noise, 0 clean) and
+{"latents": ...}. It may return a mapping with other latents to continue with."""
 
 OUTPUTS = ("np", "pt", "pil")
 
 
 @dataclass
 class VideoPipelineOutput(BaseOutput):
-    """`frames`: (B, T, H, W, 3) float in [0, 1] for `np`, (B, T, 3, H, W) for `pt`, lists of PIL pictures for `pil`."""
+    """`frames`: (B, T, H, W, 3) float in [0, 1] for `np`, (B, T, 3, H, W) for `pt`, lists of PIL images for `pil`."""
 
     frames: Any
 
 
 class VideoPipeline(DiffusionPipeline):
-    """Prompts (and, if wanted, first frames) to videos of any length, in diffusers' manner.
+    """Generate videos of any length from prompts and, optionally, first frames, in the manner of diffusers.
 
         pipe = VideoPipeline.from_pretrained("exported", dtype=torch.bfloat16, device="cuda")
         frames = pipe("a red circle", num_frames=64, generator=torch.Generator().manual_seed(0)).frames[0]
 
     Args:
         transformer: the network.
-        model: everything that a prompt needs to become a video; its network is `transformer`.
+        model: all parts of the checkpoint; its network is `transformer`.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -61,7 +59,7 @@ class VideoPipeline(DiffusionPipeline):
     def __init__(self, transformer: nn.Module, model: VideoModel | None = None) -> None:
         super().__init__()
         if model is None or model.network is not transformer:
-            raise ValueError("VideoPipeline is made by from_pretrained, or of a VideoModel and its own network.")
+            raise ValueError("Use VideoPipeline.from_pretrained, or give a VideoModel with its own network.")
         self.register_modules(transformer=transformer)
         self.model = model
         self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=1)
@@ -78,16 +76,16 @@ class VideoPipeline(DiffusionPipeline):
         offload: str = "none",
         **overrides: Any,
     ) -> Self:
-        """Read any checkpoint of this project.
+        """Load any checkpoint of this project.
 
         Args:
             pretrained_model_name_or_path: an exported folder, a run's folder, a .pt file, `latest`, or None for the
-                weights that come with the package. Nothing is ever fetched.
+                weights that come with the package. Nothing is downloaded.
             dtype: of the network's weights; `torch_dtype` is its older name.
-            device, compile, offload: as `options.RunOptions`.
-            overrides: where VAE and encoders are now, as `options.Overrides`.
+            device, compile, offload: as `config.generation.RunOptions`.
+            overrides: new paths of VAE and encoders, as `config.generation.Overrides`.
         Raises:
-            UserError: as `generation.running.load_for`.
+            UserError: as `generation.model.load_for`.
         """
         precision = dtype or torch_dtype or torch.float32
         names = {value: name for name, value in PRECISIONS.items()}
@@ -107,31 +105,20 @@ class VideoPipeline(DiffusionPipeline):
 
     @classmethod
     def of(cls, model: VideoModel) -> Self:
-        """The pipeline of a model that is already there."""
+        """Return the pipeline of a loaded model."""
         return cls(model.network, model)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
-        """Write a folder that `from_pretrained` and `--checkpoint` read; see `generation.exporting.export`."""
+        """Write a folder that `from_pretrained` and `--checkpoint` read; see `generation.export.export`."""
         export(self.model, Path(save_directory))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move, and cast the network; as torch's `Module.to`. Codec and encoders move along."""
+        """Move and cast the network, as torch's `Module.to` does. Codec and encoders follow to its device."""
         self.transformer.to(*args, **kwargs)
         for moved in (self.model.codec, self.model.text, self.model.image):
             if moved is not None:
                 moved.to(self.model.device)  # type: ignore[union-attr]
         return self
-
-    def stream(
-        self,
-        request: Request,
-        windows: WindowPlan | StreamPlan,
-        *,
-        progress: bool = True,
-        edit: EditState | None = None,
-    ) -> Iterator[Tensor]:
-        """Finished frames, stretch by stretch; see `generation.long.generate_long`."""
-        return generate_long(self.model, request, windows, progress, edit)
 
     @torch.no_grad()
     def __call__(
@@ -165,27 +152,26 @@ class VideoPipeline(DiffusionPipeline):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> VideoPipelineOutput | tuple[Any]:
-        """Make videos.
+        """Generate videos.
 
-        What is not given is as the model was trained, and as its checkpoint recommends.
+        Defaults are those of training and the recommendations of the checkpoint. Arguments without a description here
+        are those of `config.generation.GenerateOptions`.
 
         Args:
-            prompt: one or several; None: the one that the checkpoint recommends, or none, where the network is told a
-                picture and one is given.
-            image: the first frame of every video: a path, a PIL picture, uint8 (H, W, 3), or a tensor (3, H, W) in
-                [-1, 1]. Scaled to cover the size, the middle kept.
-            video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or a clip's path, whose
-                last frames they are.
-            draft_frames, continue_steps, continue_guidance: as `generate_options.GenerateOptions`.
-            image_guidance, motion_bucket, noise_aug: as `generate_options.GenerateOptions`, for Stable Video Diffusion.
-            generator: where seeds are drawn from, one for all videos or one a video; None: torch's own generator.
-            window, overlap, window_mode: as `generate_options.GenerateOptions`.
+            prompt: one or several; None: the recommended one, or no prompt if an image is given to a network with an
+                image condition.
+            image: the first frame of every video: a path, a PIL image, uint8 (H, W, 3), or a tensor (3, H, W) in
+                [-1, 1]. It is scaled to cover the size and cropped centrally.
+            video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or the path of a clip,
+                whose last frames are used.
+            image_guidance, motion_bucket, noise_aug: only for Stable Video Diffusion.
+            generator: seeds are drawn from it: one for all videos, or one per video; None: torch's own generator.
             output_type: `np`, `pt` or `pil`.
             callback_on_step_end: see `OnStepEnd`.
         Returns:
             `VideoPipelineOutput`, or a tuple of its one value.
         Raises:
-            UserError: a size, a length or a plan of windows that cannot be.
+            UserError: a size, a length or a plan of windows is not possible, or the model lacks a capability.
         """
         if output_type not in OUTPUTS:
             raise ConfigError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUTS)}.")
@@ -215,18 +201,14 @@ class VideoPipeline(DiffusionPipeline):
         )
         check_options(options)
         model = with_shift(self.model, shift)
-        usual, _ = build_request(options, model)
-        if prompt is None:
-            # A picture alone is enough for a network that is told one, in whatever form it is given.
-            alone = model.image is not None and (image is not None or video is not None)
-            prompt = [""] if alone else usual.prompts
-        given = [prompt] if isinstance(prompt, str) else list(prompt)
+        default, _ = build_request(options, model, image is not None or video is not None)
+        given = default.prompts if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in given for _ in range(num_videos_per_prompt)]
-        cond_pixels = (
-            usual.cond_pixels if usual.cond_pixels is not None else _frames(image, video, usual.height, usual.width)
-        )
+        cond_pixels = default.cond_pixels
+        if cond_pixels is None:
+            cond_pixels = _cond_frames(image, video, default.height, default.width)
         request = replace(
-            usual,
+            default,
             prompts=prompts,
             seeds=draw_seeds(generator, len(prompts)),
             cond_pixels=None if cond_pixels is None else cond_pixels.expand(len(prompts), *cond_pixels.shape[1:]),
@@ -251,18 +233,11 @@ class VideoPipeline(DiffusionPipeline):
         return edit
 
 
-def with_shift(model: VideoModel, shift: float | None) -> VideoModel:
-    """The model with another time shift in sampling; None: as it was trained."""
-    if shift is None:
-        return model
-    return replace(model, process=build_process({**model.process.config(), "shift": shift}))
-
-
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
-    """One seed a video. Equal generators give equal seeds, and used again they give others.
+    """Draw one seed per video. Equal generators give equal seeds; the same generator gives others the next time.
 
     Raises:
-        ConfigError: a list of generators of another length than the videos.
+        ConfigError: the list of generators has another length than the videos.
     """
     if generator is None or isinstance(generator, torch.Generator):
         return [_draw(generator) for _ in range(count)]
@@ -276,8 +251,8 @@ def _draw(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (1,), generator=generator, device=device))
 
 
-def _frames(image: Any, video: Any, height: int, width: int) -> Tensor | None:
-    """Pictures that were given as such, (1, 3, k, H, W) in [-1, 1]; None where there are none."""
+def _cond_frames(image: Any, video: Any, height: int, width: int) -> Tensor | None:
+    """Convert images in memory to (1, 3, k, H, W) in [-1, 1]; None if there are none."""
     given = image if image is not None else video
     if given is None:
         return None
@@ -289,5 +264,5 @@ def _frames(image: Any, video: Any, height: int, width: int) -> Tensor | None:
     if frames.dtype != torch.uint8:  # (3, k, H, W)
         frames = ((frames.float().movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     if frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ConfigError(f"given frames have the shape {tuple(given.shape)}; see VideoPipeline.")
+        raise ConfigError(f"The conditioning frames have the shape {tuple(given.shape)}; see VideoPipeline.")
     return to_tensor(cover_crop(frames.cpu().numpy(), height, width))[None]

@@ -1,1 +1,1 @@
-"""Video files in and out: frames by timestamp, mp4, contact sheets, plots (floor L0)."""
+"""Video files in and out: frames by timestamp, mp4, contact sheets, plots (layer 0)."""

@@ -1,4 +1,4 @@
-"""What the probe found out about a video file."""
+"""The result of probing a video file."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -18,13 +18,13 @@ _NTSC_RATES = [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120, 2
 
 @dataclass(frozen=True)
 class Colour:
-    """How stored values stand for light.
+    """Describe how stored values encode light.
 
     Attributes:
         matrix: from YCbCr to RGB.
         full_range: 0..255 rather than 16..235.
         transfer: `pq` and `hlg` are HDR and are tone-mapped when read.
-        wide: BT.2020 primaries, turned into BT.709 when read.
+        wide: BT.2020 primaries, converted to BT.709 when read.
     """
 
     matrix: Matrix
@@ -35,7 +35,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Orientation:
-    """From stored to shown pixels: transpose first, then mirror left-right, then top-bottom."""
+    """Describe how stored pixels are turned for display: transpose first, then mirror left-right, then top-bottom."""
 
     transpose: bool = False
     flip_x: bool = False
@@ -44,7 +44,7 @@ class Orientation:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """One video stream, as its frames really are.
+    """Describe one video stream by its actual frames.
 
     Attributes:
         path: the file.
@@ -52,16 +52,16 @@ class VideoInfo:
         container, codec, pix_fmt: FFmpeg's names.
         stored_width, stored_height: pixels as decoded.
         pixel_aspect: width over height of one stored pixel.
-        orientation, colour: see there.
-        interlaced: fields are woven; the reader deinterlaces.
-        pts: presentation timestamps of the usable frames, in ticks, never falling.
+        orientation, colour: see these classes.
+        interlaced: the frames are interlaced; the reader deinterlaces them.
+        pts: presentation timestamps of the usable frames, in ticks, never decreasing.
         ticks_per_second: one tick is 1 / this many seconds.
         last_ticks: how long the last frame stays on screen.
-        key_pts: timestamps of key frames, where decoding can start; empty where the file must be walked from its start.
-        skip: how many decoded frames precede `pts[0]` when the file is walked from its start.
+        key_pts: timestamps of key frames, where decoding can start; empty if the file must be decoded from its start.
+        skip: how many decoded frames precede `pts[0]` when the file is decoded from its start.
         verified: every frame was decoded (False: timestamps come from the packets, the file was too long to decode).
-        file_size, modified_ns: of the file as it was probed.
-        notes: what is unusual, in words.
+        file_size, modified_ns: of the file when it was probed.
+        notes: messages about anything unusual.
     """
 
     path: Path
@@ -87,22 +87,22 @@ class VideoInfo:
 
     @property
     def frames(self) -> int:
-        """How many real frames there are."""
+        """Return the number of real frames."""
         return len(self.pts)
 
     @property
     def width(self) -> int:
-        """Width as shown: square pixels, turned upright."""
+        """Return the displayed width: square pixels, upright."""
         return self._upright[0]
 
     @property
     def height(self) -> int:
-        """Height as shown: square pixels, turned upright."""
+        """Return the displayed height: square pixels, upright."""
         return self._upright[1]
 
     @property
     def square_width(self) -> int:
-        """Width of the stored picture once its pixels are made square, before it is turned."""
+        """Return the width of the stored image with square pixels, before it is turned."""
         return max(1, round(self.stored_width * self.pixel_aspect))
 
     @property
@@ -112,33 +112,33 @@ class VideoInfo:
 
     @cached_property
     def times(self) -> tuple[Fraction, ...]:
-        """Seconds from the first frame, exact; `times[0]` is 0 whatever the file's own clock says."""
+        """Return the exact seconds from the first frame; `times[0]` is 0 whatever the file's clock starts at."""
         return tuple((p - self.pts[0]) / self.ticks_per_second for p in self.pts)
 
     @cached_property
     def duration(self) -> Fraction:
-        """Seconds from the first frame's start to the last frame's end."""
+        """Return the seconds from the first frame's start to the last frame's end."""
         return (self.pts[-1] - self.pts[0] + self.last_ticks) / self.ticks_per_second
 
     @cached_property
     def fps(self) -> Fraction:
-        """The file's own rate: what most frames keep to, so that a hole in the timestamps does not lower it."""
+        """Return the file's own rate: that of most frames, so that a gap in the timestamps does not lower it."""
         return own_rate(self.pts, self.ticks_per_second, self.duration)
 
     @cached_property
     def tolerance(self) -> Fraction:
-        """Seconds by which a frame may be asked for too early: half a tick, for that is how far timestamps are rounded.
+        """Return by how many seconds a frame may be requested too early: half a tick, the rounding of timestamps.
 
-        Matroska stores milliseconds: frame 2 of a 30 fps file stands at 67 ms and must be found at 66.67. At most
-        a twentieth of a frame, so that in files with coarse ticks no frame is shown before its time.
+        Matroska stores milliseconds: frame 2 of a 30 fps file has the timestamp 67 ms and must be found at 66.67. The
+        tolerance is at most a twentieth of a frame, so that files with coarse ticks show no frame before its time.
         """
         return min(1 / (2 * self.ticks_per_second), 1 / (20 * self.fps)) + Fraction(1, 10**7)
 
     def indices_at(self, times: Iterable[Seconds]) -> list[int]:
-        """For each time the frame on screen then: the last one whose timestamp is not later.
+        """Return for each time the frame on screen: the last one whose timestamp is not later.
 
         Args:
-            times: seconds from the first frame. Before it stands the first frame, after the end the last.
+            times: seconds from the first frame; times outside the video give the first or the last frame.
         """
         origin = self.pts[0]
         found = []
@@ -148,7 +148,7 @@ class VideoInfo:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` undoes it."""
+        """Return plain JSON values; the inverse of `from_dict`."""
         plain = asdict(self)
         plain["path"] = str(self.path)
         plain["pixel_aspect"] = str(self.pixel_aspect)
@@ -157,7 +157,7 @@ class VideoInfo:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "VideoInfo":
-        """Undo `to_dict`."""
+        """Rebuild from `to_dict`."""
         value = {field.name: plain[field.name] for field in fields(cls)}
         value["path"] = Path(value["path"])
         value["pixel_aspect"] = Fraction(value["pixel_aspect"])
@@ -170,9 +170,9 @@ class VideoInfo:
 
 
 def own_rate(pts: Sequence[int], ticks_per_second: Fraction, duration: Fraction) -> Fraction:
-    """Frames a second from timestamps, snapped to a usual rate within 0.2 %.
+    """Return frames per second from timestamps, snapped to a usual rate within 0.2 %.
 
-    The mean of the steps that are within half of the median step: holes and doubled timestamps do not count.
+    It is the mean of the steps that are within half of the median step, so gaps and doubled timestamps do not count.
     """
     steps = sorted(b - a for a, b in pairwise(pts) if b > a)
     if not steps:

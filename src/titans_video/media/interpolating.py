@@ -1,6 +1,6 @@
-"""From few frames a second to many: motion-compensated by FFmpeg's own filter, or a plain cross-fade.
+"""Raise the frame rate of a clip: with FFmpeg's motion-compensated filter, or with a plain cross-fade.
 
-Legend: T frames, H W pixel height and width; a / b source frames an output frame, in lowest terms.
+Legend: T frames, H W pixel height and width; a / b source frames per output frame, in lowest terms.
 """
 
 import math
@@ -16,31 +16,31 @@ from titans_video.errors import UserError
 from titans_video.media.colour import Pixels
 from titans_video.media.writing import exact_rate
 
-Way = Literal["motion", "fade"]
+Method = Literal["motion", "fade"]
 _FILTER = "minterpolate"
 _OPTIONS = "mi_mode=mci:mc_mode=aobmc:me_mode=bidir:vsbmc=1:mb_size=8"
-_SMALLEST = 32  # pixels of a side; blocks of motion need room to be searched for
-_PADDING = 2  # source frames repeated before the first: the filter says nothing between the first two it sees
-_BEHIND = 4  # and after the last: it answers that much later
+_SMALLEST = 32  # pixels per side; the motion search needs room for its blocks
+_PADDING = 2  # source frames repeated before the first: the filter outputs nothing between the first two it gets
+_BEHIND = 4  # and after the last: its output is that many frames late
 
 
 def frames_needed(count: int, fps: float | Fraction, gen_fps: float | Fraction) -> int:
-    """How many frames at `gen_fps` reach from the first to the last of `count` frames at `fps`."""
+    """Return how many frames at `gen_fps` cover the time from the first to the last of `count` frames at `fps`."""
     return math.ceil((count - 1) * exact_rate(gen_fps) / exact_rate(fps)) + 1
 
 
 class Interpolator:
-    """A clip at a higher rate, stretch by stretch: `feed` frames as they come, then `finish`.
+    """Raise the frame rate of a clip chunk by chunk: call `feed` for each chunk of frames, then `finish`.
 
-    Frame 0 stays frame 0, and an output frame that falls on a source frame's time is that frame, bit for bit. Output
-    frames later than the last source frame repeat it. Memory does not grow with the length.
+    Frame 0 stays frame 0, and an output frame at the time of a source frame is that frame, bit for bit. Output frames
+    later than the last source frame repeat it. Memory does not grow with the length.
 
     Args:
-        height, width: of the frames to come.
-        source, target: frames a second, before and after.
-        count: how many frames come out in all, exactly.
-        way: `motion`: FFmpeg's minterpolate (block motion, both directions, overlapped compensation); `fade` mixes the
-            neighbours by nearness. Frames below 32 pixels, and an FFmpeg without the filter, get `fade`.
+        height, width: of the input frames.
+        source, target: frames per second, before and after.
+        count: the exact number of output frames.
+        method: `motion` is FFmpeg's minterpolate (block motion, both directions, overlapped compensation). `fade` mixes
+            the two neighbours by distance; it is used for frames below 32 pixels and if FFmpeg lacks the filter.
     Raises:
         UserError: `target` is below `source`, or a rate that cannot be written.
     """
@@ -52,41 +52,42 @@ class Interpolator:
         source: float | Fraction,
         target: float | Fraction,
         count: int,
-        way: Way = "motion",
+        method: Method = "motion",
     ) -> None:
         before, after = exact_rate(source), exact_rate(target)
         if after < before:
-            raise UserError(f"{float(before):g} frames a second cannot be interpolated to fewer, {float(after):g}.")
+            raise UserError(f"{float(before):g} frames per second cannot be interpolated to fewer, {float(after):g}.")
         self.step = before / after
         self.count, self._target = count, after
-        self.way: Way = way if min(height, width) >= _SMALLEST and _FILTER in av.filter.filters_available else "fade"
+        usable = min(height, width) >= _SMALLEST and _FILTER in av.filter.filters_available
+        self.method: Method = method if usable else "fade"
         self._given = 0
         self._made = 0
         self._recent: dict[int, Pixels] = {}  # source frames that are still needed, by number
         self._offset = math.ceil((_PADDING + 1) / self.step)  # output frames before frame 0
-        self._graph = self._open(height, width) if self.way == "motion" else None
+        self._graph = self._open(height, width) if self.method == "motion" else None
 
     def feed(self, frames: Pixels) -> Pixels:
-        """Add source frames, uint8 (T, H, W, 3); the output frames that are ready, uint8 (n, H, W, 3), n 0 or more."""
+        """Add source frames, uint8 (T, H, W, 3); return the finished output frames, uint8 (n, H, W, 3), n >= 0."""
         made: list[Pixels] = []
-        for picture in frames:
+        for image in frames:
             if self._given == 0:
                 for number in range(-_PADDING, 0):
-                    self._push(picture, number)
-            self._recent[self._given] = picture
-            self._push(picture, self._given)
+                    self._push(image, number)
+            self._recent[self._given] = image
+            self._push(image, self._given)
             self._given += 1
             made += self._ready()
         return self._stack(made, frames)
 
     def finish(self) -> Pixels:
-        """The rest, so that `count` frames have come out in all.
+        """Return the remaining frames, so that `count` frames have been returned in total.
 
         Raises:
             UserError: no frame was given.
         """
         if self._given == 0:
-            raise UserError("there is no frame to interpolate.")
+            raise UserError("There is no frame to interpolate.")
         last = self._recent[self._given - 1]
         missing = max(0, math.ceil((self.count - 1) * self.step) - (self._given - 1))
         for number in range(self._given, self._given + missing + _BEHIND):
@@ -94,7 +95,7 @@ class Interpolator:
         if self._graph is not None:
             self._graph.push(None)
         made = self._ready()
-        while self._made < self.count:  # what the filter did not say, and all of a fade's held end
+        while self._made < self.count:  # frames that the filter did not return, and the repeated last frame of a fade
             made.append(self._fade(self._made))
             self._made += 1
         return self._stack(made, last[None])
@@ -114,16 +115,16 @@ class Interpolator:
         graph.configure()
         return graph
 
-    def _push(self, picture: Pixels, number: int) -> None:
+    def _push(self, image: Pixels, number: int) -> None:
         if self._graph is None:
             return
-        frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts = self._offset * self.step.numerator + number * self.step.denominator
         frame.time_base = 1 / (self._target * self.step.numerator)
         self._graph.push(frame)
 
     def _ready(self) -> list[Pixels]:
-        """Output frames in order, as far as they are known."""
+        """Return the output frames that can be computed so far, in order."""
         made: list[Pixels] = []
         if self._graph is None:
             while self._made < self.count and math.floor(self._made * self.step) + 1 < self._given:
@@ -163,7 +164,7 @@ class Interpolator:
             del self._recent[number]
 
     def _fade(self, number: int) -> Pixels:
-        """An output frame as a mix of the two source frames around it; the last one beyond the end."""
+        """Mix the two source frames around an output frame; after the end, repeat the last one."""
         at = number * self.step
         before = min(math.floor(at), self._given - 1)
         share = float(at - before) if before + 1 < self._given else 0.0
@@ -177,9 +178,9 @@ class Interpolator:
 
 
 def interpolate(
-    frames: Pixels, source: float | Fraction, target: float | Fraction, count: int, way: Way = "motion"
+    frames: Pixels, source: float | Fraction, target: float | Fraction, count: int, method: Method = "motion"
 ) -> Pixels:
-    """A whole clip at once: uint8 (T, H, W, 3) -> (count, H, W, 3); see `Interpolator`."""
+    """Interpolate a whole clip: uint8 (T, H, W, 3) -> (count, H, W, 3); see `Interpolator`."""
     _, height, width, _ = frames.shape
-    interpolator = Interpolator(height, width, source, target, count, way)
+    interpolator = Interpolator(height, width, source, target, count, method)
     return np.concatenate([interpolator.feed(frames), interpolator.finish()])

@@ -1,7 +1,8 @@
-"""How much moves in a clip, as a number from 0 to 255: what Stable Video Diffusion calls the motion bucket.
+"""Measure motion: the motion bucket of a clip (0 to 255, Stable Video Diffusion), and how visible the joins of a video
+are.
 
-Small blocks of one frame are looked for in a frame an eighth of a second later; how far they went, in the mean, is the
-motion. How the released model's buckets were measured was not published, beyond that it was by optical flow.
+The motion is the mean distance that small blocks of a frame move within an eighth of a second, found by block matching.
+How the buckets of the released model were measured was not published, except that optical flow was used.
 
 Legend: B batch, T frames, H W pixel size, P pairs of frames.
 """
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from titans_video.media.colour import Pixels
 
-MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would measure otherwise
+MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would give another value
 
 SIDE = 64
-"""Frames are looked at with a short side of this many pixels."""
+"""The short side, in pixels, of the frames that are compared."""
 
 REACH = 6
-"""Blocks are looked for so many of those pixels away."""
+"""The largest shift that is searched, in those pixels."""
 
 BLOCK = 8
 
@@ -30,33 +31,34 @@ APART = 0.125
 """Seconds between the two frames of a pair."""
 
 STILL = 2e-3
-"""How much worse, of the whole range of brightness, a place one pixel nearer may be and still be taken: what shows
-nothing is taken to stand still."""
+"""A shift one pixel shorter is preferred if its cost is at most this much higher (as a share of the brightness range).
+Textureless blocks therefore count as not moving.
+"""
 
 HALF = 0.1
-"""Motion, in short sides a second, that is bucket 127.5, the middle of ordinary clips; faster ones approach 255."""
+"""The motion, in short sides per second, of bucket 127.5, the middle of ordinary clips; faster clips approach 255."""
 
 
 def motion(pixels: Tensor, fps: Tensor) -> Tensor:
-    """Mean speed of what the clips show.
+    """Return the mean speed of the content of clips.
 
     Args:
         pixels: (B, 3, T, H, W) in [-1, 1].
-        fps: (B,) frames a second.
+        fps: (B,) frames per second.
     Returns:
-        (B,) float32, in short sides of the picture a second; 0 of a single frame.
+        (B,) float32, in short sides of the frame per second; 0 for a single frame.
     """
     return torch.stack([_motion(clip, float(rate)) for clip, rate in zip(pixels, fps, strict=True)])
 
 
 def motion_bucket(pixels: Tensor, fps: Tensor) -> Tensor:
-    """(B,) whole numbers from 0 (still) to 255, float32; see `motion`."""
+    """Return (B,) motion buckets as float32 whole numbers from 0 (still) to 255; see `motion`."""
     speed = motion(pixels, fps)
     return (255 * speed / (speed + HALF)).round()
 
 
 def _motion(clip: Tensor, fps: float) -> Tensor:
-    """Of one clip (3, T, H, W)."""
+    """Return the mean speed of one clip (3, T, H, W)."""
     frames = clip.float().mean(dim=0)[:, None] / 2  # (T, 1, H, W), a range of 1
     count = frames.shape[0]
     if count < 2:
@@ -72,8 +74,10 @@ def _motion(clip: Tensor, fps: float) -> Tensor:
 
 
 def _displacement(before: Tensor, after: Tensor) -> Tensor:
-    """How far each block went, (P, 2, blocks) pixels down and right: the best whole shift, then the parabola through
-    its neighbours."""
+    """Return the displacement of each block, (P, 2, blocks) pixels down and right.
+
+    It is the best whole-pixel shift, refined by the parabola through its neighbours' costs.
+    """
     height, width = before.shape[-2:]
     block = min(BLOCK, height, width)
     padded = F.pad(after, (REACH,) * 4, mode="replicate")
@@ -97,8 +101,11 @@ def _displacement(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _between(costs: Tensor, best: Tensor, shift: Tensor, stride: int) -> Tensor:
-    """(P, blocks) in [-0.5, 0.5]: where the parabola through a cost and its two neighbours is lowest. 0 at the edge of
-    the search, and where the match is perfect or the neighbours hardly worse: there noise alone would move it."""
+    """Return the minimum, (P, blocks) in [-0.5, 0.5], of the parabola through a cost and its two neighbours.
+
+    It is 0 at the edge of the search, and if the match is perfect or the neighbours are hardly worse: there it would
+    depend on noise only.
+    """
     last = costs.shape[1] - 1
     places = [(best + k * stride).clamp(0, last) for k in (-1, 0, 1)]
     low, middle, high = (costs.gather(1, place[:, None])[:, 0] for place in places)
@@ -109,12 +116,12 @@ def _between(costs: Tensor, best: Tensor, shift: Tensor, stride: int) -> Tensor:
 
 
 def jumps(frames: Pixels) -> np.ndarray:
-    """(T - 1,) mean absolute change of a value from each frame to the next, 0 to 255."""
+    """Return (T - 1,) the mean absolute change of a value from each frame to the next, 0 to 255."""
     return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)])
 
 
 def seam_jumps(frames: Pixels, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The jumps into the frames `edges` (the first of each window but the first), and all others.
+    """Return the jumps into the frames `edges` (the first of each window but the first), and all other jumps.
 
     Args:
         frames: uint8 (T, H, W, 3).
@@ -127,7 +134,7 @@ def seam_jumps(frames: Pixels, edges: Sequence[int]) -> tuple[np.ndarray, np.nda
 
 
 def seam_ratio(frames: Pixels, edges: Sequence[int]) -> float:
-    """Median jump at the edges over the median elsewhere: 1 where joins do not show; NaN where nothing moves."""
+    """Return the median jump at the edges over the median elsewhere: 1 if joins are invisible, NaN if nothing moves."""
     at, elsewhere = seam_jumps(frames, edges)
     middle = float(np.median(elsewhere))
     return float(np.median(at)) / middle if middle > 0 else float("nan")

@@ -1,6 +1,6 @@
-"""Opening video files and walking through their frames, with every failure named.
+"""Open video files and iterate over their frames, with a reason for every failure.
 
-Both the probe and the reader walk with `walk_frames`, so what the probe counted is what the reader finds.
+The probe and the reader both use `walk_frames`, so the reader finds exactly what the probe counted.
 """
 
 import os
@@ -41,12 +41,12 @@ Reason = Literal[
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
-# Demuxers that open other files, devices or plain text: nothing that a row should be able to name.
+# Demuxers that open other files, devices or plain text: a manifest row must not be able to name these.
 _NOT_FILES = {"hls", "dash", "concat", "imf", "tty", "lavfi", "webm_dash_manifest", "sdp", "rtsp"}
 
 
 class UnreadableMedia(DataError):
-    """A media file that cannot be used.
+    """Raised for a media file that cannot be used.
 
     Attributes:
         reason: one of `REASONS`.
@@ -64,21 +64,21 @@ class UnreadableMedia(DataError):
 
 
 class Deadline:
-    """A wall-clock limit on the work for one file."""
+    """Limit the wall-clock time spent on one file."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.seconds, self.end = path, seconds, time.monotonic() + seconds
 
     def check(self) -> None:
         if time.monotonic() > self.end:
-            raise UnreadableMedia("timeout", self.path, f"not read within its time limit of {self.seconds:g} s.")
+            raise UnreadableMedia("timeout", self.path, f"reading exceeded the time limit of {self.seconds:g} s.")
 
 
 def check_file(path: Path) -> os.stat_result:
-    """The file's status.
+    """Return the file's status.
 
     Raises:
-        UnreadableMedia: it is missing, a directory, not a plain file, empty, or may not be read.
+        UnreadableMedia: it is missing, a directory, not a plain file, empty, or not readable for this user.
     """
     try:
         status = path.stat()
@@ -100,7 +100,7 @@ def check_file(path: Path) -> os.stat_result:
 def open_container(path: Path, deadline: Deadline) -> InputContainer:
     """Open a plain local file with FFmpeg.
 
-    Nothing but this file is opened: names are never taken for URLs, and playlists are refused.
+    Only this file is opened: names are never treated as URLs, and playlists are refused.
 
     Raises:
         UnreadableMedia: see `REASONS`.
@@ -117,17 +117,17 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
         raise UnreadableMedia("no-permission", path, f"cannot be opened ({error}).") from None
     except (av.FFmpegError, OSError, ValueError) as error:
         deadline.check()
-        raise UnreadableMedia("not-a-video", path, _what_it_is_instead(path)) from error
+        raise UnreadableMedia("not-a-video", path, _describe_content(path)) from error
     if _NOT_FILES & set(container.format.name.split(",")):
         name = container.format.name
         container.close()
         raise UnreadableMedia(
-            "playlist", path, f"this is a {name} playlist or text, not a video; name the video itself."
+            "playlist", path, f"this is a {name} playlist or text, not a video; give the path of the video itself."
         )
     return container
 
 
-def _what_it_is_instead(path: Path) -> str:
+def _describe_content(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -138,7 +138,7 @@ def _what_it_is_instead(path: Path) -> str:
 
 
 def pick_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The largest real video stream; cover art does not count.
+    """Return the largest real video stream; cover art does not count.
 
     Raises:
         UnreadableMedia: there is none, or FFmpeg has no decoder for it.
@@ -148,7 +148,7 @@ def pick_stream(container: InputContainer, path: Path) -> VideoStream:
     if not streams:
         raise UnreadableMedia("no-video-stream", path, "the file has no video stream (sound only?).")
     if not real:
-        raise UnreadableMedia("cover-art-only", path, "its only picture is cover art; there is no video stream.")
+        raise UnreadableMedia("cover-art-only", path, "its only image is cover art; there is no video stream.")
     usable = [s for s in real if s.codec_context is not None and s.codec_context.width > 0]
     if not usable:
         raise UnreadableMedia("no-decoder", path, "this build of FFmpeg cannot decode its video stream.")
@@ -156,13 +156,13 @@ def pick_stream(container: InputContainer, path: Path) -> VideoStream:
 
 
 def use_one_thread(stream: VideoStream) -> None:
-    """Decode on one thread: workers run side by side, and errors are then reported at a fixed frame."""
+    """Decode on one thread: workers run in parallel anyway, and errors then occur at a reproducible frame."""
     stream.codec_context.thread_count = 1
     stream.thread_type = "NONE"
 
 
 class Walked(NamedTuple):
-    """One decoded frame: `clean` False from the first damage up to the next sound key frame."""
+    """One decoded frame; `clean` is False from the first damage up to the next undamaged key frame."""
 
     frame: VideoFrame
     clean: bool
@@ -174,13 +174,13 @@ def walk_frames(
     deadline: Deadline,
     before_decoding: Callable[[VideoStream, Packet], None] | None = None,
 ) -> Iterator[Walked]:
-    """Frames in the order of presentation, from the first key frame at or after where the container stands.
+    """Yield frames in presentation order, starting at the first key frame at or after the container's position.
 
-    A frame is clean unless FFmpeg flags it as corrupt, or it was decoded after a packet that failed and before the
-    next key frame. What precedes the first key frame cannot be decoded and is left out.
+    A frame is clean unless FFmpeg marks it as corrupt, or it was decoded after a failed packet and before the next key
+    frame. Frames before the first key frame cannot be decoded and are skipped.
     """
     order: dict[int, int] = {}  # presentation timestamp -> number of the packet that carried it
-    broken_at: int | None = None  # number of the packet from which on nothing can be trusted
+    broken_at: int | None = None  # number of the first packet whose frames cannot be trusted
     started, leading = False, True
     first_pts: int | None = None
     number = -1
@@ -216,7 +216,7 @@ def walk_frames(
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:
-    """The stream's packets and the final flush; None where reading itself failed (the disk, a broken index)."""
+    """Yield the stream's packets and the final flush; None if reading itself failed (the disk, a broken index)."""
     packets = container.demux(stream)
     while True:
         try:

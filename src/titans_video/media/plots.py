@@ -1,17 +1,18 @@
-"""The loss curve of a run, from its metrics file."""
+"""Plots and HTML pages: the loss curve of a metrics file, SVG charts, and the parts of all reports."""
 
 import base64
+import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from titans_video.checkpoint import atomic_path
 from titans_video.errors import DataError
 
 Series = NDArray[np.float64]
@@ -19,12 +20,12 @@ _LOSS, _RATE, _NORM = "#2563a8", "#b45309", "#4d7c0f"
 
 
 def loss_curve(metrics: Path | str, out: Path | str) -> Path:
-    """Draw loss (raw and smoothed), learning rate and gradient norm against steps.
+    """Draw loss (raw and smoothed), learning rate and gradient norm over the steps.
 
     Args:
-        metrics: one JSON object a line with `step` and `loss`, and if known `lr` and `grad_norm`. A step that
-            stands there twice, as after a resume, counts as it was last; a torn last line is passed over.
-        out: where the PNG goes; its folder is made.
+        metrics: one JSON object per line with `step` and `loss`, and optionally `lr` and `grad_norm`. If a step occurs
+            twice, as after a resume, its last line counts; an incomplete last line is skipped.
+        out: path of the PNG; its folder is created.
     Returns:
         The PNG's path.
     Raises:
@@ -59,22 +60,25 @@ def loss_curve(metrics: Path | str, out: Path | str) -> Path:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
-    return _save(figure, Path(out))
+    with atomic_path(Path(out)) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(out)
 
 
 def smoothed(values: Series) -> Series:
-    """An exponential mean over both sides, of about a fiftieth of the run each; gaps (NaN) are passed over.
+    """Smooth with an exponential mean in both directions, each over about a fiftieth of the run; NaN is skipped.
 
-    Both sides, so that the line does not trail behind a falling loss; at the end it is the mean of what came before.
+    Using both directions keeps the line from lagging behind a falling loss. At the end it is the mean of earlier
+    values.
     """
-    known = np.isfinite(values)
+    finite = np.isfinite(values)
     totals, weights = np.zeros_like(values), np.zeros_like(values)
     keep = 1 - 1 / max(len(values) / 50, 2)
     for order in (range(len(values)), range(len(values) - 1, -1, -1)):
         total, weight = 0.0, 0.0
         for i in order:
             total, weight = keep * total, keep * weight
-            if known[i]:
+            if finite[i]:
                 total, weight = total + values[i], weight + 1
             totals[i] += total
             weights[i] += weight
@@ -82,7 +86,7 @@ def smoothed(values: Series) -> Series:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file in the order of their steps, each step as it was last; torn lines are passed over.
+    """Read the lines of a metrics file by step; the last line of each step counts, incomplete lines are skipped.
 
     Raises:
         DataError: there is no such file, or no step in it.
@@ -103,18 +107,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def column(rows: list[dict[str, Any]], name: str) -> Series:
-    """One value of each line; NaN where it is missing."""
+    """Return one value per line; NaN if it is missing."""
     values = [row.get(name) for row in rows]
     return np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
 
 
 def is_there(rows: list[dict[str, Any]], name: str) -> bool:
-    """Whether any line has this value."""
+    """Check whether any line has this value."""
     return bool(np.isfinite(column(rows, name)).any())
 
 
 def choose_scale(axis: Any, loss: Series, smooth: Series) -> None:
-    """Logarithmic where the smoothed loss spans more than a factor of 5 and is never 0; rare spikes are cut off."""
+    """Use a log scale if the smoothed loss spans more than a factor of 5 and is never 0; cut off rare spikes."""
     finite, line = loss[np.isfinite(loss)], smooth[np.isfinite(smooth)]
     if not len(finite):
         return
@@ -129,17 +133,6 @@ def choose_scale(axis: Any, loss: Series, smooth: Series) -> None:
 
 def _count(steps: int) -> str:
     return "1 step" if steps == 1 else f"{steps} steps"
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 STYLE = """
@@ -159,12 +152,12 @@ border-bottom:1px solid var(--line)}th{font-size:.8rem;color:var(--faint)}
 
 
 def page(title: str, body: Iterable[str], style: str = "") -> str:
-    """A whole page.
+    """Return a complete HTML page.
 
     Args:
         title: plain text.
         body: HTML.
-        style: CSS that this page has beside what all have.
+        style: CSS of this page, in addition to the common style.
     """
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -173,15 +166,15 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def numbers(found: Mapping[str, object]) -> str:
-    """Figures in large type, each over its name."""
+    """Return figures in large type, each above its name."""
     return '<div class="numbers">' + "".join(f"<div><b>{n}</b>{name}</div>" for name, n in found.items()) + "</div>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of plain texts.
+    """Return an HTML table of plain texts.
 
     Args:
-        kind: its class.
+        kind: its CSS class.
     """
     parts = [f'<table class="{kind}"><tr>', *(f"<th>{escape(name)}" for name in head)]
     parts += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
@@ -189,9 +182,131 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """A file as an address that holds it.
+    """Return a data URL that contains a file.
 
     Args:
         kind: its MIME type, e.g. `image/png`.
     """
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+BLUE, ORANGE, GREEN, VIOLET = "#2f7ed8", "#d9792b", "#3d9a5f", "#8b6fd0"
+COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#c6453f", "#2a9aa6", "#c2a01c", "#b2489b")
+
+MOST_POINTS = 1500
+
+_INK = "#808a99"  # readable on white and on black
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        name: in the legend; a line with an empty name is not in the legend.
+        faint: draw it thin and transparent.
+        dots: mark its points.
+    """
+
+    name: str
+    x: Series
+    y: Series
+    colour: str = BLUE
+    faint: bool = False
+    dots: bool = False
+
+
+def chart(title: str, lines: Sequence[Line], *, wide: bool = True, percent: bool = False, loss: bool = False) -> str:
+    """Return a chart over steps as HTML, or an empty string if no line has a point.
+
+    Args:
+        wide: as wide as the page, else half of it.
+        percent: show the values, which are shares, in percent.
+        loss: choose the scale as for a loss, where faint lines may have spikes; else the axis starts at 0.
+    """
+    lines = [line for line in lines if np.isfinite(line.y).any()]
+    if not lines:
+        return ""
+    picture = data_url(_svg(lines, wide, percent, loss), "image/svg+xml")
+    kind = "wide" if wide else "half"
+    return (
+        f'<figure class="chart {kind}"><figcaption>{escape(title)}</figcaption>'
+        f'<img src="{picture}" alt="{escape(title, quote=True)}"></figure>'
+    )
+
+
+def ramp(count: int) -> list[str]:
+    """Return colours from warm (clean) to cool (noise), for quantiles."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["plasma"](x)) for x in np.linspace(0.85, 0.22, count)]
+
+
+def thin(x: Series, y: Series) -> tuple[Series, Series]:
+    """Reduce a line to the lowest and the highest point of each interval, so that no spike is lost."""
+    if len(x) <= MOST_POINTS:
+        return x, y
+    kept: list[int] = []
+    for part in np.array_split(np.arange(len(x)), MOST_POINTS // 2):
+        finite = part[np.isfinite(y[part])]
+        if len(finite):
+            kept += sorted({int(finite[y[finite].argmin()]), int(finite[y[finite].argmax()])})
+    return x[kept], y[kept]
+
+
+def _svg(lines: Sequence[Line], wide: bool, percent: bool, loss: bool) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "titans"}):
+        figure = Figure(figsize=(12.0, 3.6) if wide else (6.0, 2.7), layout="constrained")
+        figure.patch.set_alpha(0)
+        FigureCanvasSVG(figure)
+        axis = figure.subplots()
+        axis.patch.set_alpha(0)
+        for line in lines:
+            x, y = thin(line.x, line.y)
+            style: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if line.faint else {"linewidth": 1.7}
+            if line.dots:
+                style |= {"marker": "o", "markersize": 3.5}
+            axis.plot(x, y, color=line.colour, label=line.name or "_", **style)
+        if loss:
+            spiky = [line.y for line in lines if line.faint] or [line.y for line in lines]
+            choose_scale(axis, np.concatenate(spiky), np.concatenate([line.y for line in lines if not line.faint]))
+        if axis.get_yscale() == "log":
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        elif not loss:
+            axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
+        axis.tick_params(colors=_INK, which="both", labelsize=9)
+        axis.grid(color=_INK, alpha=0.22, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_INK)
+        if any(line.name for line in lines):
+            many = sum(bool(line.name) for line in lines) > 4
+            legend = {"loc": "outside right upper"} if many else {"loc": "outside upper right", "ncols": 4}
+            figure.legend(frameon=False, labelcolor=_INK, fontsize=9, **legend)
+        written = io.BytesIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()
+
+
+def _tick(value: float, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:.3g}%"
+    return format_short(value) if abs(value) >= 10_000 else f"{value:.3g}" if abs(value) < 1000 else f"{value:g}"
+
+
+def format_short(number: float) -> str:
+    """Return a number with three digits and a letter: 7.25, 210, 12.3k, 4.56M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
+        if abs(number) >= 0.9995 * size:
+            value = number / size
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{letter}"
+    return f"{number:.2f}"

@@ -1,12 +1,12 @@
-"""Find out what a video file really holds: its frames' timestamps, its size as shown, its colours.
+"""Probe what a video file really contains: its frames' timestamps, its displayed size, its colours.
 
-Nothing in a header is taken on trust. The packets are read (no decoding: a few milliseconds for a clip), and then
-the frames are decoded and counted if the file is small or anything about it is odd. Decoding costs about what one
-epoch's reading of the file costs, and only decoding shows damage: a file with a perfect index may hold broken frames.
-A long file without a single oddity is taken by its packets, and says `verified=False`.
+Headers are not trusted. The packets are read without decoding (a few milliseconds per clip). Then the frames are
+decoded and counted if the file is small or anything about it is odd. Decoding costs about as much as reading the file
+in one epoch, and only decoding shows damage: a file with a perfect index may have broken frames. A long file without
+any oddity is described by its packets, with `verified=False`.
 
-Of a file whose frames do not form one clean run (damage in the middle, a change of size, a clock that jumps back)
-the longest clean run is used, and `notes` says so.
+If the frames do not form one clean run (damage in the middle, a change of size, a clock that jumps back), the longest
+clean run is used, and `notes` says so.
 """
 
 import os
@@ -38,7 +38,7 @@ from titans_video.media.opening import (
 )
 
 __all__ = ["REASONS", "Colour", "Orientation", "Reason", "UnreadableMedia", "VideoInfo", "probe"]
-DECODE_UP_TO = 1_000_000_000  # pixels: some 2400 frames of 480p or 480 of 1080p, about two seconds on one core
+DECODE_UP_TO = 1_000_000_000  # pixels: about 2400 frames of 480p or 480 of 1080p, two seconds on one core
 
 _MATRICES: dict[int, Matrix] = {
     0: "rgb",
@@ -58,7 +58,7 @@ _PQ, _HLG = 16, 18
 
 @dataclass
 class _Packets:
-    """What the container says, undecoded."""
+    """The container's own description, without decoding."""
 
     container: str
     stream: int
@@ -68,7 +68,7 @@ class _Packets:
     guessed_rate: Fraction
     area: int
     videos: int
-    promised: int = 0  # frames, by the header; 0 where it does not say
+    promised: int = 0  # frames, by the header; 0 if the header has no count
     count: int = 0
     shown: list[int] = field(default_factory=list)  # timestamps of the packets to be shown, sorted
     keys: list[int] = field(default_factory=list)  # timestamps of key frames, sorted
@@ -88,7 +88,7 @@ class _Run:
 
 @dataclass
 class _Decoded:
-    """What decoding showed."""
+    """The result of decoding."""
 
     runs: list[_Run] = field(default_factory=list)
     count: int = 0
@@ -96,12 +96,12 @@ class _Decoded:
 
     @property
     def best(self) -> _Run:
-        """The run with most frames; of equals the larger picture, then the earlier."""
+        """The run with the most frames; if equal, the larger frame size, then the earlier run."""
         return max(self.runs, key=lambda run: (len(run.pts), run.first.width * run.first.height, -run.skip))
 
 
 def probe(path: Path | str, *, seconds: float = 60.0, decode_all: bool = False) -> VideoInfo:
-    """Everything a plan needs to know about a video file.
+    """Return everything about a video file that planning a clip needs.
 
     Args:
         path: a local file in any container and codec that FFmpeg reads.
@@ -115,13 +115,13 @@ def probe(path: Path | str, *, seconds: float = 60.0, decode_all: bool = False) 
     status = check_file(path)
     packets = _read_packets(path, deadline)
     if packets.count == 0:
-        raise UnreadableMedia("no-frames", path, "its video stream holds no frames.")
+        raise UnreadableMedia("no-frames", path, "its video stream has no frames.")
     whole = decode_all or bool(packets.oddities) or packets.count * packets.area <= DECODE_UP_TO
     decoded = _decode(path, deadline, frames=None if whole else 1)
     if not whole and (not decoded.runs or decoded.runs[0].pts[0] != packets.shown[0]):
         whole, decoded = True, _decode(path, deadline, frames=None)
     if not decoded.runs:
-        raise UnreadableMedia("damaged", path, f"not one of its {packets.count} frames decodes without damage.")
+        raise UnreadableMedia("damaged", path, f"none of its {packets.count} frames decodes without damage.")
     return _describe(path, status, packets, decoded, whole)
 
 
@@ -157,7 +157,7 @@ def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: D
                 continue
             found.count += 1
             if found.count == 1 and not packet.is_keyframe:
-                found.oddities.append("the first packet is no key frame")
+                found.oddities.append("the first packet is not a key frame")
             if packet.is_corrupt:
                 found.oddities.append("a packet is marked as corrupt")
             if packet.pts is None:
@@ -173,7 +173,7 @@ def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: D
 
 
 def _look_for_oddities(found: _Packets, promised_seconds: Fraction) -> None:
-    """Note whatever makes the packets' word not good enough."""
+    """Record every reason why the packets alone cannot be trusted."""
     found.shown.sort()
     found.keys.sort()
     if found.promised and found.promised != found.count:
@@ -189,7 +189,7 @@ def _look_for_oddities(found: _Packets, promised_seconds: Fraction) -> None:
 
 
 def _decode(path: Path, deadline: Deadline, frames: int | None) -> _Decoded:
-    """Decode (the first `frames` of) a file into runs of good frames."""
+    """Decode a file, or its first `frames` frames, into runs of good frames."""
     found = _Decoded()
     run: _Run | None = None
     with open_container(path, deadline) as container:
@@ -226,7 +226,7 @@ def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _D
         pts = packets.shown
     elif len(timed) == len(run.pts):
         pts = timed
-    else:  # a raw stream without a clock: its own rate is all there is
+    else:  # a raw stream without a clock: only its rate is known
         tick, pts = 1 / packets.guessed_rate, list(range(len(run.pts)))
     in_order = all(a < b for a, b in pairwise(pts))
     one_run = len(decoded.runs) == 1 and run.skip == 0 and set(pts) <= set(packets.shown)
@@ -272,30 +272,30 @@ def _notes(packets: _Packets, decoded: _Decoded, whole: bool) -> list[str]:
 
 
 def _pixel_aspect(ratio: Fraction | None) -> Fraction:
-    """Width over height of a pixel; 1 where none or nonsense is given."""
+    """Return width over height of a pixel; 1 if none or an implausible one is given."""
     return ratio if ratio and Fraction(1, 8) <= ratio <= 8 else Fraction(1)
 
 
 def _orientation(frame: VideoFrame, path: Path) -> Orientation:
-    """From the display matrix itself: nine 16.16 numbers (a b u, c d v, x y w), x' = a x + c y, y' = b x + d y."""
-    side_data: Any = frame.side_data  # a mapping by type, which its stubs call a mapping by name
+    """Read the display matrix: nine 16.16 numbers (a b u, c d v, x y w), x' = a x + c y, y' = b x + d y."""
+    side_data: Any = frame.side_data  # a mapping by type, but its stubs declare a mapping by name
     matrix = side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return Orientation()
     a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, turned) * 20 > max(straight, turned):
-        raise UnreadableMedia("tilted", path, "it is to be shown turned by an angle other than 90, 180 or 270 degrees.")
+        raise UnreadableMedia("tilted", path, "it is rotated by an angle other than 90, 180 or 270 degrees.")
     if turned > straight:
         return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
     return Orientation(flip_x=a < 0, flip_y=d < 0)
 
 
 def _colour(frame: VideoFrame, path: Path) -> Colour:
-    """How to read the frame's colours, with the usual guess where the file does not say.
+    """Return how to read the frame's colours, with the usual guess if the file does not say.
 
-    Unmarked pictures of high definition (the longer side 1280 or more, or the shorter over 576) are BT.709, others
-    BT.601: the players' rule, made blind to how the camera was held.
+    Unmarked high-definition video (longer side at least 1280, or shorter side above 576) is BT.709, other video BT.601.
+    This is the rule of players, made independent of the camera's orientation.
     """
     wide = frame.color_primaries == _BT2020
     if frame.format.is_rgb or frame.format.has_palette:
@@ -303,7 +303,7 @@ def _colour(frame: VideoFrame, path: Path) -> Colour:
     elif frame.colorspace != _UNSPECIFIED:
         if frame.colorspace not in _MATRICES:
             raise UnreadableMedia(
-                "unsupported-colour", path, f"its colour matrix (code {frame.colorspace}) is not known."
+                "unsupported-colour", path, f"its colour matrix (code {frame.colorspace}) is unknown."
             )
         matrix = _MATRICES[frame.colorspace]
     elif wide:

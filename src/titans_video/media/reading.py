@@ -1,8 +1,9 @@
-"""Read frames by timestamp: the frame on screen at each wanted time, and no other.
+"""Read frames by timestamp: exactly the frame on screen at each requested time.
 
-The reader jumps to the key frame before a wanted frame, decodes from there, and takes a frame only if its timestamp is
-exactly the one that the probe listed; if a jump does not lead there, it walks the file from its start. A file whose
-timestamps are no safe guide (doubled, jumping, missing) is always walked, and its frames are counted.
+The reader seeks to the key frame before a requested frame and decodes from there. It takes a frame only if its
+timestamp is exactly the one that the probe listed; if seeking does not lead there, it decodes the file from its start.
+A file with unreliable timestamps (doubled, jumping, missing) is always decoded from its start, and its frames are
+counted.
 """
 
 from bisect import bisect_right
@@ -19,7 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from titans_video.media.colour import FrameReader, Pixels, on_black
+from titans_video.media.colour import FrameReader, Pixels, cover_crop, on_black
 from titans_video.media.info import Seconds, VideoInfo
 from titans_video.media.opening import (
     Deadline,
@@ -29,14 +30,13 @@ from titans_video.media.opening import (
     use_one_thread,
     walk_frames,
 )
-from titans_video.media.resize import cover_crop
 
-# Decoders that can leave out frames which no other frame needs.
+# Decoders that can skip frames which no other frame needs.
 _CAN_SKIP = {"h264", "hevc", "mpeg2video", "mpeg4", "vvc"}
 
 
 def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, seconds: float = 120.0) -> Pixels:
-    """The frames on screen at the given times.
+    """Read the frames on screen at the given times.
 
     Args:
         path: the file that `info` was probed from.
@@ -45,16 +45,16 @@ def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, 
     Returns:
         uint8 (T, H, W, 3): RGB, upright, square pixels, `info.height` x `info.width`.
     Raises:
-        UnreadableMedia: the file is damaged, or no longer what was probed.
+        UnreadableMedia: the file is damaged, or has changed since it was probed.
     """
     return read_indices(path, info, info.indices_at(times), seconds=seconds)
 
 
 def read_indices(path: Path | str, info: VideoInfo, indices: Sequence[int], *, seconds: float = 120.0) -> Pixels:
-    """The frames with the given numbers (0 is the first). Otherwise as `read_frames`."""
+    """Read the frames with the given numbers (0 is the first). Otherwise as `read_frames`."""
     frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
-    for number, picture in iterate(path, info, indices, seconds=seconds):
-        frames[[i for i, wanted in enumerate(indices) if wanted == number]] = picture
+    for number, image in iterate(path, info, indices, seconds=seconds):
+        frames[[i for i, wanted in enumerate(indices) if wanted == number]] = image
     return frames
 
 
@@ -68,7 +68,7 @@ def read_clip(
     *,
     seconds: float = 120.0,
 ) -> Pixels:
-    """Frames by number, covered and cropped to a size one by one, so that large sources need little memory.
+    """Read frames by number; each is scaled and cropped as soon as it is decoded, so large sources need little memory.
 
     Args:
         crop: where to crop, (down, right), each 0..1; see `cover_crop`.
@@ -78,8 +78,8 @@ def read_clip(
         UnreadableMedia: as `read_frames`.
     """
     frames = np.empty((len(indices), height, width, 3), np.uint8)
-    for number, picture in iterate(path, info, indices, seconds=seconds):
-        resized = cover_crop(picture[None], height, width, crop)[0]
+    for number, image in iterate(path, info, indices, seconds=seconds):
+        resized = cover_crop(image[None], height, width, crop)[0]
         frames[[i for i, wanted in enumerate(indices) if wanted == number]] = resized
     return frames
 
@@ -87,10 +87,10 @@ def read_clip(
 def iterate(
     path: Path | str, info: VideoInfo, indices: Iterable[int], *, seconds: float = 120.0
 ) -> Iterator[tuple[int, Pixels]]:
-    """(number, uint8 (H, W, 3)) of each wanted frame once, in rising order.
+    """Yield (number, uint8 (H, W, 3)) for each requested frame once, in ascending order.
 
     Raises:
-        UnreadableMedia: a wanted frame is damaged or missing.
+        UnreadableMedia: a requested frame is damaged or missing.
         IndexError: a number is not in 0..`info.frames` - 1.
     """
     path = Path(path)
@@ -110,9 +110,7 @@ def iterate(
 def _same_stream(container: InputContainer, info: VideoInfo, path: Path) -> VideoStream:
     stream = container.streams[info.stream] if info.stream < len(container.streams) else None
     if not isinstance(stream, VideoStream) or stream.codec_context is None:
-        raise UnreadableMedia(
-            "changed", path, "it is another file than the one that was looked at; check the data again."
-        )
+        raise UnreadableMedia("changed", path, "the file was replaced after it was probed; run the data check again.")
     use_one_thread(stream)
     return stream
 
@@ -120,12 +118,12 @@ def _same_stream(container: InputContainer, info: VideoInfo, path: Path) -> Vide
 def _decode(
     container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Wanted frames in rising order, by jumps where the timestamps allow it, else from the file's start."""
-    for key, stretch in _stretches(info, wanted):
+    """Yield requested frames in ascending order, by seeking if the timestamps allow it, else from the file's start."""
+    for key, chunk in _chunks(info, wanted):
         if key > 0:
             container.seek(info.key_pts[key], stream=stream)
-        missing = list(stretch)
-        for number, frame in _pick(container, stream, info, stretch, deadline):
+        missing = list(chunk)
+        for number, frame in _pick(container, stream, info, chunk, deadline):
             missing.remove(number)
             yield number, frame
         if missing and key > 0:
@@ -138,55 +136,55 @@ def _decode(
             raise UnreadableMedia(
                 "damaged",
                 deadline.path,
-                f"frame {missing[0]} of {info.frames} does not decode any more; check the data again.",
+                f"frame {missing[0]} of {info.frames} no longer decodes; run the data check again.",
             )
 
 
-def _stretches(info: VideoInfo, wanted: list[int]) -> list[tuple[int, list[int]]]:
-    """Wanted numbers that one go of decoding gives, each with the number of the key frame to start from.
+def _chunks(info: VideoInfo, wanted: list[int]) -> list[tuple[int, list[int]]]:
+    """Group requested numbers that one decoding pass yields, each with the number of the key frame to start from.
 
-    A new stretch begins where at least one whole span between key frames holds nothing wanted.
+    A new chunk starts if at least one whole span between key frames has no requested frame.
     """
     if not info.key_pts:
         return [(0, wanted)]
-    stretches: list[tuple[int, list[int]]] = []
+    chunks: list[tuple[int, list[int]]] = []
     last = -2
     for number in wanted:
         needed = max(number - 1, 0) if info.interlaced else number
         key = max(bisect_right(info.key_pts, info.pts[needed]) - 1, 0)
         if key > last + 1:
-            stretches.append((key, []))
-        stretches[-1][1].append(number)
+            chunks.append((key, []))
+        chunks[-1][1].append(number)
         last = key
-    return stretches
+    return chunks
 
 
 def _pick(
     container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode from where the container stands; ends early at a wanted frame that is damaged or was passed."""
+    """Decode from the container's position; end early at a requested frame that is damaged or was passed."""
     remaining = set(wanted)
     last = wanted[-1]
     weaver = Deinterlacer(stream) if info.interlaced else None
     for number, frame, clean in _numbered(container, stream, info, wanted, deadline):
         if number in remaining and not clean:
             return
-        for done, picture in weaver.feed(number, frame) if weaver else [(number, frame)]:
+        for done, image in weaver.feed(number, frame) if weaver else [(number, frame)]:
             if done in remaining:
                 remaining.discard(done)
-                yield done, picture
+                yield done, image
         if not remaining or number > last + 1:
             return
     if weaver:
-        for done, picture in weaver.finish():
+        for done, image in weaver.finish():
             if done in remaining:
-                yield done, picture
+                yield done, image
 
 
 def _numbered(
     container: InputContainer, stream: VideoStream, info: VideoInfo, wanted: list[int], deadline: Deadline
 ) -> Iterator[tuple[int, VideoFrame, bool]]:
-    """Decoded frames with their numbers: found by timestamp, or counted where timestamps are no guide."""
+    """Yield decoded frames with their numbers: looked up by timestamp, or counted if timestamps are unreliable."""
     if not info.key_pts:
         for count, (frame, clean) in enumerate(walk_frames(container, stream, deadline)):
             yield count - info.skip, frame, clean
@@ -204,12 +202,12 @@ def _numbered(
 
 
 def read_image(path: Path | str) -> Pixels:
-    """A picture.
+    """Read an image file.
 
     Returns:
-        uint8 (H, W, 3): RGB, turned as its EXIF orientation says, what is transparent black.
+        uint8 (H, W, 3): RGB, turned as its EXIF orientation says, black where transparent.
     Raises:
-        UnreadableMedia: it is missing, no picture, or damaged.
+        UnreadableMedia: it is missing, not an image, or damaged.
     """
     path = Path(path)
     check_file(path)
@@ -218,9 +216,9 @@ def read_image(path: Path | str) -> Pixels:
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UnreadableMedia("not-an-image", path, f"this is no picture that Pillow reads ({error}).") from error
+        raise UnreadableMedia("not-an-image", path, f"this is not an image that Pillow reads ({error}).") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UnreadableMedia("damaged", path, f"the picture is damaged ({error}).") from error
+        raise UnreadableMedia("damaged", path, f"the image is damaged ({error}).") from error
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
@@ -230,10 +228,10 @@ def read_image(path: Path | str) -> Pixels:
 
 
 class Deinterlacer:
-    """Weaves the fields of each frame using the frame before and the one after it.
+    """Deinterlace each frame using the frame before and the frame after it.
 
-    It answers one frame late, in the order it was fed. A frame's picture therefore depends on its two neighbours and on
-    nothing else: a reader that starts one frame early gets what a reader from the start of the file gets.
+    The output is one frame late, in input order. Each output frame depends on its two neighbours only: a reader that
+    starts one frame early gets the same frames as a reader from the start of the file.
     """
 
     def __init__(self, stream: VideoStream) -> None:
@@ -242,7 +240,7 @@ class Deinterlacer:
         self._waiting: deque[int] = deque()
 
     def feed(self, number: int, frame: VideoFrame) -> Iterator[tuple[int, VideoFrame]]:
-        """Take a frame, give back those that are finished, each with its number."""
+        """Add a frame; yield the finished frames with their numbers."""
         if self._graph is None:
             self._graph = self._build(frame)
         self._waiting.append(number)
@@ -250,7 +248,7 @@ class Deinterlacer:
         yield from self._finished()
 
     def finish(self) -> Iterator[tuple[int, VideoFrame]]:
-        """The frames still held back."""
+        """Yield the remaining frames."""
         if self._graph is not None:
             self._graph.vpush(None)
             yield from self._finished()

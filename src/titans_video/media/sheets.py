@@ -1,20 +1,19 @@
-"""Contact sheets: clips as rows of frames with their captions, in one PNG to look at."""
+"""Contact sheets: clips as rows of frames with their captions, in one PNG."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from titans_video.checkpoint import atomic_path
 from titans_video.media.colour import Pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_PAPER, _INK, _FAINT = (250, 250, 248), (28, 28, 30), (120, 120, 124)
-_SMALLEST, _LARGEST = 96, 240  # pixels: frames are enlarged to and reduced to heights about these
+_PAPER, _INK = (250, 250, 248), (28, 28, 30)
+_SMALLEST, _LARGEST = 96, 240  # pixels: smaller heights are enlarged to the first, longer sides reduced to the second
 _MARGIN, _GAP, _BETWEEN = 20, 2, 14
 _CAPTION, _TITLE = 15, 20
 _MOST_LINES = 2
@@ -40,14 +39,15 @@ def contact_sheet(
 ) -> Path:
     """Lay clips out as strips of frames, each under its caption.
 
-    Small clips are enlarged by whole numbers without smoothing, so that their pixels are seen; large ones are reduced.
+    Small clips are enlarged by whole numbers without smoothing, so that their pixels are visible; large ones are
+    reduced.
 
     Args:
-        path: of the PNG; its folder is made.
+        path: of the PNG; its folder is created.
         clips: each uint8 (T, H, W, 3); sizes and lengths may differ.
-        captions: one a clip; wrapped to two lines, then cut with an ellipsis.
-        columns: strips side by side.
-        frames: of each clip at most, evenly spread from the first to the last.
+        captions: one per clip, wrapped to two lines, then cut with an ellipsis.
+        columns: strips per row.
+        frames: at most this many per clip, evenly spread from the first to the last.
     Returns:
         The path.
     """
@@ -82,40 +82,42 @@ def contact_sheet(
                 draw.text((x, first_line + k * line), text, fill=_INK, font=font)
             sheet.paste(strips[i], (x, y + text_height))
         y += height + _BETWEEN
-    return _save(sheet, Path(path))
+    with atomic_path(Path(path)) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+    return Path(path)
 
 
 def frames_strip(clip: Pixels, frames: int = 8) -> Image.Image:
-    """At most `frames` frames of a clip side by side, at a size that can be looked at.
+    """Return at most `frames` frames of a clip next to each other, at a viewable size.
 
     Args:
         clip: uint8 (T, H, W, 3).
     """
     count = min(frames, len(clip))
     picked = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
-    pictures = [_sized(Image.fromarray(clip[i])) for i in picked]
-    width, height = pictures[0].size
-    strip = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), _PAPER)
-    for k, picture in enumerate(pictures):
-        strip.paste(picture, (k * (width + _GAP), 0))
+    images = [_sized(Image.fromarray(clip[i])) for i in picked]
+    width, height = images[0].size
+    strip = Image.new("RGB", (len(images) * (width + _GAP) - _GAP, height), _PAPER)
+    for k, image in enumerate(images):
+        strip.paste(image, (k * (width + _GAP), 0))
     return strip
 
 
-def _sized(picture: Image.Image) -> Image.Image:
-    """Enlarged by a whole number, or reduced with antialiasing; the longer side counts when reducing."""
-    width, height = picture.size
+def _sized(image: Image.Image) -> Image.Image:
+    """Enlarge by a whole number, or reduce with antialiasing so that the longer side fits."""
+    width, height = image.size
     if height < _SMALLEST:
         times = max(1, min(-(-_SMALLEST // height), 3 * _LARGEST // width))
-        return picture.resize((width * times, height * times), Image.Resampling.NEAREST)
+        return image.resize((width * times, height * times), Image.Resampling.NEAREST)
     scale = min(1.0, _LARGEST / max(width, height))
     if scale == 1.0:
-        return picture
+        return image
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _font(size: int, texts: Sequence[str]) -> Font:
-    """Pillow's own font, or for texts with Chinese, Japanese or Korean the first font for them that the system has."""
+    """Return Pillow's own font, or for Chinese, Japanese or Korean texts the first suitable font of the system."""
     if any("\u2e80" <= letter <= "\uffef" for text in texts for letter in text):
         for name in _EASTERN_FONTS:
             try:
@@ -131,7 +133,7 @@ def _line_height(font: Font) -> int:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """At most `_MOST_LINES` lines no wider than `width`; the last ends in an ellipsis if more was to come."""
+    """Wrap to at most `_MOST_LINES` lines of `width`; the last ends in an ellipsis if text is missing."""
     rest = " ".join(text.split())
     lines: list[str] = []
     while len(lines) < _MOST_LINES - 1 and (fits := _letters_that_fit(rest, font, width)) < len(rest):
@@ -143,7 +145,7 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _fit(text: str, font: Font, width: int) -> str:
-    """The text, or its beginning with an ellipsis, in one line."""
+    """Return the text in one line, shortened with an ellipsis if it is too wide."""
     fits = _letters_that_fit(text, font, width)
     if fits == len(text):
         return text
@@ -151,16 +153,5 @@ def _fit(text: str, font: Font, width: int) -> str:
 
 
 def _letters_that_fit(text: str, font: Font, width: int) -> int:
-    """How many letters from the start are no wider than `width`."""
+    """Return how many letters from the start fit into `width`."""
     return bisect_right(range(1, len(text) + 1), width, key=lambda count: ceil(font.getlength(text[:count])))
-
-
-def _save(sheet: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        sheet.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,4 +1,4 @@
-"""Clips that are written while they are made: in constant memory, and playable at every moment.
+"""Write a clip while it is being made: in constant memory, and playable at any moment.
 
 Legend: T frames, H W pixel height and width.
 """
@@ -11,6 +11,7 @@ from typing import Self
 import av
 import numpy as np
 
+from titans_video.checkpoint import atomic_path
 from titans_video.errors import UserError
 from titans_video.media.colour import Pixels
 from titans_video.media.writing import (
@@ -18,7 +19,6 @@ from titans_video.media.writing import (
     Metadata,
     Written,
     as_comment,
-    beside,
     check_frames,
     clock,
     configure,
@@ -31,23 +31,23 @@ from titans_video.media.writing import (
 
 
 class Sink:
-    """Where the frames of one clip go, in order. Leaving a `with` block closes it; an exception abandons it."""
+    """The target of the frames of one clip, in order. Leaving a `with` block closes it; an exception abandons it."""
 
     def write(self, frames: Pixels) -> None:
-        """Add a stretch of frames, uint8 (T, H, W, 3)."""
+        """Add a chunk of frames, uint8 (T, H, W, 3)."""
         raise NotImplementedError
 
     def close(self) -> Written:
-        """All frames were added: put the clip in its place."""
+        """Finish the clip and move it to its path."""
         raise NotImplementedError
 
     def abandon(self) -> None:
-        """Stop without a clip in its place."""
+        """Stop without writing the clip to its path."""
         raise NotImplementedError
 
     @property
     def written(self) -> Written:
-        """What lies in its place, once closed."""
+        """The finished clip, once closed."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -63,19 +63,19 @@ class Sink:
 
 
 class StreamWriter(Sink):
-    """An mp4 that grows by stretches of frames and can be watched at any time.
+    """Write an mp4 chunk by chunk; it can be watched at any time.
 
-    Frames go into `<name>.partial.mp4` beside the path: a fragmented mp4 of which all frames but one are on disk when
-    `write` returns, so that a killed run leaves it playable. `close` copies its packets (nothing is encoded again)
-    into an ordinary mp4 with the index first, which then takes the path's place; until then what was there stays.
-    An exception leaves the partial file, with all its frames. Memory does not grow with the length.
+    Frames go into `<name>.partial.mp4` next to the path. This is a fragmented mp4 of which all frames but one are on
+    disk when `write` returns, so a killed run leaves a playable file. `close` copies its packets (nothing is encoded
+    again) into an ordinary mp4 with the index first, and renames that to the path; until then an existing file is
+    unchanged. After an exception the partial file remains, with all its frames. Memory does not grow with the length.
 
-    Each `write` is encoded on its own and begins with a key frame, so give it stretches (a window, a segment) and not
-    single frames. Otherwise the file is as `media.writing.VideoWriter` makes it.
+    Each `write` is encoded separately and starts with a key frame, so write chunks (a window, a segment) and not single
+    frames. Otherwise the file equals one of `media.writing.VideoWriter`.
 
     Args:
         path: ends in .mp4.
-        height, width: of the frames to come.
+        height, width: of the frames.
         fps, crf, metadata: see `media.writing.write_video`.
     Raises:
         UserError: a bad path or rate; on `close`, no frames.
@@ -100,7 +100,7 @@ class StreamWriter(Sink):
         self.count = 0
         self._open = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One fragment a frame, each written through at once; times begin at 0.
+        # One fragment per frame, each written to disk at once; times start at 0.
         options = {"movflags": "+frag_every_frame+empty_moov+default_base_moof+negative_cts_offsets"}
         options |= {"flush_packets": "1", **clock(self.rate)}
         self._container = av.open(str(self.partial), "w", format="mp4", options=options)
@@ -112,9 +112,9 @@ class StreamWriter(Sink):
         self._container.start_encoding()
 
     def write(self, frames: Pixels) -> None:
-        """Add a stretch of frames, uint8 (T, H, W, 3)."""
+        """Add a chunk of frames, uint8 (T, H, W, 3)."""
         check_frames(frames, self.height, self.width)
-        # An encoder looks many frames ahead; one of its own for each stretch holds nothing back.
+        # An encoder looks many frames ahead; with one encoder per chunk no frame is kept back.
         encoder = av.CodecContext.create(CODEC, "w")
         self._configure(encoder)
         encoder.flags |= av.codec.context.Flags.global_header
@@ -125,17 +125,17 @@ class StreamWriter(Sink):
             self._mux(encoder.encode(None))
 
     def close(self) -> Written:
-        """Put the clip in its place."""
+        """Move the finished clip to its path."""
         self.abandon()
         if self.count == 0:
             raise UserError(f"{self.path}: there is no frame to write.")
-        with beside(self.path) as temporary:
+        with atomic_path(self.path) as temporary:
             self._copy_to(temporary)
         self.partial.unlink(missing_ok=True)
         return self.written
 
     def abandon(self) -> None:
-        """Stop here: what was written stays as the partial file."""
+        """Stop here; the frames written so far remain as the partial file."""
         if self._open:
             self._open = False
             self._container.close()
@@ -144,7 +144,7 @@ class StreamWriter(Sink):
 
     @property
     def written(self) -> Written:
-        """What there is so far."""
+        """The clip so far."""
         down, right = self.padded
         return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
 
@@ -158,20 +158,20 @@ class StreamWriter(Sink):
             self._container.mux_one(packet)
 
     def _copy_to(self, place: Path) -> None:
-        """The partial file's packets in a file with its index first."""
+        """Copy the partial file's packets into a file with its index first."""
         options = {"movflags": "+faststart", **clock(self.rate)}
         with av.open(str(self.partial)) as source, av.open(str(place), "w", format="mp4", options=options) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             if self.metadata is not None:
                 target.metadata["comment"] = as_comment(self.metadata)
             for packet in source.demux(video=0):
-                if packet.dts is not None:  # the last one only says that there are no more
+                if packet.dts is not None:  # the last one only marks the end
                     packet.stream = stream
                     target.mux_one(packet)
 
 
 class WholeWriter(Sink):
-    """A gif or a folder of PNGs: neither can be watched before it is whole, so the frames wait in memory as bytes.
+    """Write a gif or a folder of PNGs. Both can only be written as a whole, so the frames are kept in memory as bytes.
 
     Args: as `StreamWriter`.
     """
@@ -193,12 +193,12 @@ class WholeWriter(Sink):
         return self._written
 
     def abandon(self) -> None:
-        """Forget the frames."""
+        """Discard the frames."""
         self._frames.clear()
 
     @property
     def written(self) -> Written:
-        """What was written."""
+        """The finished clip."""
         if self._written is None:
             raise ValueError(f"{self.path} is not closed yet")
         return self._written
@@ -213,12 +213,12 @@ def open_sink(
     crf: int = 16,
     metadata: Metadata | None = None,
 ) -> Sink:
-    """What writes a clip to `path`, by its suffix (see `media.writing.output_kind`): an mp4 in constant memory."""
+    """Open the writer for `path` by its suffix (see `media.writing.output_kind`); an mp4 needs constant memory."""
     if output_kind(path) == "mp4":
         return StreamWriter(path, height, width, fps, crf=crf, metadata=metadata)
     return WholeWriter(path, fps, metadata)
 
 
 def partial_path(path: Path) -> Path:
-    """Where a clip lies while it is being written."""
+    """Return the path of a clip while it is being written."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")

@@ -1,13 +1,13 @@
-"""Write clips that play everywhere: mp4 (H.264), gif, or a folder of PNGs.
+"""Write clips in formats that play everywhere: mp4 (H.264), gif, or a folder of PNGs.
 
-Everything is written beside its place and moved there when whole: an interrupted write leaves nothing behind.
+Every file is written under a temporary name in the same folder and renamed when complete: an interrupted write leaves
+nothing behind.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,18 +21,19 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
-from titans_video.errors import ConfigError, UserError
+from titans_video.checkpoint import atomic_path
+from titans_video.errors import UserError
 from titans_video.media.colour import ACCURATE, Pixels
 
 Kind = Literal["mp4", "gif", "png"]
 Metadata = dict[str, Any]
-_GIF_TICKS = 100  # a second; GIF knows no finer time
-GIF_FASTEST = 50  # frames a second; browsers slow down anything faster to 10
+_GIF_TICKS = 100  # per second; GIF has no finer time
+GIF_FASTEST = 50  # frames per second; browsers slow anything faster down to 10
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """Describe a written clip.
 
     Attributes:
         path: the file, or the folder of PNGs.
@@ -50,7 +51,7 @@ class Written:
 
     @property
     def note(self) -> str:
-        """What the person should know, or nothing."""
+        """A message for the user, or an empty text."""
         down, right = self.padded
         if not (down or right):
             return ""
@@ -61,11 +62,11 @@ class Written:
 
 
 def output_kind(path: Path | str) -> Kind:
-    """What a path asks for, by its suffix; call it before hours of work.
+    """Return the format of a path by its suffix; call it before hours of work.
 
     Raises:
-        UserError: the suffix is none of .mp4, .gif and no suffix at all (a folder of PNGs), or the place is taken by
-            something that must not be replaced.
+        UserError: the suffix is none of .mp4, .gif and no suffix at all (a folder of PNGs), or the path exists and must
+            not be replaced.
     """
     path = Path(path)
     kinds: dict[str, Kind] = {".mp4": "mp4", ".gif": "gif", "": "png"}
@@ -79,7 +80,7 @@ def output_kind(path: Path | str) -> Kind:
         raise UserError(f"{path}: this is a folder; give the name of a file in it, such as {path / 'video'}.{kind}.")
     if kind == "png" and path.exists() and not (path.is_dir() and all(map(_is_our_frame, path.iterdir()))):
         raise UserError(
-            f"{path}: there is something else than a folder of frames written before. Give the name of a new folder, "
+            f"{path}: this exists and is not a folder of frames written before. Give the name of a new folder, "
             "or one that ends in .mp4 or .gif for a file."
         )
     return kind
@@ -93,11 +94,12 @@ def write_video(
     Args:
         path: .mp4, .gif, or without a suffix for a folder `frame_00000.png`, ...
         frames: uint8 (T, H, W, 3), RGB.
-        fps: frames a second; 23.976 and its like become 24000/1001.
+        fps: frames per second; 23.976 and similar rates become 24000/1001 etc.
         crf: H.264's quality, 0 (lossless) to 51.
-        metadata: what the clip is; JSON in an mp4's comment, `metadata.json` in a folder; a gif has no room for it.
+        metadata: description of the clip: JSON in an mp4's comment, `metadata.json` in a folder; a gif has no field for
+            it.
     Returns:
-        What was written, with `.note` to be shown.
+        What was written; show its `.note`.
     Raises:
         UserError: no frames, a bad rate, or a path that `output_kind` refuses.
     """
@@ -119,17 +121,17 @@ def write_video(
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """A rate as the fraction that is meant: 23.976 is 24000/1001, 29.97 is 30000/1001, 12.5 is 25/2.
+    """Return the intended rate as a fraction: 23.976 is 24000/1001, 29.97 is 30000/1001, 12.5 is 25/2.
 
     Raises:
-        UserError: it is not over 0 and at most 1000.
+        UserError: it is not above 0 and at most 1000.
     """
     try:
         rate = Fraction(fps)
     except (ValueError, OverflowError):
         rate = Fraction(0)
     if not 0 < rate <= 1000:
-        raise UserError(f"a rate of {fps} frames a second cannot be written; it must be over 0 and at most 1000.")
+        raise UserError(f"A rate of {fps} frames per second cannot be written; it must be above 0 and at most 1000.")
     if isinstance(fps, Fraction) and fps.denominator <= 10**6:
         return fps
     for whole in (24, 30, 48, 60, 120, 240):
@@ -140,14 +142,14 @@ def exact_rate(fps: float | Fraction) -> Fraction:
 
 
 class VideoWriter:
-    """An mp4 that grows frame by frame: H.264, yuv420p, BT.709 limited range, index first.
+    """Write an mp4 frame by frame: H.264, yuv420p, BT.709 limited range, index first.
 
-    Use as a context manager; the file appears under its name when the block ends without an exception. Odd sizes are
+    Use it as a context manager; the file appears under its name when the block ends without an exception. Odd sizes are
     padded to even ones by repeating the last row and column.
 
     Args:
         path: ends in .mp4.
-        height, width: of the frames to come.
+        height, width: of the frames.
         fps, crf, metadata: see `write_video`.
     Raises:
         UserError: a bad path or rate.
@@ -171,7 +173,7 @@ class VideoWriter:
         self.count = 0
 
     def __enter__(self) -> Self:
-        self._place = beside(self.path)
+        self._place = atomic_path(self.path)
         temporary = self._place.__enter__()
         try:
             options = {"movflags": "+faststart", **clock(self.rate)}
@@ -210,46 +212,36 @@ class VideoWriter:
 
     @property
     def written(self) -> Written:
-        """What there is so far."""
+        """The clip so far."""
         down, right = self.padded
         return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
 
 
 def check_frames(frames: Pixels, height: int, width: int) -> None:
-    """Raises ValueError unless these are uint8 (T, height, width, 3)."""
+    """Check that frames are uint8 (T, height, width, 3).
+
+    Raises:
+        ValueError: they are not.
+    """
     if frames.shape[1:] != (height, width, 3) or frames.dtype != np.uint8:
         raise ValueError(f"expected uint8 (T, {height}, {width}, 3), got {frames.dtype} {frames.shape}")
 
 
 def as_comment(metadata: Metadata) -> str:
-    """What the clip is, as an mp4's comment holds it."""
+    """Return the metadata as an mp4's comment."""
     return json.dumps(metadata, ensure_ascii=False)
 
 
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, moved to `path` at the end, removed if anything goes wrong."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_gif(path: Path, frames: Pixels, rate: Fraction) -> None:
-    """A looping GIF with one palette; times are rounded to hundredths of a second so that the whole keeps time."""
+    """Write a looping GIF with one palette; times are rounded to hundredths of a second without accumulating errors."""
     if rate > GIF_FASTEST:
         raise UserError(
-            f"{path}: a gif holds at most {GIF_FASTEST} frames a second, not {float(rate):g}; write an .mp4."
+            f"{path}: a gif can have at most {GIF_FASTEST} frames per second, not {float(rate):g}; write an .mp4."
         )
     height, width = frames.shape[1:3]
     shown_at = [round(number * _GIF_TICKS / rate) for number in range(len(frames) + 1)]
     options = {"loop": "0", "final_delay": str(shown_at[-1] - shown_at[-2])}
-    with beside(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="gif", options=options) as container:
         stream = container.add_stream("gif", rate=_GIF_TICKS)
         stream.height, stream.width, stream.pix_fmt = height, width, "pal8"
         stream.time_base = Fraction(1, _GIF_TICKS)
@@ -272,8 +264,8 @@ def _with_palette(frames: Pixels) -> Iterator[VideoFrame]:
     split.link_to(use, 1, 0)
     use.link_to(graph.add("buffersink"))
     graph.configure()
-    for number, picture in enumerate(frames):
-        frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    for number, image in enumerate(frames):
+        frame = VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame.pts, frame.time_base = number, Fraction(1, 1)
         graph.push(frame)
     graph.push(None)
@@ -285,8 +277,8 @@ def _write_pngs(path: Path, frames: Pixels, rate: Fraction, metadata: Metadata |
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     try:
-        for number, picture in enumerate(frames):
-            Image.fromarray(picture).save(temporary / f"frame_{number:05d}.png")
+        for number, image in enumerate(frames):
+            Image.fromarray(image).save(temporary / f"frame_{number:05d}.png")
         about = {"fps": str(rate), **(metadata or {})}
         (temporary / "metadata.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
         if path.exists():
@@ -309,7 +301,7 @@ _BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer 
 
 
 def clock(rate: Fraction) -> dict[str, str]:
-    """Options of an mp4 whose track and movie share a clock in which a frame is a whole number of ticks.
+    """Return the options of an mp4 whose track and movie share a clock in which a frame is a whole number of ticks.
 
     With the usual milliseconds the edit list is rounded and may cut off the last frame.
     """
@@ -318,39 +310,39 @@ def clock(rate: Fraction) -> dict[str, str]:
 
 
 def configure(context: Any, height: int, width: int, rate: Fraction, crf: int) -> None:
-    """Set an encoder (or a stream, which hands it on) up for frames of an even size.
+    """Configure an encoder (or a stream, which forwards the values) for frames of an even size.
 
     Args:
         context: PyAV's codec context, not open yet.
-        height, width, rate: of the frames to come.
+        height, width, rate: of the frames.
         crf: quality, 0 (lossless) to 51.
     """
     context.height, context.width = height, width
     context.pix_fmt, context.time_base, context.framerate = "yuv420p", 1 / rate, rate
-    # Without macroblock trees, which make x264 read what it did not write: equal frames give equal files.
+    # No macroblock trees: with them x264 reads uninitialised memory. Without them equal frames give equal files.
     context.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
     context.colorspace = context.color_primaries = context.color_trc = _BT709
     context.color_range = ColorRange.MPEG
 
 
 def padding(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns that make a size even, 0 or 1 each."""
+    """Return the rows and columns that make a size even, 0 or 1 each."""
     return height % 2, width % 2
 
 
 def to_yuv(frames: Pixels, first: int, rate: Fraction) -> Iterator[VideoFrame]:
-    """Frames for the encoder, numbered from `first`; odd sizes are padded by repeating the last row and column.
+    """Yield frames for the encoder, numbered from `first`; odd sizes are padded by repeating the last row and column.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
     """
     scaler = VideoReformatter()
     down, right = padding(*frames.shape[1:3])
-    for number, picture in enumerate(frames, first):
+    for number, image in enumerate(frames, first):
         if down or right:
-            picture = np.pad(picture, ((0, down), (0, right), (0, 0)), mode="edge")
+            image = np.pad(image, ((0, down), (0, right), (0, 0)), mode="edge")
         frame = scaler.reformat(
-            VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"),
+            VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"),
             format="yuv420p",
             src_color_range=ColorRange.JPEG,
             dst_colorspace=Colorspace.ITU709,
@@ -362,20 +354,3 @@ def to_yuv(frames: Pixels, first: int, rate: Fraction) -> Iterator[VideoFrame]:
         frame.color_range = ColorRange.MPEG
         frame.pts, frame.time_base = number, 1 / rate
         yield frame
-
-
-def check_out(out: str) -> Path:
-    """The path of `--out`, refused before anything slow is done.
-
-    Raises:
-        ConfigError: a suffix that is not written, or a place that is taken or cannot be written to.
-    """
-    path = Path(out)
-    try:
-        output_kind(path)
-    except UserError as e:
-        raise ConfigError(f"--out {e}") from None
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--out {out}: {parent} is not a folder that can be written to.")
-    return path

@@ -1,1 +1,1 @@
-"""The procedural world of moving shapes: its clips, its analyser, its data set (floor L1)."""
+"""The procedural world of moving shapes: its clips, its analyser, its data set (layer 1)."""

@@ -1,9 +1,11 @@
-"""Read a clip of the mock world back: colour, shape and direction, each a word or "unknown". Deterministic, numpy only.
+"""Read clips of the mock world back: colour, shape and direction, each a word or "unknown"; and the joins of a video.
 
-A pixel's presence is how far it stands from the ground, as a share of how far the paint does; everything that is not
-ground counts, whatever its colour, so that confetti, ghosts and half-faded parts lower the overlap with a template.
+The presence of a pixel is its distance from the background colour, relative to that of the object's colour. Everything
+that is not background counts, whatever its colour, so noise, ghosts and half-faded parts lower the overlap with a
+template. A join of a long video of the bouncing world is right if the same object continues on a path that it could
+take. Everything is deterministic.
 
-Legend: T frames, H W pixel height and width.
+Legend: T frames, H W pixel height and width, K frames on either side of a join.
 """
 
 from collections.abc import Sequence
@@ -11,31 +13,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titans_video.mock.bounce import SPEED, bounce, free_way
+from titans_video.mock.dataset import SPEED, bounce, free_way
 from titans_video.mock.world import AREA, COLOURS, DIRECTIONS, SHAPES, coverage
 
 UNKNOWN = "unknown"
 
 NEAREST_OVERLAP = 0.5
-"""Below this mean overlap with even the best template there is no shape."""
+"""If the mean overlap with the best template is below this, there is no shape."""
 
 STRICT_OVERLAP = 0.8
-"""A shape is right in the strict sense from this mean overlap on; true clips lie above it (see the tests)."""
+"""A shape is correct in the strict sense from this mean overlap on; true clips are above it (see the tests)."""
 
 _DEAD_ZONE = 0.15  # presence below this is compression or sampling noise
-_DARK = 80  # brightest channel that still is a dark ground
-_AREA_SHARE = (0.01, 0.4)  # of the frame, where an object is believed to be one
-_COLOUR_DISTANCE = 0.35  # from the paint, as a share of the paint's distance from the ground
-_COLOUR_VOTES = 0.7  # share of the object's pixels nearest to the colour
-_FRAMES_THERE = 0.75  # least share of the frames with an object in them
-_TRAVEL = 0.09  # least way gone over the clip, as a share of the frame's side
-_ACROSS = 0.5  # most movement across, as a share of the movement along
-_FORWARD_STEPS = 0.7  # share of the frame-to-frame steps that go forwards
+_DARK = 80  # the brightest channel of a background that still counts as dark
+_AREA_SHARE = (0.01, 0.4)  # of the frame: plausible areas of an object
+_COLOUR_DISTANCE = 0.35  # from the palette colour, as a share of that colour's distance from the background
+_COLOUR_VOTES = 0.7  # share of the object's pixels that are nearest to the colour
+_FRAMES_THERE = 0.75  # smallest share of the frames that contain an object
+_TRAVEL = 0.09  # smallest distance over the clip, as a share of the frame's side
+_ACROSS = 0.5  # largest movement across, as a share of the movement along
+_FORWARD_STEPS = 0.7  # share of the frame-to-frame steps that go forward
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows.
+    """The content of a clip.
 
     Attributes:
         colour, shape, direction: words of the world, or "unknown"; shape is that of the nearest template.
@@ -49,7 +51,7 @@ class Reading:
 
     @property
     def strict_shape(self) -> str:
-        """The shape where the overlap reaches STRICT_OVERLAP, else "unknown"."""
+        """The shape if the overlap is at least STRICT_OVERLAP, else "unknown"."""
         return self.shape if self.overlap >= STRICT_OVERLAP else UNKNOWN
 
 
@@ -67,8 +69,8 @@ def analyse(frames: np.ndarray) -> Reading:
     return Reading(scene.colour, shape, _direction(centres, min(frames.shape[1:3])), overlap)
 
 
-def place(frames: np.ndarray) -> np.ndarray:
-    """Where the object is.
+def object_centres(frames: np.ndarray) -> np.ndarray:
+    """Return the position of the object.
 
     Args:
         frames: uint8 RGB (T, H, W, 3).
@@ -80,7 +82,7 @@ def place(frames: np.ndarray) -> np.ndarray:
 
 
 def object_radius(frames: np.ndarray, shape: str) -> float:
-    """The radius in pixels of an object of that shape, from its median area; NaN without one.
+    """Return the radius in pixels of an object of that shape from its median area; NaN without one.
 
     Args:
         frames: uint8 RGB (T, H, W, 3).
@@ -93,14 +95,14 @@ def object_radius(frames: np.ndarray, shape: str) -> float:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A clip taken apart: the object's colour and `presence` float32 (T, H, W), 0 on the ground and 1 on the paint."""
+    """The object's colour, and `presence` float32 (T, H, W): 0 on the background and 1 on the object."""
 
     colour: str
     presence: np.ndarray
 
     @classmethod
     def of(cls, frames: np.ndarray) -> "_Scene | None":
-        """None where the ground is not dark or nothing stands out from it."""
+        """Return None if the background is not dark or nothing differs from it."""
         pixels = frames.astype(np.float32)
         ground = np.median(pixels.reshape(-1, 3), axis=0)
         if ground.max() > _DARK:
@@ -124,7 +126,7 @@ class _Scene:
 
 
 def _centroids(presence: np.ndarray) -> np.ndarray:
-    """(T, 2) x and y; NaN where the area is not that of an object."""
+    """Return (T, 2) x and y; NaN where the area is not plausible for an object."""
     _, height, width = presence.shape
     area = presence.sum(axis=(1, 2))
     x = (presence.sum(axis=1) @ (np.arange(width) + 0.5)) / np.maximum(area, 1e-6)
@@ -135,25 +137,27 @@ def _centroids(presence: np.ndarray) -> np.ndarray:
 
 
 def _shape(presence: np.ndarray, centres: np.ndarray) -> tuple[str, float]:
-    """The nearest template, centred and scaled to the same area in each frame, and its mean overlap over all frames."""
+    """Return the nearest template, centred and scaled to the same area in each frame, and its mean overlap over all
+    frames.
+    """
     frames, height, width = presence.shape
     there = ~np.isnan(centres[:, 0])
     if not there.any():
         return UNKNOWN, 0.0
-    seen = presence[there]
-    area = seen.sum(axis=(1, 2))
+    visible = presence[there]
+    area = visible.sum(axis=(1, 2))
     overlaps = {}
     for shape in SHAPES:
         template = coverage(shape, centres[there], np.sqrt(area / AREA[shape]), height, width)
-        both = np.minimum(seen, template).sum(axis=(1, 2))
-        either = np.maximum(seen, template).sum(axis=(1, 2))
+        both = np.minimum(visible, template).sum(axis=(1, 2))
+        either = np.maximum(visible, template).sum(axis=(1, 2))
         overlaps[shape] = float((both / either).sum() / frames)
     best = max(overlaps, key=overlaps.__getitem__)
     return (best if overlaps[best] >= NEAREST_OVERLAP else UNKNOWN), overlaps[best]
 
 
 def _direction(centres: np.ndarray, side: int) -> str:
-    """The direction of a steady movement: far enough, straight enough, and forwards in most steps."""
+    """Return the direction of a steady movement: far enough, straight enough, and forward in most steps."""
     there = ~np.isnan(centres[:, 0])
     if there.mean() < _FRAMES_THERE or there.sum() < 2:
         return UNKNOWN
@@ -172,20 +176,21 @@ SIDE_FRAMES = 8
 """K: frames that are read on either side of a join."""
 
 NEAR = 0.75 / 32
-"""How far a place may lie from the best path, as a share of the side: 0.75 px of 32. True clips stay within 0.2 px."""
+"""Largest distance from the best path, as a share of the side: 0.75 px of 32. True clips stay within 0.2 px."""
 
-_SPEEDS = (0.5 * SPEED[0], 1.5 * SPEED[1])  # what is still believed to be the world's motion
+_SPEEDS = (0.5 * SPEED[0], 1.5 * SPEED[1])  # speeds that are still plausible for this world
 _GRID = 64
 
 
 @dataclass(frozen=True)
 class Join:
-    """One join, as it was read.
+    """One join of a video.
 
     Attributes:
         edge: number of the first frame after it.
         colour, shape: (before, after) it; words of the world or "unknown"; shape in the strict sense.
-        miss: the farthest that a place within K frames lies from the best path, in pixels; inf where there is none.
+        miss: the largest distance of a position within K frames from the best path, in pixels; inf if there is none.
+        side: of the frame, in pixels.
     """
 
     edge: int
@@ -196,7 +201,7 @@ class Join:
 
     @property
     def same(self) -> bool:
-        """The same colour and shape before and after."""
+        """The same known colour and shape before and after."""
         return all(a == b != UNKNOWN for a, b in (self.colour, self.shape))
 
     @property
@@ -224,7 +229,8 @@ def _read(frames: np.ndarray, edge: int) -> Join:
     around = np.concatenate([before, after])
     miss = np.inf
     if first.strict_shape != UNKNOWN:
-        miss = path_miss(place(around), first.strict_shape, object_radius(around, first.strict_shape), frames.shape[1])
+        radius = object_radius(around, first.strict_shape)
+        miss = path_miss(object_centres(around), first.strict_shape, radius, frames.shape[1])
     return Join(
         edge,
         (first.colour, second.colour),
@@ -235,14 +241,14 @@ def _read(frames: np.ndarray, edge: int) -> Join:
 
 
 def path_miss(centres: np.ndarray, shape: str, radius: float, side: int) -> float:
-    """How far places lie from the nearest path of an object that goes straight on and bounces off the borders.
+    """Return the distance from the nearest path of an object that moves straight and bounces off the borders.
 
     Args:
-        centres: (T, 2) x and y, frame by frame; one NaN: there is no such path.
-        shape, radius: of the object; they say where it bounces.
+        centres: (T, 2) x and y, frame by frame; with any NaN there is no such path.
+        shape, radius: of the object; they determine where it bounces.
         side: of the frame, in pixels.
     Returns:
-        The largest distance along either axis, in pixels, from the path that keeps it smallest.
+        The largest distance along either axis, in pixels, from the path that minimizes it.
     """
     if np.isnan(centres).any():
         return float("inf")
@@ -251,12 +257,12 @@ def path_miss(centres: np.ndarray, shape: str, radius: float, side: int) -> floa
 
 
 def _axis_miss(at: np.ndarray, low: float, high: float, side: int) -> float:
-    """The same along one axis: every start and speed on a grid, then on a finer one around the best."""
+    """Do the same along one axis: search starts and speeds on a grid, then on finer grids around the best."""
     time = np.arange(len(at))
     slow, fast = (share * side for share in _SPEEDS)
     way = high - low
     speeds = np.linspace(slow, fast, _GRID)
-    starts = low + np.linspace(0, 2 * way, 2 * _GRID, endpoint=False)  # beyond `high`: on the way back
+    starts = low + np.linspace(0, 2 * way, 2 * _GRID, endpoint=False)  # beyond `high`: moving back
     for _ in range(3):
         paths = bounce(starts[:, None, None] + speeds[None, :, None] * time, low, high)  # (starts, speeds, T)
         misses = np.abs(paths - at).max(-1)

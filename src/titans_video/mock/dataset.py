@@ -1,29 +1,34 @@
 """The mock world as files: a folder of clips that trains like any other data set.
 
-Layout: videos/00000.mp4 ..., refs/00001.png ... (i2v rows), manifest.jsonl, metadata.json, and dataset.json, which says
-how the folder was made and marks it as replaceable.
+Layout: videos/00000.mp4 ..., refs/00001.png ... (i2v rows), manifest.jsonl, metadata.json, and dataset.json, which
+records how the folder was made and marks it as replaceable.
+
+The world `bounce` is rendered here: one coloured shape that bounces off the borders of a dark ground. A clip is a
+window onto an endless path. Wherever it is cut, the next frames are known, so the joins of a long video can be judged
+(see `mock.analyse`).
+
+Legend: T frames, H W pixel height and width (equal here), L free distance along one axis.
 """
 
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from titans_video.config.fields import validate
 from titans_video.config.generation import MockOptions, World
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.writing import write_video
-from titans_video.mock.bounce import BounceClip, sample_bounce
-from titans_video.mock.world import Clip, sample_clip
+from titans_video.mock.world import COLOURS, GROUND, REACH, SHAPES, Clip, coverage, sample_clip
 
 MARKER = "dataset.json"
 _OWN_FILE = re.compile(r"\d{5,}\.(mp4|png)")
-_CRF = 10  # small clips, so spend bits: edges and colours survive
-_LEAST_SIZE = 16
-_LEAST_FRAMES = 2
+_CRF = 10  # the clips are small, so spend bits to keep edges and colours
 
 
 def make_dataset(
@@ -42,22 +47,22 @@ def make_dataset(
     """Write a data set of the mock world; equal arguments give equal clips.
 
     Args:
-        folder: made if missing; an earlier data set of this function in it is replaced.
-        clips: how many.
+        folder: created if missing; an earlier data set of this function in it is replaced.
+        clips: number of clips.
         seed: of everything random.
         size: side of the square frames in pixels, even (H.264 in yuv420p) and at least 16.
-        frames: of a clip, at least 2.
-        fps: frames a second.
-        i2v_share: share of the rows with task i2v and their first frame as reference picture, 0 to 1.
-        include_held_out: draw from all combinations in place of the 40 that training may see.
-        workers: threads.
+        frames: per clip, at least 2.
+        fps: frames per second.
+        i2v_share: share of the rows with task i2v and their first frame as reference image, 0 to 1.
+        include_held_out: draw from all combinations instead of the 40 that training may see.
+        workers: number of threads.
         progress: show a bar.
-        world: `moving` (see `mock.world`) or `bounce` (see `mock.bounce`).
+        world: `moving` (see `mock.world`) or `bounce` (see `BounceClip`).
     Returns:
         The path of manifest.jsonl.
     Raises:
         ConfigError: an argument is out of range.
-        DataError: the folder holds something else.
+        DataError: the folder contains something else.
     """
     options = MockOptions(world, str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, workers)
     _check(options)
@@ -78,25 +83,15 @@ def make_dataset(
 
 
 def _check(options: MockOptions) -> None:
-    needs = {
-        "--clips": (options.clips >= 1, "at least 1"),
-        "--size": (options.size >= _LEAST_SIZE and options.size % 2 == 0, f"an even number, at least {_LEAST_SIZE}"),
-        "--frames": (options.frames >= _LEAST_FRAMES, f"at least {_LEAST_FRAMES}"),
-        "--fps": (options.fps > 0, "positive"),
-        "--i2v-share": (0 <= options.i2v_share <= 1, "between 0 and 1"),
-        "--seed": (options.seed >= 0, "0 or more"),
-        "--workers": (options.workers >= 1, "at least 1"),
-    }
-    for flag, (good, wanted) in needs.items():
-        if not good:
-            given = getattr(options, flag[2:].replace("-", "_"))
-            raise ConfigError(f"{flag} {given}: it must be {wanted}.")
+    validate(options)
+    if options.size % 2:
+        raise ConfigError(f"--size {options.size}: it must be an even number.")
     if options.include_held_out and options.world != "moving":
-        raise ConfigError(f"--include-held-out: the world {options.world} holds nothing back; leave it out.")
+        raise ConfigError(f"--include-held-out: the world {options.world} has no held-out combinations; omit the flag.")
 
 
 def _clear(root: Path) -> None:
-    """Take away an earlier data set's own files, and no others."""
+    """Remove the files of an earlier data set, and no others."""
     if not root.exists():
         return
     if not root.is_dir():
@@ -105,8 +100,8 @@ def _clear(root: Path) -> None:
         return
     if not (root / MARKER).is_file():
         raise DataError(
-            f"{root} is not empty and no earlier data set of this command (it has no {MARKER}), so nothing in it was "
-            "touched; choose another --out, or empty the folder yourself."
+            f"{root} is not empty and not an earlier data set of this command (it has no {MARKER}). Nothing was "
+            "changed. Choose another --out, or empty the folder yourself."
         )
     own = [path for name in ("videos", "refs") for path in (root / name).glob("*") if _OWN_FILE.fullmatch(path.name)]
     for path in (*own, root / "manifest.jsonl", root / "metadata.json", root / MARKER):
@@ -114,7 +109,7 @@ def _clear(root: Path) -> None:
 
 
 def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
-    """Write one clip, and its reference picture where its task is i2v; returns its manifest row."""
+    """Write one clip, and its reference image if its task is i2v; return its manifest row."""
     clip: Clip | BounceClip
     if options.world == "bounce":
         clip = sample_bounce(options.seed, index, options.size, options.frames)
@@ -124,9 +119,75 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
     video = f"videos/{index:05d}.mp4"
     write_video(root / video, clip.frames, options.fps, crf=_CRF)
     row = {"video": video, "caption": clip.caption, "task": "t2v"}
-    # Rows of both tasks alternate evenly, so that small sets have the exact share as well.
+    # Rows of both tasks alternate evenly, so that small sets have the exact share too.
     if int((index + 1) * options.i2v_share) > int(index * options.i2v_share):
         reference = f"refs/{index:05d}.png"
         Image.fromarray(clip.frames[0]).save(root / reference)
         row |= {"task": "i2v", "cond_image": reference}
     return row
+
+
+RADIUS = (4.5 / 32, 6.0 / 32)
+"""Range of the radius as a share of the frame's side."""
+
+SPEED = (0.6 / 32, 1.4 / 32)
+"""Range of the speed along each axis per frame, as a share of the frame's side."""
+
+
+@dataclass(frozen=True)
+class BounceClip:
+    """A rendered clip.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3).
+        colour, shape: its content.
+        centres: (T, 2) x and y of the shape's centre in pixels.
+    """
+
+    frames: np.ndarray
+    colour: str
+    shape: str
+    centres: np.ndarray
+
+    @property
+    def caption(self) -> str:
+        return caption(self.colour, self.shape)
+
+
+def caption(colour: str, shape: str) -> str:
+    """Return the caption of a clip, e.g. "a red circle bouncing"."""
+    return f"a {colour} {shape} bouncing"
+
+
+def free_way(shape: str, radius: float, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the range of a shape's centre: the lowest and the highest (x, y)."""
+    side, up, down = (reach * radius for reach in REACH[shape])
+    return np.array([side, up]), np.array([size - side, size - down])
+
+
+def bounce(position: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """Return where a point is that moved straight from inside [low, high] to `position`, reflected at both ends."""
+    way = np.asarray(high) - low
+    travelled = np.mod(position - low, 2 * way)
+    return np.asarray(low + np.minimum(travelled, 2 * way - travelled))
+
+
+def sample_bounce(seed: int, index: int, size: int = 32, frames: int = 16) -> BounceClip:
+    """Return clip `index` of the series of a seed. Equal inputs give equal clips; longer clips begin with shorter ones.
+
+    Colours and shapes are balanced: each of the twelve pairs occurs once in every twelve clips.
+    """
+    turn, position = divmod(index, len(COLOURS) * len(SHAPES))
+    order = np.random.default_rng((seed, turn, 3)).permutation(len(COLOURS) * len(SHAPES))
+    c, s = divmod(int(order[position]), len(SHAPES))
+    colour, shape = list(COLOURS)[c], SHAPES[s]
+    rng = np.random.default_rng((seed, index, 4))
+    radius = rng.uniform(*RADIUS) * size
+    ground = rng.uniform(*GROUND)
+    low, high = free_way(shape, radius, size)
+    velocity = rng.uniform(*SPEED, size=2) * size * rng.choice([-1.0, 1.0], size=2)
+    centres = bounce(rng.uniform(low, high) + np.arange(frames)[:, None] * velocity, low, high)
+    mask = coverage(shape, centres, radius, size, size)[..., None]  # (T, H, W, 1)
+    paint = np.array(COLOURS[colour], dtype=np.float32)
+    pixels = np.round(ground + mask * (paint - ground)).astype(np.uint8)
+    return BounceClip(pixels, colour, shape, centres)

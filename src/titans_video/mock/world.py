@@ -1,4 +1,4 @@
-"""A world of 48 sentences: one coloured shape that moves one way on a dark ground. numpy only.
+"""A world of 48 captions: one coloured shape that moves in one direction on a dark background. numpy only.
 
 Legend: T frames, H W pixel height and width (equal here), K subsamples of a pixel along one axis.
 """
@@ -22,7 +22,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 
 
 # Reach of each shape around its centre, in radii (left/right, up, down): circle of radius r; square of half side 0.9 r;
-# upright equilateral triangle of circumradius 1.45 r around its centroid. The areas are then so alike that size tells
+# upright equilateral triangle of circumradius 1.45 r around its centroid. The areas are then so similar that size says
 # little about shape.
 SQUARE_HALF = 0.9
 TRIANGLE_CIRCUMRADIUS = 1.45
@@ -37,7 +37,7 @@ RADIUS = (5.5 / 32, 7.5 / 32)
 """Range of the radius as a share of the frame's side."""
 
 TRAVEL = (6 / 32, 12 / 32)
-"""Range of the way gone from the first frame to the last, as a share of the frame's side."""
+"""Range of the distance from the first frame to the last, as a share of the frame's side."""
 
 AREA: dict[str, float] = {
     "circle": np.pi,
@@ -47,14 +47,14 @@ AREA: dict[str, float] = {
 """Area of each shape at radius 1."""
 
 GROUND = (18, 40)
-"""Range of the ground's grey level."""
+"""Range of the background's grey level."""
 
 _SUBSAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What one clip shows."""
+    """The content of one clip."""
 
     colour: str
     shape: str
@@ -67,7 +67,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Clip:
-    """A rendered clip: `frames` uint8 (T, H, W, 3) and what it shows."""
+    """A rendered clip: `frames` uint8 (T, H, W, 3) and its content."""
 
     frames: np.ndarray
     combination: Combination
@@ -78,16 +78,16 @@ class Clip:
 
 
 def caption(colour: str, shape: str, direction: str) -> str:
-    """The sentence of a combination, e.g. "a red circle moving right"."""
+    """Return the caption of a combination, e.g. "a red circle moving right"."""
     return f"a {colour} {shape} moving {direction}"
 
 
 def _is_held_out(colour: int, shape: int, direction: int) -> bool:
-    """A diagonal of a Latin cube without its colour = direction cells.
+    """Choose a diagonal of a Latin cube without its colour = direction cells.
 
     With indices in the order of the tables above: (colour + shape + direction) mod 4 = 0 and colour != direction. Every
-    (shape, colour) and every (shape, direction) pair loses at most one of its four clips and every (colour, direction)
-    pair at most one of its three, so training still shows each word and each pair of words; each colour and each
+    (shape, colour) and every (shape, direction) pair loses at most one of its four clips, and every (colour, direction)
+    pair at most one of its three. So training still shows each word and each pair of words, and each colour and each
     direction is held out twice.
     """
     return (colour + shape + direction) % 4 == 0 and colour != direction
@@ -112,14 +112,14 @@ COMBINATIONS: tuple[Combination, ...] = SEEN + HELD_OUT
 
 
 def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Which points a shape covers.
+    """Return which points a shape covers.
 
     Args:
         shape: one of SHAPES.
         dx, dy: offsets from the shape's centre in pixels, y downwards.
         radius: the shape's radius in pixels (see REACH).
     Returns:
-        bool, of the shape that the three broadcast to.
+        bool, of the broadcast shape of the three.
     """
     if shape == "circle":
         return dx**2 + dy**2 <= radius**2
@@ -131,7 +131,7 @@ def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np
 
 
 def coverage(shape: str, centres: np.ndarray, radius: np.ndarray | float, height: int, width: int) -> np.ndarray:
-    """Antialiased masks of a shape, by supersampling.
+    """Return antialiased masks of a shape, by supersampling.
 
     Args:
         shape: one of SHAPES.
@@ -154,13 +154,13 @@ def coverage(shape: str, centres: np.ndarray, radius: np.ndarray | float, height
 def render(
     colour: str, shape: str, direction: str, rng: np.random.Generator, size: int = 32, frames: int = 8
 ) -> np.ndarray:
-    """Draw one clip at a random place, speed, size and ground grey; the shape lies within the frame all the way.
+    """Draw one clip at a random position, speed, size and background grey; the shape always stays inside the frame.
 
-    The way gone over the whole clip is drawn (TRAVEL), so longer clips are slower, not cut off.
+    The distance over the whole clip is drawn (TRAVEL), so longer clips are slower, not cut off.
 
     Args:
         colour, shape, direction: words of COLOURS, SHAPES, DIRECTIONS.
-        rng: draws place, speed, size and ground.
+        rng: for position, speed, size and background.
         size: side of the square frames in pixels.
         frames: T.
     Returns:
@@ -182,7 +182,8 @@ def render(
 
 
 def combination_of(seed: int, index: int, held_out: bool | None = False) -> Combination:
-    """The combination of one clip of an endless series: each comes once in every round, in an order drawn by the seed.
+    """Return the combination of clip `index` of an endless series; every round shows each once, in an order drawn by
+    the seed.
 
     Args:
         held_out: True for the held-out combinations, False for the others, None for all 48.
@@ -194,7 +195,7 @@ def combination_of(seed: int, index: int, held_out: bool | None = False) -> Comb
 
 
 def sample_clip(seed: int, index: int, held_out: bool | None = False, size: int = 32, frames: int = 8) -> Clip:
-    """Clip `index` of the series of a seed (see `combination_of`). Equal inputs give equal clips."""
+    """Return clip `index` of the series of a seed (see `combination_of`). Equal inputs give equal clips."""
     combination = combination_of(seed, index, held_out)
     rng = np.random.default_rng((seed, index, int(bool(held_out)), 2))
     pixels = render(combination.colour, combination.shape, combination.direction, rng, size, frames)

@@ -1,1 +1,1 @@
-"""Networks: latents to `Prediction` (floor L1)."""
+"""Networks: latents to `Prediction` (layer 1)."""

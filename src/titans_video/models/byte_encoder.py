@@ -1,11 +1,12 @@
-"""The built-in text encoder: a small transformer over bytes, trained with the network and kept in its checkpoint.
+"""How text enters a network: a projection of each frozen encoder's states, or the built-in encoder over bytes.
 
-A byte alone says little, and a small encoder needs long to learn to spell. So each byte also looks up an embedding of
-the word as read so far ("r", "re", "red"), through a hash into a fixed table: the last byte of a word then carries a
-vector of the whole word from the first step on, and prefixes share what they have in common. This is the hash
+The built-in encoder is a small transformer, trained with the network and stored in its checkpoint. A byte alone
+carries little meaning, and a small encoder takes long to learn to spell. So each byte also looks up an embedding of
+the word prefix that ends at it ("r", "re", "red"), through a hash into a fixed table. The last byte of a word then has
+a vector of the whole word from the first step on, and words with a common prefix share its embedding. This is the hash
 n-gram embedding of the Byte Latent Transformer (Pagnoni et al. 2024), with n reaching back to the last space.
 
-Legend: B batch, L bytes, D width.
+Legend: B batch, L bytes, D width, E width of a text stream.
 """
 
 import functools
@@ -13,8 +14,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from titans_video.models.layers import MLP, SelfAttention, freqs_cis_1d, norm
-from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT
+from titans_video.errors import ConfigError
+from titans_video.models.layers import MLP, SelfAttention, TextProjection, freqs_cis_1d, norm
+from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT, TextCondition
 
 SPACE = ord(" ") + 1
 PRIME = 2**31 - 1
@@ -22,34 +24,35 @@ BASE = 911_382_323
 ROPE_THETA = 256.0
 
 
-@functools.lru_cache(maxsize=8)
-def _powers(length: int) -> tuple[Tensor, Tensor]:
-    inverse_base = pow(BASE, -1, PRIME)
-    powers = [pow(BASE, i, PRIME) for i in range(length)]
-    inverses = [pow(inverse_base, i, PRIME) for i in range(length)]
-    return torch.tensor(powers), torch.tensor(inverses)
-
-
 def prefix_hashes(ids: Tensor) -> Tensor:
-    """Hash of the word prefix that ends at each byte.
+    """Hash the word prefix that ends at each byte.
 
-    The sum of id x BASE^(place in the word) mod PRIME, for all bytes at once: running sums over the whole text, less
-    the sum before the word, times BASE^-(start of the word). No product passes 2^62.
+    The hash is the sum of id x BASE^(position in the word) mod PRIME. All bytes are computed at once: running sums over
+    the whole text, minus the sum before the word, times BASE^-(start of the word). No product exceeds 2^62.
 
     Args:
-        ids: (B, L) int64 byte ids. Spaces and the end of text are words of their own.
+        ids: (B, L) int64 byte ids. Each space and each end of text is a word of its own.
     Returns:
         (B, L) int64 in [0, PRIME).
     """
     length = ids.shape[1]
     powers, inverses = (table.to(ids.device) for table in _powers(length))
-    place = torch.arange(length, device=ids.device)
-    separates = (ids == SPACE) | (ids == END_OF_TEXT)
-    after_separator = torch.where(separates, place + 1, 0).cummax(dim=1).values
-    start = torch.minimum(after_separator, place)
+    position = torch.arange(length, device=ids.device)
+    is_separator = (ids == SPACE) | (ids == END_OF_TEXT)
+    after_separator = torch.where(is_separator, position + 1, 0).cummax(dim=1).values
+    start = torch.minimum(after_separator, position)
     sums = torch.nn.functional.pad((ids * powers).cumsum(dim=1), (1, 0))  # sums[i]: over bytes before i
     word = (sums[:, 1:] - sums.gather(1, start)) % PRIME
     return word * inverses[start] % PRIME
+
+
+@functools.lru_cache(maxsize=8)
+def _powers(length: int) -> tuple[Tensor, Tensor]:
+    """Return BASE^i and BASE^-i mod PRIME for i < length, each (length,) int64."""
+    inverse_base = pow(BASE, -1, PRIME)
+    powers = [pow(BASE, i, PRIME) for i in range(length)]
+    inverses = [pow(inverse_base, i, PRIME) for i in range(length)]
+    return torch.tensor(powers), torch.tensor(inverses)
 
 
 class EncoderLayer(nn.Module):
@@ -66,7 +69,7 @@ class EncoderLayer(nn.Module):
 
 
 class ByteEncoder(nn.Module):
-    """Byte ids to states of the network's width."""
+    """Encode byte ids as hidden states of the network's width."""
 
     def __init__(self, dim: int, heads: int, layers: int, buckets: int, mlp_ratio: float = 4.0):
         super().__init__()
@@ -82,3 +85,29 @@ class ByteEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, freqs_cis, mask[:, None, None])
         return norm(x)
+
+
+def text_embeddings(widths: tuple[int, ...], dim: int, heads: int, layers: int, buckets: int) -> nn.ModuleList:
+    """Build one module per text stream that maps (stream, mask) to (B, L, D).
+
+    Args:
+        widths: E of each stream. For a width of 0, which means byte ids, the module is a `ByteEncoder`.
+        layers, buckets: depth of the byte encoder and size of its table of word prefixes.
+    """
+    return nn.ModuleList(
+        TextProjection(width, dim) if width else ByteEncoder(dim, heads, layers, buckets) for width in widths
+    )
+
+
+def check_text(text: TextCondition | None, widths: tuple[int, ...]) -> None:
+    """Check that `text` has the streams that a network was built for.
+
+    Raises:
+        ConfigError: other streams.
+    """
+    given = [] if text is None else [x.shape[-1] if x.is_floating_point() else 0 for x in text.streams]
+    if given != list(widths):
+        raise ConfigError(
+            f"The network was built for text streams of widths {list(widths)} (0: the built-in encoder) but got "
+            f"{given}. Use the same --text-model and --llm-model as in training."
+        )

@@ -1,13 +1,15 @@
-"""Layers that the video transformers share: rotary positions, fused norms, attention, MLP, embeddings, the last layer.
+"""Layers of the video transformers: norms, rotary positions, attention, MLP, embeddings.
 
-Legend: B batch, G groups, L tokens that attend to each other, N = G L tokens, M text tokens, R register tokens beside
-every group, H heads, d head dim, D = H d width, C channels, t h w latent grid, s = t / pt temporal slots,
-p = (h / ph)(w / pw) tokens of a slot, E text width; "..." any axes.
+Legend: B batch, G groups, L tokens of a group (they attend to each other), N = G L tokens, M text tokens of all
+streams, R registers (extra tokens without a position), H heads, d head dim, D = H d width, C latent channels,
+t h w latent grid, (pt, ph, pw) patch, s = t / pt temporal slots, p = (h / ph)(w / pw) tokens of a slot,
+E width of a text stream; "..." any axes.
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,120 +20,57 @@ from torch.autograd.function import once_differentiable
 
 from titans_video.errors import ConfigError
 
-
-def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of the head's d / 2 channel pairs turn with time, height and width; time takes what thirds leave over.
-
-    Raises:
-        ConfigError: `head_dim` is odd or below 6, so that some axis would have no pair.
-    """
-    pairs = head_dim // 2
-    if head_dim % 2 or pairs < 3:
-        raise ConfigError(
-            f"A head of width {head_dim} cannot carry rotary positions along three axes: model_dim / heads must be "
-            "even and at least 6. Change --model-dim or --heads."
-        )
-    third = pairs // 3
-    return pairs - 2 * third, third, third
-
-
-def freqs_cis_1d(
-    length: int, pairs: int, theta: float, device: torch.device | str | None = None, first: int = 0
-) -> Tensor:
-    """exp(i * position * theta^(-k / pairs)) as complex64 (length, pairs), for positions from `first` on."""
-    # Angles in float64: at position 1000 a float32 angle is already off by 1e-4. Apple's GPUs have no float64.
-    dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
-    frequency = theta ** -(torch.arange(pairs, dtype=dtype, device=device) / pairs)
-    angle = torch.outer(torch.arange(first, first + length, dtype=dtype, device=device), frequency)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
-def freqs_cis_3d(
-    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None, first_slot: int = 0
-) -> Tensor:
-    """Rotations of a (slots, rows, columns) grid of tokens, whose slots are counted from `first_slot`.
-
-    Returns:
-        complex64 (s, p, d / 2) with p = rows x columns, channel pairs in the order time, height, width.
-    Raises:
-        ConfigError: see `axis_pairs`.
-    """
-    s, rows, grid_width = grid
-    time, height, width = (
-        freqs_cis_1d(n, pairs, theta, device, first)
-        for n, pairs, first in zip(grid, axis_pairs(head_dim), (first_slot, 0, 0), strict=True)
-    )
-    parts = (
-        time[:, None, None].expand(s, rows, grid_width, -1),
-        height[None, :, None].expand(s, rows, grid_width, -1),
-        width[None, None].expand(s, rows, grid_width, -1),
-    )
-    return torch.cat(parts, dim=-1).flatten(1, 2)
-
-
-def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts."""
-    if torch.compiler.is_compiling():  # which fuses the real form, and does not know complex numbers
-        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
-
-
-AttentionType = Literal["st", "full"]
-
-
-def modulations(attention_type: AttentionType) -> int:
-    """How many shift, scale, gate triples a block takes: one a self-attention and one for the MLP."""
-    return 3 if attention_type == "st" else 2
+Patch = tuple[int, int, int]
+NORM_EPS = 1e-6
+TIME_CHANNELS = 256
 
 
 def norm(x: Tensor) -> Tensor:
-    """LayerNorm without weights (adaLN gives them); its statistics are float32 in torch's kernels."""
+    """Apply LayerNorm without weights. Torch's kernels compute its statistics in float32."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-class MLP(nn.Module):
-    """Linear, GELU (tanh), Linear."""
+def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Compute LayerNorm(x) * (1 + scale) + shift, the modulated norm of adaLN (DiT).
 
-    def __init__(self, dim: int, ratio: float):
-        super().__init__()
-        hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+    The backward pass recomputes the normalised x. Plain autograd would store it beside x for each sub-layer: a sixth of
+    a block's activations. It works under autocast, gradient checkpointing and DDP, but not in forward-mode autodiff.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class SpatialConv(nn.Module):
-    """3x3 depthwise convolution on each slot's tokens: a cheap sense of neighbours (CPVT, Chu et al. 2021)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x_BspD: Tensor, grid_width: int) -> Tensor:
-        B, s, p, D = x_BspD.shape
-        # (B s, D, rows, columns) in channels-last memory: a view, and the layout that convolutions like best.
-        image = x_BspD.view(B * s, p // grid_width, grid_width, D).permute(0, 3, 1, 2)
-        return self.conv(image).permute(0, 2, 3, 1).reshape(B, s, p, D)
+    Args:
+        x: (B, s, p, D).
+        shift, scale: (B, s, 1, D).
+    Returns:
+        (B, s, p, D) in x's dtype.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses this and recomputes it in the backward pass
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
+        return torch.addcmul(shift.to(x.dtype), normed, scale.to(x.dtype) + 1)
+    return _AdaLayerNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
 
 
-NORM_EPS = 1e-6
+def qk_norm_rope(x: Tensor, weight: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
+    """Apply RMSNorm with `weight` over the last axis, then rotary positions; all in float32.
 
+    The backward pass recomputes the normalised x, see `ada_layer_norm`.
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Within it everything is computed in the precision that it comes in."""
-    if not torch.amp.is_autocast_available(device_type):  # the meta device, on which shapes and FLOPs are counted
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    Args:
+        x: (..., d).
+        weight: broadcasts against x.
+        freqs_cis: complex, broadcasts against (..., d / 2). With None nothing is rotated.
+    Returns:
+        (..., d) in x's dtype.
+    """
+    if torch.compiler.is_compiling():
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * weight
+        return (y if freqs_cis is None else apply_rotary(y, freqs_cis)).to(x.dtype)
+    return _QKNormRope.apply(x, weight, freqs_cis)
 
 
 class _AdaLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         with without_autocast(x.device.type):
-            # The kernel's statistics are float32 whatever x is.
+            # The kernel's statistics are float32 for every dtype of x.
             normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
             factor = scale + 1
             ctx.save_for_backward(x, mean, rstd, factor)
@@ -155,8 +94,8 @@ class _QKNormRope(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, freqs_cis: Tensor | None) -> Tensor:
         with without_autocast(x.device.type):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            rrms = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+            length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            rrms = length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
             ctx.save_for_backward(x, weight, rrms, freqs_cis)
             y = (wide * rrms).mul_(weight)
             if freqs_cis is not None:
@@ -169,49 +108,83 @@ class _QKNormRope(torch.autograd.Function):
         x, weight, rrms, freqs_cis = ctx.saved_tensors
         normed = x.to(rrms.dtype) * rrms
         grad = grad.to(rrms.dtype)
-        if freqs_cis is not None:  # a rotation's transpose is the rotation back
-            back = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))) * freqs_cis.conj()
-            grad = torch.view_as_real(back).flatten(-2)
+        if freqs_cis is not None:  # the transpose of a rotation is the inverse rotation
+            unrotated = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))) * freqs_cis.conj()
+            grad = torch.view_as_real(unrotated).flatten(-2)
         grad_weight = (grad * normed).sum_to_size(weight.shape)
         grad = grad * weight
-        along = (grad * normed).mean(dim=-1, keepdim=True)
-        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(rrms)
+        projection = (grad * normed).mean(dim=-1, keepdim=True)
+        grad_x = torch.addcmul(grad, normed, projection, value=-1).mul_(rrms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, without other weights.
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context in which every operation computes in the dtype of its inputs."""
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, used to count shapes and FLOPs
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
-    Args:
-        x: (B, s, p, D).
-        shift, scale: (B, s, 1, D).
-    Returns:
-        (B, s, p, D) in x's dtype.
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Split the d / 2 channel pairs of a head among time, height and width. Time gets the remainder.
+
+    Raises:
+        ConfigError: `head_dim` is odd or below 6, so an axis would have no pair.
     """
-    if torch.compiler.is_compiling():  # which fuses, and recomputes in the backward pass, by itself
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
-        return torch.addcmul(shift.to(x.dtype), normed, scale.to(x.dtype) + 1)
-    return _AdaLayerNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
+    pairs = head_dim // 2
+    if head_dim % 2 or pairs < 3:
+        raise ConfigError(
+            f"A head of width {head_dim} cannot carry rotary positions along three axes: model_dim / heads must be "
+            "even and at least 6. Change --model-dim or --heads."
+        )
+    third = pairs // 3
+    return pairs - 2 * third, third, third
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
-    """RMSNorm over the last axis times `weight`, then a rotation of neighbouring channel pairs; all in float32.
+def freqs_cis_1d(
+    length: int, pairs: int, theta: float, device: torch.device | str | None = None, first: int = 0
+) -> Tensor:
+    """Return exp(i * position * theta^(-k / pairs)), complex64 (length, pairs), for positions from `first` on."""
+    # Angles in float64: at position 1000 a float32 angle is already off by 1e-4. Apple's GPUs have no float64.
+    dtype = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+    frequency = theta ** -(torch.arange(pairs, dtype=dtype, device=device) / pairs)
+    angle = torch.outer(torch.arange(first, first + length, dtype=dtype, device=device), frequency)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
-    Args:
-        x: (..., d).
-        weight: broadcasts against x.
-        rotation: complex, broadcasts against (..., d / 2); None: no rotation.
+
+def freqs_cis_3d(
+    grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None, first_slot: int = 0
+) -> Tensor:
+    """Return the rotations of a (slots, rows, columns) grid of tokens. Slots count from `first_slot`.
+
     Returns:
-        (..., d) in x's dtype.
+        complex64 (s, p, d / 2) with p = rows x columns, channel pairs in the order time, height, width.
+    Raises:
+        ConfigError: see `axis_pairs`.
+    Source: RoFormer (Su et al. 2021); channels divided among the axes as in Wan and HunyuanVideo.
     """
-    if torch.compiler.is_compiling():
-        y = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * weight
-        return (y if freqs_cis is None else apply_rotary(y, freqs_cis)).to(x.dtype)
-    return _QKNormRope.apply(x, weight, freqs_cis)
+    time, height, width = (
+        freqs_cis_1d(n, pairs, theta, device, first)
+        for n, pairs, first in zip(grid, axis_pairs(head_dim), (first_slot, 0, 0), strict=True)
+    )
+    axes = (time[:, None, None], height[None, :, None], width[None, None])
+    return torch.cat([axis.expand(*grid, -1) for axis in axes], dim=-1).flatten(1, 2)
 
 
-class Dispatch:
-    """Which kernel computes attention: diffusers' `set_attention_backend` and context parallelism write here."""
+def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts.
+
+    In eager torch a complex product is one kernel that stores nothing of x for the backward pass. The cos/sin form is
+    six kernels and two stored copies.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses the real form and does not support complex numbers
+        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
+
+
+class AttentionDispatch:
+    """Choose the attention kernel. Diffusers' `set_attention_backend` and context parallelism set its attributes."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -224,7 +197,7 @@ class Dispatch:
 
 
 class SelfAttention(AttentionModuleMixin, nn.Module):
-    """Self-attention within each of G groups of L tokens; RMSNorm on each head's queries and keys, then rotation."""
+    """Self-attention within each of G groups of L tokens, with RMSNorm on queries and keys and rotary positions."""
 
     _supports_qkv_fusion = False  # queries, keys and values are one matrix already
 
@@ -234,46 +207,53 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.qk_scale = nn.Parameter(torch.ones(2, 1, dim // heads)) if qk_norm else None
-        self.processor = Dispatch()
+        self.processor = AttentionDispatch()
 
     def forward(self, x_BGLD: Tensor, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`freqs_cis` complex (G or 1, L, d / 2); `mask` (B, 1, 1, L) bool, True where keys count, only with G = 1."""
+        """Attend within groups.
+
+        Args:
+            x_BGLD: tokens.
+            freqs_cis: complex (G or 1, L, d / 2).
+            mask: (B, 1, 1, L) bool, True on keys that take part; only with G = 1.
+        """
         q, k, v = (x.flatten(0, 1) for x in self._heads(x_BGLD, freqs_cis))  # each (B G, L, H, d)
         y = self.processor(q, k, v, mask)
         return self.out(y.flatten(2).view(x_BGLD.shape))
 
     def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-        """Each group looks at the registers beside its own tokens; the registers look at one another and at all groups.
+        """Let each group also attend to the registers, and the registers to each other and to all groups.
 
-        Registers have no place, so nothing turns them. The cost stays linear in the number of groups.
+        Registers have no position, so they are not rotated. The cost stays linear in the number of groups.
         """
         G = x_BGLD.shape[1]
         q, k, v = self._heads(x_BGLD, freqs_cis)  # each (B, G, L, H, d)
         rq, rk, rv = self._heads(registers_BRD[:, None], None)  # each (B, 1, R, H, d)
-        beside = [torch.cat((r.expand(-1, G, -1, -1, -1), x), dim=2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
-        all_over = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk[:, 0], k), (rv[:, 0], v))]
-        y = self.processor(q.flatten(0, 1), *beside)
-        z = self.processor(rq[:, 0], *all_over)
+        own = [torch.cat((r.expand(-1, G, -1, -1, -1), x), dim=2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
+        all_groups = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk[:, 0], k), (rv[:, 0], v))]
+        y = self.processor(q.flatten(0, 1), *own)
+        z = self.processor(rq[:, 0], *all_groups)
         return self.out(y.flatten(2).view(x_BGLD.shape)), self.out(z.flatten(2))
 
     def _heads(self, x_BGLD: Tensor, freqs_cis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, G, L, H, d)."""
+        """Return queries, keys and values, each (B, G, L, H, d)."""
         qkv = self.qkv(x_BGLD).unflatten(-1, (3, self.heads, -1))  # (B, G, L, 3, H, d)
         qk, v = qkv.split((2, 1), dim=3)
-        turn = None if freqs_cis is None else freqs_cis[:, :, None, None]
+        freqs = None if freqs_cis is None else freqs_cis[:, :, None, None]
         if self.qk_scale is not None:
-            qk = qk_norm_rope(qk, self.qk_scale, turn)
-        elif turn is not None:
-            qk = apply_rotary(qk.float(), turn).to(v.dtype)
+            qk = qk_norm_rope(qk, self.qk_scale, freqs)
+        elif freqs is not None:
+            qk = apply_rotary(qk.float(), freqs).to(v.dtype)
         q, k = qk.unbind(3)
         return q, k, v.squeeze(3)
 
 
 class CrossAttention(AttentionModuleMixin, nn.Module):
-    """Video tokens look at text tokens.
+    """Cross-attention of video tokens to text tokens.
 
-    All streams stand side by side on the key axis, after each stream's own projection to the width: one matrix for
-    keys and values and one softmax, so that a query weighs a T5 token against an LLM's (as SD3 does with T5 and CLIP).
+    All text streams are concatenated on the key axis, after each stream's own projection to the width. They share one
+    matrix for keys and values and one softmax, so a query weighs a T5 token against an LLM's (as SD3 does with T5 and
+    CLIP).
     """
 
     _supports_qkv_fusion = False
@@ -286,10 +266,10 @@ class CrossAttention(AttentionModuleMixin, nn.Module):
         self.out = nn.Linear(dim, dim)
         self.q_scale = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
         self.k_scale = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
-        self.processor = Dispatch()
+        self.processor = AttentionDispatch()
 
     def forward(self, x_BND: Tensor, text_BMD: Tensor, mask: Tensor) -> Tensor:
-        """`mask` (B, 1, 1, M) bool, True on real text tokens."""
+        """Attend to the text tokens where `mask` (B, 1, 1, M) bool is True."""
         q = self.q(x_BND).unflatten(-1, (self.heads, -1))  # (B, N, H, d)
         k, v = self.kv(text_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, M, H, d)
         if self.q_scale is not None and self.k_scale is not None:
@@ -297,12 +277,35 @@ class CrossAttention(AttentionModuleMixin, nn.Module):
         return self.out(self.processor(q, k, v, mask).flatten(2))
 
 
-Patch = tuple[int, int, int]
-TIME_CHANNELS = 256
+class MLP(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        hidden_dim = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SpatialConv(nn.Module):
+    """3x3 depthwise convolution over the tokens of each slot: a cheap local mixing (CPVT, Chu et al. 2021)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x_BspD: Tensor, grid_width: int) -> Tensor:
+        B, s, p, D = x_BspD.shape
+        # (B s, D, rows, columns) in channels-last memory: a view, and the fastest layout for convolutions.
+        image = x_BspD.view(B * s, p // grid_width, grid_width, D).permute(0, 3, 1, 2)
+        return self.conv(image).permute(0, 2, 3, 1).reshape(B, s, p, D)
 
 
 def patchify(x: Tensor, patch: Patch) -> Tensor:
-    """(B, C, t, h, w) -> (B, s, p, C pt ph pw); a Linear on it is a Conv3d whose stride is its kernel."""
+    """(B, C, t, h, w) -> (B, s, p, C pt ph pw). A Linear on the result is a Conv3d whose stride is its kernel."""
     B, C, t, h, w = x.shape
     pt, ph, pw = patch
     x = x.view(B, C, t // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
@@ -310,7 +313,7 @@ def patchify(x: Tensor, patch: Patch) -> Tensor:
 
 
 def unpatchify(x: Tensor, patch: Patch, rows: int) -> Tensor:
-    """The inverse of `patchify`; `rows` = h / ph."""
+    """Invert `patchify`; `rows` = h / ph."""
     B, s, p, values = x.shape
     pt, ph, pw = patch
     C = values // (pt * ph * pw)
@@ -319,7 +322,7 @@ def unpatchify(x: Tensor, patch: Patch, rows: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of 1000 x time (float32), then Linear, SiLU, Linear."""
+    """Sinusoids of 1000 x time (float32), then Linear, SiLU, Linear (DiT)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -336,9 +339,10 @@ class TimeEmbedding(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """A frozen encoder's states to the network's width: RMSNorm, Linear, GELU, Linear.
+    """Project a frozen encoder's hidden states to the width: RMSNorm, Linear, GELU, Linear.
 
-    The norm comes first because encoders differ in scale by orders: an LLM's states carry a few huge channels.
+    The norm comes first because encoders differ in scale by orders of magnitude: an LLM's hidden states have a few
+    huge channels.
     """
 
     def __init__(self, width: int, dim: int):
@@ -348,35 +352,23 @@ class TextProjection(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, E), (B, L) bool -> (B, L, D). Padding is blanked first: whatever stands there has no gradient."""
+        """(B, L, E), (B, L) bool -> (B, L, D). Padding is zeroed first, so its values have no gradient."""
         states = states.to(self.fc1.weight.dtype).masked_fill(~mask[..., None], 0)
         return self.fc2(F.gelu(self.fc1(self.norm(states)), approximate="tanh"))
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, L, D) over the tokens where (B, L) is True -> (B, D)."""
+    """Average (B, L, D) over the tokens where (B, L) is True -> (B, D)."""
     weights = mask.to(x.dtype)[:, None]  # (B, 1, L)
     return (weights @ x).squeeze(1) / weights.sum(-1).clamp(min=1)
 
 
-class FinalLayer(nn.Module):
-    """Modulated norm and a Linear to patches, zero at initialisation (DiT).
-
-    With `gated_skip` each token also says how much of its own noisy patch belongs in the answer, value by value. What a
-    network is asked for is mostly noise that stands in its input. Without this, all of it has to pass through the D
-    channels of the residual stream, which narrow networks need for what they have to say.
-    """
-
-    def __init__(self, dim: int, values: int, gated_skip: bool = False):
-        super().__init__()
-        self.gated_skip = gated_skip
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, values * (2 if gated_skip else 1))
-
-    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
-        shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
-        out = self.linear(ada_layer_norm(x_BspD, shift, scale))
-        if not self.gated_skip:
-            return out
-        value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)
-        return torch.addcmul(value, gate, noisy_BspV.to(gate.dtype))
+def xavier_init(modules: Iterable[nn.Module]) -> None:
+    """Initialise in place: Xavier for matrices, zero for their biases, a standard deviation of 0.02 for embeddings."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)

@@ -1,11 +1,15 @@
-"""A linear layer with adapters beside it.
+"""LoRA on any linear layer of any network: inject, train only A and B, merge, use several adapters at once.
 
-Legend: I and O the width of a layer's input and output, R rank.
+A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R) and scale = weight x alpha / R. B is 0 at
+first, so a new adapter changes nothing.
+
+Legend: I and O width of a layer's input and output, R rank.
+Source: Hu et al. 2021 (LoRA), section 4.1. Names, initialisation and order of operations are those of PEFT's `Linear`.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +19,45 @@ from torch import Tensor, nn
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.seeding import generator
 
+DEFAULT = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of attention, as diffusers names them."""
+_REGEX = re.compile(r"[\\*+?\[\](){}|^$]")
+_STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The settings of an adapter.
+
+    Attributes:
+        rank: R.
+        alpha: numerator of the scale. With None it is the rank, so the scale is 1.
+        dropout: of the adapter's input in training.
+        targets: see `find_targets`.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Sequence[str] | str = ATTENTION
+
+    @property
+    def scaling_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
 
 class LoraLinear(nn.Module):
-    """A linear layer and the adapters beside it.
+    """A linear layer with adapters.
 
-    The layer itself stays as it is, hooks and all: diffusers' layerwise casting and group offloading go on working on
-    it. Adapters compute in their own precision and give the layer's.
+    The layer itself and its hooks do not change, so diffusers' layerwise casting and group offloading still work on it.
+    Adapters compute in their own precision and return the layer's.
 
     Attributes:
         base: the layer.
         lora_A, lora_B: by adapter, (R, I) and (O, R).
         alphas: by adapter.
-        active: weight of each adapter that takes part.
+        active: weight of each active adapter.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -42,7 +73,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the layer, for code that looks at one."""
+        """The layer's own weight, for code that expects a linear layer."""
         return self.base.weight
 
     @property
@@ -58,7 +89,7 @@ class LoraLinear(nn.Module):
         return self.base.out_features
 
     def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
-        """Room for an adapter, in float32 on the layer's device; A is not initialised, B is 0."""
+        """Add an adapter in float32 on the layer's device. A is not initialised, B is 0."""
         device = self.base.weight.device
         a = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
         b = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
@@ -68,9 +99,8 @@ class LoraLinear(nn.Module):
         self.alphas[name], self.active[name] = alpha, 1.0
 
     def discard(self, name: str) -> None:
-        """Take an adapter away."""
-        for held in (self.lora_A, self.lora_B, self.dropouts):
-            del held[name]
+        for modules in (self.lora_A, self.lora_B, self.dropouts):
+            del modules[name]
         del self.alphas[name]
         self.active.pop(name, None)
 
@@ -78,22 +108,22 @@ class LoraLinear(nn.Module):
         return int(self.lora_A[name].weight.shape[0])  # type: ignore[union-attr,index,arg-type]
 
     def scale(self, name: str) -> float:
-        """alpha / R, without the adapter's weight."""
+        """Return alpha / R, without the adapter's weight."""
         return self.alphas[name] / self.rank(name)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
         if self.merged:
             return out
-        kind = out.dtype
+        dtype = out.dtype
         for name, weight in self.active.items():
             a, b = self.lora_A[name], self.lora_B[name]
             hidden = self.dropouts[name](x.to(a.weight.dtype))  # type: ignore[arg-type,union-attr]
             out = out + b(a(hidden)) * (weight * self.scale(name))
-        return out.to(kind)
+        return out.to(dtype)
 
     def delta(self) -> Tensor:
-        """(O, I) float32, what the active adapters add to the layer's weight."""
+        """Return what the active adapters add to the layer's weight, (O, I) float32."""
         total = torch.zeros(self.out_features, self.in_features, device=self.base.weight.device)
         for name, weight in self.active.items():
             a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()  # type: ignore[operator,union-attr]
@@ -101,59 +131,29 @@ class LoraLinear(nn.Module):
         return total
 
 
-DEFAULT = "default"
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""The projections of attention, as diffusers names them."""
-
-_REGEX = re.compile(r"[\\*+?\[\](){}|^$]")
-_STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What an adapter is.
-
-    Attributes:
-        rank: R.
-        alpha: numerator of the scale; None: the rank, so that the scale is 1.
-        dropout: of the adapter's input while training.
-        targets: see `find_targets`.
-    """
-
-    rank: int = 64
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: Sequence[str] | str = ATTENTION
-
-    @property
-    def scaling_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
-
-
 def layers(network: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The layers with adapters, by the name that the linear layer had."""
+    """Yield the layers with adapters and the names that their linear layers had."""
     for name, module in network.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
 
 
 def adapters(network: nn.Module) -> list[str]:
-    """The names of all adapters, in the order in which they came."""
+    """Return the names of all adapters, in the order in which they were added."""
     return list(dict.fromkeys(name for _, layer in layers(network) for name in layer.alphas))
 
 
 def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
-    """The linear layers that are meant.
+    """Find the linear layers that `targets` selects.
 
     Args:
-        targets: of several words, or one, each is the end of a layer's name (`to_q`, `to_out.0`) or the name of a part
-            all of whose linear layers are meant (`ff`); a single string with any of \\*+?[](){}|^$ in it is a regular
-            expression that a whole name must match.
+        targets: words, or one word. A word is the end of a layer's name (`to_q`, `to_out.0`) or the name of a module
+            whose linear layers are all selected (`ff`). A single string with any of \\*+?[](){}|^$ is a regular
+            expression that must match the full name.
     Returns:
         Names in the network's order.
     Raises:
-        ConfigError: a word means nothing here (the nearest names are shown), or the expression is none.
+        ConfigError: a word matches nothing (the nearest names are shown), or the expression is invalid.
     """
     linear = list(_linear_names(network))
     if isinstance(targets, str) and is_expression(targets):
@@ -163,47 +163,52 @@ def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
             raise ConfigError(f"--target-modules {targets} is not a regular expression: {e}.") from None
         found = [name for name in linear if pattern.fullmatch(name)]
         if not found:
-            raise ConfigError(f"--target-modules {targets}: no linear layer has such a name, {_some(linear)}.")
+            raise ConfigError(f"--target-modules {targets}: no linear layer has a matching name; {_some(linear)}.")
         return found
     chosen: set[str] = set()
     for word in [targets] if isinstance(targets, str) else targets:
-        own = [name for name in linear if f".{name}".endswith(f".{word}") or f".{word}." in f".{name}"]
-        if not own:
+        matches = [name for name in linear if f".{name}".endswith(f".{word}") or f".{word}." in f".{name}"]
+        if not matches:
             ends = {end for name in linear for end in (name.rpartition(".")[2], ".".join(name.split(".")[-2:]))}
             near = difflib.get_close_matches(word, sorted(ends), n=3)
-            hint = f"near it are {', '.join(near)}" if near else _some(linear)
-            raise ConfigError(f"--target-modules {word}: no linear layer, and no part with one, has this name; {hint}.")
-        chosen.update(own)
+            hint = f"the nearest are {', '.join(near)}" if near else _some(linear)
+            raise ConfigError(
+                f"--target-modules {word}: no linear layer, and no module with one, has this name; {hint}."
+            )
+        chosen.update(matches)
     return [name for name in linear if name in chosen]
 
 
 def is_expression(word: str) -> bool:
-    """Whether a target is a regular expression, and not the end of a name."""
+    """Return whether a target is a regular expression rather than the end of a name."""
     return _REGEX.search(word) is not None
 
 
 def inject(
     network: nn.Module, config: LoraConfig, name: str = DEFAULT, *, seed: int = 0, train: bool = True
 ) -> list[str]:
-    """Put an adapter beside the layers that are meant.
+    """Add a new adapter to the layers that `config.targets` selects.
 
     Args:
-        name: of the adapter; several may stand beside one another.
-        seed: A is a function of it and of the layer's name, uniform as PEFT draws it.
+        name: of the adapter; a network can have several.
+        seed: A is a function of it and of the layer's name, with PEFT's uniform distribution.
         train: freeze everything but this adapter.
     Returns:
-        The layers.
+        The names of the layers.
     Raises:
-        ConfigError: as `find_targets`; or a rank, dropout or name that has no meaning, or a name that is taken.
+        ConfigError: see `find_targets` and `add_adapter`; or a rank or dropout out of range.
     """
     if config.rank < 1 or not 0 <= config.dropout < 1:
-        raise ConfigError(f"a rank of {config.rank} and a dropout of {config.dropout:g}: at least 1, and in [0, 1).")
+        raise ConfigError(
+            f"a rank of {config.rank} and a dropout of {config.dropout:g}: the rank must be at least 1 and the dropout "
+            "in [0, 1)."
+        )
     found = find_targets(network, config.targets)
     add_adapter(network, name, dict.fromkeys(found, (config.rank, config.scaling_alpha)), dropout=config.dropout)
     modules = dict(layers(network))
     for target in found:
         weight: Any = modules[target].lora_A[name].weight
-        drawn = torch.empty(weight.shape)  # on the CPU, so that it is the same on every device
+        drawn = torch.empty(weight.shape)  # on the CPU, to be the same for every device
         nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator(seed, "lora", target))
         with torch.no_grad():
             weight.copy_(drawn)
@@ -213,13 +218,13 @@ def inject(
 
 
 def add_adapter(network: nn.Module, name: str, sizes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> None:
-    """Room for an adapter with its own rank and alpha for each layer; see `LoraLinear.add`.
+    """Add an adapter with its own rank and alpha for each layer; see `LoraLinear.add`.
 
     Raises:
-        ConfigError: the name is taken or has a dot in it; a layer is not there or not linear.
+        ConfigError: the name is taken, empty or contains a dot; a layer is missing or not linear.
     """
     if not name or "." in name or name in adapters(network):
-        raise ConfigError(f"an adapter cannot be called {name!r}: the name is taken, empty, or has a dot in it.")
+        raise ConfigError(f"an adapter cannot be called {name!r}: the name is taken, is empty, or contains a dot.")
     present = dict(network.named_modules())
     wrong = [target for target in sizes if not isinstance(present.get(target), nn.Linear | LoraLinear)]
     if wrong:
@@ -243,10 +248,10 @@ def train_only(network: nn.Module, name: str = DEFAULT) -> None:
 
 
 def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
-    """Which adapters take part, and by how much; the others do not.
+    """Activate adapters with these weights and deactivate the others.
 
     Raises:
-        ConfigError: there is no such adapter, or a layer is merged.
+        ConfigError: an unknown adapter, or a merged layer.
     """
     unknown = sorted(weights.keys() - set(adapters(network)))
     if unknown:
@@ -257,12 +262,12 @@ def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
 
 
 def state_dict(network: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT and diffusers name them: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    """Return an adapter's tensors, `<layer>.lora_A.weight` and `<layer>.lora_B.weight` as in PEFT and diffusers."""
     return rename(network.state_dict(), name)
 
 
 def rename(tensors: Mapping[str, Tensor], name: str = DEFAULT) -> dict[str, Tensor]:
-    """One adapter's tensors among those of a network's state dict, under PEFT's names."""
+    """Pick one adapter's tensors from a network's state dict, under PEFT's names."""
     end = f".{name}.weight"
     found = {}
     for key, value in tensors.items():
@@ -280,16 +285,16 @@ def load(
     *,
     weight: float = 1.0,
 ) -> list[str]:
-    """Put a saved adapter beside the layers that it is for; it is frozen.
+    """Add a saved adapter to its layers, frozen.
 
     Args:
-        tensors: by `state_dict`'s names.
-        alphas: of each layer, or of all; None: each layer's rank.
+        tensors: with `state_dict`'s names.
+        alphas: of each layer, or one for all. With None each layer's rank.
         weight: see `set_adapters`.
     Returns:
-        The layers.
+        The names of the layers.
     Raises:
-        CheckpointError: it is for another network: a layer is not there or has another width; or it is not whole.
+        CheckpointError: the adapter is incomplete, or a layer is missing here or has another width.
     """
     names = sorted({key.rpartition(".lora_")[0] for key in tensors})
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | LoraLinear)}
@@ -297,7 +302,7 @@ def load(
     for layer in names:
         a, b = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
         if a is None or b is None:
-            raise CheckpointError(f"the adapter is not whole: {layer} lacks {'A' if a is None else 'B'}.")
+            raise CheckpointError(f"the adapter is incomplete: {layer} lacks {'A' if a is None else 'B'}.")
         found = linear.get(layer)
         if found is None:
             raise CheckpointError(f"the adapter is for another network: there is no linear layer {layer} here.")
@@ -309,13 +314,13 @@ def load(
         alpha = alphas.get(layer) if isinstance(alphas, Mapping) else alphas
         sizes[layer] = a.shape[0], float(a.shape[0] if alpha is None else alpha)
     if not sizes:
-        raise CheckpointError("the adapter holds no lora_A and lora_B tensors.")
+        raise CheckpointError("the adapter has no lora_A and lora_B tensors.")
     add_adapter(network, name, sizes)
     modules = dict(layers(network))
     with torch.no_grad():
         for layer in names:
-            for part, held in (("A", modules[layer].lora_A), ("B", modules[layer].lora_B)):
-                held[name].weight.copy_(tensors[f"{layer}.lora_{part}.weight"])  # type: ignore[union-attr,operator]
+            for part, matrices in (("A", modules[layer].lora_A), ("B", modules[layer].lora_B)):
+                matrices[name].weight.copy_(tensors[f"{layer}.lora_{part}.weight"])  # type: ignore[union-attr,operator]
             modules[layer].active[name] = weight
             modules[layer].lora_A[name].requires_grad_(False)
             modules[layer].lora_B[name].requires_grad_(False)
@@ -324,27 +329,28 @@ def load(
 
 @torch.no_grad()
 def merge(network: nn.Module, *, keep: bool = True) -> None:
-    """Add the active adapters to the layers' own weights; what is merged already stays as it is.
+    """Add the active adapters to the layers' own weights. Layers that are already merged do not change.
 
     Args:
-        keep: a copy of the weights on the CPU, which makes `unmerge` exact to the bit. Without it there is no way back.
+        keep: keep a copy of the weights on the CPU, which makes `unmerge` exact to the bit. Without it a merge is
+            final.
     Raises:
-        ConfigError: a layer is stored in 8 bits, in which a sum would be lost. Merge before casting.
+        ConfigError: a layer is stored in 8 bits, too few for the sum. Merge before casting.
     """
     for name, layer in layers(network):
         if layer.merged:
             continue
-        own = layer.base.weight
-        if own.dtype in _STORAGE:
-            raise ConfigError(f"{name} is stored as {own.dtype}, too coarse to hold an adapter; merge before casting.")
-        layer.original = own.detach().to("cpu", copy=True) if keep else None
-        own.copy_(own.float() + layer.delta())
+        weight = layer.base.weight
+        if weight.dtype in _STORAGE:
+            raise ConfigError(f"{name} is stored as {weight.dtype}, too coarse for an adapter; merge before casting.")
+        layer.original = weight.detach().to("cpu", copy=True) if keep else None
+        weight.copy_(weight.float() + layer.delta())
         layer.merged = True
 
 
 @torch.no_grad()
 def unmerge(network: nn.Module) -> None:
-    """Undo `merge`, to the bit.
+    """Undo `merge` exactly.
 
     Raises:
         ConfigError: no copy was kept.
@@ -359,41 +365,42 @@ def unmerge(network: nn.Module) -> None:
 
 
 def remove(network: nn.Module, name: str | None = None) -> None:
-    """Take an adapter, or all of them, away. Layers without any are what they were, or, merged, what they became.
+    """Remove an adapter, or all of them. A layer without adapters becomes a plain linear layer again.
+
+    If it was merged, it keeps the merged weights.
 
     Raises:
-        ConfigError: there is no such adapter, or it is merged beside others.
+        ConfigError: an unknown adapter, or one that is merged together with others.
     """
-    gone = adapters(network) if name is None else [name]
+    removed = adapters(network) if name is None else [name]
     if name is not None and name not in adapters(network):
         raise ConfigError(f"there is no adapter {name!r}; there are {', '.join(adapters(network)) or 'none'}.")
-    if gone != adapters(network):
+    if removed != adapters(network):
         _refuse_merged(network)
     for target, layer in list(layers(network)):
-        for one in gone:
-            if one in layer.alphas:
-                layer.discard(one)
+        for adapter in removed:
+            if adapter in layer.alphas:
+                layer.discard(adapter)
         if not layer.alphas:
             _replace(network, target, layer.base)
 
 
 def layer_sizes(network: nn.Module, name: str = DEFAULT) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each layer of an adapter."""
+    """Return rank and alpha of each layer of an adapter."""
     return {target: (layer.rank(name), layer.alphas[name]) for target, layer in layers(network) if name in layer.alphas}
 
 
 def _linear_names(network: nn.Module) -> Iterator[str]:
-    """Linear layers with adapters or without, and none of the adapters' own."""
-    inside: Callable[[str], bool] = lambda name: any(name.startswith(f"{n}.") for n in wrapped)  # noqa: E731
-    wrapped = [name for name, _ in layers(network)]
+    """Yield linear layers with or without adapters, but not the adapters' own."""
+    wrapped = tuple(f"{name}." for name, _ in layers(network))
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | LoraLinear) and not inside(name):
+        if isinstance(module, nn.Linear | LoraLinear) and not name.startswith(wrapped):
             yield name
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, module)
 
 
 def _refuse_merged(network: nn.Module) -> None:

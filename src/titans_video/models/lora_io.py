@@ -1,8 +1,9 @@
-"""LoRA files: diffusers' safetensors with the adapter's configuration in its header, and what else is read.
+"""LoRA files: diffusers' safetensors with the adapter's configuration in the header, and the other formats we read.
 
-Written is what stock diffusers loads as it stands: keys `transformer.<layer>.lora_A.weight`, and the header
-`lora_adapter_metadata` with rank and alpha. Without that header diffusers takes alpha to be the rank, and an adapter of
-another alpha is too strong or too weak, in silence.
+Stock diffusers loads the written file directly: its keys are `transformer.<layer>.lora_A.weight`, and its header
+`lora_adapter_metadata` has rank and alpha. Without that header diffusers assumes that alpha is the rank, and an adapter
+with another alpha is silently too strong or too weak. A file can hold the adapters of several networks, each with its
+own key prefix (`Prefixes`).
 """
 
 import json
@@ -18,18 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from titans_video.checkpoint import atomic_path, load_tensors
+from titans_video.checkpoint import LAST, atomic_path, load_tensors
 from titans_video.errors import CheckpointError
 from titans_video.models.lora import rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
-
 OWN = "titans_video"
-"""Our own word in the header: what the adapter was trained on."""
-
-PREFIX = "transformer"
+"""This project's key in the header: what the adapter was trained on."""
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+Prefixes = Mapping[str, str]
+"""Key prefix in the file of each module prefix of the trained network. `{"": "transformer"}` is the whole network;
+`{"transformer.": "transformer", "transformer_2.": "transformer_2"}` are two networks trained together."""
+ONE_NETWORK: Prefixes = {"": "transformer"}
+
 _OLDER = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
 _OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
 
@@ -40,11 +44,10 @@ class LoraFile:
 
     Attributes:
         path: of the file.
-        tensors: float32, by `models.lora.state_dict`'s names.
+        tensors: float32, with the names of `models.lora.state_dict`.
         alphas: of each layer.
-        notes: what the person should know.
-        about: what this project's own files say of the training: `base`, `data` and `sample`, as
-            `recipes.lora_opening.lora_config` has them.
+        notes: messages for the user.
+        about: the training settings in this project's own files: `base`, `data` and `sample`.
     """
 
     path: Path
@@ -55,13 +58,13 @@ class LoraFile:
 
 
 def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """An adapter as the arguments of PEFT's LoraConfig.
+    """Describe an adapter as the arguments of PEFT's LoraConfig.
 
-    Dropout is always 0 in it, whatever training had: diffusers puts what it says into the transformer in training mode
-    and leaves it so, and every video would lose a part of the adapter at random.
+    Dropout is always 0, whatever it was in training: diffusers adds the adapter to the transformer in training mode and
+    leaves it so, and every video would randomly lose a part of the adapter.
 
     Args:
-        sizes: rank and alpha of each layer. The commonest are said once, the others by layer.
+        sizes: rank and alpha of each layer. The most common ones are the defaults; the patterns list the others.
     """
     rank, alpha = Counter(sizes.values()).most_common(1)[0][0]
     ranks = {f"^{name}$": r for name, (r, _) in sizes.items() if r != rank}
@@ -84,28 +87,36 @@ def write(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, tuple[int, float]],
     *,
+    prefixes: Prefixes = ONE_NETWORK,
     about: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter for diffusers, atomically.
 
     Args:
         path: a file, or a folder that gets `WEIGHTS`.
-        tensors: by `models.lora.state_dict`'s names.
+        tensors: with the names of `models.lora.state_dict`.
         sizes: from `models.lora.layer_sizes`.
-        about: more words for the header.
+        prefixes: see `Prefixes`. Each name must begin with one of the module prefixes.
+        about: further strings for the header.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
-    named = {f"{PREFIX}.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()}
-    said = {f"{PREFIX}.{key}": value for key, value in metadata(sizes).items()}
-    header = {"format": "pt", **(about or {}), HEADER: json.dumps(said, indent=2, sort_keys=True)}
+    named = {_file_name(name, prefixes): value.detach().cpu().contiguous() for name, value in tensors.items()}
+    config: dict[str, Any] = {}
+    for module_prefix, prefix in prefixes.items():
+        own = {n.removeprefix(module_prefix): size for n, size in sizes.items() if n.startswith(module_prefix)}
+        if own:
+            config |= {f"{prefix}.{key}": value for key, value in metadata(own).items()}
+    header = {"format": "pt", **(about or {}), HEADER: json.dumps(config, indent=2, sort_keys=True)}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(named, header))  # `save_file` would let nobody else read it
+        temporary.write_bytes(save(named, header))  # `save_file` would make it unreadable for other users
 
 
-def read(path: Path | str) -> LoraFile:
+def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
     """Read an adapter: ours (`lora_0000500.pt`, its folder or its safetensors), diffusers' or PEFT's.
 
+    Args:
+        prefixes: as for `write`.
     Raises:
         CheckpointError: missing, damaged, or another kind of adapter.
     """
@@ -115,31 +126,31 @@ def read(path: Path | str) -> LoraFile:
     try:
         with safe_open(path, framework="pt") as f:
             header: dict[str, str] = f.metadata() or {}
-            raw = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - it is no dict
+            raw = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} cannot be read as a LoRA: {e}") from None
-    tensors, own_alphas = _tensors(path, raw)
-    config = _config(path, header)
+    tensors, alpha_tensors = _tensors(path, raw, prefixes)
+    ranks, config = _ranks(tensors), _config(path, header)
     notes: list[str] = []
-    if own_alphas:
-        alphas = {name: own_alphas.get(name, float(r)) for name, r in _ranks(tensors).items()}
+    if alpha_tensors:
+        alphas = {name: alpha_tensors.get(name, float(rank)) for name, rank in ranks.items()}
     elif config is None:
-        alphas = {name: float(r) for name, r in _ranks(tensors).items()}
+        alphas = {name: float(rank) for name, rank in ranks.items()}
         notes.append(
-            f"{path} does not say its alpha; it is taken to be the rank, {_few_values(alphas)}, as diffusers takes it. "
-            "If it was trained with another, give a weight: FILE:ALPHA/RANK as a number."
+            f"{path} has no alpha. It is assumed to be the rank, {_few_values(alphas)}, as in diffusers. "
+            "If the adapter was trained with another alpha, give a weight: FILE:ALPHA/RANK as a number."
         )
     else:
-        alphas = _alphas(path, config, _ranks(tensors))
+        alphas = _alphas(path, config, ranks, prefixes)
     return LoraFile(path, tensors, alphas, notes, _about(header))
 
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        for name in (WEIGHTS, PEFT_WEIGHTS, "last.pt"):
+        for name in (WEIGHTS, PEFT_WEIGHTS, LAST):
             if (path / name).is_file():
                 return path / name
-        raise CheckpointError(f"{path} holds no LoRA: {WEIGHTS}, {PEFT_WEIGHTS} or last.pt was expected in it.")
+        raise CheckpointError(f"{path} has no LoRA: it must contain {WEIGHTS}, {PEFT_WEIGHTS} or {LAST}.")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such LoRA file or folder.")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
@@ -151,22 +162,37 @@ def _from_checkpoint(path: Path) -> LoraFile:
     data = load_tensors(path, mmap=True)
     config = (data.get("config") or {}).get("lora") if isinstance(data.get("config"), dict) else None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no LoRA of this project; `--checkpoint` reads whole models.")
+        raise CheckpointError(f"{path} contains no LoRA of this project; `--checkpoint` loads whole models.")
     tensors = {name: value.float() for name, value in rename(data["model"]).items()}
     alphas = {name: float(config["alpha"]) for name in _ranks(tensors)}
     return LoraFile(path, tensors, alphas, about=data["config"])
 
 
-def _tensors(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors by our names, and the alphas that stand beside them as tensors."""
+def _file_name(name: str, prefixes: Prefixes) -> str:
+    """Replace the module prefix of a name with its prefix in the file."""
+    module_prefix = next(m for m in prefixes if name.startswith(m))
+    return f"{prefixes[module_prefix]}.{name.removeprefix(module_prefix)}"
+
+
+def _module_name(key: str, prefixes: Prefixes) -> str:
+    """Invert `_file_name`. A key without a known prefix, as in PEFT's files, is a name already."""
+    key = key.removeprefix(PEFT_PREFIX)
+    for module_prefix, prefix in prefixes.items():
+        if key.startswith(f"{prefix}."):
+            return module_prefix + key.removeprefix(f"{prefix}.")
+    return key
+
+
+def _tensors(path: Path, raw: Mapping[str, Tensor], prefixes: Prefixes) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors with our names, and the alphas that older files store as tensors."""
     for word, kind in _OTHER_KINDS.items():
         if any(word in key for key in raw):
-            raise CheckpointError(f"{path} is a {kind} adapter; plain LoRA is read.")
+            raise CheckpointError(f"{path} is a {kind} adapter; only plain LoRA is supported.")
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     foreign: list[str] = []
     for key, value in raw.items():
-        name = key.removeprefix(PEFT_PREFIX).removeprefix(f"{PREFIX}.")
+        name = _module_name(key, prefixes)
         for old, new in _OLDER.items():
             name = name.replace(old, new)
         if name.endswith(".alpha"):
@@ -176,25 +202,24 @@ def _tensors(path: Path, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         else:
             foreign.append(key)
     if foreign or not tensors:
-        what = f"such as {foreign[0]}" if foreign else "none at all"
+        found = f"such as {foreign[0]}" if foreign else "it has no tensors"
         raise CheckpointError(
-            f"{path} has tensors that are not a linear layer's lora_A and lora_B ({what}). Read are diffusers' "
-            f"{WEIGHTS} and PEFT's {PEFT_WEIGHTS}."
+            f"{path} does not consist of linear layers' lora_A and lora_B tensors ({found}). Supported files are "
+            f"diffusers' {WEIGHTS} and PEFT's {PEFT_WEIGHTS}."
         )
     return tensors, alphas
 
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments of LoraConfig, from the header or from PEFT's file beside it; None where nobody says."""
+    """Return the arguments of LoraConfig from the header or from PEFT's file next to it, or None without either."""
     try:
         if header.get(HEADER):
-            said = json.loads(header[HEADER])
-            return {key.removeprefix(f"{PREFIX}."): value for key, value in said.items()}
-        beside = path.with_name(PEFT_CONFIG)
-        if path.name == PEFT_WEIGHTS and beside.is_file():
-            return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, OSError) as e:
-        raise CheckpointError(f"{path}: what it says of its rank and alpha cannot be read ({e}).") from None
+            return dict(json.loads(header[HEADER]))
+        peft_config = path.with_name(PEFT_CONFIG)
+        if path.name == PEFT_WEIGHTS and peft_config.is_file():
+            return dict(json.loads(peft_config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as e:
+        raise CheckpointError(f"{path}: the configuration with its rank and alpha cannot be read ({e}).") from None
     return None
 
 
@@ -206,19 +231,27 @@ def _about(header: Mapping[str, str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int], prefixes: Prefixes) -> dict[str, float]:
+    """Return alpha of each layer from the arguments of LoraConfig, whose keys may have a network's prefix."""
+    alphas = {}
+    for module_prefix, prefix in prefixes.items():
+        own = {key.removeprefix(f"{prefix}."): value for key, value in config.items()}
+        for name, rank in ranks.items():
+            if name.startswith(module_prefix):
+                alphas[name] = _alpha(path, own, name.removeprefix(module_prefix), rank)
+    return alphas
+
+
+def _alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
     if config.get("use_dora"):
-        raise CheckpointError(f"{path} is a DoRA adapter; plain LoRA is read.")
+        raise CheckpointError(f"{path} is a DoRA adapter; only plain LoRA is supported.")
     try:
-        usual, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
+        default, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: its header has no lora_alpha.") from None
-    alphas = {}
-    for name, rank in ranks.items():
-        own = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), usual)
-        # rsLoRA divides by the root of the rank; said in terms of alpha / rank.
-        alphas[name] = float(own) * rank**0.5 if config.get("use_rslora") else float(own)
-    return alphas
+    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), default)
+    # rsLoRA divides by the root of the rank; this is the alpha with the same alpha / rank.
+    return float(alpha) * rank**0.5 if config.get("use_rslora") else float(alpha)
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,47 +1,77 @@
-"""What a network remembers of the segments before: an explicit value, never a part of a module.
+"""The memory of the previous segments: an explicit value, never a part of a module; its file; and the neural memory.
 
-Legend: B batch, M memory tokens, D width, H heads, d head dim, F hidden width of the inner network.
+`NeuralMemory` is Titans' long-term memory (Behrouz et al. 2025): a small inner network whose weights are the state,
+trained at inference too. It maps a key to its value, and its weights follow the gradient of |M(k) - v|^2 with momentum
+and forgetting (equations 8 to 15). The gradient is written out by hand as plain tensor algebra. So the outer training
+can differentiate it, and it works under no_grad, activation checkpointing and compilation.
+
+The tokens of one temporal slot have no order, so a slot is one step of the recurrence, with one set of gates. A chunk
+is a number of steps whose gradients are all taken at the chunk's starting weights. The recurrence over the chunk is
+then linear in the gradients, and the sum over it is two matrix products (equations 16 to 19).
+
+Legend: B batch, M memory tokens, H heads, n steps (slots), s slots of a segment, p tokens of a step, N = n p tokens,
+d head dim, D = H d width, F hidden width of the inner network, K weightings of the tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans_video.checkpoint import atomic_path
 from titans_video.errors import CheckpointError
+from titans_video.models.layers import NORM_EPS, norm, without_autocast
 
 FORMAT = "titans-video-memory/1"
+State = tuple[Tensor, Tensor]
+"""W1 (B, H, d, F) and W2 (B, H, F, d) of one neural memory's inner network, or their momentum."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The state after a number of segments; its size does not depend on how many there were.
+    """The state after any number of segments; its size does not depend on how many.
 
-    It is float32 whatever the network computes in: thousands of small updates would be lost in bfloat16. It belongs to
-    its samples, like an activation, and is never averaged over processes.
+    It is float32 whatever the network computes in, because bfloat16 would lose thousands of small updates. It belongs
+    to its samples, like an activation, and is never averaged over processes.
 
     Attributes:
-        tokens: (B, M, D), the memory tokens; None for a network without memory.
-        weights: of each neural memory's inner network, in the order of the layers: W1 (B, H, d, F), W2 (B, H, F, d).
-        momentum: of the same shapes, Titans' S.
+        tokens: (B, M, D), the memory tokens, or None for a network without memory.
+        weights: W1 (B, H, d, F) and W2 (B, H, F, d) of each neural memory's inner network, in the order of the layers.
+        momentum: Titans' S, of the same shapes.
     """
 
     tokens: Tensor | None = None
     weights: tuple[Tensor, ...] = ()
     momentum: tuple[Tensor, ...] = ()
 
+    def layer(self, index: int) -> tuple[State, State]:
+        """Return the weights and the momentum of one neural memory."""
+        first, second = 2 * index, 2 * index + 1
+        return (self.weights[first], self.weights[second]), (self.momentum[first], self.momentum[second])
+
+    def with_layer(self, index: int, weights: State, momentum: State) -> "Memory":
+        """Return the memory with the state of one neural memory replaced."""
+        before, after = slice(2 * index), slice(2 * index + 2, None)
+        return replace(
+            self,
+            weights=(*self.weights[before], *weights, *self.weights[after]),
+            momentum=(*self.momentum[before], *momentum, *self.momentum[after]),
+        )
+
     def detach(self) -> "Memory":
-        """The same values, through which nothing is learned."""
+        """Return the same values, detached from the graph."""
         return self.map(Tensor.detach)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Memory":
-        """`function` of every tensor."""
+        """Apply `function` to every tensor."""
         return replace(
             self,
             tokens=None if self.tokens is None else function(self.tokens),
@@ -50,11 +80,11 @@ class Memory:
         )
 
     def rows(self, index: Tensor) -> "Memory":
-        """The samples at `index` (N,), in that order: to share a state between guidance's two halves, or to swap it."""
+        """Select the samples at `index` (N,), to share a state between guidance's two halves or to swap states."""
         return self.map(lambda x: x[index.to(x.device)])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name; `from_tensors` undoes it."""
+        """Return every tensor by name; `from_tensors` is the inverse."""
         named = {} if self.tokens is None else {"memory.tokens": self.tokens}
         for name, values in (("weights", self.weights), ("momentum", self.momentum)):
             named |= {f"memory.{name}.{i}": x for i, x in enumerate(values)}
@@ -62,7 +92,7 @@ class Memory:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Memory":
-        """Pick the memory out of named tensors; others are passed over."""
+        """Build the memory from named tensors; others are ignored."""
 
         def series(name: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"memory.{name}.") for key in tensors)
@@ -72,38 +102,38 @@ class Memory:
 
     @property
     def bytes(self) -> int:
-        """Size of the state."""
+        """The size of the state."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor but for the batch axis: what must agree with a network's."""
+        """Return the shape of each tensor without the batch axis: it must match a network's."""
         return {name: tuple(x.shape[1:]) for name, x in self.tensors().items()}
 
 
 def save_state(path: Path | str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write named tensors and plain words beside them, atomically, with the format's version.
+    """Write named tensors and metadata atomically, with the format's version.
 
     Args:
         path: of a .safetensors file.
-        tensors: `Memory.tensors()`, and whatever goes with it.
-        about: words by name, kept in the header.
+        tensors: `Memory.tensors()` and any others.
+        about: strings by name, written to the header.
     """
     with atomic_path(Path(path)) as temporary:
-        whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_file(whole, temporary, metadata={"format": FORMAT, **about})
+        contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": FORMAT, **about})
 
 
 def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Undo `save_state`; nothing in the file can run code.
+    """Load the tensors and metadata that `save_state` wrote. Nothing in the file can execute code.
 
     Raises:
         CheckpointError: missing, damaged, or of another format or version.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            opened: Any = file
-            about = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+        with safe_open(path, framework="pt") as opened:
+            file: Any = opened
+            about = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such memory file.") from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -116,14 +146,252 @@ def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_memory(path: Path | str, memory: Memory) -> None:
-    """A memory alone, as a .safetensors file."""
+    """Write only a memory, as a .safetensors file."""
     save_state(path, memory.tensors(), {})
 
 
 def load_memory(path: Path | str, device: torch.device | str = "cpu") -> Memory:
-    """The memory in a file that `save_memory` or streaming wrote.
+    """Load the memory from a file that `save_memory` or streaming wrote.
 
     Raises:
         CheckpointError: see `load_state`.
     """
     return Memory.from_tensors(load_state(path)[0]).map(lambda x: x.to(device))
+
+
+EXPANSION = 4  # F / d
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of each step, all (B, H, n) in [0, 1].
+
+    Attributes:
+        theta: share of the surprise (the gradient) that enters the momentum. `NeuralMemory` divides it by p, since the
+            gradient is a sum over the tokens of a step.
+        eta: share of the momentum that is kept.
+        alpha: share of the weights that is forgotten.
+    """
+
+    theta: Tensor
+    eta: Tensor
+    alpha: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkCoefficients:
+    """The coefficients of a chunk of n steps.
+
+    With M and S before the chunk and gradients g_i at its starting weights,
+    M' = keep M + carry S - sum_i into_weights_i g_i and S' = persist S - sum_i into_momentum_i g_i.
+
+    Attributes:
+        keep, carry, persist: (B, H).
+        into_weights, into_momentum: (B, H, n).
+    """
+
+    keep: Tensor
+    carry: Tensor
+    persist: Tensor
+    into_weights: Tensor
+    into_momentum: Tensor
+
+
+def unroll_chunk(gates: Gates) -> ChunkCoefficients:
+    """Unroll S_i = eta_i S_{i-1} - theta_i g_i and M_i = (1 - alpha_i) M_{i-1} + S_i over the steps of a chunk.
+
+    The loop runs backwards from the last step, so it never divides by a product of gates, which may be zero. With A_i
+    the share of M_i in the final M and R_i the share of S_i in the final M,
+    A_i = (1 - alpha_{i+1}) A_{i+1} and R_i = A_i + eta_{i+1} R_{i+1}.
+    """
+    n = gates.theta.shape[-1]
+    one = torch.ones_like(gates.theta[..., 0])
+    a, r, persist = one, one, one  # A_n, R_n, and the share of S_n in the final S
+    into_weights, into_momentum = [], []
+    for i in range(n - 1, -1, -1):
+        theta, eta, alpha = gates.theta[..., i], gates.eta[..., i], gates.alpha[..., i]
+        into_weights.append(theta * r)
+        into_momentum.append(theta * persist)
+        carry = eta * r  # share of S_{i-1} in the final M through S_i
+        a, persist = (1 - alpha) * a, eta * persist
+        if i:
+            r = a + carry  # S_{i-1} is also a part of M_{i-1}
+    in_order = [torch.stack(x[::-1], dim=-1) for x in (into_weights, into_momentum)]
+    return ChunkCoefficients(a, carry, persist, *in_order)
+
+
+def recall(k: Tensor, weights: State, scale: Tensor, shift: Tensor) -> Tensor:
+    """Compute M(k) = LayerNorm(gelu(k W1) W2) scale + shift + k.
+
+    Args:
+        k: (B, H, N, d).
+        weights: W1 and W2.
+        scale, shift: (H, 1, d), the norm's parameters.
+    """
+    hidden = F.gelu(k @ weights[0])
+    return F.layer_norm(hidden @ weights[1], k.shape[-1:], eps=NORM_EPS) * scale + shift + k
+
+
+def surprise(
+    k: Tensor, v: Tensor, shares: Tensor, weights: State, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum the gradients of |M(k) - v|^2 with respect to W1 and W2 over tokens, each with its share.
+
+    The gradient of a single token is never formed: the shares multiply the thinner factor of each product.
+
+    Args:
+        k, v: (B, H, N, d).
+        shares: (K, B, H, N).
+        weights, scale, shift: see `recall`.
+    Returns:
+        (K, B, H, d, F) and (K, B, H, F, d).
+    """
+    w1, w2 = weights
+    u = k @ w1  # (B, H, N, F)
+    cdf = 0.5 * (1 + torch.erf(u * math.sqrt(0.5)))  # of the normal distribution
+    a = u * cdf
+    z = a @ w2  # (B, H, N, d)
+    centred = z - z.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
+    y = centred * rstd
+    dy = 2 * (y * scale + shift + k - v) * scale
+    dz = rstd * (dy - dy.mean(-1, keepdim=True) - y * (dy * y).mean(-1, keepdim=True))
+    pdf = torch.exp(-0.5 * u.square()) * (1 / math.sqrt(2 * math.pi))
+    du = (dz @ w2.mT) * (cdf + u * pdf)
+    shares = shares[..., None]
+    return (k * shares).mT @ du, a.mT @ (dz * shares)
+
+
+def update(
+    weights: State,
+    momentum: State,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    scale: Tensor,
+    shift: Tensor,
+    chunk: int | None = None,
+    forget_to: State | None = None,
+) -> tuple[State, State]:
+    """Write n steps of p tokens into the state.
+
+    Args:
+        weights, momentum: the state so far.
+        k, v: (B, H, n, p, d).
+        gates: one set per step. The gradient of a step is the sum over its tokens.
+        scale, shift: see `recall`.
+        chunk: steps whose gradients are taken at the same weights. With None all n; with 1 the paper's recurrence.
+        forget_to: the weights that forgetting decays to. With None zero, as in the paper.
+    Returns:
+        The new weights and momentum.
+    """
+    n, p = k.shape[2:4]
+    chunk = chunk or n
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        c = unroll_chunk(Gates(gates.theta[..., part], gates.eta[..., part], gates.alpha[..., part]))
+        shares = torch.stack((c.into_weights, c.into_momentum)).repeat_interleave(p, dim=-1)  # (2, B, H, N)
+        keys, values = k[:, :, part].flatten(2, 3), v[:, :, part].flatten(2, 3)
+        # Checkpointed, because it has as many hidden values per token as a block's MLP.
+        grads = checkpoint(
+            surprise, keys, values, shares, weights, scale, shift, use_reentrant=False, preserve_rng_state=False
+        )
+        keep, carry, persist = (x[..., None, None] for x in (c.keep, c.carry, c.persist))
+        new_w = [keep * w + carry * s - g[0] for w, s, g in zip(weights, momentum, grads, strict=True)]
+        if forget_to is not None:
+            new_w = [w + (1 - keep) * target for w, target in zip(new_w, forget_to, strict=True)]
+        new_s = [persist * s - g[1] for s, g in zip(momentum, grads, strict=True)]
+        weights, momentum = (new_w[0], new_w[1]), (new_s[0], new_s[1])
+    return weights, momentum
+
+
+def restore_norms(weights: State, like: State) -> State:
+    """Rescale each hidden unit's weights to their norm in `like`, so the inner loop cannot explode."""
+
+    def restore(w: Tensor, reference: Tensor, axis: int) -> Tensor:
+        return w * (reference.norm(dim=axis, keepdim=True) / w.norm(dim=axis, keepdim=True).clamp(min=1e-6))
+
+    return restore(weights[0], like[0], -2), restore(weights[1], like[1], -1)
+
+
+class NeuralMemory(nn.Module):
+    """A layer that reads from and writes to the weights of an inner network. It is pure: the state goes in and out.
+
+    Args:
+        dim, heads: D and H of the outer network. Each head has its own inner network.
+        chunk: slots whose gradients are taken at the same weights. With None all of a segment.
+        forget_to_start: forgetting decays to the learned initial weights instead of zero.
+        keep_norms: apply `restore_norms` after each write.
+    Source: Titans (Behrouz et al. 2025), memory as a context. The gate of the output is that of TTT-video (Dalal et al.
+        2025).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, chunk: int | None = None, forget_to_start: bool = True, keep_norms: bool = True
+    ):
+        super().__init__()
+        self.heads, self.chunk = heads, chunk
+        self.forget_to_start, self.keep_norms = forget_to_start, keep_norms
+        d = dim // heads
+        self.w1 = nn.Parameter(torch.empty(heads, d, EXPANSION * d))
+        self.w2 = nn.Parameter(torch.empty(heads, EXPANSION * d, d))
+        self.scale = nn.Parameter(torch.ones(heads, 1, d))
+        self.shift = nn.Parameter(torch.zeros(heads, 1, d))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.gates = nn.Linear(dim, 3 * heads)
+        self.out = nn.Linear(dim, dim)
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Initialise weights that keep a key's scale, and gates that learn at once and forget 2 % per slot."""
+        nn.init.normal_(self.w1, std=self.w1.shape[1] ** -0.5)
+        nn.init.normal_(self.w2, std=self.w2.shape[1] ** -0.5)
+        nn.init.zeros_(self.gates.weight)
+        for bias, value in zip(self.gates.bias.chunk(3), (0.5, 0.5, 0.02), strict=True):
+            bias.fill_(math.log(value / (1 - value)))
+        nn.init.constant_(self.gamma, 0.1)
+
+    def start(self, batch: int) -> tuple[State, State]:
+        """Return the initial state: the learned weights, and zero momentum."""
+        w1, w2 = (w.expand(batch, *w.shape).clone() for w in self._initial())
+        return (w1, w2), (torch.zeros_like(w1), torch.zeros_like(w2))
+
+    def read(self, x: Tensor, weights: State) -> Tensor:
+        """Retrieve for tokens x (B, N, D), gated, in x's dtype."""
+        q = F.normalize(self._split(self.q(norm(x))), dim=-1)  # (B, H, N, d)
+        with without_autocast(x.device.type):
+            y = recall(q, weights, self.scale.float(), self.shift.float())
+        return (torch.tanh(self.gamma) * self.out(y.transpose(1, 2).flatten(2).to(x.dtype))).to(x.dtype)
+
+    def write(self, x: Tensor, weights: State, momentum: State) -> tuple[State, State]:
+        """Store the tokens of a segment, x (B, s, p, D), slot by slot in order, in float32 whatever x is."""
+        s, p = x.shape[1:3]
+        hidden = norm(x)
+        k, v = self.kv(hidden.flatten(1, 2)).chunk(2, dim=-1)  # each (B, N, D)
+        logits = self.gates(hidden.mean(dim=2))  # (B, s, 3 H)
+        with without_autocast(x.device.type):
+            k, v = (self._split(y).float().unflatten(2, (s, p)) for y in (k, v))
+            theta, eta, alpha = torch.sigmoid(logits.float()).transpose(1, 2).chunk(3, dim=1)  # each (B, H, s)
+            initial = self._initial()
+            weights, momentum = update(
+                weights,
+                momentum,
+                F.normalize(k, dim=-1),
+                v,
+                Gates(theta / p, eta, alpha),
+                self.scale.float(),
+                self.shift.float(),
+                self.chunk,
+                initial if self.forget_to_start else None,
+            )
+            return restore_norms(weights, initial) if self.keep_norms else weights, momentum
+
+    def _initial(self) -> State:
+        return self.w1.float(), self.w2.float()
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, d), float32."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).float()

@@ -1,5 +1,6 @@
 """Networks by name: presets, the configuration that flags make, and the network that a checkpoint's config names."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,6 +12,8 @@ from titans_video.models.svd_unet import SVDUNet
 from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.types import CodecSpec
 
+NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT, "SVDUNet": SVDUNet}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"model_dim": 96, "depth": 5, "heads": 4, "conv": True, "gated_skip": True, "text_layers": 0},
     "S": {"model_dim": 384, "depth": 12, "heads": 6},
@@ -20,20 +23,48 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1B": {"model_dim": 1408, "depth": 25, "heads": 11},
     "3B": {"model_dim": 2048, "depth": 35, "heads": 16},
 }
+"""Sizes of SoraDiT. `tiny` is for one CPU and clips of 32 pixels. S to XL have the widths, depths and heads of the DiT
+paper (table 1). Temporal and cross-attention make each block larger than there, and the shared adaLN makes it smaller.
+1B and 3B are named after their parameter counts with `st` attention."""
+
+
+def build_network(config: Mapping[str, Any]) -> Any:
+    """Build a freshly initialised network. The key `network` of its configuration names the class; default SoraDiT.
+
+    Raises:
+        CheckpointError: an unknown network, or arguments that it does not take.
+        ConfigError: sizes that do not fit together.
+    """
+    arguments = dict(config)
+    name = arguments.pop("network", "SoraDiT")
+    if name not in NETWORKS:
+        raise CheckpointError(f"The network {name!r} is unknown to this version, which has {', '.join(NETWORKS)}.")
+    try:
+        return NETWORKS[name](**arguments)
+    except ConfigError:
+        raise
+    except TypeError as e:
+        raise CheckpointError(f"The configuration of the network {name} is not of this version: {e}.") from None
+
+
+def network_config(network: Any) -> dict[str, Any]:
+    """Return the configuration, of plain values, from which `build_network` builds this network again."""
+    arguments = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    return {"network": type(network).__name__, **arguments}
 
 
 def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Arguments of SoraDiT for a preset, what the flags change in it, a codec and text encoders.
+    """Return SoraDiT's arguments from a preset, the flags that override it, a codec and the text encoders' widths.
 
     Raises:
         ConfigError: there is no such preset.
     """
     if options.preset not in PRESETS:
         raise ConfigError(f"--preset {options.preset}: there is no such size; choose one of {', '.join(PRESETS)}.")
-    changed = {name: getattr(options, name) for name in ("model_dim", "depth", "heads")}
+    overrides = {name: getattr(options, name) for name in ("model_dim", "depth", "heads")}
     return {
         **PRESETS[options.preset],
-        **{name: value for name, value in changed.items() if value is not None},
+        **{name: value for name, value in overrides.items() if value is not None},
         "in_channels": spec.channels,
         "time_stride": spec.stride[0],
         "patch_size": tuple(options.patch_size),
@@ -46,7 +77,7 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
 def titans_config(
     memory: MemoryOptions, options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
 ) -> dict[str, Any]:
-    """Arguments of TitansVideoDiT: SoraDiT's, and its memory.
+    """Return TitansVideoDiT's arguments: SoraDiT's and those of its memory.
 
     Raises:
         ConfigError: there is no such preset.
@@ -57,31 +88,3 @@ def titans_config(
         **sora_config(options, spec, text_widths),
         **{name: getattr(memory, name) for name in names},
     }
-
-
-NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT, "SVDUNet": SVDUNet}
-
-
-def build_network(config: dict[str, Any]) -> Any:
-    """A freshly initialised network from its configuration (`network` names the class; default SoraDiT).
-
-    Raises:
-        CheckpointError: an unknown network, or arguments that it does not take.
-        ConfigError: sizes that do not go together.
-    """
-    arguments = dict(config)
-    name = arguments.pop("network", "SoraDiT")
-    if name not in NETWORKS:
-        raise CheckpointError(f"The network {name!r} is not one of this version's: {', '.join(NETWORKS)}.")
-    try:
-        return NETWORKS[name](**arguments)
-    except ConfigError:
-        raise
-    except TypeError as e:
-        raise CheckpointError(f"The configuration of the network {name} is not of this version: {e}.") from None
-
-
-def network_config(network: Any) -> dict[str, Any]:
-    """The configuration from which `build_network` makes this network again, of plain values."""
-    arguments = {k: v for k, v in network.config.items() if not k.startswith("_")}
-    return {"network": type(network).__name__, **arguments}

@@ -1,11 +1,14 @@
 """SoraDiT: a spatio-temporal diffusion transformer over video latents (DiT, Peebles & Xie 2023).
 
+Read it bottom up: `SoraBlock`, `FinalLayer`, `Backbone` (the parts that SoraDiT and TitansVideoDiT share), `SoraDiT`.
+
 Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, (pt, ph, pw) patch,
-s = t / pt temporal slots, p = (h / ph)(w / pw) tokens of a slot, D width, M text tokens of all streams, R registers:
-tokens without a place, such as a memory's, beside the video's.
-Tokens are carried as (B, s, p, D), so that spatial attention is a view and a slot's modulation a broadcast.
+s = t / pt temporal slots, p = (h / ph)(w / pw) tokens of a slot, V = C pt ph pw values of a patch, D width, d head dim,
+M text tokens of all streams, R registers: extra tokens without a position, such as a memory's.
+Tokens have the shape (B, s, p, D), so spatial attention needs only a view and a slot's modulation broadcasts.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,37 +19,44 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from titans_video.errors import ConfigError, nearest_multiples
-from titans_video.models.byte_encoder import ByteEncoder
+from titans_video.models.byte_encoder import check_text, text_embeddings
 from titans_video.models.layers import (
     MLP,
-    AttentionType,
     CrossAttention,
-    FinalLayer,
+    Patch,
     SelfAttention,
     SpatialConv,
-    TextProjection,
     TimeEmbedding,
     ada_layer_norm,
     axis_pairs,
     freqs_cis_3d,
     masked_mean,
-    modulations,
     norm,
     patchify,
     unpatchify,
+    xavier_init,
 )
-from titans_video.types import Condition, Prediction, TextCondition
+from titans_video.types import Condition, Prediction
+
+AttentionType = Literal["st", "full"]
+Grid = tuple[int, int, int]
+
+
+def modulation_width(attention_type: AttentionType, dim: int) -> int:
+    """Return the values of a block's adaLN: shift, scale and gate for each self-attention and for the MLP."""
+    sub_layers = 3 if attention_type == "st" else 2
+    return 3 * sub_layers * dim
 
 
 class SoraBlock(nn.Module):
-    """adaLN-zero block (DiT, Peebles & Xie 2023): the identity at initialisation.
+    """A transformer block with adaLN-zero (DiT, Peebles & Xie 2023): the identity at initialisation.
 
-    `st`: spatial self-attention within a slot, then temporal self-attention of each place across slots (Latte,
-    OpenSora); `full`: one self-attention over all tokens. Then cross-attention to text, then the MLP.
+    `st`: spatial self-attention within a slot, then temporal self-attention of each position across slots (Latte,
+    OpenSora). `full`: one self-attention over all tokens. Then cross-attention to text, then the MLP.
 
-    adaLN comes in two forms. "block": the block's own Linear from the conditioning, as in DiT. "shared": one Linear of
-    the network serves all blocks and each adds a learned table (PixArt's adaLN-single; Wan found that the weights
-    saved, a third of a DiT, do more as depth).
+    adaLN has two forms. "block": the block's own Linear from the conditioning, as in DiT. "shared": one Linear of the
+    network serves all blocks, and each block adds a learned table (PixArt's adaLN-single). It saves a third of a DiT's
+    weights, which Wan found more useful as depth.
     """
 
     def __init__(
@@ -62,9 +72,9 @@ class SoraBlock(nn.Module):
     ):
         super().__init__()
         self.dim = dim
-        n = 3 * modulations(attention_type) * dim
-        self.modulation = nn.Linear(dim, n) if adaln == "block" else None
-        self.modulation_table = nn.Parameter(torch.zeros(n)) if adaln == "shared" else None
+        width = modulation_width(attention_type, dim)
+        self.modulation = nn.Linear(dim, width) if adaln == "block" else None
+        self.modulation_table = nn.Parameter(torch.zeros(width)) if adaln == "shared" else None
         self.conv = SpatialConv(dim) if conv else None
         self.attn = SelfAttention(dim, heads, qk_norm)
         self.temporal_attn = SelfAttention(dim, heads, qk_norm) if attention_type == "st" else None
@@ -72,7 +82,7 @@ class SoraBlock(nn.Module):
         self.mlp = MLP(dim, mlp_ratio)
 
     def zero_initialised(self) -> list[nn.Module]:
-        """The layers that must start at zero for the block to start as the identity."""
+        """Return the layers that must start at zero for the block to start as the identity."""
         parts = (
             self.modulation,
             self.cross_attn.out if self.cross_attn is not None else None,
@@ -83,7 +93,7 @@ class SoraBlock(nn.Module):
     def forward(
         self,
         x_BspD: Tensor,
-        condition: Tensor,
+        c: Tensor,
         freqs_cis: Tensor,
         grid_width: int,
         text: Tensor | None = None,
@@ -93,65 +103,91 @@ class SoraBlock(nn.Module):
         """
         Args:
             x_BspD: tokens.
-            condition: (B, s, D) for adaLN "block"; (B, s, 9 D or 6 D) from the network's Linear for "shared". With
-                registers (B, s + 1, ...), the last of it theirs.
-            rotation: complex (s, p, d / 2).
-            columns: tokens of one row of the grid.
+            c: adaLN's input: (B, s, D) for "block"; (B, s, 9 D or 6 D) from the network's Linear for "shared". With
+                registers (B, s + 1, ...), whose last slot modulates them.
+            freqs_cis: complex (s, p, d / 2).
+            grid_width: tokens of one row of the grid.
             text, text_mask: (B, M, D), and (B, 1, 1, M) bool.
-            registers: (B, R, D). The temporal attention and the convolution, which go by place, pass them over.
+            registers: (B, R, D). They skip the temporal attention and the convolution, which depend on positions.
         Returns:
             (B, s, p, D), and the registers or None.
         """
-        x, r = x_BspD, None if registers is None else registers[:, None]  # (B, 1, R, D)
+        x, r = x_BspD, None if registers is None else registers[:, None]  # r (B, 1, R, D)
         B, s, p, D = x.shape
-        ada = condition if self.modulation is None else self.modulation(condition)
+        ada = c if self.modulation is None else self.modulation(c)
         if self.modulation_table is not None:
             ada = ada + self.modulation_table
         ada = ada.view(B, ada.shape[1], 1, -1, 3, D)
-        of_x = ada[:, :s].unbind(3)  # one (B, s, 1, 3, D) a sub-layer
-        of_r = ada[:, s:].unbind(3)
+        ada_x = ada[:, :s].unbind(3)  # (B, s, 1, 3, D) for each sub-layer: shift, scale, gate
+        ada_r = ada[:, s:].unbind(3)  # (B, 1, 1, 3, D)
+
         if self.conv is not None:
             x = x + self.conv(x, grid_width)
-
-        shift, scale, gate = of_x[0].unbind(3)
-        hidden, turn = ada_layer_norm(x, shift, scale), freqs_cis
-        if self.temporal_attn is None:
-            hidden, turn = hidden.reshape(B, 1, s * p, D), freqs_cis.reshape(1, s * p, -1)
-        if r is None:
-            y = self.attn(hidden, turn)
-        else:
-            shift, scale, register_gate = of_r[0].unbind(3)
-            y, z = self.attn.with_registers(hidden, ada_layer_norm(r, shift, scale)[:, 0], turn)
-            r = torch.addcmul(r, register_gate, z[:, None])
-        x = torch.addcmul(x, gate, y.view(B, s, p, D))
+        x, r = self._attend(x, r, ada_x[0], ada_r[0], freqs_cis)
         if self.temporal_attn is not None:
-            shift, scale, gate = of_x[1].unbind(3)
-            across = ada_layer_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
-            y = self.temporal_attn(across, freqs_cis.transpose(0, 1))
-            x = torch.addcmul(x, gate, y.transpose(1, 2))
-
+            x = self._attend_over_time(x, ada_x[1], freqs_cis)
         if self.cross_attn is not None:
             x = x + self.cross_attn(norm(x).view(B, s * p, D), text, text_mask).view(B, s, p, D)
+        x = self._mlp(x, ada_x[-1])
+        return x, None if r is None else self._mlp(r, ada_r[-1])[:, 0]
 
-        x = self._mlp(x, of_x[-1])
-        return x, None if r is None else self._mlp(r, of_r[-1])[:, 0]
+    def _attend(
+        self, x: Tensor, r: Tensor | None, ada_x: Tensor, ada_r: Tensor, freqs_cis: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply self-attention within each slot ("st") or over all tokens ("full"), with the registers r if any."""
+        shift, scale, gate = ada_x.unbind(3)
+        hidden = ada_layer_norm(x, shift, scale)  # (B, s, p, D)
+        if self.temporal_attn is None:
+            hidden, freqs_cis = hidden.flatten(1, 2)[:, None], freqs_cis.flatten(0, 1)[None]  # one group of s p tokens
+        if r is None:
+            return torch.addcmul(x, gate, self.attn(hidden, freqs_cis).view_as(x)), None
+        shift, scale, gate_r = ada_r.unbind(3)
+        y, z = self.attn.with_registers(hidden, ada_layer_norm(r, shift, scale)[:, 0], freqs_cis)
+        r = torch.addcmul(r, gate_r, z[:, None])
+        return torch.addcmul(x, gate, y.view_as(x)), r
+
+    def _attend_over_time(self, x: Tensor, ada_x: Tensor, freqs_cis: Tensor) -> Tensor:
+        assert self.temporal_attn is not None
+        shift, scale, gate = ada_x.unbind(3)
+        hidden = ada_layer_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
+        return torch.addcmul(x, gate, self.temporal_attn(hidden, freqs_cis.transpose(0, 1)).transpose(1, 2))
 
     def _mlp(self, x: Tensor, ada: Tensor) -> Tensor:
         shift, scale, gate = ada.unbind(3)
         return torch.addcmul(x, gate, self.mlp(ada_layer_norm(x, shift, scale)))
 
 
-Grid = tuple[int, int, int]
+class FinalLayer(nn.Module):
+    """Modulated norm and a Linear to patches, zero at initialisation (DiT).
+
+    With `gated_skip` each token also predicts, for each value, how much of its own noisy patch to add to the output.
+    The target is mostly noise that the input already contains. Without the skip all of it passes through the D channels
+    of the residual stream, which narrow networks need for other features.
+    """
+
+    def __init__(self, dim: int, values: int, gated_skip: bool = False):
+        super().__init__()
+        self.gated_skip = gated_skip
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, values * (2 if gated_skip else 1))
+
+    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
+        shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
+        out = self.linear(ada_layer_norm(x_BspD, shift, scale))
+        if not self.gated_skip:
+            return out
+        value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)
+        return torch.addcmul(value, gate, noisy_BspV.to(gate.dtype))
 
 
 class Backbone(ModelMixin, ConfigMixin):
-    """Patches, time and text to tokens, a stack of `SoraBlock`s, and tokens back to patches.
+    """Embeddings of patches, time and text, a stack of `SoraBlock`s, and the final layer.
 
-    A subclass registers its configuration, whose names are those of `SoraDiT`, and then calls `build`.
+    A subclass registers its configuration, with the names of `SoraDiT`'s arguments, and then calls `build`.
     """
 
-    frame_times: ClassVar[bool] = True
-    """Takes a time for each latent frame, so that given frames are clean while others are noisy."""
+    per_frame_time: ClassVar[bool] = True
+    """Whether each latent frame has its own time, so conditioning frames can be clean while others are noisy."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SoraBlock", "EncoderLayer"]
@@ -159,30 +195,21 @@ class Backbone(ModelMixin, ConfigMixin):
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "time_embed", "norm", "final"]
 
     def build(self) -> None:
-        """Make the modules that the registered configuration describes.
+        """Create the modules that the registered configuration describes.
 
         Raises:
-            ConfigError: sizes that do not go together.
+            ConfigError: sizes that do not fit together.
         """
         c = self.config
         dim, heads = c.model_dim, c.heads
-        _check(dim, heads, c.attention_type, c.adaln, c.patch_size)
-        if c.sine_positions and dim % 4:
-            raise ConfigError(
-                f"--sine-positions needs a width of sines and cosines of two axes: --model-dim {dim} must be "
-                f"{' or '.join(str(m) for m in nearest_multiples(dim, 4))}."
-            )
-        self.patch: Grid = tuple(c.patch_size)  # type: ignore[assignment]  # JSON gives a list back
+        _check_config(c)
+        self.patch: Patch = tuple(c.patch_size)  # type: ignore[assignment]  # JSON gives a list back
         cells = self.patch[0] * self.patch[1] * self.patch[2]
         self.patch_embed = nn.Linear((2 * c.in_channels + c.time_stride) * cells, dim)
         self.time_embed = TimeEmbedding(dim)
-        self.text_embed = nn.ModuleList(
-            TextProjection(width, dim) if width else ByteEncoder(dim, heads, c.text_layers, c.text_buckets)
-            for width in c.text_widths
-        )
+        self.text_embed = text_embeddings(c.text_widths, dim, heads, c.text_layers, c.text_buckets)
         self.text_pool = nn.ModuleList(nn.Linear(dim, dim) for _ in c.text_widths)
-        shared = 3 * modulations(c.attention_type) * dim
-        self.modulation = nn.Linear(dim, shared) if c.adaln == "shared" else None
+        self.modulation = nn.Linear(dim, modulation_width(c.attention_type, dim)) if c.adaln == "shared" else None
         self.blocks = nn.ModuleList(
             SoraBlock(dim, heads, c.mlp_ratio, c.attention_type, bool(c.text_widths), c.qk_norm, c.adaln, c.conv)
             for _ in range(c.depth)
@@ -192,13 +219,8 @@ class Backbone(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Xavier for matrices, 0.02 for embeddings, and zero for all that makes a block the identity at the start."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        """Initialise as `xavier_init`, then set to zero all that must be zero for each block to be the identity."""
+        xavier_init(self.modules())
         zero: list[nn.Module] = [self.final.modulation, self.final.linear]
         if self.modulation is not None:
             zero.append(self.modulation)
@@ -209,40 +231,39 @@ class Backbone(ModelMixin, ConfigMixin):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def run_block(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        c_block: Tensor,
-        freqs_cis: Tensor,
-        grid_width: int,
-        text: tuple[Tensor | None, Tensor | None],
-        registers: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One block, its activations recomputed in the backward pass where gradient checkpointing is on."""
-        arguments = (x, c_block, freqs_cis, grid_width, *text, registers)
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *arguments)
-        return block(*arguments)
+    def check_inputs(self, latents: Tensor, condition: Condition) -> None:
+        """Check the sizes of the latents and the text streams.
+
+        Raises:
+            ConfigError: a size that the patch does not divide, or other channels or text than the network expects.
+        """
+        off = [(n, p) for n, p in zip(latents.shape[2:], self.patch, strict=True) if n % p or not n]
+        if off:
+            nearest = [f"{n} -> {' or '.join(str(m) for m in nearest_multiples(n, p))}" for n, p in off]
+            raise ConfigError(
+                f"Latents of {_cross(latents.shape[2:])} (frames x height x width) do not divide into patches of "
+                f"{_cross(self.patch)}. Nearest legal sizes: {', '.join(nearest)} (latent cells; times the codec's "
+                "stride in pixels). Change --num-frames, --height, --width or --patch-size."
+            )
+        if latents.shape[1] != self.config.in_channels:
+            raise ConfigError(
+                f"The network was built for latents of {self.config.in_channels} channels but got {latents.shape[1]}. "
+                "The codec must be the one it was trained with."
+            )
+        check_text(condition.text, self.config.text_widths)
 
     def grid(self, latents: Tensor) -> Grid:
-        """Slots, rows and columns of tokens."""
+        """Return the slots, rows and columns of tokens."""
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.patch, strict=True))
         return t, h, w
 
     def freqs_cis(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
-        """Complex (s, p, d / 2)."""
-        return freqs_cis_3d(
-            grid, self.config.model_dim // self.config.heads, self.config.rope_theta, device, first_slot
-        )
-
-    def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
-        """Tokens (B, s, p, D) to (B, C, t, h, w), in the latents' dtype."""
-        out = self.final(x, c, patchify(latents, self.patch))
-        return unpatchify(out, self.patch, latents.shape[3] // self.patch[1]).to(latents.dtype)
+        """Return the rotary positions, complex (s, p, d / 2)."""
+        head_dim = self.config.model_dim // self.config.heads
+        return freqs_cis_3d(grid, head_dim, self.config.rope_theta, device, first_slot)
 
     def embed_patches(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Noisy latents, known latents and mask, folded to patches -> (B, s, p, D)."""
+        """Embed noisy latents, conditioning latents and mask, folded to patches -> (B, s, p, D)."""
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
@@ -257,75 +278,57 @@ class Backbone(ModelMixin, ConfigMixin):
     def embed_conditioning(
         self, latents: Tensor, time: Tensor, condition: Condition, registers: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """adaLN's input (B, s, D), with one more slot at time 0 for registers; text (B, M, D); mask (B, 1, 1, M)."""
+        """Embed time and text.
+
+        Returns:
+            adaLN's input (B, s, D), with one more slot at time 0 if there are registers; text (B, M, D); its mask
+            (B, 1, 1, M).
+        """
         B, t = latents.shape[0], latents.shape[2]
         time = time[:, None].expand(B, t) if time.ndim == 1 else time
-        cond_latents = condition.clean_mask()
-        if cond_latents is not None:
-            time = time.masked_fill(cond_latents, 0)
-        # A token is as noisy as its noisiest frame; only one whose frames are all known is clean.
+        clean = condition.clean_mask()
+        if clean is not None:
+            time = time.masked_fill(clean, 0)
+        # A token has the time of its noisiest frame. It is clean only if all its frames are.
         time = time.unflatten(1, (-1, self.patch[0])).amax(dim=2)  # (B, s)
         c = self.time_embed(F.pad(time, (0, 1)) if registers else time)  # (B, s or s + 1, D)
         if not self.text_embed:
             return F.silu(c), None, None
         text = condition.text
-        assert text is not None  # checked on entry
+        assert text is not None  # see check_inputs
         streams = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, text.masks, strict=True)]
         for pool, x, mask in zip(self.text_pool, streams, text.masks, strict=True):
             c = c + pool(masked_mean(x, mask))[:, None]
         return F.silu(c), torch.cat(streams, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
 
-    def check_inputs(self, latents: Tensor, condition: Condition) -> None:
-        off = [(n, p) for n, p in zip(latents.shape[2:], self.patch, strict=True) if n % p or not n]
-        if off:
-            nearest = [f"{n} -> {' or '.join(str(m) for m in nearest_multiples(n, p))}" for n, p in off]
-            raise ConfigError(
-                f"Latents of {_cross(latents.shape[2:])} (frames x height x width) do not divide into patches of "
-                f"{_cross(self.patch)}. Nearest legal sizes: {', '.join(nearest)} (latent cells; times the codec's "
-                "stride in pixels). Change --num-frames, --height, --width or --patch-size."
-            )
-        if latents.shape[1] != self.config.in_channels:
-            raise ConfigError(
-                f"The network was built for latents of {self.config.in_channels} channels and got {latents.shape[1]}: "
-                "the codec is another than the one it was trained with."
-            )
-        check_text(condition.text, self.config.text_widths)
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        c: Tensor,
+        freqs_cis: Tensor,
+        grid_width: int,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        registers: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run one block. With gradient checkpointing the backward pass recomputes its activations."""
+        arguments = (x, c, freqs_cis, grid_width, text, text_mask, registers)
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
 
-
-def check_text(text: TextCondition | None, expected: tuple[int, ...]) -> None:
-    """Raises ConfigError where `text` has other streams than a network was built for."""
-    given = [] if text is None else [x.shape[-1] if x.is_floating_point() else 0 for x in text.streams]
-    if given != list(expected):
-        raise ConfigError(
-            f"The network was built for text streams of widths {list(expected)} (0: the built-in encoder) and got "
-            f"{given}: --text-model and --llm-model must be given as they were in training."
-        )
-
-
-def _check(dim: int, heads: int, attention_type: str, adaln: str, patch: tuple[int, int, int]) -> None:
-    if dim % heads:
-        raise ConfigError(
-            f"--model-dim {dim} does not divide into --heads {heads}; the nearest widths that do are "
-            f"{' and '.join(str(m) for m in nearest_multiples(dim, 2 * heads))}."
-        )
-    axis_pairs(dim // heads)
-    if attention_type not in ("st", "full"):
-        raise ConfigError(f"attention_type is st or full, not {attention_type!r}.")
-    if adaln not in ("block", "shared"):
-        raise ConfigError(f"adaln is block or shared, not {adaln!r}.")
-    if len(patch) != 3 or min(patch) < 1:
-        raise ConfigError(f"patch_size is three positive numbers T,H,W, not {patch}.")
-
-
-def _cross(sizes: Any) -> str:
-    return "x".join(str(int(n)) for n in sizes)
+    def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
+        """Map tokens (B, s, p, D) to the prediction (B, C, t, h, w), in the latents' dtype."""
+        out = self.final(x, c, patchify(latents, self.patch))
+        return unpatchify(out, self.patch, latents.shape[3] // self.patch[1]).to(latents.dtype)
 
 
 class SoraDiT(Backbone):
-    """Predicts from noisy latents, a time for each latent frame, text and known frames.
+    """Predict from noisy latents, a time for each latent frame, text and conditioning frames.
 
-    Known frames come as extra input channels (as in Wan's image-to-video): their latents with the rest blank, and the
-    mask of known pixel frames folded to the latent grid.
+    Conditioning frames are extra input channels (as in Wan's image-to-video): their latents with the rest zero, and the
+    mask of conditioning frames folded to the latent grid.
 
     Args:
         in_channels: latent channels C.
@@ -334,20 +337,20 @@ class SoraDiT(Backbone):
         model_dim, depth, heads: width, blocks, attention heads.
         mlp_ratio: hidden width of the MLPs over D.
         attention_type: `st` (spatial, then temporal attention in each block) or `full`.
-        text_widths: width of each text stream's states; 0: byte ids, whose encoder is then a part of this network;
-            empty: no text.
+        text_widths: width of each text stream's states. A 0 means byte ids, whose encoder is a part of this network.
+            Empty means no text.
         text_layers, text_buckets: depth of the byte encoder and size of its table of word prefixes.
         qk_norm: RMSNorm on each head's queries and keys.
-        adaln: modulation from a Linear of each `block`, or from one `shared` Linear and a table a block.
+        adaln: modulation from a Linear of each `block`, or from one `shared` Linear and a table per block.
         conv: a 3x3 depthwise convolution over each slot's tokens at the start of each block.
-        gated_skip: each token adds its own noisy patch to its answer, gated (see `FinalLayer`): for networks that are
-            narrow against the values of a patch.
-        sine_positions: each token is told its place in the frame by fixed sines (DiT) as well: rotary positions only
-            say where tokens lie to one another, and some things depend on the borders.
+        gated_skip: each token adds its own noisy patch to its output, gated (see `FinalLayer`). For networks whose
+            width is small compared with V.
+        sine_positions: also add fixed sinusoids of each token's position in the frame (DiT). Rotary positions are only
+            relative, and some content depends on the borders.
         rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells, not
             thousands).
     Raises:
-        ConfigError: sizes that do not go together.
+        ConfigError: sizes that do not fit together.
     """
 
     @register_to_config
@@ -379,20 +382,44 @@ class SoraDiT(Backbone):
         """
         Args:
             latents: (B, C, t, h, w), noisy; t, h, w multiples of the patch.
-            time: (B,) or (B, t) in [0, 1], 0 clean. Wholly known latent frames count as 0 whatever is given.
-            condition: text and known frames.
-            memory: handed back as it came; SoraDiT has none.
+            time: (B,) or (B, t) in [0, 1], 0 clean. Latent frames that are fully given count as 0 in any case.
+            condition: text and conditioning frames.
+            memory: returned unchanged; SoraDiT has none.
         Returns:
             Prediction with value (B, C, t, h, w) in the latents' dtype.
         Raises:
-            ConfigError: a size that the patch does not divide, or other text streams than the network was built for.
+            ConfigError: see `check_inputs`.
         """
         self.check_inputs(latents, condition)
         grid = self.grid(latents)
         x = self.embed_patches(latents, condition)  # (B, s, p, D)
-        c, *text = self.embed_conditioning(latents, time, condition)
+        c, text, text_mask = self.embed_conditioning(latents, time, condition)
         freqs_cis = self.freqs_cis(grid, x.device)
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
-            x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], (text[0], text[1]))
+            x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], text, text_mask)
         return Prediction(self.to_value(x, c, latents), memory)
+
+
+def _check_config(c: Any) -> None:
+    if c.model_dim % c.heads:
+        raise ConfigError(
+            f"--model-dim {c.model_dim} does not divide into --heads {c.heads}; the nearest widths that do are "
+            f"{' and '.join(str(m) for m in nearest_multiples(c.model_dim, 2 * c.heads))}."
+        )
+    axis_pairs(c.model_dim // c.heads)
+    if c.attention_type not in ("st", "full"):
+        raise ConfigError(f"attention_type is {c.attention_type!r}; it must be st or full.")
+    if c.adaln not in ("block", "shared"):
+        raise ConfigError(f"adaln is {c.adaln!r}; it must be block or shared.")
+    if len(c.patch_size) != 3 or min(c.patch_size) < 1:
+        raise ConfigError(f"patch_size is {c.patch_size}; it must be three positive numbers T,H,W.")
+    if c.sine_positions and c.model_dim % 4:
+        raise ConfigError(
+            f"--sine-positions needs a width that is a multiple of 4 (sines and cosines of two axes): --model-dim "
+            f"{c.model_dim} must be {' or '.join(str(m) for m in nearest_multiples(c.model_dim, 4))}."
+        )
+
+
+def _cross(sizes: Iterable[int]) -> str:
+    return "x".join(str(int(n)) for n in sizes)

@@ -1,6 +1,11 @@
-"""Memory tokens: a fixed number of vectors that a segment's forward pass rewrites through a gate.
+"""TitansVideoDiT: SoraDiT's blocks, applied segment by segment, with a memory of fixed size instead of a cache.
 
-Legend: B batch, M memory tokens, D width.
+A segment is READ at every denoising step: the network sees [persistent tokens | memory tokens | last frames of the
+previous segment, clean | noisy frames]. It is WRITTEN once, when it is finished: the same network sees the segment's
+own clean frames and updates the memory. The cost grows linearly with the length, and the state does not grow.
+
+Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, o overlap frames, s slots,
+p tokens of a slot, D width, M memory tokens, P persistent tokens, R = P + M registers, n segments.
 """
 
 import math
@@ -14,21 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_video.errors import ConfigError
-from titans_video.models.layers import AttentionType, norm, without_autocast
-from titans_video.models.memory import Memory
-from titans_video.models.neural_memory import NeuralMemory
-from titans_video.models.sora_dit import Backbone
+from titans_video.models.layers import norm, without_autocast
+from titans_video.models.memory import Memory, NeuralMemory
+from titans_video.models.sora_dit import AttentionType, Backbone
 from titans_video.types import Condition, Prediction, TextCondition
 
+MemoryKind = Literal["tokens", "neural", "none"]
 GATE_BIAS = -1.0
 
 
 class GatedTokens(nn.Module):
-    """The learned start of M memory tokens, and how a segment changes them.
+    """Memory tokens: M vectors with learned initial values, which each segment updates through a gate.
 
-    With H the LayerNorm of the tokens as the network gives them back after they stood among the segment's own,
-    g = sigmoid(W_g [m; H]) and m' = (1 - g) m + g tanh(W_o H). The gate starts a quarter open, so that what is
-    written first is neither lost nor final.
+    The tokens pass through the network next to the segment's own. With H the LayerNorm of its output for them,
+    g = sigmoid(W_g [m; H]) and m' = (1 - g) m + g tanh(W_o H). The gate starts a quarter open, so the first write is
+    neither lost nor permanent.
 
     Source: the Recurrent Memory Transformer (Bulatov et al. 2022); for video MALT (2025); the gate is a GRU's.
     """
@@ -48,19 +53,19 @@ class GatedTokens(nn.Module):
         nn.init.constant_(self.gate.bias, GATE_BIAS)
 
     def start(self, batch: int) -> Tensor:
-        """(B, M, D) float32, before anything was written."""
+        """Return the initial tokens, (B, M, D) float32."""
         return self.first.float().expand(batch, -1, -1)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """What enters the network: the state, each token marked as the one that it is."""
+        """Return the network's input: the tokens plus a learned embedding of each one's index."""
         return tokens + self.place.float()
 
     def write(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The state after a segment.
+        """Update the tokens after a segment.
 
         Args:
             tokens: (B, M, D) float32, the state before it.
-            seen: (B, M, D), the tokens as they leave the network's last block.
+            hidden: (B, M, D), the output of the network's last block for the tokens.
         Returns:
             (B, M, D) float32.
         """
@@ -71,36 +76,34 @@ class GatedTokens(nn.Module):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In float32 whatever the layer's weights are kept in."""
+    """Apply a layer in float32 whatever dtype its weights have."""
     bias: Tensor = layer.bias
     return F.linear(x, layer.weight.float(), bias.float())
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """Which blocks have a neural memory where nobody says: a third of them, evenly spread, the last one included."""
+    """Return the blocks that have a neural memory by default: a third of them, evenly spread, including the last."""
     count = math.ceil(depth / 3)
     return tuple(sorted({depth - 1 - i * depth // count for i in range(count)}))
 
 
-MemoryKind = Literal["tokens", "neural", "none"]
-
-
 @dataclass(frozen=True)
 class SegmentRollout:
-    """A clip of n segments that one forward reads and writes in turn, as training does.
+    """How one forward pass reads and writes the n segments of a clip one after another, as in training.
 
     Attributes:
-        segment: latent frames of a segment; they divide the clip's.
-        written: (B, C, t, h, w), what each segment's write sees: its frames, clean or nearly, in the network's scale.
+        segment: latent frames of a segment; they must divide the clip's.
+        written: (B, C, t, h, w), the frames that each segment's write sees, clean or nearly clean, in the network's
+            scale.
         written_time: (B, t), their times.
-        shown, shown_time: the same for frames that the next segment sees as its overlap; a row that is to do without
-            has noise at time 1 there.
-        overlap: latent frames of the segment before that a read sees.
-        horizon: segments that gradients flow through: the state is detached at every `horizon`-th edge.
-        state_noise: (B, n, M, D) added to the memory tokens that each segment reads; None: nothing.
-        texts: a text for each segment; None: the condition's, for all.
-        write_last: write the last segment too, so that the memory given back is of the whole clip.
-        read: which segments are read; None: all. The others are only written, and missing in the value.
+        shown, shown_time: the same for the frames that the next segment sees as its overlap. A row without overlap has
+            noise at time 1 there.
+        overlap: latent frames of the previous segment that a read sees.
+        horizon: segments that gradients flow through: the state is detached after every `horizon`-th segment.
+        state_noise: (B, n, M, D), added to the memory tokens that each segment reads, or None.
+        texts: one text per segment. With None all segments use the condition's.
+        write_last: also write the last segment, so the returned memory covers the whole clip.
+        read: the segments to read, or None for all. The others are only written and are missing in the value.
     """
 
     segment: int
@@ -117,18 +120,18 @@ class SegmentRollout:
 
 
 class TitansVideoDiT(Backbone):
-    """A video transformer with a memory: what it is told of the past is a `Memory`, which it also gives back.
+    """A video transformer with a memory of the past: a `Memory` comes in and goes out.
 
     Args:
-        memory: `tokens`: gated memory tokens; `neural`: these, and Titans' neural memory in some blocks, which the
-            memory tokens and, gated, all video tokens query; `none`: nothing but the overlap, a sliding window.
+        memory: `tokens`: gated memory tokens. `neural`: also Titans' neural memory in some blocks, queried by the
+            memory tokens and, gated, by all video tokens. `none`: only the overlap, a sliding window.
         mem_tokens: M.
-        memory_layers: blocks with a neural memory before them; None: a third of them, evenly spread.
-        memory_chunk: slots whose inner gradients are taken at the same weights; None: a whole segment.
-        persistent_tokens: P learned tokens that stand beside those of every segment.
+        memory_layers: blocks with a neural memory before them. With None a third of them, evenly spread.
+        memory_chunk: slots whose inner gradients are taken at the same weights. With None a whole segment.
+        persistent_tokens: P learned tokens that every segment attends to.
         in_channels ... rope_theta: as in `SoraDiT`.
     Raises:
-        ConfigError: sizes that do not go together.
+        ConfigError: sizes that do not fit together.
     Source: Titans (Behrouz et al. 2025), memory as a context; the Recurrent Memory Transformer (Bulatov et al. 2022).
     """
 
@@ -159,7 +162,7 @@ class TitansVideoDiT(Backbone):
         persistent_tokens: int = 4,
     ):
         super().__init__()
-        _check(memory, mem_tokens, persistent_tokens, memory_layers, depth)
+        _check_config(memory, mem_tokens, persistent_tokens, memory_layers, depth)
         self.build()
         self.persistent = nn.Embedding(persistent_tokens, model_dim) if persistent_tokens else None
         self.tokens = GatedTokens(mem_tokens, model_dim) if memory != "none" else None
@@ -170,14 +173,14 @@ class TitansVideoDiT(Backbone):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As SoraDiT; memories have their own starting values, whose gates are never shut."""
+        """Initialise as SoraDiT. Memories have their own initial values, and their gates never start closed."""
         super().initialise()
-        for part in self.modules():
-            if isinstance(part, GatedTokens | NeuralMemory):
-                part.initialise()
+        for module in self.modules():
+            if isinstance(module, GatedTokens | NeuralMemory):
+                module.initialise()
 
     def start(self, batch: int) -> Memory:
-        """The memory of `batch` videos before their first segment."""
+        """Return the memory of `batch` videos before their first segment."""
         if self.tokens is None:
             return Memory()
         states = [memory.start(batch) for memory in self.neural]
@@ -198,20 +201,21 @@ class TitansVideoDiT(Backbone):
         write: bool = False,
         rollout: SegmentRollout | None = None,
     ) -> Prediction:
-        """
+        """Read a segment, write a segment, or run a whole rollout.
+
         Args:
-            latents: (B, C, t, h, w): a segment, behind its `overlap` frames where it is read; with `rollout` the noisy
+            latents: (B, C, t, h, w): a segment, after its `overlap` frames if it is read. With `rollout`, the noisy
                 frames of a whole clip.
             time: (B,) or (B, t) in [0, 1], 0 clean.
-            condition: text and known frames. A write sees its frames as they are, so of it only the text counts.
-            memory: of the segments before; None: there were none.
-            overlap: how many leading latent frames are the segment before's; they stand before time 0.
-            write: the frames are finished: remember them.
-            rollout: read and write the clip's segments one after another, in this one call: wrapped for distributed
-                training, a network is called once a step.
+            condition: text and conditioning frames. A write uses only the text, since it sees the frames themselves.
+            memory: the state after the previous segments, or None before the first.
+            overlap: how many leading latent frames are the previous segment's. Their positions are before slot 0.
+            write: the frames are finished: write them to the memory.
+            rollout: read and write the clip's segments one after another in this one call. A network that is wrapped
+                for distributed training is called once per step.
         Returns:
-            Prediction with value (B, C, t, h, w) (of a write: the latents as given), and the memory: of a read the one
-            that was given, else the new one.
+            Prediction with value (B, C, t, h, w) (the latents unchanged for a write), and the memory: the given one for
+            a read, else the new one.
         Raises:
             ConfigError: a size that the patch or the segment does not divide, or other text than in training.
         """
@@ -229,37 +233,38 @@ class TitansVideoDiT(Backbone):
     def _write(self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory) -> Memory:
         if self.tokens is None or memory.tokens is None:
             return memory
-        *_, registers, written = self._run(latents, time, Condition(condition.text), memory, 0, write=True)
-        assert registers is not None  # there are memory tokens among them
+        _, _, registers, written = self._run(latents, time, Condition(condition.text), memory, 0, write=True)
+        assert registers is not None  # the memory tokens are registers
         return replace(written, tokens=self.tokens.write(memory.tokens, registers[:, -memory.tokens.shape[1] :]))
 
     def _run(
         self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, overlap: int, write: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Memory]:
-        """All blocks: tokens (B, s, p, D), their conditioning (B, s, D), registers (B, R, D), neural memories."""
+        """Run all blocks.
+
+        Returns:
+            Tokens (B, s, p, D), their conditioning (B, s, D), registers (B, R, D), and the memory. With `write` its
+            neural memories are updated; its tokens never are.
+        """
         self.check_inputs(latents, condition)
         if overlap % self.patch[0]:
-            raise ConfigError(f"An overlap of {overlap} latent frames is no multiple of the patch's {self.patch[0]}.")
+            raise ConfigError(
+                f"An overlap of {overlap} latent frames must be a multiple of the patch's {self.patch[0]}."
+            )
         grid = self.grid(latents)
         x = self.embed_patches(latents, condition)
         registers = self._registers(memory, x)
-        c, text, mask = self.embed_conditioning(latents, time, condition, registers is not None)
+        c, text, text_mask = self.embed_conditioning(latents, time, condition, registers is not None)
         freqs_cis = self.freqs_cis(grid, x.device, -overlap // self.patch[0])
         c_block = c if self.modulation is None else self.modulation(c)
-        weights, momentum = list(memory.weights), list(memory.momentum)
         for i, block in enumerate(self.blocks):
             if i in self.memory_layers and registers is not None:
-                at = self.memory_layers.index(i)
-                mine, pair = self.neural[at], slice(2 * at, 2 * at + 2)
-                hidden = x
-                x, registers = self._retrieve(mine, memory.weights[pair], x, registers)
-                if write:
-                    weights[pair], momentum[pair] = mine.write(hidden, memory.weights[pair], memory.momentum[pair])
-            x, registers = self.run_block(block, x, c_block, freqs_cis, grid[2], (text, mask), registers)
-        return x, c[:, : grid[0]], registers, Memory(memory.tokens, tuple(weights), tuple(momentum))
+                x, registers, memory = self._use_neural_memory(self.memory_layers.index(i), memory, x, registers, write)
+            x, registers = self.run_block(block, x, c_block, freqs_cis, grid[2], text, text_mask, registers)
+        return x, c[:, : grid[0]], registers, memory
 
     def _registers(self, memory: Memory, x: Tensor) -> Tensor | None:
-        """Persistent and memory tokens (B, R, D); None where there are neither."""
+        """Return persistent and memory tokens, (B, R, D), or None if there are neither."""
         parts = []
         if self.persistent is not None:
             parts.append(self.persistent.weight.to(x.dtype).expand(x.shape[0], -1, -1))
@@ -267,78 +272,86 @@ class TitansVideoDiT(Backbone):
             parts.append(self.tokens.read(memory.tokens).to(x.dtype))
         return torch.cat(parts, dim=1) if parts else None
 
-    def _retrieve(self, neural: Any, weights: Any, x: Tensor, registers: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory tokens and video tokens ask the neural memory, in one call."""
-        first = registers.shape[1] - self.config.mem_tokens
-        asking = torch.cat((registers[:, first:], x.flatten(1, 2)), dim=1)
-        found = neural.read(asking, weights)
-        context, hidden = found.split((self.config.mem_tokens, asking.shape[1] - self.config.mem_tokens), dim=1)
-        return x + hidden.view_as(x), registers + F.pad(context, (0, 0, first, 0))
+    def _use_neural_memory(
+        self, index: int, memory: Memory, x: Tensor, registers: Tensor, write: bool
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """Add what a neural memory retrieves to video and memory tokens. With `write`, then store the video tokens."""
+        neural, weights, momentum = self.neural[index], *memory.layer(index)
+        persistent, M = registers.shape[1] - self.config.mem_tokens, self.config.mem_tokens
+        queries = torch.cat((registers[:, persistent:], x.flatten(1, 2)), dim=1)  # (B, M + s p, D)
+        for_tokens, for_x = neural.read(queries, weights).split((M, queries.shape[1] - M), dim=1)
+        read_x, registers = x + for_x.view_as(x), registers + F.pad(for_tokens, (0, 0, persistent, 0))
+        if write:
+            memory = memory.with_layer(index, *neural.write(x, weights, momentum))
+        return read_x, registers, memory
 
     def _roll(
         self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, plan: SegmentRollout
     ) -> Prediction:
-        """See `SegmentRollout`."""
+        """Read and write the segments of a clip in turn; see `SegmentRollout`."""
         t = latents.shape[2]
         if t % plan.segment:
             raise ConfigError(f"Segments of {plan.segment} latent frames do not divide a clip of {t}.")
         time = time[:, None].expand(-1, t) if time.ndim == 1 else time
         count = t // plan.segment
-        values, learned = [], False
+        values, gradient_reaches_loss = [], False
         for i in range(count):
-            start, stop = i * plan.segment, (i + 1) * plan.segment
-            front = max(start - plan.overlap, 0)
-            text = condition.text if plan.texts is None else plan.texts[i]
+            given = condition if plan.texts is None else replace(condition, text=plan.texts[i])
             if plan.read is None or i in plan.read:
-                value = self._read(
-                    torch.cat((plan.shown[:, :, front:start], latents[:, :, start:stop]), dim=2),
-                    torch.cat((plan.shown_time[:, front:start], time[:, start:stop]), dim=1),
-                    part_of(replace(condition, text=text), start, stop, start - front),
-                    _disturbed(memory, plan.state_noise, i),
-                    start - front,
-                )
-                values.append(value[:, :, start - front :])
+                values.append(self._read_in_rollout(i, latents, time, given, memory, plan))
             last = i == count - 1
-            if last and learned and not plan.write_last:
+            if last and gradient_reaches_loss and not plan.write_last:
                 break
-            edge = not last and (i + 1) % plan.horizon == 0
-            with torch.no_grad() if edge else nullcontext():
-                written = plan.written[:, :, start:stop], plan.written_time[:, start:stop]
-                memory = self._write(*written, Condition(text), memory)
-            learned |= not (edge or last)
+            detach = not last and (i + 1) % plan.horizon == 0
+            frames = slice(i * plan.segment, (i + 1) * plan.segment)
+            with torch.no_grad() if detach else nullcontext():
+                memory = self._write(plan.written[:, :, frames], plan.written_time[:, frames], given, memory)
+            gradient_reaches_loss |= not (detach or last)
         value = torch.cat(values, dim=2)
-        if not learned:
-            # Nothing that was written with gradients was read. A write takes part with no weight, so that every
-            # parameter has a gradient on every process.
+        if not gradient_reaches_loss:
+            # No segment read a state that was written with gradients. Add the memory with weight 0, so every parameter
+            # has a gradient on every process.
             value = value + 0.0 * sum(x.sum() for x in memory.tensors().values())
         return Prediction(value, memory)
 
-
-def _disturbed(memory: Memory, noise: Tensor | None, segment: int) -> Memory:
-    """The memory as a segment reads it in training: tokens as inexact as those of a generated past."""
-    if noise is None or memory.tokens is None:
-        return memory
-    return replace(memory, tokens=memory.tokens + noise[:, segment])
+    def _read_in_rollout(
+        self, index: int, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, plan: SegmentRollout
+    ) -> Tensor:
+        """Read segment `index` after its overlap; return only the segment's own frames."""
+        start, stop = index * plan.segment, (index + 1) * plan.segment
+        front = max(start - plan.overlap, 0)
+        o = start - front
+        if plan.state_noise is not None and memory.tokens is not None:  # as inexact as the memory of a generated past
+            memory = replace(memory, tokens=memory.tokens + plan.state_noise[:, index])
+        value = self._read(
+            torch.cat((plan.shown[:, :, front:start], latents[:, :, start:stop]), dim=2),
+            torch.cat((plan.shown_time[:, front:start], time[:, start:stop]), dim=1),
+            part_of(condition, start, stop, o),
+            memory,
+            o,
+        )
+        return value[:, :, o:]
 
 
 def part_of(condition: Condition, start: int, stop: int, overlap: int) -> Condition:
-    """What is known of latent frames [start, stop); the overlap before them is seen as it is, not as known."""
+    """Return the condition of latent frames [start, stop), after `overlap` frames without conditioning frames.
+
+    The network sees the overlap's own latents, so they are not conditioning frames.
+    """
     if condition.cond_latents is None or condition.cond_mask is None:
         return condition
     cond_latents = F.pad(condition.cond_latents[:, :, start:stop], (0, 0, 0, 0, overlap, 0))
-    mask = F.pad(condition.cond_mask[:, :, start:stop], (overlap, 0))
-    return replace(condition, cond_latents=cond_latents, cond_mask=mask)
+    cond_mask = F.pad(condition.cond_mask[:, :, start:stop], (overlap, 0))
+    return replace(condition, cond_latents=cond_latents, cond_mask=cond_mask)
 
 
-def _check(memory: str, tokens: int, persistent: int, layers: tuple[int, ...] | None, depth: int) -> None:
+def _check_config(memory: str, tokens: int, persistent: int, layers: tuple[int, ...] | None, depth: int) -> None:
     if memory not in ("tokens", "neural", "none"):
-        raise ConfigError(f"memory is tokens, neural or none, not {memory!r}.")
+        raise ConfigError(f"memory is {memory!r}; it must be tokens, neural or none.")
     if memory != "none" and tokens < 1:
-        raise ConfigError(f"--mem-tokens {tokens}: at least 1 is needed; --memory none has no memory.")
+        raise ConfigError(f"--mem-tokens {tokens}: it must be at least 1. Use --memory none for no memory.")
     if persistent < 0:
         raise ConfigError(f"--persistent-tokens {persistent}: it must be at least 0.")
-    off = [i for i in layers or () if not 0 <= i < depth]
-    if off or len(set(layers or ())) != len(layers or ()):
-        raise ConfigError(
-            f"--memory-layers {','.join(map(str, layers or ()))}: different numbers from 0 to {depth - 1}."
-        )
+    chosen = layers or ()
+    if any(not 0 <= i < depth for i in chosen) or len(set(chosen)) != len(chosen):
+        raise ConfigError(f"--memory-layers {','.join(map(str, chosen))}: give distinct numbers from 0 to {depth - 1}.")

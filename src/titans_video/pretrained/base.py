@@ -1,44 +1,50 @@
-"""What training and generation need to know of a pretrained family of video transformers.
+"""The interface of a pretrained video model for training and generation, and the list of known models.
 
-Legend: B batch, C latent channels, t h w the latent grid, t' its frames as the network takes them, T H W pixel frames,
-height and width, L text tokens, E text width.
+A new model is a subclass of `ModelSpec` in a file of its own and a line in `MODEL_SPECS`.
+
+Legend: B batch, C latent channels, t h w the latent grid, t' its frames as the network takes them, N tokens of packed
+latents, T H W pixel frames, height and width, L text tokens, E text width.
 """
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.codecs.diffusers import DiffusersCodec
-from titans_video.diffusion.base import NoisySample
+from titans_video.checkpoint import fingerprint_folder
+from titans_video.codecs.base import Codec
+from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
+from titans_video.errors import ConfigError
 from titans_video.text.base import TextEncoder
-from titans_video.types import CodecSpec
+from titans_video.types import CodecSpec, TextCondition
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-class Process(Protocol):
-    """A noise process that has one time a clip."""
-
-    def sample_timesteps(self, seeds: Sequence[int]) -> Tensor: ...
-    def timestep_quantile(self, quantile: float) -> float: ...
-    def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample: ...
-    def config(self) -> dict[str, Any]: ...
+MODEL_SPECS = {
+    "CogVideoXPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
+    "CogVideoXImageToVideoPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
+}
+"""The spec, `module:Class`, for each class of diffusers pipeline."""
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """One call of a family's diffusers pipeline, which makes one video.
+    """One call of a diffusers pipeline, which makes one video.
 
     Attributes:
-        states, negative_states: (1, L, E) of the prompt and of what guidance leans away from, in the VAE's precision,
-            which is that of the latents too.
-        noise: (1, C, t', h, w).
-        image: (1, 3, 1, H, W) in [-1, 1], the first frame; None for a family without.
-        seed: of whatever else is drawn.
-        on_step: called after each denoising step.
+        text, negative: the prompt and the negative prompt, one row each, in the dtype of the VAE and the latents.
+        noise: the initial noise, of the shape of the network's latents.
+        image: (1, 3, 1, H, W) in [-1, 1], the first frame; None for a text-to-video model.
+        seed: of everything else that is drawn.
+        on_step: called after each denoising step with the number of steps done.
     """
 
     frames: int
@@ -47,34 +53,39 @@ class PipelineCall:
     steps: int
     guidance_scale: float
     noise: Tensor
-    states: Tensor
-    negative_states: Tensor
+    text: TextCondition
+    negative: TextCondition
     image: Tensor | None = None
     seed: int = 0
-    on_step: Any = None
+    on_step: Callable[[int], object] | None = None
 
 
 class ModelSpec(ABC):
-    """A pretrained pipeline in diffusers' format, known by its folder; nothing large is read before it is asked for.
+    """Everything that distinguishes one pretrained model from another.
+
+    A spec knows its model by the pipeline's folder, and loads nothing large before it is asked to.
 
     Attributes:
         name: for messages.
-        folder: of the pipeline.
-        config: of its transformer.
-        image_to_video: it is told of a first frame, and cannot do without.
-        codec_spec: of its VAE's latents.
+        folder: of the diffusers pipeline.
+        image_to_video: the model needs a first frame.
+        codec_spec: shapes of its VAE's latents.
         clip_grid: latent cells that clips must be multiples of.
         patch_size: latent cells of a token.
         text_length: tokens of every prompt.
-        trained: frames, height and width that it was pretrained on.
-        fps: frames a second of what it makes.
-        steps, guidance_scale: what generation does by default.
-        blocks: name of the list of blocks in the transformer.
+        trained: frames, height and width of its pretraining.
+        fps: frames per second of its videos.
+        steps, guidance_scale: defaults of generation.
+        blocks: names of the lists of blocks in the network. Their classes are the network's `_no_split_modules`, which
+            sharding, compilation and streaming use.
+        time_axis: the axis of latent frames in the network's `hidden_states` and prediction, by which a long video is
+            cut into windows; None for packed tokens, which cannot be cut.
+        lora_prefixes: the prefix in an adapter file for each prefix of the network's module names. A model with two
+            networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}.
     """
 
     name: str
     folder: Path
-    config: dict[str, Any]
     image_to_video: bool
     codec_spec: CodecSpec
     clip_grid: tuple[int, int, int]
@@ -84,16 +95,23 @@ class ModelSpec(ABC):
     fps: float
     steps: int
     guidance_scale: float
-    blocks: str
+    blocks: tuple[str, ...]
+    time_axis: int | None
+    lora_prefixes: ClassVar[Mapping[str, str]] = {"": "transformer"}
 
     @property
     def task(self) -> str:
-        """What every clip trains."""
+        """The task that every clip trains."""
         return "i2v" if self.image_to_video else "t2v"
+
+    @property
+    def cond_frames_have_loss(self) -> bool:
+        """Whether a first frame is a hint that is denoised like the rest; otherwise it stays clean, without loss."""
+        return True
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> None:
-        """Refuse clips whose positions the network does not know.
+        """Reject clips whose positions the network does not know.
 
         Raises:
             ConfigError: with the sizes that work.
@@ -101,96 +119,138 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def load_network(self, dtype: torch.dtype) -> nn.Module:
-        """The pretrained transformer, frozen."""
+        """Load the pretrained network, frozen. A model with several networks returns one module that routes to them."""
 
     @abstractmethod
     def meta_model(self) -> nn.Module:
-        """The transformer without weights, on the device `meta`."""
+        """Return the network without weights, on the device `meta`."""
 
     @abstractmethod
     def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
-        """A copy of the transformer in float32, for tiny latents.
+        """Return a copy of the network in float32, for tiny latents.
 
         Args:
-            blocks: the numbers of those that it has, under the names that they have in the whole one; what stands in
-                the others' places has no weights, and changes nothing. None: all.
+            blocks: the numbers of the blocks to keep, under their own names; the others are replaced by modules without
+                weights that change nothing. None: all.
         """
 
     @abstractmethod
-    def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> DiffusersCodec: ...
+    def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> Codec:
+        """Return the VAE; without `load` its weights are read at first use."""
 
     @abstractmethod
-    def text(self, dtype: str, device: torch.device | str, *, offload: bool = False) -> TextEncoder: ...
+    def text(self, dtype: str, device: torch.device | str, *, offload: bool = False) -> TextEncoder:
+        """Return the text encoders; their weights are read at first use."""
 
     @abstractmethod
-    def process(self) -> Process: ...
+    def process(self) -> NoiseProcess:
+        """Return the noise process of training, in the model's own timesteps and shift."""
 
-    @abstractmethod
     def padded_frames(self, t: int) -> int:
-        """t' of t latent frames."""
+        """Return t' for t latent frames."""
+        return t
 
     @abstractmethod
-    def pad(self, latents: Tensor) -> Tensor:
-        """(B, C, t, h, w) -> (B, C, t', h, w), as the network was trained on clips."""
-
-    @abstractmethod
-    def image_latents(self, unscaled: Tensor, frames: int) -> Tensor:
-        """What tells of the first frame.
+    def prepare(
+        self,
+        latents: Tensor,
+        text: TextCondition,
+        first_frame: Tensor | None,
+        process: NoiseProcess,
+        seeds: Sequence[int],
+    ) -> Prepared:
+        """Turn encoded clips into what the network is trained on: layout, padding, conditioning, timesteps.
 
         Args:
-            unscaled: (B, C, 1, h, w), as the VAE gives it.
-            frames: t'.
-        Returns:
-            (B, C, t', h, w).
+            latents: (B, C, t, h, w), clean.
+            text: encoded captions.
+            first_frame: (B, C, 1, h, w) unscaled latents of the first frames; None for a text-to-video model.
+            seeds: of the rows; everything random is a function of them.
         """
 
     @abstractmethod
     def predict(
-        self, model: nn.Module, noisy: Tensor, time: Tensor, text: Tensor, image: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        """One call of the transformer.
+        self, model: nn.Module, noisy: NoisySample, prepared: Prepared, dtype: torch.dtype
+    ) -> Tensor | Mapping[str, Tensor]:
+        """Call the network once; return its prediction, float32, in the terms of the noise process.
 
         Args:
-            model: it, perhaps wrapped.
-            noisy, image: (B, C, t', h, w).
-            time: (B,) of the noise process.
-            text: (B, L, E).
-            dtype: of its weights; what it is given is cast.
+            model: the network, possibly wrapped.
+            dtype: of its weights; inputs are cast to it.
         Returns:
-            (B, C, t', h, w) float32, what the process calls the network's value.
+            One tensor, or one for each modality: `video` and the names in `prepared.others`.
         """
 
     @abstractmethod
-    def pipeline(self, network: nn.Module, vae: Any, *, text: bool, dtype: torch.dtype) -> Any:
-        """The diffusers pipeline around a transformer.
+    def example(
+        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+    ) -> tuple[NoisySample, Prepared]:
+        """Return random inputs of `predict` for one clip; on the device `meta` without values.
+
+        Args:
+            latent_shape: (C, t', h, w); None: the shape that `tiny_model` takes.
+        """
+
+    @abstractmethod
+    def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> "DiffusionPipeline":
+        """Return the diffusers pipeline around a network.
 
         Args:
             text: with the text encoder.
         """
 
     @abstractmethod
-    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        """(1, L, E) states of two prompts by the pipeline's own text encoder."""
+    def encode(self, pipeline: "DiffusionPipeline", prompt: str, negative: str) -> tuple[TextCondition, TextCondition]:
+        """Encode two prompts with the pipeline's own text encoders, one row each."""
 
     @abstractmethod
-    def run(self, pipeline: Any, call: PipelineCall) -> Tensor:
-        """One call of the pipeline: (1, 3, T, H, W) float32 in [-1, 1] on the CPU."""
+    def run(self, pipeline: "DiffusionPipeline", call: PipelineCall) -> Tensor:
+        """Call the pipeline once; return (1, 3, T, H, W) float32 in [-1, 1] on the CPU."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of the network's files."""
+        return fingerprint_folder(self.folder / "transformer")
 
     @abstractmethod
-    def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, Any]:
-        """The arguments of the transformer that depend on the latent grid (t', h, w)."""
-
-    @abstractmethod
-    def tiny_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
-        """Noisy latents, times, states and, for image-to-video, image latents that fit `tiny_model`."""
+    def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, object]:
+        """Return the network's arguments that depend on the latent grid (t', h, w)."""
 
     @abstractmethod
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-        """Load a LoRA file into a bare transformer by diffusers' own means.
+        """Load a LoRA file into a bare network as diffusers does.
 
         Args:
             folder: with the file in it.
-            only: layers to keep of the file, for a network that has no others.
+            only: the layers to keep, for a network that has no others.
         Returns:
             The adapter's name.
         """
+
+
+def is_pipeline(folder: str | Path | None) -> bool:
+    """Return whether a folder is a whole diffusers pipeline."""
+    return folder is not None and (Path(folder).expanduser() / INDEX).is_file()
+
+
+def open_model_spec(folder: str | Path) -> ModelSpec:
+    """Return the spec of a diffusers pipeline, from the configurations in its folder.
+
+    Raises:
+        ConfigError: the folder is no pipeline, or of an unknown class.
+    """
+    path = Path(folder).expanduser()
+    try:
+        name = json.loads((path / INDEX).read_text(encoding="utf-8")).get("_class_name")
+    except FileNotFoundError:
+        what = f"has no {INDEX}" if path.is_dir() else "is not a folder on this machine"
+        raise ConfigError(
+            f"--pretrained-model {path} {what}. Give the folder of a whole diffusers pipeline, as `hf download NAME "
+            "--local-dir DIR` writes it; nothing is downloaded here."
+        ) from None
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(f"--pretrained-model: {path / INDEX} cannot be read: {e}") from None
+    if name not in MODEL_SPECS:
+        known = ", ".join(MODEL_SPECS)
+        raise ConfigError(f"--pretrained-model {path} is a {name}; the supported pipelines are {known}.")
+    module, _, kind = MODEL_SPECS[name].partition(":")
+    return cast(ModelSpec, getattr(import_module(module), kind)(path))

@@ -5,7 +5,7 @@ width, p and p_t the spatial and temporal patch, L text tokens, E text width.
 Source: CogVideoXPipeline, CogVideoXImageToVideoPipeline and CogVideoXTransformer3DModel in diffusers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import load_pretrained
+from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import FirstFrameCodec
-from titans_video.diffusion.ddpm import VPredictionDDPM
+from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, count_tokens
+from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.seeding import generator
 from titans_video.text.base import TextEncoder
 from titans_video.text.huggingface import padded_text
-from titans_video.types import PRECISIONS
+from titans_video.types import PRECISIONS, Condition, TextCondition
 
 OFS = 2.0
-"""What image-to-video models of version 1.5 are told as `ofs`."""
+"""The `ofs` argument of image-to-video models of version 1.5."""
 
 
 class CogVideoX(ModelSpec):
@@ -37,7 +39,7 @@ class CogVideoX(ModelSpec):
     """
 
     fps, steps, guidance_scale = 8.0, 50, 6.0
-    blocks = "transformer_blocks"
+    blocks, time_axis = ("transformer_blocks",), 1
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,12 +58,15 @@ class CogVideoX(ModelSpec):
         self.trained = int(c["sample_frames"]), int(c["sample_height"]) * side, int(c["sample_width"]) * side
 
     def check_size(self, frames: int, height: int, width: int) -> None:
-        """Learned positions are of one size: at another number of frames diffusers puts others in their place, in
-        silence. Version 1.5 has a table of positions that ends. Beside a first frame there must be others."""
+        """Reject clips whose positions the network does not know, and image-to-video clips of one frame.
+
+        Learned positions are of one size: at another size diffusers silently uses others. The table of version 1.5 is
+        finite.
+        """
         if self.image_to_video and frames < 2:
             least = self.codec_spec.frames_at_least(2)
             raise ConfigError(
-                f"{self.folder} makes what follows upon a first frame, and a clip of 1 frame has nothing else. Give "
+                f"{self.folder} continues a first frame, so a clip of 1 frame has nothing to train on. Give "
                 f"--num-frames {least} or more (other numbers are rounded down to a legal one); in training --buckets "
                 f"{height}x{width}x{least} also leaves shorter clips out."
             )
@@ -78,9 +83,9 @@ class CogVideoX(ModelSpec):
         legal = (f for f in range(1, 8 * known_t) if self.codec_spec.is_legal(f))
         counts = [f for f in legal if len(self.codec_spec.frame_groups(f)) == known_t]
         raise ConfigError(
-            f"{self.folder} has learned positions, for {self.trained[1]}x{self.trained[2]} and "
-            f"{' or '.join(map(str, counts))} frames alone; at {height}x{width} and {frames} frames it would be given "
-            f"positions that it never saw. Give --height {self.trained[1]} --width {self.trained[2]} "
+            f"{self.folder} has learned positions for {self.trained[1]}x{self.trained[2]} and "
+            f"{' or '.join(map(str, counts))} frames only; at {height}x{width} and {frames} frames it would get "
+            f"positions that it was not trained on. Give --height {self.trained[1]} --width {self.trained[2]} "
             f"--num-frames {counts[-1]}; in training --buckets {self.trained[1]}x{self.trained[2]}x{counts[-1]} also "
             "leaves shorter clips out."
         )
@@ -101,8 +106,8 @@ class CogVideoX(ModelSpec):
         kept = range(layers) if blocks is None else blocks
         changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
         network: nn.Module = self._kind().from_config({**self.config, **changes})
-        made = dict(zip(kept, network.get_submodule(self.blocks).children(), strict=True))
-        setattr(network, self.blocks, nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers)))
+        made = dict(zip(kept, network.get_submodule(self.blocks[0]).children(), strict=True))
+        setattr(network, self.blocks[0], nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers)))
         return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
@@ -126,42 +131,67 @@ class CogVideoX(ModelSpec):
         p_t = self.patch_size[0]
         return -(-t // p_t) * p_t
 
+    def prepare(
+        self,
+        latents: Tensor,
+        text: TextCondition,
+        first_frame: Tensor | None,
+        process: NoiseProcess,
+        seeds: Sequence[int],
+    ) -> Prepared:
+        latents = self.pad(latents)
+        image = None if first_frame is None else self.image_latents(first_frame, latents.shape[2])
+        tokens = count_tokens(latents.shape[2:], self.patch_size)
+        timesteps = process.sample_timesteps(seeds, tokens).to(latents.device)
+        return Prepared(latents, timesteps, Condition(text=text, cond_latents=image), tokens)
+
     def pad(self, latents: Tensor) -> Tensor:
-        """Version 1.5 takes pairs of latent frames: the first stands twice where their number is odd, as in its own
-        training; its pipeline lets the frame in front fall after denoising."""
+        """Pad (B, C, t, h, w) to (B, C, t', h, w).
+
+        Version 1.5 takes pairs of latent frames. Where their number is odd the first is repeated, as in the model's own
+        training; its pipeline drops the frame in front after denoising.
+        """
         missing = self.padded_frames(latents.shape[2]) - latents.shape[2]
         return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2) if missing else latents
 
     def image_latents(self, unscaled: Tensor, frames: int) -> Tensor:
-        """The first of the padded frames is the picture's, the others are 0. Some of these models were trained on
-        latents that were divided by the factor in place of multiplied, and their VAE's configuration says so."""
+        """Return (B, C, t', h, w): the first frame's latents, then zeros.
+
+        Some of these models were trained on latents divided by the scaling factor instead of multiplied; their VAE's
+        configuration says so.
+
+        Args:
+            unscaled: (B, C, 1, h, w), as the VAE gives it.
+            frames: t'.
+        """
         factor = float(self.vae_config["scaling_factor"])
         first = unscaled / factor if self.vae_config.get("invert_scale_latents") else unscaled * factor
         b, c, _, h, w = first.shape
         return torch.cat([first, first.new_zeros(b, c, frames - 1, h, w)], dim=2)
 
-    def predict(
-        self, model: nn.Module, noisy: Tensor, time: Tensor, text: Tensor, image: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        x = noisy if image is None else torch.cat([noisy, image], dim=1)
+    def predict(self, model: nn.Module, noisy: NoisySample, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+        assert prepared.condition.text is not None
+        (states,), image = prepared.condition.text.streams, prepared.condition.cond_latents
+        x = noisy.model_input if image is None else torch.cat([noisy.model_input, image], dim=1)
         t, h, w = x.shape[2:]
         value = model(
             hidden_states=x.transpose(1, 2).to(dtype),  # (B, t', C or 2C, h, w)
-            encoder_hidden_states=text.to(dtype),
-            timestep=time,
+            encoder_hidden_states=states.to(dtype),
+            timestep=noisy.timesteps,
             ofs=x.new_full((1,), OFS, dtype=dtype) if self.config.get("ofs_embed_dim") is not None else None,
             return_dict=False,
             **self.positions(t, h, w, x.device),
         )[0]
-        return value.transpose(1, 2).float()
+        prediction: Tensor = value.transpose(1, 2).float()
+        return prediction
 
     def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, Any]:
         return {"image_rotary_emb": self.rotary(t, h, w, device)}
 
     def rotary(self, t: int, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines of the positions of a latent grid; None for a model without rotary embedding.
+        """Return cosines and sines of the positions of a latent grid; None for a model without rotary embedding.
 
-        Version 1.0 puts a grid of another size in the place of the one that it knows; 1.5 counts on from the corner.
+        Version 1.0 rescales a grid of another size to its own; 1.5 counts from the corner.
 
         Args:
             t: t', padded.
@@ -184,21 +214,24 @@ class CogVideoX(ModelSpec):
             )
         return cast(tuple[Tensor, Tensor], table)
 
-    def pipeline(self, network: nn.Module, vae: Any, *, text: bool, dtype: torch.dtype) -> Any:
+    def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> Any:
         from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
+        assert isinstance(codec, FirstFrameCodec)  # from `self.codec`
         kind = CogVideoXImageToVideoPipeline if self.image_to_video else CogVideoXPipeline
         tokenizer, encoder = None, None
         if text:
             (stream,) = self.text(next(name for name, kind in PRECISIONS.items() if kind == dtype), "cpu").streams
             tokenizer, encoder = stream.tokenizer, stream.model  # type: ignore[attr-defined]
-        return kind(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=network, scheduler=self.scheduler())
+        return kind(
+            tokenizer=tokenizer, text_encoder=encoder, vae=codec.vae, transformer=network, scheduler=self.scheduler()
+        )
 
     @torch.no_grad()
-    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        return cast(
-            tuple[Tensor, Tensor], pipeline.encode_prompt(prompt, negative, True, max_sequence_length=self.text_length)
-        )
+    def encode(self, pipeline: Any, prompt: str, negative: str) -> tuple[TextCondition, TextCondition]:
+        states = pipeline.encode_prompt(prompt, negative, True, max_sequence_length=self.text_length)
+        first, second = (TextCondition((x,), (torch.ones(x.shape[:2], dtype=torch.bool),)) for x in states)
+        return first, second
 
     def run(self, pipeline: Any, call: PipelineCall) -> Tensor:
         first_frame = {} if call.image is None else {"image": (call.image[:, :, 0] + 1) / 2}
@@ -210,8 +243,8 @@ class CogVideoX(ModelSpec):
 
         frames = pipeline(
             **first_frame,
-            prompt_embeds=call.states,
-            negative_prompt_embeds=call.negative_states,
+            prompt_embeds=call.text.streams[0],
+            negative_prompt_embeds=call.negative.streams[0],
             height=call.height,
             width=call.width,
             num_frames=call.frames,
@@ -225,14 +258,24 @@ class CogVideoX(ModelSpec):
         ).frames  # (1, T, 3, H, W) in [0, 1]
         return frames.transpose(1, 2).float().cpu() * 2 - 1
 
-    def tiny_inputs(self, network: nn.Module, seed: int) -> Iterator[Tensor]:
-        g, side = generator(seed, "small inputs"), 2 * self.patch_size[1]
-        shape = (1, self.config["out_channels"], 2 * self.patch_size[0], side, side)
-        yield torch.randn(shape, generator=g)
-        yield torch.tensor([500])
-        yield torch.randn(1, self.text_length, self.config["text_embed_dim"], generator=g)
-        if self.image_to_video:
-            yield torch.randn(shape, generator=g)
+    def example(
+        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+    ) -> tuple[NoisySample, Prepared]:
+        side = 2 * self.patch_size[1]
+        shape = latent_shape or (self.config["out_channels"], 2 * self.patch_size[0], side, side)
+        states = (1, self.text_length, self.config["text_embed_dim"])
+        meta, g = torch.device(device).type == "meta", generator(seed, "small inputs")
+
+        def normal(*size: int) -> Tensor:
+            return torch.empty(size, device=device) if meta else torch.randn(size, generator=g).to(device)
+
+        noise, timesteps = normal(1, *shape), torch.full((1,), 500, device=device)
+        text = TextCondition((normal(*states),), (torch.ones(states[:2], dtype=torch.bool, device=device),))
+        image = normal(1, *shape) if self.image_to_video else None
+        prepared = Prepared(
+            noise, timesteps, Condition(text=text, cond_latents=image), count_tokens(shape[1:], self.patch_size)
+        )
+        return NoisySample(noise, timesteps, noise, noise.new_ones(())), prepared
 
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
         from diffusers import CogVideoXPipeline
@@ -246,7 +289,7 @@ class CogVideoX(ModelSpec):
 
 
 class SkippedBlock(nn.Module):
-    """Stands where a block was left out."""
+    """Replace a block that is left out of a tiny model."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         return hidden_states, encoder_hidden_states

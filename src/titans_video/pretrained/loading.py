@@ -1,6 +1,5 @@
-"""Reading parts of a diffusers pipeline's folder; the same for every family."""
+"""Load parts of a diffusers pipeline's folder, for every pretrained model."""
 
-import json
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -9,32 +8,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from titans_video.checkpoint import load_tensors
+from titans_video.checkpoint import load_tensors, read_json
 from titans_video.errors import CheckpointError, ConfigError, few
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """The configuration in a part's folder.
+    """Return the configuration in the folder of one part of a pipeline.
 
     Raises:
-        ConfigError: missing or malformed.
+        ConfigError: it is missing or malformed.
     """
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--pretrained-model: {folder / name} is missing; copy the pipeline's folder again."
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"--pretrained-model: {folder / name} cannot be read: {e}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"--pretrained-model: {folder / name} holds no object.")
-    return found
+    return read_json(folder / name, "is missing; copy the folder of --pretrained-model again.", ConfigError)
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """torch.compile each block: one graph for all of them. (diffusers' `compile_repeated_blocks` knows the blocks of
-    some classes alone.)"""
+    """Compile each block with torch.compile: one graph for all of them.
+
+    diffusers' `compile_repeated_blocks` knows the blocks of some classes only.
+    """
     names = set(getattr(network, "_no_split_modules", None) or ())
     for part in network.children():
         if isinstance(part, nn.ModuleList):
@@ -44,10 +35,10 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
-    """Give a network the weights of its names from a folder that may hold more; in float32 on the CPU, frozen.
+    """Load the weights of a network from a folder that may contain more; in float32 on the CPU, frozen.
 
     Args:
-        lacking: buffers that need not come from the file.
+        lacking: buffers that need not be in the files.
     Raises:
         CheckpointError: other weights are missing, or a file cannot be read.
     """
@@ -57,7 +48,7 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as f:
                 found |= {k: f.get_tensor(k).float() for k in wanted & set(f.keys())}
-        if not found:  # as diffusers does, which takes these where there are no others
+        if not found:  # as diffusers does: these are read only if there are no safetensors
             for path in sorted(folder.glob("diffusion_pytorch_model*.bin")):
                 tensors = load_tensors(path, mmap=is_zipfile(path))
                 found |= {k: tensors[k].float() for k in wanted & tensors.keys()}
@@ -71,10 +62,11 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
 
 
 def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-    """Load the LoRA file in a folder into a transformer by a pipeline class's own means; gives the adapter's name.
+    """Load the LoRA file in a folder into a transformer as a diffusers pipeline class does; return the adapter's name.
 
     Args:
-        only: keep these layers of it.
+        pipeline: the class.
+        only: the layers to keep; None: all.
     """
     name = "file"
     tensors, metadata = pipeline.lora_state_dict(

@@ -1,1 +1,1 @@
-"""One short file each: builds the parts of a run and hands them to the trainer (floor L4)."""
+"""One file for each recipe: it builds the parts of a run and passes them to the trainer (layer 5)."""

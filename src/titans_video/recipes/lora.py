@@ -1,377 +1,415 @@
-"""The clips of a LoRA run, and what its checkpoints say, from its options."""
+"""LoRA on a pretrained pipeline: the spec says what its network expects, and only A and B are trained.
+
+Legend: B batch, C latent channels, t h w the latent grid, T H W pixel frames, height and width.
+"""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.codecs.registry import describe_codec
-from titans_video.config.options import CodecOptions, CogVideoXLoraOptions, DataOptions, ModelOptions, SoraOptions
-from titans_video.data.cache import EncodingStore, StoredText
-from titans_video.data.dataset import VideoDataset, open_data
-from titans_video.data.held_out import open_validation, split
-from titans_video.data.reader import BrokenRow
-from titans_video.diffusion.base import NoisySample
+from titans_video.config.options import BaseOptions, CodecOptions, CogVideoXLoraOptions, DataOptions
+from titans_video.data.dataset import VideoDataset
+from titans_video.data.reader import BadRowError
+from titans_video.diffusion.base import NoisySample, Prepared
 from titans_video.errors import ConfigError, DataError
-from titans_video.fingerprint import fingerprint_folder
 from titans_video.generation.diffusers_backend import PretrainedModel, sampled
-from titans_video.media.resize import cover_crop, to_tensor
+from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
-from titans_video.pretrained.base import ModelSpec
-from titans_video.pretrained.registry import open_model_spec
-from titans_video.recipes.lora_base import load_base, move_adapter, precision_of, share_adapter_alone
+from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.pretrained.loading import compile_blocks
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
 from titans_video.recipes.lora_parity import check_parity
-from titans_video.recipes.setup import fill, frames_in_words, processes, train_recipe
-from titans_video.recipes.sora import SoraRecipe, generation_defaults
+from titans_video.recipes.setup import (
+    RunParts,
+    checkpoint_config,
+    frame_count_notes,
+    generation_defaults,
+    open_parts,
+    sample_prompt,
+    train_recipe,
+)
 from titans_video.seeding import derive_seed
-from titans_video.text.base import TextEncoder
-from titans_video.training.distributed import Accelerator
+from titans_video.training.distributed import AUTOCAST, Accelerator, all_gather_object
 from titans_video.training.flops import count_flops
-from titans_video.training.recipe import Sampler
+from titans_video.training.recipe import VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
-from titans_video.types import Batch, Condition
+from titans_video.types import PRECISIONS, Batch
 
-
-def parse_targets(words: str) -> tuple[str, ...] | str:
-    """`--target-modules`: words with commas, or a regular expression as it is."""
-    if lora.is_expression(words):
-        return words
-    return tuple(part.strip() for part in words.split(",") if part.strip())
-
-
-def lora_config(
-    options: CogVideoXLoraOptions,
-    data: VideoDataset,
-    spec: ModelSpec,
-    codec: Any,
-    text: TextEncoder,
-    config: lora.LoraConfig,
-    prompt: str | None,
-) -> dict[str, Any]:
-    """Of checkpoints, as `titans_video.checkpoint` lists it; `base` and `lora` in place of a network's own."""
-    bucket = max(data.buckets, key=lambda b: b.frames * b.height * b.width)
-    return {
-        "recipe": "cogvideox-lora",
-        "base": {
-            "pipeline": str(spec.folder),
-            "family": spec.name,
-            "fingerprint": fingerprint_folder(spec.folder / "transformer"),
-        },
-        "lora": {
-            "rank": config.rank,
-            "alpha": config.scaling_alpha,
-            "dropout": config.dropout,
-            "targets": config.targets if isinstance(config.targets, str) else list(config.targets),
-        },
-        "model": {"patch_size": list(spec.patch_size)},
-        "codec": describe_codec(codec, _codec_options(options)),
-        "text": text.describe(),
-        "process": spec.process().config(),
-        "data": {
-            "num_frames": bucket.frames,
-            "height": bucket.height,
-            "width": bucket.width,
-            "fps": data.fps,
-            "tasks": [spec.task],
-        },
-        "sample": {
-            "steps": spec.steps,
-            "guidance_scale": spec.guidance_scale,
-            **generation_defaults(options.generation_defaults, prompt),
-        },
-    }
-
-
-def _codec_options(options: CogVideoXLoraOptions) -> CodecOptions:
-    return CodecOptions(pretrained_model=options.base.pretrained_model, vae_dtype=options.base.vae_dtype)
-
-
-def as_sora(options: CogVideoXLoraOptions, spec: ModelSpec) -> SoraOptions:
-    """What the shared parts of a run look at."""
-    return SoraOptions(
-        data=options.data,
-        codec=_codec_options(options),
-        model=ModelOptions(patch_size=spec.clip_grid),
-        train=options.train,
-        validation=options.validation,
-    )
-
-
-def open_clips(options: SoraOptions, spec: ModelSpec, accelerator: Accelerator) -> VideoDataset:
-    """The clips, every one of them with the family's task.
-
-    Raises:
-        ConfigError: a size that the network does not know.
-    """
-    data = open_data(
-        _with_task(options.data, spec),
-        spec.codec_spec,
-        spec.clip_grid,
-        seed=options.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        processes=processes(accelerator),
-    )
-    check_sizes(spec, data)
-    if options.validation.validation_split:
-        data = split(data, options.validation.validation_split)
-    return data
-
-
-def check_sizes(spec: ModelSpec, data: VideoDataset | None) -> None:
-    """Hold every bucket that has rows against the positions that the transformer knows.
-
-    Raises:
-        ConfigError: as `ModelSpec.check_size`.
-    """
-    for bucket in data.buckets if data else ():
-        spec.check_size(bucket.frames, bucket.height, bucket.width)
-
-
-def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
-    if options.task_mix is not None:
-        raise ConfigError(
-            f"--task-mix {options.task_mix}: {spec.name} trains {spec.task} alone, whatever rows say; leave it out."
-        )
-    return replace(options, task_mix=f"{spec.task}=1")
+STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""The torch dtype of each value of --layerwise-casting."""
 
 
 @dataclass
-class LoraRecipe(SoraRecipe):
-    """SoraDiT's recipe with another's transformer, noise process and latents.
+class LoraRecipe(DiffusionRecipe[Prepared]):
+    """A pretrained network with an adapter, on that model's own latents, conditioning and noise.
 
     Attributes:
-        process: the family's own.
-        family: what the transformer expects.
-        adapter: what is trained.
+        spec: what the network expects.
         dtype: of the frozen weights.
-        pictures: gives a first frame (1, 3, 1, H, W) for a prompt, for videos of an image-to-video model.
-        gate: at which saves the file is compared.
     """
 
-    process: Any
     spec: ModelSpec = field(kw_only=True)
-    adapter: lora.LoraConfig = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)
-    data: VideoDataset = field(kw_only=True)
-    gate: str = field(kw_only=True, default="first")
-    gated: bool = False
 
-    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
-        """Padded latents (B, C, t, h, w), and the prompts; as `known` the latents of the first frame."""
-        moments = self._moments(batch.moments, batch.pixels)
-        clean = self.spec.pad(
-            self.codec.from_moments(moments, seeds=[derive_seed(s, "posterior") for s in batch.seeds])
-        )
-        text = batch.text or self.text(batch.captions)
-        text = self._dropped(batch, text) if drop else text.to(self.device)
-        if not self.spec.image_to_video:
-            return clean, Condition(text=text)
-        known = batch.cond_moments
-        if known is None:
+    def prepare(self, batch: Batch, *, train: bool) -> Prepared:
+        latents = self.encode_latents(batch)
+        text = self.encode_captions(batch, train=train)
+        first = self._first_frame(batch) if self.spec.image_to_video else None
+        return self.spec.prepare(latents, text, first, self.process, batch.seeds)
+
+    def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
+        predicted = self.spec.predict(model, noisy, prepared, self.dtype)
+        return predicted if isinstance(predicted, Tensor) else dict(predicted)
+
+    def _first_frame(self, batch: Batch) -> Tensor:
+        """Return the unscaled latents (B, C, 1, h, w) of the first frames, sampled by each row's seed."""
+        moments = batch.cond_moments
+        if moments is None:
             assert batch.cond_pixels is not None  # every row is i2v
-            known = self.codec.encode_cond_frames(batch.cond_pixels.to(self.device))
-        first = known[:, :, :1].to(self.device, torch.float32)
-        drawn = self.codec.from_moments(first, seeds=[derive_seed(s, "first frame") for s in batch.seeds])
-        image = self.spec.image_latents(self.codec.unscale(drawn), clean.shape[2])
-        return clean, Condition(text=text, cond_latents=image)
+            moments = self.codec.encode_cond_frames(batch.cond_pixels.to(self.device))
+        first = moments[:, :, :1].to(self.device, torch.float32)
+        drawn = self.codec.from_moments(first, seeds=[derive_seed(seed, "first frame") for seed in batch.seeds])
+        return self.codec.unscale(drawn)
 
-    def times(self, batch: Batch, clean: Tensor) -> Tensor:
-        """(B,) steps of the scheduler."""
-        return self.process.sample_timesteps(batch.seeds)
 
-    def times_at(self, quantile: float, clean: Tensor) -> Tensor:
-        return torch.full((clean.shape[0],), self.process.timestep_quantile(quantile))
+@dataclass
+class LoraFiles:
+    """The files of an adapter; see `training.recipe.AdapterFiles`.
 
-    def _errors(
-        self, model: nn.Module, batch: Batch, clean: Tensor, condition: Condition, times: Tensor, noise: Tensor
-    ) -> Tensor:
-        """Weighted squared error (B, C, t, h, w) float32; `times` (B,)."""
-        assert condition.text is not None
-        with torch.no_grad():
-            made: NoisySample = self.process.add_noise(clean, noise.to(self.device), times.to(self.device))
-        (states,) = condition.text.streams
-        value = self.spec.predict(model, made.model_input, made.model_time, states, condition.cond_latents, self.dtype)
-        return made.weight * (value - made.target).square()
+    Attributes:
+        about: what the file's header says about the training.
+        gate: at which saves the file is compared with diffusers: first, each or none.
+    """
 
-    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
-        c, t, h, w = super()._latent_shape(batch)
-        return c, self.spec.padded_frames(t), h, w
-
-    def _cond_mask(self, batch: Batch) -> Tensor:
-        """Nothing is exempt from the loss: a first frame is told, and denoised all the same."""
-        return torch.zeros(len(batch), self.codec.spec.stride[0], self._latent_shape(batch)[1], dtype=torch.bool)
-
-    def flops(self, batch: Batch) -> float:
-        """Two thirds of what training all weights would take: a frozen weight has no gradient of its own."""
-        shape = self._latent_shape(batch)
-        if shape not in self.counted_flops:
-            network, meta = self.spec.meta_model(), torch.device("meta")
-            states = torch.empty(1, self.spec.text_length, self.text.widths[0], device=meta)
-            x = torch.empty(1, *shape, device=meta)
-            image = x if self.spec.image_to_video else None
-            time = torch.empty(1, device=meta)
-            whole = count_flops(lambda: self.spec.predict(network, x, time, states, image, torch.float32))
-            self.counted_flops[shape] = whole * 2 // 3
-        return float(len(batch) * self.counted_flops[shape])
-
-    @contextmanager
-    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
-        """See `training.recipe.Validated`."""
-        text = StoredText(self.store) if self.store is not None and self.store.has_text else self.text
-        pipeline = self.spec.pipeline(network, self.codec.vae, text=False, dtype=self.dtype)  # type: ignore[attr-defined]
-        pipeline.set_progress_bar_config(disable=True)
-        model = PretrainedModel(
-            network=network,
-            codec=self.codec,
-            text=text,
-            process=self.process,
-            config=self.config,
-            step=step,
-            path=self.spec.folder,
-            run_on=self.device,
-            spec=self.spec,
-            pipeline=pipeline,
-            dtype=self.dtype,
-        )
-        try:
-            yield lambda prompt, seed: sampled(model, prompt, seed, self._first_frame(prompt))
-        finally:
-            if self.store is not None:
-                self.codec.release()
+    spec: ModelSpec
+    config: lora.LoraConfig
+    about: dict[str, object]
+    gate: str = "first"
+    checked: bool = False
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
-        """See `training.recipe.Adapting`."""
-        said = {lora_io.OWN: json.dumps({k: self.config[k] for k in ("recipe", "base", "lora", "data", "sample")})}
         tensors = lora.rename(model)
-        lora_io.write(folder, tensors, self._sizes(tensors), about=said)
+        lora_io.write(
+            folder,
+            tensors,
+            self._sizes(tensors),
+            prefixes=self.spec.lora_prefixes,
+            about={lora_io.OWN: json.dumps(self.about)},
+        )
 
     def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
-        """See `training.recipe.Adapting`."""
-        if self.gate == "none" or (self.gate == "first" and self.gated):
+        if self.gate == "none" or (self.gate == "first" and self.checked):
             return None
-        self.gated = True
+        self.checked = True
         tensors = lora.rename(model)
         return check_parity(self.spec, tensors, self._sizes(tensors), folder)
 
     def sample_command(self, last: Path) -> list[str]:
-        """See `training.recipe.Adapting`."""
         words = ["titans-video", "generate", "--pretrained-model", str(self.spec.folder), "--lora", str(last)]
         return words + (["--image", "FIRST_FRAME.png"] if self.spec.image_to_video else [])
 
     def _sizes(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
         names = sorted({name.rpartition(".lora_")[0] for name in tensors})
-        return dict.fromkeys(names, (self.adapter.rank, self.adapter.scaling_alpha))
-
-    def _first_frame(self, prompt: str) -> Tensor | None:
-        """Of a row with this caption, else of another, as large as the videos; None for a model without."""
-        if not self.spec.image_to_video:
-            return None
-        reader, size = self.data.reader(), (self.config["data"]["height"], self.config["data"]["width"])
-        for entry in sorted(
-            self.data.entries, key=lambda e: (e.row.caption != prompt, derive_seed(0, "picture", e.row.id))
-        ):
-            sample = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
-            try:
-                frame = reader.picture(sample) if sample.picture else reader.clip(sample)[0]
-            except BrokenRow:
-                continue  # training comes to it too, and records it
-            return to_tensor(cover_crop(frame[None], *size))[None]
-        raise DataError("Not one clip can be read any more, and a validation video needs a first frame.")
+        return dict.fromkeys(names, (self.config.rank, self.config.scaling_alpha))
 
 
 def train_lora(options: CogVideoXLoraOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
-        UserError: whatever the flags, the data or the pipeline have wrong.
+        UserError: a fault of the flags, the data or the pipeline.
     """
     run = start_run(options.data, options.train)
     accelerator, base = run.accelerator, options.base
     assert base.pretrained_model is not None  # checked with the flags
     spec = open_model_spec(base.pretrained_model)
-    # What is wrong with the flags and with the pipeline's small files is said before anything slow is done.
+    # Faults of the flags and of the pipeline's small files are reported before anything slow is done.
     precision_of(base, accelerator)
     spec.process()
     lora.find_targets(spec.meta_model(), parse_targets(options.lora.target_modules))
     text = spec.text(base.text_dtype, accelerator.device, offload=base.text_offload == "cpu")
     codec = spec.codec(base.vae_dtype, accelerator.device, load=options.data.cache is None)
-    shared = as_sora(options, spec)
-    data = open_clips(shared, spec, accelerator)
-    held_out = open_validation(data, options.validation.validation_manifest, processes(accelerator))
-    check_sizes(spec, held_out)
-    store: EncodingStore | None = None
-    if shared.data.cache is not None:
-        filled = fill(shared, data, codec, text, accelerator)
-        data, store = filled.data, filled.store
-        held_out = fill(shared, held_out, codec, text, accelerator).data if held_out else None
-        text.release()
-        codec.release()
-    recipe = build_lora(options, data, spec, codec, text, accelerator, store)
-    return train_recipe(options, run, recipe, data, held_out, store, _notes(options, data, recipe))
+    with_task = replace(options, data=_with_task(options.data, spec))
+    codec_options = CodecOptions(pretrained_model=base.pretrained_model, vae_dtype=base.vae_dtype)
+    parts = open_parts(
+        with_task, codec_options, run, codec, text, spec.clip_grid, check=lambda data: check_sizes(spec, data)
+    )
+    recipe = build_lora(options, parts, spec, accelerator)
+    return train_recipe(options, run, recipe, parts, _notes(options, parts, recipe))
 
 
-def build_lora(
-    options: CogVideoXLoraOptions,
-    data: VideoDataset,
-    spec: ModelSpec,
-    codec: Any,
-    text: TextEncoder,
-    accelerator: Accelerator,
-    store: EncodingStore | None = None,
-) -> LoraRecipe:
-    """The frozen transformer with a fresh adapter, a function of the seed.
+def parse_targets(words: str) -> tuple[str, ...] | str:
+    """Return `--target-modules` as words, or as the regular expression that it is."""
+    if lora.is_expression(words):
+        return words
+    return tuple(part.strip() for part in words.split(",") if part.strip())
+
+
+def check_sizes(spec: ModelSpec, data: VideoDataset) -> None:
+    """Check every bucket that has rows against the positions that the network knows.
+
+    Raises:
+        ConfigError: as `ModelSpec.check_size`.
+    """
+    for bucket in data.buckets:
+        spec.check_size(bucket.frames, bucket.height, bucket.width)
+
+
+def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
+    if options.task_mix is not None:
+        raise ConfigError(
+            f"--task-mix {options.task_mix}: {spec.name} trains {spec.task} only, whatever the rows say; leave it out."
+        )
+    return replace(options, task_mix=f"{spec.task}=1")
+
+
+def build_lora(options: CogVideoXLoraOptions, parts: RunParts, spec: ModelSpec, accelerator: Accelerator) -> LoraRecipe:
+    """Build the recipe: the frozen network with a fresh adapter, a function of the seed.
 
     Raises:
         ConfigError, CheckpointError: as `load_base` and `models.lora.inject`.
     """
     network, dtype = load_base(options.base, spec, accelerator)
-    wanted = options.lora
-    config = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_targets(wanted.target_modules))
-    lora.inject(network, config, seed=options.train.seed)
+    wanted, process = options.lora, spec.process()
+    adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_targets(wanted.target_modules))
+    lora.inject(network, adapter, seed=options.train.seed)
     move_adapter(network, accelerator.device)
-    prompt = next((row.caption for row in data.rows if row.caption), None)
-    said = lora_config(options, data, spec, codec, text, config, prompt)
-    share_adapter_alone(network, said["base"]["fingerprint"], accelerator)
+    prompt = sample_prompt(parts.data)
+    base = {
+        "pipeline": str(spec.folder),
+        "family": spec.name,
+        "fingerprint": spec.fingerprint(),
+    }
+    config = _lora_config(options, parts, spec, adapter, base, prompt)
+    share_adapter_only(network, base["fingerprint"], accelerator)
+    about = {key: config[key] for key in ("recipe", "base", "lora", "data", "sample")}
     return LoraRecipe(
         network=network,
-        codec=codec,
-        text=text,
-        process=spec.process(),
-        config=said,
+        codec=parts.codec,
+        text=parts.text,
+        process=process,
+        config=config,
         device=accelerator.device,
+        geometry=ClipGeometry(
+            parts.codec.spec,
+            spec.patch_size,
+            lambda frames, step: spec.padded_frames(frames),
+            spec.cond_frames_have_loss,
+        ),
+        count_flops=lora_flops(spec),
+        make_sampler=lora_sampler(parts, spec, config, dtype, accelerator.device),
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=prompt,
-        store=store,
+        cache=parts.cache,
+        adapter=LoraFiles(spec, adapter, about, wanted.parity_gate),
         spec=spec,
-        adapter=config,
         dtype=dtype,
-        data=data,
-        gate=wanted.parity_gate,
     )
 
 
-def _notes(options: CogVideoXLoraOptions, data: VideoDataset, recipe: LoraRecipe) -> list[str]:
-    spec, network = recipe.spec, recipe.network
+def _lora_config(
+    options: CogVideoXLoraOptions,
+    parts: RunParts,
+    spec: ModelSpec,
+    adapter: lora.LoraConfig,
+    base: dict[str, str],
+    prompt: str | None,
+) -> dict[str, object]:
+    """Return the config of checkpoints; `base` and `lora` describe the network."""
+    defaults: dict[str, object] = {"steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    defaults |= generation_defaults(options.generation_defaults, prompt)
+    model: dict[str, object] = {"patch_size": list(spec.patch_size)}
+    config = checkpoint_config("cogvideox-lora", model, parts, spec.process(), defaults, [spec.task])
+    return config | {
+        "base": base,
+        "lora": {
+            "rank": adapter.rank,
+            "alpha": adapter.scaling_alpha,
+            "dropout": adapter.dropout,
+            "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
+        },
+    }
+
+
+def lora_flops(spec: ModelSpec) -> Callable[[tuple[int, ...], tuple[int, ...]], int]:
+    """Return a function that counts a row's FLOPs: two thirds of those of training all weights.
+
+    A frozen weight has no gradient of its own.
+    """
+
+    @cache
+    def count(latent_shape: tuple[int, ...]) -> int:
+        noisy, prepared = spec.example(latent_shape, "meta")
+        network = spec.meta_model()
+        return count_flops(lambda: spec.predict(network, noisy, prepared, torch.float32)) * 2 // 3
+
+    return lambda latent_shape, text_lengths: count(latent_shape)
+
+
+def lora_sampler(
+    parts: RunParts, spec: ModelSpec, config: dict[str, object], dtype: torch.dtype, device: torch.device
+) -> Callable[[nn.Module, int], VideoSampler]:
+    """Return a function that opens the pipeline around the network for validation videos."""
+
+    def open_sampler(network: nn.Module, step: int) -> VideoSampler:
+        pipeline = spec.pipeline(network, parts.codec, text=False, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        model = PretrainedModel(
+            network=network,
+            codec=parts.codec,
+            text=prompt_encoder(parts.text, parts.cache),
+            config=config,
+            step=step,
+            path=spec.folder,
+            run_on=device,
+            spec=spec,
+            pipeline=pipeline,
+            dtype=dtype,
+        )
+        return lambda prompt, seed: sampled(model, prompt, seed, first_frame(parts.data, spec, prompt))
+
+    return open_sampler
+
+
+def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str) -> Tensor | None:
+    """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row, in the size of the videos.
+
+    None for a text-to-video model.
+
+    Raises:
+        DataError: no clip can be read.
+    """
+    if not spec.image_to_video:
+        return None
+    largest, reader = data.buckets[0], data.reader()
+    for entry in sorted(data.records, key=lambda e: (e.row.caption != prompt, derive_seed(0, "picture", e.row.id))):
+        example = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
+        try:
+            frame = reader.cond_image(example) if example.own_image else reader.clip(example)[0]
+        except BadRowError:
+            continue  # training reads it too, and records it
+        return to_tensor(cover_crop(frame[None], largest.height, largest.width))[None]
+    raise DataError("No clip can be read any more, and a validation video needs a first frame.")
+
+
+def _notes(options: CogVideoXLoraOptions, parts: RunParts, recipe: LoraRecipe) -> list[str]:
+    """Return lines for the log: lengths, tasks and sizes."""
+    spec, network, adapter = recipe.spec, recipe.network, recipe.adapter
+    assert isinstance(adapter, LoraFiles)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in network.parameters())
-    layers = len(list(lora.layers(network)))
-    notes = frames_in_words(as_sora(options, spec), data, spec.codec_spec)
-    others = sorted({row.task for row in data.rows if row.task != spec.task})
+    total = sum(p.numel() for p in network.parameters())
+    notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
+    others = sorted({row.task for row in parts.data.rows if row.task != spec.task})
     if others and spec.image_to_video:
-        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} is told of every clip's first frame.")
+        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
     elif others:
-        notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} cannot be told of a first frame.")
+        notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} has no image condition.")
     kind = str(recipe.dtype).removeprefix("torch.")
     notes.append(
-        f"{spec.name}, {(whole - trained) / 1e6:.1f} million frozen parameters ({kind}); "
-        f"LoRA of rank {recipe.adapter.rank}, alpha {recipe.adapter.scaling_alpha:g}, on {layers} layers, "
-        f"{trained:,} parameters trained."
+        f"{spec.name}, {(total - trained) / 1e6:.1f} million frozen parameters ({kind}); "
+        f"LoRA of rank {adapter.config.rank}, alpha {adapter.config.scaling_alpha:g}, on "
+        f"{len(list(lora.layers(network)))} layers, {trained:,} trained parameters."
     )
     return notes
+
+
+def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
+    """Return the precision that the network computes in.
+
+    Raises:
+        ConfigError: the accelerator or the device cannot do what the flags ask for.
+    """
+    dtype = (
+        PRECISIONS[options.base_dtype]
+        if options.base_dtype
+        else AUTOCAST.get(accelerator.mixed_precision, torch.float32)
+    )
+    if dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise ConfigError("--base-dtype fp16: CPUs compute in fp32 or bf16; use --base-dtype bf16.")
+    if accelerator.is_fsdp2 and (options.layerwise_casting != "none" or options.offload != "none"):
+        raise ConfigError(
+            "--layerwise-casting and --offload move weights layer by layer, and so does FSDP2; use one of them."
+        )
+    if options.offload == "group" and accelerator.num_processes > 1:
+        raise ConfigError(
+            "--offload group is for one process; several processes share the weights with FSDP2 "
+            "(--config_file configs/accelerate/fsdp2.yaml)."
+        )
+    return dtype
+
+
+def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -> tuple[nn.Module, torch.dtype]:
+    """Load the network as the flags ask for it, and return it with the precision that it computes in.
+
+    Layers are cast and offloaded by diffusers' own hooks, which remain when adapters are injected.
+
+    Raises:
+        ConfigError: as `precision_of`.
+    """
+    dtype = precision_of(options, accelerator)
+    network = spec.load_network(dtype)
+    if options.gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+    if options.layerwise_casting != "none":
+        network.enable_layerwise_casting(  # type: ignore[operator]
+            storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
+        )
+    if options.offload == "group":
+        offload_blocks(network, accelerator.device)
+    if options.compile:
+        compile_blocks(network)
+    return network, dtype
+
+
+def offload_blocks(network: nn.Module, device: torch.device) -> None:
+    """Keep the linear layers of the blocks in main memory while they are not used; the rest stays on the device.
+
+    A layer that is offloaded after its forward takes away the weights that its backward pass needs. The backward pass
+    of a linear layer keeps a view, which checkpointing recreates. A norm's would silently compute with whatever the
+    norm then holds, or on the wrong device. Nothing is prefetched (`use_stream`): that assumes one order of layers,
+    and the backward pass has another.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
+    for part in network.children():
+        if not isinstance(part, nn.ModuleList):
+            part.to(device)
+            continue
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                apply_group_offloading(
+                    module, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level"
+                )
+            else:
+                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    tensor.data = tensor.data.to(device)
+
+
+def move_adapter(network: nn.Module, device: torch.device) -> None:
+    """Move the adapter to the device, wherever the frozen weights are."""
+    for _, layer in lora.layers(network):
+        layer.lora_A.to(device)
+        layer.lora_B.to(device)
+
+
+def share_adapter_only(network: nn.Module, fingerprint: str, accelerator: Accelerator) -> None:
+    """Let DDP exchange only what is trained: each process reads the frozen weights itself.
+
+    Gloo cannot send weights of 8 bits.
+
+    Args:
+        fingerprint: of the files that this process read.
+    Raises:
+        ConfigError: the processes have read different files.
+    """
+    if len(set(all_gather_object(accelerator, fingerprint))) > 1:
+        raise ConfigError("--pretrained-model: the machines of this run have different networks in this folder.")
+    frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+    network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them

@@ -1,7 +1,7 @@
-"""The parity gate: what stock diffusers makes of a saved LoRA file, beside what was trained.
+"""The parity gate: compare what stock diffusers computes with a saved LoRA file to what was trained.
 
-Files that load nothing, load at another strength, or land on other layers say so nowhere; a person sees it in videos,
-days later. So the file is loaded as anyone would load it, and the outputs are compared.
+A file that loads nothing, loads at another strength, or lands on other layers gives no error; it shows in videos, days
+later. So the file is loaded as any user would load it, and the outputs are compared.
 """
 
 import copy
@@ -18,23 +18,23 @@ from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import ModelSpec
 
 BLOCKS = 2
-"""A copy of the transformer has this many of the adapter's blocks where it is large."""
+"""How many of the adapter's blocks the copy of a large network has."""
 
 LARGE = 300e6  # parameters
 
 TOLERANCE = 1e-4
-"""Of the largest difference, as a share of the adapter's largest effect."""
+"""The largest allowed difference, relative to the adapter's largest effect."""
 
 
 def check_parity(
     spec: ModelSpec, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]], folder: Path
 ) -> str | None:
-    """Compare; gives what to say of it, once it is well.
+    """Compare, and return a message for the log.
 
     The adapter's weight is set so that its effect is of the size of the output, however little was learned yet.
 
     Args:
-        tensors: what was trained, as it is in memory.
+        tensors: what was trained, from memory.
         sizes: rank and alpha of its layers.
         folder: with the file.
     Raises:
@@ -42,15 +42,15 @@ def check_parity(
     """
     if find_spec("peft") is None:
         return (
-            f"{folder.name}: not compared with what diffusers reads in it, for which the package peft is needed "
-            "(`pip install peft`); --parity-gate none leaves the comparison out."
+            f"{folder.name}: not compared with what diffusers reads in it, which needs the package peft "
+            "(`pip install peft`); --parity-gate none skips the comparison."
         )
     large = sum(p.numel() for p in spec.meta_model().parameters()) > LARGE
     chosen = _blocks_of(spec, tensors)[:BLOCKS] if large else None
     ours, kept = _copy(spec, tensors, chosen)
     theirs, whole = copy.deepcopy(ours), kept.keys() == tensors.keys()
     if not whole:
-        _compare_names(tensors, folder)
+        _compare_names(spec, tensors, folder)
     base = _output(spec, ours)
     lora.load(ours, kept, {name: alpha for name, (_, alpha) in sizes.items()})
     if not any(bool(v.any()) for k, v in kept.items() if ".lora_B." in k):
@@ -62,29 +62,29 @@ def check_parity(
         name = spec.load_with_diffusers(theirs, folder, None if whole else present)
         theirs.set_adapters(name, weights=weight)  # type: ignore[operator]
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
-        said = " ".join(str(e).split())[:300]
-        raise CheckpointError(f"{folder}: diffusers cannot load this file ({said}).") from None
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{folder}: diffusers cannot load this file ({reason}).") from None
     expected, found = _output(spec, ours), _output(spec, theirs)
     effect, difference = (expected - base).abs().max().item(), (expected - found).abs().max().item()
     if not difference <= TOLERANCE * max(effect, 1e-6):
         raise CheckpointError(
-            f"{folder}: diffusers loads this file and computes something else with it: the outputs differ by "
-            f"{difference:.3g}, where the adapter's own effect is {effect:.3g}. Training stops, as its files would be "
-            "of no use elsewhere; the checkpoint stands, and --resume auto goes on from it. --parity-gate none does "
-            "not look."
+            f"{folder}: diffusers loads this file but computes something else with it: the outputs differ by "
+            f"{difference:.3g}, and the adapter's own effect is {effect:.3g}. Training stops, because its files would "
+            "not work elsewhere. The checkpoint is kept; resume it with --resume auto. --parity-gate none skips this "
+            "check."
         )
     blocks = "" if whole else f" in blocks {' and '.join(map(str, chosen or ()))}"
     close = f"to {difference / effect:.1g} of its effect" if difference else "to the bit"
     return f"{folder.name}: stock diffusers loads it and computes the same{blocks} ({close})."
 
 
-def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Every layer by name and value, also those that a copy of two blocks does not have.
+def _compare_names(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Compare every layer by name and value, including those that a copy of two blocks does not have.
 
     Raises:
-        CheckpointError: the file lacks one, or has another.
+        CheckpointError: they differ.
     """
-    found = lora_io.read(folder).tensors
+    found = lora_io.read(folder, spec.lora_prefixes).tensors
     wrong = [*(tensors.keys() ^ found.keys())]
     wrong += [k for k in tensors.keys() & found.keys() if not torch.equal(tensors[k].cpu(), found[k])]
     if wrong:
@@ -94,15 +94,16 @@ def _compare_names(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _blocks_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> list[int]:
-    """The numbers of the blocks that an adapter has layers in; the first, where it has none in any."""
-    found = (re.match(rf"{re.escape(spec.blocks)}\.(\d+)\.", name) for name in tensors)
+    """Return the numbers of the blocks that the adapter has layers in; the first block if it has none."""
+    lists = "|".join(map(re.escape, spec.blocks))
+    found = (re.match(rf"(?:{lists})\.(\d+)\.", name) for name in tensors)
     return sorted({int(match[1]) for match in found if match}) or [0]
 
 
 def _copy(
     spec: ModelSpec, tensors: dict[str, Tensor], blocks: Sequence[int] | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A fresh transformer, and what of an adapter is for its layers."""
+    """Return a tiny copy of the network, and the adapter's tensors for its layers."""
     network = spec.tiny_model(blocks)
     present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     return network, {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}
@@ -110,11 +111,11 @@ def _copy(
 
 @torch.no_grad()
 def _output(spec: ModelSpec, network: nn.Module) -> Tensor:
-    noisy, time, text, *image = spec.tiny_inputs(network, 0)
-    return spec.predict(network, noisy, time, text, image[0] if image else None, torch.float32)
+    predicted = spec.predict(network, *spec.example(), torch.float32)
+    return predicted if isinstance(predicted, Tensor) else torch.cat([part.flatten() for part in predicted.values()])
 
 
 def _visible(network: nn.Module) -> float:
-    """A weight at which the adapter's largest change of a layer is of the size of that layer's own weight."""
+    """Return a weight at which the adapter's largest relative change of a layer is 1."""
     shares = [(layer.delta().norm() / layer.weight.norm()).item() for _, layer in lora.layers(network)]
     return 1.0 / max(max(shares), 1e-12)

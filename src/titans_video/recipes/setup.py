@@ -1,82 +1,151 @@
-"""The parts of a run that every recipe needs: clips, codec, cache, validation; and the run from there to its end."""
+"""The parts of a run that every recipe needs: clips, codec, cache, validation; and training with them."""
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from torch import nn
 
-from titans_video.codecs.base import Codec
+from titans_video.codecs.base import Codec, build_codec, codec_from_checkpoint, describe_codec, parse_init
 from titans_video.codecs.external import source_digest
 from titans_video.codecs.pca import PCACodec
-from titans_video.codecs.registry import build_codec, codec_from_checkpoint, parse_init
 from titans_video.config.generation import Overrides
-from titans_video.config.options import CodecOptions, SoraOptions, TrainOptions, ValidationOptions
+from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, ValidationOptions
 from titans_video.config.parse import read_prompts
-from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import ProcessGroup, VideoDataset, open_data
-from titans_video.data.held_out import HeldOut, shared_files, split
+from titans_video.data.cache import EncodingCache
+from titans_video.data.dataset import VideoDataset, open_data
+from titans_video.data.held_out import HeldOut, open_validation, shared_files, split
 from titans_video.data.precompute import Encoders, Filled, fill_cache
-from titans_video.data.report import QUARANTINE, write_quarantine
+from titans_video.data.report import write_quarantine
+from titans_video.diffusion.base import NoiseProcess, PreparedT
 from titans_video.errors import CodecError
+from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder
-from titans_video.training import distributed, tracking
+from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
-from titans_video.training.distributed import Accelerator, run_on_main
-from titans_video.training.recipe import Recipe, Validated
+from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
 from titans_video.training.resume import prepare_folder
-from titans_video.training.setup import RunContext, reconcile_resume
-from titans_video.training.tracking import Tracker, open_tracker
+from titans_video.training.run_folder import QUARANTINE
+from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
+from titans_video.training.tracking import open_tracker
 from titans_video.training.trainer import Trainer, TrainResult
 from titans_video.training.validation import Monitoring, Validator
 from titans_video.types import CodecSpec
 
+logger = logging.getLogger(__name__)
+
 FIT_CLIPS = 512
-PCA_DEFAULTS: dict[str, Any] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
+"""Clips to which a PCA codec is fitted."""
+PCA_DEFAULTS: dict[str, object] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
+"""Arguments of a PCA codec without --vae-init-json."""
+DEFAULT_PROMPTS = 4
+"""Captions of the data that validation uses if no prompts are given."""
 
 
-def open_data_and_codec(
-    options: SoraOptions,
-    accelerator: distributed.Accelerator,
-    resume: Resume | None,
-    clip_grid: tuple[int, int, int] | None = None,
+@dataclass(frozen=True)
+class RunParts:
+    """The parts that a recipe is built from.
+
+    Attributes:
+        data: the clips that are trained on.
+        held_out: the clips whose loss validation measures; None if there are none.
+        codec, text: frozen; without weights if everything is cached.
+        codec_options: as `codec` was opened.
+        cache: the cache that holds all rows; None without `--cache`.
+    """
+
+    data: VideoDataset
+    held_out: VideoDataset | None
+    codec: Codec
+    codec_options: CodecOptions
+    text: TextEncoder
+    cache: EncodingCache | None
+
+
+def open_parts(
+    options: RecipeOptions,
+    codec_options: CodecOptions,
+    run: RunContext,
+    codec: Codec | None,
+    text: TextEncoder,
+    clip_grid: Grid,
+    *,
+    check: Callable[[VideoDataset], None] | None = None,
+    check_held_out: bool = True,
+    image_condition: bool = False,
+) -> RunParts:
+    """Open the clips, fit the codec if it is fitted to them, and fill the cache.
+
+    Args:
+        codec: None if it is fitted to the clips.
+        clip_grid: latent cells that every clip's frames, height and width are multiples of.
+        check: rejects clips that the recipe cannot train on, before anything is encoded.
+        check_held_out: also reject held-out clips.
+        image_condition: cache first frames as pixels, see `data.cache.EncodingCache`.
+    Raises:
+        UserError: a fault of the data, the codec or the cache.
+    """
+    accelerator = run.accelerator
+    data, codec = open_clips(options, codec_options, codec, clip_grid, accelerator)
+    held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
+    for rows in (data, held_out if check_held_out else None):
+        if check and rows:
+            check(rows)
+    if options.data.cache is None:
+        return RunParts(data, held_out, codec, codec_options, text, None)
+    encode = partial(encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition)
+    filled = encode(data)
+    held_out = encode(held_out).data if held_out else None
+    text.release()
+    codec.release()
+    return RunParts(filled.data, held_out, codec, codec_options, text, filled.cache)
+
+
+def open_codec(options: CodecOptions, accelerator: Accelerator, resume: Resume | None, *, load: bool) -> Codec | None:
+    """Return the codec that the flags name; None for a PCA codec that must be fitted to the clips first.
+
+    Args:
+        resume: a resumed run takes its fitted codec from its checkpoint.
+        load: read the weights now, not at first use.
+    """
+    if options.vae_backend != "patch":
+        return build_codec(options, device=accelerator.device, load=load)
+    if resume is None:
+        return None
+    checkpoint = resume.model()
+    return codec_from_checkpoint(checkpoint.config["codec"], checkpoint.codec, Overrides())
+
+
+def open_clips(
+    options: RecipeOptions,
+    codec_options: CodecOptions,
+    codec: Codec | None,
+    clip_grid: Grid,
+    accelerator: Accelerator,
 ) -> tuple[VideoDataset, Codec]:
-    """The clips and the codec. A patch codec is fitted to the clips unless the run goes on from one that has it."""
-    fitted = options.codec.vae_backend == "patch"
-    codec: Codec | None = None
-    if resume and fitted:
-        fitted_codec = resume.model()
-        codec = codec_from_checkpoint(fitted_codec.config["codec"], fitted_codec.codec, Overrides())
-    elif not fitted:
-        codec = build_codec(options.codec, device=accelerator.device, load=options.data.cache is None)
+    """Return the clips, and the codec on its device, fitted to the clips if it is None."""
     data = open_data(
         options.data,
-        codec.spec if codec else spec_of(options.codec),
-        clip_grid or options.model.patch_size,
+        codec.spec if codec else codec_spec(codec_options),
+        clip_grid,
         seed=options.train.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        processes=processes(accelerator),
+        processes=process_group(accelerator),
     )
     if options.validation.validation_split:
         data = split(data, options.validation.validation_split)
-    return data, (codec or _fit(options.codec, data, accelerator)).to(accelerator.device)
-
-
-def processes(accelerator: distributed.Accelerator) -> ProcessGroup:
-    """How these processes share what one of them knows."""
-    return ProcessGroup(
-        partial(distributed.run_on_main, accelerator), partial(distributed.all_gather_object, accelerator)
-    )
+    return data, (codec or _fit_codec(codec_options, data, accelerator)).to(accelerator.device)
 
 
 def _pca_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, float]:
-    """(patch, channels, smooth) of the patch codec: the defaults, changed by --vae-init-json."""
+    """Return (patch, channels, smooth) of the PCA codec: the defaults, changed by --vae-init-json."""
     given = {**PCA_DEFAULTS, **parse_init(options.vae_init_json)}
     patch, channels, smooth = given["patch"], given["channels"], given["smooth"]
     whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
@@ -84,80 +153,67 @@ def _pca_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, fl
     if not whole or not number or len(patch) != 3 or given.keys() != PCA_DEFAULTS.keys():
         raise CodecError(
             f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PCA_DEFAULTS)} (frames, height and width of a patch in pixels, components kept, and the "
-            "errors for which blocks are joined, as a standard deviation of pixels in [-1, 1])."
+            f"{json.dumps(PCA_DEFAULTS)} (frames, height and width of a patch in pixels; the number of components; the "
+            "standard deviation, of pixels in [-1, 1], of the errors that joining blocks should smooth)."
         )
     if smooth and patch[0] == 1:
         raise CodecError(
-            f"--vae-init-json {options.vae_init_json}: blocks of one frame are not joined; leave smooth out, or give "
-            "patches of two frames or more."
+            f"--vae-init-json {options.vae_init_json}: blocks of one frame cannot be joined; leave smooth out, or use "
+            "patches of at least two frames."
         )
     return (patch[0], patch[1], patch[2]), channels, float(smooth)
 
 
-def spec_of(options: CodecOptions) -> CodecSpec:
-    """The shapes of a codec's latents; of a patch codec before it has seen a clip."""
+def codec_spec(options: CodecOptions) -> CodecSpec:
+    """Return the shapes of a codec's latents; a PCA codec's are known before it is fitted."""
     if options.vae_backend != "patch":
         return build_codec(options, load=False).spec
     patch, channels, _ = _pca_arguments(options)
     return CodecSpec("patch", channels, patch, "blocks")
 
 
-def _fit(options: CodecOptions, data: VideoDataset, accelerator: distributed.Accelerator) -> Codec:
+def _fit_codec(options: CodecOptions, data: VideoDataset, accelerator: Accelerator) -> Codec:
     arguments = _pca_arguments(options)
-    codec = distributed.run_on_main(accelerator, lambda: PCACodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
-    return PCACodec.from_config(codec.config(), codec.state_dict())  # as a run that goes on will have it
+    codec = run_on_main(accelerator, lambda: PCACodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
+    return PCACodec.from_config(codec.config(), codec.state_dict())  # exactly as a resumed run reads it
 
 
-def frames_in_words(options: SoraOptions, data: VideoDataset, spec: CodecSpec) -> list[str]:
-    """A line that says so where clips have another length than `--num-frames`."""
-    asked, patch = options.data.num_frames, options.model.patch_size[0]
-    used = data.buckets[0].frames
-    if options.data.buckets is not None or spec.is_legal(asked, patch):
-        return []
-    return [
-        f"--num-frames {asked} is not legal for the codec {spec.name} and a temporal patch of {patch} together; "
-        f"{used} is used, {spec.frames_at_least(asked, patch)} would be the next."
-    ]
-
-
-def fill(
-    options: SoraOptions,
-    data: VideoDataset,
+def encode_cache(
+    options: RecipeOptions,
+    codec_options: CodecOptions,
     codec: Codec,
     text: TextEncoder,
-    accelerator: distributed.Accelerator,
-    pictures: bool = False,
+    accelerator: Accelerator,
+    data: VideoDataset,
+    *,
+    image_condition: bool = False,
 ) -> Filled:
-    """Encode what the cache lacks, the prompts of validation too, shared out over the processes; whole when this
-    returns.
-
-    Args:
-        pictures: as `data.store.EncodingStore`.
-    """
-    encoders = Encoders(codec_key(codec, options.codec), lambda: codec, text_keys(text), text, pictures)
-    assert options.data.cache is not None  # callers checked
-    prompts = prompts_of(options.validation, data)
-    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=processes(accelerator))
-    accelerator.print(filled.summary())
+    """Encode what the cache lacks, including validation prompts, divided among the processes."""
+    assert options.data.cache is not None  # callers check
+    encoders = Encoders(codec_key(codec, codec_options), lambda: codec, text_keys(text), text, image_condition)
+    prompts = validation_prompts(options.validation, data)
+    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
+    logger.info(filled.summary())
     return filled
 
 
 def codec_key(codec: Codec, options: CodecOptions) -> str:
-    """What tells a codec's latents from any other's: its fingerprint and its precision; of a class of the user's own
-    also its code and the arguments that it is built with, which no fingerprint of weights covers."""
-    known: list[str | None] = [codec.spec.name, codec.fingerprint(), options.vae_dtype]
+    """Return what distinguishes a codec's latents from any other's: its fingerprint and precision.
+
+    A user's own codec adds its code and constructor arguments, which no fingerprint of weights covers.
+    """
+    parts: list[str | None] = [codec.spec.name, codec.fingerprint(), options.vae_dtype]
     if options.vae_backend == "external":
-        known += [options.vae_module, options.vae_class, options.vae_init_json, source_digest(codec)]
-    return json.dumps(known)
+        parts += [options.vae_module, options.vae_class, options.vae_init_json, source_digest(codec)]
+    return json.dumps(parts)
 
 
 def text_keys(text: TextEncoder) -> tuple[str, ...]:
-    """What tells each stream's states from any other's; () where none is frozen and nothing is worth keeping."""
+    """Return what distinguishes each stream's states from any other's; () if no stream is frozen."""
     prints, options = text.fingerprints(), text.options
     if all(p is None for p in prints):
         return ()
-    settings: list[list[Any]] = [
+    settings: list[list[object]] = [
         [options.text_dtype, options.text_max_length],
         [options.llm_dtype, options.llm_max_length, options.llm_layer, options.llm_template],
     ]
@@ -166,158 +222,175 @@ def text_keys(text: TextEncoder) -> tuple[str, ...]:
     return tuple(json.dumps([p or "builtin", *s]) for p, s in zip(prints, settings, strict=False))
 
 
-OWN_PROMPTS = 4
-"""Captions of the data that stand in where no prompts are named."""
+def sample_prompt(data: VideoDataset) -> str | None:
+    """Return the first caption of the data, for the command that is printed at the end."""
+    return next((row.caption for row in data.rows if row.caption), None)
 
 
-def prompts_of(options: ValidationOptions, data: VideoDataset) -> list[str]:
-    """What validation makes videos of: the prompts that the options name, else a few captions of the data, chosen by
-    the rows' ids."""
+def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[str]:
+    """Return the prompts of validation videos: those of the options, or a few captions chosen by the rows' ids."""
     if not options.validate_every:
         return []
     if options.validation_prompts is not None:
-        return list(read_prompts(options.validation_prompts))
+        return list(read_prompts(options.validation_prompts, "--validation-prompts"))
     if options.validation_prompt:
         return list(options.validation_prompt)
     rows = sorted(data.rows, key=lambda row: derive_seed(0, "prompt", row.id))
-    return list(dict.fromkeys(row.caption for row in rows if row.caption))[:OWN_PROMPTS] or [""]
+    return list(dict.fromkeys(row.caption for row in rows if row.caption))[:DEFAULT_PROMPTS] or [""]
 
 
-def watch(
-    options: Any,
-    defaults: Any,
-    recipe: Any,
-    accelerator: Accelerator,
-    data: VideoDataset,
-    held_out: VideoDataset | None,
-    *,
-    step: int,
-    store: EncodingStore | None = None,
-    running: str = "",
-    say: Callable[[str], None],
-) -> Monitoring:
-    """Write run.json, start the tracker, and get validation ready.
+def checkpoint_config(
+    recipe: str,
+    model: dict[str, object],
+    parts: RunParts,
+    process: NoiseProcess,
+    defaults: dict[str, object],
+    tasks: Sequence[str] | None = None,
+) -> dict[str, object]:
+    """Return the config of checkpoints, as `titans_video.checkpoint` lists it.
 
     Args:
-        options, defaults: of the command, with `train` and `validation` groups.
-        recipe: both a `Recipe` and `Validated`.
-        held_out: rows to measure the loss of.
-        step: that the run begins at, or goes on from.
-        store: the cache that all rows are in, where there is one.
-        running: the first line of the run: processes, devices, batch.
+        model: the network's own config.
+        defaults: from `generation_defaults`.
+        tasks: that are trained; None: those of the data.
+    """
+    bucket = parts.data.buckets[0]  # the largest
+    return {
+        "recipe": recipe,
+        "model": model,
+        "codec": describe_codec(parts.codec, parts.codec_options),
+        "text": parts.text.describe(),
+        "process": process.config(),
+        "data": {
+            "num_frames": bucket.frames,
+            "height": bucket.height,
+            "width": bucket.width,
+            "fps": parts.data.fps,
+            "tasks": list(parts.data.tasks if tasks is None else tasks),
+        },
+        "sample": defaults,
+    }
+
+
+def generation_defaults(options: GenerationDefaults, prompt: str | None) -> dict[str, object]:
+    """Return what generation does by default with the trained model, as `generation.request` reads it."""
+    given = asdict(options)
+    named = {
+        "steps": given["sample_steps"],
+        "guidance_scale": given["sample_guidance"],
+        "guidance_interval": given["sample_guidance_interval"],
+        "draft_frames": given["sample_draft_frames"],
+        "continue_steps": given["sample_continue_steps"],
+        "continue_guidance": given["sample_continue_guidance"],
+        "prompt": prompt,
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if v is not None}
+
+
+def frame_count_notes(options: DataOptions, patch_t: int, parts: RunParts) -> list[str]:
+    """Return a line for the log if clips have another length than `--num-frames`."""
+    asked, spec = options.num_frames, parts.codec.spec
+    if options.buckets is not None or spec.is_legal(asked, patch_t):
+        return []
+    return [
+        f"--num-frames {asked} is not legal for the codec {spec.name} with a temporal patch of {patch_t}; "
+        f"{parts.data.buckets[0].frames} is used; the next legal count is {spec.frames_at_least(asked, patch_t)}."
+    ]
+
+
+def network_note(network: nn.Module) -> str:
+    """Return a line for the log: the network and its size."""
+    weights = list(network.parameters())
+    size, trained = (sum(p.numel() for p in ps) / 1e6 for ps in (weights, [p for p in weights if p.requires_grad]))
+    part = "" if trained == size else f", of which {trained:.1f} million are trained"
+    return f"{type(network).__name__}, {size:.1f} million parameters{part}."
+
+
+def train_recipe(
+    options: RecipeOptions,
+    run: RunContext,
+    recipe: DiffusionRecipe[PreparedT],
+    parts: RunParts,
+    notes: Sequence[str] = (),
+) -> TrainResult:
+    """Compare with the checkpoint that is resumed, prepare the output folder, log what is trained, and train.
+
+    Args:
+        notes: further lines for the log.
+    Raises:
+        UserError: as `reconcile_resume`, `open_tracker` and the trainer.
+    """
+    accelerator, resume = run.accelerator, run.resume
+    data, train, about = reconcile_resume(options, parts.data, recipe.config, run)
+    moved = run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
+    if moved:
+        logger.info(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
+    logger.info(data.summary(train.grad_accum))
+    left_out = Path(options.train.output_dir) / QUARANTINE
+    run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
+    if data.quarantined:
+        logger.info(f"Rows that are left out, with reasons: {left_out}")
+    logger.info("\n".join(notes))
+    monitoring = open_monitoring(options, run, recipe, parts)
+    stream = data.stream(grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir)
+    result = Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
+    finish(accelerator)
+    return result
+
+
+def open_monitoring(
+    options: RecipeOptions, run: RunContext, recipe: DiffusionRecipe[PreparedT], parts: RunParts
+) -> Monitoring:
+    """Write run.json, start the tracker, and prepare validation.
+
     Raises:
         ConfigError: the tracker cannot be started.
     """
-    train, chosen = options.train, options.validation
-    run = Path(train.output_dir)
+    train, validation, accelerator = options.train, options.validation, run.accelerator
+    folder, step = Path(train.output_dir), run.resume.step if run.resume else 0
 
     def record() -> str:
-        environment, about = tracking.environment(accelerator, running), describe(recipe, data, held_out)
-        return tracking.write_start(run, step, options, defaults, about, environment)
+        environment, about = tracking.environment(accelerator, run.running), describe(recipe, parts)
+        return tracking.write_start(folder, step, options, type(options)(), about, environment)
 
     run_id = run_on_main(accelerator, record)
-    tracker = open_tracker(accelerator, chosen.log_with, run, step, run_id, tracking.flat(options))
-    return Monitoring(tracker, _validator(chosen, train, recipe, accelerator, data, held_out, store, tracker, say))
+    tracker = open_tracker(accelerator, validation.log_with, folder, step, run_id, tracking.flat(options))
+    if not validation.validate_every:
+        return Monitoring(tracker)
+    prompts = validation_prompts(validation, parts.data)
+    rows = None if parts.held_out is None else HeldOut(parts.held_out, parts.cache, validation.validation_rows or None)
+    logger.info(_validation_note(validation, parts, prompts))
+    validator = Validator(recipe, accelerator, folder, validation, train.max_steps, prompts, rows, tracker)
+    return Monitoring(tracker, validator)
 
 
-def _validator(
-    options: ValidationOptions,
-    train: TrainOptions,
-    recipe: Validated,
-    accelerator: Accelerator,
-    data: VideoDataset,
-    held_out: VideoDataset | None,
-    store: EncodingStore | None,
-    tracker: Tracker,
-    say: Callable[[str], None],
-) -> Validator | None:
-    if not options.validate_every:
-        return None
-    prompts = prompts_of(options, data)
-    rows = None if held_out is None else HeldOut(held_out, store, options.validation_rows or None)
-    say(_in_words(options, data, held_out, prompts))
-    return Validator(recipe, accelerator, Path(train.output_dir), options, train.max_steps, prompts, rows, tracker)
-
-
-def _in_words(
-    options: ValidationOptions, data: VideoDataset, held_out: VideoDataset | None, prompts: Sequence[str]
-) -> str:
-    """What validation will do, for the person at the keyboard."""
+def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Sequence[str]) -> str:
     videos = f"{len(prompts)} video{'s' * (len(prompts) != 1)}"
+    held_out = parts.held_out
     if held_out is None:
         return (
             f"Validation every {options.validate_every} steps: {videos}. No clips are held out, so no loss is "
-            "measured: --validation-split 0.05 or --validation-manifest FILE gives some."
+            "measured; use --validation-split 0.05 or --validation-manifest FILE to hold some out."
         )
-    rows = min(len(held_out.entries), options.validation_rows or len(held_out.entries))
-    said = f"Validation every {options.validate_every} steps: {videos}, and the loss of {rows} held-out rows."
-    both = shared_files(data, held_out)
-    return said + (f" {both} of their clips are trained on too, so their loss says little." if both else "")
+    rows = min(len(held_out.records), options.validation_rows or len(held_out.records))
+    note = f"Validation every {options.validate_every} steps: {videos}, and the loss of {rows} held-out rows."
+    both = shared_files(parts.data, held_out)
+    return note + (f" {both} of their clips are also trained on, so their loss says little." if both else "")
 
 
-def describe(recipe: Recipe, data: VideoDataset, held_out: VideoDataset | None) -> dict[str, Any]:
-    """What run.json says of the model and the data."""
-    options = data.options
+def describe(recipe: DiffusionRecipe[PreparedT], parts: RunParts) -> dict[str, object]:
+    """Return what run.json says about the model and the data."""
+    data, held_out, options = parts.data, parts.held_out, parts.data.options
     return {
         "network": type(recipe.network).__name__,
         "parameters": sum(p.numel() for p in recipe.network.parameters()),
         "data": {
             "manifests": [*options.manifest, *([options.metadata] if options.metadata else [])],
-            "rows": len(data.entries),
-            "held_out": len(held_out.entries) if held_out else 0,
+            "rows": len(data.records),
+            "held_out": len(held_out.records) if held_out else 0,
             "fps": data.fps,
-            "buckets": dict(Counter(str(e.bucket) for e in data.entries).most_common()),
+            "buckets": dict(Counter(str(e.bucket) for e in data.records).most_common()),
             "tasks": options.task_mix or dict(Counter(row.task for row in data.rows).most_common()),
             "left_out": dict(Counter(q.reason for q in data.quarantined).most_common()),
         },
     }
-
-
-def train_recipe(
-    options: Any,
-    run: RunContext,
-    recipe: Any,
-    data: VideoDataset,
-    held_out: VideoDataset | None,
-    store: EncodingStore | None,
-    notes: Sequence[str] = (),
-) -> TrainResult:
-    """Settle what is trained, make the folder ready, say what there is, and train.
-
-    Args:
-        options: of the command, with `data`, `train` and `validation` groups.
-        run: from `training.starting.begin`.
-        recipe: both a `Recipe` and `Validated`, with a `config`.
-        held_out: rows to measure the loss of.
-        store: the cache that all rows are in, where there is one.
-        notes: more to say.
-    Raises:
-        UserError: whatever `settle`, `watch` and the trainer raise.
-    """
-    accelerator, resume, say = run.accelerator, run.resume, run.say
-    data, train, about = reconcile_resume(options, data, recipe.config, run)
-    moved = distributed.run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
-    if moved:
-        say(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
-    say(data.summary(train.grad_accum))
-    left_out = Path(options.train.output_dir) / QUARANTINE
-    distributed.run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
-    if data.quarantined:
-        say(f"Which rows, and why: {left_out}")
-    say("\n".join(notes))
-    watched = watch(
-        options,
-        type(options)(),
-        recipe,
-        accelerator,
-        data,
-        held_out,
-        step=resume.step if resume else 0,
-        store=store,
-        running=run.running,
-        say=say,
-    )
-    stream = data.stream(grad_accum=train.grad_accum, store=store, folder=train.output_dir, say=tqdm.write)
-    outcome = Trainer(recipe, stream, train, accelerator, resume, say, about, watched).run()
-    distributed.finish(accelerator)
-    return outcome

@@ -1,49 +1,74 @@
-"""A pipeline's folder of Stable Video Diffusion: what is in it, its UNet's weights and its scheduler's settings."""
+"""Stable Video Diffusion, fine-tuned: EDM with v-prediction, conditioned on an image, and on text through a branch.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+An i2v row gets its image as in the diffusers pipeline: the embedding of the clean image, the latents of a noisy one,
+its frame rate, motion and noise level. A t2v row has a blank image, as guidance has. Every frame carries loss: the
+image is a hint, not a frame that is kept.
+
+Legend: B batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, S pixel frames of one
+latent frame.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import load_pretrained, read_json
-from titans_video.codecs.base import Codec
+from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ImageEncoder
-from titans_video.config.options import ModelOptions, SVDOptions, TuneOptions
-from titans_video.data.cache import EncodingStore
+from titans_video.config.fields import flag_of
+from titans_video.config.options import SVDOptions, TuneOptions
 from titans_video.data.dataset import VideoDataset
-from titans_video.diffusion.edm import EDM
+from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
+from titans_video.diffusion.v_prediction import EDM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.image_conditioning import NOISE, make_image_condition
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
+from titans_video.media.colour import cover_crop, to_tensor, to_uint8
 from titans_video.media.motion import motion_bucket
-from titans_video.media.resize import cover_crop, to_tensor, to_uint8
+from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
-from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
+from titans_video.recipes.setup import (
+    RunParts,
+    checkpoint_config,
+    frame_count_notes,
+    generation_defaults,
+    network_note,
+    open_codec,
+    open_parts,
+    sample_prompt,
+    train_recipe,
+)
+from titans_video.recipes.sora import init_network, network_flops, train_sora
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
-from titans_video.text.base import TextEncoder
-from titans_video.training.recipe import Sampler
+from titans_video.text.base import TextEncoder, build_text
+from titans_video.training.recipe import VideoSampler
+from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
-from titans_video.types import Batch, CodecSpec, Condition, ImageCondition, TextCondition
+from titans_video.types import Batch, Condition, ImageCondition, TextCondition
 
+STEPS = 25
+"""The pipeline's denoising steps, used without --sample-steps."""
+CLIP_GRID = (1, 1, 1)
 UNET, SCHEDULER = "unet", "scheduler"
 
 
 def holds_unet(folder: str | None) -> bool:
-    """Whether there is a UNet in a folder of diffusers weights."""
+    """Return whether a folder of diffusers weights has a UNet."""
     return folder is not None and (Path(folder).expanduser() / UNET / "config.json").is_file()
 
 
-def unet_config(folder: str | None) -> dict[str, Any]:
-    """The configuration of the folder's UNet, of plain values.
+def unet_config(folder: str | None) -> dict[str, object]:
+    """Return the configuration of the folder's UNet.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or it is of another class.
+        ConfigError: it is missing, unreadable, or of another class.
     """
     if not folder:
         raise ConfigError(
@@ -55,13 +80,13 @@ def unet_config(folder: str | None) -> dict[str, Any]:
     if name != "UNetSpatioTemporalConditionModel":
         raise ConfigError(
             f"{path} describes the class {name}; Stable Video Diffusion's is UNetSpatioTemporalConditionModel. "
-            "--architecture sora-dit trains SoraDiT on the folder's VAE alone."
+            "--architecture sora-dit trains SoraDiT on the folder's VAE."
         )
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def load_unet(network: SVDUNet, folder: str) -> None:
-    """Load the folder's weights into a network that was built from its configuration.
+    """Load the folder's weights into a network built from its configuration.
 
     Raises:
         CheckpointError: weights are missing, misshapen or unreadable.
@@ -75,13 +100,13 @@ def load_unet(network: SVDUNet, folder: str) -> None:
     assert not left.unexpected_keys
 
 
-def process_of(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
-    """The noise process of the folder's scheduler.
+def folder_process(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
+    """Return the noise process of the folder's scheduler.
 
     Args:
         sigma_mean, sigma_std: of the logarithm of sigma in training.
     Raises:
-        ConfigError: the scheduler is of another kind of model, or has no range of sigma.
+        ConfigError: the scheduler is for another kind of model.
     """
     path = Path(folder).expanduser() / SCHEDULER / "scheduler_config.json"
     config = _read(path)
@@ -89,12 +114,12 @@ def process_of(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
     other = {name: config.get(name) for name, value in wanted.items() if config.get(name) != value}
     if other:
         raise ConfigError(f"{path} has {other}; Stable Video Diffusion's scheduler has {wanted}.")
-    usual = EDM()
-    low, high = config.get("sigma_min"), config.get("sigma_max")
-    return EDM(sigma_mean, sigma_std, low or usual.sigma_min, high or usual.sigma_max)
+    default = EDM()
+    low, high = (cast(float, config.get(key)) for key in ("sigma_min", "sigma_max"))
+    return EDM(sigma_mean, sigma_std, low or default.sigma_min, high or default.sigma_max)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     missing = (
         "is missing: --pretrained-model must name a folder of Stable Video Diffusion with unet/, vae/, image_encoder/, "
         "feature_extractor/ and scheduler/ in it (`hf download NAME --local-dir DIR` fetches one)."
@@ -102,118 +127,107 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json(path, missing, ConfigError)
 
 
-STEPS = 25
-"""Of the pipeline, where --sample-steps says nothing."""
-
-
 @dataclass
-class SVDRecipe(SoraRecipe):
-    """SoraDiT's recipe with a picture in place of known frames.
+class SVDRecipe(DiffusionRecipe[Prepared]):
+    """The UNet gets an image condition; every frame carries loss.
 
     Attributes:
-        image: frozen; embeds pictures.
-        tune: how the picture and the motion are told in training.
-        sample_picture: (3, H, W) in [-1, 1], what validation goes on from where there is no text to go by.
+        image: frozen; embeds images.
+        tune: how image and motion are given in training.
     """
 
     image: ImageEncoder = field(kw_only=True)
     tune: TuneOptions = field(kw_only=True)
-    sample_picture: Tensor | None = None
 
-    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
-        """See `SoraRecipe.encode`; pictures are left out by their own share, whatever becomes of the captions."""
-        picture = self.picture(batch)
-        if drop:
-            picture = picture.without(seeded_uniform(batch.seeds, "drop picture") < self.tune.image_drop_prob)
-        return self.clean(batch), Condition(text=self.texts(batch, drop), image=picture)
+    def prepare(self, batch: Batch, *, train: bool) -> Prepared:
+        image = self.image_condition(batch)
+        if train:
+            image = image.without(seeded_uniform(batch.seeds, "drop picture") < self.tune.image_drop_prob)
+        latents = self.encode_latents(batch)
+        condition = Condition(text=self.captions(batch, train=train), image=image)
+        tokens = count_tokens(latents.shape[2:], self.geometry.patch_size)
+        timesteps = self.process.sample_timesteps(batch.seeds, tokens)[:, None].expand(-1, latents.shape[2])
+        return Prepared(latents, timesteps.to(self.device), condition, tokens)
 
-    def texts(self, batch: Batch, drop: bool) -> TextCondition:
-        """Encoded captions. Those that are dropped, and empty ones, are not heard at all: what is then trained is the
-        model without text, which an export gives."""
-        text = (batch.text or self.text(batch.captions)).to(self.device)
+    def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor:
+        value: Tensor = model(noisy.model_input, noisy.timesteps, prepared.condition).value
+        return value.float()
+
+    def captions(self, batch: Batch, *, train: bool) -> TextCondition:
+        """Return encoded captions; dropped and empty ones are masked entirely.
+
+        Such a row trains the model without the text branch, which is what an export contains.
+        """
+        text = self.encode_text(batch)
         text = text.without(torch.tensor([not caption for caption in batch.captions]))
-        return text.without(self.drawn(batch, len(text.streams))) if drop else text
+        return text.without(self.dropped(batch, len(text.streams))) if train else text
 
-    def picture(self, batch: Batch) -> ImageCondition:
-        """What the network is told of first frames, rates, motion and noise; blank frames for t2v rows."""
-        mean, spread = self.tune.noise_aug
+    def image_condition(self, batch: Batch) -> ImageCondition:
+        """Return embeddings, latents, frame rate, motion and noise level of first frames; blank ones for t2v rows."""
+        mean, std = self.tune.noise_aug
         z = seeded_randn((), [derive_seed(seed, "picture strength") for seed in batch.seeds])
-        strength, bucket = torch.exp(mean + spread * z), self._motion(batch)
-        told = (batch.num_cond_frames > 0).nonzero()[:, 0]
-        c, _, h, w = self._latent_shape(batch)
-        rows = len(batch)
-        picture = ImageCondition(
-            torch.zeros(rows, 1, self.image.width),
-            torch.zeros(rows, c, h, w),
-            torch.stack([batch.fps - 1, bucket, strength], dim=1),
-        )
-        if len(told):
-            assert batch.cond_pixels is not None  # some row has a picture
-            frames = batch.cond_pixels[told, :, 0]
-            noise = seeded_randn(frames.shape[1:], [derive_seed(batch.seeds[i], NOISE) for i in told.tolist()])
-            own = make_image_condition(
-                self.image,
-                self.codec,
-                frames.to(self.device),
-                noise.to(self.device),
-                strength[told].to(self.device),
-                batch.fps[told].to(self.device),
-                bucket[told].to(self.device),
-            )
-            picture.embedding[told], picture.latents[told] = own.embedding, own.latents
-        return ImageCondition(*(x.to(self.device) for x in (picture.embedding, picture.latents, picture.ids)))
+        strength, motion = torch.exp(mean + std * z), self._motion(batch)
+        rows = (batch.num_cond_frames > 0).nonzero()[:, 0]
+        c, _, h, w = self.geometry.latent_shape(batch)
+        embedding, latents = torch.zeros(len(batch), 1, self.image.width), torch.zeros(len(batch), c, h, w)
+        ids = torch.stack([batch.fps - 1, motion, strength], dim=1)
+        if len(rows):
+            assert batch.cond_pixels is not None  # some row has an image
+            frames = batch.cond_pixels[rows, :, 0]
+            noise = seeded_randn(frames.shape[1:], [derive_seed(batch.seeds[i], NOISE) for i in rows.tolist()])
+            inputs = (frames, noise, strength[rows], batch.fps[rows], motion[rows])
+            given = make_image_condition(self.image, self.codec, *(x.to(self.device) for x in inputs))
+            embedding[rows], latents[rows] = given.embedding, given.latents
+        return ImageCondition(*(x.to(self.device) for x in (embedding, latents, ids)))
 
     def _motion(self, batch: Batch) -> Tensor:
         if self.tune.motion_bucket != "auto":
             return torch.full((len(batch),), float(self.tune.motion_bucket))
         if batch.motion is not None:
             return batch.motion
-        assert batch.pixels is not None  # a batch carries the one or the other
+        assert batch.pixels is not None  # a batch carries one of them
         return motion_bucket(batch.pixels, batch.fps)
-
-    def _cond_mask(self, batch: Batch) -> Tensor:
-        """No frame stands: (B, S, t), all False."""
-        return torch.zeros(len(batch), self.codec.spec.stride[0], self._latent_shape(batch)[1], dtype=torch.bool)
-
-    @contextmanager
-    def sampler(self, network: nn.Module, step: int) -> Iterator[Sampler]:
-        model = VideoModel(network, self.codec, self.prompt_encoder, self.process, self.config, step, image=self.image)
-        known = None if self.sample_picture is None else self.sample_picture[None, :, None]
-        yield partial(sample, model, cond_pixels=known)
 
 
 def train_svd(options: SVDOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
-        UserError: whatever the flags, the data, the folder or the encoders have wrong.
+        UserError: a fault of the flags, the data, the folder or the encoders.
     """
     refuse_unused(options)
     if not trains_unet(options):
-        note = f"{options.codec.pretrained_model} holds no unet/: SoraDiT is trained from scratch on its VAE."
+        note = f"{options.codec.pretrained_model} has no unet/: SoraDiT is trained from scratch on its VAE."
         surprising = options.tune.architecture == "auto" and options.codec.vae_backend == "diffusers"
-        return train_sora(options, Variant(build_recipe, notes=(note,) if surprising else ()))
+        return train_sora(options, (note,) if surprising else ())
     check_folder(options)
-    variant = Variant(build_svd, (1, 1, 1), needs_text=False, pictures=True, check=refuse_tasks)
-    return train_sora(replace(options, model=replace(options.model, patch_size=(1, 1, 1))), variant)
+    options = replace(options, model=replace(options.model, patch_size=CLIP_GRID))
+    run = start_run(options.data, options.train)
+    device = run.accelerator.device
+    text = build_text(options.text, device, load=False, needed=False)
+    codec = open_codec(options.codec, run.accelerator, run.resume, load=options.data.cache is None)
+    check = partial(refuse_tasks, text=text)
+    parts = open_parts(options, options.codec, run, codec, text, CLIP_GRID, check=check, image_condition=True)
+    recipe = build_svd(options, parts, device)
+    lines = [*frame_count_notes(options.data, 1, parts), network_note(recipe.network)]
+    return train_recipe(options, run, recipe, parts, lines)
 
 
 def check_folder(options: SVDOptions) -> None:
-    """Read what describes the folder's parts, none of their weights: what is wrong there is said before anything slow
-    is done.
+    """Read the configurations of the folder's parts, without weights, before anything slow is done.
 
     Raises:
-        UserError: a description is missing, cannot be read, or is of another kind of model.
+        UserError: a configuration is missing, unreadable, or of another kind of model.
     """
     folder = options.codec.pretrained_model
     unet_config(folder)
-    assert folder is not None  # its UNet was looked at
+    assert folder is not None  # unet_config checks it
     ImageEncoder(folder, options.codec.vae_dtype, weights=False)
-    process_of(folder, options.tune.sigma_mean, options.tune.sigma_std)
+    folder_process(folder, options.tune.sigma_mean, options.tune.sigma_std)
 
 
 def trains_unet(options: SVDOptions) -> bool:
-    """Whether `--architecture` comes out as the UNet."""
+    """Return whether `--architecture` selects the UNet."""
     return options.tune.architecture == "svd" or (
         options.tune.architecture == "auto"
         and options.codec.vae_backend == "diffusers"
@@ -222,92 +236,113 @@ def trains_unet(options: SVDOptions) -> bool:
 
 
 def refuse_unused(options: SVDOptions) -> None:
-    """Stop where flags are given that the network that comes out of `--architecture` has no use for.
+    """Reject flags that the network selected by `--architecture` does not use.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: naming the flags.
     """
     unet = trains_unet(options)
     kept = {"gradient_checkpointing", "compile"} if unet else {"architecture"}
-    usual = SVDOptions()
+    default = SVDOptions()
     unused = [
-        "--" + f.name.replace("_", "-")
+        flag_of(f.name)
         for group in (("model", "process") if unet else ("tune",))
-        for f in fields(getattr(usual, group))
-        if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(usual, group), f.name)
+        for f in fields(getattr(default, group))
+        if f.name not in kept and getattr(getattr(options, group), f.name) != getattr(getattr(default, group), f.name)
     ]
     if unet:
         unused += options.generation_defaults.continuation_flags
     if unused:
         trained, other = ("Stable Video Diffusion's UNet", "SoraDiT") if unet else ("SoraDiT", "that UNet")
         raise ConfigError(
-            f"{' and '.join(unused)}: {trained} is trained here, and that belongs to {other}. Leave it out, or choose "
-            "by --architecture svd|sora-dit."
+            f"{' and '.join(unused)}: {trained} is trained here, and this is an option of {other}. Leave it out, or "
+            "choose the network with --architecture svd|sora-dit."
         )
 
 
-def build_svd(
-    options: SVDOptions,
-    data: VideoDataset,
-    codec: Codec,
-    text: TextEncoder,
-    device: torch.device,
-    store: EncodingStore | None = None,
-) -> SVDRecipe:
-    """As `recipes.sora.build_recipe`, with the folder's weights.
+def build_svd(options: SVDOptions, parts: RunParts, device: torch.device) -> SVDRecipe:
+    """Build the recipe with the folder's weights.
 
     Raises:
-        UserError: something in the folder is missing or damaged.
+        UserError: a part of the folder is missing or damaged.
     """
-    folder, tune = options.codec.pretrained_model, options.tune
+    folder, tune, text = options.codec.pretrained_model, options.tune, parts.text
     assert folder is not None  # see check_folder
     image = ImageEncoder(folder, options.codec.vae_dtype).to(device)
-    base = build_recipe(options, data, codec, text, device, store, partial(svd_config, folder))
-    load_unet(base.network, folder)  # type: ignore[arg-type]  # what svd_config names
-    choose_trainable(base.network, tune.trainable)  # type: ignore[arg-type]
-    process = process_of(folder, tune.sigma_mean, tune.sigma_std)
-    config = base.config | {"recipe": "svd", "process": process.config(), "image": image.describe()}
-    config["sample"] = {"steps": STEPS} | config["sample"]
-    parts = {f.name: getattr(base, f.name) for f in fields(base)} | {"config": config, "process": process}
-    if text.widths:
-        return SVDRecipe(**parts, image=image, tune=tune)
-    parts |= {"sample_prompt": None, "sample_flags": (*base.sample_flags, "--image", "first.png")}
-    # Of the fullest bucket, while videos are as large as the largest.
-    frame, size = data.sample_pixels(1)[0, :, :1], (config["data"]["height"], config["data"]["width"])
+    arguments = {"network": SVDUNet.__name__, "unet_config": unet_config(folder), "text_widths": tuple(text.widths)}
+    network = init_network(options, arguments)
+    assert isinstance(network, SVDUNet)
+    load_unet(network, folder)
+    choose_trainable(network, tune.trainable)
+    process = folder_process(folder, tune.sigma_mean, tune.sigma_std)
+    prompt = sample_prompt(parts.data)
+    defaults = {"steps": STEPS} | generation_defaults(options.generation_defaults, prompt)
+    config = checkpoint_config("svd", network_config(network), parts, process, defaults)
+    config["image"] = image.describe()
+    flags = flags_to_name_again(options.codec)
     return SVDRecipe(
-        **parts, image=image, tune=tune, sample_picture=to_tensor(cover_crop(to_uint8(frame), *size))[:, 0]
+        network=network,
+        codec=parts.codec,
+        text=text,
+        process=process,
+        config=config,
+        device=device,
+        geometry=ClipGeometry(parts.codec.spec, cond_frames_have_loss=True),
+        count_flops=network_flops(network_config(network), text.widths),
+        make_sampler=image_sampler(parts, process, config, image),
+        cfg_drop_prob=options.train.cfg_drop_prob,
+        cfg_drop_each=options.train.cfg_drop_each,
+        sample_prompt=prompt if text.widths else None,
+        sample_flags=flags if text.widths else (*flags, "--image", "first.png"),
+        cache=parts.cache,
+        codec_in_use=True,
+        image=image,
+        tune=tune,
     )
 
 
-def svd_config(
-    folder: str, model: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
-) -> dict[str, Any]:
-    """Arguments of the network: the folder's UNet, and the widths of the text encoders."""
-    return {"network": SVDUNet.__name__, "unet_config": unet_config(folder), "text_widths": tuple(text_widths)}
+def image_sampler(
+    parts: RunParts, process: EDM, config: dict[str, object], image: ImageEncoder
+) -> Callable[[nn.Module, int], VideoSampler]:
+    """Return a function that opens the network for validation videos; without text they start from a clip's image."""
+    first_frame = None if parts.text.widths else _first_frame(parts.data)
+
+    def open_sampler(network: nn.Module, step: int) -> VideoSampler:
+        encoder = prompt_encoder(parts.text, parts.cache)
+        model = VideoModel(network, parts.codec, encoder, process, config, step, image=image)
+        return partial(sample, model, cond_pixels=first_frame)
+
+    return open_sampler
+
+
+def _first_frame(data: VideoDataset) -> Tensor:
+    """Return (1, 3, 1, H, W): the first frame of a clip of the fullest bucket, in the size of the largest bucket."""
+    largest, frame = data.buckets[0], data.sample_pixels(1)[0, :, :1]
+    return to_tensor(cover_crop(to_uint8(frame), largest.height, largest.width))[None]
 
 
 def refuse_tasks(data: VideoDataset, text: TextEncoder) -> None:
-    """Stop where rows ask for what the network cannot do.
+    """Reject rows with a task that the network cannot be trained on.
 
     Raises:
-        ConfigError: v2v, t2v without text, or i2v of a clip of one frame; with the row.
+        ConfigError: v2v, t2v without text, or i2v of a clip of one frame; names the row.
     """
     drawn = data.mix.shares
-    reasons = {"v2v": "Stable Video Diffusion is told one first frame, never several: make it i2v"}
+    reasons = {"v2v": "Stable Video Diffusion takes one first frame, never several: make it i2v"}
     if not text.widths:
         reasons["t2v"] = (
-            "without a text encoder (--text-model none) nothing would say what to make of it: make it i2v, or give "
+            "without a text encoder (--text-model none) nothing describes the video: make it i2v, or give "
             "--text-model builtin"
         )
     for task in (task for task in data.tasks if task in reasons):
         row = None if drawn else next(row for row in data.rows if row.task == task)
         where = f"--task-mix {data.options.task_mix}" if row is None else f"{row.where()}"
         raise ConfigError(f"{where}: {task} cannot be trained here, as {reasons[task]}.")
-    # Rows that call themselves i2v are left out where they have one frame; what --task-mix draws is not looked at.
-    for entry in data.entries if "t2v" not in data.tasks else ():
+    # The scan leaves out i2v rows of one frame; tasks drawn by --task-mix are not checked there.
+    for entry in data.records if "t2v" not in data.tasks else ():
         if entry.bucket.frames < 2:
             raise ConfigError(
-                f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows upon its "
-                f"picture. Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also "
-                "leaves shorter clips out."
+                f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows its image. "
+                f"Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also leaves "
+                "shorter clips out."
             )

@@ -1,35 +1,48 @@
-"""How a clip is cut in segments: the arithmetic between frames, latent frames and tokens.
+"""TitansVideoDiT, trained from scratch on consecutive segments of a clip, with a memory.
 
-Legend: S pixel frames of a latent frame, pt latent frames of a token.
+Each segment of a clip is read noisy and then written clean, all in one forward of the wrapped model. The loss is on
+every segment, each with its own timestep.
+
+Legend: B batch, C latent channels, t h w the latent grid, n segments of a clip, M memory tokens, D width, S pixel
+frames of a latent frame, pt latent frames of a token.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.codecs.base import Codec
+from titans_video.codecs.base import flags_to_name_again
 from titans_video.config.options import MemoryOptions, TitansOptions
-from titans_video.data.cache import EncodingStore
-from titans_video.data.dataset import VideoDataset
-from titans_video.data.loader import LATE
-from titans_video.diffusion.base import NoisySample, count_tokens
-from titans_video.errors import ConfigError
-from titans_video.models.registry import titans_config
+from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
+from titans_video.diffusion.rectified_flow import RectifiedFlow
+from titans_video.errors import ConfigError, nearest_multiples
+from titans_video.models.registry import network_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
-from titans_video.recipes.setup import spec_of
-from titans_video.recipes.sora import SoraRecipe, Variant, build_recipe, train_sora
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
+from titans_video.recipes.setup import (
+    RunParts,
+    checkpoint_config,
+    codec_spec,
+    frame_count_notes,
+    generation_defaults,
+    network_note,
+    open_codec,
+    open_parts,
+    sample_prompt,
+    train_recipe,
+)
+from titans_video.recipes.sora import encode_frames, hold_clean, init_network, network_flops, video_sampler
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
-from titans_video.text.base import TextEncoder
+from titans_video.text.base import build_text
+from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
-from titans_video.types import Batch, CodecSpec, Condition, Prediction
+from titans_video.types import Batch, CodecSpec
 
 COUNTS = (4, 3, 2)
-"""How many segments a clip is cut in where nobody says: the first that divides it."""
+"""The default number of segments of a clip: the first that divides it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class SegmentPlan:
 
     Attributes:
         latents: latent frames of a segment.
-        overlap: latent frames of the segment before that a read sees.
+        overlap: latent frames of the previous segment that a read sees.
         count: segments of the longest clips.
         frames: pixel frames of the longest clips.
     """
@@ -48,24 +61,24 @@ class SegmentPlan:
     count: int
     frames: int
 
-    def in_words(self, spec: CodecSpec, asked: int) -> str:
-        """What a run says of it."""
+    def format(self, spec: CodecSpec, asked: int) -> str:
+        """Return a line for the log."""
         cut = f"--num-frames {asked}: {self.frames} are used, " if self.frames != asked else ""
         s = spec.stride[0]
         each = f"{self.latents * s} frames" + (f" ({self.latents} latent ones)" if s > 1 else "")
         first = (
             f", the first {self.frames - (self.count - 1) * self.latents * s}" if spec.frame_rule == "causal" else ""
         )
-        return f"{cut}{self.count} segments of {each}{first}, each sees {self.overlap * s} of the one before."
+        return f"{cut}{self.count} segments of {each}{first}, each sees {self.overlap * s} frames of the previous one."
 
 
 def plan_segments(options: MemoryOptions, num_frames: int, spec: CodecSpec, patch_t: int) -> SegmentPlan:
-    """Cut a clip of at most `num_frames`.
+    """Plan the segments of clips of at most `num_frames`.
 
     Raises:
         ConfigError: a length that codec and patch do not divide, or a clip too short for two segments.
     """
-    if spec.frame_rule == "cogvideox":  # whole blocks of 8 frames, so that a first segment is as in a longer clip
+    if spec.frame_rule == "cogvideox":  # whole blocks of 8 frames, so the first segment is as in a longer clip
         patch_t = math.lcm(patch_t, 2)
     longest = spec.frames_at_most(num_frames, patch_t)
     if longest is None:
@@ -98,171 +111,172 @@ def plan_segments(options: MemoryOptions, num_frames: int, spec: CodecSpec, patc
 
 
 def segments_at(step: int, count: int, curriculum: int) -> int:
-    """How many of a clip's `count` segments a step trains on: from 2 to all over `curriculum` steps."""
+    """Return how many of a clip's `count` segments a step trains on: from 2 to all over `curriculum` steps."""
     grown = 2 + (count - 1) * step // curriculum if curriculum else count
     return min(grown, count)
 
 
 def _count(slots: int) -> int:
-    """Segments of a clip of `slots` tokens in time: the first of COUNTS that divides it, else the least wasteful."""
+    """Return the segments of a clip of `slots` tokens in time: the first of COUNTS that divides it, or wastes least."""
     fitting = [n for n in COUNTS if n <= slots] or [1]
     return min(fitting, key=lambda n: slots % n)
 
 
 def _check_multiple(flag: str, frames: int, unit: int, least: int) -> None:
     if frames < least or frames % unit:
-        below = frames // unit * unit
-        near = [str(n) for n in (below, below + unit) if n >= least]
-        raise ConfigError(
-            f"{flag} {frames}: codec and patch need multiples of {unit} frames; the nearest: {' and '.join(near)}."
-        )
+        near = " and ".join(map(str, nearest_multiples(frames, unit, least)))
+        raise ConfigError(f"{flag} {frames}: codec and patch need multiples of {unit} frames; the nearest are {near}.")
+
+
+@dataclass(frozen=True)
+class PreparedSegments(Prepared):
+    """Clips cut into segments.
+
+    Attributes:
+        rollout: what each segment writes into the memory, and what the next one sees of it.
+    """
+
+    rollout: SegmentRollout = field(kw_only=True)
 
 
 @dataclass
-class TitansRecipe(SoraRecipe):
-    """SoraDiT's recipe over segments.
+class TitansRecipe(DiffusionRecipe[PreparedSegments]):
+    """Clips are read and written segment by segment; each segment has its own timestep.
 
     Attributes:
         segments: how clips are cut.
         memory: how the memory is trained.
+        state_shape: (M, D) of the memory tokens; None for a network without memory.
     """
 
     segments: SegmentPlan = field(kw_only=True)
     memory: MemoryOptions = field(kw_only=True)
+    state_shape: tuple[int, int] | None = field(kw_only=True)
 
-    def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
-        """Of what a batch trains on: the curriculum's share of its clips."""
-        c, t, h, w = super()._latent_shape(batch)
-        count = segments_at(batch.step, t // self.segments.latents, self.memory.segment_curriculum)
-        return c, count * self.segments.latents, h, w
-
-    def encode(self, batch: Batch, drop: bool = True) -> tuple[Tensor, Condition]:
-        clean, condition = super().encode(batch, drop)
-        t, known = self._latent_shape(batch)[1], condition.cond_latents
-        return clean[:, :, :t], replace(condition, cond_latents=None if known is None else known[:, :, :t])
-
-    def _cond_mask(self, batch: Batch) -> Tensor:
-        return super()._cond_mask(batch)[..., : self._latent_shape(batch)[1]]
-
-    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Whole clips, whatever the curriculum has come to."""
-        return super().held_out(model, replace(batch, step=LATE), quantiles)
-
-    def tokens_at_once(self, clean: Tensor) -> int:
-        return count_tokens((self.segments.latents, *clean.shape[3:]), self.patch_size)
-
-    def times(self, batch: Batch, clean: Tensor) -> Tensor:
-        """(B, t): each segment has its own time, drawn as for a clip of its size."""
-        n, tokens = self.segments.latents, self.tokens_at_once(clean)
+    def prepare(self, batch: Batch, *, train: bool) -> PreparedSegments:
+        latents, condition, clean = encode_frames(self, batch, train=train)
+        n, count = self.segments.latents, latents.shape[2] // self.segments.latents
+        tokens = count_tokens((n, *latents.shape[3:]), self.geometry.patch_size)
         each = [
             self.process.sample_timesteps([derive_seed(seed, "segment", i) for seed in batch.seeds], tokens)
-            for i in range(clean.shape[2] // n)
+            for i in range(count)
         ]
-        return torch.stack(each, dim=1).repeat_interleave(n, dim=1)
+        timesteps = torch.stack(each, dim=1).repeat_interleave(n, dim=1).to(self.device)
+        clip = hold_clean(latents, timesteps, condition, tokens, clean)
+        return PreparedSegments(**vars(clip), rollout=self.rollout(batch, clip.latents))
 
-    def predict(
-        self, model: nn.Module, batch: Batch, clean: Tensor, corrupted: NoisySample, condition: Condition
-    ) -> Prediction:
-        """All segments in one call of the wrapped model."""
-        with torch.no_grad():
-            rollout = self.rollout(batch, clean)
-        prediction: Prediction = model(corrupted.model_input, corrupted.model_time, condition, rollout=rollout)
-        return prediction
+    def forward(self, model: nn.Module, noisy: NoisySample, prepared: PreparedSegments) -> Tensor:
+        value: Tensor = model(noisy.model_input, noisy.timesteps, prepared.condition, rollout=prepared.rollout).value
+        return value.float()
 
-    def rollout(self, batch: Batch, clean: Tensor) -> SegmentRollout:
-        """What is written and shown: the clean frames under a little noise, since generation writes its own mistakes.
+    def rollout(self, batch: Batch, latents: Tensor) -> SegmentRollout:
+        """Return what segments write and show: clean frames with a little noise, as generation writes its own errors.
 
-        Overlaps are hidden at random, all noise at time 1, row by row: whatever can be copied from the last frames is
-        not asked of the memory.
+        Overlaps are hidden at random, as pure noise at time 1, row by row: what can be copied from the last frames does
+        not train the memory.
         """
-        n, count = self.segments.latents, clean.shape[2] // self.segments.latents
-        levels = self.memory.write_noise * self._uniform(batch, "write time", count)  # (B, n)
+        n, count = self.segments.latents, latents.shape[2] // self.segments.latents
+        levels = self.memory.write_noise * self._draw(batch, "write time", count)  # (B, n)
         time = levels.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
-        noise = self._noise(clean.shape[1:], batch, "write")
-        written = self.process.add_noise(clean, noise, time).model_input
-        hidden = self._uniform(batch, "hide", count) < self.memory.overlap_drop
+        written = self.process.add_noise(latents, self._noise(latents.shape[1:], batch, "write"), time).model_input
+        hidden = self._draw(batch, "hide", count) < self.memory.overlap_drop
         hidden = hidden.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
-        blank = self.process.add_noise(clean, self._noise(clean.shape[1:], batch, "hide"), torch.ones_like(time))
-        config = self.config["model"]
+        noise = self._noise(latents.shape[1:], batch, "hide")
+        blank = self.process.add_noise(latents, noise, torch.ones_like(time)).model_input
         state_noise = None
-        if self.memory.write_noise and config["memory"] != "none":
-            shape = (count, config["mem_tokens"], config["model_dim"])
-            state_noise = levels.to(self.device)[..., None, None] * self._noise(shape, batch, "state")
+        if self.memory.write_noise and self.state_shape is not None:
+            scale = levels.to(self.device)[..., None, None]
+            state_noise = scale * self._noise((count, *self.state_shape), batch, "state")
         return SegmentRollout(
             segment=n,
             written=written,
             written_time=time,
-            shown=torch.where(hidden[:, None, :, None, None], blank.model_input, written),
+            shown=torch.where(hidden[:, None, :, None, None], blank, written),
             shown_time=time.masked_fill(hidden, 1.0),
             overlap=self.segments.overlap,
             horizon=self.memory.bptt_segments,
             state_noise=state_noise,
         )
 
-    def network_arguments(self, latents: Tensor, times: Tensor) -> dict[str, Any]:
-        rollout = SegmentRollout(
-            self.segments.latents, latents, times, latents, times, self.segments.overlap, self.memory.bptt_segments
-        )
-        return {"rollout": rollout}
-
-    def _uniform(self, batch: Batch, purpose: str, count: int) -> Tensor:
-        """(B, count) in [0, 1)."""
+    def _draw(self, batch: Batch, purpose: str, count: int) -> Tensor:
+        """Return (B, count) in [0, 1)."""
         return torch.stack([seeded_uniform(batch.seeds, purpose, i) for i in range(count)], dim=1)
 
-    def _noise(self, shape: Any, batch: Batch, purpose: str) -> Tensor:
-        return seeded_randn(shape, [derive_seed(s, purpose) for s in batch.seeds]).to(self.device)
+    def _noise(self, shape: Sequence[int], batch: Batch, purpose: str) -> Tensor:
+        return seeded_randn(shape, [derive_seed(seed, purpose) for seed in batch.seeds]).to(self.device)
 
 
 def train_titans(options: TitansOptions) -> TrainResult:
     """Build every part of a run from its options, and train.
 
     Raises:
-        UserError: whatever the flags, the data, the VAE or the encoders have wrong.
+        UserError: a fault of the flags, the data, the VAE or the encoders.
     """
     options = with_vae(options)
-    spec, (pt, ph, pw) = spec_of(options.codec), options.model.patch_size
+    spec, (pt, ph, pw) = codec_spec(options.codec), options.model.patch_size
     plan = plan_segments(options.memory, options.data.num_frames, spec, pt)
-    note = plan.in_words(spec, options.data.num_frames)
+    note = plan.format(spec, options.data.num_frames)
     budget = options.data.tokens_per_batch
-    data = replace(
-        options.data,
-        num_frames=plan.frames,
-        # Rows are planned by whole segments, which are as many times fewer as they are longer than a token.
-        tokens_per_batch=budget and max(budget * pt // plan.latents, 1),
-    )
-    variant = Variant(partial(build_titans, plan=plan), (plan.latents, ph, pw), (note,))
-    return train_sora(replace(options, data=data), variant)
+    # Rows are planned in whole segments, of which a clip has fewer than tokens in time.
+    budget = budget and max(budget * pt // plan.latents, 1)
+    options = replace(options, data=replace(options.data, num_frames=plan.frames, tokens_per_batch=budget))
+    run = start_run(options.data, options.train)
+    text = build_text(options.text, run.accelerator.device, load=False)
+    codec = open_codec(options.codec, run.accelerator, run.resume, load=options.data.cache is None)
+    parts = open_parts(options, options.codec, run, codec, text, (plan.latents, ph, pw))
+    recipe = build_titans(options, parts, run.accelerator.device, plan)
+    lines = [*frame_count_notes(options.data, pt, parts), network_note(recipe.network), note]
+    return train_recipe(options, run, recipe, parts, lines)
 
 
 def with_vae(options: TitansOptions) -> TitansOptions:
-    """`--pretrained-vae` is where the codec is.
+    """Return the options with `--pretrained-vae` as the codec's folder.
 
     Raises:
-        ConfigError: it is given together with another place.
+        ConfigError: another folder is also given.
     """
     vae, codec = options.pretrained_vae, options.codec
     if vae is None:
         return options
     if codec.pretrained_model not in (None, vae):
-        raise ConfigError("--pretrained-vae and --pretrained-model both say where the VAE is; give one of them.")
+        raise ConfigError("--pretrained-vae and --pretrained-model both name the VAE's folder; give one of them.")
     return replace(options, codec=replace(codec, pretrained_model=vae))
 
 
-def build_titans(
-    options: TitansOptions,
-    data: VideoDataset,
-    codec: Codec,
-    text: TextEncoder,
-    device: torch.device,
-    store: EncodingStore | None = None,
-    *,
-    plan: SegmentPlan,
-) -> TitansRecipe:
-    """As `recipes.sora.build_recipe`; checkpoints also say how segments are cut, which generation goes by."""
-    base = build_recipe(options, data, codec, text, device, store, partial(titans_config, options.memory))
-    config = base.config | {
-        "recipe": "titans",
-        "segments": {"latents": plan.latents, "overlap": plan.overlap},
-    }
-    parts = {f.name: getattr(base, f.name) for f in fields(base)} | {"config": config}
-    return TitansRecipe(**parts, segments=plan, memory=options.memory)
+def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, plan: SegmentPlan) -> TitansRecipe:
+    """Build the recipe; its checkpoints also record how segments are cut, which generation needs."""
+    spec, memory, patch = parts.codec.spec, options.memory, options.model.patch_size
+    network = init_network(options, titans_config(memory, options.model, spec, parts.text.widths))
+    model = network_config(network)
+    process = RectifiedFlow.from_options(options.process, spec)
+    prompt = sample_prompt(parts.data)
+    defaults = generation_defaults(options.generation_defaults, prompt)
+    config = checkpoint_config("titans", model, parts, process, defaults)
+    config["segments"] = {"latents": plan.latents, "overlap": plan.overlap}
+
+    def latent_frames(frames: int, step: int) -> int:
+        return segments_at(step, frames // plan.latents, memory.segment_curriculum) * plan.latents
+
+    def rollout(latents: Tensor, timesteps: Tensor) -> Mapping[str, object]:
+        again = (latents, timesteps, latents, timesteps)
+        return {"rollout": SegmentRollout(plan.latents, *again, plan.overlap, memory.bptt_segments)}
+
+    return TitansRecipe(
+        network=network,
+        codec=parts.codec,
+        text=parts.text,
+        process=process,
+        config=config,
+        device=device,
+        geometry=ClipGeometry(spec, patch, latent_frames),
+        count_flops=network_flops(model, parts.text.widths, rollout),
+        make_sampler=video_sampler(parts, process, config),
+        cfg_drop_prob=options.train.cfg_drop_prob,
+        cfg_drop_each=options.train.cfg_drop_each,
+        sample_prompt=prompt,
+        sample_flags=flags_to_name_again(options.codec),
+        cache=parts.cache,
+        segments=plan,
+        memory=memory,
+        state_shape=None if memory.memory == "none" else (memory.mem_tokens, int(str(model["model_dim"]))),
+    )

@@ -1,1 +1,1 @@
-"""A run as one HTML page (floor L3)."""
+"""A run as one HTML page (layer 5)."""

@@ -1,11 +1,11 @@
-"""What a run's folder says of it."""
+"""The report of a run: reads the files of its folder and writes one HTML page."""
 
 import io
 import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,50 @@ import numpy as np
 from PIL import Image
 
 from titans_video.checkpoint import atomic_path
+from titans_video.config.fields import flag_of
 from titans_video.data.clip_plan import REASONS
 from titans_video.errors import DataError, UserError
-from titans_video.media.plots import Series, column, data_url, numbers, page, read_metrics, smoothed, table
+from titans_video.media.plots import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    ORANGE,
+    VIOLET,
+    Line,
+    Series,
+    chart,
+    column,
+    data_url,
+    format_short,
+    numbers,
+    page,
+    ramp,
+    read_metrics,
+    smoothed,
+    table,
+)
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
-from titans_video.reporting.charts import BLUE, COLOURS, GREEN, ORANGE, VIOLET, Line, chart, ramp
-from titans_video.training import run_folder, tracking, validation
-from titans_video.training.loss_table import as_table, in_cell
-from titans_video.training.metrics import in_short
-from titans_video.training.run_folder import PROMPTS, SHEET, video_name
+from titans_video.training import run_folder, tracking
+from titans_video.training.loss_table import as_table, format_cell
+from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, video_name
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it lies on disk.
+    """The files of a run.
 
     Attributes:
-        folder: its own.
+        folder: the run's folder.
         lines: of metrics.jsonl, in the order of their steps.
-        looks: of validation.jsonl, the same; none past the last of `lines`.
-        events: of events.jsonl, the same: steps that were skipped, and leaps of the loss.
-        record: run.json; empty for a run that has none.
+        validations: lines of validation.jsonl up to the last step of `lines`, in the same order.
+        events: lines of events.jsonl, likewise: skipped steps, and spikes of the loss.
+        record: run.json; empty if the run has none.
     """
 
     folder: Path
     lines: list[dict[str, Any]]
-    looks: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
     events: list[dict[str, Any]]
     record: dict[str, Any]
 
@@ -59,34 +76,36 @@ class Run:
         return column(self.lines, "step")
 
     def values(self, name: str) -> Series:
-        """A value of every optimizer step; NaN where it is missing."""
+        """Return a value of every optimizer step; NaN where it is missing."""
         return column(self.lines, name)
 
     def last(self, name: str) -> float | None:
-        """The last value that is there."""
+        """Return the last finite value, or None."""
         values = self.values(name)
-        known = values[np.isfinite(values)]
-        return float(known[-1]) if len(known) else None
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if len(finite) else None
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder.
+    """Read the folder of a run.
 
     Raises:
-        DataError: it is none, or not one optimizer step was done.
+        DataError: it is not the folder of a run, or the run has no optimizer step.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; give the --output-dir of a training.")
-    if not (folder / run_folder.NAME).is_file():
-        raise DataError(f"{folder}: there is no {run_folder.NAME} in it, so it is not the --output-dir of a training.")
-    lines = read_metrics(folder / run_folder.NAME)
+    if not (folder / run_folder.METRICS).is_file():
+        raise DataError(
+            f"{folder}: there is no {run_folder.METRICS} in it, so it is not the --output-dir of a training."
+        )
+    lines = read_metrics(folder / run_folder.METRICS)
     last = int(lines[-1]["step"])
-    looks, events = (_lines(folder / name, last) for name in (validation.NAME, run_folder.EVENTS))
-    return Run(folder, lines, looks, events, tracking.read(folder))
+    validations, events = (_lines(folder / name, last) for name in (run_folder.VALIDATION_LOG, run_folder.EVENTS))
+    return Run(folder, lines, validations, events, tracking.read_run_record(folder))
 
 
 def _lines(path: Path, last: int) -> list[dict[str, Any]]:
-    """Whole lines of steps up to `last`, each step as it was last."""
+    """Return the complete lines of steps up to `last`; of a step with several lines, the last one."""
     found: dict[int, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -99,21 +118,23 @@ def _lines(path: Path, last: int) -> list[dict[str, Any]]:
 
 
 COLUMNS = 6
+"""Videos of a prompt, at most."""
 
 SIDE = 300
-"""Pixels of a still's longer side at most."""
+"""Longest side of a still, in pixels."""
 
-LARGEST_VIDEO, LARGEST_IN_ALL = 400_000, 12_000_000
-"""Bytes: videos up to this size stand in the page itself, as long as all together are no larger."""
+LARGEST_VIDEO, LARGEST_TOTAL = 400_000, 12_000_000
+"""Bytes of one embedded video and of all together, at most. The page links to the other videos."""
 
 
 @dataclass
-class Room:
-    """What is left for videos in the page."""
+class EmbedBudget:
+    """The bytes that are left for videos in the page."""
 
-    left: int = field(default=LARGEST_IN_ALL)
+    left: int = LARGEST_TOTAL
 
     def take(self, size: int) -> bool:
+        """Return whether a video of this size may be embedded, and subtract its size."""
         if size > min(LARGEST_VIDEO, self.left):
             return False
         self.left -= size
@@ -121,19 +142,19 @@ class Room:
 
 
 def samples(run: Run) -> str:
-    """The section; empty where no samples are."""
-    folders = {look["step"]: run.folder / look["samples"] for look in run.looks if look.get("samples")}
+    """Return the section of sample videos; empty if there are none."""
+    folders = {v["step"]: run.folder / v["samples"] for v in run.validations if v.get("samples")}
     folders = {step: path for step, path in folders.items() if (path / PROMPTS).is_file()}
     if not folders:
         return ""
     steps = evenly(sorted(folders), COLUMNS)
     prompts = json.loads((folders[steps[-1]] / PROMPTS).read_text(encoding="utf-8"))
-    room = Room()
+    budget = EmbedBudget()
     parts = ["<h2>Samples over time</h2>", '<p class="small">The same prompts from the same noise each time.</p>']
     for i, prompt in enumerate(prompts):
-        cells = [_cell(run, folders[step], prompt, i, step, room) for step in steps]
+        cells = [_cell(run, folders[step], prompt, i, step, budget) for step in steps]
         parts.append(f'<h3>{escape(prompt) or "(no prompt)"}</h3><div class="strip">{"".join(cells)}</div>')
-    sheet = folders[steps[-1]] / SHEET
+    sheet = folders[steps[-1]] / CONTACT_SHEET
     if sheet.is_file():
         parts.append(
             f'<h2>Contact sheet of step {steps[-1]}</h2><img class="sheet" '
@@ -143,12 +164,12 @@ def samples(run: Run) -> str:
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, the first and the last among them."""
+    """Pick at most `most` steps, evenly spread, with the first and the last among them."""
     picked = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
     return [steps[i] for i in picked]
 
 
-def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, room: Room) -> str:
+def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, budget: EmbedBudget) -> str:
     path = folder / video_name(number)
     prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
     if number >= len(prompts) or prompts[number] != prompt or not path.is_file():
@@ -158,27 +179,26 @@ def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, room: Roo
     except (UserError, OSError, ValueError) as e:
         return f'<figure><div class="none">{escape(str(e))}</div><figcaption>step {step}</figcaption></figure>'
     poster = data_url(still, "image/jpeg")
-    if room.take(path.stat().st_size):
+    if budget.take(path.stat().st_size):
         source = data_url(path.read_bytes(), "video/mp4")
-        shown = f'<video src="{source}" poster="{poster}" autoplay loop muted playsinline></video>'
+        media = f'<video src="{source}" poster="{poster}" autoplay loop muted playsinline></video>'
     else:
-        shown = f'<a href="{escape(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
-    return f"<figure>{shown}<figcaption>step {step}</figcaption></figure>"
+        media = f'<a href="{escape(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
+    return f"<figure>{media}<figcaption>step {step}</figcaption></figure>"
 
 
 def _still(path: Path) -> bytes:
-    """The middle frame, as JPEG."""
+    """Return the middle frame of a video as JPEG."""
     info = probe(path)
     picture = Image.fromarray(read_indices(path, info, [info.frames // 2])[0])
     scale = min(1.0, SIDE / max(picture.size))
     if scale < 1:
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
-    written = io.BytesIO()
-    picture.save(written, "JPEG", quality=85)
-    return written.getvalue()
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
-NAME = "report.html"
 MOST_EVENTS = 20
 
 STYLE = """
@@ -200,16 +220,16 @@ details{margin:.8rem 0}summary{cursor:pointer;color:var(--soft)}
 
 
 def write_report(folder: Path) -> Path:
-    """Make the report of the run in a folder.
+    """Write the report of the run in a folder.
 
     Returns:
-        The page's path, in that folder.
+        The path of the page, in that folder.
     Raises:
-        DataError: there is no run.
+        DataError: as `read_run`.
     """
     run = read_run(folder)
     body = [_head(run), _training(run), _validation(run), samples(run), _data(run), _options(run), _environment(run)]
-    path = folder / NAME
+    path = folder / REPORT
     with atomic_path(path) as temporary:
         temporary.write_text(page(f"{_name(run)}: report", body, STYLE), encoding="utf-8")
     return path
@@ -225,25 +245,25 @@ def _head(run: Run) -> str:
     state = f"step {run.step} of {run.max_steps}"
     if run.step < run.max_steps and run.last("eta_seconds") is not None:
         state += f", {duration(run.last('eta_seconds') or 0.0)} to go"
-    found: dict[str, object] = {"loss (smoothed)": f"{smoothed(run.values('loss'))[-1]:.4g}"}
-    held_out = [look["loss"] for look in run.looks if look.get("loss") is not None]
+    figures: dict[str, object] = {"loss (smoothed)": f"{smoothed(run.values('loss'))[-1]:.4g}"}
+    held_out = [v["loss"] for v in run.validations if v.get("loss") is not None]
     if held_out:
-        found["held-out loss"] = f"{held_out[-1]:.4g}"
+        figures["held-out loss"] = f"{held_out[-1]:.4g}"
     for name, value, text in (
-        ("frames/s", run.last("frames_per_second"), in_short),
-        ("tokens/s", run.last("tokens_per_second"), in_short),
+        ("frames/s", run.last("frames_per_second"), format_short),
+        ("tokens/s", run.last("tokens_per_second"), format_short),
         ("waiting for data", run.last("data_wait"), "{:.0%}".format),
         ("MFU", run.last("mfu"), "{:.0%}".format),
     ):
         if value is not None:
-            found[name] = text(value)
-    found["of training"] = duration(float(np.nansum(run.values("seconds"))))
-    said = " · ".join(part for part in (model, state) if part)
-    return f"<h1>{escape(_name(run))}<small>{escape(said)}</small></h1>{numbers(found)}"
+            figures[name] = text(value)
+    figures["of training"] = duration(float(np.nansum(run.values("seconds"))))
+    summary = " · ".join(part for part in (model, state) if part)
+    return f"<h1>{escape(_name(run))}<small>{escape(summary)}</small></h1>{numbers(figures)}"
 
 
 def duration(seconds: float) -> str:
-    """3 d 4 h, 2 h 5 min, 3 min 20 s, 12 s."""
+    """Format a duration: 3 d 4 h, 2 h 5 min, 3 min 20 s, 12 s."""
     total = round(seconds)
     for size, name, smaller, its_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if total >= size:
@@ -255,9 +275,9 @@ def duration(seconds: float) -> str:
 def _training(run: Run) -> str:
     step, loss = run.steps(), run.values("loss")
     lines = [Line("each step", step, loss, BLUE, faint=True), Line("smoothed", step, smoothed(loss), BLUE)]
-    seen = [look for look in run.looks if look.get("loss") is not None]
-    if seen:
-        lines.append(Line("held out", _numbers(seen, "step"), _numbers(seen, "loss"), ORANGE, dots=True))
+    held_out = [v for v in run.validations if v.get("loss") is not None]
+    if held_out:
+        lines.append(Line("held out", _numbers(held_out, "step"), _numbers(held_out, "loss"), ORANGE, dots=True))
     charts = [
         chart("Loss", lines, loss=True),
         chart("Learning rate", [Line("", step, run.values("lr"), ORANGE)], wide=False),
@@ -272,17 +292,23 @@ def _training(run: Run) -> str:
 
 
 def _events(run: Run) -> str:
-    """Steps that were skipped, and leaps of the loss, the latest first; nothing where all went well."""
+    """Return a table of skipped steps and of spikes of the loss, latest first; empty if there are none."""
     if not run.events:
         return ""
     rows = [
-        [str(e["step"]), e["kind"], in_cell(e.get("loss")), in_cell(e.get("grad_norm")), ", ".join(e.get("rows", []))]
+        [
+            str(e["step"]),
+            e["kind"],
+            format_cell(e.get("loss")),
+            format_cell(e.get("grad_norm")),
+            ", ".join(e.get("rows", [])),
+        ]
         for e in run.events[: -MOST_EVENTS - 1 : -1]
     ]
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(e["kind"] for e in run.events).items())
     shown = f"; the last {len(rows)}" if len(rows) < len(run.events) else ""
     return (
-        f"<h3>Steps that stood out: {escape(counts)}{shown}</h3>"
+        f"<h3>Unusual steps: {escape(counts)}{shown}</h3>"
         f"{table(['step', 'what', 'loss', 'gradient norm', 'rows'], rows, 'dense')}"
     )
 
@@ -292,36 +318,36 @@ def _smooth_pair(run: Run, name: str, colour: str) -> list[Line]:
     return [Line("", run.steps(), values, colour, faint=True), Line("", run.steps(), smoothed(values), colour)]
 
 
-def _numbers(looks: Sequence[Mapping[str, Any]], name: str) -> Series:
-    return np.array([np.nan if look.get(name) is None else float(look[name]) for look in looks])
+def _numbers(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
+    return np.array([np.nan if line.get(name) is None else float(line[name]) for line in lines])
 
 
 def _validation(run: Run) -> str:
-    looks = [look for look in run.looks if look.get("cells")]
-    if not looks:
+    validations = [v for v in run.validations if v.get("cells")]
+    if not validations:
         return ""
-    last = looks[-1]
-    head, *rows = [[in_cell(x) for x in row] for row in as_table(last)]
-    same = [look for look in looks if look["quantiles"] == last["quantiles"]]
+    last = validations[-1]
+    head, *rows = [[format_cell(x) for x in row] for row in as_table(last)]
+    same = [v for v in validations if v["quantiles"] == last["quantiles"]]
     step = _numbers(same, "step")
     times = [
         Line(
             f"{q:g}",
             step,
-            np.array([np.nan if (x := look["losses"][i]) is None else x for look in same]),
+            np.array([np.nan if (x := v["losses"][i]) is None else x for v in same]),
             colour,
             dots=True,
         )
         for i, (q, colour) in enumerate(zip(last["quantiles"], ramp(len(last["quantiles"])), strict=True))
     ]
     cells = [
-        Line(f"{task} {bucket}", step, _of_cell(same, task, bucket), COLOURS[i % len(COLOURS)], dots=True)
+        Line(f"{task} {bucket}", step, _cell_losses(same, task, bucket), COLOURS[i % len(COLOURS)], dots=True)
         for i, (task, bucket) in enumerate((c["task"], c["bucket"]) for c in last["cells"])
     ]
     weights = last.get("weights", "trained")
     return (
-        "<h2>Held-out loss</h2><p class=small>Of clips that training never sees, each in every task it may be drawn "
-        f"for, with the {weights} weights, at fixed noise and fixed quantiles of the training times (low ones are near "
+        "<h2>Held-out loss</h2><p class=small>Of clips that are not trained on, each in every task that it may have, "
+        f"with the {weights} weights, at fixed noise and fixed quantiles of the training times (low ones are near "
         "the clean clip).</p>"
         f'<div class="charts">{chart("By quantile of the training times", times, wide=False, loss=True)}'
         f"{chart('By task and bucket', cells, wide=False, loss=True)}</div>"
@@ -329,11 +355,11 @@ def _validation(run: Run) -> str:
     )
 
 
-def _of_cell(looks: Sequence[Mapping[str, Any]], task: str, bucket: str) -> Series:
-    found = [
-        next((c["loss"] for c in look["cells"] if (c["task"], c["bucket"]) == (task, bucket)), None) for look in looks
+def _cell_losses(lines: Sequence[Mapping[str, Any]], task: str, bucket: str) -> Series:
+    losses = [
+        next((c["loss"] for c in line["cells"] if (c["task"], c["bucket"]) == (task, bucket)), None) for line in lines
     ]
-    return np.array([np.nan if x is None else float(x) for x in found])
+    return np.array([np.nan if x is None else float(x) for x in losses])
 
 
 def _data(run: Run) -> str:
@@ -341,12 +367,12 @@ def _data(run: Run) -> str:
     if not data:
         return ""
     left_out, tasks = data["left_out"], data["tasks"]
-    found: dict[str, object] = {"rows trained on": data["rows"], "held out": data["held_out"]}
-    found |= {"left out": sum(left_out.values()), "buckets": len(data["buckets"]), "frames/s": f"{data['fps']:.4g}"}
+    counts: dict[str, object] = {"rows trained on": data["rows"], "held out": data["held_out"]}
+    counts |= {"left out": sum(left_out.values()), "buckets": len(data["buckets"]), "frames/s": f"{data['fps']:.4g}"}
     named = tasks if isinstance(tasks, str) else ", ".join(f"{n} {task}" for task, n in tasks.items())
     parts = [
         f"<h2>Data</h2><p class=small>{escape(', '.join(data['manifests']))} &middot; tasks: {escape(named)}</p>",
-        numbers(found),
+        numbers(counts),
         '<div class="two">',
         f"<div>{table(['bucket (HxWxT)', 'rows'], [[b, str(n)] for b, n in data['buckets'].items()])}</div>",
     ]
@@ -361,21 +387,17 @@ def _options(run: Run) -> str:
     if not options:
         return ""
     changed = {name: value for name, value in options.items() if value != defaults.get(name)}
-    rows = [[flag(name), in_words(value), in_words(defaults.get(name))] for name, value in changed.items()]
-    rest = [[flag(name), in_words(value)] for name, value in options.items() if name not in changed]
+    rows = [[flag_of(name), format_option(value), format_option(defaults.get(name))] for name, value in changed.items()]
+    rest = [[flag_of(name), format_option(value)] for name, value in options.items() if name not in changed]
     return (
         f"<h2>Configuration</h2>{table(['option', 'value', 'default'], rows, 'dense')}"
-        f"<details><summary>{len(rest)} options as they are by default</summary>"
+        f"<details><summary>{len(rest)} options with their default values</summary>"
         f"{table(['option', 'value'], rest, 'dense')}</details>"
     )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def in_words(value: Any) -> str:
-    """An option's value as it is written on a command line."""
+def format_option(value: Any) -> str:
+    """Format the value of an option as on a command line."""
     if value is None or value == [] or value == "":
         return "-"
     if isinstance(value, bool):

@@ -1,1 +1,1 @@
-"""Text encoders: prompts to `TextCondition` (floor L1)."""
+"""Text encoders: prompts to `TextCondition` (layer 1)."""

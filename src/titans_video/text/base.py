@@ -1,51 +1,56 @@
-"""Prompts to conditions: one stream an encoder, never concatenated.
+"""Text encoders: prompts to `TextCondition`, one stream per encoder, never concatenated.
 
 Legend: B prompts, L tokens, E width of a stream.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from titans_video.checkpoint import override, restore_options, warn_if_changed
+from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
+from titans_video.errors import CheckpointError, TextError
 from titans_video.types import END_OF_TEXT, TextCondition
 
 
 class Stream(Protocol):
-    """One encoder.
+    """One text encoder.
 
     Attributes:
-        width: E of its hidden states; 0 where it gives byte ids that the network embeds itself.
+        width: E of its hidden states; 0 if it returns byte ids that the network embeds itself.
     """
 
     width: int
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, E) float or ids (B, L) int64, and their mask (B, L) bool, padded on the right."""
+        """Return states (B, L, E) float or ids (B, L) int64, and their mask (B, L) bool, padded on the right."""
 
     def fingerprint(self) -> str | None:
-        """A hash of the encoder's weights; None where it has none."""
+        """Return a hash of the encoder's weights; None if it has none."""
 
     def to(self, device: torch.device | str) -> None:
-        """Move the encoder; what it gives lies on `device`."""
+        """Move the encoder; its results are on `device`."""
 
     def release(self) -> None:
-        """Free the weights; `width` and `fingerprint` stay known, and the next `encode` loads them again."""
+        """Free the weights; `width` and `fingerprint` stay available, and the next `encode` loads them again."""
 
 
 def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) -> TextCondition:
-    """Put the empty prompt in place of chosen captions.
+    """Replace chosen captions by the empty prompt.
 
     Args:
         condition: of B prompts.
         empty: of one empty prompt (`TextEncoder.empty(1)`).
-        drop: (B,) bool for all streams together, or (B, number of streams) for each alone.
+        drop: (B,) bool for all streams together, or (B, number of streams) for each separately.
     Returns:
-        The condition with the chosen rows' states and masks those of the empty prompt.
+        The condition in which the chosen rows have the states and masks of the empty prompt.
     """
     if drop.dim() == 1:
         drop = drop[:, None].expand(-1, len(condition.streams))
@@ -57,7 +62,7 @@ def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) 
 
 
 def _drop_rows(states: Tensor, mask: Tensor, blank: Tensor, blank_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for one stream: states (B, L[, E]), mask (B, L), blank (1, L0[, E]), drop (B,)."""
+    """Do the same for one stream: states (B, L[, E]), mask (B, L), blank (1, L0[, E]), drop (B,)."""
     length = max(states.shape[1], blank.shape[1])
     drop = drop.to(mask.device)
     rows = drop.view(-1, *[1] * (states.dim() - 1))
@@ -67,7 +72,7 @@ def _drop_rows(states: Tensor, mask: Tensor, blank: Tensor, blank_mask: Tensor, 
 
 
 def lengthen(x: Tensor, length: int) -> Tensor:
-    """(B, L, ...) padded with zeros on the right to (B, length, ...)."""
+    """Pad (B, L, ...) with zeros on the right to (B, length, ...)."""
     extra = length - x.shape[1]
     return pad(x, (*[0] * (2 * (x.dim() - 2)), 0, extra)) if extra else x
 
@@ -76,7 +81,7 @@ PADDING = 0
 
 
 class ByteStream:
-    """Prompts as byte ids, closed by END_OF_TEXT (so that an empty one has a token) and padded with 0 on the right."""
+    """Encode prompts as byte ids, ended by END_OF_TEXT (so an empty prompt has a token), padded with 0 on the right."""
 
     width = 0
 
@@ -85,7 +90,7 @@ class ByteStream:
         self.device = torch.device("cpu")
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Byte ids of prompts.
+        """Return the byte ids of prompts.
 
         Args:
             prompts: B texts; what exceeds `max_length` - 1 bytes is cut.
@@ -98,17 +103,17 @@ class ByteStream:
         return ids.reshape(len(rows), length), ids.reshape(len(rows), length) != PADDING
 
     def fingerprint(self) -> None:
-        """None: its weights are the network's."""
+        """Return None: the weights belong to the network."""
 
     def to(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no weights here."""
 
 
 class TextEncoder:
-    """All streams of a run: the text model's and, where wanted, the LLM's.
+    """All text streams of a run: that of the text model and optionally that of the LLM.
 
     Attributes:
         widths: of each stream's hidden states; 0 for `builtin`, whose byte ids the network embeds.
@@ -125,19 +130,19 @@ class TextEncoder:
         return TextCondition(tuple(x for x, _ in pairs), tuple(m for _, m in pairs))
 
     def empty(self, n: int) -> TextCondition:
-        """The empty prompt n times: what dropped captions and unconditional guidance see."""
+        """Return the empty prompt n times, for dropped captions and unconditional guidance."""
         return self([""] * n)
 
     def fingerprints(self) -> list[str | None]:
-        """A hash of each stream's weights; None for `builtin`."""
+        """Return a hash of each stream's weights; None for `builtin`."""
         return [s.fingerprint() for s in self.streams]
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint stores as config["text"]."""
+        """Return what a checkpoint stores as config["text"]."""
         return {"options": asdict(self.options), "fingerprints": self.fingerprints(), "widths": self.widths}
 
     def to(self, device: torch.device | str) -> "TextEncoder":
-        """Move encoders and what they give (with --text-offload cpu, only the latter)."""
+        """Move the encoders and their results (with --text-offload cpu, only the results)."""
         for s in self.streams:
             s.to(device)
         return self
@@ -146,3 +151,69 @@ class TextEncoder:
         """Free all frozen weights, e.g. once the captions are cached."""
         for s in self.streams:
             s.release()
+
+
+def build_text(
+    options: TextOptions, device: torch.device | str = "cpu", *, load: bool = True, needed: bool = True
+) -> TextEncoder:
+    """Build the encoders that flags name.
+
+    Args:
+        options: `text_model` is `builtin`, `none`, a folder or a hub name; `llm_model` a folder or a hub name.
+        device: where the encoders run and their states are.
+        load: read the weights now; otherwise at the first prompt (a run on cached states never needs them).
+        needed: the network requires text.
+    Raises:
+        TextError: a model is missing, incomplete or contradicts its flags.
+    """
+    streams: list[Stream] = []
+    if options.text_model == "builtin":
+        streams.append(ByteStream(options.text_max_length))
+        streams[0].to(device)
+    elif options.text_model != "none":
+        streams.append(_huggingface().text_stream(options, device, load))
+    if options.llm_model is not None:
+        streams.append(_huggingface().llm_stream(options, device, load))
+    if not streams and needed:
+        raise TextError("--text-model none leaves no text encoder: give --llm-model, or --text-model builtin.")
+    return TextEncoder(streams, options)
+
+
+def _huggingface() -> ModuleType:
+    """Import the frozen encoders; runs without one do not need transformers."""
+    return importlib.import_module("titans_video.text.huggingface")
+
+
+def text_from_checkpoint(
+    config: Mapping[str, Any], overrides: Overrides, device: torch.device | str = "cpu"
+) -> TextEncoder:
+    """Build the encoders that a checkpoint was trained with; `overrides` may give other paths.
+
+    Args:
+        config: a checkpoint's config["text"].
+        overrides: `text_model`, `llm_model`, `local_files_only` replace the stored values.
+        device: as in `build_text`.
+    Raises:
+        CheckpointError: the number or the widths of the encoders differ from the network's.
+        TextError: as `build_text`.
+    """
+    stored = restore_options(TextOptions, config["options"])
+    options = override(stored, overrides)
+    if options.llm_model is not None and stored.llm_model is None:
+        raise CheckpointError("--llm-model: the checkpoint was trained without an LLM, so it cannot use one.")
+    if ("builtin" in (stored.text_model, options.text_model)) and stored.text_model != options.text_model:
+        raise CheckpointError(
+            f"--text-model {options.text_model}: the checkpoint was trained with {stored.text_model!r}; "
+            "a frozen encoder and the built-in one cannot replace each other."
+        )
+    text = build_text(options, device, needed=config.get("widths") != [])
+    widths = config.get("widths", text.widths)
+    if list(widths) != text.widths:
+        raise CheckpointError(
+            f"The checkpoint was trained with text encoders of widths {list(widths)}; the given ones have "
+            f"{text.widths}. Give the folders of the same models with --text-model and --llm-model."
+        )
+    paths = [p for p in (options.text_model, options.llm_model) if p not in (None, "none")]
+    for path, before, now in zip(paths, config["fingerprints"], text.fingerprints(), strict=True):
+        warn_if_changed("text encoder", path, before, now)
+    return text

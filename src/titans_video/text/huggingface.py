@@ -1,8 +1,8 @@
-"""Frozen text encoders and LLMs, read by transformers from a folder (or a hub name).
+"""Frozen text encoders and LLMs, loaded by transformers from a folder or by hub name.
 
 Legend: B prompts, L tokens of the longest prompt, E width.
-Prompts are tokenised without padding and padded here, on the right: real tokens then stand at positions 0, 1, ...
-whatever a tokenizer's own padding side is and whether it has a padding token, and a causal model's never see padding.
+Prompts are tokenised without padding and padded here, on the right. Real tokens are therefore at positions 0, 1, ...
+whatever the tokenizer's padding side is and whether it has a padding token, and a causal model never sees padding.
 """
 
 import contextlib
@@ -15,27 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
 from titans_video.errors import TextError, few, first_line
-from titans_video.fingerprint import fingerprint_folder
 from titans_video.text.base import TextEncoder
 from titans_video.types import PRECISIONS
 
 ENCODERS = ("t5", "umt5", "mt5")
-"""Kinds whose encoder stands alone; saved from it, a config may no longer say that there was a decoder."""
+"""Model types with a separate encoder; a config saved with the encoder only may no longer mention the decoder."""
 
 TEXT_PARTS = ("language_model", "text_model")
-"""Where a multimodal model keeps its text part."""
+"""The attributes in which multimodal models keep their text model."""
 
 PLAIN_WORDS = "a red circle moving right"
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
-"""What transformers raises for folders that are missing, malformed or of an unknown kind."""
+"""Errors that transformers raises for folders that are missing, malformed or of an unknown type."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One encoder, as flags name it.
+    """The flags of one encoder.
 
     Attributes:
         flag: for messages, --text-model or --llm-model.
@@ -55,7 +55,7 @@ class Source:
 
 
 def text_stream(options: TextOptions, device: torch.device | str, load: bool) -> "PretrainedStream":
-    """The stream of --text-model."""
+    """Return the stream of --text-model."""
     source = Source(
         "--text-model",
         options.text_model,
@@ -68,13 +68,13 @@ def text_stream(options: TextOptions, device: torch.device | str, load: bool) ->
 
 
 def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> "PretrainedStream":
-    """The stream of --llm-model.
+    """Return the stream of --llm-model.
 
     Raises:
-        TextError: --llm-template has no {prompt} in it.
+        TextError: --llm-template does not contain {prompt}.
     """
     if options.llm_template is not None and options.llm_template.count("{prompt}") != 1:
-        raise TextError(f"--llm-template must have {{prompt}} in it, once; got {options.llm_template!r}.")
+        raise TextError(f"--llm-template must contain {{prompt}} exactly once; got {options.llm_template!r}.")
     source = Source(
         "--llm-model",
         str(options.llm_model),
@@ -90,7 +90,7 @@ def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> 
 
 
 class PretrainedStream:
-    """A frozen encoder: in eval, without gradients, in no checkpoint.
+    """A frozen encoder in eval mode, without gradients, not stored in checkpoints.
 
     Attributes:
         width: E.
@@ -110,21 +110,21 @@ class PretrainedStream:
 
     @property
     def model(self) -> Any:
-        """The encoder, read at first use."""
+        """The encoder, loaded at first use."""
         if self._model is None:
             self._model = self._load_model().to(self._where())
         return self._model
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer, read at first use."""
+        """Its tokenizer, loaded at first use."""
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states of prompts.
+        """Return the hidden states of prompts.
 
         Args:
             prompts: B texts; what exceeds the maximum number of tokens is cut.
@@ -143,13 +143,13 @@ class PretrainedStream:
         return states.masked_fill(~mask[..., None], 0.0), mask
 
     def fingerprint(self) -> str:
-        """A hash of weights, config and tokenizer."""
+        """Return a hash of weights, config and tokenizer."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint_folder(self.folder)
         return self._fingerprint
 
     def to(self, device: torch.device | str) -> None:
-        """Move; with --text-offload cpu the encoder stays and only what it gives lies on `device`."""
+        """Move the encoder; with --text-offload cpu it stays on the CPU and only its results are on `device`."""
         self.device = torch.device(device)
         if self._model is not None:
             self._model.to(self._where())
@@ -163,15 +163,15 @@ class PretrainedStream:
         return torch.device("cpu") if self.source.offload else self.device
 
     def _tokens(self, prompt: str) -> tuple[list[int], int]:
-        """Token ids of one prompt, and how many of them stand before it."""
+        """Return the token ids of one prompt, and how many template tokens precede it."""
         s = self.source
         before, after = s.template.split("{prompt}") if s.template else ("", "")
-        cut = self._shared(before, before + prompt + after) if before else 0
+        cut = self._template_tokens(before, before + prompt + after) if before else 0
         ids = self._ids(before + prompt + after, s.max_length + cut)
         return (ids, cut) if len(ids) > cut else ([*ids, self._spare_token()], cut)
 
-    def _shared(self, before: str, text: str) -> int:
-        """How many tokens of `text` stand before the prompt: one that spans the border is the prompt's."""
+    def _template_tokens(self, before: str, text: str) -> int:
+        """Return how many tokens of `text` precede the prompt; a token across the border belongs to the prompt."""
         pairs = list(zip(self._ids(before, None), self._ids(text, None), strict=False))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
@@ -182,22 +182,22 @@ class PretrainedStream:
         return list(self.tokenizer(text, truncation=True, max_length=min(max_length, positions))["input_ids"])
 
     def _spare_token(self) -> int:
-        """Fills padding, and stands for an empty prompt where the tokenizer gives it no token at all."""
+        """Return a token for padding, and for an empty prompt that the tokenizer gives no token at all."""
         t = self.tokenizer
         return next((i for i in (t.pad_token_id, t.eos_token_id, t.bos_token_id) if i is not None), 0)
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         last = self.source.layer in (-1, self._layers())
-        extra = {} if self._encoder_alone() else {"use_cache": False}
+        extra = {} if self._is_encoder() else {"use_cache": False}
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=not last, **extra)
         states: Tensor = out.last_hidden_state if last else out.hidden_states[self.source.layer]
         if states.shape[-1] != self.width:
             s = self.source
-            who = f"--llm-hidden-size {self.width}" if s.width else f"the config of {s.path} says {self.width}"
-            raise TextError(f"{who}: the hidden states of {s.path} are {states.shape[-1]} wide.")
+            claim = f"--llm-hidden-size {self.width}" if s.width else f"The config of {s.path} says {self.width}"
+            raise TextError(f"{claim}: the hidden states of {s.path} are {states.shape[-1]} wide.")
         return states
 
-    def _encoder_alone(self) -> bool:
+    def _is_encoder(self) -> bool:
         return self.config.is_encoder_decoder or getattr(self.config, "model_type", None) in ENCODERS
 
     def _layers(self) -> int | None:
@@ -218,13 +218,13 @@ class PretrainedStream:
         found = next((w for n in ("hidden_size", "d_model") if isinstance(w := getattr(config, n, None), int)), None)
         if found is None and s.width is None:
             hint = "give it with --llm-hidden-size." if s.flag == "--llm-model" else "this model is not supported."
-            raise TextError(f"{s.flag} {s.path}: its config does not tell the width of its hidden states; {hint}")
+            raise TextError(f"{s.flag} {s.path}: its config does not give the width of its hidden states; {hint}")
         if found is not None and s.width is not None and found != s.width:
             raise TextError(f"--llm-hidden-size {s.width}: the config of {s.path} says {found}.")
         return int(found or s.width or 0)
 
     def _read(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained`, with errors for the person at the keyboard."""
+        """Call `kind.from_pretrained`; turn its errors into messages for the user."""
         s = self.source
         if Path(s.path).is_dir():
             try:
@@ -233,21 +233,21 @@ class PretrainedStream:
                 raise TextError(f"{s.flag} {s.path} cannot be loaded: {first_line(e)}") from None
         if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
             raise TextError(_missing(s, "there is no such folder"))
-        # What is on this machine is taken first: the hub is asked only when it must be, and given up after one try.
+        # Local files are used first; the hub is asked only if necessary, and once.
         with contextlib.suppress(*LOADING_ERRORS):
             return kind.from_pretrained(s.path, local_files_only=True, **options)
         if s.local_files_only or _hub_is_off():
             raise TextError(_missing(s, "it is not on this machine and hub access is off"))
         if problem := _hub_problem():
-            raise TextError(_missing(s, f"it is not on this machine and the hub does not answer ({problem})"))
+            raise TextError(_missing(s, f"it is not on this machine and the hub does not respond ({problem})"))
         try:
             return kind.from_pretrained(s.path, **options)
         except LOADING_ERRORS as e:
-            raise TextError(_missing(s, f"the hub did not give it ({first_line(e)})")) from None
+            raise TextError(_missing(s, f"the hub did not provide it ({first_line(e)})")) from None
 
     def _load_model(self) -> Any:
         transformers = _transformers()
-        kind = transformers.AutoModelForTextEncoding if self._encoder_alone() else transformers.AutoModel
+        kind = transformers.AutoModelForTextEncoding if self._is_encoder() else transformers.AutoModel
         with _quiet(transformers):
             model, info = self._read(kind, dtype=self.source.dtype, output_loading_info=True)
         bad = {str(k[0] if isinstance(k, tuple) else k) for k in (*info["missing_keys"], *info["mismatched_keys"])}
@@ -262,23 +262,23 @@ class PretrainedStream:
     def _load_tokenizer(self) -> Any:
         tokenizer = self._read(self._tokenizer_kind())
         tokenizer.truncation_side = "right"
-        # Without its files transformers makes some tokenizers up, with next to no vocabulary, and says nothing.
+        # If its files are missing, transformers silently creates some tokenizers with almost no vocabulary.
         if len(set(tokenizer(PLAIN_WORDS)["input_ids"]) - set(tokenizer.all_special_ids)) < 3:
             raise TextError(
-                f"{self.source.flag} {self.source.path}: its tokenizer knows no plain English words. Are its files "
-                "(tokenizer.json, or spiece.model, vocab.json, merges.txt) in the folder? Copy it again."
+                f"{self.source.flag} {self.source.path}: its tokenizer does not know plain English words. Its files "
+                "(tokenizer.json, or spiece.model, vocab.json, merges.txt) may be missing; copy the folder again."
             )
         return tokenizer
 
     def _tokenizer_kind(self) -> Any:
-        # For UMT5 the automatic class wants a tokenizer.json; copies that hold spiece.model alone are in T5's format.
+        # For UMT5 the automatic class requires tokenizer.json; copies with only spiece.model are in T5's format.
         folder = Path(self.source.path)
-        alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
-        return _transformers().T5Tokenizer if self._encoder_alone() and alone else _transformers().AutoTokenizer
+        only_spiece = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+        return _transformers().T5Tokenizer if self._is_encoder() and only_spiece else _transformers().AutoTokenizer
 
     @property
     def folder(self) -> Path:
-        """Where the encoder's files lie: its own folder, or the hub cache's."""
+        """The folder of the encoder's files: its own folder, or that of the hub cache."""
         if Path(self.source.path).is_dir():
             return Path(self.source.path)
         from transformers.utils import cached_file
@@ -309,7 +309,7 @@ def _transformers() -> Any:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its report of unused weights (a decoder's, a head's): the ones that are missing become an error here."""
+    """Silence the report of unused weights (a decoder's, a head's); missing weights raise an error here anyway."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -326,7 +326,7 @@ def _hub_is_off() -> bool:
 
 
 def _hub_problem() -> str | None:
-    """Why the hub cannot be reached, asked once for 5 seconds at most (its own client tries for half a minute)."""
+    """Return why the hub cannot be reached; ask once, for 5 seconds (its own client tries for half a minute)."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -364,7 +364,7 @@ class PaddedStream(PretrainedStream):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, L, E) states of exactly `max_length` tokens, and a mask that is True everywhere."""
+        """Return (B, L, E) states of exactly `max_length` tokens, and a mask that is True everywhere."""
         length = self.source.max_length
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -373,21 +373,23 @@ class PaddedStream(PretrainedStream):
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=self.device)
 
     def fingerprint(self) -> str:
-        """Of weights and tokenizer; with a word, as states with a mask are kept apart from these in a cache."""
+        """Return a hash of weights and tokenizer, with a suffix: a cache keeps these states apart from states with a
+        mask.
+        """
         return f"{super().fingerprint()} {fingerprint_folder(self.tokenizer_folder)[:8]} padded"
 
     def _load_tokenizer(self) -> Any:
-        whole, self.source = self.source, replace(self.source, path=str(self.tokenizer_folder))
+        original, self.source = self.source, replace(self.source, path=str(self.tokenizer_folder))
         try:
             return super()._load_tokenizer()
         finally:
-            self.source = whole
+            self.source = original
 
 
 def padded_text(
     pipeline: Path, dtype: str, max_length: int, device: torch.device | str = "cpu", *, offload: bool = False
 ) -> TextEncoder:
-    """The text encoder of a diffusers pipeline, read at the first prompt.
+    """Return the text encoder of a diffusers pipeline, loaded at the first prompt.
 
     Args:
         pipeline: its folder.

@@ -1,1 +1,1 @@
-"""The trainer, losses, checkpoints and EMA; the only importer of accelerate (floor L3)."""
+"""The trainer, checkpoints, validation and logs; the only importer of accelerate (layer 4)."""

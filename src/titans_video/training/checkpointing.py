@@ -1,58 +1,62 @@
-"""The checkpoints of a run: folders that appear whole or not at all, and `last.pt`.
+"""The checkpoints of a run. A checkpoint appears completely or not at all.
 
 checkpoint-<step>/model.pt            the trained weights, in the checkpoint format
-checkpoint-<step>/model_ema.pt        the same with averaged weights, where EMA is on: what generation should use
-checkpoint-<step>/training_state.pt   the rest of what training needs, and what the run was
-checkpoint-<step>/shards/             the optimizer's state in pieces, where the run is sharded
-checkpoint-<step>/manifest.json       every file with its size and checksum; written last
+checkpoint-<step>/model_ema.pt        with EMA: the averaged weights, which generation should use
+checkpoint-<step>/training_state.pt   everything else that training needs, and the settings of the run
+checkpoint-<step>/shards/             with FSDP2: the optimizer state in pieces
+checkpoint-<step>/manifest.json       the size and checksum of every file; written last
 last.pt                               the newest model_ema.pt or model.pt
 
-A run that trains an adapter keeps little, so each of its checkpoints is one file, with a folder for other programs:
-lora_<step>.pt                                the adapter, in the checkpoint format, and under `training` all the rest
+A run that trains an adapter writes small checkpoints. Each is one file, with a folder for other programs:
+lora_<step>.pt                                the adapter, in the checkpoint format; `training` holds everything else
 lora_<step>/pytorch_lora_weights.safetensors  the adapter for diffusers
-lora_<step>/training_state.pt                 the same file as lora_<step>.pt, which is linked when the folder stands
+lora_<step>/training_state.pt                 the same file as lora_<step>.pt, which is linked to it afterwards
 lora_<step>/manifest.json                     as above
 
-A folder is written under another name, every file is fsynced, and the folder is renamed: a kill at any instant leaves
-the old checkpoints and at most a folder that nobody looks at.
+A folder is written under a temporary name, every file is fsynced, and the folder is renamed. A kill at any time leaves
+the old checkpoints, and at most a temporary folder that no code reads.
 """
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from titans_video import checkpoint as files
-from titans_video.checkpoint import Checkpoint
+from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError
 from titans_video.training import sharded_state
-from titans_video.training.distributed import Accelerator, all_gather_object, patient_group, run_on_main
+from titans_video.training.distributed import gloo_group, process_group
 from titans_video.training.optim import Ema
-from titans_video.training.recipe import Adapting, Recipe
-from titans_video.training.run_folder import ADAPTER, EMA, MANIFEST, MODEL, SHARDS, STATE, _remove, link_last, saved
+from titans_video.training.recipe import Recipe
+from titans_video.training.run_folder import (
+    ADAPTER,
+    MANIFEST,
+    SHARDS,
+    STATE,
+    checkpoint_folder,
+    link_last,
+    list_checkpoints,
+    remove_checkpoint,
+)
+from titans_video.types import SINGLE_PROCESS, ProcessGroup
 
-TRAINING = "training"
+logger = logging.getLogger(__name__)
+
 STATE_FORMAT = "titans-video-training/2"
+TRAINING, OPTIMIZER, TRAINED, SCALER = "training", "optimizer", "trained", "scaler"
+"""Keys: of the training state in an adapter's file; of parts of the training state."""
 _BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class Group:
-    """What the processes that write a checkpoint need of one another.
-
-    Attributes:
-        main: whether this process writes what is whole.
-        gather: what each process gives, given to all; also the barrier.
-    """
-
-    main: bool = True
-    all_gather_object: Callable[[Any], list[Any]] = lambda value: [value]
+"""Bytes that are read at a time."""
 
 
 def save(
@@ -62,98 +66,115 @@ def save(
     state: dict[str, Any],
     limit: int,
     *,
-    group: Group | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
     before: Callable[[], None] | None = None,
     shards: Callable[[Path], None] | None = None,
     export: Callable[[Path], None] | None = None,
-) -> tuple[Path, str | None]:
-    """Write a checkpoint folder, point `last.pt` at it, and remove the oldest beyond `limit`; on every process.
+) -> Path:
+    """Write a checkpoint, link `last.pt` to it, and remove the oldest beyond `limit`; on every process.
 
     Args:
         run: the run's folder, which all processes see.
         step: optimizer steps done.
-        models: by file name, what generation reads; empty on processes that are not the main one.
-        state: tensors and plain containers; what training needs beside them.
-        limit: how many folders are kept; 0: all. The newest whole one is never removed.
-        group: the processes; None: this one alone.
-        before: what this process must have done first.
+        models: by file name; empty on processes other than the main one.
+        state: tensors and plain containers that training needs beside the models.
+        limit: checkpoints to keep; 0 keeps all. The newest complete one is never removed.
+        group: the processes of the run.
+        before: called first on this process; it may raise OSError.
         shards: writes this process's pieces into a folder.
-        export: writes an adapter for other programs into a folder; with it the checkpoint is a single file, of the only
-            one of `models` and the state together.
+        export: writes an adapter for other programs into a folder. The only one of `models` and the state then become a
+            single file.
     Returns:
-        The new folder, named by the step; and on the main process what could not be done after it stood, in words.
+        The checkpoint's folder.
     Raises:
-        OSError: on every process, where one could not write (a full disk); nothing of it remains, and the older
-            checkpoints stand as they did.
+        OSError: on every process, if one could not write (a full disk). Nothing of the new checkpoint remains, and the
+            older ones are unchanged.
     """
-    group = group or Group()
-    folder = run / (f"checkpoint-{step}" if export is None else f"lora_{step:07d}")
+    folder = checkpoint_folder(run, step, adapter=export is not None)
     temporary = run / f".{folder.name}.tmp"
-    found: dict[str, Any] = {}
-
-    def stage(work: Callable[[], None]) -> None:
-        """Do a part on this process, and learn whether all have done theirs."""
-        error: str | None = None
-        try:
-            work()
-        except OSError as e:
-            error = e.strerror or str(e)
-        failed = [said for said in group.all_gather_object(error) if said]
-        if failed:
-            if group.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(failed[0])
 
     def prepare() -> None:
         if before is not None:
             before()
-        if group.main:
+        if group.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
     def write() -> None:
         if shards is not None:
             shards(temporary / SHARDS)
-        whole = {"format": STATE_FORMAT, "step": step, **state}
-        if group.main and export is not None:
-            (model,) = models.values()
-            export(temporary)
-            files.save_tensors({**files.as_dict(model), TRAINING: whole}, temporary / STATE)
-        elif group.main:
-            for name, model in models.items():
-                files.write(model, temporary / name)
-            files.save_tensors(whole, temporary / STATE)
+        if group.is_main:
+            _write_files(temporary, models, {"format": STATE_FORMAT, "step": step, **state}, export)
 
     def finish() -> None:
-        if group.main:
-            found.update(_describe(temporary))
-            with files.atomic_path(temporary / MANIFEST) as path:
-                path.write_text(json.dumps({"step": step, "files": found}, indent=2) + "\n")
-            _sync_folders(temporary)
-            if folder.exists():
-                _remove(folder)
-            temporary.rename(folder)
-            files.sync_folder(run)
+        if group.is_main:
+            _publish(temporary, folder, step)
 
-    for part in (prepare, write, finish):
-        stage(part)
-    return folder, _tidy(run, folder, limit) if group.main else None
+    for stage in (prepare, write, finish):
+        _run_stage(stage, temporary, group)
+    if group.is_main:
+        _tidy(run, folder, limit)
+    return folder
 
 
-def _tidy(run: Path, folder: Path, limit: int) -> str | None:
-    """What follows a checkpoint that stands: `last.pt`, and the removal of old ones. Says what did not work."""
+def _run_stage(stage: Callable[[], None], temporary: Path, group: ProcessGroup) -> None:
+    """Run a stage of saving on this process, and raise OSError on every process if it failed on any."""
+    error: str | None = None
+    try:
+        stage()
+    except OSError as e:
+        error = e.strerror or str(e)
+    errors = [e for e in group.all_gather_object(error) if e]
+    if errors:
+        if group.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(errors[0])
+
+
+def _write_files(
+    folder: Path, models: Mapping[str, Checkpoint], state: dict[str, Any], export: Callable[[Path], None] | None
+) -> None:
+    if export is not None:
+        (model,) = models.values()
+        export(folder)
+        files.save_tensors({**files.as_dict(model), TRAINING: state}, folder / STATE)
+        return
+    for name, model in models.items():
+        files.write(model, folder / name)
+    files.save_tensors(state, folder / STATE)
+
+
+def _publish(temporary: Path, folder: Path, step: int) -> None:
+    """Write the manifest, flush everything to the disk, and give the folder its name."""
+    paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+    described = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in paths}
+    with files.atomic_path(temporary / MANIFEST) as path:
+        path.write_text(json.dumps({"step": step, "files": described}, indent=2) + "\n")
+    for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        files.sync_folder(path)
+    if folder.exists():
+        remove_checkpoint(folder)
+    temporary.rename(folder)
+    files.sync_folder(folder.parent)
+
+
+def _tidy(run: Path, folder: Path, limit: int) -> None:
+    """Link `last.pt` to a new checkpoint and remove old ones. A failure does not affect the checkpoint."""
     try:
         link_last(run, folder)
         _prune(run, limit)
     except OSError as e:
-        return f"{folder} is written, but {e.filename or run} could not be brought up to date: {e.strerror or e}."
-    return None
+        path = e.filename or run
+        logger.warning(f"{folder} is written, but {path} could not be updated: {e.strerror or e}.")
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    """Size and SHA-256 of every file below, by its path from there."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in paths}
+def _prune(run: Path, limit: int) -> None:
+    """Keep the newest `limit` complete checkpoints, and everything newer than the oldest of them."""
+    folders = [folder for _, folder in list_checkpoints(run)]
+    complete = [folder for folder in folders if is_complete(folder)]
+    if limit and len(complete) > limit:
+        for old in folders[: folders.index(complete[-limit])]:
+            remove_checkpoint(old)
 
 
 def _checksum(path: Path) -> str:
@@ -164,24 +185,19 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folders(folder: Path) -> None:
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        files.sync_folder(path)
-
-
 def check(folder: Path, *, contents: bool) -> None:
-    """Hold a checkpoint folder against its manifest.
+    """Check a checkpoint folder against its manifest.
 
     Args:
         contents: compare checksums too, not only names and sizes.
     Raises:
-        CheckpointError: a file is missing, damaged or of another size, or there is no manifest.
+        CheckpointError: there is no manifest, or a file is missing, damaged or of the wrong size.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(v["bytes"]), str(v["sha256"])) for name, v in manifest.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"it has no {MANIFEST}: it was not written to its end") from None
+        raise CheckpointError(f"it has no {MANIFEST}, so it is incomplete") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"its {MANIFEST} cannot be read") from None
     lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
@@ -192,13 +208,13 @@ def check(folder: Path, *, contents: bool) -> None:
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes and had {size}")
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, but {size} were written")
         if contents and _checksum(path) != checksum:
-            raise CheckpointError(f"{name} has changed since it was written: its checksum is another")
+            raise CheckpointError(f"{name} has changed since it was written: its checksum differs")
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file is there in its size."""
+def is_complete(folder: Path) -> bool:
+    """Whether every file is there and has its size."""
     try:
         check(folder, contents=False)
     except CheckpointError:
@@ -206,39 +222,30 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _prune(run: Path, limit: int) -> None:
-    """Keep the newest `limit` whole checkpoints and what is newer than the oldest of them."""
-    folders = [folder for _, folder in saved(run)]
-    whole = [folder for folder in folders if is_whole(folder)]
-    if limit and len(whole) > limit:
-        for old in folders[: folders.index(whole[-limit])]:
-            _remove(old)
-
-
 def read_state(folder: Path) -> dict[str, Any]:
-    """The training state in a checkpoint folder, or in the single file of an adapter's.
+    """Read the training state in a checkpoint folder, or in the single file of an adapter's checkpoint.
 
     Raises:
-        CheckpointError: missing, damaged, or of another version.
+        CheckpointError: it is missing, damaged, or of another version.
     """
     path = folder if folder.is_file() else folder / STATE
     state = files.load_tensors(path, mmap=True)
     state = state.get(TRAINING, state)
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path} is not a training state of this version ({STATE_FORMAT}): go on with "
-            "the version that wrote it, or start anew by --resume none, which keeps it in previous-<n>."
+            f"{path} is not a training state of this version ({STATE_FORMAT}). Resume with the version that wrote it, "
+            "or start a new run with --resume none, which moves the old one to previous-<n>."
         )
     return state
 
 
 @dataclass
 class Resume:
-    """What a run goes on from.
+    """The checkpoint from which a run resumes.
 
     Attributes:
-        folder: of the checkpoint; of an adapter's that was taken elsewhere its file.
-        state: the training state in it.
+        folder: of the checkpoint, or the single file of an adapter's checkpoint that was moved elsewhere.
+        state: its training state.
     """
 
     folder: Path
@@ -250,132 +257,126 @@ class Resume:
 
     @property
     def shards(self) -> Path | None:
-        """The folder of the pieces that a sharded run's optimizer keeps."""
+        """The folder with the pieces of a sharded run's optimizer state."""
         folder = self.folder / SHARDS
         return folder if folder.is_dir() else None
 
     @property
     def single(self) -> Path | None:
-        """The one file of an adapter's checkpoint."""
+        """The single file of an adapter's checkpoint."""
         if self.folder.is_file():
             return self.folder
         return None if (self.folder / MODEL).exists() else self.folder / STATE
 
     def model(self) -> Checkpoint:
-        """The trained weights."""
+        """Read the trained weights."""
         if self.single:
             read = files.read(self.single, mmap=True)
-            return replace(read, model=self.state.get("trained") or read.model)
+            return replace(read, model=self.state.get(TRAINED) or read.model)
         return files.read(self.folder / MODEL, mmap=True)
 
     def averages(self) -> Checkpoint | None:
-        """The averaged weights, where the run had them."""
+        """Read the averaged weights, if the run had them."""
         if self.single:
-            return files.read(self.single, mmap=True) if self.state.get("trained") else None
+            return files.read(self.single, mmap=True) if self.state.get(TRAINED) else None
         return files.read(self.folder / EMA, mmap=True) if (self.folder / EMA).exists() else None
 
 
-OPTIMIZER = "optimizer"
-
-
 def load_weights(network: nn.Module, resume: Resume) -> None:
-    """Load the trained weights of a checkpoint, before the network is divided.
+    """Load the trained weights of a checkpoint, before the network is sharded.
 
     Raises:
-        CheckpointError: the flags make another network than the one that was saved.
+        CheckpointError: the flags describe another network than the saved one.
     """
     saved = resume.model()
     try:
-        missing, unknown = network.load_state_dict(saved.model, strict=False)
+        missing, unexpected = network.load_state_dict(saved.model, strict=False)
         frozen = {name for name, p in network.named_parameters() if not p.requires_grad} if resume.single else set()
         frozen |= {name for name, _ in network.named_buffers()} if resume.single else set()
-        wrong = [*(name for name in missing if name not in frozen), *unknown]
+        wrong = [*(name for name in missing if name not in frozen), *unexpected]
         if wrong:
-            raise RuntimeError(f"missing or unknown are {', '.join(wrong[:5])}")
+            raise RuntimeError(f"missing or unexpected: {', '.join(wrong[:5])}")
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise CheckpointError(
-            f"--resume: the checkpoint {saved.path} is of another network than the flags make, which --allow-changes "
-            f"cannot change. Give the flags of the first run, or start anew by --resume none. ({reason[:300]})"
+            f"--resume: the network in the checkpoint {saved.path} differs from the one that the flags describe, and "
+            "--allow-changes cannot change that. Pass the flags of the first run, or start a new run with --resume "
+            f"none. ({reason[:300]})"
         ) from None
 
 
-class Snapshot:
-    """Saves and restores what a run is made of.
+class Checkpointer:
+    """Save the state of a run, and restore it.
 
     Args:
         recipe: describes its network in checkpoints.
-        network: as the engine prepared it, unwrapped.
-        optimizer: as the engine prepared it.
+        network: from `distributed.prepare`, without its wrapper.
+        optimizer: from `distributed.prepare`.
         ema: the averages, or None.
-        engine: of the run.
+        accelerator: of the run.
     """
 
     def __init__(
         self, recipe: Recipe, network: nn.Module, optimizer: Optimizer, ema: Ema | None, accelerator: Accelerator
     ) -> None:
         self.recipe, self.network, self.ema, self.accelerator = recipe, network, ema, accelerator
-        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps nothing
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no state
+        self.group = process_group(accelerator)
 
     def save(
         self, run: Path, step: int, rest: dict[str, Any], limit: int, before: Callable[[], None] | None = None
-    ) -> tuple[Path, str | None]:
-        """Write a checkpoint; on every process. Gives its folder, and what could not be tidied up after it.
+    ) -> Path:
+        """Write a checkpoint, on every process, and return its folder.
 
         Args:
-            rest: plain values that belong to the state.
-            before: what this process must have done first; it may raise OSError.
+            rest: plain values to add to the training state.
+            before: called first on this process; it may raise OSError.
         Raises:
             OSError: on every process, as `save`.
-            UserError: on every process, as `Adapting.check_saved`; the checkpoint stands.
+            UserError: on every process, as `AdapterFiles.check_saved`. The checkpoint is kept.
         """
-        sharded_state.reshard(self.network)  # a look at the network may have left some of it whole
-        main = self.accelerator.is_main_process
-        adapting = self.recipe if isinstance(self.recipe, Adapting) else None
-        models = self._models(step, main)
+        sharded_state.reshard(self.network)  # validation may have left gathered parameters
+        adapter = self.recipe.adapter
+        models = self._models(step)
         tensors = sharded_state.optimizer_tensors(self.optimizer, self.network)
-        sharded = sharded_state.is_sharded(self.network) and adapting is None
-        if adapting:
-            tensors = sharded_state.gather_whole(tensors, main)
+        is_sharded = sharded_state.is_sharded(self.network) and adapter is None
+        if adapter:
+            tensors = sharded_state.gather(tensors, keep=self.group.is_main)
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        values = {**rest, "scaler": scaler, OPTIMIZER: None if sharded else tensors}
-        if adapting and EMA in models:
-            values["trained"] = models.pop(MODEL).model
+        state = {**rest, SCALER: scaler, OPTIMIZER: None if is_sharded else tensors}
+        if adapter and EMA in models:
+            state[TRAINED] = models.pop(MODEL).model
+        model = next(iter(models.values())).model if models else {}
 
         def write_shards(folder: Path) -> None:
-            sharded_state.save_sharded({OPTIMIZER: tensors}, folder, patient_group(self.accelerator))
+            sharded_state.save_sharded({OPTIMIZER: tensors}, folder, gloo_group(self.accelerator))
 
-        def export(folder: Path) -> None:
-            assert adapting is not None  # else it is not asked for
-            adapting.export(next(iter(models.values())).model, folder)
-
-        group = Group(main, lambda value: all_gather_object(self.accelerator, value))
-        folder, remark = save(
+        folder = save(
             run,
             step,
             models,
-            values,
+            state,
             limit,
-            group=group,
+            group=self.group,
             before=before,
-            shards=write_shards if sharded else None,
-            export=export if adapting else None,
+            shards=write_shards if is_sharded else None,
+            export=(lambda path: adapter.export(model, path)) if adapter else None,
         )
-        if adapting:
-            said = run_on_main(
-                self.accelerator, lambda: adapting.check_saved(next(iter(models.values())).model, folder)
-            )
-            remark = "\n".join(words for words in (remark, said) if words) or None
-        return folder, remark
+        if adapter:
+            message = self.group.run_on_main(lambda: adapter.check_saved(model, folder))
+            if message:
+                logger.info(message)
+        return folder
 
-    def _models(self, step: int, main: bool) -> dict[str, Checkpoint]:
-        """What generation reads, whole, on the main process."""
-        own = self.network.state_dict()
-        if isinstance(self.recipe, Adapting):
-            own = {name: own[name] for name in sharded_state.parameter_names(self.network).values()}
-        trained = sharded_state.gather_whole(own, main)
-        averaged = sharded_state.gather_whole(self.ema.state_dict(), main) if self.ema else {}
-        if not main:
+    def _models(self, step: int) -> dict[str, Checkpoint]:
+        """Return the checkpoints that generation reads; empty on processes other than the main one."""
+        keep = self.group.is_main
+        tensors = self.network.state_dict()
+        if self.recipe.adapter:
+            tensors = {name: tensors[name] for name in sharded_state.parameter_names(self.network).values()}
+        trained = sharded_state.gather(tensors, keep)
+        averaged = sharded_state.gather(self.ema.state_dict(), keep) if self.ema else {}
+        if not keep:
             return {}
         models = {MODEL: self.recipe.checkpoint(trained, step)}
         if averaged:
@@ -383,30 +384,29 @@ class Snapshot:
         return models
 
     def restore(self, resume: Resume, optimizer: bool = True) -> None:
-        """Take the optimizer, the averages and the scaler from a checkpoint whose weights are loaded already.
+        """Restore the optimizer, the averages and the gradient scaler. The weights are already loaded.
 
         Args:
-            optimizer: whether its state is of use.
-
+            optimizer: whether the saved optimizer state is usable.
         Raises:
             CheckpointError: the state is damaged, or of another network.
         """
         if optimizer:
             sharded_state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
-        resume.state[OPTIMIZER] = None  # as large as the weights, twice
-        if self.accelerator.scaler and resume.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(resume.state["scaler"])
+        resume.state[OPTIMIZER] = None  # frees twice the size of the weights
+        if self.accelerator.scaler and resume.state[SCALER]:
+            self.accelerator.scaler.load_state_dict(resume.state[SCALER])
         averages = resume.averages()
         if self.ema and averages:
             self.ema.load(averages.model)
 
     def _optimizer_tensors(self, resume: Resume) -> dict[str, Tensor]:
         if resume.shards is None:
-            whole: dict[str, Tensor] = resume.state[OPTIMIZER]
-            return whole
+            tensors: dict[str, Tensor] = resume.state[OPTIMIZER]
+            return tensors
         parameters = {name: p for p, name in sharded_state.parameter_names(self.network).items()}
 
-        def like(group: str, name: str, shape: Any) -> Tensor:
+        def target(group: str, name: str, shape: torch.Size) -> Tensor:
             return sharded_state.empty_like(parameters.get(name.rpartition("/")[0]), shape)
 
-        return sharded_state.load_sharded(resume.shards, like, patient_group(self.accelerator)).get(OPTIMIZER, {})
+        return sharded_state.load_sharded(resume.shards, target, gloo_group(self.accelerator)).get(OPTIMIZER, {})

@@ -1,12 +1,11 @@
-"""How much arithmetic a training step is: counted by torch on the meta device, where nothing is computed.
+"""The FLOPs of a training step, counted by torch on the meta device, which computes nothing.
 
-The live network is never looked at, so it does not matter how it is wrapped, sharded or compiled. FLOPs that gradient
-checkpointing spends a second time are not counted: they are not the model's (Chowdhery et al. 2022, PaLM, appendix B).
+The count uses a second network, so it does not depend on how the trained one is wrapped, sharded or compiled. It leaves
+out the FLOPs that gradient checkpointing repeats (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from titans_video.models.registry import build_network
 from titans_video.types import Condition, TextCondition
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets, accumulating in float32: (bf16 and fp16, fp32 outside tensor cores).
-# A device is the first line whose words are all in its name.
+# A device matches the first line whose words are all in its name.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 75.0),
     ("H200 NVL", 835.0, 60.0),
@@ -40,16 +39,15 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090 Ti", 80.0, 40.0),
     ("RTX 3090", 71.0, 35.6),
 )
-
 _OTHER_CHIPS = {"Laptop", "MIG", "D"}
-"""Words of a name that make it a slower chip, or a part of one."""
+"""Words in the names of slower variants and of parts of a device."""
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s that a device reaches at most on dense matrix products; None where that is not known.
+    """Return the peak FLOP/s of a device for dense matrix products, or None if it is unknown.
 
     Args:
-        name: as CUDA gives it, e.g. `NVIDIA H100 80GB HBM3`.
+        name: as CUDA reports it, e.g. `NVIDIA H100 80GB HBM3`.
         precision: `bf16`, `fp16`, or `no` (float32 without TF32).
     """
     words = set(re.findall(r"\w+", name))
@@ -62,15 +60,17 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """`peak_flops` of a device of this machine, as torch is set to use it."""
+    """Return `peak_flops` of a device of this machine with torch's current settings."""
     if device.type != "cuda" or (precision == "no" and torch.get_float32_matmul_precision() != "highest"):
         return None
     return peak_flops(torch.cuda.get_device_name(device), precision)
 
 
-def count_flops(forward: Callable[[], Tensor]) -> int:
-    """FLOPs of a forward and a backward pass: three times a forward one (torch counts the backward pass of a depthwise
-    convolution as a full one's, hundreds of times too high), attention as the plain products that it stands for.
+def count_flops(forward: Callable[[], object]) -> int:
+    """Count the FLOPs of a forward and a backward pass, as three times those of a forward pass.
+
+    torch counts the backward pass of a depthwise convolution as that of a full one, hundreds of times too high.
+    Attention counts as plain matrix products.
 
     Args:
         forward: computes on the meta device.
@@ -81,22 +81,22 @@ def count_flops(forward: Callable[[], Tensor]) -> int:
 
 
 def clip_flops(
-    model: dict[str, Any],
+    model: Mapping[str, object],
     latent_shape: Sequence[int],
     text_lengths: Sequence[int],
     text_widths: Sequence[int],
-    extra: Callable[[Tensor, Tensor], dict[str, Any]] = lambda latents, times: {},
+    extra: Callable[[Tensor, Tensor], Mapping[str, object]] = lambda latents, times: {},
 ) -> int:
-    """FLOPs of one clip's forward and backward pass; those of a batch are its multiple.
+    """Count the FLOPs of one clip's forward and backward pass; those of a batch are a multiple of it.
 
     Args:
-        model: the config of a network of `models.table`.
+        model: the config of a network in `models.registry`.
         latent_shape: (C, t, h, w).
         text_lengths, text_widths: tokens and width of each text stream (width 0: byte ids).
-        extra: what the network is given beside latents, times and condition.
+        extra: returns further arguments of the network from the latents and timesteps.
     """
     with torch.device("meta"):
-        network = build_network(model).to("meta")  # also what a library made elsewhere
+        network = build_network(model).to("meta")  # `to` also moves what a library created on another device
         states = [
             torch.empty(1, length, width) if width else torch.empty(1, length, dtype=torch.int64)
             for length, width in zip(text_lengths, text_widths, strict=True)

@@ -1,4 +1,4 @@
-"""What keeps a long run from going wrong in silence: steps without a finite loss or gradient, and loss spikes."""
+"""Checks of a long run: steps without a finite loss or gradient, loss spikes, full memory, and signals."""
 
 import contextlib
 import math
@@ -22,20 +22,28 @@ from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
 
 StepStatus = Literal["good", "skipped", "settling"]
+"""Good: the weights are updated. Skipped: the loss or gradient is not finite, so the weights are not updated. Settling:
+the fp16 gradient overflowed, so the loss scale is lowered and the weights are not updated."""
+
 NAMED_ROWS = 8
+"""Rows that a message names."""
 SPIKE_WARMUP = 50
+"""Good steps before a loss can be a spike."""
 SPIKE_DEVIATIONS = 6.0
 SPIKE_FACTOR = 1.5
 SPIKE_MEMORY = 0.98
+"""Decay of the mean and variance of the log of the loss."""
+ECHO_SECONDS = 1.0
+"""A launcher may pass on the same signal twice within this time."""
 
 
 class DivergedError(UserError):
-    """The run cannot go on: too many steps in a row had no finite loss or gradient."""
+    """Too many steps in a row had no finite loss or gradient."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that was skipped or whose loss leapt (`kind` spike), and the rows that are to blame or may be."""
+    """A skipped step or a loss spike, and the rows that caused it or may have caused it."""
 
     step: int
     kind: Literal["skipped", "spike"]
@@ -43,15 +51,24 @@ class Event:
     grad_norm: float
     rows: list[str]
 
+    def __str__(self) -> str:
+        rows = format_rows(self.rows)
+        if self.kind == "spike":
+            return f"Step {self.step}: the loss jumped to {self.loss:.4g}. Rows: {rows}."
+        return (
+            f"Step {self.step} is skipped: loss {self.loss:.4g} and gradient norm {self.grad_norm:.4g} are not both "
+            f"finite. Rows: {rows}."
+        )
+
 
 @dataclass
 class Guard:
-    """Judges each optimizer step by its loss and gradient norm, which all processes share.
+    """Judge each optimizer step by its loss and gradient norm, which are equal on all processes.
 
     Attributes:
         bad_in_a_row: steps skipped since the last good one.
-        skipped: steps skipped in all.
-        mean, variance: of the log of the loss over the last some fifty good steps.
+        skipped: steps skipped in total.
+        mean, variance: of the log of the loss, over about the last fifty good steps.
         seen: good steps.
     """
 
@@ -62,10 +79,10 @@ class Guard:
     seen: int = 0
 
     def judge(self, loss: float, norm: float, settling: bool = False) -> StepStatus:
-        """Count a step.
+        """Count a step and return its status.
 
         Args:
-            settling: a gradient scaler still has room to lower its scale, so that an overflow means nothing.
+            settling: the gradient scaler can still lower its scale, so an overflow is no error.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             self.bad_in_a_row = 0
@@ -77,13 +94,16 @@ class Guard:
         return "skipped"
 
     def is_spike(self, loss: float) -> bool:
-        """Take a good step's loss in; whether it stands out: more than 6 standard deviations of its logarithm (and a
-        factor of 1.5) above the recent mean. Losses at random times spread by a factor, not by a sum."""
+        """Add a good step's loss to the statistics, and return whether it is a spike.
+
+        A spike is more than 6 standard deviations of the logarithm, and a factor of 1.5, above the recent mean. The
+        logarithm is used because losses at random timesteps differ by a factor.
+        """
         value = math.log(max(loss, 1e-12))
-        border = self.mean + max(SPIKE_DEVIATIONS * math.sqrt(self.variance), math.log(SPIKE_FACTOR))
-        spike = self.seen >= SPIKE_WARMUP and value > border
-        # A spike moves the statistics no further than the border, or the next would not be seen.
-        value = min(value, border) if self.seen >= SPIKE_WARMUP else value
+        threshold = self.mean + max(SPIKE_DEVIATIONS * math.sqrt(self.variance), math.log(SPIKE_FACTOR))
+        spike = self.seen >= SPIKE_WARMUP and value > threshold
+        # A spike moves the statistics only up to the threshold, or the next spike would be missed.
+        value = min(value, threshold) if self.seen >= SPIKE_WARMUP else value
         keep = min(SPIKE_MEMORY, self.seen / (self.seen + 1))
         change = value - self.mean
         self.mean += (1 - keep) * change
@@ -91,28 +111,23 @@ class Guard:
         self.seen += 1
         return spike
 
-    def words(self, event: Event, most: int, folder: Path, last: Path) -> str:
-        """What to say of a step that was skipped or whose loss leapt.
+    def check(self, event: Event, max_bad_steps: int, run: Path, checkpoint: Path | None) -> None:
+        """Stop the run after too many skipped steps in a row.
 
         Args:
-            most: steps in a row that may be skipped.
-            folder: of the run.
-            last: its last checkpoint; the folder itself where there is none.
-
+            event: the newest.
+            run: the run's folder.
+            checkpoint: the last one, if any.
         Raises:
-            DivergedError: it is the last of `most` steps in a row that were skipped.
+            DivergedError: this was the last of `max_bad_steps` skipped steps in a row.
         """
-        rows = rows_in_words(event.rows)
-        if event.kind == "spike":
-            return f"Step {event.step}: the loss leapt to {event.loss:.4g}. Rows: {rows}."
-        said = f"loss {event.loss:.4g} and gradient norm {event.grad_norm:.4g} are not both finite"
-        if self.bad_in_a_row < most:
-            return f"Step {event.step} is skipped: {said} ({self.bad_in_a_row} in a row). Rows: {rows}."
-        stands = "there is no checkpoint yet" if last == folder else f"{last} stands"
+        if self.bad_in_a_row < max_bad_steps:
+            return
         raise DivergedError(
-            f"Step {event.step}: {said}, the last of {most} such steps in a row (--max-bad-steps {most}). Rows: {rows} "
-            f"(all are in {folder / EVENTS}). Nothing was learned from these steps; {stands}. Look "
-            "at the rows, lower --lr, or raise --lr-warmup-steps."
+            f"{event} This was the last of {max_bad_steps} such steps in a row (--max-bad-steps {max_bad_steps}). All "
+            f"of them are in {run / EVENTS}. They did not change the weights. "
+            f"{f'The last checkpoint is {checkpoint}.' if checkpoint else 'There is no checkpoint yet.'} "
+            "Look at the rows, lower --lr, or raise --lr-warmup-steps."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,28 +137,28 @@ class Guard:
         self.__dict__.update(state)
 
 
-def rows_in_words(ids: list[str]) -> str:
-    """The first few rows."""
+def format_rows(ids: list[str]) -> str:
+    """Return the first few row ids and the number of the others."""
     more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
     return ", ".join(ids[:NAMED_ROWS]) + more
 
 
 def suspects(batches: list[Batch], losses: list[float]) -> tuple[list[str], list[str]]:
-    """(rows of micro-batches whose own loss is not finite, all rows) of one process."""
+    """Return (rows of micro-batches whose loss is not finite, all rows) of one process."""
     own = [i for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss) for i in batch.ids]
     return own, [i for batch in batches for i in batch.ids]
 
 
 class OutOfMemory(UserError):
-    """The device's memory does not hold a step."""
-
-    alone = True
+    """A step does not fit into the device's memory."""
 
 
 @contextlib.contextmanager
-def memory_watched(batch: Batch, network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Where the memory does not hold what is done here with batches like this one, say which bucket, and what to lower.
+def explain_out_of_memory(batch: Batch, network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Replace torch's error about full memory by one that names the bucket and what to change.
 
+    Args:
+        batch: a batch of the bucket that is processed.
     Raises:
         OutOfMemory: the device has no more memory.
     """
@@ -151,38 +166,32 @@ def memory_watched(batch: Batch, network: nn.Module, device: torch.device) -> It
         yield
     except torch.OutOfMemoryError as e:
         checkpointing = bool(getattr(network, "gradient_checkpointing", False))
-        raise out_of_memory(e, batch, device, checkpointing) from None
+        raise OutOfMemory(_format_out_of_memory(str(e), batch, device, checkpointing)) from None
 
 
-def out_of_memory(
-    error: torch.OutOfMemoryError, batch: Batch, device: torch.device, checkpointing: bool
-) -> OutOfMemory:
-    """The error that says which bucket did not fit and what to lower."""
-    wanted = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
-    ways = [
+def _format_out_of_memory(error: str, batch: Batch, device: torch.device, checkpointing: bool) -> str:
+    allocation = re.search(r"Tried to allocate [\d.]+ \w+", error)
+    remedies = [
         f"--batch-size {max(len(batch) // 2, 1)} with a larger --grad-accum" if len(batch) > 1 else "",
         "" if checkpointing else "--gradient-checkpointing",
         "a smaller --resolution (or --height, --width, --buckets) or --num-frames",
         "--mixed-precision bf16, and --cache so that no VAE or text encoder is loaded",
-        "FSDP2 (configs/accelerate/fsdp2.yaml) where weights and optimizer fill the memory",
+        "FSDP2 (configs/accelerate/fsdp2.yaml) if the weights and the optimizer state fill the memory",
     ]
-    return OutOfMemory(
+    return (
         f"Out of memory on {device} with the bucket {batch.height}x{batch.width}x{batch.frames} "
-        f"({len(batch)} clips at once). {wanted[0] + '. ' if wanted else ''}What helps, the cheapest first: "
-        + "; ".join(w for w in ways if w)
+        f"({len(batch)} clips at once). {allocation[0] + '. ' if allocation else ''}Remedies, the cheapest first: "
+        + "; ".join(r for r in remedies if r)
         + "."
     )
 
 
-ECHO_SECONDS = 1.0
-
-
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; another one ends the process at once.
+    """Context in which the first SIGINT or SIGTERM only sets `signal`, and a second one ends the process at once.
 
-    A launcher passes on what it gets, sometimes twice. Under one, a signal that follows another within a second is
-    therefore an echo, and is ignored. A process whose launcher is gone is told so as by a SIGTERM: nobody would
-    end it any more, and the next start would find it still writing.
+    A launcher passes on the signals that it receives, sometimes twice. With a launcher, a second signal within a second
+    is therefore ignored. If the launcher ends, `signal` becomes SIGTERM: no other process would end this one, and a new
+    run would find it still writing.
     """
 
     def __init__(self) -> None:
@@ -194,14 +203,14 @@ class Interrupt:
 
     @property
     def signal(self) -> int:
-        """The signal received, or 0."""
+        """The received signal, or 0."""
         if not self._signal and self._launched and os.getppid() != self._parent:
             self._signal = signal.SIGTERM
         return self._signal
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets the main thread alone handle signals
+            return self  # in Python only the main thread handles signals
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._received)
         return self

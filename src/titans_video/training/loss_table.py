@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
 from titans_video.data.held_out import HeldOut, Piece
 from titans_video.training import distributed
-from titans_video.training.distributed import Accelerator
-from titans_video.training.recipe import Validated
+from titans_video.training.recipe import Recipe
 
 Cell = tuple[str, str]
 """A task and a bucket."""
@@ -20,7 +20,7 @@ Cell = tuple[str, str]
 
 @dataclass
 class Sums:
-    """Of the rows of one cell: the summed loss at each quantile, the elements that it is over, the rows."""
+    """Of the rows of one cell: the summed loss at each quantile, the number of elements, the number of rows."""
 
     losses: list[float]
     elements: int = 0
@@ -36,33 +36,33 @@ class Sums:
 
 
 def quantiles(count: int) -> list[float]:
-    """`count` even quantiles without the ends: 9 are 0.1, 0.2, ... 0.9."""
+    """Return `count` evenly spaced quantiles without the ends: 9 are 0.1, 0.2, ... 0.9."""
     return [round((i + 1) / (count + 1), 6) for i in range(count)]
 
 
 def measure(
-    recipe: Validated,
+    recipe: Recipe,
     model: nn.Module,
     rows: HeldOut,
     count: int,
     accelerator: Accelerator,
     on_piece: Callable[[], bool],
 ) -> dict[Cell, Sums] | None:
-    """The sums of every cell, the same on all processes.
+    """Measure the sums of every cell; they are equal on all processes.
 
-    Pieces are dealt to the processes in turn, bucket by bucket, and the last turn of a bucket is filled up with pieces
-    that count for nothing, so that all processes call the model equally often: a sharded one needs all of them at once.
-    The sums are added up in the order of the pieces, so they do not depend on the number of processes.
+    Pieces are assigned to the processes in turns, bucket by bucket. The last turn of a bucket is filled with repeated
+    pieces that are not counted. All processes then call the model equally often, as a sharded model requires. The sums
+    are added in the order of the pieces, so they do not depend on the number of processes.
 
     Args:
         count: of quantiles.
-        on_piece: called on every process before each turn; gives False to leave off.
+        on_piece: called on every process before each turn; returns False to stop.
     Returns:
-        None where it was left off.
+        The sums by cell, or None if it was stopped.
     """
     times, pieces = quantiles(count), rows.pieces()
     found: list[tuple[int, list[float], int, int]] = []
-    for turn in deal(pieces, accelerator.num_processes):
+    for turn in assign(pieces, accelerator.num_processes):
         if not on_piece():
             return None
         number, piece, counts = turn[accelerator.process_index]
@@ -79,8 +79,8 @@ def measure(
     return cells
 
 
-def deal(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, bool]]]:
-    """Turns: in each, every process has one piece with its number and whether it counts, all of one bucket."""
+def assign(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, bool]]]:
+    """Return turns of one piece for each process, all of one bucket, with its number and whether it is counted."""
     turns: list[list[tuple[int, Piece, bool]]] = []
     buckets = dict.fromkeys(piece.bucket for piece in pieces)
     for bucket in buckets:
@@ -92,8 +92,8 @@ def deal(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, boo
 
 
 def as_line(cells: dict[Cell, Sums], count: int) -> dict[str, Any]:
-    """What validation.jsonl says of them; losses are means over the supervised elements."""
-    total = whole(cells, count)
+    """Return the values for validation.jsonl; losses are means over the supervised elements."""
+    total = sum_cells(cells, count)
     return {
         "loss": _mean(total),
         "quantiles": quantiles(count),
@@ -113,8 +113,8 @@ def as_line(cells: dict[Cell, Sums], count: int) -> dict[str, Any]:
     }
 
 
-def whole(cells: dict[Cell, Sums], count: int) -> Sums:
-    """All cells as one."""
+def sum_cells(cells: dict[Cell, Sums], count: int) -> Sums:
+    """Return the sums over all cells."""
     total = Sums([0.0] * count)
     for sums in cells.values():
         total.add(sums.losses, sums.elements, sums.rows)
@@ -126,23 +126,23 @@ def _mean(sums: Sums) -> float | None:
 
 
 def as_table(line: Mapping[str, Any]) -> list[list[Any]]:
-    """The table of a line of validation.jsonl: a head, a row a cell, and one of all where there are several."""
+    """Return the table of a line of validation.jsonl: a header, a row for each cell, and the total of several cells."""
     rows = [[c["task"], c["bucket"], c["rows"], *c["losses"], c["loss"]] for c in line["cells"]]
     if len(rows) > 1:
         rows.append(["all", "", line["rows"], *line["losses"], line["loss"]])
     return [["task", "bucket", "rows", *(f"{q:g}" for q in line["quantiles"]), "mean"], *rows]
 
 
-def in_cell(value: Any) -> str:
-    """A value of `as_table` in words: losses to four places."""
+def format_cell(value: Any) -> str:
+    """Return a value of `as_table` as text; losses have four decimal places."""
     if value is None:
         return "-"
     return str(value) if not isinstance(value, float) else f"{value:.4f}" if value < 100 else f"{value:.4g}"
 
 
-def in_words(line: Mapping[str, Any]) -> str:
-    """The table of a line of validation.jsonl, for the terminal."""
-    rows = [[in_cell(x) for x in row] for row in as_table(line)]
+def format_table(line: Mapping[str, Any]) -> str:
+    """Return the table of a line of validation.jsonl for the terminal."""
+    rows = [[format_cell(x) for x in row] for row in as_table(line)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def aligned(row: Sequence[str]) -> str:

@@ -1,40 +1,50 @@
-"""Logs of one JSON object a line, by optimizer step: metrics.jsonl, events.jsonl, validation.jsonl."""
+"""Measurements of the steps of a run, and their logs: one JSON object a line (metrics.jsonl, events.jsonl)."""
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from titans_video.checkpoint import atomic_path
 from titans_video.config.options import TrainOptions
 from titans_video.data.manifest import TASKS
+from titans_video.media.plots import format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
-from titans_video.training.run_folder import CURVE, EVENTS, NAME
+from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
 from titans_video.training.tracking import Tracker
-from titans_video.types import Batch
+
+logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 2.0
+"""Seconds between writes of the metrics."""
+SMOOTHING = 0.95
+"""Decay of the smoothed loss."""
+WINDOW = 50
+"""Optimizer steps over which speeds are averaged."""
+TASK_SUMS = 3
+"""Sums of a task: loss, supervised elements, rows."""
+CURVE_SECONDS = 60.0
+"""Least seconds between two drawings of the loss curve."""
 
 
 class MetricsLog:
-    """Appends lines; lines past `step` (of a run that went on after its last checkpoint) are cut off first.
+    """A file to which lines are appended. When a run resumes, the lines of steps after its checkpoint are removed.
 
-    A full disk does not lose lines: they wait in memory until there is room.
+    A full disk loses no lines: they stay in memory until there is room.
 
     Args:
-        path: of the file; it is created.
-        step: optimizer steps done so far. Lines of later steps, and a half line at the end, are removed.
+        path: of the file, which is created.
+        step: optimizer steps done so far. Lines of later steps and a partial last line are removed.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -45,11 +55,11 @@ class MetricsLog:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, values: dict[str, Any], now: float) -> None:
-        """Add a line; values that JSON cannot say (infinities, NaN) become null.
+        """Add a line. Infinities and NaN become null, because JSON does not have them.
 
         Args:
             values: plain values by name.
-            now: seconds on any clock; lines go to the file every couple of them.
+            now: seconds on any clock; lines are written to the file every two seconds.
         """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._pending += (json.dumps(clean) + "\n").encode()
@@ -57,7 +67,7 @@ class MetricsLog:
             self._written = now
             try:
                 self._flush()
-            except OSError:  # said when a checkpoint fails for the same reason; the lines are kept until then
+            except OSError:  # reported when a checkpoint fails for the same reason; the lines are kept until then
                 return
 
     def _flush(self) -> None:
@@ -66,10 +76,10 @@ class MetricsLog:
             self._pending = self._pending[count:]
 
     def sync(self) -> None:
-        """Make what was written survive anything; before a checkpoint that counts on it.
+        """Write all lines to the disk; needed before a checkpoint of the same step.
 
         Raises:
-            OSError: it does not fit.
+            OSError: the disk is full.
         """
         self._flush()
         os.fsync(self._file)
@@ -90,7 +100,7 @@ class MetricsLog:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Remove the lines of steps past `step` and damaged lines."""
+    """Remove the lines of steps after `step`, and damaged lines."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -101,7 +111,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _step(line: str) -> int | None:
-    """The step of a whole line, or None."""
+    """Return the step of a complete line, or None."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -110,54 +120,35 @@ def _step(line: str) -> int | None:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The values of the last whole line; empty where there is none."""
+    """Return the values of the last complete line, or an empty dict."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     found: dict[str, Any] = json.loads(lines[-1]) if lines and _step(lines[-1]) is not None else {}
     return found
 
 
-SMOOTHING = 0.95
-
-WINDOW = 50
-"""Optimizer steps that speeds are averaged over."""
-
-
-class Measured(Protocol):
-    """How much work a batch is; see `training.recipe.Recipe`."""
-
-    def tokens(self, batch: Batch) -> int: ...
-    def flops(self, batch: Batch) -> float: ...
-
-
 @dataclass(frozen=True)
 class Work:
-    """What one process computes in an optimizer step; no FLOPs where the device's peak is not known."""
+    """The work of one process in an optimizer step. FLOPs are counted only if the device's peak is known."""
 
     frames: int
     tokens: int
     flops: float = 0.0
 
 
-def work_of(recipe: Measured, micro: Sequence[Batch], count_flops: bool) -> Work:
-    """The work of one process's micro-batches."""
-    flops = sum(recipe.flops(b) for b in micro) if count_flops else 0.0
-    return Work(sum(len(b) * b.frames for b in micro), sum(recipe.tokens(b) for b in micro), flops)
-
-
 class Rates:
-    """Speeds over the last `WINDOW` steps, and the loss smoothed.
+    """Speeds over the last `WINDOW` steps, and the smoothed loss.
 
-    All processes' share of a step is equal (the rows of a global batch are of one bucket), so this process's counts
-    times their number are the run's. Nothing is exchanged.
+    The processes have equal shares of a step, because the rows of a global batch are of one bucket. The counts of the
+    run are therefore the counts of this process times the number of processes, and need no communication.
 
     Args:
-        max_steps: where the run ends.
+        max_steps: of the run.
         processes: how many share a step.
-        peak: FLOP/s that this process's device can do; None: not known.
-        loss: the smoothed loss so far, of a run that goes on.
+        peak: FLOP/s of this process's device, or None if unknown.
+        loss: the smoothed loss so far, when a run is resumed.
     Attributes:
-        line: what metrics.jsonl keeps of the last step: loss_smooth, frames_per_second, tokens_per_second, data_wait
-            (a share), mfu (a share) and eta_seconds. Frames and tokens are those of all processes.
+        line: the values of the last step for metrics.jsonl: loss_smooth, frames_per_second, tokens_per_second,
+            data_wait (a fraction), mfu (a fraction) and eta_seconds. Frames and tokens are those of all processes.
     """
 
     def __init__(
@@ -168,13 +159,14 @@ class Rates:
         self.line: dict[str, Any] = {}
 
     def update(self, step: int, work: Work, loss: float, seconds: float, data_seconds: float) -> None:
-        """Take an optimizer step in.
+        """Add an optimizer step.
 
         Args:
-            step: how many are done.
-            work: this process's.
-            loss: of all processes; one that is not finite is passed over.
-            seconds: that it took, of which it `data_seconds` for data.
+            step: optimizer steps done.
+            work: of this process.
+            loss: of all processes; it is ignored if it is not finite.
+            seconds: duration of the step.
+            data_seconds: the part of it spent waiting for data.
         """
         if math.isfinite(loss):
             self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
@@ -189,78 +181,47 @@ class Rates:
             "eta_seconds": round((self.max_steps - step) * time / len(works), 1),
         }
 
-    def text(self) -> str:
-        """`loss 0.1234 | 12.3k tok/s | 210 frames/s | data 3% | MFU 41%`, for the progress bar."""
+    def __str__(self) -> str:
+        """Return `loss 0.1234 | 12.3k tok/s | 210 frames/s | data 3% | MFU 41%`, for the progress bar."""
         line = self.line
         parts = [] if line["loss_smooth"] is None else [f"loss {line['loss_smooth']:.4f}"]
         parts += [
-            f"{in_short(line['tokens_per_second'])} tok/s",
-            f"{in_short(line['frames_per_second'])} frames/s",
+            f"{format_short(line['tokens_per_second'])} tok/s",
+            f"{format_short(line['frames_per_second'])} frames/s",
             f"data {line['data_wait']:.0%}",
         ]
         return " | ".join(parts if line["mfu"] is None else [*parts, f"MFU {line['mfu']:.0%}"])
 
 
-def in_short(number: float) -> str:
-    """Three digits and a letter: 7.25, 210, 12.3k, 4.56M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
-        if abs(number) >= 0.9995 * size:
-            value = number / size
-            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{letter}"
-    return f"{number:.2f}"
-
-
-SUMS = 3
-"""Of a task: summed loss, supervised elements, rows."""
-
-
-def task_sums(recipe: Any, micro: Sequence[Batch], losses: Sequence[Tensor]) -> Tensor:
-    """(K * SUMS,) float32 of one process's micro-batches, to be added up over the processes; zeros where `losses` are
-    sums over all rows.
+def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
+    """Return the values of each task for metrics.jsonl: `loss_<task>`, the mean over its supervised elements, and
+    `rows_<task>`.
 
     Args:
-        recipe: has `row_elements` if its losses are of rows; see `training.recipe.Recipe`.
-        losses: of each micro-batch, (B,) or a scalar.
+        sums: from `trainer.task_sums`, added over the processes. Tasks without elements are left out.
     """
-    sums = torch.zeros(len(TASKS), SUMS, device=losses[0].device)
-    for batch, loss in zip(micro, losses, strict=True):
-        if loss.ndim == 0:
-            continue
-        kinds = torch.tensor([TASKS.index(task) for task in batch.tasks], device=loss.device)
-        elements = recipe.row_elements(batch).to(loss)
-        sums.index_add_(0, kinds, torch.stack([loss.float(), elements, torch.ones_like(elements)], dim=1))
-    return sums.flatten()
-
-
-def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
-    """What metrics.jsonl says of a step's tasks: `loss_<task>`, the mean over its supervised elements, and
-    `rows_<task>`, of the tasks that the step had."""
     line: dict[str, float | int] = {}
     for i, task in enumerate(TASKS):
-        loss, elements, rows = sums[i * SUMS : (i + 1) * SUMS]
+        loss, elements, rows = sums[i * TASK_SUMS : (i + 1) * TASK_SUMS]
         if elements:
             line |= {f"loss_{task}": loss / elements, f"rows_{task}": round(rows)}
     return line
 
 
-CURVE_SECONDS = 60.0
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, over all processes.
+    """One optimizer step of all processes.
 
     Attributes:
         loss: mean over the supervised elements.
-        lr: AdamW's learning rate in it.
+        lr: AdamW's learning rate.
         grad_norm: before clipping.
         elements: supervised elements.
-        waited: seconds this process waited for data.
-        signal: the signal that a process received, or 0.
+        data_seconds: seconds that this process waited for data.
+        signal: the signal that any process received, or 0.
         work: of this process.
-        verdict: `good`; or nothing was learned from it: `skipped`, its loss or gradient was not finite; `settling`, its
-            fp16 gradient overflowed and the loss scale was lowered.
-        tasks: each task's own loss and rows, as `tasks.task_losses` names them.
+        step_status: see `guards.StepStatus`.
+        task_sums: from `trainer.task_sums`, added over the processes.
     """
 
     loss: float
@@ -270,20 +231,20 @@ class StepResult:
     data_seconds: float
     signal: int
     work: Work
-    step_status: StepStatus = "good"
-    tasks: Mapping[str, float] = field(default_factory=dict)
+    step_status: StepStatus
+    task_sums: list[float]
 
 
 class Recorder:
-    """Writes and shows what the main process knows; to be entered, and on the main process alone.
+    """The progress bar and the logs of a run; a context manager of the main process.
 
     Args:
         run: the run's folder.
         options: of the run.
-        step: that the run begins at, or goes on from; later lines are cut off.
+        step: at which the run starts or resumes; lines of later steps are removed.
         processes: of the run.
-        peak: FLOP/s that this process's device can do; None: not known.
-        tracker: is sent the scalars.
+        peak: FLOP/s of this process's device, or None if unknown.
+        tracker: receives the scalars.
     """
 
     def __init__(
@@ -292,9 +253,9 @@ class Recorder:
         self.run, self.options, self.tracker = run, options, tracker
         run.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
-        self.metrics = self._open.enter_context(MetricsLog(run / NAME, step))
+        self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
-        self.rates = Rates(options.max_steps, processes, peak, last_line(run / NAME).get("loss_smooth"))
+        self.rates = Rates(options.max_steps, processes, peak, last_line(run / METRICS).get("loss_smooth"))
         self.bar = self._open.enter_context(
             tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True)
         )
@@ -310,8 +271,8 @@ class Recorder:
         """Record an optimizer step.
 
         Args:
-            step: how many are done.
-            seconds: that it took.
+            step: optimizer steps done.
+            seconds: duration of the step.
         """
         self.rates.update(step, result.work, result.loss, seconds, result.data_seconds)
         line = {
@@ -322,37 +283,35 @@ class Recorder:
             "elements": result.elements,
             "seconds": round(seconds, 4),
             "data_seconds": round(result.data_seconds, 4),
-            **result.tasks,
+            **task_losses(result.task_sums),
             **self.rates.line,
         }
         self.metrics.write(line, time.perf_counter())
         if step % self.options.log_every == 0 or step == self.options.max_steps:
             self.tracker.scalars(step, line)
-            self.bar.set_postfix_str(self.rates.text(), refresh=False)
+            self.bar.set_postfix_str(str(self.rates), refresh=False)
         self.bar.update()
 
     def event(self, event: Event) -> None:
-        """Record what happened in a step."""
+        """Record a skipped step or a loss spike."""
         self.events.write(asdict(event), time.perf_counter())
 
     def sync(self) -> None:
-        """Make all lines survive anything.
+        """Write all lines to the disk.
 
         Raises:
-            OSError: they do not fit on the disk; they are kept, and written when there is room.
+            OSError: the disk is full. The lines are kept and written when there is room.
         """
         self.metrics.sync()
         self.events.sync()
 
-    def draw_curve(self, always: bool, say: Callable[[str], None]) -> None:
-        """Draw the loss curve; frequent checkpoints do not wait for a picture each, and no run ends for want of one."""
+    def draw_curve(self, always: bool) -> None:
+        """Draw the loss curve, at most once a minute unless `always`. A failure does not end the run."""
         now = time.monotonic()
         if not always and now - self._drawn < CURVE_SECONDS:
             return
-        from titans_video.media.plots import loss_curve
-
         try:
-            loss_curve(self.run / NAME, self.run / CURVE)
+            loss_curve(self.run / METRICS, self.run / LOSS_CURVE)
         except OSError as e:
-            say(f"{self.run / CURVE} could not be written: {e.strerror or e}.")
+            logger.warning(f"{self.run / LOSS_CURVE} could not be written: {e.strerror or e}.")
         self._drawn = now

@@ -1,4 +1,4 @@
-"""Optimizers behind one stepping interface, and learning rates as a function of the step."""
+"""Optimizers with one interface, and averaged weights (EMA)."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,38 +10,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from titans_video.config.options import TrainOptions
-from titans_video.training.sharded_state import piece_of, placed_like, reshard, whole_of
+from titans_video.training.sharded_state import full_of, piece_of, placed_like, reshard
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch's default
 
 
-def learning_rate_factor(step: int, options: TrainOptions) -> float:
-    """What every base learning rate is multiplied by at optimizer step `step` (0 is the first).
-
-    Linear warm-up to 1 over `lr_warmup_steps`, then constant, or linear or cosine down to `min_lr / lr` at `max_steps`.
-    """
-    if step < options.lr_warmup_steps:
-        return (step + 1) / options.lr_warmup_steps
-    if options.lr_schedule == "constant":
-        return 1.0
-    length = max(options.max_steps - options.lr_warmup_steps, 1)
-    progress = min((step - options.lr_warmup_steps) / length, 1.0)
-    left = 1.0 - progress if options.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    floor = options.min_lr / options.lr
-    return floor + (1.0 - floor) * left
-
-
-def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
-    """Every group's `lr` becomes its `base_lr` times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """Two-dimensional weights of linear layers inside repeated blocks (any `nn.ModuleList`), which are Muon's.
+    """Return the weights that Muon trains: matrices of linear layers inside repeated blocks (any `nn.ModuleList`).
 
-    Embeddings, the first and last layers, norms and biases are not among them: orthogonal updates suit maps between
-    hidden states only (Jordan et al. 2024).
+    Embeddings, the first and last layers, norms and biases are excluded, because orthogonal updates suit only maps
+    between hidden states (Jordan et al. 2024).
     """
     found: dict[nn.Parameter, None] = {}
     for container in network.modules():
@@ -53,10 +31,10 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
 
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
-    """AdamW, or Muon for the hidden matrices with AdamW for the rest. Weight decay is on matrices alone."""
+    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest. Only matrices have weight decay."""
     matrices = hidden_matrices(network) if options.optimizer == "muon" else []
-    taken = set(matrices)
-    rest = [p for p in network.parameters() if p.requires_grad and p not in taken]
+    in_muon = set(matrices)
+    rest = [p for p in network.parameters() if p.requires_grad and p not in in_muon]
     adamw = [
         _group([p for p in rest if p.ndim >= 2], options.lr, options.weight_decay),
         _group([p for p in rest if p.ndim < 2], options.lr, 0.0),
@@ -72,9 +50,9 @@ def _group(params: Iterable[Tensor], lr: float, weight_decay: float) -> dict[str
 
 
 class MuonWithAdamW(Optimizer):
-    """One optimizer for the outside (gradient scaling, checkpoints); inside, Muon and AdamW each own some groups.
+    """Muon for some groups and AdamW for the others, as one optimizer for gradient scaling and checkpoints.
 
-    Both keep their state in this optimizer's `state`, so its state dict has the usual form.
+    Both store their state in this optimizer's `state`, so its state dict has the usual form.
     """
 
     def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
@@ -82,10 +60,10 @@ class MuonWithAdamW(Optimizer):
         self.adamw = AdamW(adamw, betas=betas, fused=True) if adamw else None
         inner = self.muon.param_groups + (self.adamw.param_groups if self.adamw else [])
         super().__init__([{**g, "muon": i < len(muon)} for i, g in enumerate(inner)], {})
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        """Let the inner optimizers work on this one's groups and state."""
+    def _share_state(self) -> None:
+        """Let the inner optimizers use this optimizer's groups and state."""
         self.muon.param_groups = [g for g in self.param_groups if g["muon"]]
         self.muon.state = self.state
         if self.adamw:
@@ -94,7 +72,7 @@ class MuonWithAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._share()
+        self._share_state()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -106,10 +84,10 @@ class MuonWithAdamW(Optimizer):
 
 
 class Float32Muon(Muon):
-    """torch's Muon, whose orthogonalisation is done in float32 on CPUs, for all matrices of a shape at once.
+    """torch's Muon, but on CPUs it orthogonalises in float32, for all matrices of a shape together.
 
-    torch iterates in bfloat16, one matrix at a time. On CPUs without bfloat16 units that is some twenty times slower,
-    and its rounding would make a run depend on how many processes share it. Elsewhere this is torch's own step.
+    torch iterates in bfloat16, one matrix at a time. On CPUs without bfloat16 units that is about twenty times slower,
+    and its rounding would make a run depend on the number of processes. On other devices this is torch's own step.
     """
 
     @torch.no_grad()
@@ -126,7 +104,7 @@ class Float32Muon(Muon):
                 self._step_shape(params, group)
 
     def _step_shape(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Algorithm of `torch.optim.Muon` for N matrices of one shape (A, B), which may be sharded."""
+        """Apply `torch.optim.Muon` to N matrices of one shape (A, B), which may be sharded."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -134,8 +112,8 @@ class Float32Muon(Muon):
         buffers = [piece_of(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        whole = [whole_of(u, p) for u, p in zip(updates, params, strict=True)]
-        directions = orthogonalise(torch.stack(whole), group["ns_steps"]).unbind()  # each (A, B)
+        full = [full_of(u, p) for u, p in zip(updates, params, strict=True)]
+        directions = orthogonalise(torch.stack(full), group["ns_steps"]).unbind()  # each (A, B)
         pieces = [piece_of(placed_like(d, p)) for d, p in zip(directions, params, strict=True)]
         rows, columns = params[0].shape
         targets = [piece_of(p) for p in params]
@@ -144,7 +122,7 @@ class Float32Muon(Muon):
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest orthogonal matrices, by a quintic Newton-Schulz iteration.
+    """Approximate the nearest orthogonal matrices by a quintic Newton-Schulz iteration.
 
     Args:
         x: (N, A, B) float32.
@@ -164,12 +142,12 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class Ema:
-    """Float32 averages of the parameters that are trained.
+    """Float32 exponential moving averages of the trained parameters.
 
     Args:
-        network: whose parameters are followed (the unwrapped network).
-        decay: share of the average that an update keeps.
-        warmup: keep less at first, `min(decay, (1 + n) / (10 + n))` at update n, so that the random start is soon
+        network: without its distributed wrapper.
+        decay: weight of the old average in an update.
+        warmup: use the decay `min(decay, (1 + n) / (10 + n))` at update n, so that the initial weights are soon
             forgotten.
     """
 
@@ -187,38 +165,36 @@ class Ema:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take the present weights in; `updates` is how many updates were made before."""
+        """Add the current weights to the averages; `updates` is the number of earlier updates."""
         targets = [piece_of(p.detach()).float() for p in self.sources]
         torch._foreach_lerp_([piece_of(a) for a in self.averages], targets, 1 - self.decay_at(updates))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
+        """Return the averages by parameter name."""
         return dict(zip(self.names, self.averages, strict=True))
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take averages back; `state` may hold more than them (a network's whole state dict)."""
+        """Load averages by name; `state` may have more entries, such as a network's whole state dict."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(placed_like(state[name], average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network computes with the averages; on leaving, however that comes about, its own weights stand there
-        again to the bit.
+        """Put the averages into the network, and restore its own weights bit for bit on exit, also after an error.
 
-        The weights are copied aside, which takes the room that gradients need during a step: between steps there are
-        none.
+        The copy of the weights takes the memory that gradients need during a step; between steps there are none.
         """
-        kept = [p.detach().clone() for p in self.sources]
+        trained = [p.detach().clone() for p in self.sources]
         try:
             self._put(self.averages)
             yield
         finally:
-            self._put(kept)
+            self._put(trained)
 
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:
-        """Into the network, whose sharded modules must not compute with what they gathered before."""
+        """Copy weights into the network, whose sharded modules must forget the parameters that they gathered."""
         reshard(self.network)
         for source, weight in zip(self.sources, weights, strict=True):
             source.copy_(weight)

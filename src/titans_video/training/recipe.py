@@ -1,9 +1,12 @@
-"""What a recipe hands to the trainer."""
+"""The interface of a recipe for the trainer and validation.
+
+Legend: B rows of a micro-batch, Q quantiles of the training times.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -11,28 +14,54 @@ from titans_video.checkpoint import Checkpoint
 from titans_video.generation.long_video import Sampled
 from titans_video.types import Batch
 
+VideoSampler = Callable[[str, int], Sampled]
+"""Make the video of a prompt, from the noise of a seed."""
+
+
+class AdapterFiles(Protocol):
+    """The files of a run that trains an adapter beside frozen weights.
+
+    Its checkpoints hold the trained parameters only, and each is one file: see `training.checkpointing`.
+    """
+
+    def export(self, model: dict[str, Tensor], folder: Path) -> None:
+        """Write the adapter for other programs into a new folder; on the main process.
+
+        Args:
+            model: the trained parameters (or their averages) by name, not sharded.
+        """
+
+    def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
+        """Check what `export` wrote, and return a message for the log; on the main process.
+
+        Raises:
+            UserError: other programs would not read what was trained.
+        """
+
+    def sample_command(self, last: Path) -> list[str]:
+        """Return the words of a command that makes a video with the newest checkpoint, `last`."""
+
 
 class Recipe(Protocol):
-    """The parts of a run that differ from one kind of model to the next.
+    """The parts of a run that differ between kinds of models.
 
     Attributes:
-        network: what is trained. Parameters that do not require gradients are left alone.
+        network: what is trained. Parameters that do not require gradients are left unchanged.
         sample_prompt: a prompt for the command that is printed at the end, or None.
-        sample_flags: what else that command must say.
+        sample_flags: further words of that command.
+        adapter: the files of an adapter; None for a run that trains whole networks.
     """
 
     network: nn.Module
     sample_prompt: str | None
     sample_flags: tuple[str, ...]
+    adapter: AdapterFiles | None
 
-    def supervised(self, batch: Batch) -> int:
-        """How many elements of the batch carry loss; known without encoding anything."""
+    def row_elements(self, batch: Batch) -> Tensor:
+        """Return (B,) int64: how many elements of each row carry loss, known without encoding anything."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The summed (not averaged) loss over those elements, float32: a scalar, or (B,) with each row's own.
-
-        With rows the recipe also has `row_elements(batch)`, (B,): how many of those elements are each row's. Metrics
-        then tell the tasks apart.
+        """Return the summed (not averaged) loss of each row, (B,) float32.
 
         Args:
             model: `network`, wrapped for distributed training; it is called exactly once.
@@ -40,74 +69,34 @@ class Recipe(Protocol):
         """
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
-        """The self-describing checkpoint around the network's state dict."""
+        """Return the self-describing checkpoint of the network's state dict."""
 
     def tokens(self, batch: Batch) -> int:
-        """How many video tokens the network sees of the batch; for the speeds that are shown."""
+        """Return how many video tokens the network sees of the batch; for the speeds that are shown."""
 
     def flops(self, batch: Batch) -> float:
-        """FLOPs of one forward and backward pass over the batch (see `training.flops`); asked for only where the
-        device's peak is known, to show how much of it is used."""
-
-
-@runtime_checkable
-class Adapting(Protocol):
-    """What a recipe adds that trains an adapter beside frozen weights.
-
-    Its checkpoints hold what is trained alone, and are one file each: see `training.checkpoints`.
-    """
-
-    def export(self, model: dict[str, Tensor], folder: Path) -> None:
-        """Write the adapter for other programs into a new folder; on the main process.
-
-        Args:
-            model: the trained parameters (their averages, where there are any), by name, whole.
-        """
-
-    def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
-        """Look at what `export` wrote, once it stands; on the main process. Gives what to say of it.
-
-        Raises:
-            UserError: others would not read in it what was trained.
-        """
-
-    def sample_command(self, last: Path) -> list[str]:
-        """The words of a command that makes a video, in place of the one for whole models.
-
-        Args:
-            last: the newest checkpoint's link.
-        """
-
-
-Sampler = Callable[[str, int], Sampled]
-"""A video of a prompt, from noise of a seed."""
-
-
-class Validated(Protocol):
-    """What validation needs of a recipe beside what training does.
-
-    Nothing here may draw from a global generator, nor depend on the step: the same weights give the same answer
-    whenever they are asked. Where the model is sharded, every process calls at the same time: how often a method calls
-    the model may depend on the batch's frames and size and on the options, and on nothing else.
-    """
+        """Return the FLOPs of a forward and backward pass over the batch; see `training.flops`."""
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The loss of each row, with the caption always there, at fixed noise and fixed times.
+        """Return the loss of each row with its caption, at fixed noise and fixed times.
+
+        Nothing here may draw from a global generator or depend on the step: the same weights give the same loss at any
+        time. How often the model is called may depend on the batch's size and the options only, because all processes
+        of a sharded model call it together.
 
         Args:
             model: `network`, wrapped for distributed training, in evaluation mode and without gradients.
-            batch: rows that training never sees. Noise is keyed by `batch.seeds`, which do not depend on the step.
+            batch: rows that training never sees. Their noise depends on `batch.seeds` only.
             quantiles: in (0, 1), of the distribution of training times.
         Returns:
-            (Q, B) float64, the summed loss of each row's supervised elements at each time, and (B,) int64, how many
-            elements those are.
+            (Q, B) float64, the summed loss of each row at each time, and (B,) int64, the number of its elements.
         """
 
-    def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[Sampler]:
-        """Makes videos as generation does by default from a checkpoint of this step.
+    def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[VideoSampler]:
+        """Open a sampler that makes videos as `generate` does by default from a checkpoint of this step.
 
-        What it loads for that (a VAE that training on cached latents does without) is let go on leaving.
+        Whatever it loads for that is released on exit.
 
         Args:
-            network: `network` without what wraps it.
+            network: `network` without its distributed wrapper.
         """

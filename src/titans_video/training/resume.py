@@ -1,4 +1,4 @@
-"""How a run goes on: which checkpoint, whether it is sound, and what has changed since it was written."""
+"""Resuming a run: which checkpoint to use, whether it is undamaged, and the preparation of the output folder."""
 
 import fcntl
 import os
@@ -6,28 +6,27 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+from titans_video.checkpoint import EMA, MODEL
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.training import checkpointing, run_folder
 from titans_video.training.checkpointing import Resume
-from titans_video.training.run_folder import EMA, MODEL, STATE, saved
+from titans_video.training.run_folder import LOCK, METRICS, STATE, list_checkpoints
 
-LOCK = "run.lock"
-
-_held: dict[Path, list[TextIO]] = {}
-"""Locks are given up when their file is closed, so it is kept open."""
+_locks: dict[Path, list[TextIO]] = {}
+"""Open lock files by folder. A lock is released when its file is closed."""
 
 
 def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
-    """Which checkpoint folder `--resume` asks to go on from, or None to start anew; with remarks. Reads only.
+    """Return the checkpoint folder that `--resume` selects, or None to start a new run; with notes for the user.
 
-    `auto` takes the newest checkpoint of the output folder whose checksums are right, and starts anew where there is
-    none. To be called on one process: all bytes are read.
+    `auto` selects the newest checkpoint of the output folder whose checksums are right, if there is any. Call this on
+    one process, because it reads all bytes. It writes nothing.
 
     Args:
-        options: `resume` and `output_dir` are read.
+        options: `resume` and `output_dir` are used.
     Raises:
-        CheckpointError: the path given holds no training state, or it is damaged.
+        CheckpointError: the given path has no training state, or it is damaged.
     """
     if options.resume == "none":
         return None, []
@@ -48,19 +47,19 @@ def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
 
 
 def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
-    """Read what `find_resume` found; on every process.
+    """Read the checkpoint that `find_resume` selected; on every process.
 
     Raises:
-        CheckpointError: of another version, or sharded and not of this run.
+        CheckpointError: it is of another version, or it is sharded and outside the run's own folder.
     """
     if folder is None:
         return None
     resume = Resume(folder, checkpointing.read_state(folder))
     if resume.shards and not _is_own(folder, options):
         raise CheckpointError(
-            f"--resume {options.resume}: this checkpoint is sharded, and torch's format for that may run code when it "
-            f"is read; it is read from the run's own folder alone. If you trust it, move or copy {folder} into "
-            f"--output-dir {options.output_dir} and give --resume auto."
+            f"--resume {options.resume}: this checkpoint is sharded, and reading torch's format for that may run code. "
+            f"It is therefore read only from the run's own folder. If you trust it, move or copy {folder} into "
+            f"--output-dir {options.output_dir} and pass --resume auto."
         )
     return resume
 
@@ -70,30 +69,30 @@ def _is_own(folder: Path, options: TrainOptions) -> bool:
 
 
 def _folder_of(path: Path) -> Path | None:
-    """The checkpoint folder that a path names; None where it is a run's folder.
+    """Return the checkpoint folder of a path, or None if the path is a run's folder.
 
     Raises:
-        CheckpointError: it names neither.
+        CheckpointError: it is neither.
     """
     if not path.exists():
         raise CheckpointError(
-            f"--resume {path}: there is nothing there; give auto, none, or a checkpoint-<step> folder."
+            f"--resume {path}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
         )
     if path.is_dir():
         if (path / STATE).exists():
             return path
-        if saved(path):
+        if list_checkpoints(path):
             return None
     else:
-        beside = [path.parent, *(f for _, f in reversed(saved(path.parent)) if _same(f, path))]
+        beside = [path.parent, *(f for _, f in reversed(list_checkpoints(path.parent)) if _same(f, path))]
         whole = next((folder for folder in beside if (folder / STATE).exists()), None)
         if whole:
             return whole
-        if path.name.startswith("lora_"):
-            return path  # all that training needs is in this one file
+        if run_folder.is_adapter_file(path):
+            return path  # this one file has everything that training needs
     raise CheckpointError(
-        f"--resume {path}: no {STATE} lies with it, so training cannot go on exactly as it would have; "
-        "give a checkpoint-<step> folder that training wrote."
+        f"--resume {path}: there is no {STATE} beside it, so training cannot be resumed exactly. Pass a "
+        "checkpoint-<step> folder that training wrote."
     )
 
 
@@ -108,95 +107,87 @@ def _same(folder: Path, path: Path) -> bool:
 
 
 def _newest_good(run: Path) -> tuple[Path | None, list[str]]:
-    folders = [folder for _, folder in reversed(saved(run))]
+    folders = [folder for _, folder in reversed(list_checkpoints(run))]
     notes: list[str] = []
     for folder in folders:
         try:
             checkpointing.check(folder, contents=True)
         except CheckpointError as e:
-            notes.append(f"Passing over {folder}: {e}.")
+            notes.append(f"Skipping {folder}: {e}.")
         else:
             return folder, notes
     if folders:
         raise CheckpointError(
-            f"None of the {len(folders)} checkpoints in {run} is whole ({' '.join(notes)}). Start anew by "
-            "--resume none, which keeps them in a folder previous-<n> beside the new ones."
+            f"All {len(folders)} checkpoints in {run} are damaged ({' '.join(notes)}). Start a new run with --resume "
+            "none, which moves them to a folder previous-<n>."
         )
     return None, notes
 
 
 def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
-    """Make the output folder ready; what would be overwritten is never lost. To be called on one process.
+    """Prepare the output folder without overwriting anything; call this on one process.
 
-    A run that starts anew where another stands moves that one into `previous-<n>`. A run that goes on from an older
-    checkpoint moves the newer ones there, with the samples made since: they belong to a course that is left.
+    A new run in the folder of an earlier one moves the earlier one to `previous-<n>`. A run that resumes from an older
+    checkpoint moves the newer checkpoints and samples there.
 
     Returns:
-        Where earlier files were moved, or None.
+        The folder to which earlier files were moved, or None.
     Raises:
-        ConfigError: the folder cannot be made.
+        ConfigError: the folder cannot be created, or another run uses it.
     """
     run = Path(options.output_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ConfigError(f"--output-dir {run} cannot be made: {e.strerror}.") from None
+        raise ConfigError(f"--output-dir {run} cannot be created: {e.strerror}.") from None
     _lock(run)
-    run_folder.sweep(run)
+    run_folder.remove_leftovers(run)
+    checkpoints = list_checkpoints(run)
     if resume is not None and _is_own(resume.folder, options):
-        left = [path for step, folder in saved(run) if step > resume.step for path in run_folder.paths_of(folder)]
-        moved = _set_aside(run, left and [*left, *run_folder.later(run, resume.step)])
+        newer = [path for step, f in checkpoints if step > resume.step for path in run_folder.checkpoint_paths(f)]
+        moved = _move_to_previous(run, newer and [*newer, *run_folder.samples_after(run, resume.step)])
         if resume.folder.is_dir():
-            run_folder.link_last(run, resume.folder)  # a kill may have come between the folder and the link
+            run_folder.link_last(run, resume.folder)  # a kill may have left the link behind the folder
         return moved
-    if not saved(run) and (options.resume == "auto" or not (run / run_folder.NAME).exists()):
+    if not checkpoints and (options.resume == "auto" or not (run / METRICS).exists()):
         return None
-    written = (
-        run_folder.NAME,
-        run_folder.EVENTS,
-        run_folder.LAST,
-        "loss.png",
-        "quarantine.jsonl",
-        "broken.rank*.jsonl",
-    )
-    patterns = (*written, *run_folder.WATCHED)
-    old = [path for _, folder in saved(run) for path in run_folder.paths_of(folder)]
-    return _set_aside(run, old + [path for p in patterns for path in sorted(run.glob(p))])
+    old = [path for _, folder in checkpoints for path in run_folder.checkpoint_paths(folder)]
+    return _move_to_previous(run, old + [path for p in run_folder.REPLACED for path in sorted(run.glob(p))])
 
 
 def _lock(run: Path) -> None:
-    """Hold the folder until `release_folder`, or the end of this process.
+    """Lock the folder until `release_folder` or the end of this process.
 
-    Two runs that write to one folder prune each other's checkpoints.
+    Two runs in one folder would remove each other's checkpoints.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process has the lock.
     """
     lock = (run / LOCK).open("a+", encoding="utf-8")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: its children do not inherit it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process only: its children do not inherit it
     except (BlockingIOError, PermissionError):
         lock.seek(0)
-        who = lock.read().strip() or "it does not say which"
+        owner = lock.read().strip() or "unknown process"
         raise ConfigError(
-            f"--output-dir {run}: another run writes there ({who}). Wait for it or end it; or give another folder."
+            f"--output-dir {run}: another run writes there ({owner}). Wait for it, end it, or pass another folder."
         ) from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         lock.close()
         return
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
-    _held.setdefault(run.resolve(), []).append(lock)
+    _locks.setdefault(run.resolve(), []).append(lock)
 
 
 def release_folder(run: Path) -> None:
-    """Let others write to the folder of a run that is over."""
-    for lock in _held.pop(run.resolve(), []):
+    """Release the lock on the folder of a run that has ended."""
+    for lock in _locks.pop(run.resolve(), []):
         lock.close()
 
 
-def _set_aside(run: Path, paths: list[Path]) -> Path | None:
+def _move_to_previous(run: Path, paths: list[Path]) -> Path | None:
     if not paths:
         return None
     n = 1

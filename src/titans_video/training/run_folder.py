@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and which checkpoints are in it."""
+"""The folder of a run: the name of each of its files, and the checkpoints in it."""
 
 import contextlib
 import os
@@ -7,39 +7,78 @@ import shutil
 from pathlib import Path
 
 from titans_video import checkpoint as files
+from titans_video.checkpoint import EMA, LAST, MODEL
+from titans_video.data.bad_rows import PATTERN
+from titans_video.models.lora_io import WEIGHTS
 
-MODEL = "model.pt"
-EMA = "model_ema.pt"
+# In a checkpoint folder, beside MODEL and EMA of `titans_video.checkpoint`.
 STATE = "training_state.pt"
 SHARDS = "shards"
 MANIFEST = "manifest.json"
-LAST = "last.pt"
-ADAPTER = "pytorch_lora_weights.safetensors"
-_FOLDER = re.compile(r"(?:checkpoint-|lora_)(\d+)")
-_TEMPORARY = re.compile(r"\.((checkpoint-|lora_)\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
+ADAPTER = WEIGHTS
+
+# In the run's folder, beside LAST.
+LOCK = "run.lock"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+LOSS_CURVE = "loss.png"
+RUN_RECORD = "run.json"
+REPORT = "report.html"
+QUARANTINE = "quarantine.jsonl"
+BAD_ROWS = PATTERN.format(rank="*")
+VALIDATION_LOG = "validation.jsonl"
+SAMPLES = "samples"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+
+# In the folder of a validation step, `samples/step-<step>`.
+CONTACT_SHEET = "sheet.png"
+PROMPTS = "prompts.json"
+
+REPLACED = (
+    *(METRICS, EVENTS, LAST, LOSS_CURVE, QUARANTINE, BAD_ROWS),
+    *(RUN_RECORD, VALIDATION_LOG, SAMPLES, REPORT, TENSORBOARD, WANDB),
+)
+"""Patterns of what a new run in the same folder would overwrite, beside the checkpoints."""
+
+_CHECKPOINT = re.compile(r"(?:checkpoint-|lora_)(\d+)")
+_LEFTOVER = re.compile(r"\.((checkpoint-|lora_)\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
 
 
-def saved(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, oldest first."""
-    matches = [(_FOLDER.fullmatch(p.name), p) for p in [*run.glob("checkpoint-*"), *run.glob("lora_*")] if p.is_dir()]
-    return sorted((int(m[1]), p) for m, p in matches if m)
+def checkpoint_folder(run: Path, step: int, *, adapter: bool) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return run / (f"lora_{step:07d}" if adapter else f"checkpoint-{step}")
 
 
-def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint's name says; None for any other name."""
-    match = _FOLDER.fullmatch(folder.name)
+def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of each checkpoint of a run, oldest first."""
+    folders = [p for p in [*run.glob("checkpoint-*"), *run.glob("lora_*")] if p.is_dir()]
+    steps = [(checkpoint_step(p), p) for p in folders]
+    return sorted((step, p) for step, p in steps if step is not None)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step in a checkpoint's name, or None for any other name."""
+    match = _CHECKPOINT.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
-def paths_of(folder: Path) -> list[Path]:
-    """What a checkpoint is: its folder, and the file beside it where it has one."""
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return the folder of a checkpoint, and the single file beside it when it has one."""
     single = folder.with_name(f"{folder.name}.pt")
     return [folder, *([single] if single.exists() else [])]
 
 
+def is_adapter_file(path: Path) -> bool:
+    """Whether a path is named like the single file of an adapter's checkpoint."""
+    return path.name.startswith("lora_")
+
+
 def link_last(run: Path, folder: Path) -> None:
-    """`last.pt` becomes the same file as the folder's best weights, or a copy where there are no hard links; and of an
-    adapter's checkpoint the file beside its folder."""
+    """Make `last.pt` a hard link to the best weights in a checkpoint folder, or a copy where links are impossible.
+
+    An adapter's checkpoint also gets its single file beside the folder.
+    """
     names = (EMA, MODEL, STATE)
     model = next(folder / name for name in names if (folder / name).exists())
     if model.name == STATE:
@@ -57,9 +96,9 @@ def _link(file: Path, place: Path) -> None:
             shutil.copyfile(file, temporary)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; under another name first, so that half of one is never taken for a whole."""
-    for beside in paths_of(folder)[1:]:
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a partly deleted one is never read as a checkpoint."""
+    for beside in checkpoint_paths(folder)[1:]:
         beside.unlink()
     gone = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(gone, ignore_errors=True)
@@ -67,10 +106,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def sweep(run: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Remove what a killed process was writing or removing."""
     for path in run.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name):
+        if _LEFTOVER.fullmatch(path.name):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -78,27 +117,16 @@ def sweep(run: Path) -> None:
                     path.unlink()
 
 
-NAME = "metrics.jsonl"
-EVENTS = "events.jsonl"
-
-WATCHED = ("run.json", "validation.jsonl", "samples", "report.html", "tensorboard", "wandb")
-"""What else of a run is there to be looked at."""
-
-CURVE = "loss.png"
-FOLDER = "samples"
-SHEET = "sheet.png"
-PROMPTS = "prompts.json"
+def samples_folder(run: Path, step: int) -> Path:
+    """Return the folder of the sample videos of a validation step."""
+    return run / SAMPLES / f"step-{step:07d}"
 
 
-def folder_of(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:07d}"
-
-
-def later(run: Path, step: int) -> list[Path]:
-    """The folders of steps after this one."""
-    return sorted(p for p in (run / FOLDER).glob("step-*") if p > folder_of(run, step))
+def samples_after(run: Path, step: int) -> list[Path]:
+    """Return the folders of sample videos of later steps."""
+    return sorted(p for p in (run / SAMPLES).glob("step-*") if p > samples_folder(run, step))
 
 
 def video_name(number: int) -> str:
-    """Of the prompt with this number, counted from 0."""
+    """Return the file name of the video of a prompt, whose number counts from 0."""
     return f"{number + 1:02d}.mp4"

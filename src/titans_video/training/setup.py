@@ -1,67 +1,100 @@
-"""The beginning of every training run: where it runs, what it goes on from, and what that obliges it to."""
+"""The start of every training run: the accelerator, the checkpoint to resume from, and the comparison with it."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from titans_video.config.options import DataOptions, TrainOptions
+from accelerate import Accelerator
+
+from titans_video.config.fields import OptionGroup, flag_of
+from titans_video.config.options import DataOptions, TrainOptions, ValidationOptions
 from titans_video.errors import ConfigError
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
-from titans_video.training.distributed import Accelerator
 from titans_video.training.resume import find_resume, open_resume
+
+logger = logging.getLogger(__name__)
+
+UNCOMPARED = ("generation_defaults", "validation")
+"""Groups of options that do not affect training."""
+MAX_LISTED = 12
+"""Changed settings that an error lists."""
+FREE = frozenset(
+    {
+        # paths: the content of these files is compared
+        *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
+        *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
+        # options that do not affect the result
+        *("max_steps", "save_every", "save_limit", "log_every", "resume", "num_workers", "ram_cache_mb", "max_bad"),
+        *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),
+        # compared through the global batch
+        *("batch_size", "tokens_per_batch", "grad_accum"),
+        # compared as the accelerator uses it
+        "mixed_precision",
+    }
+)
+"""Options that may change on a resume. `max_steps` is one of them, although schedules end there: to train longer is
+intended."""
+
+Settings = dict[str, Any]
 
 
 class Rows(Protocol):
-    """What a run's data says of its global batches."""
+    """The global batches of a run, as the data divides them."""
 
     world: int
 
     def rows_of_step(self, grad_accum: int) -> dict[str, int]: ...
-    def divided(self, rows: Mapping[str, int]) -> "tuple[Any, int]": ...
+    def divided(self, rows: Mapping[str, int]) -> tuple[Self, int]: ...
     def fingerprint(self) -> str: ...
 
-
-UNCOMPARED = ("generation_defaults", "validation")
-"""Groups of options that do not change what is learned."""
 
 DataT = TypeVar("DataT", bound=Rows)
 
 
+class RecipeOptions(OptionGroup, Protocol):
+    """The groups of options that every recipe has."""
+
+    @property
+    def data(self) -> DataOptions: ...
+    @property
+    def train(self) -> TrainOptions: ...
+    @property
+    def validation(self) -> ValidationOptions: ...
+
+
 @dataclass(frozen=True)
 class RunContext:
-    """A run that has begun.
+    """A run that has started.
 
     Attributes:
-        engine: of this process.
-        resume: the checkpoint to go on from; None starts anew.
-        say: how to speak: once, on the main process.
-        running: the first line that was said: what runs.
+        accelerator: of this process.
+        resume: the checkpoint to resume from; None starts a new run.
+        running: the first line of the log: processes, devices, batch.
     """
 
     accelerator: Accelerator
     resume: Resume | None
-    say: Callable[[str], None]
     running: str
 
 
 def start_run(data: DataOptions, train: TrainOptions) -> RunContext:
-    """Make the engine, find the checkpoint to go on from, and say first of all what runs.
+    """Create the accelerator, find the checkpoint to resume from, and log what runs.
 
     Raises:
-        UserError: as `distributed.start` and `resuming.find_resume`.
+        UserError: as `distributed.start` and `resume.find_resume`.
     """
     accelerator = distributed.start(train)
-    say: Callable[[str], None] = print if accelerator.is_main_process else lambda text: None
     folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
-    running = distributed.describe(accelerator, _batch_in_words(data, train, accelerator.num_processes, resume))
-    say("\n".join([running, *notes]))
-    return RunContext(accelerator, resume, say, running)
+    running = distributed.describe(accelerator, _format_batch(data, train, accelerator.num_processes, resume))
+    logger.info("\n".join([running, *notes]))
+    return RunContext(accelerator, resume, running)
 
 
-def _batch_in_words(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
-    """The rows of an optimizer step: as before where a run goes on with the same flags, on any number of processes."""
+def _format_batch(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
+    """Return the rows of an optimizer step as text. A resumed run keeps them on any number of processes."""
     if resume and resume.state["batching"] == _batching(data, train):
         rows = sorted(set(resume.state["stream"]["rows"].values()), reverse=True)
         return f"{' or '.join(map(str, rows))} clips as before"
@@ -72,99 +105,84 @@ def _batch_in_words(data: DataOptions, train: TrainOptions, processes: int, resu
 
 
 def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
-    """The flags that make the global batch."""
+    """Return the flags that define the global batch."""
     size = None if data.tokens_per_batch else data.batch_size
     return {"batch_size": size, "tokens_per_batch": data.tokens_per_batch, "grad_accum": train.grad_accum}
 
 
 def reconcile_resume(
-    options: Any, data: DataT, config: Mapping[str, Any], start: RunContext
+    options: RecipeOptions, data: DataT, config: Mapping[str, Any], run: RunContext
 ) -> tuple[DataT, TrainOptions, dict[str, Any]]:
-    """Hold a run against the checkpoint that it goes on from, and divide its global batch among its processes.
+    """Compare a run with the checkpoint that it resumes from, and divide its global batch among its processes.
 
     Args:
-        options: of the recipe, groups of flags.
-        data: the usable rows, on this number of processes.
-        config: of the recipe's checkpoints; fingerprints of frozen parts are compared.
-        start: from `begin`; its `say` is told what was changed or adapted.
+        options: of the recipe, in groups.
+        data: the usable rows, for this number of processes.
+        config: of the recipe's checkpoints; the fingerprints of frozen parts are compared.
+        run: from `start_run`.
     Returns:
-        The data with the micro-batches of this number of processes, the options with the accumulation that makes the
-        same global batches, and what checkpoints keep to compare with.
+        The data with the micro-batches for this number of processes, the options with the accumulation that keeps the
+        global batches, and the values that checkpoints store for this comparison.
     Raises:
-        ConfigError: something is another without `--allow-changes`, or the global batch cannot be divided.
+        ConfigError: a setting changed without `--allow-changes`, or the global batch cannot be divided.
     """
-    train: TrainOptions = options.train
-    resume, say = start.resume, start.say
-    groups = {k: v for k, v in asdict(options).items() if isinstance(v, dict) and k not in UNCOMPARED}
-    facts = {
-        "the manifest": data.fingerprint(),
-        "--validation-split": options.validation.validation_split,
-        "--mixed-precision": start.accelerator.mixed_precision,  # by flag or by the launcher
-    }
-    parts = (("codec", "fingerprint"), ("text", "fingerprints"), ("base", "fingerprint"), ("image", "fingerprint"))
-    for part, name in parts:
-        facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
-    settings = settings_of(groups, facts)
+    train, resume = options.train, run.resume
+    settings = _all_settings(options, data, config, run.accelerator.mixed_precision)
     batching = _batching(options.data, train)
     about = {"settings": settings, "batching": batching}
     rows = data.rows_of_step(train.grad_accum)
     if resume is None:
         return data, train, about
     for line in refuse_changes(resume.state["settings"], settings, train.allow_changes):
-        say(f"Changed, as allowed: {line}.")
+        logger.info(f"Changed with --allow-changes: {line}.")
     before: dict[str, int] = resume.state["stream"]["rows"]
-    other = sorted(name for name in rows.keys() & before.keys() if rows[name] != before[name])
-    if not other:
+    changed = sorted(name for name in rows.keys() & before.keys() if rows[name] != before[name])
+    if not changed:
         return data, train, about
     if batching != resume.state["batching"]:
-        name = other[0]
-        words = f"optimizer steps of {before[name]} rows (bucket {name}) would become ones of {rows[name]}"
+        name = changed[0]
+        text = f"optimizer steps of {before[name]} rows (bucket {name}) would become ones of {rows[name]}"
         if not train.allow_changes:
             raise ConfigError(
-                f"--resume: {words}, by another --batch-size or --grad-accum. Give those of before (another number of "
-                "processes is adapted to by itself), or --allow-changes."
+                f"--resume: {text}, because --batch-size or --grad-accum changed. Pass the earlier values (another "
+                "number of processes needs no change), or --allow-changes."
             )
-        say(f"Changed, as allowed: {words}.")
+        logger.info(f"Changed with --allow-changes: {text}.")
         return data, train, about
     data, accum = data.divided(before)
     clips = " or ".join(str(n) for n in sorted({n // (data.world * accum) for n in before.values()}))
-    say(
+    logger.info(
         f"{resume.state['processes']} processes before, {data.world} now: each takes {clips} clips at once, {accum} "
         "times a step, so that optimizer steps keep their rows."
     )
-    # The flags stay the run's own: its next resume may be on any number of processes again.
+    # `about` keeps the flags as given: the next resume may use any number of processes again.
     return data, replace(train, grad_accum=accum), about
 
 
-SHOWN = 12
-Settings = dict[str, Any]
-
-FREE = frozenset(
-    {
-        # where things lie: what lies there is compared by its content
-        *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
-        *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
-        # how the work is done and shown, not what it is
-        *("max_steps", "save_every", "save_limit", "log_every", "resume", "num_workers", "ram_cache_mb", "max_bad"),
-        *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),
-        # compared as the global batch that they make
-        *("batch_size", "tokens_per_batch", "grad_accum"),
-        # compared as it is in force
-        "mixed_precision",
+def _all_settings(options: RecipeOptions, data: Rows, config: Mapping[str, Any], precision: str) -> Settings:
+    groups = {
+        name: group for name, group in asdict(options).items() if isinstance(group, dict) and name not in UNCOMPARED
     }
-)
-"""Options that may be another on a resume; `max_steps` too, though schedules end there: to train longer is no slip."""
+    facts = {
+        "the manifest": data.fingerprint(),
+        "--validation-split": options.validation.validation_split,
+        "--mixed-precision": precision,  # from the flag or the launcher
+    }
+    parts = (("codec", "fingerprint"), ("text", "fingerprints"), ("base", "fingerprint"), ("image", "fingerprint"))
+    for part, name in parts:
+        facts[f"the weights of the {part}"] = config.get(part, {}).get(name)
+    return settings_of(groups, facts)
 
 
 def settings_of(groups: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Settings:
-    """What a run is, as flat plain values: its flags, and facts that flags do not show.
+    """Return the settings that define a run as flat plain values: its flags, and facts that flags do not show.
 
     Args:
         groups: options as dicts, by group.
-        facts: by a name in words, e.g. "the manifest's rows".
+        facts: by a readable name, e.g. "the manifest".
     """
     flags = {
-        "--" + name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        flag_of(name): list(value) if isinstance(value, tuple) else value
         for group in groups.values()
         for name, value in group.items()
         if name not in FREE
@@ -173,32 +191,34 @@ def settings_of(groups: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
-    """A line for each setting that both runs have and that is another now. What only one of two versions of this
-    project knows cannot be compared."""
-    return [f"{name}: {_brief(before[name])}, now {_brief(now[name])}" for name in before.keys() & now.keys()
-            if before[name] != now[name]]  # fmt: skip
+    """Return a line for each setting that changed. A setting that only one of the versions has is not compared."""
+    return [
+        f"{name}: {_shortened(before[name])}, now {_shortened(now[name])}"
+        for name in before.keys() & now.keys()
+        if before[name] != now[name]
+    ]
 
 
 def refuse_changes(before: Settings, now: Settings, allow: bool) -> list[str]:
-    """Compare the settings of a checkpoint with those of the run that would go on from it.
+    """Compare the settings of a checkpoint with those of the run that resumes from it.
 
     Returns:
-        The changes, where they are allowed.
+        The changes, if they are allowed.
     Raises:
-        ConfigError: listing them, where they are not.
+        ConfigError: lists the changes, if they are not allowed.
     """
     changed = sorted(differences(before, now))
     if changed and not allow:
-        more = f"\n  and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
         raise ConfigError(
-            "--resume: this would be another run than the one that wrote the checkpoint:\n  "
-            + "\n  ".join(changed[:SHOWN])
+            "--resume: these settings differ from those of the run that wrote the checkpoint:\n  "
+            + "\n  ".join(changed[:MAX_LISTED])
             + more
-            + "\nGive the settings of before, or --allow-changes to go on with the new ones."
+            + "\nPass the earlier settings, or --allow-changes to resume with the new ones."
         )
     return changed
 
 
-def _brief(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

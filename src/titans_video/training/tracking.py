@@ -1,4 +1,4 @@
-"""run.json: what a run is, written when it starts and added to each time it goes on. The report is made from it."""
+"""run.json, which describes a run and each of its starts, and the trackers TensorBoard and W&B."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,57 +16,66 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from PIL import Image
 
 import titans_video
 from titans_video.checkpoint import atomic_path
+from titans_video.config.fields import OptionGroup, is_group
 from titans_video.errors import ConfigError
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import GIF_FASTEST, write_video
-from titans_video.training.distributed import Accelerator, run_on_main
-from titans_video.training.loss_table import as_table, in_cell
-from titans_video.training.run_folder import SHEET, video_name
+from titans_video.training.distributed import run_on_main
+from titans_video.training.loss_table import as_table, format_cell
+from titans_video.training.run_folder import CONTACT_SHEET, RUN_RECORD, TENSORBOARD, video_name
 
-NAME = "run.json"
 FORMAT = "titans-video-run/1"
+PROJECT = "titans-video"
+"""Default project of W&B."""
+TAG_LENGTH = 60
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
 
 
-def flat(options: Any) -> dict[str, Any]:
-    """Every option by its flag's name: the leaves of a dataclass of dataclasses."""
+def flat(options: OptionGroup) -> dict[str, Any]:
+    """Return every option by its flag's name: the leaves of a dataclass of dataclasses."""
     found: dict[str, Any] = {}
     for f in fields(options):
         value = getattr(options, f.name)
-        found |= flat(value) if is_dataclass(value) else {f.name: value}
+        found |= flat(value) if is_group(value) else {f.name: value}
     return found
 
 
-def read(run: Path) -> dict[str, Any]:
-    """What a run's file says; empty where there is none, or none that can be read."""
+def read_run_record(run: Path) -> dict[str, Any]:
+    """Read a run's run.json; empty if it is missing or unreadable."""
     try:
-        found = json.loads((run / NAME).read_text(encoding="utf-8"))
+        found = json.loads((run / RUN_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
 
 
 def write_start(
-    run: Path, step: int, options: Any, defaults: Any, about: Mapping[str, Any], environment: Mapping[str, Any]
+    run: Path,
+    step: int,
+    options: OptionGroup,
+    defaults: OptionGroup,
+    about: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> str:
-    """Note a start; on the main process.
+    """Add a start to run.json; on the main process.
 
     Args:
         run: the run's folder.
-        step: that it begins at (0: anew), or goes on from.
+        step: at which the run starts (0) or resumes.
         options, defaults: of the command.
-        about: of the model and the data, as the report shows them.
+        about: the model and the data, as the report shows them.
         environment: from `environment`.
     Returns:
-        The run's id, which stays as it is when the run goes on.
+        The run's id, which a resumed run keeps.
     """
-    before = read(run) if step else {}
+    before = read_run_record(run) if step else {}
     start = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **environment}
     record = {
         "format": FORMAT,
@@ -76,16 +85,16 @@ def write_start(
         "defaults": flat(defaults),
         "starts": [*before.get("starts", []), start],
     }
-    with atomic_path(run / NAME) as temporary:
+    with atomic_path(run / RUN_RECORD) as temporary:
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return str(record["id"])
 
 
 def environment(accelerator: Accelerator, line: str) -> dict[str, Any]:
-    """Where and how this start runs.
+    """Describe the machine, the versions and the command of this start.
 
     Args:
-        line: what the first line of the run says.
+        line: the first line of the log.
     """
     cuda = accelerator.device.type == "cuda"
     found = {name: _version(name) for name in _PACKAGES}
@@ -111,7 +120,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """The git commit of the code that runs, where it runs from a clone; with a word where it was changed since."""
+    """Return the git commit of the running code if it is in a clone, marked if files have changed since."""
 
     def git(words: Sequence[str]) -> str:
         done = subprocess.run(
@@ -120,34 +129,26 @@ def _commit(folder: Path) -> str | None:
         return done.stdout.strip()
 
     try:
-        if git(["ls-files", "--error-unmatch", "__init__.py"]):  # not of a clone that merely lies around an environment
+        if git(["ls-files", "--error-unmatch", "__init__.py"]):  # not if the clone only contains the environment
             return git(["rev-parse", "HEAD"]) + (" (changed)" if git(["status", "--porcelain", "--", "."]) else "")
     except (OSError, subprocess.SubprocessError):
         pass
     return None
 
 
-PROJECT = "titans-video"
-
-FOLDER = "tensorboard"
-"""In the run's folder: TensorBoard's event files."""
-
-TAG_LENGTH = 60
-
-
 def open_tracker(
     accelerator: Accelerator, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]
 ) -> "Tracker":
-    """The tracker that `--log-with` names, started on the main process.
+    """Start the tracker that `--log-with` selects, on the main process.
 
     Args:
         kind: tensorboard, wandb or none.
         run: the run's folder.
-        step: that the run begins at, or goes on from.
-        run_id: of this run, the same when it goes on.
+        step: at which the run starts or resumes.
+        run_id: from `write_start`.
         options: of the run, by name.
     Raises:
-        ConfigError: it cannot be started.
+        ConfigError: the tracker cannot be started.
     """
     if kind != "none":
         run_on_main(accelerator, lambda: _start(accelerator, kind, run, step, run_id, options))
@@ -158,19 +159,19 @@ def _start(accelerator: Accelerator, kind: str, run: Path, step: int, run_id: st
     accelerator.project_configuration.set_directories(str(run))
     accelerator.log_with = filter_trackers([kind], str(run))
     if not accelerator.log_with:
-        raise ConfigError(f"--log-with {kind}: Accelerate does not find it; `pip install {kind}` installs it.")
+        raise ConfigError(f"--log-with {kind}: Accelerate does not find {kind}. Install it with `pip install {kind}`.")
     given = {
         "tensorboard": {"purge_step": step + 1 if step else None},
         "wandb": {"dir": str(run), "id": run_id, "name": run.name, "resume": "allow", "config": dict(options)},
     }
-    project = FOLDER if kind == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
+    project = TENSORBOARD if kind == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
     try:
         accelerator.init_trackers(project, init_kwargs=given)
-    except Exception as e:  # wandb's own errors, which cannot be named where it is not installed
+    except Exception as e:  # wandb's own errors, which cannot be imported if it is not installed
         if type(e).__module__.split(".")[0] != "wandb":
             raise
         raise ConfigError(
-            f"--log-with wandb does not start: {e} Run `wandb login`, or set WANDB_MODE=offline to keep the run on "
+            f"--log-with wandb: W&B does not start: {e} Run `wandb login`, or set WANDB_MODE=offline to log only to "
             "this machine."
         ) from None
     if kind == "tensorboard":
@@ -179,11 +180,11 @@ def _start(accelerator: Accelerator, kind: str, run: Path, step: int, run_id: st
 
 
 class Tracker:
-    """What a run is sent to; to be called on the main process.
+    """Send the values of a run to TensorBoard or W&B; to be called on the main process.
 
     Args:
-        machine: whose tracker was started.
-        kind: tensorboard, wandb, or none: then nothing is done.
+        accelerator: with the started tracker.
+        kind: tensorboard, wandb, or none, which does nothing.
     """
 
     def __init__(self, accelerator: Accelerator, kind: str = "none") -> None:
@@ -197,7 +198,7 @@ class Tracker:
         self.accelerator.log(numbers, step=step)
 
     def validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
-        """Log a line of validation.jsonl, and the videos in the folder of its step."""
+        """Log a line of validation.jsonl and the videos in the folder of its step."""
         if self.kind == "none":
             return
         if line.get("cells"):
@@ -213,7 +214,7 @@ class Tracker:
         if line.get("cells"):
             writer.add_text("validation/table", _markdown(line), step)
         if folder is not None:
-            sheet = np.asarray(Image.open(folder / SHEET).convert("RGB"))
+            sheet = np.asarray(Image.open(folder / CONTACT_SHEET).convert("RGB"))
             writer.add_image("samples/sheet", sheet, step, dataformats="HWC")
             for i, prompt in enumerate(prompts):
                 _add_gif(writer, f"samples/{i + 1:02d} {prompt[:TAG_LENGTH]}", folder / video_name(i), step)
@@ -227,7 +228,7 @@ class Tracker:
             head, *rows = as_table(line)
             shown["validation/table"] = wandb.Table(columns=head, data=rows)
         if folder is not None:
-            shown["samples/sheet"] = wandb.Image(str(folder / SHEET))
+            shown["samples/sheet"] = wandb.Image(str(folder / CONTACT_SHEET))
             for i, prompt in enumerate(prompts):
                 shown[f"samples/{i + 1:02d}"] = wandb.Video(str(folder / video_name(i)), caption=prompt, format="mp4")
         if shown:
@@ -235,14 +236,16 @@ class Tracker:
 
 
 def _markdown(line: Mapping[str, Any]) -> str:
-    """The table of a line of validation.jsonl, as TensorBoard's text panel shows one."""
-    head, *rows = [[in_cell(x) for x in row] for row in as_table(line)]
+    """Return the table of a line of validation.jsonl as Markdown, for TensorBoard's text panel."""
+    head, *rows = [[format_cell(x) for x in row] for row in as_table(line)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _add_gif(writer: Any, tag: str, video: Path, step: int) -> None:
-    """A video that plays in TensorBoard's panel of images. Its `add_video` writes a GIF too, but needs moviepy, and
-    without it writes nothing."""
+    """Add a video that plays in TensorBoard's panel of images.
+
+    TensorBoard's `add_video` also writes a GIF, but it needs moviepy and silently writes nothing without it.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     info = probe(video)

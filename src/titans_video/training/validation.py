@@ -1,12 +1,13 @@
 """Validation during training: held-out loss and sample videos, without changing anything in the run.
 
-Random draws come from generators of its own, the global generators are restored, and the averaged weights are in the
-network only while it is evaluated. A run is therefore bitwise the same with and without validation. validation.jsonl
-has one line for each; it holds nothing that depends on time or on the machine.
+Validation draws from its own generators, restores the global ones, and puts the averaged weights into the network only
+while it is evaluated. A run is therefore bitwise the same with and without validation. validation.jsonl has one line a
+validation, with nothing that depends on the time or the machine.
 """
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
@@ -25,50 +27,50 @@ from titans_video.config.options import ValidationOptions
 from titans_video.data.held_out import HeldOut
 from titans_video.generation.denoise import eval_mode
 from titans_video.generation.long_video import Sampled
-from titans_video.media.colour import Pixels
-from titans_video.media.resize import to_uint8
+from titans_video.media.colour import Pixels, to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
-from titans_video.training import distributed, loss_table, run_folder
-from titans_video.training.distributed import Accelerator
+from titans_video.training import distributed, loss_table
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import Ema
-from titans_video.training.recipe import Validated
-from titans_video.training.run_folder import PROMPTS, SHEET, folder_of, video_name
+from titans_video.training.recipe import Recipe
+from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, VALIDATION_LOG, samples_folder, video_name
 from titans_video.training.tracking import Tracker
 
-STRIP = 8
+logger = logging.getLogger(__name__)
+
+SHEET_FRAMES = 8
 """Frames of a video in the contact sheet."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """A video on its way to the main process: its file, and what the contact sheet shows of it."""
+class SampleVideo:
+    """A generated video to send to the main process: its file, and its frames in the contact sheet."""
 
     number: int
     file: bytes
     frames: Pixels
 
 
-def make(
-    recipe: Validated,
+def generate_samples(
+    recipe: Recipe,
     network: nn.Module,
     step: int,
     prompts: Sequence[str],
     accelerator: Accelerator,
     on_video: Callable[[], bool],
-) -> list[Made] | None:
-    """A video of each prompt; prompt i, counted from 0, from the noise of seed i. All of them on the main process.
+) -> list[SampleVideo] | None:
+    """Generate a video of each prompt, and return all of them on every process. Prompt i, counted from 0, uses seed i.
 
-    Prompts are dealt to the processes in turn. The last turn is filled up with prompts whose video is thrown away, so
+    Prompts are assigned to the processes in turns. The last turn is filled with prompts whose videos are dropped, so
     that all processes call the network equally often.
 
     Args:
-        on_video: called on every process before each turn; gives False to leave off.
+        on_video: called on every process before each turn; returns False to stop.
     Returns:
-        None where it was left off.
+        The videos, or None if it was stopped.
     """
-    made: list[Made] = []
+    videos: list[SampleVideo] = []
     world = accelerator.num_processes
     with recipe.sampler(network, step) as sampler:
         for start in range(0, len(prompts), world):
@@ -78,36 +80,34 @@ def make(
             counts = number < len(prompts)
             sampled = sampler(prompts[number if counts else start], number if counts else start)
             if counts:
-                made.append(_packed(number, sampled))
-    return sorted((m for own in distributed.all_gather_object(accelerator, made) for m in own), key=lambda m: m.number)
+                videos.append(_encoded(number, sampled))
+    gathered = distributed.all_gather_object(accelerator, videos)
+    return sorted((video for own in gathered for video in own), key=lambda video: video.number)
 
 
-def _packed(number: int, sampled: Sampled) -> Made:
+def _encoded(number: int, sampled: Sampled) -> SampleVideo:
     frames = to_uint8(sampled.video)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / video_name(number)
         write_video(path, frames, sampled.fps, metadata=sampled.about)
         file = path.read_bytes()
-    picked = np.unique(np.linspace(0, len(frames) - 1, min(STRIP, len(frames))).round().astype(int))
-    return Made(number, file, frames[picked])
+    picked = np.unique(np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int))
+    return SampleVideo(number, file, frames[picked])
 
 
-def write(run: Path, step: int, prompts: Sequence[str], made: Sequence[Made]) -> Path:
-    """Write a step's folder, whole or not at all; one that is there already is replaced.
-
-    Returns:
-        The folder.
-    """
-    folder = folder_of(run, step)
+def write_samples(run: Path, step: int, prompts: Sequence[str], videos: Sequence[SampleVideo]) -> Path:
+    """Write the folder of a step, completely or not at all, and return it. An existing folder is replaced."""
+    folder = samples_folder(run, step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for video in made:
+        for video in videos:
             (temporary / video_name(video.number)).write_bytes(video.file)
-        contact_sheet(temporary / SHEET, [m.frames for m in made], prompts, title=f"Step {step}", frames=STRIP)
-        named = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
-        (temporary / PROMPTS).write_text(named, encoding="utf-8")
+        frames = [video.frames for video in videos]
+        contact_sheet(temporary / CONTACT_SHEET, frames, prompts, title=f"Step {step}", frames=SHEET_FRAMES)
+        text = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
+        (temporary / PROMPTS).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
@@ -116,26 +116,22 @@ def write(run: Path, step: int, prompts: Sequence[str], made: Sequence[Made]) ->
     return folder
 
 
-NAME = "validation.jsonl"
-
-
 @dataclass
 class Validator:
-    """Validates when it is due.
+    """Validate a run at regular steps.
 
     Attributes:
-        recipe: computes losses and makes videos.
-        machine: from `distributed.start`.
+        recipe: computes losses and generates videos.
+        accelerator: from `distributed.start`.
         run: the run's folder.
         options: how often, and how much.
-        last: the step that the run ends with, which is validated in any case.
+        last: the last step of the run, which is always validated.
         prompts: of the videos.
-        rows: held-out rows; None: no loss is measured.
-        tracker: is sent what was found.
-        say: how to tell the user something; called on the main process alone.
+        rows: held-out rows; None measures no loss.
+        tracker: receives the results.
     """
 
-    recipe: Validated
+    recipe: Recipe
     accelerator: Accelerator
     run: Path
     options: ValidationOptions
@@ -143,116 +139,116 @@ class Validator:
     prompts: Sequence[str]
     rows: HeldOut | None
     tracker: Tracker
-    say: Callable[[str], None] = tqdm.write
 
     def start(self, step: int) -> None:
-        """Begin at `step`, or go on from it: what was found at later ones is struck out and will be found again."""
-        self.done = distributed.run_on_main(self.accelerator, lambda: self._cut(step))
+        """Start or resume at `step`. Results of later steps are removed, because they will be measured again."""
+        self.done = distributed.run_on_main(self.accelerator, lambda: self._remove_after(step))
 
     def due(self, step: int) -> bool:
-        """Whether `step` is to be validated and was not yet; a run that was stopped during it makes up for it."""
+        """Whether `step` must be validated now. A run that was stopped during validation repeats it."""
         return self.done < step and (step % self.options.validate_every == 0 or step == self.last)
 
     def validate(self, step: int, model: nn.Module, ema: Ema | None, stop: Callable[[], int]) -> int:
-        """Measure, make videos, write down.
+        """Measure losses, generate videos, and write both.
 
         Args:
             step: optimizer steps done.
-            model: as it is trained, wrapped.
-            ema: whose averages are looked at, where there are any.
-            stop: called on all processes together; a signal that any of them received, or 0.
+            model: the wrapped network.
+            ema: averages to use instead of the trained weights, if any.
+            stop: called on all processes together; returns the signal that any of them received, or 0.
         Returns:
-            The signal that made it leave off, with nothing written; or 0.
+            The signal that stopped the validation, which then writes nothing; or 0.
         """
         device = self.accelerator.device
         devices = [device] if device.type == "cuda" else []
-        looks = _Looks(self._turns(), stop, f"validating step {step}", self.accelerator.is_main_process)
+        turns = _Turns(self._count_turns(), stop, f"validating step {step}", self.accelerator.is_main_process)
         weights = ema.applied() if ema else contextlib.nullcontext()
-        with torch.random.fork_rng(devices), torch.no_grad(), weights, eval_mode(model), looks:
-            line, made = self._look(step, model, looks.next)
-        if looks.signal:
-            return looks.signal
+        with torch.random.fork_rng(devices), torch.no_grad(), weights, eval_mode(model), turns:
+            line, videos = self._evaluate(step, model, turns.next)
+        if turns.signal:
+            return turns.signal
         self.done = step
         if self.accelerator.is_main_process:
             try:
-                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, made or [])
-            except OSError as e:  # a full disk, for which no run ends
-                self.say(f"The validation of step {step} could not be written: {e.strerror or e}.")
+                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, videos or [])
+            except OSError as e:  # a full disk, which must not end the run
+                logger.warning(f"The validation of step {step} could not be written: {e.strerror or e}.")
         return 0
 
-    def _look(
+    def _evaluate(
         self, step: int, model: nn.Module, on_turn: Callable[[], bool]
-    ) -> tuple[dict[str, Any], list[Made] | None]:
+    ) -> tuple[dict[str, Any], list[SampleVideo] | None]:
         line: dict[str, Any] = {}
         if self.rows:
-            known = set(self.rows.broken)
+            broken = set(self.rows.bad_rows)
             cells = loss_table.measure(
                 self.recipe, model, self.rows, self.options.validation_times, self.accelerator, on_turn
             )
-            for name in self.rows.broken.keys() - known:
-                tqdm.write(f"Left out of validation: {self.rows.broken[name]}")
+            for name in self.rows.bad_rows.keys() - broken:
+                logger.warning(f"Left out of validation: {self.rows.bad_rows[name]}")
             if cells is None:
                 return {}, None
             line = loss_table.as_line(cells, self.options.validation_times)
         network = self.accelerator.unwrap_model(model)
-        return line, make(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
+        return line, generate_samples(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
 
-    def _turns(self) -> int:
+    def _count_turns(self) -> int:
         world = self.accelerator.num_processes
-        pieces = len(loss_table.deal(self.rows.pieces(), world)) if self.rows else 0
+        pieces = len(loss_table.assign(self.rows.pieces(), world)) if self.rows else 0
         return pieces + math.ceil(len(self.prompts) / world)
 
-    def _write(self, step: int, line: dict[str, Any], made: Sequence[Made]) -> None:
-        """On the main process."""
-        said = [f"Validation at step {step} ({line['weights']} weights)"]
+    def _write(self, step: int, line: dict[str, Any], videos: Sequence[SampleVideo]) -> None:
+        """Write, log and track the results; on the main process."""
+        message = [f"Validation at step {step} ({line['weights']} weights)"]
         if "cells" in line:
-            said[0] += ", held-out loss by quantile of the training times:"
-            said.append(loss_table.in_words(line))
+            message[0] += ", held-out loss by quantile of the training times:"
+            message.append(loss_table.format_table(line))
         folder = None
-        if made:
-            folder = write(self.run, step, self.prompts, made)
+        if videos:
+            folder = write_samples(self.run, step, self.prompts, videos)
             line["samples"] = folder.relative_to(self.run).as_posix()
-            said.append(f"  Videos: {folder / run_folder.SHEET}")
-        with MetricsLog(self.run / NAME, step - 1) as log:
+            message.append(f"  Videos: {folder / CONTACT_SHEET}")
+        with MetricsLog(self.run / VALIDATION_LOG, step - 1) as log:
             log.write(line, 0.0)
             log.sync()
-        self.say("\n".join(said))
+        logger.info("\n".join(message))
         self.tracker.validation(step, line, folder, self.prompts)
 
-    def _cut(self, step: int) -> int:
-        """On the main process: the last step that the file tells of."""
+    def _remove_after(self, step: int) -> int:
+        """Remove the lines of later steps, and return the last step that is left, or 0; on the main process."""
         self.run.mkdir(parents=True, exist_ok=True)
-        with MetricsLog(self.run / NAME, step):
-            lines = (self.run / NAME).read_text(encoding="utf-8").splitlines()
+        path = self.run / VALIDATION_LOG
+        with MetricsLog(path, step):
+            lines = path.read_text(encoding="utf-8").splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 @dataclass(frozen=True)
 class Monitoring:
-    """What looks at a run: the tracker that it is sent to, and its validation."""
+    """The tracker of a run, and its validation."""
 
     tracker: Tracker
     validator: Validator | None = None
 
 
-class _Looks:
-    """Counts turns: a bar, and a look for a signal before each."""
+class _Turns:
+    """Count turns on a progress bar, and check for a signal before each."""
 
     def __init__(self, turns: int, stop: Callable[[], int], name: str, show: bool) -> None:
         self.stop = stop
         self.signal = 0
-        self.bar = tqdm(total=turns, desc=name, unit="look", leave=False, disable=not show, dynamic_ncols=True)
-        self._begun = False
+        self.bar = tqdm(total=turns, desc=name, unit="turn", leave=False, disable=not show, dynamic_ncols=True)
+        self._started = False
 
     def next(self) -> bool:
-        """Whether to go on with the next turn."""
-        if self._begun:
+        """Return whether to do the next turn."""
+        if self._started:
             self.bar.update()
-        self._begun = True
+        self._started = True
         self.signal = self.signal or self.stop()
         return not self.signal
 
-    def __enter__(self) -> "_Looks":
+    def __enter__(self) -> "_Turns":
         return self
 
     def __exit__(self, *_: object) -> None:

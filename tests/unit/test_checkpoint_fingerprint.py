@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from titans_video import fingerprint
-from titans_video.checkpoint import restore_options
+from titans_video import checkpoint
+from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors, read_json, restore_options
 from titans_video.config.options import TextOptions
-from titans_video.errors import CheckpointError, few
-from titans_video.fingerprint import fingerprint_folder, fingerprint_tensors
+from titans_video.errors import CheckpointError, ConfigError, few
 
 
 def folder(path: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
@@ -22,9 +21,9 @@ def folder(path: Path, tensors: dict[str, torch.Tensor], **config: object) -> Pa
 
 
 def test_large_files_are_sampled_at_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "WHOLE_FILE", 1000)
-    monkeypatch.setattr(fingerprint, "BLOCK", 16)
-    monkeypatch.setattr(fingerprint, "BLOCKS", 4)
+    monkeypatch.setattr(checkpoint, "WHOLE_FILE", 1000)
+    monkeypatch.setattr(checkpoint, "BLOCK", 16)
+    monkeypatch.setattr(checkpoint, "BLOCKS", 4)
     tensors = {f"layer{i}": torch.full((100,), float(i)) for i in range(8)}
     first = fingerprint_folder(folder(tmp_path / "first", tensors))
     assert fingerprint_folder(folder(tmp_path / "same", tensors)) == first
@@ -58,3 +57,15 @@ def test_options_return_and_unknown_ones_are_refused() -> None:
 def test_few_names_of_many() -> None:
     assert few("cab") == "a, b, c"
     assert few("dcab") == "a, b, c, ... (4 in all)"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing; copy it"), ("{", "cannot be read"), ("[1]", "is not a JSON object")],
+)
+def test_a_json_file_that_cannot_be_used(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=f"config.json {message}"):
+        read_json(path, "is missing; copy it.", ConfigError)

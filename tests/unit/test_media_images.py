@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.unit.media_clips import moving_bars
 from titans_video.errors import DataError
+from titans_video.media.colour import cover_crop, covering_size, to_tensor, to_uint8
 from titans_video.media.plots import loss_curve, smoothed
-from titans_video.media.resize import cover_crop, covering_size, to_tensor, to_uint8
 from titans_video.media.sheets import contact_sheet, frames_strip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.factories import make_vae
-from titans_video.codecs.registry import build_codec, codec_from_checkpoint, describe_codec
+from titans_video.codecs.base import build_codec, codec_from_checkpoint, describe_codec
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, CodecError
@@ -76,7 +76,7 @@ def test_the_projects_own_adapter_needs_no_naming(tmp_path: Path, monkeypatch: p
     assert codec_from_checkpoint(stored, {}, Overrides()).fingerprint() == stored["fingerprint"]
 
 
-def test_a_vae_moves_by_override_and_changed_weights_are_said(
+def test_a_vae_moves_by_override_and_changed_weights_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, moved = make_vae("wan", tmp_path / "a"), make_vae("wan", tmp_path / "b")

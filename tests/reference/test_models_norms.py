@@ -1,4 +1,4 @@
-"""Norms with a backward pass by hand, against torch's own autograd."""
+"""Norms with a hand-written backward pass, against torch's autograd."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ def test_modulated_norm_and_its_gradient() -> None:
     assert torch.autograd.gradcheck(ada_layer_norm, (x, shift, scale))
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_head_norm_and_its_gradient(turned: bool) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_head_norm_and_its_gradient(rotated: bool) -> None:
     x, weight = double(2, 3, 2, 2, 8), double(2, 1, 8)
-    freqs_cis = freqs_cis_1d(3, 4, 100.0).to(torch.complex128)[:, None, None] if turned else None
+    freqs_cis = freqs_cis_1d(3, 4, 100.0).to(torch.complex128)[:, None, None] if rotated else None
     plain = F.rms_norm(x, (8,), eps=1e-6) * weight
     assert_close(qk_norm_rope(x, weight, freqs_cis), plain if freqs_cis is None else apply_rotary(plain, freqs_cis))
     assert torch.autograd.gradcheck(lambda x, weight: qk_norm_rope(x, weight, freqs_cis), (x, weight))

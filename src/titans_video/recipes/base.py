@@ -1,0 +1,244 @@
+"""The base class of recipes: encoding a batch, the loss, the held-out loss, checkpoints, and the size of the work.
+
+A recipe is a subclass that implements `prepare` and `forward`. Everything else that differs between recipes is passed
+to the constructor.
+
+Legend: B rows of a batch, C latent channels, T H W pixel frames, height and width, S pixel frames of a latent frame,
+t h w the latent grid, Q quantiles of the training times.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Generic
+
+import torch
+from torch import Tensor, nn
+
+from titans_video.checkpoint import Checkpoint
+from titans_video.codecs.base import Codec
+from titans_video.data.cache import CachedText, EncodingCache
+from titans_video.data.loader import LAST_STEP
+from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, PreparedT, count_tokens
+from titans_video.generation.model import PromptEncoder
+from titans_video.seeding import derive_seed, seeded_randn, uniform
+from titans_video.text.base import TextEncoder, drop_captions
+from titans_video.training.recipe import AdapterFiles, VideoSampler
+from titans_video.types import Batch, CodecSpec, TextCondition, fold_frame_mask
+
+TEXT_STEP, LONGEST_TEXT = 64, 512
+"""FLOPs are counted for text of a multiple of TEXT_STEP tokens, and of at most LONGEST_TEXT."""
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """The size of a batch's latents and tokens, and where it carries loss; known without encoding anything.
+
+    Attributes:
+        codec: the shapes of the codec's latents.
+        patch_size: latent cells (t, h, w) of one token.
+        latent_frames: the latent frames that are trained on, from those of a clip and the optimizer step: padding adds
+            some, a curriculum takes some away.
+        cond_frames_have_loss: conditioning frames are a hint that is denoised like the rest. Otherwise they are given
+            clean and carry no loss.
+    """
+
+    codec: CodecSpec
+    patch_size: Grid = (1, 1, 1)
+    latent_frames: Callable[[int, int], int] = lambda frames, step: frames
+    cond_frames_have_loss: bool = False
+
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        """Return (C, t, h, w)."""
+        c, t, h, w = self.codec.latent_shape(batch.frames, batch.height, batch.width)
+        return c, self.latent_frames(t, batch.step), h, w
+
+    def cond_mask(self, batch: Batch) -> Tensor:
+        """Return (B, S, t) bool: for each latent frame, which of its pixel frames are given clean."""
+        frames = self.latent_shape(batch)[1]
+        if self.cond_frames_have_loss:
+            return torch.zeros(len(batch), self.codec.stride[0], frames, dtype=torch.bool)
+        return fold_frame_mask(batch.cond_frame_mask(), self.codec)[..., :frames]
+
+    def row_elements(self, batch: Batch) -> Tensor:
+        """Return (B,) int64: latent elements of frames that are not given clean."""
+        c, _, h, w = self.latent_shape(batch)
+        return (~self.cond_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
+
+    def tokens(self, batch: Batch) -> int:
+        return len(batch) * count_tokens(self.latent_shape(batch)[1:], self.patch_size)
+
+
+@dataclass
+class DiffusionRecipe(ABC, Generic[PreparedT]):
+    """A network, the frozen parts that encode for it, and its loss; see `training.recipe.Recipe`.
+
+    Attributes:
+        network: what is trained.
+        codec, text: frozen; they encode a batch unless it carries cached encodings.
+        process: how noise is added.
+        config: of checkpoints, as `titans_video.checkpoint` lists it.
+        device: of the network.
+        geometry: the size of latents, and where there is loss.
+        count_flops: FLOPs of one row, forward and backward, from (C, t, h, w) and the tokens of each text stream.
+        make_sampler: opens the network at a step for validation videos.
+        cfg_drop_prob: probability that a row's caption is dropped.
+        cfg_drop_each: drop each text stream independently.
+        sample_prompt: a caption of the data.
+        sample_flags: what the generate command needs beside the checkpoint.
+        cache: the cache that batches carry encodings from; None: they carry pixels and captions.
+        codec_in_use: training needs the codec even with a cache, so it is not released after validation.
+        adapter: the files of an adapter; None for a recipe that trains whole networks.
+    """
+
+    network: nn.Module
+    codec: Codec
+    text: TextEncoder
+    process: NoiseProcess
+    config: dict[str, object]
+    device: torch.device
+    geometry: ClipGeometry
+    count_flops: Callable[[tuple[int, ...], tuple[int, ...]], int]
+    make_sampler: Callable[[nn.Module, int], VideoSampler]
+    cfg_drop_prob: float = 0.1
+    cfg_drop_each: bool = False
+    sample_prompt: str | None = None
+    sample_flags: tuple[str, ...] = ()
+    cache: EncodingCache | None = None
+    codec_in_use: bool = False
+    adapter: AdapterFiles | None = None
+
+    def __post_init__(self) -> None:
+        self.empty = prompt_encoder(self.text, self.cache).empty(1).to(self.device)
+
+    @abstractmethod
+    def prepare(self, batch: Batch, *, train: bool) -> PreparedT:
+        """Encode a batch and draw its timesteps; called without gradients.
+
+        Args:
+            train: drop captions and conditions at random. Without it every row keeps its caption.
+        """
+
+    @abstractmethod
+    def forward(self, model: nn.Module, noisy: NoisySample, prepared: PreparedT) -> Tensor | Mapping[str, Tensor]:
+        """Call the wrapped model once; return its prediction, float32, of the shape of `noisy.target`.
+
+        With further modalities return one prediction for each by name, and `video` for the latents themselves.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the squared error of each row, (B,), summed over its elements."""
+        with torch.no_grad():
+            prepared = self.prepare(batch, train=True)
+            noisy = self._add_noise(batch, prepared, "noise")
+        return self._row_losses(model, batch, noisy, prepared)
+
+    def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row at each quantile, (Q, B) float64, and the elements of each row, (B,)."""
+        batch = replace(batch, step=LAST_STEP)  # whole clips, at any step of a curriculum
+        prepared = self.prepare(batch, train=False)
+        sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
+        for i, quantile in enumerate(quantiles):
+            at = self._at_quantile(prepared, quantile)
+            noisy = self._add_noise(batch, at, "noise", f"{quantile:g}")
+            sums[i] = self._row_losses(model, batch, noisy, at).double()
+        return sums, self.row_elements(batch)
+
+    def row_elements(self, batch: Batch) -> Tensor:
+        return self.geometry.row_elements(batch)
+
+    def tokens(self, batch: Batch) -> int:
+        return self.geometry.tokens(batch)
+
+    def flops(self, batch: Batch) -> float:
+        return float(len(batch) * self.count_flops(self.geometry.latent_shape(batch), self._text_lengths(batch)))
+
+    def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
+        return Checkpoint(model=model, config=self.config, step=step, codec=self.codec.state_dict())
+
+    @contextmanager
+    def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
+        try:
+            yield self.make_sampler(network, step)
+        finally:
+            if self.cache is not None and not self.codec_in_use:
+                self.codec.release()
+
+    def _add_noise(self, batch: Batch, prepared: Prepared, *key: str) -> NoisySample:
+        """Add noise that is a function of each row's seed and `key`; each further modality has noise of its own."""
+        latents = prepared.latents
+        noise = seeded_randn(latents.shape[1:], [derive_seed(seed, *key) for seed in batch.seeds]).to(self.device)
+        noisy = self.process.add_noise(latents, noise, prepared.timesteps)
+        others = {name: self._add_noise(batch, part, *key, name) for name, part in prepared.others.items()}
+        return replace(noisy, others=others) if others else noisy
+
+    def _at_quantile(self, prepared: PreparedT, quantile: float) -> PreparedT:
+        at = prepared.at(self.process.timestep_quantile(quantile, prepared.tokens))
+        if not prepared.others:
+            return at
+        timestep = self.process.timestep_quantile
+        return replace(at, others={k: part.at(timestep(quantile, part.tokens)) for k, part in prepared.others.items()})
+
+    def _row_losses(self, model: nn.Module, batch: Batch, noisy: NoisySample, prepared: PreparedT) -> Tensor:
+        """Return (B,): each row's weighted squared error. A further modality weighs as much per row as the video."""
+        predicted = self.forward(model, noisy, prepared)
+        if isinstance(predicted, Tensor):
+            return squared_error(predicted, noisy, prepared).flatten(1).sum(dim=1)
+        losses = squared_error(predicted["video"], noisy, prepared).flatten(1).sum(dim=1)
+        for name, part in prepared.others.items():
+            error = squared_error(predicted[name], noisy.others[name], part)
+            counted = torch.ones_like(error) if part.loss_mask is None else part.loss_mask.expand_as(error)
+            share = self.row_elements(batch).to(error) / counted.flatten(1).sum(dim=1).clamp(min=1)
+            losses = losses + error.flatten(1).sum(dim=1) * share
+        return losses
+
+    def encode_latents(self, batch: Batch) -> Tensor:
+        """Return clean latents (B, C, t, h, w) float32, sampled from the codec's posterior by each row's seed."""
+        moments = self.moments(batch.moments, batch.pixels)
+        return self.codec.from_moments(moments, seeds=[derive_seed(seed, "posterior") for seed in batch.seeds])
+
+    def moments(self, cached: Tensor | None, pixels: Tensor | None) -> Tensor:
+        """Return the moments of the codec's posterior, from the cache or from pixels."""
+        if cached is not None:
+            return cached.to(self.device, torch.float32)
+        assert pixels is not None  # a batch carries one of them
+        return self.codec.encode_moments(pixels.to(self.device))
+
+    def encode_text(self, batch: Batch) -> TextCondition:
+        return (batch.text or self.text(batch.captions)).to(self.device)
+
+    def encode_captions(self, batch: Batch, *, train: bool) -> TextCondition:
+        """Return encoded captions; in training some are replaced by the empty prompt."""
+        text = self.encode_text(batch)
+        return drop_captions(text, self.empty, self.dropped(batch, len(text.streams))) if train else text
+
+    def dropped(self, batch: Batch, streams: int) -> Tensor:
+        """Return which captions to drop, (B,), or (B, streams) with `cfg_drop_each`; a function of the rows' seeds."""
+        names = [f"drop {i}" for i in range(streams)] if self.cfg_drop_each else ["drop"]
+        drop = torch.tensor([[uniform(seed, name) < self.cfg_drop_prob for name in names] for seed in batch.seeds])
+        return drop if self.cfg_drop_each else drop[:, 0]
+
+    def _text_lengths(self, batch: Batch) -> tuple[int, ...]:
+        """Return the tokens of each text stream, in steps of `TEXT_STEP`.
+
+        Prompts that are not encoded yet are not encoded for this: a token counts as 4 bytes, as in English.
+        """
+        if batch.text is not None:
+            lengths = [mask.shape[1] for mask in batch.text.masks]
+        else:
+            longest = max((len(caption.encode()) for caption in batch.captions), default=0)
+            lengths = [longest // (4 if width else 1) + 1 for width in self.text.widths]
+        return tuple(-(-min(length, LONGEST_TEXT) // TEXT_STEP) * TEXT_STEP for length in lengths)
+
+
+def squared_error(predicted: Tensor, noisy: NoisySample, prepared: Prepared) -> Tensor:
+    """Return the weighted squared error, float32, 0 where there is no loss."""
+    error = noisy.weight * (predicted - noisy.target).square()
+    return error if prepared.loss_mask is None else error.masked_fill(~prepared.loss_mask, 0.0)
+
+
+def prompt_encoder(text: TextEncoder, cache: EncodingCache | None) -> PromptEncoder:
+    """Return what encodes prompts: the cache if it holds text, otherwise the text encoder."""
+    return CachedText(cache) if cache is not None and cache.has_text else text

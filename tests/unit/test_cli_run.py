@@ -1,0 +1,106 @@
+"""Messages and errors of several processes: who prints what, and once."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from titans_video.cli import run
+from titans_video.cli.run import ErrorReporter, configure_logging, guarded, started_at
+from titans_video.errors import ConfigError, PeerError
+
+logger = logging.getLogger("titans_video.tests")
+
+
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(run, "PATIENCE", 0.1)
+
+
+def fail(error: Exception) -> int:
+    def command() -> int:
+        raise error
+
+    return guarded(command)
+
+
+@pytest.mark.parametrize(
+    ("rank", "out", "err"),
+    [("0", "info\nwarning\n", "error\n"), ("1", "[process 1] warning\n", "[process 1] error\n")],
+)
+def test_information_comes_from_the_main_process_only(
+    rank: str, out: str, err: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with configure_logging(), configure_logging():  # a command may call another one
+        for level in ("debug", "info", "warning", "error"):
+            getattr(logger, level)(level)
+    logger.info("after")
+    assert capsys.readouterr() == (out, err)
+
+
+def test_the_first_process_with_an_error_reports_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("1", "0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert fail(ConfigError("--flag 1: it is wrong.")) == 2
+    assert fail(ConfigError("--flag 2: it is wrong.")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "[process 1] Error: --flag 1: it is wrong.",
+        "[process 1] Error: --flag 2: it is wrong.",
+    ]
+
+
+def test_an_error_that_the_main_process_reports_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    error = ConfigError("--flag 1: it is wrong.")
+    error.is_reported = True
+    assert fail(error) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cause", [ConfigError("--flag 1: it is wrong."), ZeroDivisionError()])
+def test_the_end_of_a_peer_is_reported_only_without_a_cause(
+    cause: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert fail(cause) == (2 if isinstance(cause, ConfigError) else 1)
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(cause, ZeroDivisionError)
+    monkeypatch.setenv("RANK", "0")
+    assert fail(PeerError("another process ended")) == 2
+    assert capsys.readouterr().err == ""
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert fail(PeerError("another process ended")) == 2
+    assert capsys.readouterr().err == "Error: another process ended\n"
+
+
+def test_one_process_leaves_no_file_and_shows_the_traceback_of_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for _ in range(2):
+        assert fail(ConfigError("--flag 1: it is wrong.")) == 2
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+    assert capsys.readouterr().err == "Error: --flag 1: it is wrong.\n" * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_launchers_that_ended_are_removed(tmp_path: Path) -> None:
+    own = f"titans-video-{os.getppid()}-{started_at(os.getppid())}-0-aa.reported"
+    names = [own, f"titans-video-{os.getppid()}-1-0-aa.reported", "titans-video-999999999-7-0-aa.reported"]
+    for name in [*names, "titans-video-mine.reported", own.replace("aa", "old")]:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / own.replace("aa", "old"), (0, 0))
+    ErrorReporter().report("Error: something else")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert own in left
+    assert "titans-video-mine.reported" in left
+    assert len(left) == 3
