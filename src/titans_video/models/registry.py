@@ -1,18 +1,19 @@
 """Networks by name: presets, the configuration that flags make, and the network that a checkpoint's config names."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
-
-from diffusers.models.modeling_utils import ModelMixin
 
 from titans_video.config.options import MemoryOptions, ModelOptions
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.models.sora_dit import SoraDiT
-from titans_video.models.svd_unet import SVDUNet
-from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.types import CodecSpec
 
-NETWORKS: dict[str, type[ModelMixin]] = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT, "SVDUNet": SVDUNet}
+NETWORKS = {
+    "SoraDiT": "titans_video.models.sora_dit:SoraDiT",
+    "TitansVideoDiT": "titans_video.models.titans_dit:TitansVideoDiT",
+    "SVDUNet": "titans_video.models.svd_unet:SVDUNet",
+}
+"""The class, `module:Class`, of each network. It is imported when a network is built: diffusers' U-Nets take long."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"model_dim": 96, "depth": 5, "heads": 4, "conv": True, "gated_skip": True, "text_layers": 0},
@@ -39,8 +40,10 @@ def build_network(config: Mapping[str, Any]) -> Any:
     name = arguments.pop("network", "SoraDiT")
     if name not in NETWORKS:
         raise CheckpointError(f"The network {name!r} is unknown to this version, which has {', '.join(NETWORKS)}.")
+    module, _, kind = NETWORKS[name].partition(":")
+    network = getattr(import_module(module), kind)
     try:
-        return NETWORKS[name](**arguments)
+        return network(**arguments)
     except ConfigError:
         raise
     except TypeError as e:
