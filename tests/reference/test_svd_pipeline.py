@@ -1,6 +1,7 @@
 """Our image-to-video of Stable Video Diffusion against diffusers' own pipeline, from the same noise."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def request(prompt: str = "", **changes: object) -> Request:
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
+@lru_cache
 def theirs(settings: SVDSettings, steps: int = 4) -> torch.Tensor:
     image_noise = seeded_randn((3, HEIGHT, WIDTH), [derive_seed(SEED, NOISE, 0)])
     noise = frame_noise((4, FRAMES, HEIGHT // 2, WIDTH // 2), [SEED])

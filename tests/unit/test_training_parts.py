@@ -160,6 +160,7 @@ def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
 @pytest.mark.parametrize(("variable", "expected"), [("ACCELERATE_MIXED_PRECISION", 15), ("UNRELATED", 0)])
 def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, variable: str, expected: int) -> None:
     monkeypatch.setenv(variable, "no")
+    monkeypatch.setattr(os, "getppid", lambda: 2)  # of a test run whose own launcher is gone it is 1 already
     with Interrupt() as interrupt:
         assert interrupt.signal == 0
         monkeypatch.setattr(os, "getppid", lambda: 1)
