@@ -3,12 +3,15 @@
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, so before anything else here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `titans_video.cli.run` does
+CACHE = tempfile.TemporaryDirectory(prefix="titans-video-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # so that tests neither read nor write the user's cache
 
 import numpy as np
 import pytest
