@@ -2,16 +2,17 @@
 
 import os
 import random
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, so before anything else here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `titans_video.cli.run` does
-CACHE = tempfile.TemporaryDirectory(prefix="titans-video-tests-", ignore_cleanup_errors=True)
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # so that tests neither read nor write the user's cache
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="titans-video-tests-")  # never the user's own cache
 
 import numpy as np
 import pytest
@@ -22,6 +23,13 @@ if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))  # `train.*` and `tests.*` are packages of the repository, never installed
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_is_left() -> Iterator[None]:
+    """Remove the cache of this test run."""
+    yield
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
