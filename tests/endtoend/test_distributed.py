@@ -16,6 +16,7 @@ import torch
 
 from tests.endtoend.distributed_jobs import SHAPES, make_batch, make_recipe
 from tests.endtoend.test_sora_commands import frames_of, metrics
+from tests.processes import run
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 
@@ -29,8 +30,7 @@ def run_jobs(folder: Path, processes: int, *names: str) -> Callable[[str, str], 
     """Run jobs and return a function that gives the results of all ranks by job and kind of process group."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words += [str(Path(__file__).with_name("distributed_jobs.py")), str(folder), *names]
-    done = subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run(*words, cwd=REPOSITORY)
     return lambda job, kind: [
         torch.load(folder / f"{job}.{kind}.rank{rank}.pt", weights_only=True) for rank in range(processes)
     ]
@@ -111,15 +111,16 @@ def test_bfloat16_is_the_same_sharded_or_not(jobs: Callable[[str, str], list[dic
     assert losses["fsdp2"]["dtype"] == "torch.float32"  # what the optimizer works on
 
 
+def launch_words(configuration: str, *words: object) -> list[str]:
+    """The documented command, after `python`, with a configuration file of the repository."""
+    config = str(REPOSITORY / "configs/accelerate" / configuration)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    return [*launch, str(SCRIPT), *map(str, words)]
+
+
 def accelerate(configuration: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """The documented command with a configuration file of the repository."""
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(REPOSITORY / "configs/accelerate" / configuration),
-    ]
-    command = [sys.executable, *launch, "--main_process_port", "0", str(SCRIPT), *map(str, words)]
+    """Run the documented command with its launcher."""
+    command = [sys.executable, *launch_words(configuration, *words)]
     done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr[-3000:]
     return done
@@ -141,28 +142,29 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 def test_two_processes_then_one_then_two_sharded_and_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """2 sharded -> 1 -> 2 -> 2 sharded, each from the checkpoint of the one before; every checkpoint generates."""
-    run, straight = tmp_path / "run", tmp_path / "straight"
+    two, straight = tmp_path / "run", tmp_path / "straight"
     assert main(["train", *small(straight, "--max-steps", 8, "--save-every", 2, "--save-limit", 0)[:-2],
                  "--batch-size", "4", "--save-limit", "0"]) == 0  # fmt: skip
-    said = accelerate("cpu2_fsdp2.yaml", *small(run, "--max-steps", 2)).stdout
+    said = run(*launch_words("cpu2_fsdp2.yaml", *small(two, "--max-steps", 2)), cwd=REPOSITORY).stdout
     assert said.startswith("Running on 2 processes (cpu, FSDP2 over gloo), precision no, global batch 4 clips")
-    assert (run / "checkpoint-2" / "shards" / "__1_0.distcp").exists()
-    assert main(["train", *small(run, "--max-steps", 4)]) == 0
+    assert (two / "checkpoint-2" / "shards" / "__1_0.distcp").exists()
+    assert main(["train", *small(two, "--max-steps", 4)]) == 0
     assert "each takes 2 clips at once, 2 times a step" in capfd.readouterr().out
-    assert not (run / "checkpoint-4" / "shards").exists()
-    assert "DDP over gloo" in accelerate("cpu2.yaml", *small(run, "--max-steps", 6)).stdout
-    accelerate("cpu2_fsdp2.yaml", *small(run, "--max-steps", 8, "--save-limit", 0))
-    for a, b in zip(metrics(run), metrics(straight), strict=True):
+    assert not (two / "checkpoint-4" / "shards").exists()
+    again = run(*launch_words("cpu2.yaml", *small(two, "--max-steps", 6)), cwd=REPOSITORY)
+    assert "DDP over gloo" in again.stdout
+    run(*launch_words("cpu2_fsdp2.yaml", *small(two, "--max-steps", 8, "--save-limit", 0)), cwd=REPOSITORY)
+    for a, b in zip(metrics(two), metrics(straight), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     for step in (4, 6, 8):  # 2 went with --save-limit 3
         for name in ("model.pt", "model_ema.pt"):
-            one, two = (weights_of(folder / f"checkpoint-{step}" / name) for folder in (straight, run))
+            one, other = (weights_of(folder / f"checkpoint-{step}" / name) for folder in (straight, two))
             for key in one:
                 # Adam divides by roots of tiny numbers, so single weights may differ by more than all of them.
-                assert (two[key] - one[key]).norm() <= 1e-3 * one[key].norm().clamp(min=0.1), key
+                assert (other[key] - one[key]).norm() <= 1e-3 * one[key].norm().clamp(min=0.1), key
         out = tmp_path / f"{step}.mp4"
-        checkpoint = str(run / f"checkpoint-{step}")
+        checkpoint = str(two / f"checkpoint-{step}")
         assert main(["generate", "--checkpoint", checkpoint, "--prompt", "x", "--steps", "1", "--out", str(out)]) == 0
         assert frames_of(out) == (8, 32, 32)
 

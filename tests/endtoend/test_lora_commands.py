@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import factories
+from tests import factories, processes
 from tests.endtoend.kill_and_resume import same
-from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics, run
+from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.models import lora_io
@@ -84,7 +84,8 @@ def test_two_processes_equal_one(
     config = repository / "configs" / "accelerate" / ("cpu2_fsdp2.yaml" if sharded else "cpu2.yaml")
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     script = repository / "train" / "videos" / "train_cogvideox_lora_accelerate.py"
-    done = run(*launch, script, *flags, "--batch-size", "1", "--output-dir", tmp_path / "two", cwd=repository)
+    shared = ["--batch-size", "1", "--output-dir", str(tmp_path / "two")]
+    done = processes.run(*launch, script, *flags, *shared, cwd=repository)
     assert "Running on 2 processes" in done.stdout
     assert done.stdout.count("Rows of i2v train as t2v: CogVideoX 1.0 has no image condition.") == 1
     assert "lora_0000003: stock diffusers loads it and computes the same" in done.stdout + done.stderr
@@ -111,15 +112,12 @@ def test_a_killed_run_resumes_bitwise(repository: Path, pipelines: dict[str, Pat
     )
     command = ["-m", "titans_video.cli.main", "train", "cogvideox-lora"]
     command += words(repository, pipelines["1.5-i2v"], flags)
-    environment = {**os.environ, **ONE_THREAD}
-    straight = subprocess.Popen([sys.executable, *command, str(tmp_path / "a")], env=environment)
-    broken = subprocess.Popen([sys.executable, *command, str(tmp_path / "b")], env=environment)
-    while broken.poll() is None and not (tmp_path / "b" / "last.pt").exists():
+    straight, broken = (processes.start(*command, str(tmp_path / x), cwd=tmp_path) for x in "ab")
+    while broken.is_alive() and not (tmp_path / "b" / "last.pt").exists():
         time.sleep(0.01)
     broken.kill()
-    broken.wait()
-    run(*command, str(tmp_path / "b"), "--resume", "auto", cwd=tmp_path)
-    assert straight.wait() == 0
+    processes.run(*command, str(tmp_path / "b"), "--resume", "auto", cwd=tmp_path)
+    assert straight.wait().returncode == 0
     a, b = (files.load_tensors(tmp_path / x / "lora_0000006.pt") for x in "ab")
     assert not same(a["model"], a["training"]["trained"])  # averaged, and trained
     for name in ("model", "config"):

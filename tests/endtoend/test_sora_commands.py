@@ -14,12 +14,13 @@ import av
 import pytest
 import torch
 
+from tests import processes
+from tests.processes import ONE_THREAD
 from titans_video import checkpoint as files
 from titans_video.cli.main import COMMANDS, main
 from titans_video.cli.run import DEPENDENCIES, guarded
 
 SMALL = ["--model-dim", "24", "--depth", "1", "--heads", "2", "--batch-size", "4", "--max-steps", "3"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 
 
 def run(*words: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -99,7 +100,7 @@ def test_video_framework_trains_and_infers(repository: Path, manifest: Path, tmp
     )
     run(script, "--manifest", manifest, *words, cwd=tmp_path)
     infer = "infer --checkpoint out/last.pt --prompt x --height 16 --width 24 --fps 24 --num-frames 4 --out o.mp4"
-    run(script, *infer.split(), "--steps", "2", cwd=tmp_path)
+    processes.run(script, *infer.split(), "--steps", "2", cwd=tmp_path)
     assert frames_of(tmp_path / "o.mp4") == (4, 16, 24)
 
 
@@ -110,11 +111,12 @@ def test_infer_sora_takes_seconds_and_makes_longer_videos_in_windows(
     words = ["--checkpoint", str(trained / "last.pt"), "--prompt", "a cat", "--fps", "24", "--steps", "2"]
     run(script, *words, "--seconds", "0.3", "--out", "o.mp4", cwd=tmp_path)  # ceil(7.2)
     assert frames_of(tmp_path / "o.mp4") == (8, 32, 32)
-    done = run(script, *words, "--seconds", "8", "--out", "long.mp4", cwd=tmp_path)
+    done = processes.run(script, *words, "--seconds", "8", "--out", "long.mp4", cwd=tmp_path)
     assert frames_of(tmp_path / "long.mp4") == (192, 32, 32)
     assert "trained on 8 frames; longer videos are generated in windows" in done.stderr
     assert {p.name for p in tmp_path.glob("long*")} == {"long.mp4", "long.mp4.json", "long.mp4.sheet.png"}
-    wrong = run(script, *words, "--seconds", "8", "--overlap", "3", "--out", "no.mp4", cwd=tmp_path, code=2)
+    more = ["--seconds", "8", "--overlap", "3", "--out", "no.mp4"]
+    wrong = processes.run(script, *words, *more, cwd=tmp_path, code=2)
     assert "--overlap 3" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     assert not list(tmp_path.glob("no*"))
@@ -127,7 +129,7 @@ def test_two_processes_equal_one(repository: Path, tiny: list[str], tmp_path: Pa
     script = repository / "train" / "videos" / "train_sora_accelerate.py"
     words = [*launch, "--main_process_port", "0", str(script), *shared, "--batch-size", "2"]
     words += ["--cache", str(tmp_path / "cache")]  # which both fill, each its share
-    done = run(*words, "--vae-backend", "patch", "--output-dir", tmp_path / "two", cwd=repository)
+    done = processes.run(*words, "--vae-backend", "patch", "--output-dir", tmp_path / "two", cwd=repository)
     assert done.stdout.count("Running on 2 processes (cpu, DDP over gloo)") == 1
     assert done.stdout.count(" encodings made, 0 found.") == 1
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

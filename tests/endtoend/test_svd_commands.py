@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from tests import factories
+from tests import factories, processes
 from tests.endtoend.test_sora_commands import frames_of, metrics, run
 from tests.unit.svd_parts import picture, pipeline_video
 from titans_video import checkpoint as files
@@ -110,7 +110,7 @@ def test_all_buckets_in_one_run_on_two_processes(
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     script = repository / "train" / "videos" / "train_video_accelerate.py"
     more = "--max-steps 8 --mixed-precision no --lr 1e-3 --ema-decay 0.5"
-    done = run(*launch, script, *words(svd, clips, tmp_path / "two", more), cwd=tmp_path)
+    done = processes.run(*launch, script, *words(svd, clips, tmp_path / "two", more), cwd=tmp_path)
     assert "Running on 2 processes" in done.stdout
     for one, two in zip(metrics(trained), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "elements", "loss_t2v", "rows_t2v", "loss_i2v", "rows_i2v"):
@@ -189,7 +189,7 @@ def test_the_long_video_command(repository: Path, svd: Path, trained: Path, tmp_
         f'infer --pretrained-model {svd} --checkpoint {trained}/checkpoint-8/model.pt --prompt "..." '
         "--height 16 --width 24 --fps 24 --num-frames 192 --window 32 --overlap 8 --out out_8s.mp4 --steps 2"
     )
-    done = run(script, *shlex.split(flags), cwd=tmp_path)
+    done = processes.run(script, *shlex.split(flags), cwd=tmp_path)
     assert frames_of(tmp_path / "out_8s.mp4") == (192, 16, 24)
     assert "blend" in done.stderr
     Image.fromarray(picture()).save(tmp_path / "p.png")

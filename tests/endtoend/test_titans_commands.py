@@ -1,17 +1,14 @@
 """The commands of the model with a memory as a person types them, made small."""
 
-import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import factories
-from tests.endtoend.test_sora_commands import ONE_THREAD, _leaves, frames_of, metrics, run
+from tests import factories, processes
+from tests.endtoend.test_sora_commands import _leaves, frames_of, metrics
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.config.options import TitansOptions
@@ -67,7 +64,7 @@ def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: P
     (tmp_path / "prompts.txt").write_text("8: a red circle moving up\n6: a blue square moving left\n")
     script = repository / "train" / "videos" / "infer_sora.py"
     words = ["--checkpoint", trained, "--segment-prompts", "prompts.txt", "--out", "o.mp4"]
-    done = run(script, *words, cwd=tmp_path)
+    done = processes.run(script, *words, cwd=tmp_path)
     assert "14 frames in 7 segments of 2" in done.stderr
     assert frames_of(tmp_path / "o.mp4") == (14, 16, 16)
 
@@ -107,7 +104,8 @@ def test_two_processes_equal_one(sharded: bool, repository: Path, words: list[st
     config = repository / "configs" / "accelerate" / ("cpu2_fsdp2.yaml" if sharded else "cpu2.yaml")
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     script = repository / "train" / "videos" / "train_titans_video_dit_accelerate.py"
-    done = run(*launch, script, *shared, "--batch-size", "2", "--output-dir", tmp_path / "two", cwd=repository)
+    more = ["--batch-size", "2", "--output-dir", str(tmp_path / "two")]
+    done = processes.run(*launch, script, *shared, *more, cwd=repository)
     assert "4 segments of 2 frames" in done.stdout
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["elements"] == b["elements"]
@@ -124,16 +122,13 @@ def test_two_processes_equal_one(sharded: bool, repository: Path, words: list[st
 def test_a_killed_run_resumes_bitwise(words: list[str], tmp_path: Path) -> None:
     """The curriculum, too, goes on where it was."""
     flags = [*words, "--max-steps", "12", "--save-every", "3", "--segment-curriculum", "10"]
-    command = [sys.executable, "-m", "titans_video.cli.main", "train", "titans", *flags, "--output-dir"]
-    environment = {**os.environ, **ONE_THREAD}
-    straight = subprocess.Popen([*command, str(tmp_path / "a")], env=environment)
-    broken = subprocess.Popen([*command, str(tmp_path / "b")], env=environment)
-    while broken.poll() is None and not (tmp_path / "b" / "last.pt").exists():
+    command = ["-m", "titans_video.cli.main", "train", "titans", *flags, "--output-dir"]
+    straight, broken = (processes.start(*command, str(tmp_path / x), cwd=tmp_path) for x in "ab")
+    while broken.is_alive() and not (tmp_path / "b" / "last.pt").exists():
         time.sleep(0.01)
     broken.kill()
-    broken.wait()
-    run(*command[1:], str(tmp_path / "b"), "--resume", "auto", cwd=tmp_path)
-    assert straight.wait() == 0
+    processes.run(*command, str(tmp_path / "b"), "--resume", "auto", cwd=tmp_path)
+    assert straight.wait().returncode == 0
     a, b = (files.load_tensors(tmp_path / x / "checkpoint-12" / "model.pt") for x in "ab")
     assert _leaves(a) == _leaves(b)
     same = ("step", "loss", "grad_norm", "elements")

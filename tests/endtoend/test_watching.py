@@ -1,16 +1,13 @@
 """Watching a run as a person would: validation in the documented commands, by one process and two; the report."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests import factories
+from tests import factories, processes
 from titans_video.cli.main import main
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
@@ -76,14 +73,7 @@ def test_two_processes_see_what_one_sees(repository: Path, tiny: list[str], tmp_
     assert main(["train", *tiny, "--batch-size", "4", "--output-dir", str(tmp_path / "one")]) == 0
     config, script = f"configs/accelerate/{name}.yaml", "train/videos/train_sora_accelerate.py"
     words = ["--config_file", config, script, *tiny, "--batch-size", "2", "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words],
-        cwd=repository,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = processes.run("-m", "accelerate.commands.launch", *words, cwd=repository)
     assert "Validation at step 2" in done.stdout + done.stderr
     for a, b in zip(looks(tmp_path / "one"), looks(tmp_path / "two"), strict=True):
         assert (a["step"], a["rows"], a["samples"]) == (b["step"], b["rows"], b["samples"])
