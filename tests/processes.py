@@ -2,7 +2,8 @@
 
 A new interpreter spends six seconds on imports. A forked process has its own id, environment, streams and exit code,
 and is killed and launched like any other. Tests of a documented launcher start that launcher. Tests of what several
-processes compute use this module, which makes their environment with the launcher's own code.
+processes compute use this module, which makes their environment with the launcher's own code. Errors that several
+processes report need a launcher: its process id tells one run's reports from another's.
 """
 
 import functools
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -40,6 +42,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 @functools.cache
 def server() -> ForkServerContext:
     """Start the server, which ends with this process."""
+    assert all(map(find_spec, PRELOAD))  # it ignores modules that it does not find
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with patch.dict(os.environ, {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
