@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from titans_video.cli.tools import main_demo, main_score
 from titans_video.config.generation import DemoOptions
 from titans_video.demo import scoring
@@ -68,23 +69,12 @@ def test_demo_writes_everything_that_it_names_twice(repository, tmp_path, small_
     assert all((out / source).is_file() for source in re.findall(r"src='?([^' >]+)", page))
 
     (out / "notes.txt").write_text("mine")
-    again = run(repository, *words, "--processes", "1")
-    assert again.returncode == 0, again.stdout + again.stderr
+    command = ["-m", "titans_video.cli.main"]
+    processes.run(*command, *words, "--processes", "1", cwd=repository)
     assert (out / "notes.txt").read_text() == "mine"
 
-    score = run(
-        repository,
-        "score",
-        "--checkpoint",
-        str(out / "run"),
-        "--videos",
-        "2",
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path / "s"),
-    )
-    assert score.returncode == 0, score.stdout + score.stderr
+    score = ["score", "--checkpoint", str(out / "run"), "--videos", "2", "--steps", "2", "--out", str(tmp_path / "s")]
+    processes.run(*command, *score, cwd=repository)
     assert set(json.loads((tmp_path / "s" / "scores.json").read_text())) == {"seen", "held_out"}
 
 
