@@ -72,7 +72,8 @@ def test_two_processes_see_what_one_sees(repository: Path, tiny: list[str], tmp_
     tiny = [*tiny, *(word for prompt in ("one", "two", "three") for word in ("--validation-prompt", prompt))]
     assert main(["train", *tiny, "--batch-size", "4", "--output-dir", str(tmp_path / "one")]) == 0
     config, script = f"configs/accelerate/{name}.yaml", "train/videos/train_sora_accelerate.py"
-    words = ["--config_file", config, script, *tiny, "--batch-size", "2", "--output-dir", str(tmp_path / "two")]
+    words = ["--config_file", config, "--main_process_port", "0", script, *tiny]
+    words += ["--batch-size", "2", "--output-dir", str(tmp_path / "two")]
     done = processes.run("-m", "accelerate.commands.launch", *words, cwd=repository)
     assert "Validation at step 2" in done.stdout + done.stderr
     for a, b in zip(looks(tmp_path / "one"), looks(tmp_path / "two"), strict=True):
