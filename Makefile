@@ -17,8 +17,11 @@ setup: .venv/.ready ## a virtual environment in .venv with everything in it; PYT
 demo: setup ## train the tiny model on made-up clips, generate, score: outputs/demo/
 	@$(BIN)/titans-video demo
 
-test: check ## lint, types and every test that is not long
-	@$(BIN)/python -m pytest
+test: check ## lint, types and every test that is not long, in two processes
+	@log=$$(mktemp); $(BIN)/python -m pytest tests/unit tests/reference > $$log 2>&1 & other=$$!; \
+	trap "kill $$other" INT TERM; \
+	$(BIN)/python -m pytest tests/endtoend; code=$$?; \
+	wait $$other || code=$$?; cat $$log; rm -f $$log; exit $$code
 
 test-all: check ## the long tests too
 	@$(BIN)/python -m pytest -m "long or not long"
