@@ -1,4 +1,4 @@
-"""What every test stands on: two threads, no hub, the same random numbers each time, the folder of real clips."""
+"""Settings of every test: two threads, no hub, the same random numbers each time, the folder of real clips."""
 
 import os
 import random

@@ -124,7 +124,7 @@ class ToyExperts(nn.Module):
 
 
 class ToySpec(ModelSpec):
-    """What the two toys share: folders, codec, process, and a pipeline that is this project's own Euler sampler."""
+    """The parts that both toys share: folders, codec, process, and a pipeline with this project's own Euler sampler."""
 
     folders: ClassVar[tuple[str, ...]] = ("transformer",)
     streams: ClassVar[tuple[tuple[int, int], ...]] = ((WORDS, 3),)

@@ -177,7 +177,7 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def logged() -> Iterator[list[str]]:
-    """What this process would show on the console."""
+    """Return what this process writes to the console."""
     shown = io.StringIO()
     said: list[str] = []
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), configure_logging():

@@ -272,7 +272,7 @@ def test_an_unexpected_exception_of_another_process_is_reported(tmp_path: Path) 
 
 
 def fail(folder: Path, case: str) -> str:
-    """What two processes that fail write to stderr."""
+    """Return what two failing processes write to stderr."""
     script = folder / "failing.py"
     script.write_text(FAILING)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), case, str(folder)]

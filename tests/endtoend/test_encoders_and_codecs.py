@@ -115,7 +115,7 @@ AS_LLM = [name for name in MAKERS if name not in ("T5", "UMT5")]
 
 
 def with_encoders(desk: Desk, text: str | None, llm: str | None) -> list[str]:
-    """The README's command of two encoders, with a folder in place of each name (None: without it)."""
+    """The README's command of two encoders, with a folder instead of each name (None: without it)."""
     factories.make_vae("kl", desk.folder / "vae")
     words = with_flags(documented("qwen_or_mistral_or_llama"), {"--pretrained-model": "vae"}, add=False)
     for flag, name in (("--text-model", text), ("--llm-model", llm)):

@@ -341,7 +341,7 @@ def test_a_file_that_diffusers_reads_otherwise_stops_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What peers write: no alpha; and names under another prefix, so that nothing is loaded."""
+    """Files of other programs: no alpha; and names under another prefix, so that nothing is loaded."""
     write = lora_io.write
 
     def without_alpha(path: Path, tensors: Any, sizes: Any, **more: Any) -> None:

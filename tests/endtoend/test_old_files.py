@@ -1,7 +1,8 @@
 """Files that an earlier version wrote are read as they were then: tests/data/old/files.tar.xz, written by its make.py.
 
 Frames are compared with those of that day within a few levels, as other versions of torch round otherwise. The UNet of
-Stable Video Diffusion is too large to keep: of its checkpoint the names and shapes are kept, and filled anew.
+Stable Video Diffusion is too large to keep: only the names and shapes of its checkpoint are kept, and the test fills
+them with values.
 """
 
 import json

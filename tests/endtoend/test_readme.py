@@ -184,7 +184,7 @@ class Workspace:
         return Done(done.returncode, done.stdout + done.stderr)
 
     def inside(self, argv: list[str], call: Callable[[], object]) -> Done:
-        """Run in this process: importing torch and transformers anew for each command would take most of the time."""
+        """Run in this process: importing torch and transformers for each command would take most of the time."""
         output, path, before = io.StringIO(), list(sys.path), Path.cwd()
         sys.argv, kept = list(argv), sys.argv
         sys.path.insert(0, str((self.folder / argv[0]).parent))  # as Python does for a script

@@ -1,4 +1,4 @@
-"""Toy models in place of pretrained ones: training, files and generation know no model by name.
+"""Two toy models instead of pretrained ones: training, files and generation know no model by name.
 
 Adding them took what adding a real model takes: a spec (tests/toy_models.py), a line in MODEL_SPECS, and a factory.
 """

@@ -1,4 +1,4 @@
-"""What holds for the whole tree: no machine's paths, one version, a licence, commands that name files that exist."""
+"""Rules for the whole repository: no machine's paths, one version, a licence, commands that name files that exist."""
 
 import re
 import subprocess

@@ -101,7 +101,7 @@ def test_a_kill_between_the_folder_and_its_file_is_made_good(tmp_path: Path) -> 
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
-def test_going_back_and_starting_anew_move_both_parts_aside(tmp_path: Path) -> None:
+def test_going_back_and_starting_again_move_both_parts_aside(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     for given in ("lora_0000001", "lora_0000001.pt"):

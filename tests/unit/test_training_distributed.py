@@ -1,4 +1,4 @@
-"""What several processes share: one looks into the data and all get it, errors too; all fill one cache."""
+"""Several processes: one reads the data and all receive it, errors too; all fill one cache."""
 
 import multiprocessing
 import traceback

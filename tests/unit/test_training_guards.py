@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong: no finite loss, a leap of the loss, no memory, a full disk."""
+"""Faults during a run: a loss that is not finite, a loss spike, no memory, a full disk."""
 
 import contextlib
 import json

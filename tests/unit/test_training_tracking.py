@@ -1,4 +1,4 @@
-"""What arrives at TensorBoard and at W&B, read back by TensorBoard's own reader, or caught on the way."""
+"""Values that arrive at TensorBoard and W&B, read back by TensorBoard's own reader, or caught on the way."""
 
 import sys
 import types

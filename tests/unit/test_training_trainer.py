@@ -35,7 +35,7 @@ def options(folder: Path, **changes: Any) -> TrainOptions:
 def train(
     run: TrainOptions, stream: ToyStream | None = None, dropout: float = 0.0
 ) -> tuple[TrainResult, dict[str, Tensor]]:
-    """What the recipes do: resume, folder, trainer."""
+    """Train as the recipes do: resume, folder, trainer."""
     resume = going_on(run)
     recipe = ToyRecipe(dropout)
     outcome = Trainer(recipe, stream or ToyStream(4), run, distributed.start(run), resume).run()

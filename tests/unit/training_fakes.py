@@ -94,7 +94,7 @@ class ToyRecipe:
 
 
 def going_on(run: TrainOptions) -> Resume | None:
-    """What the recipes do before they train: find the checkpoint to go on from, and make the folder ready."""
+    """Do what recipes do before they train: find the checkpoint to resume from, and prepare the folder."""
     folder, notes = resume_module.find_resume(run)
     for note in notes:
         logger.info(note)

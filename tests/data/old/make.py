@@ -1,6 +1,6 @@
-"""Write files.tar.xz anew with the code as it is: `python tests/data/old/make.py`.
+"""Write files.tar.xz again, with the present code: `python tests/data/old/make.py`.
 
-They prove that later versions read what an earlier one wrote; write them anew only when a format changes on purpose.
+They prove that later versions read what an earlier one wrote; write them again only when a format changes on purpose.
 """
 
 import json
@@ -101,7 +101,7 @@ def make_parts(folder: Path) -> None:
 
 
 def describe_svd(path: Path) -> None:
-    """Write svd.json: the checkpoint with the shapes of its tensors in place of them."""
+    """Write svd.json: the checkpoint with the shape of each tensor instead of its values."""
     data = torch.load(path, weights_only=True)
     shapes = {name: list(tensor.shape) for name, tensor in data.pop("model").items()}
     Path("svd.json").write_text(json.dumps({**data, "shapes": shapes}) + "\n")
