@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,23 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.svd_parts import svd_model
+from tests.unit.test_models_titans_dit import network as titans
 from tests.unit.training_fakes import Toy
 from titans_video.config.options import TrainOptions
+from titans_video.models import lora
+from titans_video.models.sora_dit import SoraDiT
 from titans_video.training.guards import Interrupt
 from titans_video.training.metrics import MetricsLog
-from titans_video.training.optim import Ema, Float32Muon, MuonWithAdamW, build_optimizer, hidden_matrices, orthogonalise
+from titans_video.training.optim import (
+    Ema,
+    Float32Muon,
+    MuonWithAdamW,
+    build_optimizer,
+    decayed_weights,
+    hidden_matrices,
+    orthogonalise,
+)
 from titans_video.training.trainer import learning_rate_factor, set_learning_rates
 
 
@@ -63,10 +76,61 @@ def test_muon_gets_the_hidden_matrices_alone() -> None:
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in network.parameters()}
 
 
+def sora() -> nn.Module:
+    return SoraDiT(4, 2, (1, 2, 2), 24, 1, 2, text_layers=1, text_buckets=16)
+
+
+def with_lora() -> nn.Module:
+    network = sora()
+    lora.inject(network, lora.LoraConfig(2, targets=("qkv", "fc1")))
+    return network
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "sora": sora,
+    "tokens": lambda: titans("tokens"),
+    "neural": lambda: titans("neural"),
+    "svd": lambda: svd_model().network,
+    "lora": with_lora,
+}
+NO_DECAY = {
+    "qk_scale", "q_scale", "k_scale", "modulation_table", "bytes.weight", "prefixes.weight", "persistent.weight",
+    "tokens.first", "tokens.place", "w1", "w2", "scale", "shift", "gamma", "mix_factor", "bias",
+}  # fmt: skip
+"""Ends of the names of parameters that are no weights of linear or convolutional layers."""
+DECAYED = {
+    "sora": {"patch_embed.weight", "blocks.0.attn.qkv.weight", "text_embed.0.layers.0.mlp.fc1.weight"},
+    "tokens": {"tokens.gate.weight", "tokens.out.weight", "blocks.1.cross_attn.kv.weight", "final.linear.weight"},
+    "neural": {"neural.0.q.weight", "neural.0.gates.weight", "modulation.weight"},
+    "svd": {
+        "unet.conv_in.weight",
+        "unet.down_blocks.0.resnets.0.temporal_res_block.conv1.weight",
+        "unet.mid_block.attentions.0.proj_in.weight",
+    },
+    "lora": {"blocks.0.attn.qkv.lora_A.default.weight", "blocks.0.mlp.fc1.lora_B.default.weight"},
+}
+"""Some of the names that must decay, of matrices and of 4- and 5-dimensional kernels."""
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_decay_is_on_matrices_alone(optimizer: Any) -> None:
-    for group in build_optimizer(Toy(), TrainOptions(optimizer=optimizer, weight_decay=0.3)).param_groups:
-        assert group["weight_decay"] == (0.3 if group["params"][0].ndim == 2 else 0.0)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_only_weights_of_linear_and_convolutional_layers_decay(name: str, optimizer: Any) -> None:
+    network = NETWORKS[name]()
+    groups = build_optimizer(network, TrainOptions(optimizer=optimizer, weight_decay=0.3)).param_groups
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    assert set(decay) == set(trained.values())
+    decayed = {n for n, p in trained.items() if decay[p]}
+    norms = {f"{n}.weight" for n, m in network.named_modules() if "norm" in type(m).__name__.lower()}
+    assert decayed == {n for n in trained if n not in norms and not n.endswith(tuple(NO_DECAY))}
+    assert decayed >= DECAYED[name]
+    assert {decay[trained[n]] for n in decayed} == {0.3}
+
+
+def test_a_matrix_that_is_also_an_embedding_does_not_decay() -> None:
+    network = nn.ModuleDict({"words": nn.Embedding(6, 4), "head": nn.Linear(4, 6), "conv": nn.ConvTranspose1d(2, 2, 3)})
+    network["head"].weight = network["words"].weight
+    assert decayed_weights(network) == {network["conv"].weight}
 
 
 def test_the_rest_of_muon_is_adamw() -> None:

@@ -197,7 +197,7 @@ class TrainOptions:
     muon_lr: Annotated[float, Range(above=0)] = 0.02
     """Learning rate of Muon's matrices."""
     weight_decay: Annotated[float, Range(least=0)] = 0.01
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of the weights of linear and convolutional layers."""
     betas: Annotated[Pair, BELOW_1] = (0.9, 0.999)
     """AdamW's betas."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

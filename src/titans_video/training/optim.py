@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Muon, Optimizer
 
 from titans_video.config.options import TrainOptions
@@ -30,14 +31,29 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     return list(found)
 
 
+def decayed_weights(network: nn.Module) -> set[nn.Parameter]:
+    """Return the weights that decay: those of linear and convolutional layers.
+
+    A gain, bias, embedding or learned token is no map between features, whatever its shape, and does not decay. Nor
+    does a weight that is also an embedding's.
+    """
+    maps = {m.weight for m in network.modules() if isinstance(m, (nn.Linear, _ConvNd))}
+    embeddings = {m.weight for m in network.modules() if isinstance(m, nn.Embedding)}
+    return {cast(nn.Parameter, weight) for weight in maps - embeddings}
+
+
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
-    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest. Only matrices have weight decay."""
+    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest.
+
+    Optimizer state is saved by parameter name, so a checkpoint does not depend on the groups.
+    """
     matrices = hidden_matrices(network) if options.optimizer == "muon" else []
     in_muon = set(matrices)
+    decayed = decayed_weights(network)
     rest = [p for p in network.parameters() if p.requires_grad and p not in in_muon]
     adamw = [
-        _group([p for p in rest if p.ndim >= 2], options.lr, options.weight_decay),
-        _group([p for p in rest if p.ndim < 2], options.lr, 0.0),
+        _group([p for p in rest if p in decayed], options.lr, options.weight_decay),
+        _group([p for p in rest if p not in decayed], options.lr, 0.0),
     ]
     adamw = [g for g in adamw if g["params"]]
     if not matrices:
