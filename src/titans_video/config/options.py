@@ -222,6 +222,8 @@ class TrainOptions:
     """Steps between updates of the loss in the progress bar."""
     resume: str = "none"
     """auto: the newest good checkpoint in --output-dir; the path of a checkpoint; or none."""
+    init_from: str | None = None
+    """Start at step 0 with the weights of a checkpoint, run, exported folder or LoRA. A resumed run ignores this."""
     allow_changes: bool = False
     """Resume even if the data, the model or the settings differ from those of the checkpoint."""
     max_bad_steps: Annotated[int, Range(least=1)] = 10

@@ -4,6 +4,7 @@
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from titans_video.config.fields import Range, check_value
 from titans_video.config.options import (
@@ -89,8 +90,24 @@ def check_run(train: TrainOptions) -> None:
         raise ConfigError("--output-dir is empty; give a folder, e.g. --output-dir outputs.")
     if not train.resume:
         raise ConfigError("--resume is empty; give auto, none, or the path of a checkpoint.")
+    if train.init_from is not None:
+        check_init_from(train.init_from, train.resume)
     if train.min_lr > train.lr:
         raise ConfigError(f"--min-lr {train.min_lr:g}: it must be at least 0 and at most --lr {train.lr:g}.")
+
+
+def check_init_from(path: str, resume: str) -> None:
+    """Require an existing path, and a run that does not resume from another one."""
+    if resume not in ("none", "auto"):
+        raise ConfigError(
+            f"--init-from {path} starts a new run, and --resume {resume} resumes one; leave one of them out. "
+            "(--resume auto resumes if --output-dir has a checkpoint, and otherwise starts from --init-from.)"
+        )
+    if not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"--init-from {path}: this path does not exist. Pass a checkpoint, a run's folder, an exported folder or "
+            "a LoRA."
+        )
 
 
 def check_guidance_interval(defaults: GenerationDefaults) -> None:

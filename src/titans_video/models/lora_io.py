@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_video.checkpoint import LAST, atomic_path, load_tensors
-from titans_video.errors import CheckpointError
-from titans_video.models.lora import rename
+from titans_video.errors import CheckpointError, few
+from titans_video.models.lora import DEFAULT, LoraLinear, layers, rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -143,6 +143,49 @@ def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
     else:
         alphas = _alphas(path, config, ranks, prefixes)
     return LoraFile(path, tensors, alphas, notes, _about(header))
+
+
+@torch.no_grad()
+def fill(network: nn.Module, file: LoraFile, name: str = DEFAULT) -> list[str]:
+    """Copy a saved adapter into one that was injected, so that the network computes what the saved one does.
+
+    A lower rank is exact: further rows of A stay as they are, and their columns of B are 0. Another scale is moved
+    into B. Layers of the network that the file does not have stay as injected.
+
+    Returns:
+        Lines for the log: the number of layers, and the layers that do not fit.
+    Raises:
+        CheckpointError: a higher rank than the injected one's, or no layer fits.
+    """
+    own = {target: layer for target, layer in layers(network) if name in layer.alphas}
+    saved = _ranks(file.tensors)
+    both = sorted(saved.keys() & own.keys())
+    wide = [target for target in both if not _fits(own[target], file.tensors, target)]
+    for target in (target for target in both if target not in wide):
+        layer, rank = own[target], saved[target]
+        if rank > layer.rank(name):
+            raise CheckpointError(
+                f"{file.path}: {target} has rank {rank}, above --rank {layer.rank(name)}; pass --rank {rank} or more."
+            )
+        a: Any = layer.lora_A[name].weight
+        b: Any = layer.lora_B[name].weight
+        a[:rank] = file.tensors[f"{target}.lora_A.weight"].to(a)
+        b.zero_()
+        b[:, :rank] = file.tensors[f"{target}.lora_B.weight"].to(b) * (file.alphas[target] / rank / layer.scale(name))
+    kinds = (
+        ("of other widths in the file, so they start fresh", wide),
+        ("not in the file, so they start fresh", sorted(own.keys() - saved.keys())),
+        ("only in the file, so they are not used (see --target-modules)", sorted(saved.keys() - own.keys())),
+    )
+    lines = [f"  {len(found)} layers {what}: {few(found, 8)}" for what, found in kinds if found]
+    if len(wide) == len(both):
+        raise CheckpointError(f"no layer of {file.path} fits: " + "; ".join(line.strip() for line in lines))
+    return [f"{file.path}: loaded the adapters of {len(both) - len(wide)} of {len(own)} layers.", *lines]
+
+
+def _fits(layer: LoraLinear, tensors: Mapping[str, Tensor], target: str) -> bool:
+    a, b = tensors[f"{target}.lora_A.weight"], tensors.get(f"{target}.lora_B.weight")
+    return b is not None and (*b.shape, a.shape[1]) == (layer.out_features, a.shape[0], layer.in_features)
 
 
 def _find(path: Path) -> Path:

@@ -110,6 +110,14 @@ class LoraFiles:
         tensors = lora.rename(model)
         return check_parity(self.spec, tensors, self._sizes(tensors), folder)
 
+    def start_from(self, path: Path, network: nn.Module) -> list[str]:
+        found = lora_io.read(path, self.spec.lora_prefixes)
+        lines = lora_io.fill(network, found)
+        base = found.about.get("base", {}).get("fingerprint")
+        if base is not None and base != self.spec.fingerprint():
+            lines.append("  It was trained on other base weights, so it has to adapt to these.")
+        return [*lines, *found.notes]
+
     def sample_command(self, last: Path) -> list[str]:
         words = ["titans-video", "generate", "--pretrained-model", str(self.spec.folder), "--lora", str(last)]
         return words + (["--image", "FIRST_FRAME.png"] if self.spec.image_to_video else [])

@@ -30,6 +30,7 @@ from titans_video.text.base import TextEncoder
 from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
+from titans_video.training.init_from import fitted_codec, start_from
 from titans_video.training.resume import prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
@@ -107,17 +108,26 @@ def open_parts(
     return RunParts(filled.data, held_out, codec, codec_options, text, filled.cache)
 
 
-def open_codec(options: CodecOptions, accelerator: Accelerator, resume: Resume | None, *, load: bool) -> Codec | None:
+def open_codec(
+    options: CodecOptions,
+    accelerator: Accelerator,
+    resume: Resume | None,
+    *,
+    init_from: str | None = None,
+    load: bool,
+) -> Codec | None:
     """Return the codec that the flags name; None for a PCA codec that must be fitted to the clips first.
 
     Args:
         resume: a resumed run takes its fitted codec from its checkpoint.
+        init_from: a run that starts from other weights takes the codec that was fitted for them, if it has the same
+            latents.
         load: read the weights now, not at first use.
     """
     if options.vae_backend != "patch":
         return build_codec(options, device=accelerator.device, load=load)
     if resume is None:
-        return None
+        return fitted_codec(init_from, codec_spec(options)) if init_from else None
     checkpoint = resume.model()
     return codec_from_checkpoint(checkpoint.config["codec"], checkpoint.codec, Overrides())
 
@@ -322,6 +332,8 @@ def train_recipe(
     """
     accelerator, resume = run.accelerator, run.resume
     data, train, about = reconcile_resume(options, parts.data, recipe.config, run)
+    if train.init_from and resume is None:
+        notes = [*notes, *start_from(train.init_from, recipe)]  # before an earlier run in the folder is moved away
     moved = run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         logger.info(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")

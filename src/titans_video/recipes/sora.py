@@ -112,7 +112,13 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
     device, patch = run.accelerator.device, options.model.patch_size
     # Without weights: a missing encoder is reported before anything slow is done.
     text = build_text(options.text, device, load=False)
-    codec = open_codec(options.codec, run.accelerator, run.resume, load=options.data.cache is None)
+    codec = open_codec(
+        options.codec,
+        run.accelerator,
+        run.resume,
+        init_from=options.train.init_from,
+        load=options.data.cache is None,
+    )
     check = partial(check_draft_frames, options)
     parts = open_parts(options, options.codec, run, codec, text, patch, check=check, check_held_out=False)
     recipe = build_sora(options, parts, device)
@@ -128,7 +134,7 @@ def cache_sora(options: SoraOptions) -> None:
     """
     accelerator = start(options.train)
     text = build_text(options.text, accelerator.device, load=False)
-    codec = open_codec(options.codec, accelerator, None, load=False)
+    codec = open_codec(options.codec, accelerator, None, init_from=options.train.init_from, load=False)
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
     encode_cache(options, options.codec, codec, text, accelerator, data)

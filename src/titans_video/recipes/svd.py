@@ -205,7 +205,13 @@ def train_svd(options: SVDOptions) -> TrainResult:
     run = start_run(options.data, options.train)
     device = run.accelerator.device
     text = build_text(options.text, device, load=False, needed=False)
-    codec = open_codec(options.codec, run.accelerator, run.resume, load=options.data.cache is None)
+    codec = open_codec(
+        options.codec,
+        run.accelerator,
+        run.resume,
+        init_from=options.train.init_from,
+        load=options.data.cache is None,
+    )
     check = partial(refuse_tasks, text=text)
     parts = open_parts(options, options.codec, run, codec, text, CLIP_GRID, check=check, image_condition=True)
     recipe = build_svd(options, parts, device)

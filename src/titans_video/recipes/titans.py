@@ -222,7 +222,13 @@ def train_titans(options: TitansOptions) -> TrainResult:
     options = replace(options, data=replace(options.data, num_frames=plan.frames, tokens_per_batch=budget))
     run = start_run(options.data, options.train)
     text = build_text(options.text, run.accelerator.device, load=False)
-    codec = open_codec(options.codec, run.accelerator, run.resume, load=options.data.cache is None)
+    codec = open_codec(
+        options.codec,
+        run.accelerator,
+        run.resume,
+        init_from=options.train.init_from,
+        load=options.data.cache is None,
+    )
     parts = open_parts(options, options.codec, run, codec, text, (plan.latents, ph, pw))
     recipe = build_titans(options, parts, run.accelerator.device, plan)
     lines = [*frame_count_notes(options.data, pt, parts), network_note(recipe.network), note]

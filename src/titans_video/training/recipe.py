@@ -38,6 +38,13 @@ class AdapterFiles(Protocol):
             UserError: other programs would not read what was trained.
         """
 
+    def start_from(self, path: Path, network: nn.Module) -> list[str]:
+        """Copy a saved adapter into the network's, and return lines for the log: what was loaded, what does not fit.
+
+        Raises:
+            UserError: it cannot be read, or nothing in it fits.
+        """
+
     def sample_command(self, last: Path) -> list[str]:
         """Return the words of a command that makes a video with the newest checkpoint, `last`."""
 
