@@ -170,7 +170,7 @@ def test_a_lora_of_lower_rank_and_other_alpha_computes_the_same(rank: int, alpha
     lines = lora_io.fill(plain, lora_io.read(tmp_path))
     count = len(lora.layer_sizes(saved))
     assert lines == [f"{tmp_path / lora_io.WEIGHTS}: loaded the adapters of {count} of {count} layers."]
-    torch.testing.assert_close(outputs(plain), outputs(saved), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs(plain), outputs(saved), rtol=1e-4, atol=1e-4)
     for name, value in lora.state_dict(plain).items():
         if ".lora_A." in name:  # further rows can learn: A is as drawn, B is 0
             assert torch.equal(value[4:], drawn[name][4:])
