@@ -20,15 +20,10 @@ As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.
 can run code, and no module that a checkpoint names is imported unless the user names it too.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import pickle
-import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -37,11 +32,12 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, few, first_line
+from titans_video.files import save_safetensors, save_tensors, write_text
 
 MODEL, EMA, LAST = "model.pt", "model_ema.pt", "last.pt"
 """Files in a run: the trained weights, the averaged weights, and a link to the newest of them."""
@@ -58,52 +54,6 @@ class Checkpoint:
     step: int
     codec: dict[str, Tensor] = field(default_factory=dict)
     path: Path | None = None
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path next to `path`; on success fsync it and rename it to `path`, otherwise remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def save_tensors(data: dict[str, Any], path: Path) -> None:
-    """Save a dict of tensors and plain containers atomically with `torch.save`.
-
-    Raises:
-        OSError: it could not be written completely.
-    """
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(data, temporary)
-        except RuntimeError as e:
-            if not is_write_error(e):
-                raise
-            free = shutil.disk_usage(path.parent).free / 2**20
-            raise OSError(errno.ENOSPC, f"cannot be written ({free:.0f} MB are free)", str(path)) from None
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Check whether torch failed to write (a full disk). It raises RuntimeError for this as for everything else."""
-    words = ("PytorchStreamWriter", "inline_container", "iostream")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -151,11 +101,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         return
     tensors = {f"model.{k}": v.contiguous() for k, v in checkpoint.model.items()}
     tensors |= {f"codec.{k}": v.contiguous() for k, v in checkpoint.codec.items()}
-    with atomic_path(path / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
-    with atomic_path(path / "config.json") as temporary:
-        description = {"format": FORMAT, "step": checkpoint.step, "config": checkpoint.config}
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+    save_safetensors(tensors, path / "model.safetensors")
+    description = {"format": FORMAT, "step": checkpoint.step, "config": checkpoint.config}
+    write_text(path / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def read(path: Path | str, mmap: bool = False) -> Checkpoint:

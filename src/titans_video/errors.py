@@ -17,6 +17,13 @@ class PeerError(UserError):
     """Another process of the run ended. It is reported only when no process reported the cause."""
 
 
+class WriteError(UserError, OSError):
+    """A file cannot be written: the disk is full, the folder is read-only, ... See `titans_video.files`.
+
+    It is an OSError too, so that code which tolerates a failing write needs no other `except`.
+    """
+
+
 class ConfigError(UserError):
     """A flag, a configuration file or a combination of them is wrong."""
 

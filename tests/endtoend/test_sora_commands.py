@@ -19,6 +19,7 @@ from tests.processes import ONE_THREAD
 from titans_video import checkpoint as files
 from titans_video.cli.main import COMMANDS, main
 from titans_video.cli.run import DEPENDENCIES, guarded
+from titans_video.files import save_tensors
 
 SMALL = ["--model-dim", "24", "--depth", "1", "--heads", "2", "--batch-size", "4", "--max-steps", "3"]
 
@@ -228,7 +229,7 @@ def bad(tmp_path: Path, trained: Path) -> dict[str, str]:
     Path(paths["pickle"]).write_bytes(pickle.dumps(Trap(str(tmp_path / "ran"))))
     data = files.load_tensors(trained / "last.pt")
     data["config"]["codec"]["options"] |= {"vae_backend": "external", "vae_module": "trap_module", "vae_class": "C"}
-    files.save_tensors(data, Path(paths["foreign"]))
+    save_tensors(data, Path(paths["foreign"]))
     return {**paths, "ran": str(tmp_path / "ran"), "missing": str(tmp_path / "missing")}
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titans_video.checkpoint import save_tensors
 from titans_video.errors import CheckpointError
+from titans_video.files import save_tensors
 from titans_video.models import lora, lora_io
 
 peft = pytest.importorskip("peft")

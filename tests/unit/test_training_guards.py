@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from tests.unit.disks import full_disk
 from tests.unit.test_training_trainer import lines, no_pictures, options, train
 from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video.config.options import TrainOptions
@@ -196,17 +196,6 @@ def test_the_trial_leaves_no_trace(tmp_path: Path) -> None:
         Trainer(recipe, stream, given, distributed.start(given)).run()
         weights.append(recipe.network.state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-
-
-@contextlib.contextmanager
-def full_disk(bytes_left: int) -> Iterator[None]:
-    """No file may grow beyond a size, so that real writes fail half-way, in torch's own writer too."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class FullDuring(ToyStream):

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from titans_video.checkpoint import atomic_path
 from titans_video.data.clip_plan import PLAN_VERSION
 from titans_video.data.reader import BadRowError, Sample
 from titans_video.errors import DataError
+from titans_video.files import save_safetensors
 from titans_video.media.motion import MOTION_VERSION
 from titans_video.types import TextCondition
 
@@ -98,12 +97,8 @@ class EncodingCache:
 
     def write(self, fields: Mapping[str, Any], tensor: Tensor) -> None:
         """Write one tensor with its key fields, atomically."""
-        with atomic_path(self.path(fields)) as temporary:
-            save_file(
-                {"data": tensor.contiguous().cpu()},
-                temporary,
-                {"made_from": json.dumps(fields, sort_keys=True), "sha256": _digest(tensor)},
-            )
+        about = {"made_from": json.dumps(fields, sort_keys=True), "sha256": _digest(tensor)}
+        save_safetensors({"data": tensor.contiguous().cpu()}, self.path(fields), about)
 
     def read(self, fields: Mapping[str, Any]) -> Tensor:
         """Read what `write` wrote.

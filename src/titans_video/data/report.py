@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from titans_video.checkpoint import atomic_path
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
@@ -24,6 +23,7 @@ from titans_video.data.dataset import VideoDataset, open_scan
 from titans_video.data.reader import ClipRecord
 from titans_video.data.scan import Quarantined, usable_cores
 from titans_video.errors import ConfigError, DataError
+from titans_video.files import write_text
 from titans_video.media.plots import data_url, numbers, page
 from titans_video.media.reading import read_clip
 from titans_video.types import CodecSpec
@@ -139,8 +139,7 @@ def _plan_line(record: ClipRecord, plan: RowPlan) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 MAX_STRIPS = 2000  # rows with a thumbnail strip; a browser would not open a longer page
@@ -174,8 +173,7 @@ def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, 
         _left_out(data.quarantined),
         _rows(data.records, plans, strips),
     ]
-    with atomic_path(path) as temporary:
-        temporary.write_text(page("Data report", body, STYLE), encoding="utf-8")
+    write_text(path, page("Data report", body, STYLE))
 
 
 def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:

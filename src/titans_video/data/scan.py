@@ -22,7 +22,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from titans_video.checkpoint import atomic_path
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import BucketTable, parse_buckets
 from titans_video.data.clip_plan import REASONS, Rejected, pack, plan_row, unpack
@@ -30,6 +29,7 @@ from titans_video.data.manifest import Row
 from titans_video.data.reader import ClipRecord
 from titans_video.data.sampler import TaskMix, uses_cond_image
 from titans_video.errors import DataError
+from titans_video.files import write_text
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_image
@@ -343,8 +343,7 @@ class JobCache:
     def save(self) -> None:
         """Write the file if possible: without a writable home the next scan only takes longer."""
         try:
-            with atomic_path(self.path) as temporary:
-                temporary.write_text(json.dumps({"version": PROBE_VERSION, "files": self.files}))
+            write_text(self.path, json.dumps({"version": PROBE_VERSION, "files": self.files}))
         except OSError:
             return
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from titans_video import __version__
-from titans_video.checkpoint import atomic_path
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
+from titans_video.files import write_text
 from titans_video.generation import diffusers_backend, long_video
 from titans_video.generation.long_video import Generate
 from titans_video.generation.model import LoadedModel, fingerprint, load_for, with_shift
@@ -219,8 +219,7 @@ def full_record(
 def write_side_file(path: Path, record: Mapping[str, Any]) -> Path:
     """Write `record` as JSON beside a video: `<name>.json`."""
     place = path.with_name(f"{path.name}.json")
-    with atomic_path(place) as temporary:
-        temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(place, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return place
 
 

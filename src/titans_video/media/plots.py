@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_video.checkpoint import atomic_path
 from titans_video.errors import DataError
+from titans_video.files import atomic_path
 
 Series = NDArray[np.float64]
 _LOSS, _RATE, _NORM = "#2563a8", "#b45309", "#4d7c0f"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from titans_video.checkpoint import atomic_path
+from titans_video.files import atomic_path
 from titans_video.media.colour import Pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -11,8 +11,8 @@ from typing import Self
 import av
 import numpy as np
 
-from titans_video.checkpoint import atomic_path
 from titans_video.errors import UserError
+from titans_video.files import atomic_path, writing
 from titans_video.media.colour import Pixels
 from titans_video.media.writing import (
     CODEC,
@@ -99,6 +99,10 @@ class StreamWriter(Sink):
         self.padded = padding(height, width)
         self.count = 0
         self._open = True
+        with writing(self.path):
+            self._start()
+
+    def _start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One fragment per frame, each written to disk at once; times start at 0.
         options = {"movflags": "+frag_every_frame+empty_moov+default_base_moof+negative_cts_offsets"}
@@ -107,8 +111,8 @@ class StreamWriter(Sink):
         self._stream = self._container.add_stream(CODEC, rate=self.rate)
         self._configure(self._stream.codec_context)
         self._stream.time_base = 1 / self.rate
-        if metadata is not None:
-            self._container.metadata["comment"] = as_comment(metadata)
+        if self.metadata is not None:
+            self._container.metadata["comment"] = as_comment(self.metadata)
         self._container.start_encoding()
 
     def write(self, frames: Pixels) -> None:
@@ -138,9 +142,12 @@ class StreamWriter(Sink):
         """Stop here; the frames written so far remain as the partial file."""
         if self._open:
             self._open = False
-            self._container.close()
-            if self.count == 0:
-                self.partial.unlink(missing_ok=True)
+            try:
+                with writing(self.path):
+                    self._container.close()
+            finally:
+                if self.count == 0:
+                    self.partial.unlink(missing_ok=True)
 
     @property
     def written(self) -> Written:
@@ -155,7 +162,8 @@ class StreamWriter(Sink):
         for packet in packets:
             packet.stream = self._stream
             packet.time_base = 1 / self.rate
-            self._container.mux_one(packet)
+            with writing(self.path):
+                self._container.mux_one(packet)
 
     def _copy_to(self, place: Path) -> None:
         """Copy the partial file's packets into a file with its index first."""

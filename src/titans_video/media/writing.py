@@ -5,15 +5,12 @@ nothing behind.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
-from uuid import uuid4
 
 import av
 import numpy as np
@@ -21,8 +18,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
-from titans_video.checkpoint import atomic_path
 from titans_video.errors import UserError
+from titans_video.files import atomic_folder, atomic_path
 from titans_video.media.colour import ACCURATE, Pixels
 
 Kind = Literal["mp4", "gif", "png"]
@@ -274,22 +271,11 @@ def _with_palette(frames: Pixels) -> Iterator[VideoFrame]:
 
 
 def _write_pngs(path: Path, frames: Pixels, rate: Fraction, metadata: Metadata | None) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(path) as temporary:
         for number, image in enumerate(frames):
             Image.fromarray(image).save(temporary / f"frame_{number:05d}.png")
         about = {"fps": str(rate), **(metadata or {})}
         (temporary / "metadata.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-        if path.exists():
-            old = path.with_name(f"{temporary.name}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_our_frame(path: Path) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from titans_video.checkpoint import LAST, atomic_path, load_tensors
+from titans_video.checkpoint import LAST, load_tensors
 from titans_video.errors import CheckpointError, few
+from titans_video.files import save_safetensors
 from titans_video.models.lora import DEFAULT, LoraLinear, layers, rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -108,8 +108,7 @@ def write(
         if own:
             config |= {f"{prefix}.{key}": value for key, value in metadata(own).items()}
     header = {"format": "pt", **(about or {}), HEADER: json.dumps(config, indent=2, sort_keys=True)}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(named, header))  # `save_file` would make it unreadable for other users
+    save_safetensors(named, path, header)
 
 
 def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:

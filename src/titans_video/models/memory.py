@@ -22,12 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from titans_video.checkpoint import atomic_path
 from titans_video.errors import CheckpointError
+from titans_video.files import save_safetensors
 from titans_video.models.layers import NORM_EPS, norm, without_autocast
 
 FORMAT = "titans-video-memory/1"
@@ -118,9 +117,8 @@ def save_state(path: Path | str, tensors: dict[str, Tensor], about: dict[str, st
         tensors: `Memory.tensors()` and any others.
         about: strings by name, written to the header.
     """
-    with atomic_path(Path(path)) as temporary:
-        contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": FORMAT, **about})
+    contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    save_safetensors(contiguous, Path(path), {"format": FORMAT, **about})
 
 
 def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from titans_video.checkpoint import atomic_path
 from titans_video.config.fields import flag_of
 from titans_video.data.clip_plan import REASONS
 from titans_video.errors import DataError, UserError
+from titans_video.files import write_text
 from titans_video.media.plots import (
     BLUE,
     COLOURS,
@@ -230,8 +230,7 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     body = [_head(run), _training(run), _validation(run), samples(run), _data(run), _options(run), _environment(run)]
     path = folder / REPORT
-    with atomic_path(path) as temporary:
-        temporary.write_text(page(f"{_name(run)}: report", body, STYLE), encoding="utf-8")
+    write_text(path, page(f"{_name(run)}: report", body, STYLE))
     return path
 
 

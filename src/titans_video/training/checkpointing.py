@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titans_video import checkpoint as files
+from titans_video import checkpoint, files
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError
 from titans_video.training import sharded_state
@@ -137,10 +137,10 @@ def _write_files(
     if export is not None:
         (model,) = models.values()
         export(folder)
-        files.save_tensors({**files.as_dict(model), TRAINING: state}, folder / STATE)
+        files.save_tensors({**checkpoint.as_dict(model), TRAINING: state}, folder / STATE)
         return
     for name, model in models.items():
-        files.write(model, folder / name)
+        checkpoint.write(model, folder / name)
     files.save_tensors(state, folder / STATE)
 
 
@@ -148,8 +148,7 @@ def _publish(temporary: Path, folder: Path, step: int) -> None:
     """Write the manifest, flush everything to the disk, and give the folder its name."""
     paths = sorted(p for p in temporary.rglob("*") if p.is_file())
     described = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in paths}
-    with files.atomic_path(temporary / MANIFEST) as path:
-        path.write_text(json.dumps({"step": step, "files": described}, indent=2) + "\n")
+    files.write_text(temporary / MANIFEST, json.dumps({"step": step, "files": described}, indent=2) + "\n")
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         files.sync_folder(path)
     if folder.exists():
@@ -229,7 +228,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or of another version.
     """
     path = folder if folder.is_file() else folder / STATE
-    state = files.load_tensors(path, mmap=True)
+    state = checkpoint.load_tensors(path, mmap=True)
     state = state.get(TRAINING, state)
     if state.get("format") != STATE_FORMAT:
         raise CheckpointError(
@@ -271,15 +270,15 @@ class Resume:
     def model(self) -> Checkpoint:
         """Read the trained weights."""
         if self.single:
-            read = files.read(self.single, mmap=True)
+            read = checkpoint.read(self.single, mmap=True)
             return replace(read, model=self.state.get(TRAINED) or read.model)
-        return files.read(self.folder / MODEL, mmap=True)
+        return checkpoint.read(self.folder / MODEL, mmap=True)
 
     def averages(self) -> Checkpoint | None:
         """Read the averaged weights, if the run had them."""
         if self.single:
-            return files.read(self.single, mmap=True) if self.state.get(TRAINED) else None
-        return files.read(self.folder / EMA, mmap=True) if (self.folder / EMA).exists() else None
+            return checkpoint.read(self.single, mmap=True) if self.state.get(TRAINED) else None
+        return checkpoint.read(self.folder / EMA, mmap=True) if (self.folder / EMA).exists() else None
 
 
 def load_weights(network: nn.Module, resume: Resume) -> None:

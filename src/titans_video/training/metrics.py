@@ -15,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from titans_video.checkpoint import atomic_path
 from titans_video.config.options import TrainOptions
 from titans_video.data.manifest import TASKS
+from titans_video.files import write_text
 from titans_video.media.plots import format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
@@ -106,8 +106,7 @@ def cut_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
     if kept != lines:
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
 
 
 def _step(line: str) -> int | None:

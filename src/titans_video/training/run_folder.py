@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from titans_video import checkpoint as files
+from titans_video import files
 from titans_video.checkpoint import EMA, LAST, MODEL
 from titans_video.data.bad_rows import PATTERN
 from titans_video.models.lora_io import WEIGHTS

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from titans_video.checkpoint import is_write_error
 from titans_video.errors import CheckpointError
+from titans_video.files import is_write_error
 
 Named = dict[str, Tensor]
 

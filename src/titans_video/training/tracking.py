@@ -21,9 +21,9 @@ from accelerate.tracking import filter_trackers
 from PIL import Image
 
 import titans_video
-from titans_video.checkpoint import atomic_path
 from titans_video.config.fields import OptionGroup, is_group
 from titans_video.errors import ConfigError
+from titans_video.files import write_text
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import GIF_FASTEST, write_video
@@ -85,8 +85,7 @@ def write_start(
         "defaults": flat(defaults),
         "starts": [*before.get("starts", []), start],
     }
-    with atomic_path(run / RUN_RECORD) as temporary:
-        temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(run / RUN_RECORD, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return str(record["id"])
 
 

@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from titans_video.checkpoint import sync_folder
 from titans_video.config.options import ValidationOptions
 from titans_video.data.held_out import HeldOut
+from titans_video.files import sync_folder
 from titans_video.generation.denoise import eval_mode
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import Pixels, to_uint8

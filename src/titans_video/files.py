@@ -1,0 +1,214 @@
+"""The one way in which this project writes files: completely or not at all, and with one clear error if it fails.
+
+A file or folder is written under a temporary name beside its place, fsynced and renamed. Libraries report a full disk
+in many ways: OSError, SafetensorError, torch's RuntimeError, PyAV's errors. All become a `WriteError`.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans_video.errors import WriteError, first_line
+
+if TYPE_CHECKING:  # torch is imported by the functions that need it: flags are checked without it
+    from torch import Tensor
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ONLY_WRITING = (*_NO_ROOM, errno.EROFS)
+"""Numbers of errors that no reading function gives, whatever file they name."""
+_FIXES = {
+    errno.ENOSPC: "Free some disk space, or choose a path on another disk.",
+    errno.EDQUOT: "Delete some of your files, or choose a path on another disk.",
+    errno.EFBIG: "Raise the limit of `ulimit -f`, or choose a path on a file system that takes larger files.",
+    errno.EROFS: "Choose a path that is not on a read-only file system.",
+    errno.EIO: "Check the disk or the network file system, or choose a path on another one.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+_PERMISSION = "Choose a folder in which this user may write, or change its permissions."
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|failed with strerror: (.+)")
+"""The number of an error as safetensors, shutil and torch put it into a message."""
+_TORCH = ("PytorchStreamWriter", "inline_container", "iostream", "Parent directory")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path next to `path`; on success fsync it and rename it to `path`, otherwise remove it.
+
+    Raises:
+        WriteError: the file could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a new temporary folder next to `path`; on success fsync everything in it and rename it to `path`.
+
+    An existing folder is replaced. On failure it is unchanged, and the new one is removed.
+
+    Raises:
+        WriteError: the folder could not be written.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_tree(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn every failure to write below this context into a `WriteError` that names `path`.
+
+    Errors of another kind, or about files in other folders, are raised unchanged.
+    """
+    try:
+        yield
+    except Exception as e:
+        failure = as_write_error(e, path)
+        if failure is None or failure is e:
+            raise
+        raise failure from None
+
+
+def as_write_error(error: Exception, path: Path) -> WriteError | None:
+    """Return what an exception means if it says that `path` could not be written; None for any other exception."""
+    if isinstance(error, WriteError):
+        return error
+    number = _error_number(error)
+    if isinstance(error, OSError):
+        names = [Path(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
+        is_elsewhere = bool(names) and not any(n in path.parents or path.parent in n.parents for n in names)
+        if isinstance(error, InterruptedError | ConnectionError) or (is_elsewhere and number not in _ONLY_WRITING):
+            return None
+    elif not is_write_error(error):
+        return None
+    return WriteError(_explain(error, number, path))
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Check whether torch or safetensors failed to write. They raise the same exceptions for everything else."""
+    if type(error).__module__.startswith("safetensors"):
+        return "I/O error" in str(error)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH)
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _NUMBER.search(str(error))
+    if found is None:
+        return None
+    if found[3]:
+        return next((n for n in errno.errorcode if os.strerror(n) == found[3].strip()), None)
+    return int(found[1] or found[2])
+
+
+def _explain(error: Exception, number: int | None, path: Path) -> str:
+    """Return the path, the reason, the free space if it matters, and the remedy."""
+    if number is None and is_write_error(error):
+        number = errno.ENOSPC  # torch only says that the file is shorter than expected
+    reason = first_line(error) if number is None else os.strerror(number)
+    fix = _PERMISSION if number in (errno.EACCES, errno.EPERM) else _FIXES.get(number or 0, "Choose another path.")
+    room = f" ({free_space(path)})" if number in _NO_ROOM else ""
+    return f"{path} cannot be written: {reason}{room}. {fix}"
+
+
+def free_space(path: Path) -> str:
+    """Return how much room is left on the file system of a path, which need not exist."""
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    try:
+        found = os.statvfs(existing)
+    except OSError:
+        return "free space unknown"
+    if found.f_files and not found.f_favail:
+        return "no further file can be created there, however small"
+    return f"{found.f_bavail * found.f_frsize / 2**20:.0f} MB are free"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder in `folder`, and the folder itself, to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(place, name), "rb") as f:
+                os.fsync(f.fileno())
+        sync_folder(Path(place))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(data: dict[str, Any], path: Path) -> None:
+    """Save a dict of tensors and plain containers with `torch.save`.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    import torch
+
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(data, temporary)
+        except RuntimeError as e:
+            if is_write_error(e) and _error_number(e) is None and temporary.exists():
+                with temporary.open("ab") as f:  # gives the operating system's reason, which torch does not tell
+                    f.write(bytes(2**16))
+            raise
+
+
+def save_safetensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Save named tensors, which must be contiguous, as a safetensors file with the usual permissions.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, dict(metadata) if metadata is not None else None)
+        temporary.chmod(mode)  # safetensors makes files that other users cannot read
