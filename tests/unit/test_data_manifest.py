@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,56 @@ def test_wrong_lines_say_what_and_how(tmp_path: Path, line: str, words: list[str
     message = refused(tmp_path, line)
     for word in [str(tmp_path / "manifest.jsonl"), *words]:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("clip.mp4", "outside/clip.mp4"),  # a link to a file
+        ("gone.mp4", "outside/gone.mp4"),  # to a file that does not exist yet
+        ("folder/clip.mp4", "outside"),  # through a folder
+        ("a/b/clip.mp4", "outside/deep"),  # through a folder further up
+        ("chain.mp4", "root/second.mp4"),  # a link to a link
+        ("up/clip.mp4", ".."),  # relative
+    ],
+)
+@pytest.mark.parametrize("key", ["video", "video_path", "cond_image"])
+def test_links_that_leave_the_data_root(tmp_path: Path, name: str, target: str, key: str) -> None:
+    root = tmp_path / "root"
+    (tmp_path / "outside" / "deep").mkdir(parents=True)
+    (tmp_path / "outside" / "clip.mp4").touch()
+    link = root / (name if name.count("/") == 0 else Path(name).parent)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target if target == ".." else tmp_path / target)
+    (root / "second.mp4").symlink_to(tmp_path / "outside" / "clip.mp4")
+    row = {"video": "plain.mp4", "caption": "x", key: name} if key == "cond_image" else {key: name, "caption": "x"}
+    options = write(root, json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        read_manifest(options)
+    for words in (
+        f"key '{'video' if key == 'video_path' else key}'",
+        "symbolic link",
+        "--allow-outside-root",
+        "line 1",
+    ):
+        assert words in str(caught.value)
+    (allowed,) = read_manifest(replace(options, allow_outside_root=True))
+    assert (allowed.cond_image if key == "cond_image" else allowed.video) == root / name
+    read_manifest(replace(options, data_root=str(tmp_path)) if "up" not in name else replace(options, data_root="/"))
+
+
+def test_links_inside_the_data_root_and_a_root_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "clips").mkdir(parents=True)
+    (tmp_path / "disk" / "same").symlink_to("clips")
+    (tmp_path / "disk" / "clips" / "b.mp4").symlink_to("a.mp4")
+    (tmp_path / "root").symlink_to("disk")
+    names = ["same/a.mp4", "clips/b.mp4", "same/b.mp4", f"{tmp_path}/root/clips/a.mp4", "same/../c.mp4"]
+    options = write(tmp_path / "root", "\n".join(json.dumps({"video": n, "caption": "x"}) for n in names))
+    assert [str(row.video.relative_to(tmp_path / "root")) for row in read_manifest(options)] == [
+        *names[:3],
+        "clips/a.mp4",
+        "c.mp4",
+    ]
 
 
 def test_outside_root_when_allowed_and_dots_inside(tmp_path: Path) -> None:

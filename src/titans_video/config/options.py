@@ -25,7 +25,7 @@ class DataOptions:
     data_root: str | None = None
     """Folder that relative paths in the manifest start from (default: the manifest's folder)."""
     allow_outside_root: bool = False
-    """Allow absolute paths and .. in the manifest to leave the data root."""
+    """Allow absolute paths, .. and symbolic links in the manifest to leave the data root."""
     height: Annotated[int | None, Range(least=1)] = None
     """Clip height in pixels; needs --width."""
     width: Annotated[int | None, Range(least=1)] = None

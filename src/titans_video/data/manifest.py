@@ -2,7 +2,8 @@
 
 Both documented forms use one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`,
 and a JSON list of `video_path`, `caption`. Every row has one immutable id: the one it gives, or a hash of its content.
-This module opens no file but the manifest itself.
+This module opens no file but the manifest itself; it resolves symbolic links to check that paths stay inside the data
+root.
 """
 
 import difflib
@@ -74,6 +75,7 @@ def read_manifest(options: DataOptions) -> list[Row]:
     files += [(Path(options.metadata), 1.0)] if options.metadata else []
     if not files:
         raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
+    _real_folder.cache_clear()
     rows: list[Row] = []
     taken: dict[str, Row] = {}
     for path, weight in files:
@@ -298,12 +300,29 @@ def _inside(key: str, value: Any, root: Path, outside: bool) -> Path:
         _refuse(key, value, "the path of a file, as text")
     _encodable(key, value)
     path = Path(os.path.normpath(root / value))
-    if not outside and not path.is_relative_to(root):
+    if outside:
+        return path
+    remedy = "set --data-root to a folder above it, or pass --allow-outside-root."
+    if not path.is_relative_to(root):
+        raise _RowError(f"key {key!r}: {_shown(value)} leaves the data root {root}; {remedy}")
+    target = _target(path)
+    if not target.is_relative_to(_real_folder(root)):
         raise _RowError(
-            f"key {key!r}: {_shown(value)} leaves the data root {root}; set --data-root to a folder above it, or pass "
-            "--allow-outside-root."
+            f"key {key!r}: {_shown(value)} is, or passes through, a symbolic link to {target}, outside the data root "
+            f"{root}; {remedy}"
         )
     return path
+
+
+def _target(path: Path) -> Path:
+    """Return the path with all symbolic links resolved; folders are resolved once."""
+    real = _real_folder(path.parent) / path.name
+    return Path(os.path.realpath(real)) if os.path.islink(real) else real
+
+
+@lru_cache(maxsize=10_000)
+def _real_folder(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _encodable(key: str, value: str) -> None:

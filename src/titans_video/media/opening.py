@@ -41,8 +41,27 @@ Reason = Literal[
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
-# Demuxers that open other files, devices or plain text: a manifest row must not be able to name these.
-_NOT_FILES = {"hls", "dash", "concat", "imf", "tty", "lavfi", "webm_dash_manifest", "sdp", "rtsp"}
+# The demuxers that may read a file. FFmpeg has many more: playlists, which open the files that they name, session
+# descriptions, scripts, devices and plain text. It checks this list before a demuxer reads anything.
+_VIDEO = (
+    "mov,matroska,avi,asf,flv,live_flv,mpegts,mpeg,mpegvideo,ogg,nut,mxf,gxf,dv,rm,wtv,ivf,obu,av1,h261,h263,h264,hevc,"
+    "vvc,evc,m4v,vc1,vc1test,mjpeg,mjpeg_2000,smjpeg,apv,avs2,avs3,cavsvideo,dirac,dnxhd,yuv4mpegpipe,swf,nuv,pva,pmp,"
+    "lxf,cine,roq,bink,smk,flic,film_cpk,gif,apng,jpegxl_anim"
+)
+_IMAGE = (
+    "image2,ico,bmp_pipe,dds_pipe,dpx_pipe,exr_pipe,gif_pipe,hdr_pipe,j2k_pipe,jpeg_pipe,jpegls_pipe,jpegxl_pipe,"
+    "pam_pipe,pbm_pipe,pcx_pipe,pgm_pipe,pgmyuv_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,sgi_pipe,sunrast_pipe,"
+    "tiff_pipe,webp_pipe"
+)
+_SOUND = "aac,ac3,aiff,amr,ape,au,caf,dts,eac3,flac,loas,mlp,mp3,truehd,tta,w64,wav,wv"  # to say what such a file is
+FORMATS = f"{_VIDEO},{_IMAGE},{_SOUND}"
+
+# The formats that Pillow may read. Others start programs (EPS) or only describe a file.
+IMAGE_FORMATS = (
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000"),
+    *("ICO", "TGA", "QOI", "PSD", "SGI", "PCX", "DDS"),
+)
+_PLAYLISTS = (b"#extm3u", b"ffconcat", b"v=0", b"[reference]", b"[playlist]", b"<mpd", b"<asx", b"<smil", b"<playlist")
 
 
 class UnreadableMedia(DataError):
@@ -100,7 +119,8 @@ def check_file(path: Path) -> os.stat_result:
 def open_container(path: Path, deadline: Deadline) -> InputContainer:
     """Open a plain local file with FFmpeg.
 
-    Only this file is opened: names are never treated as URLs, and playlists are refused.
+    Only this file is opened: names are never treated as URLs or patterns, and FFmpeg refuses every format that could
+    name other files (`FORMATS`) before it reads more than the file's beginning.
 
     Raises:
         UnreadableMedia: see `REASONS`.
@@ -109,7 +129,7 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
     try:
         container = av.open(
             f"file:{path}",
-            options={"protocol_whitelist": "file"},
+            options={"protocol_whitelist": "file", "format_whitelist": FORMATS, "pattern_type": "none"},
             metadata_errors="replace",
             timeout=max(deadline.end - time.monotonic(), 0.1),
         )
@@ -117,24 +137,24 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
         raise UnreadableMedia("no-permission", path, f"cannot be opened ({error}).") from None
     except (av.FFmpegError, OSError, ValueError) as error:
         deadline.check()
-        raise UnreadableMedia("not-a-video", path, _describe_content(path)) from error
-    if _NOT_FILES & set(container.format.name.split(",")):
-        name = container.format.name
-        container.close()
-        raise UnreadableMedia(
-            "playlist", path, f"this is a {name} playlist or text, not a video; give the path of the video itself."
-        )
+        raise _not_a_video(path) from error
     return container
 
 
-def _describe_content(path: Path) -> str:
+def _not_a_video(path: Path) -> UnreadableMedia:
+    """Describe a file that FFmpeg did not open, by its beginning."""
     with path.open("rb") as file:
-        head = file.read(512).lstrip().lower()
+        head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith(_PLAYLISTS) or b"<mpd" in head:
+        explanation = "this is a playlist, not a video; give the path of the video itself."
+        return UnreadableMedia("playlist", path, explanation)
     if head.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the video; run `git lfs pull`."
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "this is a web page saved under a video's name; download the video again."
-    return "FFmpeg finds no video in it (another kind of file, or a download cut off before its index)."
+        explanation = "this is a Git LFS pointer, not the video; run `git lfs pull`."
+    elif head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        explanation = "this is a web page saved under a video's name; download the video again."
+    else:
+        explanation = "FFmpeg finds no video in it (another kind of file, or a download cut off before its index)."
+    return UnreadableMedia("not-a-video", path, explanation)
 
 
 def pick_stream(container: InputContainer, path: Path) -> VideoStream:

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from titans_video.media.colour import FrameReader, Pixels, cover_crop, on_black
 from titans_video.media.info import Seconds, VideoInfo
 from titans_video.media.opening import (
+    IMAGE_FORMATS,
     Deadline,
     UnreadableMedia,
     check_file,
@@ -212,7 +213,7 @@ def read_image(path: Path | str) -> Pixels:
     path = Path(path)
     check_file(path)
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -14,6 +14,7 @@ import numpy as np
 from titans_video.errors import UserError
 from titans_video.files import atomic_path, writing
 from titans_video.media.colour import Pixels
+from titans_video.media.opening import Deadline, open_container
 from titans_video.media.writing import (
     CODEC,
     Metadata,
@@ -168,7 +169,8 @@ class StreamWriter(Sink):
     def _copy_to(self, place: Path) -> None:
         """Copy the partial file's packets into a file with its index first."""
         options = {"movflags": "+faststart", **clock(self.rate)}
-        with av.open(str(self.partial)) as source, av.open(str(place), "w", format="mp4", options=options) as target:
+        source = open_container(self.partial, Deadline(self.partial, 60.0))
+        with source, av.open(str(place), "w", format="mp4", options=options) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             if self.metadata is not None:
                 target.metadata["comment"] = as_comment(self.metadata)
