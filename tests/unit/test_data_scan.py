@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
 from titans_video.config.options import DataOptions
-from titans_video.data import scan
+from titans_video.data import reader, scan
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row
 from titans_video.data.dataset import open_data
 from titans_video.data.report import check
@@ -241,3 +241,34 @@ def test_all_good_clips_land_in_a_bucket(real_clips: Path, tmp_path: Path) -> No
     data = open_data(given, PLAIN, PATCH, seed=0)
     assert not data.quarantined
     assert {str(b) for b in data.buckets} == {"32x48x8", "48x32x8", "32x32x8"}
+
+
+@pytest.mark.parametrize("mistake", [ValueError, TypeError, KeyError, AssertionError])
+@pytest.mark.parametrize("kind", ["probe", "image"])
+def test_mistakes_of_the_program_are_not_blamed_on_the_file(
+    kind: str, mistake: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(path: Path, seconds: float) -> str:
+        raise mistake("we did it")
+
+    monkeypatch.setitem(scan._KINDS, kind, work)
+    with pytest.raises(RuntimeError, match=f"(?s)a mistake in the program.*Traceback.*{mistake.__name__}: .?we did it"):
+        list(run_jobs([(kind, tmp_path / "good.mp4")], 1, seconds=5))
+
+
+@pytest.mark.parametrize("mistake", [ValueError, TypeError, ZeroDivisionError])
+def test_the_reader_lets_mistakes_through(
+    mistake: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(options(make_set(tmp_path / "set", rows=1, wide=0)), PLAIN, PATCH, seed=0)
+
+    def fail(*given: object) -> None:
+        raise mistake("we did it")
+
+    monkeypatch.setattr(reader, "read_clip", fail)
+    rows = reader.RowReader(data.options, data.table, data.mix)
+    with pytest.raises(mistake, match="we did it"):
+        rows.clip(rows.decide(data.records[0], "t2v", 0))
+    monkeypatch.setattr(reader, "read_clip", lambda *given: 1 / 0 if mistake is ValueError else av.open("file:/none"))
+    with pytest.raises(ZeroDivisionError if mistake is ValueError else reader.BadRowError):
+        rows.clip(rows.decide(data.records[0], "t2v", 0))

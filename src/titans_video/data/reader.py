@@ -16,10 +16,9 @@ from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.clip_plan import Rejected, RowPlan, plan_row, unpack
 from titans_video.data.manifest import Row
 from titans_video.data.sampler import TaskMix, num_cond_frames
-from titans_video.errors import DataError
 from titans_video.media.colour import cover_crop
 from titans_video.media.info import VideoInfo
-from titans_video.media.opening import UnreadableMedia
+from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.reading import read_clip, read_image
 from titans_video.seeding import derive_seed
 
@@ -169,7 +168,7 @@ class RowReader:
         if found is None:
             try:
                 image = read_image(path)
-            except (DataError, OSError, ValueError) as e:
+            except (UnreadableMedia, *DECODING_ERRORS) as e:
                 raise BadRowError("cond-image", f"{path}: {e}") from None
             found = cover_crop(image[None], bucket.height, bucket.width, sample.plan.crop)[0]
             if self._is_fixed():
@@ -204,5 +203,5 @@ class RowReader:
             raise BadRowError(e.reason, str(e)) from None
         except FileNotFoundError:
             raise BadRowError("missing", f"{path} no longer exists.") from None
-        except (DataError, OSError, ValueError) as e:
+        except DECODING_ERRORS as e:
             raise BadRowError("damaged", f"{path}: {e}") from None

@@ -22,8 +22,9 @@ from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
 from titans_video.data.dataset import VideoDataset, open_scan
 from titans_video.data.reader import ClipRecord
 from titans_video.data.scan import Quarantined, usable_cores
-from titans_video.errors import ConfigError, DataError
+from titans_video.errors import ConfigError
 from titans_video.files import write_text
+from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.plots import data_url, numbers, page
 from titans_video.media.reading import read_clip
 from titans_video.types import CodecSpec
@@ -186,7 +187,7 @@ def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progres
         wanted = [plan.indices[i] for i in picks]
         try:
             frames = read_clip(record.row.video, record.info(), wanted, STRIP_HEIGHT, width, plan.crop)
-        except (DataError, OSError, ValueError) as e:
+        except (UnreadableMedia, *DECODING_ERRORS) as e:
             return record.row.id, f"!{e}"
         written = io.BytesIO()
         Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)

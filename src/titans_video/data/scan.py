@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from titans_video.data.reader import ClipRecord
 from titans_video.data.sampler import TaskMix, uses_cond_image
 from titans_video.errors import DataError
 from titans_video.files import write_text
-from titans_video.media.opening import UnreadableMedia
+from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_image
 from titans_video.types import CodecSpec
@@ -45,6 +46,13 @@ class Failed:
 
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """An exception of a job that no file can be blamed for."""
+
+    trace: str
 
 
 def usable_cores() -> int:
@@ -62,6 +70,8 @@ def run_jobs(
             SHA-256 of the content.
         workers: number of processes.
         seconds: the time limit of one job.
+    Raises:
+        RuntimeError: a job failed for a reason that is not in its file, with the traceback.
     """
     # A fork starts in milliseconds, and the children use neither torch nor a device.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -115,10 +125,12 @@ class _Worker:
             self.kill()
             return Failed("timeout", f"not finished after {self.seconds + self.grace:g} s; its process was killed.")
         try:
-            found: bytes | str | Failed = self.pipe.recv()
+            found: bytes | str | Failed | _Mistake = self.pipe.recv()
         except (EOFError, OSError):
             self.kill()
             return Failed("crashed", f"its process ended with code {self.process.exitcode}.")
+        if isinstance(found, _Mistake):
+            raise RuntimeError(f"{self.job[1]}: a mistake in the program, not in the file:\n{found.trace}")
         return found
 
     def close(self) -> None:
@@ -148,7 +160,7 @@ def _serve(pipe: Connection, seconds: float, inherited: list[Connection]) -> Non
             return
 
 
-def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -> bytes | str | Failed:
+def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -> bytes | str | Failed | _Mistake:
     try:
         return job(path, seconds)
     except UnreadableMedia as e:
@@ -157,8 +169,10 @@ def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: flo
         return Failed("missing", "there is no such file.")
     except PermissionError:
         return Failed("no-permission", "this user may not read the file.")
-    except (DataError, OSError, ValueError, MemoryError) as e:
+    except DECODING_ERRORS as e:
         return Failed("damaged", f"{type(e).__name__}: {e}")
+    except Exception:
+        return _Mistake(traceback.format_exc())
 
 
 def _probe(path: Path, seconds: float) -> bytes:
@@ -177,7 +191,7 @@ def _file_digest(path: Path, seconds: float) -> str:
 
 
 _KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
-PROBE_VERSION = 1  # raise it when probing the same file would give another result
+PROBE_VERSION = 2  # raise it when probing the same file would give another result
 FILE_SECONDS = 60.0
 JOBS_PER_WORKER = 8
 JobResult = bytes | str | Failed

@@ -40,6 +40,9 @@ Reason = Literal[
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
+# Raised for files that are damaged or cannot be held in memory. Any other exception is a mistake in a program.
+DECODING_ERRORS = (av.FFmpegError, OSError, MemoryError)
+
 
 # The demuxers that may read a file. FFmpeg has many more: playlists, which open the files that they name, session
 # descriptions, scripts, devices and plain text. It checks this list before a demuxer reads anything.

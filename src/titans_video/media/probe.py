@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 from av import FFmpegError
@@ -24,6 +23,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from titans_video.media.headers import side_data
 from titans_video.media.info import Colour, Matrix, Orientation, Transfer, VideoInfo, own_rate
 from titans_video.media.opening import (
     REASONS,
@@ -278,11 +278,10 @@ def _pixel_aspect(ratio: Fraction | None) -> Fraction:
 
 def _orientation(frame: VideoFrame, path: Path) -> Orientation:
     """Read the display matrix: nine 16.16 numbers (a b u, c d v, x y w), x' = a x + c y, y' = b x + d y."""
-    side_data: Any = frame.side_data  # a mapping by type, but its stubs declare a mapping by name
-    matrix = side_data.get(SideDataType.DISPLAYMATRIX)
-    if matrix is None:
+    matrix = side_data(frame, SideDataType.DISPLAYMATRIX)
+    if matrix is None or len(matrix) < 36:
         return Orientation()
-    a, b, _, c, d = struct.unpack_from("5i", bytes(matrix))
+    a, b, _, c, d = struct.unpack_from("5i", matrix)
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, turned) * 20 > max(straight, turned):
         raise UnreadableMedia("tilted", path, "it is rotated by an angle other than 90, 180 or 270 degrees.")

@@ -17,6 +17,7 @@ from titans_video.config.fields import flag_of
 from titans_video.data.clip_plan import REASONS
 from titans_video.errors import DataError, UserError
 from titans_video.files import write_text
+from titans_video.media.opening import DECODING_ERRORS
 from titans_video.media.plots import (
     BLUE,
     COLOURS,
@@ -176,7 +177,7 @@ def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, budget: E
         return f'<figure><div class="none">-</div><figcaption>step {step}</figcaption></figure>'
     try:
         still = _still(path)
-    except (UserError, OSError, ValueError) as e:
+    except (UserError, *DECODING_ERRORS) as e:
         return f'<figure><div class="none">{escape(str(e))}</div><figcaption>step {step}</figcaption></figure>'
     poster = data_url(still, "image/jpeg")
     if budget.take(path.stat().st_size):
