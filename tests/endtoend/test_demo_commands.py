@@ -15,7 +15,7 @@ from titans_video.config.generation import DemoOptions
 from titans_video.demo import scoring
 from titans_video.demo.run import training_command
 from titans_video.errors import ConfigError, DataError
-from titans_video.mock.world import HELD_OUT, SEEN, Combination, sample_clip
+from titans_video.mock.world import COLOURS, HELD_OUT, SEEN, SHAPES, Combination, sample_clip
 
 SCORES = {"colour", "direction", "shape", "shape_strict", "all", "videos"}
 
@@ -61,10 +61,11 @@ def test_demo_writes_everything_that_it_names_twice(repository, tmp_path, small_
     assert {p.name for p in named} >= {"videos", "contact_sheet.png", "loss_curve.png", "report.html", "scores.json"}
     assert all(path.exists() for path in named)
     scores = json.loads((out / "scores.json").read_text())
-    assert set(scores) == {"seen", "held_out", "i2v"}
-    assert set(scores["seen"]) == set(scores["held_out"]) == SCORES
+    assert set(scores) == {*scoring.TEXT_SPLITS, *scoring.IMAGE_SPLITS}
+    assert all(set(scores[split]) == SCORES for split in scoring.TEXT_SPLITS)
+    assert all(set(scores[split]) == SCORES | {"kept", "place", "continues"} for split in scoring.IMAGE_SPLITS)
     assert all(0 <= scores[split][name] <= 1 for split in scores for name in SCORES - {"videos"})
-    assert len(list((out / "videos").glob("*/*.mp4"))) == sum(scores[split]["videos"] for split in scores) == 12
+    assert len(list((out / "videos").glob("*/*.mp4"))) == sum(scores[split]["videos"] for split in scores) == 24
     page = (out / "report.html").read_text()
     assert all((out / source).is_file() for source in re.findall(r"src='?([^' >]+)", page))
 
@@ -75,7 +76,7 @@ def test_demo_writes_everything_that_it_names_twice(repository, tmp_path, small_
 
     score = ["score", "--checkpoint", str(out / "run"), "--videos", "2", "--steps", "2", "--out", str(tmp_path / "s")]
     processes.run(*command, *score, cwd=repository)
-    assert set(json.loads((tmp_path / "s" / "scores.json").read_text())) == {"seen", "held_out"}
+    assert set(json.loads((tmp_path / "s" / "scores.json").read_text())) == {*scoring.TEXT_SPLITS}
 
 
 def test_two_processes_share_the_batch(small_config, tmp_path):
@@ -122,7 +123,7 @@ def scored(split: scoring.Split, wanted: Combination, shown: Combination, near: 
     pool = SEEN if shown in SEEN else HELD_OUT
     index = next(i for i in range(len(pool)) if sample_clip(0, i, held_out=pool is HELD_OUT).combination == shown)
     frames = sample_clip(0, index, held_out=pool is HELD_OUT).frames
-    return scoring.Scored(split, wanted, scoring.analyse(frames), Path("x.mp4"), frames, near)
+    return scoring.Scored(split, wanted, wanted.caption, scoring.analyse(frames), Path("x.mp4"), frames, near)
 
 
 def test_shares_are_counted_by_word():
@@ -142,4 +143,18 @@ def test_continuing_counts_colour_shape_and_place():
     videos = [scored("i2v", wanted, wanted, near) for near in (True, True, False)]
     videos.append(scored("i2v", wanted, Combination("blue", "square", "down"), True))
     shares = scoring.summary(videos)
-    assert (shares["place"], shares["continues"], shares["all"]) == (0.75, 0.5, 0.75)
+    assert (shares["kept"], shares["place"], shares["continues"], shares["all"]) == (0.75, 0.75, 0.5, 0.75)
+
+
+@pytest.mark.parametrize("wanted", [Combination("red", "circle", "left"), HELD_OUT[0], SEEN[17]])
+def test_prompts_of_a_split_say_what_it_is_called(wanted):
+    for index in range(30):
+        said = {split: scoring.prompt_of(split, wanted, 3, index) for split in scoring.IMAGE_SPLITS}
+        assert said["i2v"] == wanted.caption
+        neutral = said["neutral"].lower()
+        assert not any(word in neutral for word in (*COLOURS, *SHAPES))
+        other = said["contradicting"].split()
+        assert (other[1] in COLOURS, other[2] in SHAPES, other[4]) == (True, True, wanted.direction)
+        assert wanted.colour != other[1]
+        assert wanted.shape != other[2]
+        assert said["contradicting"] not in {k.caption for k in HELD_OUT}

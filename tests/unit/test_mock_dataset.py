@@ -1,6 +1,8 @@
 """The data set on disk: rows, files, images, determinism, and no change to foreign folders."""
 
 import json
+import re
+from typing import Any
 
 import av
 import numpy as np
@@ -11,7 +13,7 @@ from titans_video.cli.tools import main_mock
 from titans_video.errors import ConfigError, DataError
 from titans_video.mock.analyse import analyse
 from titans_video.mock.dataset import make_dataset
-from titans_video.mock.world import HELD_OUT, SEEN
+from titans_video.mock.world import COLOURS, DIRECTIONS, HELD_OUT, SEEN, SHAPES
 
 
 def decode(path) -> np.ndarray:
@@ -23,8 +25,19 @@ def rows_of(manifest) -> list[dict]:
     return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
+def content_of(caption: str) -> tuple[str | None, ...]:
+    """Return the colour, shape and direction that a caption names, however it is written."""
+    words = caption.lower()
+    tables = (dict.fromkeys(COLOURS), dict.fromkeys(SHAPES), DIRECTIONS)
+    own = {"upwards": "up", "top": "up", "downwards": "down", "bottom": "down"}
+    found = [re.findall(rf"\b({'|'.join([*table, *own])})", words) for table in tables]
+    named = [{own.get(word, word) for word in each} & set(table) for each, table in zip(found, tables, strict=True)]
+    assert all(len(each) <= 1 for each in named), caption
+    return tuple(next(iter(each), None) for each in named)
+
+
 def test_rows_files_and_images_agree(tmp_path):
-    manifest = make_dataset(tmp_path / "d", clips=10, seed=3, i2v_share=0.4, progress=False)
+    manifest = make_dataset(tmp_path / "d", clips=10, seed=3, i2v_share=0.4, captions="plain", progress=False)
     rows = rows_of(manifest)
     assert [row["task"] for row in rows].count("i2v") == 4
     metadata = json.loads((tmp_path / "d" / "metadata.json").read_text())
@@ -41,12 +54,30 @@ def test_rows_files_and_images_agree(tmp_path):
 
 
 def test_held_out_combinations_are_left_out_unless_asked_for(tmp_path):
-    seen = {row["caption"] for row in rows_of(make_dataset(tmp_path / "a", clips=40, progress=False))}
-    every = {
-        row["caption"] for row in rows_of(make_dataset(tmp_path / "b", clips=48, include_held_out=True, progress=False))
-    }
+    plain: dict[str, Any] = {"captions": "plain", "progress": False}
+    seen = {row["caption"] for row in rows_of(make_dataset(tmp_path / "a", clips=40, **plain))}
+    every = {row["caption"] for row in rows_of(make_dataset(tmp_path / "b", clips=48, include_held_out=True, **plain))}
     assert seen == {k.caption for k in SEEN}
     assert every == {k.caption for k in (*SEEN, *HELD_OUT)}
+
+
+def test_captions_agree_with_their_clips_in_direction_and_without_an_image_in_everything(tmp_path):
+    rows = rows_of(make_dataset(tmp_path / "d", clips=96, seed=2, i2v_share=0.5, progress=False))
+    plain = rows_of(make_dataset(tmp_path / "p", clips=96, seed=2, i2v_share=0.5, captions="plain", progress=False))
+    kinds: dict[str, int] = {"own": 0, "neutral": 0, "contradicting": 0}
+    for row, true in zip(rows, plain, strict=True):
+        assert (tmp_path / "d" / row["video"]).read_bytes() == (tmp_path / "p" / true["video"]).read_bytes()
+        said, shown = content_of(row["caption"]), content_of(true["caption"])
+        assert said[2] in (shown[2], None)
+        assert said[2] is not None or "i2v" in row["task"]
+        kind = "own" if said[:2] == shown[:2] else "neutral" if said[:2] == (None, None) else "contradicting"
+        assert kind == "own" or row["task"] == "i2v"
+        kinds[kind] += row["task"] == "i2v"
+        if kind == "contradicting":
+            assert f"a {said[0]} {said[1]} moving {said[2]}" not in {k.caption for k in HELD_OUT}
+    assert kinds == {"own": 16, "neutral": 16, "contradicting": 16}
+    assert sum(row["caption"] == true["caption"] for row, true in zip(rows, plain, strict=True)) >= 24
+    assert rows[0]["caption"] == plain[0]["caption"]
 
 
 def test_equal_flags_give_equal_bytes_on_any_number_of_workers(tmp_path):

@@ -170,6 +170,7 @@ class ScoreOptions:
 
 
 World = Literal["moving", "bounce"]
+MockCaptions = Literal["varied", "plain"]
 
 
 @dataclass(frozen=True)
@@ -194,5 +195,9 @@ class MockOptions:
     """Share of the rows with task i2v and a conditioning image, the first frame of the clip."""
     include_held_out: bool = False
     """Use all 48 combinations, also the 8 that are reserved to test composition (moving)."""
+    captions: MockCaptions = "varied"
+    """varied: other words, capitals and commas in half of the captions, and of the i2v rows a third with neutral
+    captions and a third with ones that contradict the image in colour or shape, so that a model learns to take these
+    from the image; plain: each caption is like "a red circle moving right" (moving)."""
     workers: Annotated[int, Range(least=1)] = 1
     """Threads that render and encode."""

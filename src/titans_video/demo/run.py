@@ -35,7 +35,14 @@ TWO_PROCESSES = Path("configs/accelerate/cpu2.yaml")
 
 _OWN = ("run", "videos", "contact_sheet.png", "loss_curve.png", "report.html", "scores.json")
 
-_SHOWN: tuple[tuple[Split, int], ...] = (("seen", 6), ("held_out", 4), ("i2v", 2))
+_SHOWN: tuple[tuple[Split, int], ...] = (
+    ("seen", 3),
+    ("held_out", 3),
+    ("reworded", 2),
+    ("i2v", 1),
+    ("neutral", 3),
+    ("contradicting", 3),
+)
 
 _QUICK_CLIPS, _QUICK_STEPS, _QUICK_VIDEOS, _QUICK_DENOISING = 40, 4, 4, 2
 
@@ -68,7 +75,7 @@ def run_demo(options: DemoOptions) -> None:
     _train(command)
     model = load_model(str(folder / "run"), Overrides(), choose_device(None))
     settings = Settings(options.videos, options.seed, steps=_QUICK_DENOISING if options.quick else None)
-    scored = _score(model, settings, ("seen", "held_out", "i2v"), folder)
+    scored = _score(model, settings, (*scoring.TEXT_SPLITS, *scoring.IMAGE_SPLITS), folder)
     places = {"mp4s": folder / "videos", "checkpoint": folder / "run" / LAST, **_figures(scored, folder)}
     print(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     _print_places(places)
@@ -84,7 +91,7 @@ def run_score(options: ScoreOptions) -> None:
     model = load_model(options.checkpoint, options.overrides, choose_device(options.device))
     folder = _claim(Path(options.out))
     settings = Settings(options.videos, options.seed, options.batch_size, options.steps, options.guidance_scale)
-    splits: tuple[Split, ...] = ("seen", "held_out", "i2v") if options.i2v else ("seen", "held_out")
+    splits = (*scoring.TEXT_SPLITS, *(scoring.IMAGE_SPLITS if options.i2v else ()))
     scored = _score(model, settings, splits, folder)
     _print_places({"mp4s": folder / "videos", **_figures(scored, folder)})
 
@@ -160,7 +167,7 @@ def _score(model: VideoModel, settings: Settings, splits: Sequence[Split], folde
     summaries = {split: scoring.summary(videos) for split, videos in scored.items()}
     (folder / "scores.json").write_text(json.dumps(summaries, indent=1) + "\n")
     for split, values in summaries.items():
-        print(f"{split:9s} " + "  ".join(f"{name} {value}" for name, value in values.items()))
+        print(f"{split:13s} " + "  ".join(f"{name} {value}" for name, value in values.items()))
     return scored
 
 
@@ -188,10 +195,11 @@ def _print_places(places: Mapping[str, Path]) -> None:
 _TITLES: dict[Split, str] = {
     "seen": "seen combinations",
     "held_out": "held-out combinations",
+    "reworded": "in other words",
     "i2v": "with a first frame",
+    "neutral": "first frame, neutral prompt",
+    "contradicting": "first frame, contradicting prompt",
 }
-
-_NOTES: dict[Split, str] = {"seen": "", "held_out": " (never trained on)", "i2v": " (first frame given)"}
 
 _STYLE = """
 td,th{border:1px solid var(--line);padding:.3rem .7rem;text-align:right}th{font-size:inherit}
@@ -201,8 +209,10 @@ figure{display:inline-block;width:150px;margin:.5rem;vertical-align:top;font-siz
 
 
 def caption_of(video: Scored) -> str:
-    """Return the prompt, with a note if it was never trained on or if a first frame was given."""
-    return video.wanted.caption + _NOTES[video.split]
+    """Return the prompt, with a note if it was never trained on, and what a given first frame shows."""
+    if video.near is None:
+        return video.prompt + (" (never trained on)" if video.split == "held_out" else "")
+    return f"{video.prompt} (first frame: a {video.wanted.colour} {video.wanted.shape})"
 
 
 def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Sequence[Scored]) -> None:
@@ -218,7 +228,8 @@ def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Se
         "<h1>Titans Video: the mock world</h1>",
         "<p>Shares of the generated videos whose file, read back, shows what the prompt describes. <em>shape</em> is "
         "the nearest template, <em>shape_strict</em> also requires enough overlap with it, and <em>all</em> requires "
-        "colour, direction and strict shape.</p>",
+        "colour, direction and strict shape. With a first frame, colour and shape are the image's and the direction is "
+        "the prompt's; <em>kept</em> is colour and shape.</p>",
         _table(scored),
         *(
             f"<h2>{title}</h2><img src={name} alt='{title}'>"

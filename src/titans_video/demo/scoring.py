@@ -21,10 +21,19 @@ from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import write_video
 from titans_video.mock.analyse import Reading, analyse, object_centres
+from titans_video.mock.captions import contradict, neutral, rephrase
 from titans_video.mock.world import Clip, Combination, combination_of, sample_clip
 from titans_video.seeding import derive_seed
 
-Split = Literal["seen", "held_out", "i2v"]
+Split = Literal["seen", "held_out", "reworded", "i2v", "neutral", "contradicting"]
+
+TEXT_SPLITS: tuple[Split, ...] = ("seen", "held_out", "reworded")
+"""Sentences alone: trained and held-out combinations, and trained combinations in other words."""
+
+IMAGE_SPLITS: tuple[Split, ...] = ("i2v", "neutral", "contradicting")
+"""A first frame with its own sentence, with a sentence without colour and shape, or with one of another colour and
+shape. Colour and shape are the first frame's, and the direction is the sentence's.
+"""
 
 NEAR = 2 / 32
 """Largest distance of the object in the first generated frame from the true one, as a share of the frame's side."""
@@ -56,15 +65,18 @@ class Scored:
 
     Attributes:
         split: the score that it counts for.
-        wanted: the combination in the prompt.
+        wanted: the combination that the prompt, or the prompt and the first frame, describe.
+        prompt: as given to the model.
         reading: what the file shows, without a given first frame.
         path: of the mp4.
         frames: uint8 (T, H, W, 3), as read back from the file.
-        near: for i2v, whether the object of the first generated frame is within NEAR of the true clip's; else None.
+        near: with a first frame, whether the object of the first generated frame is within NEAR of the true clip's;
+            None without.
     """
 
     split: Split
     wanted: Combination
+    prompt: str
     reading: Reading
     path: Path
     frames: np.ndarray
@@ -85,7 +97,7 @@ def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> 
 
     Args:
         model: trained on clips of the mock world.
-        split: `seen` or `held_out` sentences, or `i2v`: sentences of both, each with a first frame of a clip of it.
+        split: see TEXT_SPLITS and IMAGE_SPLITS; first frames are of clips of all combinations.
         folder: where the mp4s go.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +115,8 @@ def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
 
     Returns:
         colour, direction, shape (nearest template), shape_strict, all (colour, direction and strict shape together),
-        and videos, their number; for i2v also place (see NEAR) and continues (colour, nearest shape and place).
+        and videos, their number; with first frames also kept (colour and nearest shape), place (see NEAR) and continues
+        (kept and place).
     """
     rights: dict[str, list[bool]] = {
         "colour": [s.reading.colour == s.wanted.colour for s in scored],
@@ -113,10 +126,9 @@ def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
         "all": [s.right for s in scored],
     }
     if any(s.near is not None for s in scored):
+        rights["kept"] = [all(two) for two in zip(rights["colour"], rights["shape"], strict=True)]
         rights["place"] = [bool(s.near) for s in scored]
-        rights["continues"] = [
-            all(three) for three in zip(rights["colour"], rights["shape"], rights["place"], strict=True)
-        ]
+        rights["continues"] = [all(two) for two in zip(rights["kept"], rights["place"], strict=True)]
     shares: dict[str, float | int] = {name: round(sum(right) / len(scored), 4) for name, right in rights.items()}
     return shares | {"videos": len(scored)}
 
@@ -124,16 +136,17 @@ def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
 def _score_batch(model: VideoModel, split: Split, settings: Settings, folder: Path, indices: range) -> list[Scored]:
     usual, fps = build_request(GenerateOptions(steps=settings.steps, guidance_scale=settings.guidance_scale), model)
     true: list[Clip] = []
-    if split == "i2v":
+    if split in IMAGE_SPLITS:
         true = [
             sample_clip(settings.seed, _FIRST_UNTRAINED_INDEX + i, None, usual.height, usual.frames) for i in indices
         ]
         wanted = [clip.combination for clip in true]
     else:
         wanted = [combination_of(settings.seed, i, split == "held_out") for i in indices]
+    prompts = [prompt_of(split, w, settings.seed, i) for w, i in zip(wanted, indices, strict=True)]
     request = replace(
         usual,
-        prompts=[combination.caption for combination in wanted],
+        prompts=prompts,
         seeds=[derive_seed(settings.seed, "score", split, i) for i in indices],
         cond_pixels=torch.stack([to_tensor(clip.frames[:1]) for clip in true]) if true else None,
     )
@@ -145,8 +158,18 @@ def _score_batch(model: VideoModel, split: Split, settings: Settings, folder: Pa
         frames = read_file(path)
         near = _is_near(frames, true[b].frames) if true else None
         reading = analyse(frames[1:] if true else frames)
-        scored.append(Scored(split, combination, reading, path, frames, near))
+        scored.append(Scored(split, combination, prompts[b], reading, path, frames, near))
     return scored
+
+
+def prompt_of(split: Split, wanted: Combination, seed: int, index: int) -> str:
+    """Return the prompt of a video of a split; equal inputs give equal prompts."""
+    rng = np.random.default_rng((seed, index, 6))
+    if split == "reworded":
+        return rephrase(wanted, rng)
+    if split == "neutral":
+        return neutral(wanted.direction, rng)
+    return contradict(wanted, rng, both=True).caption if split == "contradicting" else wanted.caption
 
 
 def _is_near(generated: np.ndarray, true: np.ndarray) -> bool:

@@ -21,9 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from titans_video.config.fields import validate
-from titans_video.config.generation import MockOptions, World
+from titans_video.config.generation import MockCaptions, MockOptions, World
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.writing import write_video
+from titans_video.mock.captions import KINDS, row_caption
 from titans_video.mock.world import COLOURS, GROUND, REACH, SHAPES, Clip, coverage, sample_clip
 
 MARKER = "dataset.json"
@@ -43,6 +44,7 @@ def make_dataset(
     workers: int = 1,
     progress: bool = True,
     world: World = "moving",
+    captions: MockCaptions = "varied",
 ) -> Path:
     """Write a data set of the mock world; equal arguments give equal clips.
 
@@ -58,13 +60,16 @@ def make_dataset(
         workers: number of threads.
         progress: show a bar.
         world: `moving` (see `mock.world`) or `bounce` (see `BounceClip`).
+        captions: of the moving world: `varied` (see `mock.captions`) or `plain`.
     Returns:
         The path of manifest.jsonl.
     Raises:
         ConfigError: an argument is out of range.
         DataError: the folder contains something else.
     """
-    options = MockOptions(world, str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, workers)
+    options = MockOptions(
+        world, str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, captions, workers
+    )
     _check(options)
     root = Path(folder)
     _clear(root)
@@ -118,13 +123,26 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
         clip = sample_clip(options.seed, index, held_out, options.size, options.frames)
     video = f"videos/{index:05d}.mp4"
     write_video(root / video, clip.frames, options.fps, crf=_CRF)
-    row = {"video": video, "caption": clip.caption, "task": "t2v"}
     # Rows of both tasks alternate evenly, so that small sets have the exact share too.
-    if int((index + 1) * options.i2v_share) > int(index * options.i2v_share):
+    number = int(index * options.i2v_share)  # of rows with an image before this one
+    has_image = int((index + 1) * options.i2v_share) > number
+    row = {"video": video, "caption": _caption(clip, options, index, number if has_image else 0), "task": "t2v"}
+    if has_image:
         reference = f"refs/{index:05d}.png"
         Image.fromarray(clip.frames[0]).save(root / reference)
         row |= {"task": "i2v", "cond_image": reference}
     return row
+
+
+def _caption(clip: "Clip | BounceClip", options: MockOptions, index: int, number: int) -> str:
+    """Return the caption of row `index`; `number` is that of the row with an image, and 0 for the others.
+
+    Captions alternate evenly too: blocks of four rows are reworded or not, and the kinds of rows with an image rotate.
+    """
+    if isinstance(clip, BounceClip) or options.captions == "plain":
+        return clip.caption
+    rng = np.random.default_rng((options.seed, index, 5))
+    return row_caption(clip.combination, KINDS[number % len(KINDS)], index % 8 >= 4, rng)
 
 
 RADIUS = (4.5 / 32, 6.0 / 32)

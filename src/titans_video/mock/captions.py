@@ -1,0 +1,130 @@
+"""Other words for the captions of the moving world, and captions that leave the content of an image to the image.
+
+A model that has only read "a red circle moving right" knows no other spelling of it: its text encoder is trained with
+it. And a model whose images always show what their captions say may ignore the images. So `make_dataset` also writes
+rephrased captions, neutral ones (direction alone, or nothing) and contradicting ones (another colour or shape), the
+last two only on rows with an image. In those rows colour and shape are the image's and the direction is the caption's.
+"""
+
+import re
+from typing import Literal
+
+import numpy as np
+
+from titans_video.mock.world import COLOURS, SEEN, SHAPES, Combination
+
+RowKind = Literal["own", "neutral", "contradicting"]
+KINDS: tuple[RowKind, ...] = ("own", "neutral", "contradicting")
+"""What the caption of a row with an image is to the image."""
+
+_OBJECTS = (
+    "a {colour} {shape}",
+    "the {colour} {shape}",
+    "one {colour} {shape}",
+    "{colour} {shape}",
+    "a {shape} that is {colour}",
+    "a {shape}, {colour},",
+    "a {shape} in {colour}",
+)
+_NEUTRAL_OBJECTS = ("", "", "an object", "the object", "a shape", "the shape", "something", "it")
+_VERBS = (
+    "moving", "moving", "moving", "going", "moves", "goes", "that moves", "that goes", "is moving", "is going",
+    "which moves", "that is moving", "heading", "travelling", "sliding", "drifting", "",
+)  # fmt: skip
+_ALONE = ("moving", "moving", "going", "move", "go", "moves", "goes", "moved", "sliding", "")
+"""Verbs without an object before them."""
+_WAYS: dict[str, tuple[str, ...]] = {
+    "left": ("left", "left", "to the left", "leftwards", "towards the left"),
+    "right": ("right", "right", "to the right", "rightwards", "towards the right"),
+    "up": ("up", "up", "upwards", "to the top", "towards the top"),
+    "down": ("down", "down", "downwards", "to the bottom", "towards the bottom"),
+}
+_NO_WAY = (
+    "",
+    "a moving object",
+    "an object moving",
+    "moving",
+    "it moves",
+    "the object moves",
+    "something moves",
+    "motion",
+)
+
+
+def rephrase(wanted: Combination, rng: np.random.Generator) -> str:
+    """Return a caption that says the same in other words, order, case and punctuation."""
+    thing = _pick(rng, _OBJECTS).format(colour=wanted.colour, shape=wanted.shape)
+    return _spelt(_sentence(thing, wanted.direction, rng), wanted, rng)
+
+
+def neutral(direction: str | None, rng: np.random.Generator) -> str:
+    """Return a caption without colour and shape, and with None also without direction; it may be empty."""
+    if direction is None:
+        return _cased(_pick(rng, _NO_WAY), rng)
+    return _cased(_sentence(_pick(rng, _NEUTRAL_OBJECTS), direction, rng), rng)
+
+
+def contradict(wanted: Combination, rng: np.random.Generator, both: bool = False) -> Combination:
+    """Return a trained combination of the same direction with another colour, another shape or both.
+
+    Args:
+        both: neither colour nor shape may agree.
+    """
+    others = [
+        Combination(colour, shape, wanted.direction)
+        for colour in COLOURS
+        for shape in SHAPES
+        if (colour != wanted.colour and shape != wanted.shape)
+        or (not both and (colour, shape) != (wanted.colour, wanted.shape))
+    ]
+    allowed = [c for c in others if c in SEEN]
+    return allowed[int(rng.integers(len(allowed)))]
+
+
+def row_caption(wanted: Combination, kind: RowKind, reworded: bool, rng: np.random.Generator) -> str:
+    """Return the caption of a row.
+
+    Args:
+        wanted: what the clip shows.
+        kind: what the caption is to the row's image; `own` for rows without one.
+        reworded: rephrase it.
+    """
+    if kind == "neutral":
+        return neutral(wanted.direction if rng.random() < 0.75 else None, rng)
+    said = contradict(wanted, rng) if kind == "contradicting" else wanted
+    return rephrase(said, rng) if reworded else said.caption
+
+
+def _sentence(thing: str, direction: str, rng: np.random.Generator) -> str:
+    """Join an object, which may be missing, and its direction: object first, or direction first."""
+    way = _pick(rng, _WAYS[direction])
+    if not thing:
+        return f"{_pick(rng, _ALONE)} {way}".strip()
+    comma = "," if rng.random() < 0.25 and not thing.endswith(",") else ""
+    if rng.random() < 0.15:
+        return f"{_pick(rng, ('moving', 'going', ''))} {way}{comma or ':'} {thing.rstrip(',')}".strip()
+    return f"{thing}{comma} {_pick(rng, _VERBS)} {way}".replace("  ", " ")
+
+
+def _spelt(text: str, wanted: Combination, rng: np.random.Generator) -> str:
+    """Write one of the words that matter in capitals, or all of the text in some case."""
+    if rng.random() < 0.25:
+        word = _pick(rng, (wanted.colour, wanted.shape, wanted.direction))
+        text = re.sub(rf"\b{word}\b", word.upper() if rng.random() < 0.7 else word.capitalize(), text)
+    return _cased(text, rng)
+
+
+def _cased(text: str, rng: np.random.Generator) -> str:
+    """Write a text in some case, with or without a full stop."""
+    draw = rng.random()
+    if draw < 0.25:
+        text = text[:1].upper() + text[1:]
+    elif draw < 0.35:
+        text = text.upper()
+    elif draw < 0.4:
+        text = text.title()
+    return text + ("." if text and rng.random() < 0.2 else "")
+
+
+def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[int(rng.integers(len(choices)))]
