@@ -72,7 +72,7 @@ class LoadedModel(ABC):
         return self.run_on or next(self.network.parameters()).device
 
     def trained(self, name: str) -> Any:
-        """Return `num_frames`, `height`, `width`, `fps` or `tasks` of training; None if they are not recorded."""
+        """Return `num_frames`, `height`, `width`, `fps`, `tasks` or `words` of training; None if it is not recorded."""
         return self.config.get("data", {}).get(name)
 
 

@@ -43,6 +43,7 @@ from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
 from titans_video.media.writing import Written
 from titans_video.pretrained.base import is_pipeline
+from titans_video.text.vocabulary import unknown_words_note
 
 SHEET_FRAMES, SHEET_ROWS = 8, 32
 
@@ -92,9 +93,12 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         notes.append("The model was not trained to continue from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; generating "{first.prompts[0]}".')
+    prompts = first.prompts if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
+    note = unknown_words_note(prompts if texts is None else [text for _, text in texts], model.trained("words"))
+    if note:
+        notes.append(note)
     for note in [*lora_notes, *when.notes, *notes]:
         tqdm.write(note, file=sys.stderr)
-    prompts = first.prompts if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
     places = [check_out(str(numbered(out, i, len(jobs)))) for i in range(len(jobs))]
     weights = fingerprint(model)

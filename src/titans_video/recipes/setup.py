@@ -27,6 +27,7 @@ from titans_video.errors import CodecError
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder
+from titans_video.text.vocabulary import vocabulary
 from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
@@ -265,6 +266,8 @@ def checkpoint_config(
         tasks: that are trained; None: those of the data.
     """
     bucket = parts.data.buckets[0]  # the largest
+    # Only the built-in encoder knows no other words than those of the captions.
+    words = vocabulary(row.caption for row in parts.data.rows) if parts.text.widths == [0] else None
     return {
         "recipe": recipe,
         "model": model,
@@ -277,6 +280,7 @@ def checkpoint_config(
             "width": bucket.width,
             "fps": parts.data.fps,
             "tasks": list(parts.data.tasks if tasks is None else tasks),
+            **({} if words is None else {"words": words}),
         },
         "sample": defaults,
     }

@@ -1,0 +1,48 @@
+"""The words of the training captions, to tell a user which words of a prompt a built-in text encoder has never seen.
+
+A frozen encoder has read much more than the captions; the built-in one is trained on nothing else.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+MOST_WORDS = 2000
+"""Captions of more different words are open text: the list would be long, and a missing word would say little."""
+
+_SHOWN = 6
+# Scripts without spaces between words: each character counts as a word.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|(?:(?![\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])\w)+")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in order, with their case, because bytes have one too."""
+    return _WORD.findall(text)
+
+
+def vocabulary(captions: Iterable[str]) -> list[str] | None:
+    """Return the sorted words of all captions; None if there are none, or more than MOST_WORDS."""
+    words: set[str] = set()
+    for caption in captions:
+        words.update(words_of(caption))
+        if len(words) > MOST_WORDS:
+            return None
+    return sorted(words) or None
+
+
+def unknown_words_note(prompts: Sequence[str], known: Collection[str] | None) -> str | None:
+    """Return a line that names the words of prompts that no training caption has.
+
+    Args:
+        known: `vocabulary` of the captions; None if it was not recorded.
+    Returns:
+        None if every word is known, or nothing was recorded.
+    """
+    if known is None:
+        return None
+    known = set(known)
+    unknown = list(dict.fromkeys(word for prompt in prompts for word in words_of(prompt) if word not in known))
+    if not unknown:
+        return None
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    shown = ", ".join(repr(word) for word in unknown[:_SHOWN])
+    return f"Note: the model does not know {shown}{more}: no caption of its training has such words."
