@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from titans_video.config.generation import Overrides
-from titans_video.errors import CheckpointError, UserError, few, first_line
+from titans_video.errors import CheckpointError, UserError, first_line
 from titans_video.files import save_safetensors, save_tensors, write_text
 
 MODEL, EMA, LAST = "model.pt", "model_ema.pt", "last.pt"
@@ -181,29 +181,6 @@ def override(options: OptionsT, overrides: Overrides) -> OptionsT:
     given: dict[str, Any] = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
     names = {f.name for f in fields(options)}  # type: ignore[arg-type]
     return replace(options, **{k: v for k, v in given.items() if v is not None and k in names})  # type: ignore[type-var]
-
-
-def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
-    """Load a diffusers or transformers model from a local folder; no weight may stay random, nothing is downloaded.
-
-    Args:
-        kind: its class.
-        what: its name in messages.
-        error: the exception class to raise.
-        arguments: of `from_pretrained`.
-    Raises:
-        error: it cannot be read, or weights are missing or have the wrong shape.
-    """
-    try:
-        model, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **arguments)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
-        raise error(f"The {what} in {folder} cannot be loaded: {first_line(e)}") from None
-    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
-        raise error(
-            f"The weights in {folder} do not fill the {what} that its config.json describes: missing or misshapen are "
-            f"{few(map(str, missing))}. They would be random; copy the folder again."
-        )
-    return model
 
 
 def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from titans_video.checkpoint import override, restore_options, warn_if_changed
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, CodecError
+from titans_video.hub import stored_folder
 from titans_video.seeding import seeded_randn
 from titans_video.types import CodecSpec
 
@@ -295,7 +296,8 @@ def codec_from_checkpoint(
             that this project does not contain is imported only if `overrides.vae_module` names it again.
         device: where the codec runs.
     Raises:
-        CheckpointError: the user has not named the checkpoint's module again, or the codec has another latent shape.
+        CheckpointError: the user has not named the checkpoint's module again, the VAE that it names is not a folder, or
+            the codec has another latent shape.
         CodecError: as `build_codec`.
     """
     options = override(restore_options(CodecOptions, config["options"]), overrides)
@@ -304,6 +306,9 @@ def codec_from_checkpoint(
     else:
         if options.vae_backend == "external" and overrides.vae_module is None:
             options = replace(options, vae_module=_own_module(options))
+        if options.vae_backend == "diffusers" and overrides.pretrained_model is None and options.pretrained_model:
+            folder = stored_folder(options.pretrained_model, "--pretrained-model", "VAE")
+            options = replace(options, pretrained_model=folder)
         codec = build_codec(options, device=device)
     _check_same_latents(codec, config["spec"])
     path = options.pretrained_model if options.vae_backend == "diffusers" else options.vae_module

@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors, load_pretrained
+from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors
 from titans_video.codecs.base import CONTEXT, Codec, without_noise
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, first_line
+from titans_video.hub import load_pretrained
 from titans_video.types import PRECISIONS, CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
@@ -339,7 +340,7 @@ def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
     kind = _class(folder)
     try:
         with torch.device("meta"):
-            vae = kind.from_config(kind.load_config(folder))
+            vae = kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
         raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {first_line(e)}") from None
     wanted = [name for name, _ in vae.named_buffers() if name in ("latents_mean", "latents_std")]

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_video.checkpoint import fingerprint_folder, load_pretrained, read_json
+from titans_video.checkpoint import fingerprint_folder, read_json
 from titans_video.codecs.diffusers import parse_dtype
 from titans_video.errors import CodecError
+from titans_video.hub import load_pretrained
 
 ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
 

@@ -19,6 +19,7 @@ from titans_video.config.generation import Overrides, RunOptions
 from titans_video.diffusion.base import SamplingProcess, build_process
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.windows import Capabilities, check_flags
+from titans_video.hub import stored_folder
 from titans_video.models.registry import build_network
 from titans_video.text.base import text_from_checkpoint
 from titans_video.types import PRECISIONS, TextCondition
@@ -240,7 +241,8 @@ def _image_encoder(
     """Load the image encoder of a checkpoint, from the folder that `overrides` may name."""
     if config is None:
         return None
-    folder = overrides.pretrained_model or config["pretrained_model"]
+    given = overrides.pretrained_model
+    folder = given or stored_folder(config["pretrained_model"], "--pretrained-model", "image encoder")
     encoder = ImageEncoder(folder, config["dtype"]).to(device)
     warn_if_changed("image encoder", folder, config["fingerprint"], encoder.fingerprint())
     return encoder

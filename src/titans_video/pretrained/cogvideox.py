@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from titans_video.checkpoint import load_pretrained
 from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import FirstFrameCodec
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.hub import from_folder, load_pretrained
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.seeding import generator
@@ -122,7 +122,7 @@ class CogVideoX(ModelSpec):
         name = str(read_config(self.folder / "scheduler", "scheduler_config.json").get("_class_name"))
         if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
             raise ConfigError(f"{self.folder / 'scheduler'} describes a {name}, which is none of CogVideoX's.")
-        return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
+        return from_folder(getattr(diffusers, name), self.folder / "scheduler")
 
     def process(self) -> VPredictionDDPM:
         return VPredictionDDPM.from_scheduler(self.scheduler())

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from titans_video.checkpoint import load_pretrained, read_json
+from titans_video.checkpoint import read_json
 from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.fields import flag_of
@@ -29,6 +29,7 @@ from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.image_conditioning import NOISE, make_image_condition
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
+from titans_video.hub import load_pretrained
 from titans_video.media.colour import cover_crop, to_tensor, to_uint8
 from titans_video.media.motion import motion_bucket
 from titans_video.models.registry import network_config

@@ -5,7 +5,7 @@ Legend: B prompts, L tokens, E width of a stream.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from titans_video.checkpoint import override, restore_options, warn_if_changed
 from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
+from titans_video.hub import stored_folder
 from titans_video.types import END_OF_TEXT, TextCondition
 
 
@@ -184,6 +185,16 @@ def _huggingface() -> ModuleType:
     return importlib.import_module("titans_video.text.huggingface")
 
 
+def _local(stored: TextOptions, overrides: Overrides) -> TextOptions:
+    """Return the options with the folders of the encoders that `overrides` does not replace."""
+    found: dict[str, Any] = {}
+    if overrides.text_model is None and stored.text_model not in ("builtin", "none"):
+        found["text_model"] = stored_folder(stored.text_model, "--text-model", "text encoder")
+    if overrides.llm_model is None and stored.llm_model is not None:
+        found["llm_model"] = stored_folder(stored.llm_model, "--llm-model", "LLM")
+    return replace(stored, **found)
+
+
 def text_from_checkpoint(
     config: Mapping[str, Any], overrides: Overrides, device: torch.device | str = "cpu"
 ) -> TextEncoder:
@@ -194,11 +205,12 @@ def text_from_checkpoint(
         overrides: `text_model`, `llm_model`, `local_files_only` replace the stored values.
         device: as in `build_text`.
     Raises:
-        CheckpointError: the number or the widths of the encoders differ from the network's.
+        CheckpointError: a stored name is not a folder, or the number or the widths of the encoders differ from the
+            network's.
         TextError: as `build_text`.
     """
     stored = restore_options(TextOptions, config["options"])
-    options = override(stored, overrides)
+    options = override(_local(stored, overrides), overrides)
     if options.llm_model is not None and stored.llm_model is None:
         raise CheckpointError("--llm-model: the checkpoint was trained without an LLM, so it cannot use one.")
     if ("builtin" in (stored.text_model, options.text_model)) and stored.text_model != options.text_model:

@@ -18,6 +18,7 @@ from torch import Tensor
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
 from titans_video.errors import TextError, few, first_line
+from titans_video.hub import LOADING_ERRORS, from_folder, reason, without_hub
 from titans_video.text.base import TextEncoder
 from titans_video.types import PRECISIONS
 
@@ -28,9 +29,6 @@ TEXT_PARTS = ("language_model", "text_model")
 """The attributes in which multimodal models keep their text model."""
 
 PLAIN_WORDS = "a red circle moving right"
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
-"""Errors that transformers raises for folders that are missing, malformed or of an unknown type."""
 
 
 @dataclass(frozen=True)
@@ -228,22 +226,22 @@ class PretrainedStream:
         s = self.source
         if Path(s.path).is_dir():
             try:
-                return kind.from_pretrained(s.path, local_files_only=True, **options)
+                return from_folder(kind, s.path, **options)
             except LOADING_ERRORS as e:
-                raise TextError(f"{s.flag} {s.path} cannot be loaded: {first_line(e)}") from None
+                raise TextError(f"{s.flag} {s.path} cannot be loaded: {reason(e)}") from None
         if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
             raise TextError(_missing(s, "there is no such folder"))
         # Local files are used first; the hub is asked only if necessary, and once.
-        with contextlib.suppress(*LOADING_ERRORS):
-            return kind.from_pretrained(s.path, local_files_only=True, **options)
+        with contextlib.suppress(*LOADING_ERRORS), without_hub():
+            return kind.from_pretrained(s.path, local_files_only=True, trust_remote_code=False, **options)
         if s.local_files_only or _hub_is_off():
             raise TextError(_missing(s, "it is not on this machine and hub access is off"))
         if problem := _hub_problem():
             raise TextError(_missing(s, f"it is not on this machine and the hub does not respond ({problem})"))
         try:
-            return kind.from_pretrained(s.path, **options)
+            return kind.from_pretrained(s.path, trust_remote_code=False, **options)
         except LOADING_ERRORS as e:
-            raise TextError(_missing(s, f"the hub did not provide it ({first_line(e)})")) from None
+            raise TextError(_missing(s, f"the hub did not provide it ({reason(e)})")) from None
 
     def _load_model(self) -> Any:
         transformers = _transformers()

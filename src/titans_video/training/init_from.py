@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from titans_video import checkpoint as files
-from titans_video.checkpoint import Checkpoint, load_pretrained
+from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec, codec_from_checkpoint
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, few
+from titans_video.hub import load_pretrained
 from titans_video.models.lora_io import PEFT_WEIGHTS, WEIGHTS
 from titans_video.training.recipe import Recipe
 from titans_video.types import CodecSpec

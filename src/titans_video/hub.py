@@ -1,0 +1,93 @@
+"""Load models of diffusers and transformers: no code of a model folder runs, and only a user's flag downloads."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titans_video.errors import CheckpointError, UserError, few, first_line
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
+"""Errors that the libraries raise for folders that are missing, malformed or of an unknown type."""
+
+RUNS_CODE = (
+    "its config names code of its own (auto_map), which is never run. Use a model that the library itself knows."
+)
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """Block every request to the model hub.
+
+    `local_files_only` covers the files of the named folder, but a configuration in it may name further models.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
+    """Call `kind.from_pretrained` for a local folder.
+
+    Args:
+        kind: a class of diffusers or transformers.
+        arguments: further ones of `from_pretrained`.
+    Raises:
+        OSError: there is no such folder; a library would take its name for a model of the hub.
+        Exception: the library's own, see `LOADING_ERRORS`.
+    """
+    if not Path(folder).is_dir():
+        raise OSError(f"{folder} is not a folder on this machine.")
+    with without_hub():
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
+
+
+def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
+    """Load a diffusers or transformers model from a local folder; no weight may stay random.
+
+    Args:
+        kind: its class.
+        what: its name in messages.
+        error: the exception class to raise.
+        arguments: of `from_pretrained`.
+    Raises:
+        error: it cannot be read, or weights are missing or have the wrong shape.
+    """
+    try:
+        model, info = from_folder(kind, folder, output_loading_info=True, **arguments)
+    except LOADING_ERRORS as e:
+        raise error(f"The {what} in {folder} cannot be loaded: {reason(e)}") from None
+    if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
+        raise error(
+            f"The weights in {folder} do not fill the {what} that its config.json describes: missing or misshapen are "
+            f"{few(map(str, missing))}. They would be random; copy the folder again."
+        )
+    return model
+
+
+def reason(error: Exception) -> str:
+    """Return why a model cannot be loaded, without the library's advice to trust its code."""
+    return RUNS_CODE if "trust_remote_code" in str(error) else first_line(error)
+
+
+def stored_folder(name: object, flag: str, what: str) -> str:
+    """Return a folder that a checkpoint names. A checkpoint never causes a download: only a flag may name a hub model.
+
+    Args:
+        name: the stored value.
+        flag: the flag that replaces it.
+        what: the model's name in the message.
+    Raises:
+        CheckpointError: it is not a folder on this machine.
+    """
+    if isinstance(name, str) and Path(name).expanduser().is_dir():
+        return name
+    raise CheckpointError(
+        f"The checkpoint names the {what} {name!r}, which is not a folder on this machine. A model that a checkpoint "
+        f"names is not downloaded. Give its folder or its name with {flag}."
+    )
