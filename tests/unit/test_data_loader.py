@@ -197,13 +197,43 @@ def test_a_rank_that_starts_afresh_removes_no_file_that_another_may_have_written
     assert [path.name for path in tmp_path.iterdir()] == ["broken.rank1.jsonl"]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_that_training_names_stay_out_as_broken_ones_do(manifest: Path, tmp_path: Path, workers: int) -> None:
+    def stream(folder: Path, step: int | None = None, state: dict[str, Any] | None = None) -> BatchStream:
+        made = opened(manifest, batch_size=2, num_workers=workers).stream(grad_accum=2, folder=folder)
+        if step is not None:
+            made.load_state_dict(state or {"step": step, "rows": {}})
+        return made
+
+    first = stream(tmp_path / "a")
+    before = take(first, 6)
+    first.leave_out(["row3", "row8"], "not-finite", "its loss is not finite")
+    after, state = take(first, 10), first.state_dict()
+    assert {"row3", "row8"} & {i for batch in before for i in batch.ids}
+    assert not {"row3", "row8"} & {i for batch in after for i in batch.ids}
+    assert {(b.reason, b.batch) for b in first.bad_rows.records.values()} == {("not-finite", 3)}
+    assert "row8" in (tmp_path / "a" / "broken.rank0.jsonl").read_text()
+    for step in (1, 3, 4):
+        again = take(stream(tmp_path / "a", step), 6)
+        assert all(same(a, b) for a, b in zip(again, [*before, *after][2 * step :], strict=False))
+    elsewhere = take(stream(tmp_path / "b", 8, state), 4)  # another folder: the checkpoint has them too
+    assert all(same(a, b) for a, b in zip(elsewhere, take(first, 4), strict=True))
+
+
+def test_too_many_rows_that_training_names_stop_the_run(manifest: Path) -> None:
+    stream = opened(manifest, max_bad=0.3).stream()
+    stream.leave_out(["row0", "row1", "row2"], "not-finite", "")
+    with pytest.raises(DataError, match=r"4 of 10 rows became unusable .* --max-bad 0.3"):
+        stream.leave_out(["row5"], "not-finite", "")
+
+
 def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
     manifest = make_set(tmp_path, rows=4, wide=0)
     for workers in (0, 1):
         stream = opened(manifest, buckets="16x16", max_bad=0.25, ram_cache_mb=0, num_workers=workers).stream()
         for path in tmp_path.glob("*.mp4"):
             path.rename(path.with_suffix(".gone"))
-        with pytest.raises(DataError, match=r"became unreadable during training.*--max-bad 0\.25"):
+        with pytest.raises(DataError, match=r"became unusable during training.*--max-bad 0\.25"):
             take(stream, 8)
         for path in tmp_path.glob("*.gone"):
             path.rename(path.with_suffix(".mp4"))

@@ -16,7 +16,7 @@ LAUNCHERS = [REPOSITORY / "train.py", *sorted((REPOSITORY / "train" / "videos").
 LAUNCHER_LINES = 15
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["types", "errors", "files", "parsing", "schema", "seeding"], 0),
+    **dict.fromkeys(["types", "errors", "files", "finite", "parsing", "schema", "seeding"], 0),
     **dict.fromkeys(["checkpoint", "config", "hub", "media"], 0),
     **dict.fromkeys(["data", "codecs", "text", "models", "mock"], 1),
     "diffusion": 2,

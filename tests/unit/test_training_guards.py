@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
 from titans_video.training import checkpointing, distributed, run_folder
-from titans_video.training.guards import SPIKE_WARMUP, DivergedError, Guard, OutOfMemory
+from titans_video.training.guards import SPIKE_WARMUP, DivergedError, Guard, OutOfMemory, RowLoss
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
@@ -35,14 +37,13 @@ class Sabotaged(ToyRecipe):
         self.factors = factors
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = super().loss(model, batch)
-        for row in batch.ids:
-            loss = loss * self.factors.get(row, 1.0)
-        return loss
+        return super().loss(model, batch) * torch.tensor([self.factors.get(row, 1.0) for row in batch.ids])
 
 
-def run(recipe: ToyRecipe, given: TrainOptions, batch: int = 2) -> None:
-    Trainer(recipe, ToyStream(batch), given, distributed.start(given)).run()
+def run(recipe: ToyRecipe, given: TrainOptions, batch: int = 2) -> ToyStream:
+    stream = ToyStream(batch)
+    Trainer(recipe, stream, given, distributed.start(given)).run()
+    return stream
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -54,14 +55,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_rows(
     tmp_path: Path, factor: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = Sabotaged({"5": factor})  # the third micro-batch: the second step's first
-    run(recipe, options(tmp_path / "bad", max_steps=2, grad_accum=2, weight_decay=0.1))
+    stream = run(recipe, options(tmp_path / "bad", max_steps=2, grad_accum=2, weight_decay=0.1))
     one = ToyRecipe()
     run(one, options(tmp_path / "one", max_steps=1, grad_accum=2, weight_decay=0.1))
     for name, weight in one.network.state_dict().items():
         assert torch.equal(recipe.network.state_dict()[name], weight)
-    assert any("Step 2 is skipped" in text and "Rows: 4, 5." in text for text in caplog.messages)
+    assert any("Step 2 is skipped" in text and "is not finite: 5." in text for text in caplog.messages)
     (event,) = events(tmp_path / "bad")
-    assert (event["step"], event["kind"], event["rows"]) == (2, "skipped", ["4", "5"])
+    assert (event["step"], event["kind"], event["rows"], event["located"]) == (2, "skipped", ["5"], True)
+    assert stream.left_out == ["5"]
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path / "bad")] == [2]  # the weights are good
     assert [line["step"] for line in lines(tmp_path / "bad")] == [1, 2]
 
 
@@ -75,25 +78,145 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped_too(
 
     recipe = Steep()
     before = {k: v.clone() for k, v in recipe.network.state_dict().items()}
-    run(recipe, options(tmp_path, max_steps=1))
-    assert any("gradient norm" in text and "Rows: 0, 1." in text for text in caplog.messages)
+    with pytest.raises(DivergedError, match="no checkpoint yet"):
+        run(recipe, options(tmp_path, max_steps=1))
+    assert any("gradient norm" in text and "no row stands out among: 0, 1." in text for text in caplog.messages)
     assert all(torch.equal(before[k], v) for k, v in recipe.network.state_dict().items())
 
 
 def test_too_many_in_a_row_stop_the_run_and_the_checkpoint_stands(tmp_path: Path) -> None:
     recipe = Sabotaged({str(i): math.nan for i in range(8, 100)})
     given = options(tmp_path, max_steps=50, max_bad_steps=3, save_every=2)
-    with pytest.raises(DivergedError, match=r"Rows: 12, 13.*3 such steps in a row"):
+    with pytest.raises(DivergedError, match=r"among: 12, 13.*3 such steps in a row.*good checkpoint is .*checkpoint-4"):
         run(recipe, given)
-    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [2, 4, 6]
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [2, 4]
     outcome, _ = train(replace(given, resume="auto", max_steps=8))
     assert outcome.step == 8
 
 
 def test_single_bad_steps_never_stop_a_run(tmp_path: Path) -> None:
-    recipe = Sabotaged({str(i): math.nan for i in range(0, 40, 4)})  # every second step
-    run(recipe, options(tmp_path, max_steps=20, max_bad_steps=2))
-    assert len(events(tmp_path)) == 10
+    bad = [str(i) for i in range(0, 40, 4)]  # one row of every second step
+    stream = run(Sabotaged(dict.fromkeys(bad, math.nan)), options(tmp_path, max_steps=20, max_bad_steps=2))
+    assert [event["rows"] for event in events(tmp_path)] == [[row] for row in bad]
+    assert stream.left_out == bad
+
+
+@pytest.mark.parametrize(("batch", "bad"), [(1, ["3"]), (2, ["6", "7"]), (3, ["0", "1", "2", "3", "4", "5"])])
+def test_rows_that_fill_a_step_are_found_when_the_same_weights_give_a_good_one(
+    tmp_path: Path, batch: int, bad: list[str]
+) -> None:
+    stream = run(Sabotaged(dict.fromkeys(bad, math.nan)), options(tmp_path, max_steps=8), batch)
+    assert stream.left_out == bad
+    assert not any(event["located"] for event in events(tmp_path))
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [8]
+
+
+def test_rows_are_not_accused_if_the_weights_are_damaged(tmp_path: Path) -> None:
+    guard = Guard(mean=0.0, variance=0.01, seen=100)
+    good, huge, bad = RowLoss("a", 2.0, 2), RowLoss("b", 1e20, 2), RowLoss("c", math.nan, 2)
+    assert guard.blame([good, bad]) == ["c"]
+    assert guard.bad_in_a_row == 0
+    assert guard.blame([good, huge, bad]) == []
+    assert guard.blame([huge, bad]) == []
+    assert guard.blame([RowLoss("d", math.inf, 2), bad]) == []
+    assert (guard.bad_in_a_row, guard.skipped) == (3, 4)
+    assert guard.acquit(1e20) == []
+    assert guard.acquit(1.1) == ["d", "c"]
+    assert guard.acquit(1.1) == []
+
+
+class Grown(ToyRecipe):
+    """Adds a term that overflows with the weights, as the activations of a deep network do."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        weight = next(iter(model.parameters()))
+        return super().loss(model, batch) + 1e-30 * weight.square().sum()
+
+
+@pytest.mark.parametrize(("steps", "match"), [(9, "last 4 steps were skipped"), (99, "3|10 such steps in a row")])
+def test_damaged_weights_replace_no_good_checkpoint(tmp_path: Path, steps: int, match: str) -> None:
+    """After a finite step at an absurd rate, every later loss overflows."""
+    given = options(tmp_path, max_steps=4, save_every=2, save_limit=1)
+    train(given, ToyStream(2))
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoint-4").rglob("*.pt")}
+    wild = replace(given, resume="auto", lr=1e30, max_steps=steps)
+    with pytest.raises(DivergedError, match=rf"(?s)({match}).*last good checkpoint is {tmp_path / 'checkpoint-4'}\."):
+        Trainer(Grown(), ToyStream(2), wild, distributed.start(wild), going_on(wild)).run()
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [4]
+    assert (tmp_path / "last.pt").samefile(tmp_path / "checkpoint-4" / "model_ema.pt")
+    assert {p: p.read_bytes() for p in before} == before
+    outcome, _ = train(replace(given, resume="auto", max_steps=6), ToyStream(2))
+    assert outcome.step == 6
+
+
+class SignalledAt(ToyStream):
+    """The process is told to stop while a step runs."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(2)
+        self.step = step
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step, batch in enumerate(super().__iter__(), 1):
+            if step == self.step:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+
+def test_a_signal_saves_no_damaged_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "titans_video")
+    recipe = Sabotaged({str(i): math.nan for i in range(8, 100)})  # all of step 5 and later ones
+    given = options(tmp_path, max_steps=50, save_every=3, save_limit=1)
+    outcome = Trainer(recipe, SignalledAt(6), given, distributed.start(given)).run()
+    assert (outcome.step, outcome.exit_code) == (6, 128 + signal.SIGTERM)
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [3]
+    assert any("step 6 is not written" in text and "checkpoint-3" in text for text in caplog.messages)
+    assert any("resumes from" in text and "checkpoint-3" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("part", ["weight", "average", "optimizer", "buffer"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, part: str, value: float) -> None:
+    class Damaging(ToyStream):
+        """Damages one value while step 4 runs, where the loss does not see it."""
+
+        def __iter__(self) -> Iterator[Batch]:
+            for step, batch in enumerate(super().__iter__(), 1):
+                if step == 5:
+                    damaged().view(-1)[-1] = value
+                yield batch
+
+    recipe = ToyRecipe()
+    recipe.network.register_buffer("scale", torch.ones(3))
+    recipe.network.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    given = options(tmp_path, max_steps=50, save_every=4, save_limit=1)
+    trainer = Trainer(recipe, Damaging(2), given, distributed.start(given))
+
+    def damaged() -> Tensor:
+        found = {
+            "weight": recipe.network.unused.data,
+            "average": trainer.ema.state_dict()["last.bias"],
+            "optimizer": next(reversed(trainer.checkpointer.optimizer.state.values()))["exp_avg_sq"],
+            "buffer": recipe.network.scale,
+        }
+        return found[part]
+
+    name = {"weight": "unused", "average": "last.bias \\(average\\)", "optimizer": "exp_avg", "buffer": "scale"}[part]
+    pattern = (
+        rf"checkpoint of step \d+ is not written.*{name}.*last good checkpoint is .*checkpoint-4|such steps in a row"
+    )
+    with pytest.raises(DivergedError, match=pattern):
+        trainer.run()
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [4]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_every_process_refuses_what_one_of_them_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options(tmp_path)
+    checkpointer = Trainer(ToyRecipe(), ToyStream(2), given, distributed.start(given)).checkpointer
+    assert checkpointer.non_finite() == []
+    monkeypatch.setattr(checkpointer.group, "all_gather_object", lambda own: [own, ["blocks.1.bias"]])
+    assert checkpointer.non_finite() == ["blocks.1.bias"]
 
 
 def test_a_loss_spike_is_recorded_with_its_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -116,14 +239,15 @@ def test_the_statistics_of_losses_follow_their_definition() -> None:
 
 
 def test_the_guard_goes_on_where_it_was(tmp_path: Path) -> None:
-    bad = {str(i): math.nan for i in range(8, 100)}
-    given = options(tmp_path, max_steps=6, max_bad_steps=3, save_every=1)  # steps 5 and 6 are bad
+    bad = {str(i): math.nan for i in (9, 11, *range(12, 100))}
+    given = options(tmp_path, max_steps=6, max_bad_steps=3, save_every=1)  # one row of each of steps 5 and 6 is bad
     run(Sabotaged(bad), given)
     state = checkpointing.read_state(tmp_path / "checkpoint-6")
-    assert (state["guard"]["bad_in_a_row"], state["guard"]["skipped"]) == (2, 2)
-    more = replace(given, resume="auto", max_steps=9)
-    with pytest.raises(DivergedError, match="Step 7"):
+    assert (state["guard"]["bad_in_a_row"], state["guard"]["skipped"]) == (0, 2)
+    more = replace(given, resume="auto", max_steps=20)
+    with pytest.raises(DivergedError, match="Step 9"):
         Trainer(Sabotaged(bad), ToyStream(2), more, distributed.start(more), going_on(more)).run()
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)][-1] == 6
 
 
 def with_scaler(
@@ -142,7 +266,7 @@ def test_a_gradient_scale_settles_without_a_word_and_then_trains_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = options(tmp_path / "scaled", max_steps=24, max_bad_steps=2, max_grad_norm=0.0, ema_decay=0.0)
-    trainer, scaler = with_scaler(Sabotaged({str(i): 4.0 for i in range(99)}), given, 2.0**126, monkeypatch)
+    trainer, scaler = with_scaler(Sabotaged({str(i): 16.0 for i in range(99)}), given, 2.0**126, monkeypatch)
     trainer.run()
     norms = [line["grad_norm"] for line in lines(tmp_path / "scaled")]
     settled = sum(norm is None for norm in norms)

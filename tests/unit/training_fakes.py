@@ -109,6 +109,7 @@ class ToyStream:
     def __init__(self, batch: int, rank: int = 0, world: int = 1) -> None:
         self.batch, self.rank, self.world = batch, rank, world
         self.position = 0
+        self.left_out: list[str] = []
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -124,6 +125,10 @@ class ToyStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
+        """Note the rows; they never come again, because every row comes once."""
+        self.left_out += rows
 
 
 def toy_batch(rows: range) -> Batch:

@@ -1,12 +1,14 @@
-"""Rows that turn out to be unreadable during training: each is left out from a recorded batch on.
+"""Rows that turn out to be unusable during training: each is left out from a recorded batch on.
 
 Each rank writes its own file, so that no line is written twice or torn; on resume all ranks read all files. A record
 stores from which batch on its row is left out, so that a run resumed at an earlier batch reads the same rows as before.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PATTERN = "broken.rank{rank}.jsonl"
 
@@ -55,25 +57,33 @@ class BadRows:
             if rank == str(self.rank) or (self.rank == 0 and rank.isdigit() and int(rank) >= world):
                 path.unlink(missing_ok=True)
 
-    def load(self) -> None:
-        """Read the records of all ranks. A last line torn by a kill is skipped: its row will fail again."""
-        for path in self._files():
-            for line in path.read_text().splitlines():
-                try:
-                    found = BadRow(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                first = self.records.get(found.id)
-                if first is None or found.batch < first.batch:
-                    self.records[found.id] = found
+    def load(self, others: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Read the records of all ranks. A last line torn by a kill is skipped: its row will fail again.
 
-    def add(self, row: BadRow) -> bool:
-        """Store a record; return False if the row was already left out at that batch."""
+        Args:
+            others: records as dicts, from a checkpoint.
+        """
+        lines = [line for path in self._files() for line in path.read_text().splitlines()]
+        for record in [*filter(None, map(_parse, lines)), *others]:
+            try:
+                found = BadRow(**record)
+            except TypeError:
+                continue
+            first = self.records.get(found.id)
+            if first is None or found.batch < first.batch:
+                self.records[found.id] = found
+
+    def add(self, row: BadRow, write: bool = True) -> bool:
+        """Store a record; return False if the row was already left out at that batch.
+
+        Args:
+            write: also into this rank's file.
+        """
         before = self.records.get(row.id)
         if before is not None and before.batch <= row.batch:
             return False
         self.records[row.id] = row
-        if self.folder is not None:
+        if write and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / PATTERN.format(rank=self.rank)).open("a") as f:
                 f.write(json.dumps(asdict(row)) + "\n")
@@ -86,3 +96,11 @@ class BadRows:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(PATTERN.format(rank="*"))) if self.folder is not None else []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

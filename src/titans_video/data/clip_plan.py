@@ -30,6 +30,7 @@ EARLY = 0.1  # of a usual interval: how early a frame may be shown
 HOLE_LEAST, HOLE_FACTOR = 1.0, 5.0  # a gap above both 1 s and 5 usual intervals is a hole, not a slow frame
 MOST_REPEATS = 4.0  # a file so slow that each frame would be repeated more often gives stills, not video
 
+NOT_FINITE = "not-finite"
 REASONS: dict[str, str] = {
     "missing": "there is no file at the path",
     "directory": "the path is a folder",
@@ -55,6 +56,7 @@ REASONS: dict[str, str] = {
     "start-past-end": "the row starts after the last frame",
     "cond-image": "the row's own image cannot be read",
     "not-in-cache": "its latents or text states are missing in the cache, or damaged",
+    NOT_FINITE: "its latents, its text states or its loss are not finite (NaN or infinity)",
 }
 
 

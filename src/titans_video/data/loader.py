@@ -9,7 +9,7 @@ Legend: B rows of this rank, T frames, H W pixel height and width.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.data import Sampler as IndexSampler
 from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache
+from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.data.manifest import Row
 from titans_video.data.reader import BadRowError, ClipRecord, Frames, RowReader, Sample
 from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
@@ -145,14 +146,20 @@ class BatchReader(Dataset[HostBatch]):
                 bad = BadRow(record.row.id, str(record.row.video), e.reason, e.detail, step, str(record.bucket))
                 self.bad_rows.add(bad)
                 found.append(bad)
-                self._refuse_too_many(bad)
+                self.refuse_too_many()
         raise DataError(f"No row of the bucket {self.records[item.row].bucket} can be read any more.")
 
-    def _refuse_too_many(self, last: BadRow) -> None:
+    def refuse_too_many(self) -> None:
+        """Stop the run if too many rows are left out.
+
+        Raises:
+            DataError: more than `--max-bad` allows.
+        """
         count = len(self.bad_rows.records)
         if count > self.max_bad * len(self.records):
+            last = list(self.bad_rows.records.values())[-1]
             raise DataError(
-                f"{count} of {len(self.records)} rows became unreadable during training, more than "
+                f"{count} of {len(self.records)} rows became unusable during training, more than "
                 f"--max-bad {self.max_bad:g} allows. The last: {last.video} ({last.reason}): {last.detail}"
             )
 
@@ -301,18 +308,39 @@ class BatchStream:
         return replace(self._checked(read), step=LAST_STEP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of optimizer steps whose micro-batches were all delivered, and the rows of a step by
-        bucket.
+        """Return the number of optimizer steps whose micro-batches were all delivered, the rows of a step by bucket,
+        and the rows that `leave_out` named: nothing else would find them again.
         """
         rows = {queue.name: queue.batch for queue in self.sampler.queues}
-        return {"step": self._delivered // self.shard.grad_accum, "rows": rows}
+        left_out = [asdict(row) for row in self.bad_rows.records.values() if row.reason == NOT_FINITE]
+        return {"step": self._delivered // self.shard.grad_accum, "rows": rows, "left_out": left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the optimizer step after `state["step"]`, leaving out the rows that failed before it."""
         self._delivered = int(state["step"]) * self.shard.grad_accum
         self._resumed, self._batches = True, None
-        self.bad_rows.load()
+        self.bad_rows.load(state.get("left_out", ()))
         self._restore_positions()
+
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
+        """Leave rows out from the next optimizer step on, as if their files were damaged; on every process.
+
+        Raises:
+            DataError: more rows than `--max-bad` allows are left out.
+        """
+        step = self._delivered // self.shard.grad_accum
+        named = set(rows)
+        found = [
+            BadRow(e.row.id, str(e.row.video), reason, detail, step, str(e.bucket))
+            for e in self.records
+            if e.row.id in named
+        ]
+        for bad in found:  # every process has all of them, and one writes them
+            self.bad_rows.add(bad, write=self.shard.rank == 0)
+        self._record_bad_rows(found)
+        self._reader(self.bad_rows).refuse_too_many()
+        if self.workers:  # they have read ahead
+            self._resumed, self._batches = True, None
 
     def _record_bad_rows(self, found: Sequence[BadRow]) -> None:
         """Record unreadable rows and report each once: every process that reads ahead finds them separately."""

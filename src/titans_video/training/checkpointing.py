@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from titans_video import checkpoint, files
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError
+from titans_video.finite import non_finite
 from titans_video.training import sharded_state
 from titans_video.training.distributed import gloo_group, process_group
 from titans_video.training.optim import Ema
@@ -367,13 +368,32 @@ class Checkpointer:
                 logger.info(message)
         return folder
 
-    def _models(self, step: int) -> dict[str, Checkpoint]:
-        """Return the checkpoints that generation reads; empty on processes other than the main one."""
-        keep = self.group.is_main
+    def non_finite(self) -> list[str]:
+        """Return the names of weights, averages and optimizer state that are not finite on any process; on every one.
+
+        Nothing is gathered but names: each process checks its pieces.
+        """
+        sharded_state.reshard(self.network)
+        averages = self.ema.state_dict() if self.ema else {}
+        tensors = {
+            **self._weights(),
+            **{f"{name} (average)": x for name, x in averages.items()},
+            **sharded_state.optimizer_tensors(self.optimizer, self.network),
+        }
+        own = non_finite({name: sharded_state.piece_of(x) for name, x in tensors.items()})
+        return list(dict.fromkeys(name for part in self.group.all_gather_object(own) for name in part))
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights that checkpoints have, by name."""
         tensors = self.network.state_dict()
         if self.recipe.adapter:
             tensors = {name: tensors[name] for name in sharded_state.parameter_names(self.network).values()}
-        trained = sharded_state.gather(tensors, keep)
+        return tensors
+
+    def _models(self, step: int) -> dict[str, Checkpoint]:
+        """Return the checkpoints that generation reads; empty on processes other than the main one."""
+        keep = self.group.is_main
+        trained = sharded_state.gather(self._weights(), keep)
         averaged = sharded_state.gather(self.ema.state_dict(), keep) if self.ema else {}
         if not keep:
             return {}

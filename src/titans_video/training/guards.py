@@ -7,14 +7,14 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titans_video.errors import UserError
 from titans_video.training import distributed
@@ -33,32 +33,51 @@ SPIKE_DEVIATIONS = 6.0
 SPIKE_FACTOR = 1.5
 SPIKE_MEMORY = 0.98
 """Decay of the mean and variance of the log of the loss."""
+PLAUSIBLE_FACTOR = 10.0
+"""If the loss of the other rows is this many times above the recent losses, the weights may be damaged."""
 ECHO_SECONDS = 1.0
 """A launcher may pass on the same signal twice within this time."""
 
 
 class DivergedError(UserError):
-    """Too many steps in a row had no finite loss or gradient."""
+    """Training cannot continue: steps are skipped although no row stands out, or the weights are not finite."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A skipped step or a loss spike, and the rows that caused it or may have caused it."""
+    """A skipped step or a loss spike.
+
+    Attributes:
+        rows: the rows that caused it; if no row stands out, all rows of the step.
+        located: `rows` are the cause.
+    """
 
     step: int
     kind: Literal["skipped", "spike"]
     loss: float
     grad_norm: float
     rows: list[str]
+    located: bool = False
 
     def __str__(self) -> str:
         rows = format_rows(self.rows)
         if self.kind == "spike":
             return f"Step {self.step}: the loss jumped to {self.loss:.4g}. Rows: {rows}."
+        if self.located:
+            return f"Step {self.step} is skipped: the loss of these rows is not finite: {rows}."
         return (
             f"Step {self.step} is skipped: loss {self.loss:.4g} and gradient norm {self.grad_norm:.4g} are not both "
-            f"finite. Rows: {rows}."
+            f"finite, and no row stands out among: {rows}."
         )
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """The loss of one row of a step, summed over its elements."""
+
+    id: str
+    loss: float
+    elements: int
 
 
 @dataclass
@@ -66,8 +85,11 @@ class Guard:
     """Judge each optimizer step by its loss and gradient norm, which are equal on all processes.
 
     Attributes:
-        bad_in_a_row: steps skipped since the last good one.
+        bad_in_a_row: steps skipped since the last good one, without those that single rows caused. If there are any,
+            the weights may be damaged, so they are not saved.
         skipped: steps skipped in total.
+        accused: rows without a finite loss in those steps. If the same weights then give a good step, they are the
+            cause.
         mean, variance: of the log of the loss, over about the last fifty good steps.
         seen: good steps.
     """
@@ -77,9 +99,10 @@ class Guard:
     mean: float = 0.0
     variance: float = 0.0
     seen: int = 0
+    accused: list[str] = field(default_factory=list)
 
     def judge(self, loss: float, norm: float, settling: bool = False) -> StepStatus:
-        """Count a step and return its status.
+        """Return the status of a step. `blame` counts a step that is skipped.
 
         Args:
             settling: the gradient scaler can still lower its scale, so an overflow is no error.
@@ -89,9 +112,39 @@ class Guard:
             return "good"
         if settling and math.isfinite(loss):
             return "settling"
-        self.bad_in_a_row += 1
-        self.skipped += 1
         return "skipped"
+
+    def blame(self, rows: Sequence[RowLoss]) -> list[str]:
+        """Count a skipped step, and return the rows that caused it; none if the weights may be the cause.
+
+        Rows without a finite loss are the cause if the other rows have a loss as in earlier steps. If all rows of the
+        step have none, `acquit` decides after the next good step.
+
+        Args:
+            rows: of all processes.
+        """
+        self.skipped += 1
+        bad = [row.id for row in rows if not math.isfinite(row.loss)]
+        others = [row for row in rows if math.isfinite(row.loss)]
+        elements = sum(row.elements for row in others)
+        if bad and elements and self._is_plausible(sum(row.loss for row in others) / elements):
+            return bad
+        self.bad_in_a_row += 1
+        if not others:
+            self.accused = list(dict.fromkeys([*self.accused, *bad]))
+        return []
+
+    def acquit(self, loss: float) -> list[str]:
+        """Return the accused rows if a good step with this loss shows that the weights are not the cause."""
+        if not self.accused or not self._is_plausible(loss):
+            return []
+        found, self.accused = self.accused, []
+        return found
+
+    def _is_plausible(self, loss: float) -> bool:
+        """Check that a loss is about as large as those of earlier steps."""
+        limit = self.mean + math.log(PLAUSIBLE_FACTOR) + SPIKE_DEVIATIONS * math.sqrt(self.variance)
+        return math.isfinite(loss) and (not self.seen or math.log(max(loss, 1e-12)) <= limit)
 
     def is_spike(self, loss: float) -> bool:
         """Add a good step's loss to the statistics, and return whether it is a spike.
@@ -125,9 +178,7 @@ class Guard:
             return
         raise DivergedError(
             f"{event} This was the last of {max_bad_steps} such steps in a row (--max-bad-steps {max_bad_steps}). All "
-            f"of them are in {run / EVENTS}. They did not change the weights. "
-            f"{f'The last checkpoint is {checkpoint}.' if checkpoint else 'There is no checkpoint yet.'} "
-            "Look at the rows, lower --lr, or raise --lr-warmup-steps."
+            f"of them are in {run / EVENTS}. They did not change the weights and were not saved. {advice(checkpoint)}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,10 +194,26 @@ def format_rows(ids: list[str]) -> str:
     return ", ".join(ids[:NAMED_ROWS]) + more
 
 
-def suspects(batches: list[Batch], losses: list[float]) -> tuple[list[str], list[str]]:
-    """Return (rows of micro-batches whose loss is not finite, all rows) of one process."""
-    own = [i for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss) for i in batch.ids]
-    return own, [i for batch in batches for i in batch.ids]
+def row_losses(batches: Sequence[Batch], losses: Sequence[Tensor], elements: Sequence[Tensor]) -> list[RowLoss]:
+    """Return the loss of each row of one process's micro-batches.
+
+    Args:
+        losses, elements: (B,) of each micro-batch.
+    """
+    return [
+        RowLoss(*row)
+        for batch, loss, count in zip(batches, losses, elements, strict=True)
+        for row in zip(batch.ids, loss.tolist(), count.tolist(), strict=True)
+    ]
+
+
+def advice(checkpoint: Path | None) -> str:
+    """Return how to continue a run whose steps are skipped although no row stands out."""
+    last = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+    return (
+        f"{last} Lower --lr or raise --lr-warmup-steps, and resume from there. If steps are skipped from the first one "
+        "on, the VAE or the text encoder may overflow: pass --vae-dtype bf16 and --text-dtype bf16."
+    )
 
 
 class OutOfMemory(UserError):

@@ -24,13 +24,22 @@ from torch.optim import Optimizer
 
 from titans_video.checkpoint import LAST
 from titans_video.config.options import TrainOptions
+from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.data.manifest import TASKS
-from titans_video.errors import CheckpointError, DataError
+from titans_video.errors import CheckpointError, DataError, few
 from titans_video.seeding import derive_seed
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Checkpointer, Resume, load_weights
 from titans_video.training.flops import device_peak
-from titans_video.training.guards import Event, Guard, Interrupt, explain_out_of_memory, suspects
+from titans_video.training.guards import (
+    DivergedError,
+    Event,
+    Guard,
+    Interrupt,
+    advice,
+    explain_out_of_memory,
+    row_losses,
+)
 from titans_video.training.metrics import TASK_SUMS, Recorder, StepResult, Work
 from titans_video.training.optim import Ema, build_optimizer
 from titans_video.training.recipe import Recipe
@@ -52,6 +61,13 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def largest(self) -> Batch:
         """Return a micro-batch of the bucket that takes the most memory."""
+
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
+        """Leave rows out from the next optimizer step on, also in a run that resumes; on every process.
+
+        Raises:
+            DataError: too few rows are left.
+        """
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,8 @@ class Trainer:
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
-            DivergedError, OutOfMemory, DataError: the run cannot continue; its checkpoints are kept.
+            DivergedError: the last steps were skipped, or the weights are not finite; earlier checkpoints are kept.
+            OutOfMemory, DataError: the run cannot continue; its checkpoints are kept.
             PeerError: another process of the run ended.
         """
         try:
@@ -236,18 +253,34 @@ class Trainer:
         Raises:
             DivergedError: too many steps in a row were skipped.
         """
-        spike = result.step_status == "good" and self.guard.is_spike(result.loss)
+        good, guard = result.step_status == "good", self.guard
+        acquitted = guard.acquit(result.loss) if good else []
+        spike = good and guard.is_spike(result.loss)
+        if acquitted:
+            self._leave_out(acquitted)
         if not spike and result.step_status != "skipped":
             return
-        own = suspects(micro, [float(x.sum()) for x in losses])
-        found = distributed.all_gather_object(self.accelerator, own)
-        rows = [i for bad, _ in found for i in bad] or [i for _, every in found for i in every]
-        event = Event(self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, rows)
+        own = row_losses(micro, losses, [self.recipe.row_elements(batch) for batch in micro])
+        rows = [row for part in distributed.all_gather_object(self.accelerator, own) for row in part]
+        bad = [] if spike else guard.blame(rows)
+        named = bad or [row.id for row in rows]
+        event = Event(
+            self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, named, located=bool(bad)
+        )
         if recorder:
             recorder.event(event)
-        self.guard.check(event, self.options.max_bad_steps, self.run_folder, self.last_checkpoint)
-        if recorder:
-            logger.warning(str(event) if spike else f"{event} Skipped in a row: {self.guard.bad_in_a_row}.")
+            logger.warning(str(event))
+        if bad:
+            self._leave_out(bad)
+        elif not spike:
+            guard.check(event, self.options.max_bad_steps, self.run_folder, self.last_checkpoint)
+
+    def _leave_out(self, rows: Sequence[str]) -> None:
+        detail = (
+            f"Its loss is not finite in step {self.step + 1}, but the loss of other rows is. If the VAE or the text "
+            "encoder overflows on it, start a new run with --vae-dtype bf16 and --text-dtype bf16."
+        )
+        self.stream.leave_out(rows, NOT_FINITE, detail)
 
     def _try_largest_bucket(self) -> None:
         """Run forward and backward on the largest bucket once, before the first step.
@@ -282,7 +315,9 @@ class Trainer:
         return Recorder(self.run_folder, self.options, self.step, processes, self.peak, tracker)
 
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
-        """Write a checkpoint; on every process. A failure ends the run only if it is fatal.
+        """Write a checkpoint; on every process. A failure to write ends the run only if it is fatal.
+
+        While steps are being skipped the weights may be damaged, so the last good checkpoint stays the newest.
 
         Args:
             recorder: of the main process. Its lines must be on the disk before the checkpoint is.
@@ -290,7 +325,24 @@ class Trainer:
             fatal: no later checkpoint can replace this one.
         Raises:
             CheckpointError: the checkpoint could not be written, and that is fatal.
+            DivergedError: the weights or the state of the optimizer are not finite, or the last steps of the run were
+                skipped.
         """
+        if self.guard.bad_in_a_row:
+            text = (
+                f"The checkpoint of step {self.step} is not written, because the last {self.guard.bad_in_a_row} steps "
+                f"were skipped. {advice(self.last_checkpoint)}"
+            )
+            if fatal:
+                raise DivergedError(text)
+            if recorder:
+                logger.warning(text)
+            return
+        if names := self.checkpointer.non_finite():
+            raise DivergedError(
+                f"The checkpoint of step {self.step} is not written, because it has values that are not finite: "
+                f"{few(names)}. {advice(self.last_checkpoint)}"
+            )
         rest = {
             **self.about,
             "stream": self.stream.state_dict(),
@@ -333,7 +385,7 @@ class Trainer:
             logger.info(f"Stopped after step {self.step}. To resume, run the same command with --resume auto.")
         elif received:
             logger.info(
-                f"Stopped after step {self.step}, which could not be saved. With --resume auto the run resumes from "
+                f"Stopped after step {self.step}, which was not saved. With --resume auto the run resumes from "
                 f"{self.last_checkpoint or 'the start'}."
             )
         elif self.step == started_at:
