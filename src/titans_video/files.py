@@ -76,6 +76,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.replace(path, old)
             os.replace(temporary, path)
             sync_folder(path.parent)
+    except WriteError as e:  # of a file in it
+        raise WriteError(str(e).replace(str(temporary), str(path))) from None
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -98,7 +100,7 @@ def writing(path: Path) -> Iterator[None]:
         raise failure from None
 
 
-def as_write_error(error: Exception, path: Path) -> WriteError | None:
+def as_write_error(error: BaseException, path: Path) -> WriteError | None:
     """Return what an exception means if it says that `path` could not be written; None for any other exception."""
     if isinstance(error, WriteError):
         return error
@@ -120,7 +122,7 @@ def is_write_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH)
 
 
-def _error_number(error: Exception) -> int | None:
+def _error_number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno:
         return error.errno
     found = _NUMBER.search(str(error))
@@ -131,11 +133,14 @@ def _error_number(error: Exception) -> int | None:
     return int(found[1] or found[2])
 
 
-def _explain(error: Exception, number: int | None, path: Path) -> str:
+def _explain(error: BaseException, number: int | None, path: Path) -> str:
     """Return the path, the reason, the free space if it matters, and the remedy."""
     if number is None and is_write_error(error):
         number = errno.ENOSPC  # torch only says that the file is shorter than expected
-    reason = first_line(error) if number is None else os.strerror(number)
+    if number is None or (isinstance(error, shutil.Error) and number not in _ONLY_WRITING):
+        reason = first_line(error)
+    else:
+        reason = os.strerror(number)
     fix = _PERMISSION if number in (errno.EACCES, errno.EPERM) else _FIXES.get(number or 0, "Choose another path.")
     room = f" ({free_space(path)})" if number in _NO_ROOM else ""
     return f"{path} cannot be written: {reason}{room}. {fix}"
@@ -169,6 +174,16 @@ def sync_tree(folder: Path) -> None:
             with open(os.path.join(place, name), "rb") as f:
                 os.fsync(f.fileno())
         sync_folder(Path(place))
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents if they are missing.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_clip
+from tests.unit.disks import full_disk
 from titans_video.config.options import DataOptions
 from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.dataset import VideoDataset, open_data
@@ -225,6 +226,20 @@ def test_too_many_rows_that_training_names_stop_the_run(manifest: Path) -> None:
     stream.leave_out(["row0", "row1", "row2"], "not-finite", "")
     with pytest.raises(DataError, match=r"4 of 10 rows became unusable .* --max-bad 0.3"):
         stream.leave_out(["row5"], "not-finite", "")
+
+
+def test_a_full_disk_keeps_the_records_of_bad_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [BadRow(f"row{n}", "a.mp4", "missing", "", n, "16x16x6") for n in range(3)]
+    written = BadRows(tmp_path)
+    with full_disk(0):
+        written.add(rows[0])
+        written.add(rows[1])
+    assert len(caplog.messages) == 1
+    assert "broken.rank0.jsonl cannot be written: File too large" in caplog.text
+    written.add(rows[2])
+    read = BadRows(tmp_path)
+    read.load()
+    assert list(read.records.values()) == rows
 
 
 def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:

@@ -282,7 +282,8 @@ def test_a_full_disk_does_not_end_the_run(
     assert outcome.step == 6
     assert [look["step"] for look in looks(tmp_path)] == [4, 6]
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000004", "step-0000006"}
-    assert "The validation of step 2 could not be written: No space left on device." in caplog.messages
+    (said,) = [text for text in caplog.messages if text.startswith("The validation of step 2 could not be written: ")]
+    assert "step-0000002 cannot be written: No space left on device (" in said
 
 
 def test_without_held_out_rows_there_are_videos_alone(tmp_path: Path) -> None:

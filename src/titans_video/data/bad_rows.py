@@ -5,10 +5,16 @@ stores from which batch on its row is left out, so that a run resumed at an earl
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from titans_video.errors import WriteError
+from titans_video.files import make_folder, writing
+
+logger = logging.getLogger(__name__)
 
 PATTERN = "broken.rank{rank}.jsonl"
 
@@ -44,6 +50,8 @@ class BadRows:
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
         self.records: dict[str, BadRow] = {}
+        self._pending = ""
+        self._is_reported = False
 
     def reset(self, world: int) -> None:
         """Delete what an earlier run in this folder left out.
@@ -63,7 +71,9 @@ class BadRows:
         Args:
             others: records as dicts, from a checkpoint.
         """
-        lines = [line for path in self._files() for line in path.read_text().splitlines()]
+        lines = [
+            line for path in self._files() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
         for record in [*filter(None, map(_parse, lines)), *others]:
             try:
                 found = BadRow(**record)
@@ -84,10 +94,25 @@ class BadRows:
             return False
         self.records[row.id] = row
         if write and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / PATTERN.format(rank=self.rank)).open("a") as f:
-                f.write(json.dumps(asdict(row)) + "\n")
+            self._pending += json.dumps(asdict(row)) + "\n"
+            self.flush()
         return True
+
+    def flush(self) -> None:
+        """Append the lines that are not in the file yet. A failure does not end the run: they are kept in memory."""
+        if self.folder is None or not self._pending:
+            return
+        path = self.folder / PATTERN.format(rank=self.rank)
+        try:
+            with writing(path):
+                make_folder(path.parent)
+                with path.open("a") as f:
+                    f.write(self._pending)
+            self._pending = ""
+        except WriteError as e:
+            if not self._is_reported:
+                logger.warning(f"{e} Until then, rows that are left out are not recorded; training continues.")
+            self._is_reported = True
 
     def leaves_out(self, row_id: str, batch: int) -> bool:
         """Check whether a row is left out of this global batch."""

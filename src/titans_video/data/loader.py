@@ -311,6 +311,7 @@ class BatchStream:
         """Return the number of optimizer steps whose micro-batches were all delivered, the rows of a step by bucket,
         and the rows that `leave_out` named: nothing else would find them again.
         """
+        self.bad_rows.flush()
         rows = {queue.name: queue.batch for queue in self.sampler.queues}
         left_out = [asdict(row) for row in self.bad_rows.records.values() if row.reason == NOT_FINITE]
         return {"step": self._delivered // self.shard.grad_accum, "rows": rows, "left_out": left_out}

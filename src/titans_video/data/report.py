@@ -23,7 +23,7 @@ from titans_video.data.dataset import VideoDataset, open_scan
 from titans_video.data.reader import ClipRecord
 from titans_video.data.scan import Quarantined, usable_cores
 from titans_video.errors import ConfigError
-from titans_video.files import write_text
+from titans_video.files import make_folder, write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.plots import data_url, numbers, page
 from titans_video.media.reading import read_clip
@@ -80,7 +80,7 @@ def check(
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"--out {folder} cannot be written: {nearest} is not a folder that this user may write to.")
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     data = VideoDataset(options, scan.records, scan.quarantined, scan.table, mix, seed=0)
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
     plans = {e.row.id: _plan(e, data) for e in data.records}

@@ -21,6 +21,7 @@ from titans_video.config.generation import DemoOptions, Overrides, ScoreOptions
 from titans_video.demo import scoring
 from titans_video.demo.scoring import Scored, Settings, Split, summary
 from titans_video.errors import ConfigError, DataError
+from titans_video.files import write_text
 from titans_video.generation.model import VideoModel, choose_device, load_model
 from titans_video.media.plots import loss_curve, page
 from titans_video.media.sheets import contact_sheet
@@ -149,8 +150,7 @@ def _claim(folder: Path) -> Path:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(json.dumps({"replaced by the next run": list(_OWN)}, indent=1) + "\n")
+    write_text(folder / MARKER, json.dumps({"replaced by the next run": list(_OWN)}, indent=1) + "\n")
     return folder
 
 
@@ -165,7 +165,7 @@ def _score(model: VideoModel, settings: Settings, splits: Sequence[Split], folde
     """Score a model on each split, write scores.json and print the scores."""
     scored = {split: scoring.score(model, split, settings, folder / "videos" / split) for split in splits}
     summaries = {split: scoring.summary(videos) for split, videos in scored.items()}
-    (folder / "scores.json").write_text(json.dumps(summaries, indent=1) + "\n")
+    write_text(folder / "scores.json", json.dumps(summaries, indent=1) + "\n")
     for split, values in summaries.items():
         print(f"{split:13s} " + "  ".join(f"{name} {value}" for name, value in values.items()))
     return scored
@@ -241,7 +241,7 @@ def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Se
         f"<h2>Wrong in at least one respect: {len(wrong)}</h2>",
         *(_figure(path, video) for video in wrong),
     ]
-    path.write_text(page("Titans Video: the mock world", parts, _STYLE), encoding="utf-8")
+    write_text(path, page("Titans Video: the mock world", parts, _STYLE))
 
 
 def _table(scored: Mapping[Split, Sequence[Scored]]) -> str:

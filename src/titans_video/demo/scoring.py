@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from titans_video.config.generation import GenerateOptions
+from titans_video.files import make_folder
 from titans_video.generation.denoise import generate
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import build_request
@@ -100,7 +101,7 @@ def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> 
         split: see TEXT_SPLITS and IMAGE_SPLITS; first frames are of clips of all combinations.
         folder: where the mp4s go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     scored: list[Scored] = []
     with tqdm(total=settings.videos, desc=f"scoring {split}", unit="video") as bar:
         for start in range(0, settings.videos, settings.batch_size):

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import diffusers
 
@@ -14,6 +13,7 @@ from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ENCODER, EXTRACTOR
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.files import atomic_folder, write_text
 from titans_video.generation.model import BUNDLED, VideoModel
 from titans_video.models.svd_unet import plain_unet
 
@@ -47,35 +47,28 @@ def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
     Raises:
         CheckpointError: the folder is not empty, or a part of Stable Video Diffusion is missing.
         ConfigError: Stable Video Diffusion would be written without its encoders.
+        WriteError: the disk is full, ...
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not an empty folder; name a new one.")
-    temporary = folder.absolute().with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
-    try:
+    if model.capabilities.image_condition and not encoders:
+        raise ConfigError("--no-encoders: the pipeline of Stable Video Diffusion needs all of its parts; leave it out.")
+    with atomic_folder(folder.absolute()) as temporary:
         if model.capabilities.image_condition:
-            if not encoders:
-                raise ConfigError(
-                    "--no-encoders: the pipeline of Stable Video Diffusion needs all of its parts; leave it out."
-                )
             write_pipeline(model, temporary, folder.name)
         else:
             _write(model, temporary, folder.name, encoders)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write(model: VideoModel, folder: Path, name: str, encoders: bool) -> None:
+def _write(model: VideoModel, temporary: Path, name: str, encoders: bool) -> None:
     """Write weights and configuration in this project's own format, the frozen parts, and the card."""
     weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
-    checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), folder)
+    checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), temporary)
     if encoders:
         for part, source in _sources(model).items():
-            shutil.copytree(source, folder / BUNDLED[part], ignore=_IGNORED)
-    (folder / "README.md").write_text(_card(model, name), encoding="utf-8")
+            shutil.copytree(source, temporary / BUNDLED[part], ignore=_IGNORED)
+    write_text(temporary / "README.md", _card(model, name))
 
 
 def _sources(model: VideoModel) -> dict[str, Path]:
@@ -128,7 +121,7 @@ frames = pipe(load_image("picture.png"), height={height}, width={width}, num_fra
 """
 
 
-def write_pipeline(model: VideoModel, folder: Path, name: str) -> None:
+def write_pipeline(model: VideoModel, temporary: Path, name: str) -> None:
     """Write unet, vae, image_encoder, feature_extractor, scheduler and model_index.json into a new folder.
 
     Args:
@@ -146,10 +139,10 @@ def write_pipeline(model: VideoModel, folder: Path, name: str) -> None:
                 f"{source or part} is missing: the export copies {part}/ from the pipeline that the model was trained "
                 "from. Give its folder with --pretrained-model."
             )
-    plain_unet(model.network).save_pretrained(folder / "unet")  # type: ignore[arg-type]
+    plain_unet(model.network).save_pretrained(temporary / "unet")  # type: ignore[arg-type]
     for part, source in sources.items():
-        shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns(".*"))
-    (folder / "model_index.json").write_text(json.dumps(_index(), indent=2) + "\n")
+        shutil.copytree(source, temporary / part, ignore=shutil.ignore_patterns(".*"))
+    write_text(temporary / "model_index.json", json.dumps(_index(), indent=2) + "\n")
     data = model.config.get("data", {})
     size = {key: data.get(key, "?") for key in ("height", "width")}
     frames = data.get("num_frames", "?")
@@ -161,7 +154,7 @@ def write_pipeline(model: VideoModel, folder: Path, name: str) -> None:
         left_out=LEFT_OUT,
         **size,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(temporary / "README.md", card)
 
 
 def _index() -> dict[str, Any]:

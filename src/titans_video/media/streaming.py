@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from titans_video.errors import UserError
-from titans_video.files import atomic_path, writing
+from titans_video.files import atomic_path, make_folder, writing
 from titans_video.media.colour import Pixels
 from titans_video.media.opening import Deadline, open_container
 from titans_video.media.writing import (
@@ -104,7 +104,7 @@ class StreamWriter(Sink):
             self._start()
 
     def _start(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         # One fragment per frame, each written to disk at once; times start at 0.
         options = {"movflags": "+frag_every_frame+empty_moov+default_base_moof+negative_cts_offsets"}
         options |= {"flush_packets": "1", **clock(self.rate)}
@@ -166,11 +166,11 @@ class StreamWriter(Sink):
             with writing(self.path):
                 self._container.mux_one(packet)
 
-    def _copy_to(self, place: Path) -> None:
+    def _copy_to(self, temporary: Path) -> None:
         """Copy the partial file's packets into a file with its index first."""
         options = {"movflags": "+faststart", **clock(self.rate)}
         source = open_container(self.partial, Deadline(self.partial, 60.0))
-        with source, av.open(str(place), "w", format="mp4", options=options) as target:
+        with source, av.open(str(temporary), "w", format="mp4", options=options) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             if self.metadata is not None:
                 target.metadata["comment"] = as_comment(self.metadata)

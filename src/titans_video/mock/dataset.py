@@ -23,6 +23,7 @@ from tqdm import tqdm
 from titans_video.config.fields import validate
 from titans_video.config.generation import MockCaptions, MockOptions, World
 from titans_video.errors import ConfigError, DataError
+from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.media.writing import write_video
 from titans_video.mock.captions import KINDS, row_caption
 from titans_video.mock.world import COLOURS, GROUND, REACH, SHAPES, Clip, coverage, sample_clip
@@ -74,16 +75,16 @@ def make_dataset(
     root = Path(folder)
     _clear(root)
     for name in ("videos", "refs"):
-        (root / name).mkdir(parents=True, exist_ok=True)
+        make_folder(root / name)
     about = {key: value for key, value in asdict(options).items() if key not in ("out", "workers")}
-    (root / MARKER).write_text(json.dumps({"made_by": "titans-video data mock", **about}, indent=1) + "\n")
+    write_text(root / MARKER, json.dumps({"made_by": "titans-video data mock", **about}, indent=1) + "\n")
     with ThreadPoolExecutor(max_workers=workers) as pool:
         jobs = pool.map(lambda index: _write_row(root, options, index), range(clips))
         rows = list(tqdm(jobs, total=clips, desc="mock clips", unit="clip", disable=not progress))
     metadata = [{"video_path": row["video"], "caption": row["caption"]} for row in rows]
-    (root / "metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    write_text(root / "metadata.json", json.dumps(metadata, indent=1) + "\n")
     manifest = root / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(manifest, "".join(json.dumps(row) + "\n" for row in rows))
     return manifest
 
 
@@ -129,7 +130,8 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
     row = {"video": video, "caption": _caption(clip, options, index, number if has_image else 0), "task": "t2v"}
     if has_image:
         reference = f"refs/{index:05d}.png"
-        Image.fromarray(clip.frames[0]).save(root / reference)
+        with atomic_path(root / reference) as temporary:
+            Image.fromarray(clip.frames[0]).save(temporary, format="PNG")
         row |= {"task": "i2v", "cond_image": reference}
     return row
 

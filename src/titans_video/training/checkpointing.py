@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from titans_video import checkpoint, files
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
-from titans_video.errors import CheckpointError
+from titans_video.errors import CheckpointError, WriteError
 from titans_video.finite import non_finite
 from titans_video.training import sharded_state
 from titans_video.training.distributed import gloo_group, process_group
@@ -88,8 +88,8 @@ def save(
     Returns:
         The checkpoint's folder.
     Raises:
-        OSError: on every process, if one could not write (a full disk). Nothing of the new checkpoint remains, and the
-            older ones are unchanged.
+        WriteError: on every process, if one could not write (a full disk). Nothing of the new checkpoint remains, and
+            the older ones are unchanged.
     """
     folder = checkpoint_folder(run, step, adapter=export is not None)
     temporary = run / f".{folder.name}.tmp"
@@ -112,24 +112,25 @@ def save(
             _publish(temporary, folder, step)
 
     for stage in (prepare, write, finish):
-        _run_stage(stage, temporary, group)
+        _run_stage(stage, temporary, folder, group)
     if group.is_main:
         _tidy(run, folder, limit)
     return folder
 
 
-def _run_stage(stage: Callable[[], None], temporary: Path, group: ProcessGroup) -> None:
-    """Run a stage of saving on this process, and raise OSError on every process if it failed on any."""
+def _run_stage(stage: Callable[[], None], temporary: Path, folder: Path, group: ProcessGroup) -> None:
+    """Run a stage of saving on this process, and raise WriteError on every process if it failed on any."""
     error: str | None = None
     try:
-        stage()
+        with files.writing(folder):
+            stage()
     except OSError as e:
-        error = e.strerror or str(e)
+        error = str(e).replace(str(temporary), str(folder))
     errors = [e for e in group.all_gather_object(error) if e]
     if errors:
         if group.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(errors[0])
+        raise WriteError(errors[0])
 
 
 def _write_files(
@@ -332,7 +333,7 @@ class Checkpointer:
             rest: plain values to add to the training state.
             before: called first on this process; it may raise OSError.
         Raises:
-            OSError: on every process, as `save`.
+            WriteError: on every process, as `save`.
             UserError: on every process, as `AdapterFiles.check_saved`. The checkpoint is kept.
         """
         sharded_state.reshard(self.network)  # validation may have left gathered parameters

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from titans_video.config.options import TrainOptions
 from titans_video.data.manifest import TASKS
-from titans_video.files import write_text
+from titans_video.files import make_folder, write_text
 from titans_video.media.plots import format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
@@ -250,7 +250,7 @@ class Recorder:
         self, run: Path, options: TrainOptions, step: int, processes: int, peak: float | None, tracker: Tracker
     ) -> None:
         self.run, self.options, self.tracker = run, options, tracker
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         self._open = contextlib.ExitStack()
         self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
@@ -312,5 +312,5 @@ class Recorder:
         try:
             loss_curve(self.run / METRICS, self.run / LOSS_CURVE)
         except OSError as e:
-            logger.warning(f"{self.run / LOSS_CURVE} could not be written: {e.strerror or e}.")
+            logger.warning(str(e))
         self._drawn = now

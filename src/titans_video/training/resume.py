@@ -9,6 +9,7 @@ from typing import TextIO
 from titans_video.checkpoint import EMA, MODEL
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.files import writing
 from titans_video.training import checkpointing, run_folder
 from titans_video.training.checkpointing import Resume
 from titans_video.training.run_folder import LOCK, METRICS, STATE, list_checkpoints
@@ -134,14 +135,21 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
         The folder to which earlier files were moved, or None.
     Raises:
         ConfigError: the folder cannot be created, or another run uses it.
+        WriteError: something in it cannot be changed.
     """
     run = Path(options.output_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"--output-dir {run} cannot be created: {e.strerror}.") from None
-    _lock(run)
-    run_folder.remove_leftovers(run)
+    with writing(run):
+        _lock(run)
+        run_folder.remove_leftovers(run)
+        return _make_room(run, options, resume)
+
+
+def _make_room(run: Path, options: TrainOptions, resume: Resume | None) -> Path | None:
+    """Move what the run would overwrite to `previous-<n>`, and return that folder."""
     checkpoints = list_checkpoints(run)
     if resume is not None and _is_own(resume.folder, options):
         newer = [path for step, f in checkpoints if step > resume.step for path in run_folder.checkpoint_paths(f)]

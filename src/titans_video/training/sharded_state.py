@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from titans_video.errors import CheckpointError
-from titans_video.files import is_write_error
+from titans_video.errors import CheckpointError, WriteError
+from titans_video.files import as_write_error
 
 Named = dict[str, Tensor]
 
@@ -119,17 +119,17 @@ def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGro
     """Write tensors by group and name; called on every process, which writes its pieces.
 
     Raises:
-        OSError: on every process, if one of them could not write.
+        WriteError: on every process, if one of them could not write.
     """
     try:
         # One file for each process, fsynced by the writer.
         dcp.save(dict(groups), storage_writer=FileSystemWriter(folder, thread_count=1), process_group=group)
     except dcp.api.CheckpointException as e:
         errors = [error for error, _ in e.failures.values()]
-        if not all(isinstance(error, OSError) or is_write_error(error) for error in errors):
+        failures = {str(as_write_error(error, folder)) for error in errors if as_write_error(error, folder)}
+        if not failures:
             raise RuntimeError(f"the pieces of a checkpoint could not be written: {e}") from e
-        messages = {str(error) if isinstance(error, OSError) else "the disk is full" for error in errors}
-        raise OSError("; ".join(sorted(messages))[:300]) from None
+        raise WriteError(min(failures)) from None
 
 
 def load_sharded(

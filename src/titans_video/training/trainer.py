@@ -355,9 +355,9 @@ class Trainer:
             self.last_checkpoint = self.checkpointer.save(self.run_folder, self.step, rest, limit, before)
         except OSError as e:
             older = f"The last checkpoint is {self.last_checkpoint}." if self.last_checkpoint else "There is none yet."
-            text = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e.strerror or e}. {older}"
+            text = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e} {older}"
             if fatal:
-                raise CheckpointError(f"{text} Free some disk space, then pass --resume auto.") from None
+                raise CheckpointError(f"{text} To continue from it, pass --resume auto.") from None
             if recorder:
                 retry = f"Training continues; the next attempt is in {self.options.save_every} steps."
                 logger.warning(f"\n*** {text} {retry} ***\n")

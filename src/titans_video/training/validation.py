@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from titans_video.config.options import ValidationOptions
 from titans_video.data.held_out import HeldOut
-from titans_video.files import sync_folder
+from titans_video.files import atomic_folder, make_folder
 from titans_video.generation.denoise import eval_mode
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import Pixels, to_uint8
@@ -98,21 +97,13 @@ def _encoded(number: int, sampled: Sampled) -> SampleVideo:
 def write_samples(run: Path, step: int, prompts: Sequence[str], videos: Sequence[SampleVideo]) -> Path:
     """Write the folder of a step, completely or not at all, and return it. An existing folder is replaced."""
     folder = samples_folder(run, step)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as temporary:
         for video in videos:
             (temporary / video_name(video.number)).write_bytes(video.file)
         frames = [video.frames for video in videos]
         contact_sheet(temporary / CONTACT_SHEET, frames, prompts, title=f"Step {step}", frames=SHEET_FRAMES)
         text = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
         (temporary / PROMPTS).write_text(text, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder.parent)
     return folder
 
 
@@ -172,7 +163,7 @@ class Validator:
             try:
                 self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, videos or [])
             except OSError as e:  # a full disk, which must not end the run
-                logger.warning(f"The validation of step {step} could not be written: {e.strerror or e}.")
+                logger.warning(f"The validation of step {step} could not be written: {e}")
         return 0
 
     def _evaluate(
@@ -216,7 +207,7 @@ class Validator:
 
     def _remove_after(self, step: int) -> int:
         """Remove the lines of later steps, and return the last step that is left, or 0; on the main process."""
-        self.run.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run)
         path = self.run / VALIDATION_LOG
         with MetricsLog(path, step):
             lines = path.read_text(encoding="utf-8").splitlines()
