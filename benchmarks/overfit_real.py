@@ -29,8 +29,8 @@ from torch import Tensor
 
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import DataOptions
+from titans_video.data.batches import to_floats
 from titans_video.data.dataset import open_data
-from titans_video.data.loader import to_floats
 from titans_video.generation.denoise import generate
 from titans_video.generation.model import VideoModel, load_model
 from titans_video.generation.request import build_request

@@ -31,7 +31,7 @@ import torch
 
 from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides
-from titans_video.data.loader import to_floats
+from titans_video.data.batches import to_floats
 from titans_video.demo.run import training_command
 from titans_video.generation.long_video import generate_long, plan_video
 from titans_video.generation.model import VideoModel, load_model

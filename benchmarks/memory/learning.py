@@ -18,8 +18,7 @@ from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler
 from titans_video.models.memory import Memory
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
-from titans_video.training.optim import build_optimizer
-from titans_video.training.trainer import learning_rate_factor, set_learning_rates
+from titans_video.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.types import Condition
 
 SHIFT = 12.0

@@ -14,8 +14,7 @@ from titans_video.config.options import ModelOptions
 from titans_video.media.plots import format_short
 from titans_video.models.registry import build_network, sora_config
 from titans_video.training.flops import clip_flops, count_flops, device_peak, peak_flops
-from titans_video.training.metrics import WINDOW, Rates, Work
-from titans_video.training.trainer import work_of
+from titans_video.training.metrics import WINDOW, Rates, Work, work_of
 from titans_video.types import CodecSpec, Condition, TextCondition
 
 SPEC = CodecSpec("vae", 4, (4, 8, 8), "causal")

@@ -28,9 +28,10 @@ from titans_video.training.optim import (
     build_optimizer,
     decayed_weights,
     hidden_matrices,
+    learning_rate_factor,
     orthogonalise,
+    set_learning_rates,
 )
-from titans_video.training.trainer import learning_rate_factor, set_learning_rates
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:

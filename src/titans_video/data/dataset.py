@@ -13,9 +13,10 @@ from torch import Tensor
 
 from titans_video.config.fields import validate
 from titans_video.config.options import DataOptions
+from titans_video.data.batches import to_floats
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.cache import EncodingCache
-from titans_video.data.loader import BatchStream, to_floats
+from titans_video.data.loader import BatchStream
 from titans_video.data.manifest import Row, read_manifest
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader
 from titans_video.data.sampler import TaskMix, parse_task_mix

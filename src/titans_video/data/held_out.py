@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from titans_video.config.options import DataOptions
+from titans_video.data.batches import Example, collate, read_sample, to_batch
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
-from titans_video.data.loader import Example, collate, read_sample, to_batch
 from titans_video.data.reader import BadRowError, ClipRecord, Sample
 from titans_video.errors import DataError
 from titans_video.seeding import derive_seed, uniform

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from titans_video.data.batches import to_floats
 from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
 from titans_video.data.dataset import VideoDataset, with_digests
-from titans_video.data.loader import to_floats
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader, Sample
 from titans_video.data.sampler import uses_cond_image
 from titans_video.data.scan import Failed, Job, Quarantined, format_reasons, run_cached_jobs

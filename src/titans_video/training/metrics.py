@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from titans_video.config.options import TrainOptions
@@ -20,8 +22,10 @@ from titans_video.data.manifest import TASKS
 from titans_video.files import make_folder, write_text
 from titans_video.media.plots import format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
+from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
 from titans_video.training.tracking import Tracker
+from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +201,7 @@ def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
     `rows_<task>`.
 
     Args:
-        sums: from `trainer.task_sums`, added over the processes. Tasks without elements are left out.
+        sums: from `task_sums`, added over the processes. Tasks without elements are left out.
     """
     line: dict[str, float | int] = {}
     for i, task in enumerate(TASKS):
@@ -205,6 +209,26 @@ def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
         if elements:
             line |= {f"loss_{task}": loss / elements, f"rows_{task}": round(rows)}
     return line
+
+
+def task_sums(recipe: Recipe, micro: Sequence[Batch], losses: Sequence[Tensor]) -> Tensor:
+    """Return (K * TASK_SUMS,) float32, the sums of each of K tasks over one process's micro-batches.
+
+    Args:
+        losses: (B,) of each micro-batch.
+    """
+    sums = torch.zeros(len(TASKS), TASK_SUMS, device=losses[0].device)
+    for batch, loss in zip(micro, losses, strict=True):
+        kinds = torch.tensor([TASKS.index(task) for task in batch.tasks], device=loss.device)
+        elements = recipe.row_elements(batch).to(loss)
+        sums.index_add_(0, kinds, torch.stack([loss.float(), elements, torch.ones_like(elements)], dim=1))
+    return sums.flatten()
+
+
+def work_of(recipe: Recipe, micro: Sequence[Batch], count_flops: bool) -> Work:
+    """Return the work of one process's micro-batches."""
+    flops = sum(recipe.flops(b) for b in micro) if count_flops else 0.0
+    return Work(sum(len(b) * b.frames for b in micro), sum(recipe.tokens(b) for b in micro), flops)
 
 
 @dataclass(frozen=True)
@@ -220,7 +244,7 @@ class StepResult:
         signal: the signal that any process received, or 0.
         work: of this process.
         step_status: see `guards.StepStatus`.
-        task_sums: from `trainer.task_sums`, added over the processes.
+        task_sums: from `task_sums`, added over the processes.
     """
 
     loss: float

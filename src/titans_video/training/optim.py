@@ -214,3 +214,26 @@ class Ema:
         reshard(self.network)
         for source, weight in zip(self.sources, weights, strict=True):
             source.copy_(weight)
+
+
+def learning_rate_factor(step: int, options: TrainOptions) -> float:
+    """Return the factor of every base learning rate at optimizer step `step` (0 is the first).
+
+    It rises linearly to 1 over `lr_warmup_steps`. Then it is constant, or falls linearly or along a cosine to
+    `min_lr / lr` at `max_steps`.
+    """
+    if step < options.lr_warmup_steps:
+        return (step + 1) / options.lr_warmup_steps
+    if options.lr_schedule == "constant":
+        return 1.0
+    length = max(options.max_steps - options.lr_warmup_steps, 1)
+    progress = min((step - options.lr_warmup_steps) / length, 1.0)
+    left = 1.0 - progress if options.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    lowest = options.min_lr / options.lr
+    return lowest + (1.0 - lowest) * left
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set the `lr` of every group to its `base_lr` times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

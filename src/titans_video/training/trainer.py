@@ -7,7 +7,6 @@ divided into micro-batches and processes.
 
 import contextlib
 import logging
-import math
 import shlex
 import signal
 import time
@@ -20,12 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from titans_video.checkpoint import LAST
 from titans_video.config.options import TrainOptions
 from titans_video.data.clip_plan import NOT_FINITE
-from titans_video.data.manifest import TASKS
 from titans_video.errors import CheckpointError, DataError, few
 from titans_video.seeding import derive_seed
 from titans_video.training import distributed
@@ -40,8 +37,8 @@ from titans_video.training.guards import (
     explain_out_of_memory,
     row_losses,
 )
-from titans_video.training.metrics import TASK_SUMS, Recorder, StepResult, Work
-from titans_video.training.optim import Ema, build_optimizer
+from titans_video.training.metrics import Recorder, StepResult, task_sums, work_of
+from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.recipe import Recipe
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import LOSS_CURVE, METRICS, checkpoint_step
@@ -401,46 +398,3 @@ class Trainer:
             command = recipe.adapter.sample_command(last)
         command += [*recipe.sample_flags, *(["--prompt", prompt] if prompt else []), "--out", "out.mp4"]
         logger.info(f"Generate a video:\n  {shlex.join(command)}")
-
-
-def learning_rate_factor(step: int, options: TrainOptions) -> float:
-    """Return the factor of every base learning rate at optimizer step `step` (0 is the first).
-
-    It rises linearly to 1 over `lr_warmup_steps`. Then it is constant, or falls linearly or along a cosine to
-    `min_lr / lr` at `max_steps`.
-    """
-    if step < options.lr_warmup_steps:
-        return (step + 1) / options.lr_warmup_steps
-    if options.lr_schedule == "constant":
-        return 1.0
-    length = max(options.max_steps - options.lr_warmup_steps, 1)
-    progress = min((step - options.lr_warmup_steps) / length, 1.0)
-    left = 1.0 - progress if options.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    lowest = options.min_lr / options.lr
-    return lowest + (1.0 - lowest) * left
-
-
-def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
-    """Set the `lr` of every group to its `base_lr` times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-def task_sums(recipe: Recipe, micro: Sequence[Batch], losses: Sequence[Tensor]) -> Tensor:
-    """Return (K * TASK_SUMS,) float32, the sums of each of K tasks over one process's micro-batches.
-
-    Args:
-        losses: (B,) of each micro-batch.
-    """
-    sums = torch.zeros(len(TASKS), TASK_SUMS, device=losses[0].device)
-    for batch, loss in zip(micro, losses, strict=True):
-        kinds = torch.tensor([TASKS.index(task) for task in batch.tasks], device=loss.device)
-        elements = recipe.row_elements(batch).to(loss)
-        sums.index_add_(0, kinds, torch.stack([loss.float(), elements, torch.ones_like(elements)], dim=1))
-    return sums.flatten()
-
-
-def work_of(recipe: Recipe, micro: Sequence[Batch], count_flops: bool) -> Work:
-    """Return the work of one process's micro-batches."""
-    flops = sum(recipe.flops(b) for b in micro) if count_flops else 0.0
-    return Work(sum(len(b) * b.frames for b in micro), sum(recipe.tokens(b) for b in micro), flops)
