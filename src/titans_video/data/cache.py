@@ -53,21 +53,23 @@ class EncodingCache:
 
     def clip_fields(self, sample: Sample) -> dict[str, Any]:
         """Return everything that a clip's moments depend on."""
-        plan = sample.plan
+        plan, record = sample.plan, sample.record
+        special = {"reading": record.reading} if record.reading else {}
         return {
             "kind": CLIPS,
             "version": [CACHE_VERSION, PLAN_VERSION],
-            "file": sample.record.digest,
+            "file": record.digest,
             "times": [round(t, 6) for t in plan.times],
             "frames": list(plan.indices),
             "size": [plan.bucket.height, plan.bucket.width],
             "crop": list(plan.crop),
             "codec": self.codec,
+            **special,
         }
 
     def cond_fields(self, sample: Sample) -> dict[str, Any]:
         """Return everything that the moments of a sample's conditioning frames depend on."""
-        image = sample.record.image_digest if sample.own_image else None
+        image = _image_key(sample)
         return {**self.clip_fields(sample), "kind": COND_FRAMES, "known": sample.num_cond_frames, "picture": image}
 
     def image_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class EncodingCache:
         fields = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
         if kind == MOTION:
             return {**fields, "fps": round(sample.plan.fps, 6), "measure": MOTION_VERSION}
-        return {**fields, "picture": sample.record.image_digest if sample.own_image else None}
+        return {**fields, "picture": _image_key(sample)}
 
     def wanted(self, sample: Sample) -> list[dict[str, Any]]:
         """Return the key fields of everything that is cached for a sample."""
@@ -219,6 +221,14 @@ def _problem(cache: EncodingCache, path: Path) -> str | None:
     if not bool(torch.isfinite(tensor).all()):
         return "it contains values that are not finite"
     return None
+
+
+def _image_key(sample: Sample) -> str | None:
+    """Return what identifies the pixels of the row's own image, if the sample uses it."""
+    if not sample.own_image:
+        return None
+    record = sample.record
+    return f"{record.image_digest} {record.image_reading}" if record.image_reading else record.image_digest
 
 
 def _digest(tensor: Tensor) -> str:

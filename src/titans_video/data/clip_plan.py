@@ -47,6 +47,7 @@ REASONS: dict[str, str] = {
     "damaged": "decoding fails in the frames that are needed",
     "tilted": "the image is rotated by an angle other than a multiple of 90 degrees",
     "unsupported-colour": "a colour space that cannot be read faithfully",
+    "unsupported-alpha": "transparency that cannot be read",
     "changed": "the file is no longer what was scanned",
     "timeout": "reading took longer than the time limit of one file",
     "crashed": "reading the file ended the process that read it",

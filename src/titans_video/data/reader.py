@@ -47,6 +47,8 @@ class ClipRecord:
         row_number: number of the row among all rows of the manifests.
         digest: of the file's content, if a cache needs it.
         image_digest: of the content of the row's own image.
+        reading: what is special about how the file's pixels are read (`VideoInfo.reading`).
+        image_reading: the same of the row's own image.
     """
 
     row: Row
@@ -57,6 +59,8 @@ class ClipRecord:
     row_number: int = 0
     digest: str | None = None
     image_digest: str | None = None
+    reading: str = ""
+    image_reading: str = ""
 
     @property
     def is_placeholder(self) -> bool:

@@ -280,10 +280,14 @@ def _scan_row(
     image = found.get(("image", row.cond_image)) if row.cond_image is not None else None
     if isinstance(image, Failed):
         return Quarantined(row, "cond-image", f"{row.cond_image}: {image.detail}")
-    plan = plan_row(row, unpack(packed), table, options)
+    info = unpack(packed)
+    plan = plan_row(row, info, table, options)
     if isinstance(plan, Rejected):
         return Quarantined(row, plan.reason, plan.detail)
-    return ClipRecord(row, plan.bucket, plan.upscale, plan.fps, packed)
+    image_reading = image if isinstance(image, str) else ""
+    return ClipRecord(
+        row, plan.bucket, plan.upscale, plan.fps, packed, reading=info.reading, image_reading=image_reading
+    )
 
 
 def run_cached_jobs(

@@ -20,7 +20,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from numpy.typing import NDArray
 from torch import Tensor
 
-from titans_video.media.info import Colour, Matrix, Orientation, VideoInfo
+from titans_video.media.info import Colour, Crop, Matrix, Orientation, VideoInfo
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -65,13 +65,29 @@ class FrameReader:
             image = on_black(self._convert(frame, "rgba"))
         else:
             image = self._convert(frame, "rgb24")
+        crop = self.info.crop
+        if crop != Crop():
+            height, width = image.shape[:2]
+            image = np.ascontiguousarray(image[crop.top : height - crop.bottom, crop.left : width - crop.right])
+            image = self._stretch(image)
         return turn(image, self.info.orientation)
+
+    def _stretch(self, image: Pixels) -> Pixels:
+        """Give a cropped image square pixels."""
+        height, width = image.shape[:2]
+        if width == self.info.square_width:
+            return image
+        frame = VideoFrame.from_ndarray(image, format="rgb24")
+        found: Any = self._scaler.reformat(
+            frame, width=self.info.square_width, height=height, interpolation=ACCURATE, threads=1
+        ).to_ndarray()
+        return np.asarray(found, np.uint8)
 
     def _convert(self, frame: VideoFrame, format: str) -> Any:
         colour = self.info.colour
         return self._scaler.reformat(
             frame,
-            width=self.info.square_width,
+            width=self.info.square_width if self.info.crop == Crop() else self.info.stored_width,
             height=self.info.stored_height,
             format=format,
             src_colorspace=_MATRIX[colour.matrix],

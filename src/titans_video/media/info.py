@@ -43,6 +43,16 @@ class Orientation:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """How many stored pixels of each edge are not displayed, before the image is turned."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+
+@dataclass(frozen=True)
 class VideoInfo:
     """Describe one video stream by its actual frames.
 
@@ -62,6 +72,8 @@ class VideoInfo:
         verified: every frame was decoded (False: timestamps come from the packets, the file was too long to decode).
         file_size, modified_ns: of the file when it was probed.
         notes: messages about anything unusual.
+        crop: edges that the container cuts off.
+        reading: what is special about how the pixels are read, as a part of the names of cached files; mostly "".
     """
 
     path: Path
@@ -84,6 +96,8 @@ class VideoInfo:
     file_size: int
     modified_ns: int
     notes: tuple[str, ...]
+    crop: Crop = Crop()
+    reading: str = ""
 
     @property
     def frames(self) -> int:
@@ -102,12 +116,12 @@ class VideoInfo:
 
     @property
     def square_width(self) -> int:
-        """Return the width of the stored image with square pixels, before it is turned."""
-        return max(1, round(self.stored_width * self.pixel_aspect))
+        """Return the width of the cropped image with square pixels, before it is turned."""
+        return max(1, round((self.stored_width - self.crop.left - self.crop.right) * self.pixel_aspect))
 
     @property
     def _upright(self) -> tuple[int, int]:
-        size = self.square_width, self.stored_height
+        size = self.square_width, self.stored_height - self.crop.top - self.crop.bottom
         return (size[1], size[0]) if self.orientation.transpose else size
 
     @cached_property
@@ -164,6 +178,7 @@ class VideoInfo:
         value["ticks_per_second"] = Fraction(value["ticks_per_second"])
         value["orientation"] = Orientation(**value["orientation"])
         value["colour"] = Colour(**value["colour"])
+        value["crop"] = Crop(**value["crop"])
         for name in ("pts", "key_pts", "notes"):
             value[name] = tuple(value[name])
         return cls(**value)

@@ -13,10 +13,12 @@ from typing import Literal, NamedTuple, get_args
 import av
 from av.container import InputContainer
 from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from titans_video.errors import DataError
+from titans_video.media.headers import alpha_decoder
 
 Reason = Literal[
     "missing",
@@ -34,6 +36,7 @@ Reason = Literal[
     "damaged",
     "tilted",
     "unsupported-colour",
+    "unsupported-alpha",
     "changed",
     "timeout",
 ]
@@ -161,7 +164,9 @@ def _not_a_video(path: Path) -> UnreadableMedia:
 
 
 def pick_stream(container: InputContainer, path: Path) -> VideoStream:
-    """Return the largest real video stream; cover art does not count.
+    """Return the video stream that players show: marked as default, else the largest; cover art does not count.
+
+    A video comes before a still image (in animated AVIF, the first frame is stored a second time as one).
 
     Raises:
         UnreadableMedia: there is none, or FFmpeg has no decoder for it.
@@ -175,13 +180,36 @@ def pick_stream(container: InputContainer, path: Path) -> VideoStream:
     usable = [s for s in real if s.codec_context is not None and s.codec_context.width > 0]
     if not usable:
         raise UnreadableMedia("no-decoder", path, "this build of FFmpeg cannot decode its video stream.")
-    return max(usable, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
+    return max(usable, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.frames != 1, *_size(s)))
+
+
+def largest_stream(container: InputContainer) -> int:
+    """Return the index of the largest video stream."""
+    return max((s for s in container.streams.video if s.codec_context is not None), key=_size).index
+
+
+def _size(stream: VideoStream) -> tuple[int, int]:
+    return stream.codec_context.width * stream.codec_context.height, -stream.index
 
 
 def use_one_thread(stream: VideoStream) -> None:
     """Decode on one thread: workers run in parallel anyway, and errors then occur at a reproducible frame."""
     stream.codec_context.thread_count = 1
     stream.thread_type = "NONE"
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """Return the stream's decoder, or one that also decodes its transparency."""
+    name = alpha_decoder(stream)
+    if name is None:
+        return stream.codec_context
+    if name not in av.codecs_available:
+        path = Path(stream.container.name.removeprefix("file:"))
+        raise UnreadableMedia("unsupported-alpha", path, f"its transparency needs FFmpeg's decoder {name}.")
+    decoder = av.CodecContext.create(name, "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.thread_count = 1
+    return decoder
 
 
 class Walked(NamedTuple):
@@ -202,6 +230,7 @@ def walk_frames(
     A frame is clean unless FFmpeg marks it as corrupt, or it was decoded after a failed packet and before the next key
     frame. Frames before the first key frame cannot be decoded and are skipped.
     """
+    decoder, keys = _decoder(stream), set[int]()  # numbers of key packets: libvpx does not mark key frames
     order: dict[int, int] = {}  # presentation timestamp -> number of the packet that carried it
     broken_at: int | None = None  # number of the first packet whose frames cannot be trusted
     started, leading = False, True
@@ -219,10 +248,12 @@ def walk_frames(
                 started, first_pts = True, packet.pts
             if packet.pts is not None:
                 order[packet.pts] = number
+            if packet.is_keyframe and decoder is not stream.codec_context:
+                keys.add(number)
             if before_decoding is not None:
                 before_decoding(stream, packet)
         try:
-            frames = stream.codec_context.decode(packet)
+            frames = decoder.decode(packet)
         except av.FFmpegError:
             broken_at = number if broken_at is None else broken_at
             continue
@@ -231,7 +262,8 @@ def walk_frames(
                 continue
             leading = False
             carried = order.get(frame.pts, number) if frame.pts is not None else number
-            if broken_at is not None and carried > broken_at and frame.key_frame and not frame.is_corrupt:
+            is_key = frame.key_frame or carried in keys
+            if broken_at is not None and carried > broken_at and is_key and not frame.is_corrupt:
                 broken_at = None
             if frame.is_corrupt:
                 broken_at = carried if broken_at is None else min(broken_at, carried)

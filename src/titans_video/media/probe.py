@@ -23,14 +23,15 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from titans_video.media.headers import side_data
-from titans_video.media.info import Colour, Matrix, Orientation, Transfer, VideoInfo, own_rate
+from titans_video.media.headers import alpha_decoder, declared_crop, has_alpha_layer, has_alpha_track, side_data
+from titans_video.media.info import Colour, Crop, Matrix, Orientation, Transfer, VideoInfo, own_rate
 from titans_video.media.opening import (
     REASONS,
     Deadline,
     Reason,
     UnreadableMedia,
     check_file,
+    largest_stream,
     open_container,
     pick_stream,
     use_one_thread,
@@ -51,6 +52,10 @@ _MATRICES: dict[int, Matrix] = {
     10: "bt2020",
 }
 
+_ALPHA_LAYER = (
+    "PyAV cannot read the alpha layer of HEVC, and without it hidden colours would be seen. Convert the file: "
+    "`ffmpeg -i in.mov -c:v prores_ks -profile:v 4444 out.mov`."
+)
 _UNSPECIFIED = 2
 _BT2020 = 9
 _PQ, _HLG = 16, 18
@@ -73,6 +78,8 @@ class _Packets:
     shown: list[int] = field(default_factory=list)  # timestamps of the packets to be shown, sorted
     keys: list[int] = field(default_factory=list)  # timestamps of key frames, sorted
     oddities: list[str] = field(default_factory=list)
+    crop: Crop = field(default_factory=Crop)
+    reading: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -139,7 +146,11 @@ def _read_packets(path: Path, deadline: Deadline) -> _Packets:
             area=context.width * context.height,
             videos=len(container.streams.video),
             promised=stream.frames,
+            crop=declared_crop(path, container, stream),
         )
+        _note_reading(container, stream, found)
+        if has_alpha_track(path, container, stream):
+            raise UnreadableMedia("unsupported-alpha", path, "its transparency is in another track, which is not read.")
         _read_timestamps(container, stream, deadline, found)
         if stream.duration:
             promised_seconds = stream.duration * found.time_base
@@ -158,6 +169,8 @@ def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: D
             found.count += 1
             if found.count == 1 and not packet.is_keyframe:
                 found.oddities.append("the first packet is not a key frame")
+            if found.count == 1 and has_alpha_layer(stream, packet):
+                raise UnreadableMedia("unsupported-alpha", deadline.path, _ALPHA_LAYER)
             if packet.is_corrupt:
                 found.oddities.append("a packet is marked as corrupt")
             if packet.pts is None:
@@ -170,6 +183,16 @@ def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: D
     except (FFmpegError, OSError) as error:
         deadline.check()
         found.oddities.append(f"reading stopped: {error}")
+
+
+def _note_reading(container: InputContainer, stream: VideoStream, found: _Packets) -> None:
+    """Record what an earlier version of the reader would have ignored, so that cached files are made again."""
+    if stream.index != largest_stream(container):
+        found.reading.append(f"stream {stream.index}")
+    if found.crop != Crop():
+        found.reading.append(f"crop {found.crop.left} {found.crop.top} {found.crop.right} {found.crop.bottom}")
+    if alpha_decoder(stream):
+        found.reading.append("alpha")
 
 
 def _look_for_oddities(found: _Packets, promised_seconds: Fraction) -> None:
@@ -252,6 +275,8 @@ def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _D
         file_size=status.st_size,
         modified_ns=status.st_mtime_ns,
         notes=tuple(_notes(packets, decoded, whole)),
+        crop=packets.crop,
+        reading=", ".join(packets.reading),
     )
 
 
@@ -259,7 +284,7 @@ def _notes(packets: _Packets, decoded: _Decoded, whole: bool) -> list[str]:
     run = decoded.best
     notes = list(dict.fromkeys(packets.oddities))
     if packets.videos > 1:
-        notes.append(f"{packets.videos} video streams, number {packets.stream} is the largest")
+        notes.append(f"{packets.videos} video streams, number {packets.stream} is read")
     if whole and decoded.damaged:
         notes.append(f"{decoded.damaged} of {decoded.count} decoded frames are damaged")
     if len(decoded.runs) > 1:
