@@ -275,8 +275,9 @@ def test_a_checkpoint_rebuilds_the_model(tmp_path: Path, backend: Any) -> None:
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
     assert model.step == 12
     assert model.process.config() == recipe.process.config()
-    data = {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "tasks": ["i2v", "t2v"]}
-    assert model.config["data"] == data
+    words = ["a", "blue", "circle", "moving", "red", "right", "square", "up"]
+    sizes = {"num_frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "tasks": ["i2v", "t2v"]}
+    assert model.config["data"] == sizes | {"words": words}
     assert model.config["sample"] == {
         "steps": 7,
         "guidance_scale": 2.5,
