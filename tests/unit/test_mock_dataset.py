@@ -64,19 +64,19 @@ def test_held_out_combinations_are_left_out_unless_asked_for(tmp_path):
 def test_captions_agree_with_their_clips_in_direction_and_without_an_image_in_everything(tmp_path):
     rows = rows_of(make_dataset(tmp_path / "d", clips=96, seed=2, i2v_share=0.5, progress=False))
     plain = rows_of(make_dataset(tmp_path / "p", clips=96, seed=2, i2v_share=0.5, captions="plain", progress=False))
-    kinds: dict[str, int] = {"own": 0, "neutral": 0, "contradicting": 0}
+    other = 0
     for row, true in zip(rows, plain, strict=True):
         assert (tmp_path / "d" / row["video"]).read_bytes() == (tmp_path / "p" / true["video"]).read_bytes()
         said, shown = content_of(row["caption"]), content_of(true["caption"])
+        assert said == shown or row["task"] == "i2v"
         assert said[2] in (shown[2], None)
-        assert said[2] is not None or "i2v" in row["task"]
-        kind = "own" if said[:2] == shown[:2] else "neutral" if said[:2] == (None, None) else "contradicting"
-        assert kind == "own" or row["task"] == "i2v"
-        kinds[kind] += row["task"] == "i2v"
-        if kind == "contradicting":
-            assert f"a {said[0]} {said[1]} moving {said[2]}" not in {k.caption for k in HELD_OUT}
-    assert kinds == {"own": 16, "neutral": 16, "contradicting": 16}
+        other += None not in said and said != shown
+    images = [content_of(row["caption"])[:2] for row in rows if row["task"] == "i2v"]
+    assert images.count((None, None)) == 16
+    assert other >= 20
     assert sum(row["caption"] == true["caption"] for row, true in zip(rows, plain, strict=True)) >= 24
+    said = {row["caption"] for row in rows}
+    assert not said & {k.caption for k in HELD_OUT}
     assert rows[0]["caption"] == plain[0]["caption"]
 
 

@@ -196,8 +196,8 @@ class MockOptions:
     include_held_out: bool = False
     """Use all 48 combinations, also the 8 that are reserved to test composition (moving)."""
     captions: MockCaptions = "varied"
-    """varied: other words, capitals and commas in half of the captions, and of the i2v rows a third with neutral
-    captions and a third with ones that contradict the image in colour or shape, so that a model learns to take these
-    from the image; plain: each caption is like "a red circle moving right" (moving)."""
+    """varied: a quarter of the captions have other words, capitals and commas; and of the i2v rows a third have neutral
+    captions, and the others name any colour and shape, so that a model learns to take these from the image. plain: each
+    caption is like "a red circle moving right", as --task-mix needs (moving)."""
     workers: Annotated[int, Range(least=1)] = 1
     """Threads that render and encode."""

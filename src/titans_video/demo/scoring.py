@@ -170,7 +170,7 @@ def prompt_of(split: Split, wanted: Combination, seed: int, index: int) -> str:
         return rephrase(wanted, rng)
     if split == "neutral":
         return neutral(wanted.direction, rng)
-    return contradict(wanted, rng, both=True).caption if split == "contradicting" else wanted.caption
+    return contradict(wanted, rng).caption if split == "contradicting" else wanted.caption
 
 
 def _is_near(generated: np.ndarray, true: np.ndarray) -> bool:

@@ -2,8 +2,8 @@
 
 A model that has only read "a red circle moving right" knows no other spelling of it: its text encoder is trained with
 it. And a model whose images always show what their captions say may ignore the images. So `make_dataset` also writes
-rephrased captions, neutral ones (direction alone, or nothing) and contradicting ones (another colour or shape), the
-last two only on rows with an image. In those rows colour and shape are the image's and the direction is the caption's.
+rephrased captions; and on rows with an image neutral ones (direction alone, or nothing), or ones with any colour and
+shape, which so say nothing about the image. In all of these rows the direction is the caption's.
 """
 
 import re
@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from titans_video.mock.world import COLOURS, SEEN, SHAPES, Combination
+from titans_video.mock.world import SEEN, Combination
 
-RowKind = Literal["own", "neutral", "contradicting"]
-KINDS: tuple[RowKind, ...] = ("own", "neutral", "contradicting")
-"""What the caption of a row with an image is to the image."""
+RowKind = Literal["own", "neutral", "any"]
+IMAGE_KINDS: tuple[RowKind, ...] = ("neutral", "any", "any")
+"""What the captions of rows with an image are to the image, in turn; those of other rows are their own."""
 
 _OBJECTS = (
     "a {colour} {shape}",
+    "a {colour} {shape}",
     "the {colour} {shape}",
-    "one {colour} {shape}",
     "{colour} {shape}",
     "a {shape} that is {colour}",
     "a {shape}, {colour},",
@@ -28,16 +28,25 @@ _OBJECTS = (
 )
 _NEUTRAL_OBJECTS = ("", "", "an object", "the object", "a shape", "the shape", "something", "it")
 _VERBS = (
-    "moving", "moving", "moving", "going", "moves", "goes", "that moves", "that goes", "is moving", "is going",
-    "which moves", "that is moving", "heading", "travelling", "sliding", "drifting", "",
-)  # fmt: skip
-_ALONE = ("moving", "moving", "going", "move", "go", "moves", "goes", "moved", "sliding", "")
+    "moving",
+    "moving",
+    "moving",
+    "going",
+    "moves",
+    "goes",
+    "that moves",
+    "is moving",
+    "is going",
+    "travelling",
+    "",
+)
+_ALONE = ("moving", "moving", "going", "move", "go", "moves", "")
 """Verbs without an object before them."""
 _WAYS: dict[str, tuple[str, ...]] = {
-    "left": ("left", "left", "to the left", "leftwards", "towards the left"),
-    "right": ("right", "right", "to the right", "rightwards", "towards the right"),
-    "up": ("up", "up", "upwards", "to the top", "towards the top"),
-    "down": ("down", "down", "downwards", "to the bottom", "towards the bottom"),
+    "left": ("left", "left", "to the left", "to the left", "leftwards"),
+    "right": ("right", "right", "to the right", "to the right", "rightwards"),
+    "up": ("up", "up", "upwards", "to the top"),
+    "down": ("down", "down", "downwards", "to the bottom"),
 }
 _NO_WAY = (
     "",
@@ -64,21 +73,10 @@ def neutral(direction: str | None, rng: np.random.Generator) -> str:
     return _cased(_sentence(_pick(rng, _NEUTRAL_OBJECTS), direction, rng), rng)
 
 
-def contradict(wanted: Combination, rng: np.random.Generator, both: bool = False) -> Combination:
-    """Return a trained combination of the same direction with another colour, another shape or both.
-
-    Args:
-        both: neither colour nor shape may agree.
-    """
-    others = [
-        Combination(colour, shape, wanted.direction)
-        for colour in COLOURS
-        for shape in SHAPES
-        if (colour != wanted.colour and shape != wanted.shape)
-        or (not both and (colour, shape) != (wanted.colour, wanted.shape))
-    ]
-    allowed = [c for c in others if c in SEEN]
-    return allowed[int(rng.integers(len(allowed)))]
+def contradict(wanted: Combination, rng: np.random.Generator) -> Combination:
+    """Return a trained combination of the same direction with another colour and another shape."""
+    others = [c for c in _trained(wanted.direction) if c.colour != wanted.colour and c.shape != wanted.shape]
+    return others[int(rng.integers(len(others)))]
 
 
 def row_caption(wanted: Combination, kind: RowKind, reworded: bool, rng: np.random.Generator) -> str:
@@ -86,13 +84,18 @@ def row_caption(wanted: Combination, kind: RowKind, reworded: bool, rng: np.rand
 
     Args:
         wanted: what the clip shows.
-        kind: what the caption is to the row's image; `own` for rows without one.
-        reworded: rephrase it.
+        kind: what the caption is to it.
+        reworded: rephrase it; neutral captions always are.
     """
     if kind == "neutral":
         return neutral(wanted.direction if rng.random() < 0.75 else None, rng)
-    said = contradict(wanted, rng) if kind == "contradicting" else wanted
+    pool = [wanted] if kind == "own" else _trained(wanted.direction)
+    said = pool[int(rng.integers(len(pool)))]
     return rephrase(said, rng) if reworded else said.caption
+
+
+def _trained(direction: str) -> list[Combination]:
+    return [c for c in SEEN if c.direction == direction]
 
 
 def _sentence(thing: str, direction: str, rng: np.random.Generator) -> str:
@@ -117,12 +120,10 @@ def _spelt(text: str, wanted: Combination, rng: np.random.Generator) -> str:
 def _cased(text: str, rng: np.random.Generator) -> str:
     """Write a text in some case, with or without a full stop."""
     draw = rng.random()
-    if draw < 0.25:
+    if draw < 0.3:
         text = text[:1].upper() + text[1:]
-    elif draw < 0.35:
-        text = text.upper()
     elif draw < 0.4:
-        text = text.title()
+        text = text.upper()
     return text + ("." if text and rng.random() < 0.2 else "")
 
 

@@ -25,7 +25,7 @@ from titans_video.config.generation import MockCaptions, MockOptions, World
 from titans_video.errors import ConfigError, DataError
 from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.media.writing import write_video
-from titans_video.mock.captions import KINDS, row_caption
+from titans_video.mock.captions import IMAGE_KINDS, row_caption
 from titans_video.mock.world import COLOURS, GROUND, REACH, SHAPES, Clip, coverage, sample_clip
 
 MARKER = "dataset.json"
@@ -127,7 +127,8 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
     # Rows of both tasks alternate evenly, so that small sets have the exact share too.
     number = int(index * options.i2v_share)  # of rows with an image before this one
     has_image = int((index + 1) * options.i2v_share) > number
-    row = {"video": video, "caption": _caption(clip, options, index, number if has_image else 0), "task": "t2v"}
+    caption = _caption(clip, options, index, number if has_image else None)
+    row = {"video": video, "caption": caption, "task": "t2v"}
     if has_image:
         reference = f"refs/{index:05d}.png"
         with atomic_path(root / reference) as temporary:
@@ -136,15 +137,20 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
     return row
 
 
-def _caption(clip: "Clip | BounceClip", options: MockOptions, index: int, number: int) -> str:
-    """Return the caption of row `index`; `number` is that of the row with an image, and 0 for the others.
+def _caption(clip: "Clip | BounceClip", options: MockOptions, index: int, number: int | None) -> str:
+    """Return the caption of row `index`.
 
-    Captions alternate evenly too: blocks of four rows are reworded or not, and the kinds of rows with an image rotate.
+    Two of eight rows without an image are reworded, and four of eight with one.
+
+    Args:
+        number: of the row among those with an image; None without one.
     """
     if isinstance(clip, BounceClip) or options.captions == "plain":
         return clip.caption
     rng = np.random.default_rng((options.seed, index, 5))
-    return row_caption(clip.combination, KINDS[number % len(KINDS)], index % 8 >= 4, rng)
+    if number is None:
+        return row_caption(clip.combination, "own", index % 8 >= 6, rng)
+    return row_caption(clip.combination, IMAGE_KINDS[number % len(IMAGE_KINDS)], number % 2 == 1, rng)
 
 
 RADIUS = (4.5 / 32, 6.0 / 32)
