@@ -1,5 +1,6 @@
 """Errors that the user can act on (one clear paragraph, exit code 2, no traceback), and helpers that format them."""
 
+import re
 from collections.abc import Iterable
 
 
@@ -44,15 +45,32 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, unsafe or of the wrong kind."""
 
 
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+"""Characters that a terminal acts on or that reorder a line; all others print as they are."""
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    r"""Return a text in which control characters are visible: ESC becomes \x1b, as in `repr`.
+
+    Args:
+        lines: keep line breaks and tabs.
+    """
+    text = text if lines else text.replace("\t", "\\t").replace("\n", "\\n")
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
 def few(names: Iterable[str], limit: int = 3) -> str:
     """Return the first names, sorted, and the total count when there are more."""
-    names = sorted(names)
+    names = [printable(name, lines=False) for name in sorted(names)]
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, or the exception's class name when it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return printable(text, lines=False)
 
 
 def nearest_multiples(value: int, step: int, least: int = 1) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from titans_video.console import library_bars
 from titans_video.errors import CheckpointError, UserError, few, first_line
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
@@ -43,7 +44,7 @@ def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
     """
     if not Path(folder).is_dir():
         raise OSError(f"{folder} is not a folder on this machine.")
-    with without_hub():
+    with without_hub(), library_bars():
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
 
 

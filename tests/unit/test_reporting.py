@@ -11,11 +11,12 @@ import pytest
 
 from titans_video.cli.main import main
 from titans_video.config.options import SoraOptions
+from titans_video.console import duration
 from titans_video.errors import DataError
 from titans_video.media.plots import MOST_POINTS, Line, chart, thin
 from titans_video.media.writing import write_video
 from titans_video.reporting import report as shown
-from titans_video.reporting.report import duration, write_report
+from titans_video.reporting.report import write_report
 from titans_video.training import tracking, validation
 from titans_video.training.validation import SampleVideo
 

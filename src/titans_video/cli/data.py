@@ -7,6 +7,7 @@ from pathlib import Path
 from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
 from titans_video.config.parse import insert_flag, parse
 from titans_video.config.rules import check_training
+from titans_video.console import Progress
 from titans_video.errors import ConfigError
 
 FOUND_FAULTS = 1
@@ -73,16 +74,9 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
     flags = parse(VerifyFlags(), insert_flag(argv, "--cache"), prog=prog, description=VERIFY)
     if flags.cache is None:
         raise ConfigError(f"The cache is missing. Use `{prog} FOLDER`.")
-    from tqdm import tqdm
-
     from titans_video.data.cache import verify
 
-    with tqdm(desc="verifying", unit="file", delay=1.0) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        sound, faults = verify(Path(flags.cache), show)
+    with Progress("verifying", "file", delay=1.0) as progress:
+        sound, faults = verify(Path(flags.cache), progress.move_to)
     print("\n".join([*faults, f"{sound} of {sound + len(faults)} files are sound."]))
     return FOUND_FAULTS if faults else 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
+from titans_video.console import safe_streams, write_line
 from titans_video.errors import PeerError, UserError
 
 BAD_INPUT = 2
@@ -59,7 +60,7 @@ def process_count() -> int:
 
 
 class ConsoleHandler(logging.Handler):
-    """Print messages as plain text above any progress bar: errors to stderr, the rest to stdout.
+    """Print messages as plain text above any progress: errors to stderr, the rest to stdout.
 
     Only the main process prints messages below a warning. Other processes put their rank before a message.
     """
@@ -72,11 +73,7 @@ class ConsoleHandler(logging.Handler):
         rank = process_index()
         text = f"[process {rank}] {self.format(record)}" if rank else self.format(record)
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        # A progress bar is open only if tqdm is imported, and an error may be that tqdm is missing.
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(text, file=stream)
-        else:
-            print(text, file=stream)
+        write_line(text, stream)
 
 
 @contextlib.contextmanager
@@ -115,7 +112,7 @@ def guarded(command: Callable[[], int]) -> int:
     # Threads that spin while they wait slow everything down as soon as another process wants a core. OpenMP reads this
     # when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with configure_logging():
+    with safe_streams(), configure_logging():
         reporter = ErrorReporter()
         try:
             return command()

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TypeVar, get_args
 import tyro
 
 from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
+from titans_video.console import raw
 from titans_video.errors import ConfigError
 
 OptionsT = TypeVar("OptionsT", bound=OptionGroup)
@@ -107,7 +109,10 @@ def _parse(default: OptionsT, argv: list[str], prog: str, description: str) -> O
         return tyro.cli(type(default), args=argv, default=default, prog=prog, description=description, config=MARKERS)
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(raw(sys.stdout)),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # colours of --help
             return attempt()
     except SystemExit as e:
         if e.code in (0, None):

@@ -7,12 +7,12 @@ content. A rank loads codec and encoders only if something is missing.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from titans_video.console import Progress
 from titans_video.data.batches import to_floats
 from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
 from titans_video.data.dataset import VideoDataset, with_digests
@@ -103,11 +103,14 @@ def fill_cache(
     whole = {path: digest for path, digest in digests.items() if isinstance(digest, str)}
     filled = Filled(with_digests(data.without(lost), whole), cache)
     reader = RowReader(data.options, data.table, data.mix, cached=True, ram=RamCache(0))
-    bar = tqdm(desc="filling the cache", unit="encoding", disable=not progress or data.rank > 0, delay=1.0)
+    texts = _shard(dict.fromkeys(["", *(e.row.caption for e in filled.data.records), *prompts]), data)
+    own = range(data.rank, len(filled.data.records), data.world)
+    todo = len(texts) + sum(len(_variants(filled.data.records[i], data)) for i in own)
+    bar = Progress("filling the cache", "sample", todo, show=progress and data.rank == 0, delay=1.0)
     try:
         with bar:
             _fill_clips(filled, reader, encoders, bar)
-            _fill_text(filled, encoders, prompts, bar)
+            _fill_text(filled, encoders, texts, bar)
         error = None
     except (UserError, OSError) as e:
         error = str(e)
@@ -156,20 +159,25 @@ def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sampl
     """Yield every sample that the stream may ask for: all variants and tasks of this rank's rows, each with its row's
     number.
     """
-    varies = data.options.random_crop or data.options.random_start
     for number in range(data.rank, len(data.records), data.world):
         record = data.records[number]
-        tasks = [task for task, _ in data.mix.shares] or [record.row.task]
-        for variant in range(data.options.cache_variants):
-            for task in tasks:
-                if variant == 0 or varies or task == "v2v":
-                    yield number, reader.decide(record, task, reader.variant_seed(record.row, variant))
+        for variant, task in _variants(record, data):
+            yield number, reader.decide(record, task, reader.variant_seed(record.row, variant))
 
 
-def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any) -> None:
+def _variants(record: ClipRecord, data: VideoDataset) -> list[tuple[int, str]]:
+    """Return the variants and tasks of a row; without a random choice all variants are equal."""
+    varies = data.options.random_crop or data.options.random_start
+    tasks = [task for task, _ in data.mix.shares] or [record.row.task]
+    variants = range(data.options.cache_variants)
+    return [(v, task) for v in variants for task in tasks if v == 0 or varies or task == "v2v"]
+
+
+def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Progress) -> None:
     codec: CodecLike | None = None
     cache, bad_rows = filled.cache, set[int]()
     for number, sample in _samples(filled.data, reader):
+        bar.update()
         wanted = cache.wanted(sample)
         missing = [f for f in wanted if not cache.path(f).exists()]
         filled.found += len(wanted) - len(missing)
@@ -186,7 +194,6 @@ def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Any)
         for fields in missing:
             cache.write(fields, _encoding(fields["kind"], sample, clip, image, codec))
             filled.made += 1
-            bar.update()
 
 
 def _encoding(kind: str, sample: Sample, clip: Tensor, image: Tensor | None, codec: CodecLike) -> Tensor:
@@ -216,11 +223,11 @@ def cond_clip(clip: Tensor, image: Tensor | None, num_cond_frames: int) -> Tenso
     return cond
 
 
-def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: Any) -> None:
+def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: Progress) -> None:
     """Encode prompt by prompt, so that a result does not depend on what else was in the batch."""
-    cache, data = filled.cache, filled.data
-    wanted = dict.fromkeys(["", *(e.row.caption for e in data.records), *prompts])
-    for prompt in _shard(wanted, data):
+    cache = filled.cache
+    for prompt in prompts:
+        bar.update()
         missing = [i for i in range(len(cache.texts)) if not cache.path(cache.text_fields(prompt, i)).exists()]
         filled.found += len(cache.texts) - len(missing)
         if not missing:
@@ -230,7 +237,6 @@ def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: 
         for i in missing:
             cache.write(cache.text_fields(prompt, i), encoded.streams[i][0][encoded.masks[i][0]])
             filled.made += 1
-            bar.update()
 
 
 def _shard(prompts: Iterable[str], data: VideoDataset) -> list[str]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from titans_video.config.options import DataOptions
+from titans_video.console import Progress
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
 from titans_video.data.dataset import VideoDataset, open_scan
@@ -194,10 +194,8 @@ def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progres
         return record.row.id, data_url(written.getvalue(), "image/jpeg")
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        made = tqdm(
-            pool.map(strip, records), total=len(records), desc="thumbnails", unit="row", disable=not progress, delay=1.0
-        )
-        return dict(made)
+        bar = Progress("thumbnails", "row", len(records), show=progress, delay=1.0)
+        return dict(bar.each(pool.map(strip, records)))
 
 
 def _numbers(data: VideoDataset) -> str:

@@ -21,9 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from titans_video.config.options import DataOptions
+from titans_video.console import Progress
 from titans_video.data.buckets import BucketTable, parse_buckets
 from titans_video.data.clip_plan import REASONS, Rejected, pack, plan_row, unpack
 from titans_video.data.manifest import Row
@@ -303,7 +302,7 @@ def run_cached_jobs(
     todo = [job for job in wanted if found[job] is None]
     if todo:
         count = min(workers or usable_cores(), -(-len(todo) // JOBS_PER_WORKER))
-        bar = tqdm(total=len(todo), desc="probing files", unit="file", disable=not progress, delay=1.0)
+        bar = Progress("probing files", "file", len(todo), show=progress, delay=1.0)
         with bar:
             for job, result in run_jobs(todo, max(count, 1), seconds):
                 found[job] = result

@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from titans_video.config.generation import GenerateOptions
+from titans_video.console import Progress
 from titans_video.files import make_folder
 from titans_video.generation.denoise import generate
 from titans_video.generation.model import VideoModel
@@ -103,7 +103,7 @@ def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> 
     """
     make_folder(folder)
     scored: list[Scored] = []
-    with tqdm(total=settings.videos, desc=f"scoring {split}", unit="video") as bar:
+    with Progress(f"scoring {split}", "video", settings.videos) as bar:
         for start in range(0, settings.videos, settings.batch_size):
             indices = range(start, min(start + settings.batch_size, settings.videos))
             scored += _score_batch(model, split, settings, folder, indices)

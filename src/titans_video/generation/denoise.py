@@ -4,15 +4,14 @@ Legend: B videos of one batch, C latent channels, T H W pixel frames, height and
 k conditioning frames, S pixel frames of one latent frame.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from titans_video import console
 from titans_video.diffusion.samplers import EditState, OnStep, Predict, guided, sampler_by_name
 from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
@@ -164,11 +163,10 @@ def generate(model: VideoModel, request: Request, progress: bool = True) -> Tens
     made = plan(model, request)
     if progress:
         for note in made.notes:
-            tqdm.write(note, file=sys.stderr)
+            console.note(note)
     with eval_mode(model.network):
         prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.uses_cfg)
-        total = request.total_steps()
-        with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+        with console.Progress("denoising", "step", request.total_steps(), show=progress) as bar:
             return make_clip(model, request, made, prompts, on_step=lambda _: bar.update())
 
 

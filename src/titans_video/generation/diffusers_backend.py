@@ -5,7 +5,6 @@ padding of the model.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import TILE_ABOVE
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
+from titans_video.console import Progress
 from titans_video.errors import ConfigError
 from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
@@ -92,7 +91,7 @@ class PretrainedPipeline:
         single = len(windows.starts) == 1
         blended = windows.mode == "blend" and not single
         steps = request.steps * (1 if blended else len(windows.starts))
-        with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+        with Progress("denoising", "step", steps, show=progress) as bar:
             if blended:
                 length = spec.padded_frames(len(spec.codec_spec.frame_groups(windows.window)))
                 with eval_mode(model.network), windowed(spec, model.network, windows.latent_starts, length):
@@ -113,7 +112,7 @@ class PretrainedPipeline:
                 left -= fresh.shape[2]
                 yield fresh
 
-    def _call(self, request: Request, frames: int, image: Tensor | None, first: int, bar: tqdm) -> Tensor:
+    def _call(self, request: Request, frames: int, image: Tensor | None, first: int, bar: Progress) -> Tensor:
         """Call the pipeline once; `first` is the number of its first latent frame, which keys its noise."""
         model, spec = self.model, self.model.spec
         (seed,), (prompt,) = request.seeds, request.prompts

@@ -9,7 +9,6 @@ Legend: B videos of one batch, C latent channels, T H W pixel frames, height and
 window, O shared frames.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from titans_video.config.generation import GenerateOptions
+from titans_video.console import Progress
 from titans_video.diffusion.samplers import Denoise, EditState, guided, sampler_by_name
 from titans_video.errors import ConfigError
 from titans_video.generation.denoise import (
@@ -153,7 +152,7 @@ def generate_long(
     with eval_mode(model.network):
         prompts = encode_prompts(model, request.prompts, request.negative_prompt, request.uses_cfg)
     steps = request.steps if blended else _first_window(request, windows).total_steps(windows.overlap_frames)
-    with tqdm(total=steps, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+    with Progress("denoising", "step", steps, show=progress) as bar:
         if blended:
             with eval_mode(model.network):
                 video = _blend(model, request, windows, made, prompts, bar, edit)
@@ -224,7 +223,7 @@ def _blend(
     windows: WindowPlan,
     made: Plan,
     prompts: Prompts,
-    bar: tqdm,
+    bar: Progress,
     edit: EditState | None,
 ) -> Tensor:
     """Denoise all windows together and decode the video, (B, 3, T, H, W)."""

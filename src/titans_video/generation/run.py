@@ -5,7 +5,6 @@ Legend: T H W frames, height and width.
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,9 +16,8 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from titans_video import __version__
+from titans_video import __version__, console
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
@@ -98,7 +96,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     if note:
         notes.append(note)
     for note in [*lora_notes, *when.notes, *notes]:
-        tqdm.write(note, file=sys.stderr)
+        console.note(note)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
     places = [check_out(str(numbered(out, i, len(jobs)))) for i in range(len(jobs))]
     weights = fingerprint(model)
@@ -162,7 +160,7 @@ def _write(
     except BaseException:
         finished = partial_path(Path(options.out))
         if finished.is_file():
-            tqdm.write(f"Stopped; the finished frames are in {finished}.", file=sys.stderr)
+            console.note(f"Stopped; the finished frames are in {finished}.")
         raise
     return sink.written
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from titans_video.checkpoint import warn_if_changed
 from titans_video.config.generation import GenerateOptions
+from titans_video.console import Progress
 from titans_video.diffusion.base import count_tokens
 from titans_video.diffusion.samplers import EditState, Predict, guided, sampler_by_name
 from titans_video.errors import CheckpointError, ConfigError, nearest_multiples
@@ -322,7 +322,7 @@ def stream(
     before, left = state.frames, request.frames
     prompts: dict[str, Prompts] = {}
     total = how.segments_to_make() * request.steps
-    with tqdm(total=total, desc="denoising", unit="step", file=sys.stderr, disable=not progress) as bar:
+    with Progress("denoising", "step", total, show=progress) as bar:
         while left > 0:
             if state.pending.shape[2] == 0:
                 # The prompt of the segment's first frame, counted from the first requested one.

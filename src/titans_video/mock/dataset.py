@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from titans_video.config.fields import validate
 from titans_video.config.generation import MockCaptions, MockOptions, World
+from titans_video.console import Progress
 from titans_video.errors import ConfigError, DataError
 from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.media.writing import write_video
@@ -80,7 +80,7 @@ def make_dataset(
     write_text(root / MARKER, json.dumps({"made_by": "titans-video data mock", **about}, indent=1) + "\n")
     with ThreadPoolExecutor(max_workers=workers) as pool:
         jobs = pool.map(lambda index: _write_row(root, options, index), range(clips))
-        rows = list(tqdm(jobs, total=clips, desc="mock clips", unit="clip", disable=not progress))
+        rows = list(Progress("mock clips", "clip", clips, show=progress).each(jobs))
     metadata = [{"video_path": row["video"], "caption": row["caption"]} for row in rows]
     write_text(root / "metadata.json", json.dumps(metadata, indent=1) + "\n")
     manifest = root / "manifest.jsonl"

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from titans_video.config.fields import flag_of
+from titans_video.console import duration
 from titans_video.data.clip_plan import REASONS
 from titans_video.errors import DataError, UserError
 from titans_video.files import write_text
@@ -260,16 +261,6 @@ def _head(run: Run) -> str:
     figures["of training"] = duration(float(np.nansum(run.values("seconds"))))
     summary = " · ".join(part for part in (model, state) if part)
     return f"<h1>{escape(_name(run))}<small>{escape(summary)}</small></h1>{numbers(figures)}"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration: 3 d 4 h, 2 h 5 min, 3 min 20 s, 12 s."""
-    total = round(seconds)
-    for size, name, smaller, its_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if total >= size:
-            rest = total % size // smaller
-            return f"{total // size} {name}" + (f" {rest} {its_name}" if rest else "")
-    return f"{total} s"
 
 
 def _training(run: Run) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
+from titans_video.console import library_bars
 from titans_video.errors import TextError, few, first_line
 from titans_video.hub import LOADING_ERRORS, from_folder, reason, without_hub
 from titans_video.text.base import TextEncoder
@@ -232,14 +233,15 @@ class PretrainedStream:
         if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
             raise TextError(_missing(s, "there is no such folder"))
         # Local files are used first; the hub is asked only if necessary, and once.
-        with contextlib.suppress(*LOADING_ERRORS), without_hub():
+        with contextlib.suppress(*LOADING_ERRORS), without_hub(), library_bars():
             return kind.from_pretrained(s.path, local_files_only=True, trust_remote_code=False, **options)
         if s.local_files_only or _hub_is_off():
             raise TextError(_missing(s, "it is not on this machine and hub access is off"))
         if problem := _hub_problem():
             raise TextError(_missing(s, f"it is not on this machine and the hub does not respond ({problem})"))
         try:
-            return kind.from_pretrained(s.path, trust_remote_code=False, **options)
+            with library_bars():
+                return kind.from_pretrained(s.path, trust_remote_code=False, **options)
         except LOADING_ERRORS as e:
             raise TextError(_missing(s, f"the hub did not provide it ({reason(e)})")) from None
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from titans_video.config.options import TrainOptions
+from titans_video.console import Progress
 from titans_video.data.manifest import TASKS
 from titans_video.files import make_folder, write_text
 from titans_video.media.plots import format_short, loss_curve
@@ -279,9 +279,7 @@ class Recorder:
         self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
         self.rates = Rates(options.max_steps, processes, peak, last_line(run / METRICS).get("loss_smooth"))
-        self.bar = self._open.enter_context(
-            tqdm(total=options.max_steps, initial=step, unit="step", dynamic_ncols=True)
-        )
+        self.bar = self._open.enter_context(Progress("", "step", options.max_steps, start=step))
         self._drawn = 0.0
 
     def __enter__(self) -> "Recorder":
@@ -312,7 +310,7 @@ class Recorder:
         self.metrics.write(line, time.perf_counter())
         if step % self.options.log_every == 0 or step == self.options.max_steps:
             self.tracker.scalars(step, line)
-            self.bar.set_postfix_str(str(self.rates), refresh=False)
+            self.bar.status = str(self.rates)
         self.bar.update()
 
     def event(self, event: Event) -> None:

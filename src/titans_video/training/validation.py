@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from titans_video.config.options import ValidationOptions
+from titans_video.console import Progress
 from titans_video.data.held_out import HeldOut
 from titans_video.files import atomic_folder, make_folder
 from titans_video.generation.denoise import eval_mode
@@ -228,7 +228,7 @@ class _Turns:
     def __init__(self, turns: int, stop: Callable[[], int], name: str, show: bool) -> None:
         self.stop = stop
         self.signal = 0
-        self.bar = tqdm(total=turns, desc=name, unit="turn", leave=False, disable=not show, dynamic_ncols=True)
+        self.bar = Progress(name, "turn", turns, show=show, leave=False)
         self._started = False
 
     def next(self) -> bool:

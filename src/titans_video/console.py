@@ -1,0 +1,216 @@
+"""Write to the terminal: escaped text, and the progress of long tasks.
+
+Text from files (captions, keys, names, messages of libraries) may contain escape sequences. Every command replaces
+stdout and stderr by a `SafeStream`, so all text passes through one place, also that of libraries.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+
+from titans_video.errors import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+ItemT = TypeVar("ItemT")
+
+LINE_SECONDS = 30.0
+"""Seconds between two lines of progress without a terminal."""
+
+
+class SafeStream:
+    """Pass text to a stream with its control characters escaped; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        safe = printable(text)
+        try:
+            self.stream.write(safe)
+        except UnicodeEncodeError as e:  # a terminal that is not UTF-8
+            self.stream.write(safe.encode(e.encoding, "backslashreplace").decode(e.encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def raw(stream: TextIO) -> TextIO:
+    """Return the stream below a `SafeStream`."""
+    return stream.stream if isinstance(stream, SafeStream) else stream
+
+
+@contextlib.contextmanager
+def safe_streams() -> Iterator[None]:
+    """Escape everything that is printed within the context."""
+    out, err = (s if isinstance(s, SafeStream) else SafeStream(s) for s in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
+        yield
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal, where a line can be overwritten."""
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
+@contextlib.contextmanager
+def library_bars() -> Iterator[None]:
+    """Let diffusers and transformers draw their bars on a terminal; without one they draw none."""
+    if is_terminal(sys.stderr):
+        with contextlib.redirect_stderr(raw(sys.stderr)):
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        for library in ("transformers", "diffusers"):
+            if library in sys.modules:
+                logging = sys.modules[library].utils.logging
+                if logging.is_progress_bar_enabled():
+                    logging.disable_progress_bar()
+                    stack.callback(logging.enable_progress_bar)
+        yield
+
+
+def write_line(text: str, stream: TextIO) -> None:
+    """Write a line, above the open bars."""
+    bars = [progress.bar for progress in _open if progress.bar is not None]
+    for bar in bars:
+        bar.clear()
+    print(printable(text), file=stream)
+    for bar in bars:
+        bar.refresh()
+
+
+def note(text: str) -> None:
+    """Write a remark to stderr, above the open bars."""
+    write_line(text, sys.stderr)
+
+
+class Progress:
+    """Show the progress of a long task on stderr: a bar on a terminal, and otherwise a plain line now and then.
+
+    Args:
+        what: the task, in a few words.
+        unit: what is counted, in the singular.
+        total: number of units; None if it is not known.
+        start: units that were done before.
+        show: False shows nothing.
+        delay: show nothing before so many seconds.
+        leave: keep the bar or write a last line at the end.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        total: int | None = None,
+        *,
+        start: int = 0,
+        show: bool = True,
+        delay: float = 0.0,
+        leave: bool = True,
+    ) -> None:
+        self.what, self.unit, self.total, self.done, self.start = what, unit, total, start, start
+        self.show, self.delay, self.leave = show, delay, leave
+        self.status = ""
+        self.bar: tqdm[Any] | None = self._bar() if show and is_terminal(sys.stderr) else None
+        self._began = self._written = time.monotonic()
+        self._closed = False
+        if self.bar is not None:
+            _open.append(self)
+
+    def _bar(self) -> "tqdm[Any]":
+        from tqdm import tqdm
+
+        return tqdm(
+            desc=printable(self.what) or None,
+            unit=self.unit,
+            total=self.total,
+            initial=self.start,
+            delay=self.delay,
+            leave=self.leave,
+            file=raw(sys.stderr),
+            dynamic_ncols=True,
+        )
+
+    def update(self, units: int = 1) -> None:
+        """Count units as done."""
+        self.move_to(self.done + units)
+
+    def move_to(self, done: int, total: int | None = None) -> None:
+        """Set the number of units done, and the total if it has become known."""
+        step, self.done, self.total = done - self.done, done, total or self.total
+        if self.bar is not None:
+            self.bar.total = self.total
+            self.bar.set_postfix_str(printable(self.status), refresh=False)
+            self.bar.update(step)
+        elif self.show and time.monotonic() - self._written >= LINE_SECONDS:
+            self._line()
+
+    def each(self, items: Iterable[ItemT]) -> Iterator[ItemT]:
+        """Yield the items and count them."""
+        with self:
+            for item in items:
+                yield item
+                self.update()
+
+    def close(self) -> None:
+        """Remove the bar, or leave it or a last line."""
+        if self.bar is not None:
+            self.bar.close()
+            if not self._closed:
+                _open.remove(self)
+        elif self.show and self.leave and not self._closed and time.monotonic() - self._began >= self.delay:
+            self._line()
+        self._closed = True
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _line(self) -> None:
+        self._written = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
+            note(self.line(self._written - self._began))
+
+    def line(self, seconds: float) -> str:
+        """Return the progress as a plain line.
+
+        Args:
+            seconds: since the start.
+        """
+        made = self.done - self.start
+        unit = self.unit if (self.total or self.done) == 1 else f"{self.unit}s"
+        known = f" of {self.total}" if self.total else ""
+        parts = [f"{self.what}: {self.done}{known} {unit}" if self.what else f"{self.done}{known} {unit}"]
+        if made and seconds > 0:
+            rate = made / seconds
+            parts.append(f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}")
+        if self.total and self.done < self.total and made:
+            parts.append(f"{duration(seconds / made * (self.total - self.done))} left")
+        else:
+            parts.append(f"{duration(seconds)}")
+        return ", ".join([*parts, self.status] if self.status else parts)
+
+
+_open: list[Progress] = []
+"""The tasks that have a bar now."""
+
+
+def duration(seconds: float) -> str:
+    """Format a duration: 3 d 4 h, 2 h 5 min, 3 min 20 s, 12 s."""
+    total = round(seconds)
+    for size, name, smaller, its_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if total >= size:
+            rest = total % size // smaller
+            return f"{total // size} {name}" + (f" {rest} {its_name}" if rest else "")
+    return f"{total} s"
