@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -91,7 +92,7 @@ def test_tone_curve() -> None:
 
 def grey(code: float, transfer: str) -> list[int]:
     codes = np.full((1, 1, 3), round(code * WHITE), np.uint16)
-    return to_sdr(codes, Colour("bt2020", False, transfer, True))[0, 0].tolist()  # type: ignore[arg-type]
+    return to_sdr(codes, Colour("bt2020", False, transfer, "bt2020"))[0, 0].tolist()  # type: ignore[arg-type]
 
 
 def test_hdr_greys_stay_grey_and_the_two_systems_agree() -> None:
@@ -122,7 +123,7 @@ def test_hdr_files(tmp_path: Path) -> None:
             color_primaries=9,
         )
         info = probe(path)
-        assert info.colour == Colour("bt2020", False, name, True)  # type: ignore[arg-type]
+        assert info.colour == Colour("bt2020", False, name, "bt2020")  # type: ignore[arg-type]
         assert np.abs(read_indices(path, info, [0]).astype(int) - grey(code, name)).max() <= 1
 
 
@@ -152,3 +153,78 @@ def test_ranges_agree(real_clips: Path) -> None:
     )
     assert np.abs(full - limited).mean() < 4
     assert np.abs(full.mean((0, 1)) - limited.mean((0, 1))).max() < 1.5
+
+
+LINEAR_P3_TO_BT709 = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+
+
+def tagged(path: Path, planes: list[np.ndarray], **tags: int) -> tuple[Colour, np.ndarray]:
+    """Write one frame with colour tags, and read it."""
+    info = probe(encode_planes(path, planes, "yuv444p", color_range=1, **tags))
+    return info.colour, read_indices(path, info, [0])[0]
+
+
+@pytest.mark.parametrize(("transfer", "gamma"), [(1, 2.4), (13, 0.0), (2, 2.4)])
+def test_p3_video_is_converted(tmp_path: Path, transfer: int, gamma: float) -> None:
+    planes = patches(8)
+    colour, got = tagged(tmp_path / "a.mp4", planes, colorspace=1, color_primaries=12, color_trc=transfer)
+    code = expected_rgb(planes, 1, False, 8) / 255
+    light = code**2.4 if gamma else np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    light = np.clip(light @ LINEAR_P3_TO_BT709.T, 0, 1)
+    expected = (
+        light ** (1 / 2.4) if gamma else np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    )
+    assert colour.primaries == "p3"
+    assert np.abs(got - 255 * expected)[light.min(-1) > 1e-3].max() <= 3
+    assert np.abs(got - expected_rgb(planes, 1, False, 8)).max() > 10
+
+
+@pytest.mark.parametrize(("code", "name"), [(4, "bt470m"), (8, "film"), (9, "bt2020"), (11, "dci-p3"), (12, "p3")])
+def test_other_primaries_keep_greys_and_gain_saturation(tmp_path: Path, code: int, name: str) -> None:
+    grey = [np.full((64, 64), level, np.uint8) for level in (150, 128, 128)]
+    colour, got = tagged(tmp_path / "a.mp4", grey, colorspace=1, color_primaries=code, color_trc=1)
+    assert colour.primaries == name
+    assert np.ptp(got) <= 2  # white stays white
+    assert abs(int(got[0, 0, 0]) - (150 - 16) * 255 / 219) <= 2
+    green = [np.full((64, 64), level, np.uint8) for level in (150, 100, 100)]
+    _, got = tagged(tmp_path / "b.mp4", green, colorspace=1, color_primaries=code, color_trc=1)
+    assert np.ptp(got[0, 0].astype(int)) > np.ptp(expected_rgb(green, 1, False, 8)[0, 0])
+
+
+@pytest.mark.parametrize("code", [1, 2, 5, 6, 7])
+def test_primaries_near_those_of_bt709_change_nothing(tmp_path: Path, code: int) -> None:
+    planes = patches(8)
+    colour, got = tagged(tmp_path / "a.mp4", planes, colorspace=1, color_primaries=code, color_trc=1)
+    assert colour.primaries == "bt709"
+    assert np.abs(got - expected_rgb(planes, 1, False, 8)).max() <= 1.5
+
+
+@pytest.mark.parametrize(
+    "tags", [{"colorspace": 9}, {"color_trc": 14}, {"color_trc": 16}, {"color_trc": 18}, {"colorspace": 10}]
+)
+def test_anything_of_bt2020_means_its_primaries(tmp_path: Path, tags: dict[str, int]) -> None:
+    planes = patches(8)
+    colour, got = tagged(tmp_path / "a.mp4", planes, **tags)
+    complete = {"colorspace": 9, "color_trc": 1, **tags, "color_primaries": 9}
+    expected = tagged(tmp_path / "b.mp4", planes, **complete)[1]
+    assert (colour.primaries, colour.matrix) == ("bt2020", "bt2020")
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("transfer", "primaries"), [(1, 12), (1, 9), (16, 9)])
+def test_transparency_of_wide_and_hdr_video(tmp_path: Path, transfer: int, primaries: int) -> None:
+    rgba = np.full((48, 64, 4), 160, np.uint8)
+    rgba[..., 3] = np.repeat([255, 0], 32)
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("prores_ks", rate=10, options={"profile": "4444"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva444p10le"
+        frame: Any = av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format="yuva444p10le")
+        for target in (stream.codec_context, frame):
+            target.color_primaries, target.color_trc, target.colorspace = primaries, transfer, 9
+        frame.pts = 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    got = read_indices(path, probe(path), [0])[0]
+    assert got[:, :28].min() > 100
+    assert got[:, 36:].max() == 0

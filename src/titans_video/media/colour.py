@@ -9,19 +9,24 @@ HDR is tone-mapped so that it matches SDR clips: BT.2100 PQ or HLG to light, BT.
 of BT.1886.
 """
 
-from functools import cache
+from functools import cache, lru_cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
+from PIL import Image, ImageCms
 from torch import Tensor
 
-from titans_video.media.info import Colour, Crop, Matrix, Orientation, VideoInfo
+from titans_video.media.headers import has_alpha, side_data
+from titans_video.media.info import Colour, Crop, Matrix, Orientation, Primaries, VideoInfo
 
+_ICC_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile: Pillow's mode
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 HDR_PEAK = 1000.0  # cd/m2: the mastering peak of HDR video and HLG's nominal display
@@ -43,10 +48,20 @@ ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.F
 
 
 # BT.2087: linear BT.2020 to linear BT.709.
-_TO_BT709 = np.array(
+_BT2020_TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
 )
 _BT2020_LUMA = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
+
+# ITU-T H.273: x, y of red, green, blue and white.
+_CHROMATICITIES: dict[Primaries, tuple[tuple[float, float], ...]] = {
+    "bt709": ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.3127, 0.3290)),
+    "p3": ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06), (0.3127, 0.3290)),
+    "dci-p3": ((0.68, 0.32), (0.265, 0.69), (0.15, 0.06), (0.314, 0.351)),
+    "bt470m": ((0.67, 0.33), (0.21, 0.71), (0.14, 0.08), (0.310, 0.316)),
+    "film": ((0.681, 0.319), (0.243, 0.692), (0.145, 0.049), (0.310, 0.316)),
+}
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 class FrameReader:
@@ -58,13 +73,18 @@ class FrameReader:
 
     def __call__(self, frame: VideoFrame) -> Pixels:
         """Return uint8 (height, width, 3): square pixels, upright, BT.709 SDR, black where transparent."""
-        colour = self.info.colour
-        if colour.wide or colour.transfer != "sdr":
-            image = to_sdr(self._convert(frame, "gbrp16le"), colour)
-        elif any(component.is_alpha for component in frame.format.components):
-            image = on_black(self._convert(frame, "rgba"))
+        colour, alpha = self.info.colour, has_alpha(frame, self.info.codec)
+        if colour.primaries != "bt709" or colour.transfer != "sdr":
+            codes = self._convert(frame, "gbrap16le" if alpha else "gbrp16le")
+            image = to_sdr(codes[..., :3], colour)
+            opacity = codes[..., 3:] // 257
         else:
-            image = self._convert(frame, "rgb24")
+            image = self._convert(frame, "rgba" if alpha else "rgb24")
+            image, opacity = image[..., :3], image[..., 3:]
+        if colour.profile:
+            image = to_srgb(image, side_data(frame, SideDataType.ICC_PROFILE) or b"")
+        if alpha:
+            image = on_black(np.concatenate([image, opacity.astype(np.uint8)], axis=-1))
         crop = self.info.crop
         if crop != Crop():
             height, width = image.shape[:2]
@@ -131,9 +151,65 @@ def to_sdr(codes: NDArray[np.uint16], colour: Colour) -> Pixels:
         by_luma = np.take(_hlg_system_gain(), _steps(light @ _BT2020_LUMA))  # (H, W)
         brightest = light.max(axis=-1) * by_luma
         light *= (by_luma * np.take(_gain_of_light(), _steps(brightest * (SDR_PEAK / HDR_PEAK))))[..., None]
-    if colour.wide:
-        light = light @ _TO_BT709.T
-    return np.take(_codes_of_light(), _steps(light))
+    if colour.primaries != "bt709":
+        light = light @ to_bt709(colour.primaries).T
+    return np.take(_codes_of_light(colour.transfer), _steps(light))
+
+
+@cache
+def to_bt709(primaries: Primaries) -> Floats:
+    """Return the matrix (3, 3) from linear light with these primaries to BT.709; another white becomes that of D65."""
+    if primaries == "bt2020":
+        return _BT2020_TO_BT709
+    (there, white), (here, own) = _to_xyz(primaries), _to_xyz("bt709")
+    adapted = np.linalg.inv(_BRADFORD) @ np.diag((_BRADFORD @ own) / (_BRADFORD @ white)) @ _BRADFORD
+    return (np.linalg.inv(here) @ adapted @ there).astype(np.float32)
+
+
+def _to_xyz(primaries: Primaries) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the matrix from linear light to CIE XYZ, and XYZ of white."""
+    columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in _CHROMATICITIES[primaries]]).T  # (3, 4)
+    return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3]), columns[:, 3]
+
+
+def to_srgb(image: Pixels, profile: bytes) -> Pixels:
+    """Convert (H, W, 3) from an ICC profile to sRGB; a profile that is damaged or of another kind changes nothing."""
+    transform = icc_transform(profile)
+    if transform is None:
+        return image
+    mode = transform.input_mode
+    source = Image.fromarray(np.ascontiguousarray(image if mode == "RGB" else image[..., 0]), mode)
+    return np.asarray(ImageCms.applyTransform(source, transform))
+
+
+@lru_cache(maxsize=16)
+def icc_transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of an ICC profile to sRGB, relative colorimetric with black point compensation.
+
+    It is None if nothing would change by more than one level, as with sRGB itself, or if the profile cannot be used.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = _ICC_MODES.get(source.profile.xcolor_space.strip())
+        if mode is None:
+            return None
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        target = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", intent, flags)
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    if mode == "L":
+        grid = np.repeat(levels[None, :, None], 3, axis=-1)
+    seen = np.asarray(
+        ImageCms.applyTransform(
+            Image.fromarray(np.ascontiguousarray(grid if mode == "RGB" else grid[..., 0])), transform
+        )
+    )
+    return transform if np.abs(seen.astype(int) - grid).max() > 1 else None
 
 
 def _steps(values: Floats) -> NDArray[np.uint16]:
@@ -150,13 +226,20 @@ def _light_of_codes(transfer: str) -> Floats:
     if transfer == "hlg":  # BT.2100, inverse OETF
         a, b, c = 0.17883277, 0.28466892, 0.55991073
         return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12).astype(np.float32)
+    if transfer == "srgb":  # IEC 61966-2-1
+        return np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4).astype(np.float32)
     return (code**2.4).astype(np.float32)
 
 
 @cache
-def _codes_of_light() -> Pixels:
-    """Return (65536,) 8-bit codes of light 0..1, inverse BT.1886."""
-    return np.round(np.linspace(0.0, 1.0, 65536) ** (1 / 2.4) * 255).astype(np.uint8)
+def _codes_of_light(transfer: str) -> Pixels:
+    """Return (65536,) 8-bit codes of light 0..1: inverse BT.1886, or sRGB's curve for what came with it."""
+    light = np.linspace(0.0, 1.0, 65536)
+    if transfer == "srgb":
+        return np.round(np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255).astype(
+            np.uint8
+        )
+    return np.round(light ** (1 / 2.4) * 255).astype(np.uint8)
 
 
 @cache

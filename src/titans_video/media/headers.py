@@ -162,6 +162,13 @@ def alpha_decoder(stream: VideoStream) -> str | None:
     return {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name) if declared == "1" else None
 
 
+def has_alpha(frame: VideoFrame, codec: str) -> bool:
+    """Tell whether a decoded frame has transparent pixels, or may have some; of palettes, only those of PNG can."""
+    if frame.format.has_palette and codec in ("png", "apng"):
+        return bool((frame.reformat(format="rgba").to_ndarray()[..., 3] < 255).any())
+    return any(component.is_alpha for component in frame.format.components)
+
+
 def has_alpha_layer(stream: VideoStream, packet: Packet) -> bool:
     """Tell whether HEVC video has an alpha layer, from the decoder's header and the first key packet.
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 Seconds = float | int | Fraction
 Matrix = Literal["bt601", "bt709", "bt2020", "smpte240m", "fcc", "rgb"]
-Transfer = Literal["sdr", "pq", "hlg"]
+Transfer = Literal["sdr", "srgb", "pq", "hlg"]
+Primaries = Literal["bt709", "bt2020", "p3", "dci-p3", "bt470m", "film"]
 _COMMON_RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 18, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)]
 _NTSC_RATES = [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120, 240)]
 
@@ -23,14 +24,16 @@ class Colour:
     Attributes:
         matrix: from YCbCr to RGB.
         full_range: 0..255 rather than 16..235.
-        transfer: `pq` and `hlg` are HDR and are tone-mapped when read.
-        wide: BT.2020 primaries, converted to BT.709 when read.
+        transfer: `pq` and `hlg` are HDR and are tone-mapped when read. `srgb` is used with other primaries only.
+        primaries: converted to BT.709 when read. Those of BT.601 are so close to it that they count as BT.709.
+        profile: each frame carries an ICC profile, from which it is converted to sRGB.
     """
 
     matrix: Matrix
     full_range: bool
     transfer: Transfer
-    wide: bool
+    primaries: Primaries = "bt709"
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,15 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from titans_video.media.headers import alpha_decoder, declared_crop, has_alpha_layer, has_alpha_track, side_data
-from titans_video.media.info import Colour, Crop, Matrix, Orientation, Transfer, VideoInfo, own_rate
+from titans_video.media.headers import (
+    alpha_decoder,
+    declared_crop,
+    has_alpha,
+    has_alpha_layer,
+    has_alpha_track,
+    side_data,
+)
+from titans_video.media.info import Colour, Crop, Matrix, Orientation, Primaries, Transfer, VideoInfo, own_rate
 from titans_video.media.opening import (
     REASONS,
     Deadline,
@@ -58,7 +65,9 @@ _ALPHA_LAYER = (
 )
 _UNSPECIFIED = 2
 _BT2020 = 9
-_PQ, _HLG = 16, 18
+_SRGB, _PQ, _HLG = 13, 16, 18
+_BT2020_MATRICES, _BT2020_TRANSFERS = (9, 10), (14, 15, _PQ, _HLG)
+_PRIMARIES: dict[int, Primaries] = {4: "bt470m", 8: "film", _BT2020: "bt2020", 11: "dci-p3", 12: "p3"}
 
 
 @dataclass
@@ -253,6 +262,7 @@ def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _D
         tick, pts = 1 / packets.guessed_rate, list(range(len(run.pts)))
     in_order = all(a < b for a, b in pairwise(pts))
     one_run = len(decoded.runs) == 1 and run.skip == 0 and set(pts) <= set(packets.shown)
+    colour = _colour(run.first, path)
     rate = own_rate(pts, 1 / tick, Fraction(0)) if len(pts) > 1 else packets.guessed_rate
     return VideoInfo(
         path=path,
@@ -264,7 +274,7 @@ def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _D
         stored_height=run.first.height,
         pixel_aspect=_pixel_aspect(packets.pixel_aspect),
         orientation=_orientation(run.first, path),
-        colour=_colour(run.first, path),
+        colour=colour,
         interlaced=run.interlaced,
         pts=tuple(pts),
         ticks_per_second=1 / tick,
@@ -276,8 +286,21 @@ def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _D
         modified_ns=status.st_mtime_ns,
         notes=tuple(_notes(packets, decoded, whole)),
         crop=packets.crop,
-        reading=", ".join(packets.reading),
+        reading=", ".join([*packets.reading, *_unusual_colours(run.first, packets.codec, colour)]),
     )
+
+
+def _unusual_colours(frame: VideoFrame, codec: str, colour: Colour) -> list[str]:
+    """Return what an earlier version of the reader would have ignored about colours, as `_note_reading` does."""
+    found = []
+    if colour.profile:
+        found.append("icc")
+    elif colour.primaries != "bt709" and frame.color_primaries != _BT2020:
+        found.append(f"primaries {colour.primaries}")
+    mapped = colour.primaries != "bt709" or colour.transfer != "sdr"
+    if has_alpha(frame, codec) and (mapped or frame.format.has_palette):
+        found.append("alpha")
+    return found
 
 
 def _notes(packets: _Packets, decoded: _Decoded, whole: bool) -> list[str]:
@@ -321,7 +344,8 @@ def _colour(frame: VideoFrame, path: Path) -> Colour:
     Unmarked high-definition video (longer side at least 1280, or shorter side above 576) is BT.709, other video BT.601.
     This is the rule of players, made independent of the camera's orientation.
     """
-    wide = frame.color_primaries == _BT2020
+    transfer: Transfer = "pq" if frame.color_trc == _PQ else "hlg" if frame.color_trc == _HLG else "sdr"
+    primaries = _primaries(frame)
     if frame.format.is_rgb or frame.format.has_palette:
         matrix: Matrix = "rgb"
     elif frame.colorspace != _UNSPECIFIED:
@@ -330,11 +354,22 @@ def _colour(frame: VideoFrame, path: Path) -> Colour:
                 "unsupported-colour", path, f"its colour matrix (code {frame.colorspace}) is unknown."
             )
         matrix = _MATRICES[frame.colorspace]
-    elif wide:
+    elif primaries == "bt2020":
         matrix = "bt2020"
     else:
         longer, shorter = max(frame.width, frame.height), min(frame.width, frame.height)
         matrix = "bt709" if longer >= 1280 or shorter > 576 else "bt601"
     full = matrix == "rgb" or frame.color_range == 2 or frame.format.name.startswith("yuvj")
-    transfer: Transfer = "pq" if frame.color_trc == _PQ else "hlg" if frame.color_trc == _HLG else "sdr"
-    return Colour(matrix, full, transfer, wide)
+    if transfer == "sdr" and side_data(frame, SideDataType.ICC_PROFILE) is not None:
+        return Colour(matrix, full, transfer, profile=True)
+    if transfer == "sdr" and primaries != "bt709" and frame.color_trc == _SRGB:
+        transfer = "srgb"
+    return Colour(matrix, full, transfer, primaries)
+
+
+def _primaries(frame: VideoFrame) -> Primaries:
+    """Return the frame's primaries; if they are not given, those of BT.2020 if anything else is of BT.2020 or HDR."""
+    if frame.color_primaries != _UNSPECIFIED:
+        return _PRIMARIES.get(frame.color_primaries, "bt709")
+    is_wide = frame.colorspace in _BT2020_MATRICES or frame.color_trc in _BT2020_TRANSFERS
+    return "bt2020" if is_wide else "bt709"
