@@ -52,6 +52,8 @@ class DataOptions:
     """Crop at a random position instead of the centre."""
     random_start: bool = False
     """Start longer clips at a random time instead of their beginning."""
+    empty_captions: Literal["leave-out", "keep"] = "leave-out"
+    """Rows without a caption: leave them out, or keep them and train on an empty prompt."""
     max_upscale: Annotated[float | None, Range(above=0)] = None
     """Reject clips that would be enlarged by more than this factor."""
     max_bad: Annotated[float, SHARE] = 0.5

@@ -55,6 +55,7 @@ REASONS: dict[str, str] = {
     "too-slow": "far fewer frames a second than --fps asks for",
     "too-small": "it would be enlarged more than --max-upscale allows",
     "start-past-end": "the row starts after the last frame",
+    "no-caption": "the row has no caption; --empty-captions keep trains on it with an empty prompt",
     "cond-image": "the row's own image cannot be read",
     "not-in-cache": "its latents or text states are missing in the cache, or damaged",
     NOT_FINITE: "its latents, its text states or its loss are not finite (NaN or infinity)",

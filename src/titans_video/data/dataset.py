@@ -16,11 +16,12 @@ from titans_video.config.options import DataOptions
 from titans_video.data.batches import to_floats
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.cache import EncodingCache
+from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream
 from titans_video.data.manifest import Row, read_manifest
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader
 from titans_video.data.sampler import TaskMix, parse_task_mix
-from titans_video.data.scan import Quarantined, Scan, format_reasons, refuse_bad, scan_rows
+from titans_video.data.scan import Scan, scan_rows
 from titans_video.errors import ConfigError, DataError
 from titans_video.seeding import derive_seed
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
@@ -149,7 +150,9 @@ class VideoDataset:
         rows = [e.row for e in [*self.records, *self.held_out]] + [q.row for q in self.quarantined]
         rows.sort(key=lambda r: r.id)
         fields = [(r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames) for r in rows]
-        return f"{len(rows)} rows, {hashlib.sha256(repr(fields).encode()).hexdigest()[:12]}"
+        blank = sum(q.reason == "no-caption" for q in self.quarantined)
+        left_out = f", {blank} without a caption left out" if blank else ""
+        return f"{len(rows)} rows, {hashlib.sha256(repr(fields).encode()).hexdigest()[:12]}{left_out}"
 
     def sample_pixels(self, n: int) -> Tensor:
         """Return clips of the bucket with the most rows, drawn by the seed, to fit a codec to.
@@ -265,7 +268,7 @@ def open_data(
 
     def scan_on_main() -> tuple[Scan, TaskMix]:
         scan, mix = open_scan(options, spec, patch_size, progress=True)
-        refuse_bad(scan, options)
+        refuse_bad(len(scan.records), scan.quarantined, options)
         return scan, mix
 
     scan, mix = processes.run_on_main(scan_on_main)

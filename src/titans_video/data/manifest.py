@@ -8,6 +8,7 @@ root.
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ class Row:
     Attributes:
         id: unique among all manifests of a run, and the same in every run.
         video: path of the clip.
-        caption: its prompt; may be empty.
+        caption: its prompt; empty if the row has none.
         task: t2v | i2v | v2v.
         cond_image: an i2v row's own first image, instead of the clip's first frame.
         start, end: seconds from the first displayed frame, [start, end).
@@ -77,7 +78,7 @@ def read_manifest(options: DataOptions) -> list[Row]:
         raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
     _real_folder.cache_clear()
     rows: list[Row] = []
-    taken: dict[str, Row] = {}
+    taken = _Taken()
     for path, weight in files:
         found = _read_file(path, weight, options, taken)
         if not found:
@@ -105,7 +106,7 @@ def _split_weight(text: str) -> tuple[Path, float]:
     return Path(path), weight
 
 
-def _read_file(path: Path, weight: float, options: DataOptions, taken: dict[str, Row]) -> list[Row]:
+def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> list[Row]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -121,11 +122,10 @@ def _read_file(path: Path, weight: float, options: DataOptions, taken: dict[str,
         try:
             if isinstance(item, _RowError):
                 raise item
-            row = _unique(_row(item, root, options.allow_outside_root, (str(path), line)), taken)
+            row = taken.add(_row(item, root, options.allow_outside_root, (str(path), line)))
         except _RowError as e:
             wrong.append((line, str(e)))
             continue
-        taken[row.id] = row
         rows.append(replace(row, weight=row.weight * weight))
     if wrong:
         more = f" ({len(wrong) - SHOWN} more lines are wrong.)" if len(wrong) > SHOWN else ""
@@ -221,9 +221,9 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
     _refuse_misspelt(item)
     values = {k: v for k, v in item.items() if v is not None}
     name = _video(values)
-    caption = values.get("caption")
+    caption = values.get("caption", "")
     if not isinstance(caption, str):
-        _refuse("caption", caption, "the prompt as text" + (" (required)" if caption is None else ""))
+        _refuse("caption", caption, "the prompt as text")
     _encodable("caption", caption)
     task = values.get("task", "t2v")
     if task not in TASKS:
@@ -240,7 +240,7 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
     return Row(
         id=_id(values, name),
         video=video,
-        caption=caption,
+        caption=caption if caption.strip() else "",
         task=task,
         cond_image=cond_image,
         start=start or 0.0,
@@ -347,13 +347,24 @@ def _id(values: dict[str, Any], name: Any) -> str:
     return _text(given)
 
 
-def _unique(row: Row, taken: dict[str, Row]) -> Row:
-    """Number rows with identical content; two rows with the same explicit id are an error."""
-    if row.id not in taken:
+class _Taken:
+    """The ids of the rows so far."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.numbers: dict[str, int] = {}  # the last number given to a row of the same content
+
+    def add(self, row: Row) -> Row:
+        """Number rows with identical content; two rows with the same explicit id are an error."""
+        if row.id in self.rows:
+            if not row.id.startswith(f"{row.video.name[:40]}-"):
+                raise _RowError(f"key 'id': {row.id!r} is taken by {self.rows[row.id].where()}; ids must differ.")
+            first = self.numbers.get(row.id, 1) + 1
+            number = next(n for n in itertools.count(first) if f"{row.id}-{n}" not in self.rows)
+            self.numbers[row.id] = number
+            row = replace(row, id=f"{row.id}-{number}")
+        self.rows[row.id] = row
         return row
-    if row.id.startswith(f"{row.video.name[:40]}-"):
-        return replace(row, id=next(i for n in range(2, 10**9) if (i := f"{row.id}-{n}") not in taken))
-    raise _RowError(f"key 'id': {row.id!r} is taken by {taken[row.id].where()}; ids must differ.")
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:

@@ -16,9 +16,10 @@ from titans_video.console import Progress
 from titans_video.data.batches import to_floats
 from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
 from titans_video.data.dataset import VideoDataset, with_digests
+from titans_video.data.left_out import Quarantined, format_reasons
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader, Sample
 from titans_video.data.sampler import uses_cond_image
-from titans_video.data.scan import Failed, Job, Quarantined, format_reasons, run_cached_jobs
+from titans_video.data.scan import Failed, Job, run_cached_jobs
 from titans_video.errors import DataError, UserError
 from titans_video.media.motion import motion_bucket
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition

@@ -20,8 +20,9 @@ from titans_video.console import Progress
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
 from titans_video.data.dataset import VideoDataset, open_scan
+from titans_video.data.left_out import Quarantined, missing_files
 from titans_video.data.reader import ClipRecord
-from titans_video.data.scan import Quarantined, usable_cores
+from titans_video.data.scan import usable_cores
 from titans_video.errors import ConfigError
 from titans_video.files import make_folder, write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
@@ -97,7 +98,7 @@ def check(
         html=html,
         quarantine=quarantine,
         plan=plan,
-        text=data.summary(),
+        text="\n".join([data.summary(), *missing_files(scan.quarantined, options)]),
     )
 
 
@@ -162,11 +163,12 @@ def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, 
     Args:
         plans: by row id, of every usable row.
     """
+    remarks = [*data.remarks(), *missing_files(data.quarantined, data.options)]
     strips = _strips(data.records[:MAX_STRIPS], plans, progress)
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
-        f'<div class="summary">{escape(chr(10).join(data.remarks()))}</div>',
+        f'<div class="summary">{escape(chr(10).join(remarks))}</div>',
         '<div class="plots">',
         _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
         _scatter(data, plans),
@@ -213,7 +215,7 @@ def _bucket_counts(data: VideoDataset) -> dict[str, int]:
 
 
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
-    top, row, left, width = max(counts.values(), default=1), 24, 130, 340
+    top, row, left, width = max([1, *counts.values()]), 24, 130, 340
     bars = []
     for i, (name, n) in enumerate(sorted(counts.items(), key=lambda x: -x[1])):
         y, length = i * row, max(n / top * (width - 60), 1)

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -24,11 +23,11 @@ from typing import Any
 from titans_video.config.options import DataOptions
 from titans_video.console import Progress
 from titans_video.data.buckets import BucketTable, parse_buckets
-from titans_video.data.clip_plan import REASONS, Rejected, pack, plan_row, unpack
+from titans_video.data.clip_plan import Rejected, pack, plan_row, unpack
+from titans_video.data.left_out import Quarantined
 from titans_video.data.manifest import Row
 from titans_video.data.reader import ClipRecord
 from titans_video.data.sampler import TaskMix, uses_cond_image
-from titans_video.errors import DataError
 from titans_video.files import write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.probe import probe
@@ -197,16 +196,6 @@ JobResult = bytes | str | Failed
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    """A row that is left out, and why; `row_number` is its number among all rows of the manifests."""
-
-    row: Row
-    reason: str
-    detail: str
-    row_number: int = 0
-
-
-@dataclass(frozen=True)
 class Scan:
     """The result for every row: `records` and `quarantined` together are the manifest."""
 
@@ -238,8 +227,9 @@ def scan_rows(
     """
     has_size = options.buckets is not None or options.height is not None or options.width is not None
     table = make_table(options, spec, patch_size, None) if has_size else None
-    jobs: list[Job] = [("probe", row.video) for row in rows]
-    jobs += [("image", row.cond_image) for row in rows if row.cond_image is not None and uses_cond_image(row, mix)]
+    wanted = [row for row in rows if _has_caption(row, options)]
+    jobs: list[Job] = [("probe", row.video) for row in wanted]
+    jobs += [("image", row.cond_image) for row in wanted if row.cond_image is not None and uses_cond_image(row, mix)]
     found = run_cached_jobs(jobs, workers=workers, progress=progress, seconds=seconds)
     if table is None:
         table = make_table(options, spec, patch_size, _first_size(rows, found))
@@ -254,6 +244,10 @@ def scan_rows(
     return Scan(records, quarantined, table)
 
 
+def _has_caption(row: Row, options: DataOptions) -> bool:
+    return bool(row.caption) or options.empty_captions == "keep"
+
+
 def make_table(
     options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, int], first_size: tuple[int, int] | None
 ) -> BucketTable:
@@ -262,7 +256,7 @@ def make_table(
 
 def _first_size(rows: Sequence[Row], found: dict[Job, JobResult]) -> tuple[int, int] | None:
     for row in rows:
-        packed = found["probe", row.video]
+        packed = found.get(("probe", row.video))
         if isinstance(packed, bytes):
             info = unpack(packed)
             return info.height, info.width
@@ -272,6 +266,8 @@ def _first_size(rows: Sequence[Row], found: dict[Job, JobResult]) -> tuple[int, 
 def _scan_row(
     row: Row, options: DataOptions, table: BucketTable, found: dict[Job, JobResult]
 ) -> ClipRecord | Quarantined:
+    if not _has_caption(row, options):
+        return Quarantined(row, "no-caption", "the caption is missing or blank.")
     packed = found["probe", row.video]
     if not isinstance(packed, bytes):
         failed = packed if isinstance(packed, Failed) else Failed("damaged", packed)
@@ -380,34 +376,3 @@ def _stamp(path: Path) -> list[int] | None:
     except (OSError, ValueError):
         return None
     return [found.st_size, found.st_mtime_ns]
-
-
-def refuse_bad(scan: Scan, options: DataOptions) -> None:
-    """Stop if nothing is usable, or if more than `--max-bad` of the rows is not.
-
-    Raises:
-        DataError: with the reasons and the first rows.
-    """
-    bad, total = len(scan.quarantined), len(scan.quarantined) + len(scan.records)
-    if scan.records and bad <= options.max_bad * total:
-        return
-    what = (
-        f"None of {total} rows is usable."
-        if not scan.records
-        else f"{bad} of {total} rows are unusable, more than --max-bad {options.max_bad:g} allows."
-    )
-    raise DataError(f"{what} {format_reasons(scan.quarantined)}\n" + "\n".join(_examples(scan.quarantined)))
-
-
-def format_reasons(quarantined: Sequence[Quarantined]) -> str:
-    """Return the counts with explanations: `3 too-short (fewer frames than ...), 1 missing (...)`."""
-    counts = Counter(q.reason for q in quarantined).most_common()
-    return ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in counts)
-
-
-def _examples(quarantined: Sequence[Quarantined]) -> list[str]:
-    """Return the first row of each reason."""
-    first: dict[str, Quarantined] = {}
-    for q in quarantined:
-        first.setdefault(q.reason, q)
-    return [f"  {q.row.where()}: {q.row.video} ({q.reason}): {q.detail}" for q in list(first.values())[:5]]

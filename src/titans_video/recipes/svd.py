@@ -206,6 +206,8 @@ def train_svd(options: SVDOptions) -> TrainResult:
     run = start_run(options.data, options.train)
     device = run.accelerator.device
     text = build_text(options.text, device, load=False, needed=False)
+    if not text.widths:
+        options = replace(options, data=replace(options.data, empty_captions="keep"))  # captions are not used
     codec = open_codec(
         options.codec,
         run.accelerator,

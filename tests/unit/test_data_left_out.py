@@ -1,0 +1,137 @@
+"""Rows that are left out: missing captions, copies of a row, and hints where files are missing."""
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from titans_video.cli.main import main
+from titans_video.config.options import DataOptions
+from titans_video.data.dataset import open_data
+from titans_video.data.manifest import read_manifest
+from titans_video.errors import DataError
+from titans_video.media.writing import write_video
+from titans_video.types import CodecSpec
+
+PIXELS = CodecSpec("pixels", 3, (1, 1, 1))
+
+
+def clip(path: Path, frames: int = 4, height: int = 16, width: int = 16) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, np.full((frames, height, width, 3), 90, np.uint8), 8.0)
+    return path
+
+
+def manifest(folder: Path, *rows: dict[str, Any], name: str = "m.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def check(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str, str]:
+    """The exit code, the output and the page of `data check`."""
+    out = path.parent / "report"
+    code = main(["data", "check", str(path), "--num-frames", "4", "--out", str(out), *flags])
+    said = capsys.readouterr()
+    return code, said.out + said.err, (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_check_without_a_usable_row_reports_and_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"video": f"clips/{i}.mp4", "caption": "a"} for i in range(3)]
+    for flags in ((), ("--buckets", "16x16,16x32"), ("--height", "16", "--width", "16")):
+        code, said, page = check(manifest(tmp_path, *rows), capsys, *flags)
+        assert code == 1
+        assert "0 of 3 rows usable" in said
+        for text in (said, page):
+            assert f"Relative paths start at {tmp_path} (the folder of the manifest" in text
+            assert f"The first path that does not exist is {tmp_path}/clips/0.mp4." in text
+    wrong = tmp_path / "elsewhere"
+    wrong.mkdir()
+    _, said, _ = check(tmp_path / "m.jsonl", capsys, "--data-root", str(wrong))
+    assert f"Relative paths start at {wrong} (--data-root)." in said
+
+
+@pytest.mark.parametrize(
+    ("there", "written", "hint"),
+    [
+        ("clips/a.mp4", "clips\\a.mp4", "contains backslashes; write the path with /"),
+        ("clips/a.mp4", "Clips/A.MP4", "clips/a.mp4 exists, and .* differs from it in upper and lower case"),
+        (unicodedata.normalize("NFC", "é.mp4"), unicodedata.normalize("NFD", "é.mp4"), "Unicode normalization"),
+        (unicodedata.normalize("NFD", "é.mp4"), unicodedata.normalize("NFC", "é.mp4"), "Unicode normalization"),
+        ("a.mp4", "file://a.mp4", "a scheme such as file://"),
+        ("a.mp4", "~/a.mp4", "~ is not replaced"),
+        ("a.mp4", " a.mp4", "a blank at the beginning or end"),
+        ("a.mp4", "a.mp4 ", "a blank at the beginning or end"),
+    ],
+)
+def test_hints_name_the_likely_mistake(there: str, written: str, hint: str, tmp_path: Path) -> None:
+    clip(tmp_path / there)
+    path = manifest(tmp_path, {"video": written, "caption": "a"})
+    with pytest.raises(DataError, match=hint):
+        open_data(DataOptions(manifest=(str(path),)), PIXELS, (1, 1, 1), seed=0)
+
+
+def test_nothing_is_guessed_about_a_file_that_is_nowhere(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"video": "nowhere.mp4", "caption": "a"})
+    with pytest.raises(DataError) as error:
+        open_data(DataOptions(manifest=(str(path),)), PIXELS, (1, 1, 1), seed=0)
+    assert "Hint" not in str(error.value)
+
+
+@pytest.mark.parametrize("blank", [{}, {"caption": None}, {"caption": ""}, {"caption": " \t\n\u3000"}])
+def test_a_row_without_a_caption_is_left_out_or_kept(
+    blank: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, {"video": "a.mp4", "caption": "a cat"}, {"video": "a.mp4", **blank})
+    code, said, _ = check(path, capsys)
+    assert code == 0
+    assert "1 of 2 rows usable" in said
+    assert "1 no-caption (the row has no caption; --empty-captions keep trains on it" in said
+    (line,) = (tmp_path / "report" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "no-caption"
+    data = open_data(DataOptions(manifest=(str(path),), empty_captions="keep"), PIXELS, (1, 1, 1), seed=0)
+    assert [row.caption for row in data.rows] == ["a cat", ""]
+
+
+def test_a_run_that_kept_blank_captions_resumes_only_with_the_flag(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, {"video": "a.mp4", "caption": "a cat"}, {"video": "a.mp4", "caption": ""})
+    kept, left_out = (
+        open_data(DataOptions(manifest=(str(path),), empty_captions=choice), PIXELS, (1, 1, 1), seed=0).fingerprint()
+        for choice in ("keep", "leave-out")
+    )
+    assert left_out == f"{kept}, 1 without a caption left out"
+
+
+def test_a_caption_of_another_type_is_an_error_of_its_line(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"video": "a.mp4", "caption": ["a", "b"]})
+    with pytest.raises(DataError, match="line 1: key 'caption'"):
+        read_manifest(DataOptions(manifest=(str(path),)))
+
+
+def test_many_copies_of_a_row_are_numbered_in_linear_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = manifest(tmp_path, *[{"video": "a.mp4", "caption": "a"}] * 3000, {"video": "b.mp4", "caption": "b"})
+    asked = 0
+    original = dict.__contains__
+
+    class Counting(dict):  # type: ignore[type-arg]
+        def __contains__(self, key: object) -> bool:
+            nonlocal asked
+            asked += 1
+            return original(self, key)
+
+    from titans_video.data import manifest as module
+
+    taken = module._Taken()
+    taken.rows = Counting()
+    monkeypatch.setattr(module, "_Taken", lambda: taken)
+    ids = [row.id for row in read_manifest(DataOptions(manifest=(str(path),)))]
+    assert len(set(ids)) == 3001
+    assert re.sub(r"-\d+$", "", ids[2999]) == ids[0]
+    assert ids[2999].endswith("-3000")
+    assert asked < 4 * 3001
