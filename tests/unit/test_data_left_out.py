@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from titans_video.cli.main import main
-from titans_video.config.options import DataOptions
+from titans_video.config.options import DataOptions, ValidationOptions
 from titans_video.data.dataset import open_data
 from titans_video.data.manifest import read_manifest
 from titans_video.errors import DataError
 from titans_video.media.writing import write_video
+from titans_video.recipes.setup import validation_prompts
 from titans_video.types import CodecSpec
 
 PIXELS = CodecSpec("pixels", 3, (1, 1, 1))
@@ -135,3 +136,65 @@ def test_many_copies_of_a_row_are_numbered_in_linear_time(tmp_path: Path, monkey
     assert re.sub(r"-\d+$", "", ids[2999]) == ids[0]
     assert ids[2999].endswith("-3000")
     assert asked < 4 * 3001
+
+
+def opened(path: Path, *more: Path, **flags: Any) -> Any:
+    options = DataOptions(manifest=(str(path), *map(str, more)), **{"num_frames": 4, **flags})
+    return open_data(options, PIXELS, (1, 1, 1), seed=0)
+
+
+def test_copies_are_reported(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, *[{"video": "a.mp4", "caption": "a"}] * 3, {"video": "a.mp4", "caption": "other"})
+    (said,) = opened(path).remarks()
+    assert said == (
+        f"2 rows repeat an earlier row and are trained on as often: {path}, line 2 repeats {path}, line 1, and 1 more."
+    )
+
+
+def test_the_shares_of_weighted_manifests_are_printed(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4")
+    one = manifest(tmp_path, {"video": "a.mp4", "caption": "a"}, name="one.jsonl")
+    two = manifest(tmp_path, {"video": "a.mp4", "caption": "b"}, {"video": "a.mp4", "caption": "c", "weight": 2})
+    data = open_data(DataOptions(manifest=(f"{one}:6", str(two)), num_frames=4), PIXELS, (1, 1, 1), seed=0)
+    assert data.remarks()[-1] == f"Shares of the manifests: {one} 66.7% (1 rows), {two} 33.3% (2 rows)."
+    assert not any("Shares" in line for line in opened(two).remarks())
+
+
+def test_a_length_that_few_clips_have_is_warned_of(tmp_path: Path) -> None:
+    rows = [{"video": clip(tmp_path / f"{n}.mp4", n).name, "caption": str(n)} for n in range(3, 9)]
+    path = manifest(tmp_path, *rows)
+    said = "\n".join(opened(path, num_frames=500).remarks())
+    assert "--num-frames 500 is more than 6 of 6 clips have" in said
+    assert "6 lengths" in said
+    assert "at least 3 frames; lower --num-frames" in said
+    assert "--num-frames" not in "\n".join(opened(path, num_frames=3).remarks())
+
+
+def test_the_share_that_cropping_keeps_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip(tmp_path / "wide.mp4", height=32, width=64)
+    clip(tmp_path / "tall.mp4", height=64, width=32)
+    path = manifest(tmp_path, *[{"video": f"{name}.mp4", "caption": name} for name in ("wide", "tall")])
+    _, said, page = check(path, capsys, "--resolution", "16")
+    # A clip of 1:2 in a bucket of 2:1 keeps the quarter of its height that has the bucket's shape.
+    assert "1 clips lose more than 20% of their picture" in said
+    assert "tall.mp4 keeps 25% of it in 16x32x4" in said
+    assert "e.g. --buckets 16x32,32x16" in said
+    assert "25% of the picture kept" in page
+    _, said, page = check(path, capsys, "--buckets", "16x32,32x16")
+    assert "lose" not in said
+    assert "kept" not in page
+
+
+def test_the_main_bucket_is_that_of_most_rows(tmp_path: Path) -> None:
+    for i in range(5):
+        clip(tmp_path / f"{i}.mp4", height=32, width=48 if i < 3 else 16)
+    rows = [{"video": f"{i}.mp4", "caption": str(i)} for i in range(5)]
+    data = opened(manifest(tmp_path, *rows), buckets="16x24,24x16")
+    assert [str(b) for b in data.buckets] == ["24x16x4", "16x24x4"]  # equal areas
+    assert str(data.main_bucket) == "16x24x4"
+    heavy = [{**row, "weight": 5} if row["video"] == "4.mp4" else row for row in rows]
+    assert str(opened(manifest(tmp_path, *heavy), buckets="16x24,24x16").main_bucket) == "24x16x4"
+    prompts = {p.text: p.size for p in validation_prompts(ValidationOptions(validate_every=1), data)}
+    assert prompts == {text: ((16, 24) if int(text) < 3 else (24, 16)) for text in prompts}
+    assert len(prompts) == 4

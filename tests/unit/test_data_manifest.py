@@ -79,7 +79,7 @@ def test_manifest_weights_multiply_and_data_root_holds(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ('{"caption":"x"}', ["line 1", "'video'", "missing"]),
-        ('{"video":"a.mp4"}', ["'caption'", "required"]),
+        ('{"video":"a.mp4","caption":5}', ["'caption'", "5", "the prompt as text"]),
         ('{"video":"a.mp4","captoin":"x"}', ["'captoin'", "did you mean 'caption'"]),
         ('{"video":"a.mp4","caption":"x","task":"v2t"}', ["'task'", '"v2t"', "t2v, i2v, v2v"]),
         ('{"video":"a.mp4","caption":"x","start":-1}', ["'start'", "-1", "at least 0"]),

@@ -36,7 +36,7 @@ def test_every_row_ends_in_a_bucket_or_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "set" / "1.mp4").write_text("<html>404</html>")
     (tmp_path / "set" / "2.mp4").unlink()
     write_clip(tmp_path / "set" / "3.mp4", 3, frames=3)
-    more = {"video": "0.mp4", "caption": "", "task": "i2v", "cond_image": "no.png"}
+    more = {"video": "0.mp4", "caption": "a", "task": "i2v", "cond_image": "no.png"}
     manifest.write_text(manifest.read_text() + json.dumps(more) + "\n")
     given = options(manifest, buckets="16x16x6,32x32x6,16x32x6")
     report = check(given, PLAIN, PATCH, tmp_path / "out", workers=2, progress=False)

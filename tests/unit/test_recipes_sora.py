@@ -48,6 +48,7 @@ class FakeData:
     rows = (Row("a red circle moving right"), Row("a blue square moving up"))
     tasks = ("i2v", "t2v")
     buckets = (Bucket(FRAMES, SIDE, SIDE),)
+    main_bucket = buckets[0]
     fps = 8.0
 
     def sample_pixels(self, n: int) -> Tensor:

@@ -29,7 +29,7 @@ from titans_video.training.optim import Ema
 from titans_video.training.run_folder import VALIDATION_LOG
 from titans_video.training.tracking import Tracker
 from titans_video.training.trainer import Trainer, TrainResult
-from titans_video.training.validation import Monitoring, Validator
+from titans_video.training.validation import Monitoring, SamplePrompt, Validator
 from titans_video.types import Batch
 
 ROWS = (
@@ -58,7 +58,7 @@ def validator(run: TrainOptions, recipe: ToyRecipe, accelerator: Any, every: int
         Path(run.output_dir),
         ValidationOptions(validate_every=every, validation_times=3),
         run.max_steps,
-        ["a red circle", "ein Kreis"],
+        [SamplePrompt("a red circle"), SamplePrompt("ein Kreis", (16, 16))],
         rows,
         Tracker(accelerator),
     )
@@ -329,7 +329,8 @@ def _work(rank: int, world: int) -> Any:
 
     with torch.no_grad():
         cells = loss_table.measure(recipe, network, any_rows, 3, accelerator, going_on)
-        made = validation.generate_samples(recipe, network, 5, ["one", "two", "three"], accelerator, going_on)
+        prompts = [SamplePrompt(text) for text in ("one", "two", "three")]
+        made = validation.generate_samples(recipe, network, 5, prompts, accelerator, going_on)
     assert cells is not None
     assert made is not None
     return loss_table.as_line(cells, 3), [(m.number, m.file) for m in made], network.calls, len(asked)

@@ -16,7 +16,7 @@ from titans_video.generation.long_video import Sampled
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import resume as resume_module
 from titans_video.training.checkpointing import Resume
-from titans_video.training.recipe import AdapterFiles, VideoSampler
+from titans_video.training.recipe import AdapterFiles, Size, VideoSampler
 from titans_video.types import Batch
 
 logger = logging.getLogger("titans_video.tests")
@@ -79,7 +79,7 @@ class ToyRecipe:
     def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
         """Videos whose grey is what the network says of the seed."""
 
-        def sample(prompt: str, seed: int) -> Sampled:
+        def sample(prompt: str, seed: int, size: Size | None = None) -> Sampled:
             torch.randn(5)
             grey = network(seeded_randn((WIDTH,), [seed])).mean().tanh()
             video = torch.stack([grey * k / 4 for k in range(4)])[None, :, None, None].expand(3, 4, 16, 16)

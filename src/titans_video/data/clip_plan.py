@@ -102,6 +102,12 @@ class RowPlan:
     source: tuple[int, int]
     available: int
 
+    @property
+    def kept(self) -> float:
+        """The share of the picture that the crop keeps."""
+        ratio = (self.source[0] * self.bucket.width) / (self.source[1] * self.bucket.height)
+        return min(ratio, 1 / ratio)
+
 
 @dataclass(frozen=True)
 class Rejected:

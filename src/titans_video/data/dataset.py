@@ -26,6 +26,11 @@ from titans_video.errors import ConfigError, DataError
 from titans_video.seeding import derive_seed
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
 
+CROPPED = 0.8
+"""Clips that keep less than this share of their picture are warned of."""
+MANY_LENGTHS = 3
+"""Warn if this many lengths of clips have fewer than this many clips each."""
+
 
 @dataclass
 class VideoDataset:
@@ -68,6 +73,14 @@ class VideoDataset:
         """The buckets with at least one row, the largest first."""
         used = {e.bucket for e in self.records}
         return sorted(used, key=lambda b: (b.frames * b.height * b.width, b), reverse=True)
+
+    @property
+    def main_bucket(self) -> Bucket:
+        """The bucket with the most rows, by their weights; of several the largest."""
+        weights: dict[Bucket, float] = {}
+        for e in self.records:
+            weights[e.bucket] = weights.get(e.bucket, 0.0) + e.row.weight
+        return max(self.buckets, key=lambda b: weights[b])  # the first of equals, and the largest is first
 
     @property
     def fps(self) -> float:
@@ -217,7 +230,62 @@ class VideoDataset:
                 f"{len(enlarged)} clips are smaller than their bucket and enlarged, {max(enlarged):.2f} times at most "
                 "(--max-upscale refuses them)."
             )
-        return lines
+        return [*lines, *self._cropped(), *self._short(), *self._copies(), *self._shares()]
+
+    def _cropped(self) -> list[str]:
+        """Warn of clips that lose much of their picture."""
+        cropped = [e for e in self.records if e.kept < CROPPED]
+        if not cropped:
+            return []
+        worst = min(cropped, key=lambda e: e.kept)
+        other = f"{worst.bucket.width}x{worst.bucket.height}"
+        return [
+            f"Warning: {len(cropped)} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "
+            f"{worst.row.video.name} keeps {worst.kept:.0%} of it in {worst.bucket}. Give sizes of their shapes with "
+            f"--buckets, e.g. --buckets {worst.bucket.height}x{worst.bucket.width},{other}."
+        ]
+
+    def _short(self) -> list[str]:
+        """Warn if clips below --num-frames end in almost as many buckets as there are clips."""
+        short = [e for e in self.records if e.bucket.shorter and e.bucket.frames < self.options.num_frames]
+        lengths = {e.bucket.frames for e in short}
+        if len(lengths) < MANY_LENGTHS or len(short) >= MANY_LENGTHS * len(lengths):
+            return []
+        frames = sorted(e.bucket.frames for e in self.records)
+        return [
+            f"Warning: --num-frames {self.options.num_frames} is more than {len(short)} of {len(frames)} clips have. "
+            f"They have {len(lengths)} lengths, and only clips of one length share a batch. Most clips have at least "
+            f"{frames[len(frames) // 10]} frames; lower --num-frames to that or less."
+        ]
+
+    def _copies(self) -> list[str]:
+        """Tell of rows with the content of an earlier row."""
+        first: dict[tuple[object, ...], Row] = {}
+        copies = []
+        for r in self.rows:
+            content = (r.video, r.caption, r.task, r.cond_image, r.start, r.end, r.fps, r.cond_frames)
+            if first.setdefault(content, r) is not r:
+                copies.append((r, first[content]))
+        if not copies:
+            return []
+        copy, original = copies[0]
+        more = f", and {len(copies) - 1} more" if len(copies) > 1 else ""
+        return [
+            f"{len(copies)} rows repeat an earlier row and are trained on as often: {copy.where()} repeats "
+            f"{original.where()}{more}."
+        ]
+
+    def _shares(self) -> list[str]:
+        """Return the share of the rows that an epoch draws from each manifest, if there are several."""
+        weights: dict[str, float] = {}
+        for r in self.rows:
+            weights[r.source[0]] = weights.get(r.source[0], 0.0) + r.weight
+        if len(weights) < 2:
+            return []
+        total = sum(weights.values())
+        counts = Counter(r.source[0] for r in self.rows)
+        parts = (f"{name} {weight / total:.1%} ({counts[name]} rows)" for name, weight in weights.items())
+        return [f"Shares of the manifests: {', '.join(parts)}."]
 
 
 def divide(rows: Mapping[str, int], most: Mapping[str, int], world: int) -> tuple[int, dict[str, int]]:

@@ -43,6 +43,7 @@ class ClipRecord:
         bucket: its bucket.
         upscale: the enlargement factor for it.
         fps: frames per second as read.
+        kept: the share of the picture that the crop keeps.
         packed: the packed result of `media.probe`; empty for a row that became unreadable and only keeps its position.
         row_number: number of the row among all rows of the manifests.
         digest: of the file's content, if a cache needs it.
@@ -57,6 +58,7 @@ class ClipRecord:
     fps: float
     packed: bytes
     row_number: int = 0
+    kept: float = 1.0
     digest: str | None = None
     image_digest: str | None = None
     reading: str = ""

@@ -315,10 +315,11 @@ def _rows(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: M
         plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
         image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
         notes = "".join(f"<br>{escape(note)}" for note in info.notes)
+        cropped = f", {plan.kept:.0%} of the picture kept" if plan.kept < 0.995 else ""
         enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
         parts.append(
             f'<tr><td>{image}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
-            f'<td class="small plan">{e.row.task} to {plan.bucket}{enlarged}<br>{info.frames} frames of '
+            f'<td class="small plan">{e.row.task} to {plan.bucket}{cropped}{enlarged}<br>{info.frames} frames of '
             f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
             f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"
             f"<td>{escape(e.row.caption)}</tr>"

@@ -280,9 +280,8 @@ def _scan_row(
     if isinstance(plan, Rejected):
         return Quarantined(row, plan.reason, plan.detail)
     image_reading = image if isinstance(image, str) else ""
-    return ClipRecord(
-        row, plan.bucket, plan.upscale, plan.fps, packed, reading=info.reading, image_reading=image_reading
-    )
+    readings = {"reading": info.reading, "image_reading": image_reading}
+    return ClipRecord(row, plan.bucket, plan.upscale, plan.fps, packed, kept=plan.kept, **readings)
 
 
 def run_cached_jobs(

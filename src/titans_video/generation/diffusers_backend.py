@@ -177,13 +177,17 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
     return windows, notes
 
 
-def sampled(model: PretrainedModel, prompt: str, seed: int, image: Tensor | None) -> Sampled:
+def sampled(
+    model: PretrainedModel, prompt: str, seed: int, size: tuple[int, int] | None, image: Tensor | None
+) -> Sampled:
     """Generate the video of a prompt without writing a file.
 
     Args:
+        size: height and width; None: those of the model.
         image: (1, 3, 1, H, W) in [-1, 1], for an image-to-video model.
     """
-    options = GenerateOptions(prompt=prompt, seed=seed)
+    height, width = size or (None, None)
+    options = GenerateOptions(prompt=prompt, seed=seed, height=height, width=width)
     request, fps = build_request(options, model)
     if image is not None:
         request = replace(request, cond_pixels=image)

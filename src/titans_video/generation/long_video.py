@@ -290,13 +290,21 @@ class Sampled:
     about: dict[str, Any]
 
 
-def sample(model: VideoModel, prompt: str, seed: int, cond_pixels: Tensor | None = None) -> Sampled:
+def sample(
+    model: VideoModel,
+    prompt: str,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    cond_pixels: Tensor | None = None,
+) -> Sampled:
     """Generate the video of `titans-video generate --prompt PROMPT --seed SEED` without writing a file.
 
     Args:
+        size: height and width; None: those of the checkpoint.
         cond_pixels: (1, 3, k, H, W), the frames that it continues from.
     """
-    request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed), model)
+    height, width = size or (None, None)
+    request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed, height=height, width=width), model)
     request = replace(request, cond_pixels=cond_pixels)
     video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))

@@ -18,6 +18,7 @@ from titans_video.data.reader import BadRowError
 from titans_video.diffusion.base import NoisySample, Prepared
 from titans_video.errors import ConfigError, DataError
 from titans_video.generation.diffusers_backend import PretrainedModel, sampled
+from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import ModelSpec, open_model_spec
@@ -36,7 +37,7 @@ from titans_video.recipes.setup import (
 from titans_video.seeding import derive_seed
 from titans_video.training.distributed import AUTOCAST, Accelerator, all_gather_object
 from titans_video.training.flops import count_flops
-from titans_video.training.recipe import VideoSampler
+from titans_video.training.recipe import Size, VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import PRECISIONS, Batch
@@ -280,29 +281,37 @@ def lora_sampler(
             pipeline=pipeline,
             dtype=dtype,
         )
-        return lambda prompt, seed: sampled(model, prompt, seed, first_frame(parts.data, spec, prompt))
+
+        def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
+            return sampled(model, prompt, seed, size, first_frame(parts.data, spec, prompt, size))
+
+        return make
 
     return open_sampler
 
 
-def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str) -> Tensor | None:
-    """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row, in the size of the videos.
+def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
+    """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row.
 
     None for a text-to-video model.
+
+    Args:
+        size: height and width; None: those of the main bucket.
 
     Raises:
         DataError: no clip can be read.
     """
     if not spec.image_to_video:
         return None
-    largest, reader = data.buckets[0], data.reader()
+    height, width = size or (data.main_bucket.height, data.main_bucket.width)
+    reader = data.reader()
     for entry in sorted(data.records, key=lambda e: (e.row.caption != prompt, derive_seed(0, "picture", e.row.id))):
         example = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
         try:
             frame = reader.cond_image(example) if example.own_image else reader.clip(example)[0]
         except BadRowError:
             continue  # training reads it too, and records it
-        return to_tensor(cover_crop(frame[None], largest.height, largest.width))[None]
+        return to_tensor(cover_crop(frame[None], height, width))[None]
     raise DataError("No clip can be read any more, and a validation video needs a first frame.")
 
 

@@ -15,7 +15,7 @@ from titans_video.codecs.base import Codec, build_codec, codec_from_checkpoint, 
 from titans_video.codecs.external import source_digest
 from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import Overrides
-from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, ValidationOptions
+from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
 from titans_video.config.parse import read_prompts
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
@@ -37,7 +37,7 @@ from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
 from titans_video.training.tracking import open_tracker
 from titans_video.training.trainer import Trainer, TrainResult
-from titans_video.training.validation import Monitoring, Validator
+from titans_video.training.validation import Monitoring, SamplePrompt, Validator
 from titans_video.types import CodecSpec
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def encode_cache(
     """Encode what the cache lacks, including validation prompts, divided among the processes."""
     assert options.data.cache is not None  # callers check
     encoders = Encoders(codec_key(codec, codec_options), lambda: codec, text_keys(text), text, image_condition)
-    prompts = validation_prompts(options.validation, data)
+    prompts = [prompt.text for prompt in validation_prompts(options.validation, data)]
     filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
     logger.info(filled.summary())
     return filled
@@ -238,16 +238,23 @@ def sample_prompt(data: VideoDataset) -> str | None:
     return next((row.caption for row in data.rows if row.caption), None)
 
 
-def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[str]:
-    """Return the prompts of validation videos: those of the options, or a few captions chosen by the rows' ids."""
+def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[SamplePrompt]:
+    """Return the prompts of validation videos: those of the options, or a few captions chosen by the rows' ids.
+
+    A caption's video has the size of its row.
+    """
     if not options.validate_every:
         return []
     if options.validation_prompts is not None:
-        return list(read_prompts(options.validation_prompts, "--validation-prompts"))
+        return [SamplePrompt(text) for text in read_prompts(options.validation_prompts, "--validation-prompts")]
     if options.validation_prompt:
-        return list(options.validation_prompt)
-    rows = sorted(data.rows, key=lambda row: derive_seed(0, "prompt", row.id))
-    return list(dict.fromkeys(row.caption for row in rows if row.caption))[:DEFAULT_PROMPTS] or [""]
+        return [SamplePrompt(text) for text in options.validation_prompt]
+    chosen: dict[str, SamplePrompt] = {}
+    for record in sorted(data.records, key=lambda e: derive_seed(0, "prompt", e.row.id)):
+        size = (record.bucket.height, record.bucket.width)
+        if record.row.caption:
+            chosen.setdefault(record.row.caption, SamplePrompt(record.row.caption, size))
+    return list(chosen.values())[:DEFAULT_PROMPTS] or [SamplePrompt("")]
 
 
 def checkpoint_config(
@@ -265,7 +272,7 @@ def checkpoint_config(
         defaults: from `generation_defaults`.
         tasks: that are trained; None: those of the data.
     """
-    bucket = parts.data.buckets[0]  # the largest
+    bucket = parts.data.main_bucket
     # Only the built-in encoder knows no other words than those of the captions.
     words = vocabulary(row.caption for row in parts.data.rows) if parts.text.widths == [0] else None
     return {
@@ -304,11 +311,12 @@ def generation_defaults(options: GenerationDefaults, prompt: str | None) -> dict
 def frame_count_notes(options: DataOptions, patch_t: int, parts: RunParts) -> list[str]:
     """Return a line for the log if clips have another length than `--num-frames`."""
     asked, spec = options.num_frames, parts.codec.spec
+    longest = max(bucket.frames for bucket in parts.data.buckets)
     if options.buckets is not None or spec.is_legal(asked, patch_t):
         return []
     return [
         f"--num-frames {asked} is not legal for the codec {spec.name} with a temporal patch of {patch_t}; "
-        f"{parts.data.buckets[0].frames} is used; the next legal count is {spec.frames_at_least(asked, patch_t)}."
+        f"{longest} is used; the next legal count is {spec.frames_at_least(asked, patch_t)}."
     ]
 
 
@@ -346,12 +354,22 @@ def train_recipe(
     run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         logger.info(f"Rows that are left out, with reasons: {left_out}")
-    logger.info("\n".join(notes))
+    logger.info("\n".join([*notes, *_warm_up_note(train)]))
     monitoring = open_monitoring(options, run, recipe, parts)
     stream = data.stream(grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir)
     result = Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
     finish(accelerator)
     return result
+
+
+def _warm_up_note(train: TrainOptions) -> list[str]:
+    """Return a warning if the warm-up never ends."""
+    if train.lr_warmup_steps < train.max_steps:
+        return []
+    return [
+        f"Warning: --lr-warmup-steps {train.lr_warmup_steps} is not below --max-steps {train.max_steps}, so the "
+        "learning rate never reaches --lr."
+    ]
 
 
 def open_monitoring(
@@ -380,7 +398,7 @@ def open_monitoring(
     return Monitoring(tracker, validator)
 
 
-def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Sequence[str]) -> str:
+def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Sequence[SamplePrompt]) -> str:
     videos = f"{len(prompts)} video{'s' * (len(prompts) != 1)}"
     held_out = parts.held_out
     if held_out is None:

@@ -27,7 +27,7 @@ from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import EDM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.image_conditioning import NOISE, make_image_condition
-from titans_video.generation.long_video import sample
+from titans_video.generation.long_video import Sampled, sample
 from titans_video.generation.model import VideoModel
 from titans_video.hub import load_pretrained
 from titans_video.media.colour import cover_crop, to_tensor, to_uint8
@@ -49,7 +49,7 @@ from titans_video.recipes.setup import (
 from titans_video.recipes.sora import init_network, network_flops, train_sora
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder, build_text
-from titans_video.training.recipe import VideoSampler
+from titans_video.training.recipe import Size, VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition, ImageCondition, TextCondition
@@ -314,20 +314,20 @@ def image_sampler(
     parts: RunParts, process: EDM, config: dict[str, object], image: ImageEncoder
 ) -> Callable[[nn.Module, int], VideoSampler]:
     """Return a function that opens the network for validation videos; without text they start from a clip's image."""
-    first_frame = None if parts.text.widths else _first_frame(parts.data)
+    frame = None if parts.text.widths else parts.data.sample_pixels(1)[0, :, :1]
+    usual = (parts.data.main_bucket.height, parts.data.main_bucket.width)
 
     def open_sampler(network: nn.Module, step: int) -> VideoSampler:
         encoder = prompt_encoder(parts.text, parts.cache)
         model = VideoModel(network, parts.codec, encoder, process, config, step, image=image)
-        return partial(sample, model, cond_pixels=first_frame)
+
+        def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
+            image = None if frame is None else to_tensor(cover_crop(to_uint8(frame), *(size or usual)))[None]
+            return sample(model, prompt, seed, size, image)
+
+        return make
 
     return open_sampler
-
-
-def _first_frame(data: VideoDataset) -> Tensor:
-    """Return (1, 3, 1, H, W): the first frame of a clip of the fullest bucket, in the size of the largest bucket."""
-    largest, frame = data.buckets[0], data.sample_pixels(1)[0, :, :1]
-    return to_tensor(cover_crop(to_uint8(frame), largest.height, largest.width))[None]
 
 
 def refuse_tasks(data: VideoDataset, text: TextEncoder) -> None:

@@ -3,7 +3,7 @@
 Legend: B rows of a micro-batch, Q quantiles of the training times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,14 @@ from titans_video.checkpoint import Checkpoint
 from titans_video.generation.long_video import Sampled
 from titans_video.types import Batch
 
-VideoSampler = Callable[[str, int], Sampled]
-"""Make the video of a prompt, from the noise of a seed."""
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+class VideoSampler(Protocol):
+    """Make the video of a prompt, from the noise of a seed; without a size in that of the checkpoint."""
+
+    def __call__(self, prompt: str, seed: int, size: Size | None = None) -> Sampled: ...
 
 
 class AdapterFiles(Protocol):

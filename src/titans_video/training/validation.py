@@ -32,7 +32,7 @@ from titans_video.media.writing import write_video
 from titans_video.training import distributed, loss_table
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import Ema
-from titans_video.training.recipe import Recipe
+from titans_video.training.recipe import Recipe, Size
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, VALIDATION_LOG, samples_folder, video_name
 from titans_video.training.tracking import Tracker
 
@@ -40,6 +40,14 @@ logger = logging.getLogger(__name__)
 
 SHEET_FRAMES = 8
 """Frames of a video in the contact sheet."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """The prompt of a validation video, and the size of the video; None for the checkpoint's."""
+
+    text: str
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def generate_samples(
     recipe: Recipe,
     network: nn.Module,
     step: int,
-    prompts: Sequence[str],
+    prompts: Sequence[SamplePrompt],
     accelerator: Accelerator,
     on_video: Callable[[], bool],
 ) -> list[SampleVideo] | None:
@@ -77,7 +85,8 @@ def generate_samples(
                 return None
             number = start + accelerator.process_index
             counts = number < len(prompts)
-            sampled = sampler(prompts[number if counts else start], number if counts else start)
+            seed = number if counts else start
+            sampled = sampler(prompts[seed].text, seed, prompts[seed].size)
             if counts:
                 videos.append(_encoded(number, sampled))
     gathered = distributed.all_gather_object(accelerator, videos)
@@ -127,7 +136,7 @@ class Validator:
     run: Path
     options: ValidationOptions
     last: int
-    prompts: Sequence[str]
+    prompts: Sequence[SamplePrompt]
     rows: HeldOut | None
     tracker: Tracker
 
@@ -194,16 +203,16 @@ class Validator:
         if "cells" in line:
             message[0] += ", held-out loss by quantile of the training times:"
             message.append(loss_table.format_table(line))
-        folder = None
+        folder, texts = None, [prompt.text for prompt in self.prompts]
         if videos:
-            folder = write_samples(self.run, step, self.prompts, videos)
+            folder = write_samples(self.run, step, texts, videos)
             line["samples"] = folder.relative_to(self.run).as_posix()
             message.append(f"  Videos: {folder / CONTACT_SHEET}")
         with MetricsLog(self.run / VALIDATION_LOG, step - 1) as log:
             log.write(line, 0.0)
             log.sync()
         logger.info("\n".join(message))
-        self.tracker.validation(step, line, folder, self.prompts)
+        self.tracker.validation(step, line, folder, texts)
 
     def _remove_after(self, step: int) -> int:
         """Remove the lines of later steps, and return the last step that is left, or 0; on the main process."""
