@@ -280,8 +280,10 @@ def _scan_row(
     if isinstance(plan, Rejected):
         return Quarantined(row, plan.reason, plan.detail)
     image_reading = image if isinstance(image, str) else ""
-    readings = {"reading": info.reading, "image_reading": image_reading}
-    return ClipRecord(row, plan.bucket, plan.upscale, plan.fps, packed, kept=plan.kept, **readings)
+    reading = info.reading
+    return ClipRecord(
+        row, plan.bucket, plan.upscale, plan.fps, packed, kept=plan.kept, reading=reading, image_reading=image_reading
+    )
 
 
 def run_cached_jobs(
