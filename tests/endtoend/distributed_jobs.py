@@ -103,6 +103,9 @@ class Stream:
             shape = SHAPES[place % len(SHAPES)] if self.mixed else SHAPES[0]
             yield make_batch(range(place * self.size, (place + 1) * self.size), shape)
 
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        pass
+
     def largest(self) -> Batch:
         return make_batch(range(self.size), SHAPES[1])
 

@@ -1,5 +1,7 @@
 """The stream of batches: the same rows, seeds and pixels however it is divided, resumed or read ahead."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from tests.unit.disks import full_disk
 from titans_video.config.options import DataOptions
 from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.dataset import VideoDataset, open_data
-from titans_video.data.loader import BatchStream
+from titans_video.data.loader import BatchReader, BatchStream
 from titans_video.errors import DataError
 from titans_video.types import Batch
 
@@ -252,6 +254,54 @@ def test_too_many_broken_rows_stop_the_run(tmp_path: Path) -> None:
             take(stream, 8)
         for path in tmp_path.glob("*.gone"):
             path.rename(path.with_suffix(".mp4"))
+
+
+@pytest.mark.parametrize("when", ["first", "later", "each"])
+def test_batches_do_not_change_when_workers_are_killed(
+    manifest: Path, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {"random_crop": True, "task_mix": "t2v=0.4,i2v=0.6", "batch_size": 2}
+    straight = take(opened(manifest, **given).stream(grad_accum=2), 10)
+    stream = opened(manifest, num_workers=2, **given).stream(grad_accum=2)
+    found = [] if when == "first" else take(stream, 1)
+    for _ in range(len(found), 10):
+        if when == "each" or not caplog.messages:
+            if stream._batches is None:
+                stream._batches = stream._start()
+            for worker in stream._batches.workers:
+                worker.process.kill()
+        found += take(stream, 1)
+    assert all(same(a, b) for a, b in zip(found, straight, strict=True))
+    assert "probably because the memory is full. Lower --num-workers (it is 2)" in caplog.messages[0]
+    assert stream.state_dict()["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, r"memory is full. Lower --num-workers \(it is 1\) or --ram-cache-mb"),
+        (signal.SIGBUS, r"/dev/shm.*--shm-size"),
+        (signal.SIGSEGV, r"signal 11. It read the rows row\d"),
+    ],
+)
+def test_a_worker_that_dies_again_and_again_ends_the_run(
+    manifest: Path, number: signal.Signals, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = opened(manifest, num_workers=1).stream()
+    take(stream, 3)
+    plain = BatchReader.__getitem__
+
+    def kills(self: BatchReader, n: int) -> Any:
+        if n >= 3:
+            signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+            os.kill(os.getpid(), number)
+        return plain(self, n)
+
+    monkeypatch.setattr(BatchReader, "__getitem__", kills)
+    stream._batches.workers[0].process.kill()  # its successors are forked with the change
+    with pytest.raises(DataError, match=words):
+        next(stream)
+    assert stream.state_dict()["step"] == 3
 
 
 def test_weighted_manifests(manifest: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from titans_video.data.report import check
 from titans_video.data.scan import Failed, run_jobs
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.reading import read_clip
+from titans_video.processes import STOP_SIGNALS
 from titans_video.types import CodecSpec
 
 
@@ -145,6 +147,32 @@ def test_files_that_hang_or_crash_cost_one_process(tmp_path: Path, monkeypatch: 
             assert result.reason == {"hang": "timeout", "crash": "crashed"}[name]
         else:
             assert result == name
+
+
+def test_a_job_whose_process_is_killed_once_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row must not be left out because the memory was full for a moment."""
+
+    def work(path: Path, seconds: float) -> str:
+        marker = tmp_path / path.name
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path.name
+
+    monkeypatch.setitem(scan._KINDS, "digest", work)
+    jobs = [("digest", Path(name)) for name in "abcd"]
+    assert sorted(run_jobs(jobs, 2, seconds=30.0)) == [(job, job[1].name) for job in jobs]
+
+
+def test_a_signal_to_all_processes_ends_no_worker_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(path: Path, seconds: float) -> str:
+        for number in STOP_SIGNALS:
+            signal.raise_signal(number)
+        return path.name
+
+    monkeypatch.setitem(scan._KINDS, "digest", work)
+    jobs = [("digest", Path(name)) for name in "abcd"]
+    assert sorted(run_jobs(jobs, 2, seconds=30.0)) == [(job, job[1].name) for job in jobs]
 
 
 def small(frame: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,9 @@ class Greedy(ToyRecipe):
 
 
 class TwoBuckets(ToyStream):
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        pass
+
     def largest(self) -> Batch:
         return replace(toy_batch(range(2)), height=480, width=832, frames=81)
 

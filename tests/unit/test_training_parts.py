@@ -232,17 +232,31 @@ def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch, 
         assert interrupt.signal == expected
 
 
-@pytest.mark.parametrize(("world", "ended"), [("1", [130]), ("2", [])])
-def test_a_second_ctrl_c_ends_at_once_but_a_launchers_echo_does_not(
-    world: str, ended: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("signals", "ended"),
+    [
+        ("INT INT", []),  # twice at once: a launcher's or timeout's second one
+        ("INT INT later INT", [130]),
+        ("TERM later TERM", [143]),
+        ("USR1 later TERM later INT later HUP", []),  # a scheduler that becomes impatient
+        ("USR1 later TERM later USR1", [138]),
+    ],
+)
+def test_only_the_same_signal_again_and_later_ends_at_once(
+    signals: str, ended: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []
+    now = [100.0]
     monkeypatch.setattr("titans_video.training.guards.os._exit", codes.append)
-    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr("titans_video.training.guards.time.monotonic", lambda: now[0])
     with Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        assert (interrupt.signal, codes) == (signal.SIGINT, [])
-        signal.raise_signal(signal.SIGINT)
+        assert interrupt.signal == 0
+        for word in signals.split():
+            if word == "later":
+                now[0] += 5.0
+            else:
+                signal.raise_signal(signal.Signals[f"SIG{word}"])
+        assert interrupt.signal == signal.Signals[f"SIG{signals.split()[0]}"]
     assert codes == ended
 
 

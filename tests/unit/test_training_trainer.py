@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on, toy_batch
+from tests.unit.training_fakes import Killed, ToyRecipe, ToyStream, going_on, toy_batch
 from titans_video import checkpoint as files
 from titans_video.config.options import TrainOptions
-from titans_video.errors import CheckpointError
+from titans_video.errors import CheckpointError, DataError
 from titans_video.training import distributed, run_folder
 from titans_video.training.metrics import Recorder
 from titans_video.training.trainer import Trainer, TrainResult
@@ -96,7 +96,7 @@ def test_resume_is_bitwise(tmp_path: Path, optimizer: str, ema: float) -> None:
     shared = {"optimizer": optimizer, "ema_decay": ema, "lr_schedule": "cosine", "lr_warmup_steps": 2, "grad_accum": 2}
     _, straight = train(options(tmp_path / "a", **shared), ToyStream(2), dropout=0.2)
     broken = options(tmp_path / "b", **shared, save_every=4)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(Killed):
         train(broken, FailingStream(2, after=10), dropout=0.2)
     assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5]
     _, resumed = train(replace(broken, resume="auto"), ToyStream(2), dropout=0.2)
@@ -120,7 +120,7 @@ class FailingStream(ToyStream):
     def __iter__(self) -> Iterator[Batch]:
         for i, batch in enumerate(super().__iter__()):
             if i == self.after:
-                raise RuntimeError("killed")
+                raise Killed
             yield batch
 
 
@@ -153,7 +153,9 @@ def test_last_pt_and_the_save_limit(tmp_path: Path) -> None:
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_and_tells_the_code(tmp_path: Path, number: signal.Signals, code: int) -> None:
     class Signalling(ToyStream):
         def __iter__(self) -> Iterator[Batch]:
@@ -172,6 +174,37 @@ def test_a_signal_saves_and_tells_the_code(tmp_path: Path, number: signal.Signal
     _, straight = train(options(tmp_path / "straight"))
     assert (finished.exit_code, finished.step) == (0, 6)
     assert_same(weights, straight)
+
+
+@pytest.mark.parametrize("error", [DataError("Too many."), RuntimeError("A bug."), MemoryError("Full.")])
+def test_the_run_is_saved_when_there_is_no_further_batch(tmp_path: Path, error: Exception) -> None:
+    class Ending(ToyStream):
+        def __iter__(self) -> Iterator[Batch]:
+            for i in range(3):
+                self.position = i + 1
+                yield toy_batch(range(4 * i, 4 * i + 4))
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        train(options(tmp_path), Ending(4))
+    assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [3]
+    with pytest.raises(type(error)):  # at the start of a run there is nothing new to save
+        train(options(tmp_path, resume="auto"), FailingAtOnce(error))
+    finished, weights = train(options(tmp_path, resume="auto"))
+    _, straight = train(options(tmp_path / "straight"))
+    assert finished.step == 6
+    assert_same(weights, straight)
+
+
+class FailingAtOnce(ToyStream):
+    """Has no batch at all."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(4)
+        self.error = error
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise self.error
 
 
 def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path: Path) -> None:

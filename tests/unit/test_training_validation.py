@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.unit.training_fakes import WIDTH, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
+from tests.unit.training_fakes import WIDTH, Killed, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
 from titans_video.config.options import TrainOptions, ValidationOptions
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
@@ -221,12 +221,12 @@ def test_a_killed_run_ends_with_the_same_lines_and_files(tmp_path: Path, after: 
         def __iter__(self) -> Iterator[Batch]:
             for i, batch in enumerate(super().__iter__()):
                 if i == after:
-                    raise RuntimeError("killed")
+                    raise Killed
                 yield batch
 
     shared = {"max_steps": 11, "save_every": 5, "grad_accum": 2}
     train(options(tmp_path / "a", **shared), every=3)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(Killed):
         train(options(tmp_path / "b", **shared), Failing(4), every=3)
     train(options(tmp_path / "b", **shared, resume="auto"), every=3)
     assert [look["step"] for look in looks(tmp_path / "a")] == [3, 6, 9, 11]

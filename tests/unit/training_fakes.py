@@ -1,7 +1,7 @@
 """A toy recipe and stream for tests of the trainer: a two-layer network that learns a fixed map."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,10 @@ def going_on(run: TrainOptions) -> Resume | None:
     return resume
 
 
+class Killed(BaseException):
+    """Ends a run without a save, as SIGKILL does."""
+
+
 class ToyStream:
     """Rows 0, 1, 2, ... forever, `batch` of each global micro-batch on this rank."""
 
@@ -116,6 +120,9 @@ class ToyStream:
             start = (self.position * self.world + self.rank) * self.batch
             self.position += 1
             yield toy_batch(range(start, start + self.batch))
+
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        pass
 
     def largest(self) -> Batch:
         return toy_batch(range(self.batch))

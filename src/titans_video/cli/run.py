@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from titans_video.console import safe_streams, write_line
 from titans_video.errors import PeerError, UserError
+from titans_video.processes import STOP_SIGNALS, StopSignal, handle_signals, raise_stop_signal
 
 BAD_INPUT = 2
 FAILED = 1
@@ -106,13 +106,15 @@ def guarded(command: Callable[[], int]) -> int:
     """Run a command and return its exit code. Errors that a user can cause never show a traceback.
 
     Returns:
-        The command's own code; 2 for bad input or a missing dependency; 130 after Ctrl-C. One of several processes also
-        returns 1 after an unexpected exception, whose traceback it logs.
+        The command's own code; 2 for bad input or a missing dependency; 130 after Ctrl-C; 128 + n after another signal
+        to stop. One of several processes also returns 1 after an unexpected exception, whose traceback it logs.
     """
     # Threads that spin while they wait slow everything down as soon as another process wants a core. OpenMP reads this
     # when torch is imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with safe_streams(), configure_logging():
+    # One of several processes may wait for the others in code that never looks for signals, so it ends at once.
+    stopping = STOP_SIGNALS[1:] if process_count() == 1 else ()
+    with safe_streams(), configure_logging(), handle_signals(raise_stop_signal, stopping):
         reporter = ErrorReporter()
         try:
             return command()
@@ -125,6 +127,9 @@ def guarded(command: Callable[[], int]) -> int:
                 return reporter.unexpected(e)
             reporter.report(f"Error: {DEPENDENCIES[name]} is not installed. Run `make setup` or `pip install -e .`.")
             return BAD_INPUT
+        except StopSignal as e:
+            reporter.report(f"Stopped by {e}.")
+            return 128 + e.number
         except KeyboardInterrupt:
             reporter.report("Interrupted.")
             return INTERRUPTED
@@ -190,7 +195,8 @@ class ErrorReporter:
             return False
         # Any report of another process is the cause of a PeerError.
         pattern = "*" if isinstance(error, PeerError) else hashlib.sha256(message.encode()).hexdigest()[:16]
-        with ignored_signals():
+        # A launcher sends signals to all processes as soon as one of them ends.
+        with handle_signals(signal.SIG_IGN, STOP_SIGNALS):
             self._remove_stale()
             deadline = time.monotonic() + (PATIENCE if process_index() else 0.0)
             while not (known := self._exists(pattern)) and time.monotonic() < deadline:
@@ -225,17 +231,3 @@ def started_at(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return "0"
-
-
-@contextlib.contextmanager
-def ignored_signals() -> Iterator[None]:
-    """Ignore SIGTERM and Ctrl-C, which a launcher sends to all processes as soon as one of them ends."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

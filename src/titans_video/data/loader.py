@@ -6,14 +6,13 @@ number.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data import Sampler as IndexSampler
+import torch
 
 from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.batches import Example, HostBatch, collate, read_sample, to_batch
@@ -24,11 +23,15 @@ from titans_video.data.manifest import Row
 from titans_video.data.reader import BadRowError, ClipRecord, RowReader
 from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
 from titans_video.errors import DataError
+from titans_video.processes import ReadAhead, WorkerDied
 from titans_video.seeding import derive_seed
 from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
 
+STALL_SECONDS = 600.0
+STALL_SECONDS_PER_ROW = 300.0
+"""Time after which a worker without a batch is replaced. A row that cannot be read gives up earlier by itself."""
 LAST_STEP = 10**9
 """The step of a trial batch: every curriculum has ended, so batches have their largest size."""
 
@@ -52,7 +55,7 @@ class RankShard:
         return items[start : start + size]
 
 
-class BatchReader(Dataset[HostBatch]):
+class BatchReader:
     """Read micro-batch `number` of one rank, from files or from a cache of encodings."""
 
     def __init__(
@@ -165,6 +168,7 @@ class BatchStream:
         self._delivered = 0
         self._resumed = False
         self._batches: Iterator[HostBatch] | None = None
+        self._stop: Callable[[], bool] = lambda: False
 
     def _build_sampler(self, records: Sequence[ClipRecord]) -> None:
         self.records = list(records)
@@ -207,10 +211,8 @@ class BatchStream:
             self._batches = self._start()
         try:
             host_batch = next(self._batches)
-        except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
-                raise
-            raise DataError(f"A worker process died (out of memory?); lower --num-workers. {e}") from None
+        except WorkerDied as e:
+            raise DataError(f"{self._explain(e, self._delivered)} Several workers in a row ended this way.") from None
         self._record_bad_rows(host_batch.bad_rows)
         self._delivered += 1
         return self._checked(host_batch)
@@ -229,6 +231,10 @@ class BatchStream:
         items = [SampleIndex(int(rows[i % len(rows)]), 0, 0) for i in range(size)]
         read = self._reader(self._copy_bad_rows()).rows(items)
         return replace(self._checked(read), step=LAST_STEP)
+
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        """Raise `StoppedError` instead of waiting for a worker while `stop` returns True."""
+        self._stop = stop
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of optimizer steps whose micro-batches were all delivered, the rows of a step by bucket,
@@ -291,25 +297,33 @@ class BatchStream:
         if self.workers == 0:
             reader = self._reader(self.bad_rows)
             return (reader[number] for number in count_from(self._delivered))
-        loader = DataLoader(
-            self._reader(self._copy_bad_rows()),
-            batch_size=None,
-            sampler=_CountFrom(self._delivered),
-            num_workers=self.workers,
-            collate_fn=_identity,  # type: ignore[arg-type]
+        return ReadAhead(
+            lambda: _InWorker(self._reader(self._copy_bad_rows())),
+            self._delivered,
+            self.workers,
+            seconds=STALL_SECONDS + STALL_SECONDS_PER_ROW * max(self.batch_sizes.values()),
+            on_death=lambda death, number: logger.warning("%s A new worker replaces it.", self._explain(death, number)),
+            stop=lambda: self._stop(),
         )
-        return iter(loader)
+
+    def _explain(self, death: WorkerDied, number: int) -> str:
+        """Return what happened to the worker that read batch `number`, and how to prevent it."""
+        step, micro = divmod(number, self.shard.grad_accum)
+        items = self.shard.of(self.sampler.batch(step).items, micro)
+        text = f"A data worker was lost at step {step + 1}: {death}."
+        if death.lacks_memory:
+            return f"{text} Lower --num-workers (it is {self.workers}) or --ram-cache-mb."
+        if death.lacks_shared_memory:
+            return f"{text} Lower --num-workers (it is {self.workers}), or enlarge it (docker run --shm-size=8g)."
+        return f"{text} It read the rows {', '.join(self.records[item.row].row.id for item in items)}."
 
 
-class _CountFrom(IndexSampler[int]):
-    """All whole numbers from `start` on."""
+@dataclass
+class _InWorker:
+    """A reader in a forked process, where torch must not use threads."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    reader: BatchReader
 
-    def __iter__(self) -> Iterator[int]:
-        return count_from(self.start)
-
-
-def _identity(host_batch: HostBatch) -> HostBatch:
-    return host_batch
+    def __call__(self, number: int) -> HostBatch:
+        torch.set_num_threads(1)
+        return self.reader[number]

@@ -6,17 +6,14 @@ cache folder: all runs on a data set share them, and data folders may be read-on
 """
 
 import hashlib
+import itertools
 import json
-import multiprocessing
 import os
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from titans_video.files import write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_image
+from titans_video.processes import Failure, Worker, WorkerDied
 from titans_video.types import CodecSpec
 
 Job = tuple[str, Path]
@@ -44,13 +42,6 @@ class Failed:
 
     reason: str
     detail: str
-
-
-@dataclass(frozen=True)
-class _Mistake:
-    """An exception of a job that no file can be blamed for."""
-
-    trace: str
 
 
 def usable_cores() -> int:
@@ -71,96 +62,69 @@ def run_jobs(
     Raises:
         RuntimeError: a job failed for a reason that is not in its file, with the traceback.
     """
-    # A fork starts in milliseconds, and the children use neither torch nor a device.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting = iter(jobs)
     running: dict[Connection, _Worker] = {}
+    again: list[Job] = []  # jobs whose process ended, perhaps for lack of memory: they are run once more
+    crashed: set[Job] = set()
     try:
-        for job in waiting:
-            worker = _Worker(context, seconds, grace, list(running))
+        for job in itertools.islice(waiting, workers):
+            worker = _Worker(seconds, grace, list(running.values()))
             running[worker.pipe] = worker
-            worker.send(job)
-            if len(running) >= workers:
-                break
+            worker.start(job)
         while running:
             nearest = min(w.end for w in running.values())
             ready = wait(list(running), timeout=max(nearest - time.monotonic(), 0.0) + 0.01)
             late = [pipe for pipe, w in running.items() if pipe not in ready and time.monotonic() > w.end]
             for pipe in [p for p in running if p in ready or p in late]:
                 worker = running.pop(pipe)
-                yield worker.job, worker.result(late=pipe in late)
-                job = next(waiting, None)  # type: ignore[assignment]
-                if job is None:
-                    worker.close()
+                result = worker.result(late=pipe in late)
+                if isinstance(result, Failed) and result.reason == "crashed" and worker.job not in crashed:
+                    crashed.add(worker.job)
+                    again.append(worker.job)
+                else:
+                    yield worker.job, result
+                next_job = again.pop() if again else next(waiting, None)
+                if next_job is None:
+                    worker.close(grace)
                     continue
-                worker = worker if worker.process.is_alive() else _Worker(context, seconds, grace, list(running))
+                if not worker.process.is_alive():
+                    worker = _Worker(seconds, grace, list(running.values()))
                 running[worker.pipe] = worker
-                worker.send(job)
+                worker.start(next_job)
     finally:
         for worker in running.values():
             worker.kill()
 
 
-class _Worker:
+class _Worker(Worker):
     """A process and its current job."""
 
-    def __init__(self, context: Any, seconds: float, grace: float, others: list[Connection]) -> None:
+    def __init__(self, seconds: float, grace: float, others: Sequence[Worker]) -> None:
+        super().__init__(partial(_run_job, seconds), others)
         self.seconds, self.grace, self.end = seconds, grace, 0.0
         self.job: Job = ("", Path())
-        self.pipe, theirs = context.Pipe()
-        # A fork inherits the parent's ends of all pipes; while they are open, no process notices that the parent ended.
-        inherited = [self.pipe, *others] if context.get_start_method() == "fork" else []
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, seconds, inherited), daemon=True)
-        self.process.start()
-        theirs.close()
 
-    def send(self, job: Job) -> None:
+    def start(self, job: Job) -> None:
         self.job, self.end = job, time.monotonic() + self.seconds + self.grace
-        self.pipe.send(job)
+        self.send(job)
 
     def result(self, late: bool) -> bytes | str | Failed:
         if late:
             self.kill()
             return Failed("timeout", f"not finished after {self.seconds + self.grace:g} s; its process was killed.")
         try:
-            found: bytes | str | Failed | _Mistake = self.pipe.recv()
-        except (EOFError, OSError):
-            self.kill()
-            return Failed("crashed", f"its process ended with code {self.process.exitcode}.")
-        if isinstance(found, _Mistake):
+            found: bytes | str | Failed | Failure = self.receive()
+        except WorkerDied as e:
+            return Failed("crashed", f"its process was lost: {e}.")
+        if isinstance(found, Failure):
             raise RuntimeError(f"{self.job[1]}: a mistake in the program, not in the file:\n{found.trace}")
         return found
 
-    def close(self) -> None:
-        self.pipe.close()  # the process reads the end of the pipe and exits
-        self.process.join(self.grace)
-        self.kill()
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Connection, seconds: float, inherited: list[Connection]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and kills its workers
-    for other in inherited:
-        other.close()
-    while True:
-        try:
-            kind, path = pipe.recv()
-        except (EOFError, OSError):
-            return
-        result = _run_job(_KINDS[kind], path, seconds)
-        try:
-            pipe.send(result)
-        except BrokenPipeError:
-            return
-
-
-def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: float) -> bytes | str | Failed | _Mistake:
+def _run_job(seconds: float, job: Job) -> bytes | str | Failed:
+    kind, path = job
     try:
-        return job(path, seconds)
+        return _KINDS[kind](path, seconds)
     except UnreadableMedia as e:
         return Failed(e.reason, e.explanation)
     except FileNotFoundError:
@@ -169,8 +133,6 @@ def _run_job(job: Callable[[Path, float], bytes | str], path: Path, seconds: flo
         return Failed("no-permission", "this user may not read the file.")
     except DECODING_ERRORS as e:
         return Failed("damaged", f"{type(e).__name__}: {e}")
-    except Exception:
-        return _Mistake(traceback.format_exc())
 
 
 def _probe(path: Path, seconds: float) -> bytes:

@@ -9,7 +9,7 @@ CPU becomes float32.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -283,11 +283,12 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def all_reduce_sum(accelerator: Accelerator, count: int) -> int:
-    """Return the sum over several processes. It is computed on the CPU, so the device does not synchronise."""
-    value = torch.tensor(count)
-    dist.all_reduce(value, group=gloo_group(accelerator))
-    return int(value)
+def all_reduce_sum(accelerator: Accelerator, counts: Sequence[int]) -> list[int]:
+    """Return the sums over several processes. They are computed on the CPU, so the device does not synchronise."""
+    values = torch.tensor(counts)
+    dist.all_reduce(values, group=gloo_group(accelerator))
+    found: list[int] = values.tolist()
+    return found
 
 
 def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:

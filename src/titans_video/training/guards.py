@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.errors import UserError
+from titans_video.processes import STOP_SIGNALS, handle_signals
 from titans_video.training import distributed
 from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
@@ -35,7 +35,7 @@ SPIKE_MEMORY = 0.98
 """Decay of the mean and variance of the log of the loss."""
 PLAUSIBLE_FACTOR = 10.0
 """If the loss of the other rows is this many times above the recent losses, the weights may be damaged."""
-ECHO_SECONDS = 1.0
+ECHO_SECONDS = 3.0
 """A launcher may pass on the same signal twice within this time."""
 
 
@@ -254,43 +254,38 @@ def _format_out_of_memory(error: str, batch: Batch, device: torch.device, checkp
 
 
 class Interrupt:
-    """Context in which the first SIGINT or SIGTERM only sets `signal`, and a second one ends the process at once.
+    """Context in which the first signal to stop only sets `signal`, and the same one again ends the process at once.
 
-    A launcher passes on the signals that it receives, sometimes twice. With a launcher, a second signal within a second
-    is therefore ignored. If the launcher ends, `signal` becomes SIGTERM: no other process would end this one, and a new
-    run would find it still writing.
+    Another one does not end it: schedulers send several before they kill (USR1 and later TERM; INT and then TERM).
+    `timeout` and launchers send one twice. The same signal is therefore ignored within `ECHO_SECONDS`. If the launcher
+    ends, `signal` becomes SIGTERM: no other process would end this one, and a new run would find it still writing.
     """
 
     def __init__(self) -> None:
-        self._signal = 0
-        self._at = 0.0
+        self._received: dict[int, float] = {}
+        self._orphaned = False
         self._launched = distributed.is_launched()
         self._parent = os.getppid()
-        self._before: dict[int, object] = {}
+        self._handlers = handle_signals(self._on_signal, STOP_SIGNALS)
 
     @property
     def signal(self) -> int:
-        """The received signal, or 0."""
-        if not self._signal and self._launched and os.getppid() != self._parent:
-            self._signal = signal.SIGTERM
-        return self._signal
+        """The first signal that was received, or 0."""
+        if self._received:
+            return next(iter(self._received))
+        self._orphaned = self._orphaned or (self._launched and os.getppid() != self._parent)
+        return signal.SIGTERM if self._orphaned else 0
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is not threading.main_thread():
-            return self  # in Python only the main thread handles signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._received)
+        self._handlers.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handlers.__exit__(kind, error, trace)
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._signal:
-            self._signal, self._at = number, now
-        elif not (self._launched and now - self._at < ECHO_SECONDS):
+        if now - self._received.setdefault(number, now) > ECHO_SECONDS:
             os._exit(128 + number)

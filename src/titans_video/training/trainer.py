@@ -8,9 +8,8 @@ divided into micro-batches and processes.
 import contextlib
 import logging
 import shlex
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from titans_video.checkpoint import LAST
 from titans_video.config.options import TrainOptions
 from titans_video.data.clip_plan import NOT_FINITE
-from titans_video.errors import CheckpointError, DataError, few
+from titans_video.errors import CheckpointError, DataError, PeerError, few
+from titans_video.processes import STOP_SIGNALS
 from titans_video.seeding import derive_seed
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Checkpointer, Resume, load_weights
@@ -56,6 +56,9 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        """Raise an exception instead of waiting for a batch while `stop` returns True."""
+
     def largest(self) -> Batch:
         """Return a micro-batch of the bucket that takes the most memory."""
 
@@ -75,13 +78,17 @@ class TrainResult:
         step: optimizer steps done in total.
         loss: of the last step; None when no step was left to do.
         folder: the last checkpoint.
-        exit_code: 0, or 128 + the signal that ended the run (130 Ctrl-C, 143 SIGTERM).
+        exit_code: 0, or 128 + the signal that ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
     """
 
     step: int
     loss: float | None
     folder: Path
     exit_code: int
+
+
+class BatchError(Exception):
+    """There is no batch for the next step; its cause says why. Every process raises it at the same step."""
 
 
 class Trainer:
@@ -153,6 +160,7 @@ class Trainer:
         started_at = self.step
         received = 0
         with Interrupt() as interrupt, self._recorder() as recorder:
+            self.stream.stop_waiting_if(lambda: bool(interrupt.signal))
             if self.monitoring.validator:
                 self.monitoring.validator.start(self.step)
                 received = self._validate(interrupt)  # for a run that was stopped during validation
@@ -160,7 +168,12 @@ class Trainer:
                 self._try_largest_bucket()
             while self.step < self.options.max_steps and not received:
                 began = time.perf_counter()
-                result = self._optimizer_step(batches, interrupt, recorder)
+                try:
+                    micro, elements = self._next_batches(batches)
+                except BatchError as e:
+                    received = self._stop_without_batch(e, interrupt, recorder)
+                    break
+                result = self._optimizer_step(micro, elements, time.perf_counter() - began, interrupt, recorder)
                 self.step += 1
                 if recorder:
                     recorder.step(self.step, result, time.perf_counter() - began)
@@ -172,13 +185,56 @@ class Trainer:
         folder = self.last_checkpoint or self.run_folder
         return TrainResult(self.step, result.loss if result else None, folder, 128 + received if received else 0)
 
-    def _optimizer_step(self, batches: Iterator[Batch], interrupt: Interrupt, recorder: Recorder | None) -> StepResult:
-        """Run forward and backward over `grad_accum` micro-batches, and update the weights unless the step is bad."""
+    def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], int]:
+        """Return the micro-batches of the next step, and its supervised elements on all processes.
+
+        Raises:
+            BatchError: on every process, if one of them has no batch, or if nothing is supervised.
+        """
+        micro: list[Batch] = []
+        elements, error = 0, None
+        try:
+            micro = [next(batches) for _ in range(self.options.grad_accum)]
+            elements = sum(int(self.recipe.row_elements(batch).sum()) for batch in micro)
+        except Exception as e:
+            error = e
+        failed = int(error is not None)
+        if self.accelerator.num_processes > 1:
+            elements, failed = distributed.all_reduce_sum(self.accelerator, [elements, failed])
+        if failed:
+            raise BatchError from (error or PeerError(distributed.PEER_ENDED))
+        if elements == 0:
+            raise BatchError from DataError(
+                f"Step {self.step + 1} has nothing to learn: every latent frame of every clip in it is a conditioning "
+                "frame. Lower --cond-frames, or raise --num-frames."
+            )
+        return micro, elements
+
+    def _stop_without_batch(self, error: BatchError, interrupt: Interrupt, recorder: Recorder | None) -> int:
+        """Save, and return the signal if one is why there is no batch; on every process.
+
+        Raises:
+            Exception: why there is no batch.
+        """
+        received = self._reduce(torch.zeros(0, device=self.accelerator.device), interrupt)[1]
+        saved = self.last_checkpoint is not None and checkpoint_step(self.last_checkpoint) == self.step
+        if self.step and not saved:
+            self._save(recorder, last=True, fatal=False)
+        if not received and error.__cause__:
+            logger.info(f"No further batch. The last checkpoint is {self.last_checkpoint or 'missing'}.")
+            raise error.__cause__
+        return received
+
+    def _optimizer_step(
+        self, micro: list[Batch], elements: int, data_seconds: float, interrupt: Interrupt, recorder: Recorder | None
+    ) -> StepResult:
+        """Run forward and backward over the micro-batches, and update the weights unless the step is bad.
+
+        Args:
+            elements: the supervised ones of the step on all processes.
+            data_seconds: spent waiting for the micro-batches.
+        """
         accelerator, options = self.accelerator, self.options
-        began = time.perf_counter()
-        micro = [next(batches) for _ in range(options.grad_accum)]
-        data_seconds = time.perf_counter() - began
-        elements = self._count_elements(micro)
         # What a network draws in training (dropout) is a function of the step.
         torch.manual_seed(derive_seed(options.seed, "network", self.step, accelerator.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, options))
@@ -215,32 +271,16 @@ class Trainer:
         self._check_step(result, micro, losses, recorder)
         return result
 
-    def _count_elements(self, micro: Sequence[Batch]) -> int:
-        """Return the supervised elements of the step on all processes.
-
-        Raises:
-            DataError: there are none.
-        """
-        elements = sum(int(self.recipe.row_elements(batch).sum()) for batch in micro)
-        if self.accelerator.num_processes > 1:
-            elements = distributed.all_reduce_sum(self.accelerator, elements)
-        if elements == 0:
-            raise DataError(
-                f"Step {self.step + 1} has nothing to learn: every latent frame of every clip in it is a conditioning "
-                "frame. Lower --cond-frames, or raise --num-frames."
-            )
-        return elements
-
     def _reduce(self, values: Tensor, interrupt: Interrupt) -> tuple[list[float], int]:
         """Return the sums over all processes, and the signal that any of them received, or 0."""
-        signals = torch.tensor([0.0, 0.0], device=self.accelerator.device)
-        if interrupt.signal:
-            signals[0 if interrupt.signal == signal.SIGINT else 1] = 1.0
+        signals = torch.tensor([float(interrupt.signal == n) for n in STOP_SIGNALS], device=self.accelerator.device)
         values = torch.cat([values, signals])
         if self.accelerator.num_processes > 1:
             values = distributed.reduce_sum(self.accelerator, values)
-        *sums, interrupted, terminated = values.tolist()
-        return sums, signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
+        sums: list[float] = values.tolist()
+        counts = sums[-len(STOP_SIGNALS) :]
+        received = next((n for n, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
+        return sums[: -len(STOP_SIGNALS)], received
 
     def _check_step(
         self, result: StepResult, micro: list[Batch], losses: list[Tensor], recorder: Recorder | None

@@ -1,0 +1,304 @@
+"""Worker processes: they ignore the signals that stop a run, end with their parent, and are replaced when they die.
+
+A scheduler, `timeout` or Ctrl-C in a terminal sends a signal to all processes of a group. The parent decides what to do
+with it. A worker that ended by itself would take away the data that the parent still needs.
+"""
+
+import contextlib
+import ctypes
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import util
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to save and stop: Ctrl-C, a scheduler's signal, a closed terminal, SLURM's early warning."""
+OUT_OF_MEMORY = 85
+"""Exit code of a worker after a MemoryError."""
+MOST_DEATHS = 3
+"""Deaths of a worker in a row, without a result between them, after which it is not replaced any more."""
+AHEAD = 2
+"""Results that each worker computes ahead of time."""
+POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+class StopSignal(KeyboardInterrupt):
+    """A stop signal other than Ctrl-C, raised where the main thread is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], None] | int, numbers: Sequence[int]) -> Iterator[None]:
+    """Set the handler of signals until the context ends; in the main thread only, because no other may.
+
+    An ignored signal stays ignored: `nohup` ignores SIGHUP, and a shell ignores Ctrl-C for background jobs.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+def raise_stop_signal(number: int, frame: FrameType | None) -> None:
+    """Handle a signal like Ctrl-C, so that temporary files are removed and workers are ended.
+
+    Raises:
+        StopSignal: always.
+    """
+    raise StopSignal(number)
+
+
+class WorkerDied(Exception):
+    """A worker ended without an answer, or it did not answer in time.
+
+    Attributes:
+        code: the exit code of its process, negative for a signal; None for a worker that did not answer.
+    """
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+        super().__init__(self.describe())
+
+    @property
+    def lacks_memory(self) -> bool:
+        return self.code in (OUT_OF_MEMORY, -signal.SIGKILL)
+
+    @property
+    def lacks_shared_memory(self) -> bool:
+        return self.code == -signal.SIGBUS
+
+    def describe(self) -> str:
+        """Return the probable reason."""
+        if self.code is None:
+            return "it did not answer in time"
+        if self.lacks_memory:
+            return "it was killed, probably because the memory is full"
+        if self.lacks_shared_memory:
+            return "the shared memory (/dev/shm) is probably full"
+        return f"it ended by signal {-self.code}" if self.code < 0 else f"it ended with code {self.code}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a worker, as text."""
+
+    trace: str
+
+
+class Worker:
+    """A process that answers requests over a pipe, in their order.
+
+    Args:
+        answer: called in the process with each request.
+        others: workers that run now. A fork inherits their pipes and must close them.
+    """
+
+    def __init__(self, answer: Callable[[Any], Any], others: Sequence["Worker"] = ()) -> None:
+        # A fork starts in milliseconds, and the children use no device.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe()
+        # While a copy of a parent's end is open, no process notices that the parent has closed it.
+        inherited = [self.pipe, *(w.pipe for w in others)] if context.get_start_method() == "fork" else []
+        # The kernel ends a child with the thread that started it. Only the main thread lives as long as the process.
+        kernel = threading.current_thread() is threading.main_thread()
+        arguments = (answer, theirs, inherited, os.getpid(), kernel)
+        self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
+        # Until the child ignores the signals, they wait.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        # At the end of the program, multiprocessing would send SIGTERM, which the process ignores, and wait for ever.
+        util.Finalize(self, _end, args=(self.process,), exitpriority=1)
+
+    def send(self, request: Any) -> None:
+        """Send a request. If the worker is dead, `receive` finds out."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(request)
+
+    def receive(self) -> Any:
+        """Wait for the next answer, and return it.
+
+        Raises:
+            WorkerDied: the process ended.
+        """
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError) as e:  # also when tensors that it shared ended with it
+            if isinstance(e, OSError) and e.errno == errno.EMFILE:  # too many open files in this process
+                raise
+            self.kill()
+            raise WorkerDied(self.process.exitcode) from None
+
+    def close(self, seconds: float) -> None:
+        """Let the process end by itself within some seconds."""
+        self.pipe.close()
+        self.process.join(seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        _end(self.process)
+        self.pipe.close()
+
+
+def _end(process: BaseProcess) -> None:
+    process.kill()
+    process.join()
+
+
+def _serve(
+    answer: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection], parent: int, kernel: bool
+) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    end_with_parent(parent, kernel)
+    for other in inherited:
+        other.close()
+    while True:
+        try:
+            request = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            pipe.send(answer(request))
+        except BrokenPipeError:
+            return
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        except Exception:
+            with contextlib.suppress(OSError):
+                pipe.send(Failure(traceback.format_exc()))
+
+
+def end_with_parent(parent: int, kernel: bool) -> None:
+    """Let this process end as soon as its parent does, however that ends.
+
+    Args:
+        parent: its process id.
+        kernel: let the kernel do it, where it can; otherwise a thread looks every second.
+    """
+    if not (kernel and _ask_kernel()):
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    elif os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(1)
+
+
+def _ask_kernel() -> bool:
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
+class StoppedError(Exception):
+    """The caller asked to stop while it waited."""
+
+
+class ReadAhead:
+    """Results 0, 1, 2, ... of a function, computed ahead of time by worker processes.
+
+    A result depends on its number only. So the results of a worker that dies are computed again by a new one, and do
+    not change.
+
+    Args:
+        make: makes the function of a new worker.
+        first: number of the first result.
+        workers: number of processes.
+        seconds: time after which a worker that does not answer is replaced.
+        on_death: called with the death of a worker that is replaced, and the number of the result that is missing.
+        stop: whether to stop waiting; asked every second.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Callable[[int], Any]],
+        first: int,
+        workers: int,
+        *,
+        seconds: float,
+        on_death: Callable[[WorkerDied, int], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.make, self.number, self.seconds, self.on_death, self.stop = make, first, seconds, on_death, stop
+        self.workers: list[Worker] = []
+        for i in range(workers):
+            self.workers.append(self._start(first + i, self.workers, workers))
+        self.deaths = [0] * workers
+        self.first = first
+
+    def _start(self, number: int, others: Sequence[Worker], workers: int) -> Worker:
+        """Start a worker that computes result `number` next."""
+        worker = Worker(self.make(), others)
+        for k in range(AHEAD):
+            worker.send(number + k * workers)
+        return worker
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """Return the next result.
+
+        Raises:
+            WorkerDied: several workers in a row died over this result.
+            StoppedError: `stop` said so, and the result was not there yet.
+            RuntimeError: the function raised an exception.
+        """
+        count = len(self.workers)
+        slot = (self.number - self.first) % count
+        while True:
+            try:
+                result = self._receive(self.workers[slot])
+                break
+            except WorkerDied as e:
+                self.workers[slot].kill()
+                self.deaths[slot] += 1
+                if self.deaths[slot] == MOST_DEATHS:
+                    raise
+                self.on_death(e, self.number)
+                others = [w for i, w in enumerate(self.workers) if i != slot]
+                self.workers[slot] = self._start(self.number, others, count)
+        if isinstance(result, Failure):
+            raise RuntimeError(f"An exception in a data worker:\n{result.trace}")
+        self.deaths[slot] = 0
+        self.workers[slot].send(self.number + AHEAD * count)
+        self.number += 1
+        return result
+
+    def _receive(self, worker: Worker) -> Any:
+        deadline = time.monotonic() + self.seconds
+        while not wait([worker.pipe], POLL_SECONDS):  # the end of the process makes the pipe readable, too
+            if self.stop():
+                raise StoppedError
+            if time.monotonic() > deadline:
+                raise WorkerDied(None)
+        return worker.receive()
