@@ -5,13 +5,15 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
@@ -21,7 +23,7 @@ from titans_video.config.options import CodecOptions, DataOptions, TextOptions
 from titans_video.data import cache as store_module
 from titans_video.data.cache import EncodingCache, verify
 from titans_video.data.dataset import VideoDataset, open_data
-from titans_video.data.precompute import Encoders, fill_cache
+from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.reader import RowReader
 from titans_video.errors import DataError
 from titans_video.recipes.setup import codec_key, text_keys
@@ -208,7 +210,7 @@ def test_two_at_once_and_kills_leave_no_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_verify_and_training_find_damage(tmp_path: Path) -> None:
-    data = opened(make_set(tmp_path / "set", rows=4, wide=0), batch_size=1)
+    data = opened(make_set(tmp_path / "set", rows=4, wide=0), batch_size=1, max_bad=0.9)
     folder = tmp_path / "cache"
     filled = fill_cache(data, folder, encoders(), progress=False)
     paths = sorted((folder / "clips").rglob("*.safetensors"))
@@ -223,15 +225,157 @@ def test_verify_and_training_find_damage(tmp_path: Path) -> None:
     assert "unreadable" in "".join(wrong)
     assert "checksum" in "".join(wrong)
     assert "name" in "".join(wrong)
-    stream = filled.data.stream(cache=filled.cache)
+    cache = unchecked(filled)
+    stream = filled.data.stream(cache=cache)
     for _ in range(8):
         next(stream)
     assert {b.reason for b in stream.bad_rows.records.values()} == {"not-in-cache"}
-    assert len(stream.bad_rows.records) == 2
+    assert len(stream.bad_rows.records) == 3
     with pytest.raises(DataError, match="no such cache"):
         verify(tmp_path / "nothing")
     with pytest.raises(DataError, match="'a prompt' is not in the cache"):
-        filled.cache.text(["a prompt"])
+        cache.text(["a prompt"])
+
+
+def unchecked(filled: Filled, **options: Any) -> EncodingCache:
+    """Return the cache as a later run without encoders opens it."""
+    given = {"spec": filled.data.table.spec, "widths": (1, 1), **options}
+    return EncodingCache(filled.cache.folder, filled.cache.codec, filled.cache.texts, **given)
+
+
+def rewrite(path: Path, change: Callable[[Tensor], Tensor], notes: bool = True) -> None:
+    """Change the tensor of a file; its header stays as it was, or is lost."""
+    with safe_open(path, framework="pt") as f:
+        tensor, header = f.get_tensor("data").clone(), f.metadata()
+    save_file({"data": change(tensor).contiguous()}, path, header if notes else {"format": "pt"})
+
+
+DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "other values": lambda x: x + 5,
+    "bytes": lambda x: x.contiguous().view(torch.int8),
+    "type": lambda x: x.to(torch.float64),
+    "turned": lambda x: x.transpose(0, 1),
+    "longer": lambda x: torch.cat([x, x]),
+    "empty": lambda x: x[:0],
+    "nan": lambda x: torch.full_like(x, torch.nan),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["clips", "known", "text"])
+def test_damaged_files_are_made_again(tmp_path: Path, kind: str, workers: int) -> None:
+    """Every damage, in another file each time; the batches are bitwise those of the sound cache."""
+    rows = {f"row{i}": {"task": "v2v", "cond_frames": 2} for i in range(7)}
+    data = opened(make_set(tmp_path / "set", rows=7, wide=0, **rows), num_workers=workers)
+    fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)  # as a later run opens it
+    sound = filled.data.stream(cache=unchecked(filled))
+    expected = [next(sound) for _ in range(6)]
+    for path, damage in zip(sorted((tmp_path / "cache" / kind).rglob("*.safetensors")), DAMAGES.values(), strict=False):
+        rewrite(path, damage)
+    stream = filled.data.stream(cache=filled.cache)
+    for batch, right in zip([next(stream) for _ in range(6)], expected, strict=True):
+        assert (batch.ids, batch.seeds) == (right.ids, right.seeds)
+        assert torch.equal(batch.moments, right.moments)
+        assert torch.equal(batch.cond_moments, right.cond_moments)
+        assert all(torch.equal(a, b) for a, b in zip(batch.text.streams, right.text.streams, strict=True))
+    assert not stream.bad_rows.records
+    damaged = [path.split(":")[0] for path in verify(tmp_path / "cache")[1]]
+    assert all(kind in path for path in damaged)
+    assert len(damaged) <= (1 if kind == "text" else 0)  # the states of the empty prompt, which no batch has asked for
+
+
+@pytest.mark.parametrize("kind", ["clips", "text"])
+@pytest.mark.parametrize("notes", [True, False])
+def test_damaged_files_count_as_missing_without_encoders(tmp_path: Path, kind: str, notes: bool) -> None:
+    """Without notes in the header, as in the oldest caches, types and shapes are still checked."""
+    data = opened(make_set(tmp_path / "set", rows=9, wide=0), batch_size=1, max_bad=0.9)
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    cache = unchecked(filled)
+    reader = replace(data.reader(), cached=True)
+    damages = {name: change for name, change in DAMAGES.items() if notes or name not in ("other values", "turned")}
+    if not notes:
+        damages.pop("longer" if kind == "text" else "nan")
+        damages.pop("type" if kind == "text" else "empty")
+    for record, damage in zip(filled.data.records, damages.values(), strict=False):
+        sample = reader.decide(record, "t2v", 0)
+        fields = cache.clip_fields(sample) if kind == "clips" else cache.text_fields(record.row.caption, 0)
+        rewrite(cache.path(fields), damage, notes)
+    for record in filled.data.records[len(damages) :]:
+        rewrite(cache.path(cache.clip_fields(reader.decide(record, "t2v", 0))), lambda x: x, notes)
+    stream = filled.data.stream(cache=cache, folder=tmp_path / "run")
+    seen = {next(stream).ids[0] for _ in range(27)}
+    lost = {f"row{i}" for i in range(len(damages))}
+    assert set(stream.bad_rows.records) == lost
+    assert {b.reason for b in stream.bad_rows.records.values()} == {"not-in-cache"}
+    assert seen == {f"row{i}" for i in range(9)} - lost
+    again = filled.data.stream(cache=unchecked(filled), folder=tmp_path / "run")
+    again.load_state_dict({"step": 27, "rows": {}})
+    assert [next(again).ids for _ in range(9)] == [next(stream).ids for _ in range(9)]
+
+
+class Overflowing(Codec):
+    """Gives infinity for a bright pixel, as a VAE in fp16 does; `known` only for conditioning frames."""
+
+    def __init__(self, known: bool = False) -> None:
+        self.known = known
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        moments = super().encode_moments(pixels)
+        return moments if self.known else moments.masked_fill(pixels.mean() > 0.1, torch.inf)
+
+    def encode_cond_frames(self, pixels: Tensor) -> Tensor:
+        return super().encode_moments(pixels).masked_fill(pixels.amax() > 0.1, torch.nan)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_whose_latents_are_not_finite_are_left_out_with_the_remedy(tmp_path: Path, known: bool) -> None:
+    rows = {f"row{i}": {"task": "i2v"} for i in range(9)}
+    data = opened(make_set(tmp_path / "set", rows=9, wide=0, **rows), batch_size=1)
+    filled = fill_cache(data, tmp_path / "cache", encoders(Overflowing(known)), progress=False)
+    assert {(q.row.id, q.reason) for q in filled.bad_rows} == {("row7", "not-finite"), ("row8", "not-finite")}
+    assert all("--vae-dtype bf16" in q.detail and "mp4" in q.detail for q in filled.bad_rows)
+    assert "2 not-finite" in filled.summary()
+    assert "--vae-dtype bf16" in filled.summary()
+    assert verify(tmp_path / "cache")[1] == []
+    assert {row.id for row in filled.data.rows} == {f"row{i}" for i in range(7)}
+    with pytest.raises(DataError, match=r"2 of 9 rows .* --max-bad 0.1 .* --vae-dtype bf16"):
+        fill_cache(opened_again(data, 0.1), tmp_path / "cache", encoders(Overflowing(known)), progress=False)
+
+
+def opened_again(data: VideoDataset, max_bad: float) -> VideoDataset:
+    return replace(data, options=replace(data.options, max_bad=max_bad))
+
+
+@pytest.mark.parametrize("prompt", ["grey 2", "", "asked for"])
+def test_prompts_whose_states_are_not_finite(tmp_path: Path, prompt: str) -> None:
+    def overflowing(prompts: Sequence[str]) -> TextCondition:
+        found = text(prompts)
+        return found if prompts != [prompt] else replace(found, streams=(found.streams[0], found.streams[1] / 0))
+
+    data = opened(make_set(tmp_path / "set", rows=4, wide=0))
+    given = replace(encoders(), text=overflowing)
+    if prompt != "grey 2":
+        with pytest.raises(DataError, match=r"not finite.*--text-dtype bf16"):
+            fill_cache(data, tmp_path / "cache", given, prompts=["asked for"], progress=False)
+        return
+    filled = fill_cache(data, tmp_path / "cache", given, prompts=["asked for"], progress=False)
+    assert [(q.row.id, q.reason) for q in filled.bad_rows] == [("row2", "not-finite")]
+    assert "--text-dtype bf16" in filled.bad_rows[0].detail
+    assert verify(tmp_path / "cache")[1] == []
+
+
+def test_an_encoding_of_an_earlier_version_that_is_not_finite_is_left_out_in_training(tmp_path: Path) -> None:
+    data = opened(make_set(tmp_path / "set", rows=8, wide=0), batch_size=1)
+    filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    reader = replace(data.reader(), cached=True)
+    fields = filled.cache.clip_fields(reader.decide(filled.data.records[7], "t2v", 0))
+    filled.cache.write(fields, torch.full((6, FRAMES, 16, 16), torch.nan))  # earlier versions stored them
+    filled = fill_cache(data, tmp_path / "cache", encoders(Overflowing()), progress=False)
+    assert not filled.bad_rows
+    stream = filled.data.stream(cache=filled.cache)
+    assert "row7" not in {next(stream).ids[0] for _ in range(16)}
+    assert {(b.id, b.reason) for b in stream.bad_rows.records.values()} == {("row7", "not-finite")}
 
 
 def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
@@ -239,7 +383,7 @@ def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     (tmp_path / "set" / "2.mp4").write_bytes(b"gone")
     filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
     assert [(q.row.id, q.reason) for q in filled.bad_rows] == [("row2", "changed")]
-    assert "1 rows could not be read and are left out: 1 changed" in filled.summary()
+    assert "1 rows could not be read or encoded and are left out: 1 changed" in filled.summary()
     assert [q.row.id for q in filled.data.quarantined] == ["row2"]
     (tmp_path / "set" / "3.mp4").unlink()
     filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)

@@ -28,6 +28,8 @@ class HostBatch:
         motion: (B,) from a cache that stores it.
         bad_rows: rows that turned out to be unreadable.
         error: why there is no batch; errors of worker processes are passed on as text.
+        needs_repair: there is no batch, because a file of the cache is damaged. The process with the encoders reads the
+            batch again.
         step: the optimizer step of this batch.
     """
 
@@ -40,6 +42,7 @@ class HostBatch:
     motion: Tensor | None = None
     bad_rows: tuple[BadRow, ...] = ()
     error: str | None = None
+    needs_repair: bool = False
     step: int = 0
 
 

@@ -1,18 +1,21 @@
 """The content-addressed cache of encodings.
 
 A clip's moments, the moments of its conditioning frames, and each prompt's hidden states are separate safetensors
-files. The name of a file is a hash of everything that its content depends on. A file is therefore correct or missing,
-never outdated. It is written under a temporary name and renamed, so any number of processes may fill one cache at once.
+files. The name of a file is a hash of everything that its content depends on, so a file is never outdated. It is
+written under a temporary name and renamed, so any number of processes may fill one cache at once. The first read of a
+file in a process checks its checksum, type and shape; a damaged file counts as missing and is made again.
 
 Legend: C latent channels, t h w the latent grid, L tokens, E width of a text stream.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +25,43 @@ from titans_video.data.clip_plan import PLAN_VERSION
 from titans_video.data.reader import BadRowError, Sample
 from titans_video.errors import DataError
 from titans_video.files import save_safetensors
+from titans_video.finite import is_finite
 from titans_video.media.motion import MOTION_VERSION
-from titans_video.types import TextCondition
+from titans_video.types import CodecSpec, TextCondition
 
 CACHE_VERSION = 1  # raise it when the same clip would give other pixels
+NO_BYTES = hashlib.sha256(b"").hexdigest()
 KINDS = CLIPS, COND_FRAMES, COND_IMAGES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
+NOT_IN_CACHE = "not-in-cache"
 MAX_TEXTS = 4096
+
+
+class Repair(Protocol):
+    """Makes single encodings again. Its encoders are loaded when they are needed."""
+
+    def __call__(self, fields: Mapping[str, Any], sample: Sample | None) -> Tensor:
+        """Return what the key fields describe.
+
+        Args:
+            sample: that it belongs to; None for a prompt.
+        Raises:
+            BadRowError: its file is unreadable, or the encoding is not finite.
+        """
+
+    def release(self) -> None:
+        """Free the encoders."""
+
+
+class NeedsRepair(BadRowError):
+    """A file is damaged, and the process that has the encoders must read it."""
+
+
+class PromptError(DataError):
+    """A prompt has no usable hidden states. `reason` is one of `clip_plan.REASONS`."""
+
+    def __init__(self, message: str, prompt: str, reason: str, detail: str) -> None:
+        super().__init__(message)
+        self.prompt, self.reason, self.detail = prompt, reason, detail
 
 
 class EncodingCache:
@@ -41,11 +75,33 @@ class EncodingCache:
         texts: the same for each text stream; () if text is not cached because the network reads bytes itself.
         cond_images: save conditioning images as pixels instead of moments, because noise is added before they are
             encoded, and save the motion bucket of each clip (Stable Video Diffusion).
+        spec: of the codec; moments must have its shapes. None accepts any shape.
+        widths: E of each text stream, 0 for byte ids; () accepts any width.
+    Attributes:
+        repair: makes damaged files again; None: they count as missing.
+        process: the one process that may repair; data workers may not.
     """
 
-    def __init__(self, folder: Path, codec: str, texts: Sequence[str] = (), cond_images: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        codec: str,
+        texts: Sequence[str] = (),
+        cond_images: bool = False,
+        *,
+        spec: CodecSpec | None = None,
+        widths: Sequence[int] = (),
+    ) -> None:
         self.folder, self.codec, self.texts, self.cond_images = folder, codec, tuple(texts), cond_images
+        self.spec, self.widths = spec, tuple(widths)
+        self.repair: Repair | None = None
+        self.process, self._has_repaired = os.getpid(), False
+        self._checked: set[Path] = set()
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a data worker, which has no encoders."""
+        return {**self.__dict__, "repair": None}
 
     @property
     def has_text(self) -> bool:
@@ -100,23 +156,76 @@ class EncodingCache:
     def write(self, fields: Mapping[str, Any], tensor: Tensor) -> None:
         """Write one tensor with its key fields, atomically."""
         about = {"made_from": json.dumps(fields, sort_keys=True), "sha256": _digest(tensor)}
-        save_safetensors({"data": tensor.contiguous().cpu()}, self.path(fields), about)
+        path = self.path(fields)
+        save_safetensors({"data": tensor.contiguous().cpu()}, path, about)
+        self._checked.add(path)
 
-    def read(self, fields: Mapping[str, Any]) -> Tensor:
-        """Read what `write` wrote.
+    def read(self, fields: Mapping[str, Any], sample: Sample | None = None) -> Tensor:
+        """Read what `write` wrote. If it is missing or damaged, make it again if possible.
 
+        Args:
+            sample: that the encoding belongs to; None for a prompt.
         Raises:
-            BadRowError: it is missing or unreadable.
+            BadRowError: it is missing or damaged, and cannot be made again.
+            NeedsRepair: as that, but `process` may be able to make it again.
         """
+        try:
+            return self._read(fields)
+        except BadRowError as e:
+            if os.getpid() != self.process:
+                raise NeedsRepair(e.reason, e.detail) from None
+            if self.repair is None:
+                raise
+        self._has_repaired = True
+        tensor = self.repair(fields, sample).cpu()
+        with contextlib.suppress(OSError):  # a full disk costs the next run some time, but must not end this one
+            self.write(fields, tensor)
+        return tensor
+
+    def release(self) -> None:
+        """Free the encoders if `read` needed them."""
+        if self._has_repaired and self.repair is not None:
+            self.repair.release()
+        self._has_repaired = False
+
+    def _read(self, fields: Mapping[str, Any]) -> Tensor:
         path = self.path(fields)
         try:
             with safe_open(path, framework="pt") as f:
                 tensor: Tensor = f.get_tensor("data")
+                notes = {} if path in self._checked else f.metadata() or {}
         except FileNotFoundError:
-            raise BadRowError("not-in-cache", f"{path} is missing; fill the cache again.") from None
+            raise BadRowError(NOT_IN_CACHE, f"{path} is missing; fill the cache again.") from None
         except (SafetensorError, OSError) as e:
-            raise BadRowError("not-in-cache", f"{path} cannot be read ({e}); verify the cache.") from None
+            raise BadRowError(NOT_IN_CACHE, f"{path} cannot be read ({e}); verify the cache.") from None
+        if path not in self._checked:
+            own = json.dumps(fields, sort_keys=True)
+            other = "it belongs to another row" if notes.get("made_from", own) != own else None
+            if problem := other or self._misfit(fields, tensor) or _damage(tensor, notes):
+                raise BadRowError(NOT_IN_CACHE, f"{path} is damaged: {problem}. Fill the cache again.")
+            self._checked.add(path)
         return tensor
+
+    def _misfit(self, fields: Mapping[str, Any], tensor: Tensor) -> str | None:
+        """Return how the type or the shape of a tensor differs from the one that its key fields describe."""
+        kind, expected, shape = fields["kind"], torch.float32, tuple(tensor.shape)
+        if kind in (CLIPS, COND_FRAMES):
+            if self.spec is None:
+                fits = tensor.dim() == 4
+            else:
+                channels, *grid = self.spec.latent_shape(len(fields["frames"]), *fields["size"])
+                fits = shape == (2 * channels, *grid)
+        elif kind == COND_IMAGES:
+            expected, fits = torch.uint8, shape == (*fields["size"], 3)
+        elif kind == MOTION:
+            fits = shape == ()
+        else:
+            width = self.widths[self.texts.index(fields["encoder"])] if self.widths else shape[-1] if shape[1:] else 0
+            expected = torch.int64 if not width else tensor.dtype if tensor.is_floating_point() else torch.float32
+            fits = shape[1:] == ((width,) if width else ()) and bool(shape) and shape[0] > 0
+        if tensor.dtype == expected and fits:
+            return None
+        return f"its type {str(tensor.dtype).removeprefix('torch.')} or its shape {shape} is wrong"
 
     def read_clip(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Read the moments (2C, t, h, w) of a sample, and those of its conditioning frames if it has any.
@@ -124,8 +233,9 @@ class EncodingCache:
         Raises:
             BadRowError: one is missing or unreadable.
         """
-        cond = self.read(self.cond_fields(sample)) if sample.num_cond_frames and not self.cond_images else None
-        return self.read(self.clip_fields(sample)), cond
+        needs_cond = sample.num_cond_frames and not self.cond_images
+        cond = self.read(self.cond_fields(sample), sample) if needs_cond else None
+        return self.read(self.clip_fields(sample), sample), cond
 
     def read_image_fields(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
         """Read the conditioning image (H, W, 3) uint8 of a sample, if it has one, and its motion bucket ().
@@ -137,14 +247,14 @@ class EncodingCache:
         """
         if not self.cond_images:
             return None, None
-        image = self.read(self.image_fields(sample, COND_IMAGES)) if sample.num_cond_frames else None
-        return image, self.read(self.image_fields(sample, MOTION))
+        image = self.read(self.image_fields(sample, COND_IMAGES), sample) if sample.num_cond_frames else None
+        return image, self.read(self.image_fields(sample, MOTION), sample)
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
         """Read the hidden states of prompts as their encoders returned them, padded to the longest.
 
         Raises:
-            DataError: one is missing or unreadable.
+            PromptError: one is missing or damaged, and cannot be made again.
         """
         streams, masks = [], []
         for stream in range(len(self.texts)):
@@ -160,7 +270,8 @@ class EncodingCache:
             try:
                 self._texts[key] = self.read(self.text_fields(prompt, stream))
             except BadRowError as e:
-                raise DataError(f"The prompt {prompt[:80]!r} is not in the cache {self.folder}: {e.detail}") from None
+                text = f"The prompt {prompt[:80]!r} is not in the cache {self.folder}: {e.detail}"
+                raise PromptError(text, prompt, e.reason, e.detail) from None
             if len(self._texts) > MAX_TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)
@@ -216,11 +327,15 @@ def _problem(cache: EncodingCache, path: Path) -> str | None:
         return f"unreadable ({type(e).__name__}: {e})"
     if named.name != path.name:
         return f"its name does not match the key fields in it ({named.name} was expected)"
-    if notes.get("sha256") != _digest(tensor):
+    return _damage(tensor, notes)
+
+
+def _damage(tensor: Tensor, notes: Mapping[str, str]) -> str | None:
+    """Return the problem of a tensor, with the notes in its header; the oldest files have none."""
+    scalar = notes.get("sha256") == NO_BYTES and not tensor.dim()  # earlier versions did not hash single numbers
+    if "sha256" in notes and notes["sha256"] != _digest(tensor) and not scalar:
         return "its content does not match its checksum"
-    if not bool(torch.isfinite(tensor).all()):
-        return "it contains values that are not finite"
-    return None
+    return None if is_finite(tensor) else "it contains values that are not finite"
 
 
 def _image_key(sample: Sample) -> str | None:
@@ -233,7 +348,7 @@ def _image_key(sample: Sample) -> str | None:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().contiguous().cpu()
-    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes() if data.dim() else b"").hexdigest()
+    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _lengthen(states: Tensor, length: int) -> Tensor:

@@ -142,7 +142,10 @@ class HeldOut:
                 self.bad_rows.setdefault(record.row.id, f"{record.row.video} ({e.reason}): {e.detail}")
                 read.append(self._blank(seed, sample))
                 good.append(False)
-        return to_batch(collate(read, []), self.cache), good
+        batch = to_batch(collate(read, []), self.cache)
+        if self.cache is not None:
+            self.cache.release()
+        return batch, good
 
     def _blank(self, seed: int, sample: Sample) -> Example:
         bucket = sample.plan.bucket

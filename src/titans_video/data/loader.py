@@ -6,6 +6,7 @@ number.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count as count_from
@@ -17,7 +18,7 @@ import torch
 from titans_video.data.bad_rows import BadRow, BadRows
 from titans_video.data.batches import Example, HostBatch, collate, read_sample, to_batch
 from titans_video.data.buckets import Bucket
-from titans_video.data.cache import EncodingCache
+from titans_video.data.cache import EncodingCache, NeedsRepair, PromptError
 from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.data.manifest import Row
 from titans_video.data.reader import BadRowError, ClipRecord, RowReader
@@ -83,6 +84,8 @@ class BatchReader:
         found: list[BadRow] = []
         try:
             return replace(collate([self._row(step, o, found) for o in items], found), step=step)
+        except NeedsRepair:
+            return HostBatch([], [], needs_repair=True)
         except DataError as e:
             return HostBatch([], [], bad_rows=tuple(found), error=str(e))
 
@@ -101,6 +104,8 @@ class BatchReader:
             seed = derive_seed(self.seed, item.epoch, record.row.id, item.count, *instead)
             try:
                 return read_sample(seed, self.reader.sample(record, seed), self.reader, self.cache)
+            except NeedsRepair:
+                raise
             except BadRowError as e:
                 bad = BadRow(record.row.id, str(record.row.video), e.reason, e.detail, step, str(record.bucket))
                 self.bad_rows.add(bad)
@@ -213,15 +218,43 @@ class BatchStream:
             host_batch = next(self._batches)
         except WorkerDied as e:
             raise DataError(f"{self._explain(e, self._delivered)} Several workers in a row ended this way.") from None
-        self._record_bad_rows(host_batch.bad_rows)
+        number = self._delivered
+        batch = self._checked(host_batch, lambda: self._reader(self.bad_rows)[number])
         self._delivered += 1
-        return self._checked(host_batch)
+        return batch
 
-    def _checked(self, host_batch: HostBatch) -> Batch:
-        """Return the batch, or raise the error that a reader sent instead of it."""
-        if host_batch.error is not None:
-            raise DataError(host_batch.error)
-        return to_batch(host_batch, self.cache)
+    def _checked(self, host_batch: HostBatch, read_again: Callable[[], HostBatch]) -> Batch:
+        """Return the batch, or raise the error that a reader sent instead of it.
+
+        If a file of the cache is damaged, it is made again, or its rows are left out.
+
+        Args:
+            read_again: reads the batch in this process, which has the encoders.
+        """
+        while True:
+            if host_batch.needs_repair:
+                host_batch = read_again()
+            self._record_bad_rows(host_batch.bad_rows)
+            if host_batch.error is not None:
+                raise DataError(host_batch.error)
+            try:
+                batch = to_batch(host_batch, self.cache)
+            except PromptError as e:
+                records = {s.record.row.id: s.record for s in host_batch.samples if s.record.row.caption == e.prompt}
+                if not records:
+                    raise
+                self._record_bad_rows([self._bad_row(record, e.reason, e.detail) for record in records.values()])
+                self._reader(self.bad_rows).refuse_too_many()
+                host_batch = HostBatch([], [], needs_repair=True)
+                continue
+            if self.cache is not None:
+                self.cache.release()
+            return batch
+
+    def _bad_row(self, record: ClipRecord, reason: str, detail: str) -> BadRow:
+        """Return the record of a row that is left out from the optimizer step of the next micro-batch on."""
+        step = self._delivered // self.shard.grad_accum
+        return BadRow(record.row.id, str(record.row.video), reason, detail, step, str(record.bucket))
 
     def largest(self) -> Batch:
         """Return a micro-batch of the bucket with the most pixels, for a trial step."""
@@ -229,8 +262,12 @@ class BatchStream:
         queue = pixels.index(max(pixels))
         rows, size = self.sampler.rows[queue], self.batch_sizes[self.buckets[queue]]
         items = [SampleIndex(int(rows[i % len(rows)]), 0, 0) for i in range(size)]
-        read = self._reader(self._copy_bad_rows()).rows(items)
-        return replace(self._checked(read), step=LAST_STEP)
+
+        def read() -> HostBatch:
+            step = self._delivered // self.shard.grad_accum
+            return replace(self._reader(self._copy_bad_rows()).rows(items, step), bad_rows=())
+
+        return replace(self._checked(read(), read), step=LAST_STEP)
 
     def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
         """Raise `StoppedError` instead of waiting for a worker while `stop` returns True."""
@@ -258,13 +295,8 @@ class BatchStream:
         Raises:
             DataError: more rows than `--max-bad` allows are left out.
         """
-        step = self._delivered // self.shard.grad_accum
         named = set(rows)
-        found = [
-            BadRow(e.row.id, str(e.row.video), reason, detail, step, str(e.bucket))
-            for e in self.records
-            if e.row.id in named
-        ]
+        found = [self._bad_row(record, reason, detail) for record in self.records if record.row.id in named]
         for bad in found:  # every process has all of them, and one writes them
             self.bad_rows.add(bad, write=self.shard.rank == 0)
         self._record_bad_rows(found)
@@ -287,6 +319,9 @@ class BatchStream:
         return copy
 
     def _reader(self, bad_rows: BadRows) -> BatchReader:
+        """Return a reader for this process, or for a worker that it starts."""
+        if self.cache is not None:
+            self.cache.process = os.getpid()
         return BatchReader(
             self.records, self.sampler, self.reader, self.shard, self.seed, bad_rows, self._max_bad, self.cache
         )

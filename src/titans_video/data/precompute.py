@@ -4,10 +4,10 @@ The work is divided among the ranks by row and by prompt. No encoding is exchang
 content. A rank loads codec and encoders only if something is missing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ from torch import Tensor
 from titans_video.console import Progress
 from titans_video.data.batches import to_floats
 from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
+from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.data.dataset import VideoDataset, with_digests
 from titans_video.data.left_out import Quarantined, format_reasons
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader, Sample
 from titans_video.data.sampler import uses_cond_image
 from titans_video.data.scan import Failed, Job, run_cached_jobs
 from titans_video.errors import DataError, UserError
+from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition
 
 DIGEST_SECONDS = 1800.0  # the time limit for hashing one file
+OVERFLOW_REMEDY = "In fp16 they overflow: pass --vae-dtype bf16, --text-dtype bf16 and --llm-dtype bf16."
 
 
 class CodecLike(Protocol):
@@ -36,14 +39,15 @@ class CodecLike(Protocol):
 
 @dataclass(frozen=True)
 class Encoders:
-    """The encoders, and keys that identify them.
+    """The encoders, and keys that identify them; `repair` in `data.cache` uses them too.
 
     Attributes:
         codec_key: the codec's fingerprint, with its precision and whatever else changes its latents.
         codec: returns the codec; called only if a clip is missing.
         text_keys: the same for each text stream; () if the network reads bytes itself and nothing is cached.
         text: encodes prompts; called only if one is missing.
-        cond_images: as `EncodingCache`.
+        cond_images, text_widths: as `EncodingCache`.
+        release: frees the weights of codec and text encoders.
     """
 
     codec_key: str
@@ -51,6 +55,8 @@ class Encoders:
     text_keys: tuple[str, ...] = ()
     text: Callable[[Sequence[str]], TextCondition] | None = None
     cond_images: bool = False
+    text_widths: tuple[int, ...] = ()
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -61,7 +67,7 @@ class Filled:
         data: with the digests that the cache's keys need, and without the unreadable rows; stream from it.
         cache: for `data.stream`.
         made, found: number of encodings that were missing, and that existed.
-        bad_rows: rows that could not be read.
+        bad_rows: rows that could not be read, or whose encodings are not finite.
     """
 
     data: VideoDataset
@@ -73,7 +79,8 @@ class Filled:
     def summary(self) -> str:
         text = f"Cache {self.cache.folder}: {self.made} encodings made, {self.found} found."
         if self.bad_rows:
-            text += f"\n{len(self.bad_rows)} rows could not be read and are left out: {format_reasons(self.bad_rows)}."
+            text += f"\n{len(self.bad_rows)} rows could not be read or encoded and are left out: "
+            text += f"{format_reasons(self.bad_rows)}. The last: {self.bad_rows[-1].detail}"
         return text
 
 
@@ -97,21 +104,29 @@ def fill_cache(
     Raises:
         DataError: the cache cannot be written, or more rows than `--max-bad` allows cannot be read.
     """
-    cache = EncodingCache(Path(folder), encoders.codec_key, encoders.text_keys, encoders.cond_images)
+    cache = EncodingCache(
+        Path(folder),
+        encoders.codec_key,
+        encoders.text_keys,
+        encoders.cond_images,
+        spec=data.table.spec,
+        widths=encoders.text_widths,
+    )
     total = len(data.records)
     digests: dict[Path, str | Failed] = processes.run_on_main(lambda: find_digests(data, progress=progress))
     lost = _undigested(data, digests)
     whole = {path: digest for path, digest in digests.items() if isinstance(digest, str)}
     filled = Filled(with_digests(data.without(lost), whole), cache)
     reader = RowReader(data.options, data.table, data.mix, cached=True, ram=RamCache(0))
+    encoding = cache.repair = _Encoding(cache.texts, reader, encoders)
     texts = _shard(dict.fromkeys(["", *(e.row.caption for e in filled.data.records), *prompts]), data)
     own = range(data.rank, len(filled.data.records), data.world)
     todo = len(texts) + sum(len(_variants(filled.data.records[i], data)) for i in own)
     bar = Progress("filling the cache", "sample", todo, show=progress and data.rank == 0, delay=1.0)
     try:
         with bar:
-            _fill_clips(filled, reader, encoders, bar)
-            _fill_text(filled, encoders, texts, bar)
+            _fill_clips(filled, encoding, bar)
+            _fill_text(filled, encoding, texts, {"", *prompts}, bar)
         error = None
     except (UserError, OSError) as e:
         error = str(e)
@@ -120,11 +135,12 @@ def fill_cache(
     if errors:
         raise DataError(f"The cache {folder} cannot be filled: {errors[0]}")
     filled.made, filled.found = sum(p[0] for p in parts), sum(p[1] for p in parts)
-    filled.bad_rows = [*lost, *(q for p in parts for q in p[2])]
+    found = {q.row_number: q for p in reversed(parts) for q in reversed(p[2])}  # a row may be found twice
+    filled.bad_rows = [*lost, *reversed(found.values())]
     if len(filled.bad_rows) > data.options.max_bad * total or len(filled.bad_rows) == total:
         raise DataError(
-            f"{len(filled.bad_rows)} of {total} rows could not be read while the cache was filled, more than "
-            f"--max-bad {data.options.max_bad:g} allows. The last: {filled.bad_rows[-1].detail}"
+            f"{len(filled.bad_rows)} of {total} rows could not be read or encoded while the cache was filled, more "
+            f"than --max-bad {data.options.max_bad:g} allows. The last: {filled.bad_rows[-1].detail}"
         )
     filled.data = filled.data.without(filled.bad_rows)
     return filled
@@ -174,27 +190,75 @@ def _variants(record: ClipRecord, data: VideoDataset) -> list[tuple[int, str]]:
     return [(v, task) for v in variants for task in tasks if v == 0 or varies or task == "v2v"]
 
 
-def _fill_clips(filled: Filled, reader: RowReader, encoders: Encoders, bar: Progress) -> None:
+@dataclass
+class _Encoding:
+    """Make encodings; see `cache.Repair`. The codec is taken at first use.
+
+    Attributes:
+        texts: the key of each text stream.
+    """
+
+    texts: tuple[str, ...]
+    reader: RowReader
+    encoders: Encoders
     codec: CodecLike | None = None
+
+    def sample(self, sample: Sample, wanted: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Yield encodings of a sample with their key fields.
+
+        Raises:
+            BadRowError: its files are unreadable, or an encoding is not finite.
+        """
+        self.codec = self.codec or self.encoders.codec()
+        clip = to_floats(torch.from_numpy(self.reader.clip(sample))[None])
+        image = to_floats(torch.from_numpy(self.reader.cond_image(sample))[None, None]) if sample.own_image else None
+        for fields in wanted:
+            encoded = _encoding(fields["kind"], sample, clip, image, self.codec)
+            if not is_finite(encoded):
+                video = sample.record.row.video
+                raise BadRowError(NOT_FINITE, f"{video}: the VAE gives values that are not finite. {OVERFLOW_REMEDY}")
+            yield fields, encoded
+
+    def prompt(self, prompt: str) -> list[Tensor]:
+        """Return the hidden states of a prompt from each stream, (L, E).
+
+        Raises:
+            BadRowError: they are not finite.
+        """
+        assert self.encoders.text is not None, "text keys need a text encoder"
+        encoded = self.encoders.text([prompt])
+        states = [stream[0][mask[0]] for stream, mask in zip(encoded.streams, encoded.masks, strict=True)]
+        if not all(map(is_finite, states)):
+            text = f"the text encoder gives values that are not finite for {prompt[:80]!r}. {OVERFLOW_REMEDY}"
+            raise BadRowError(NOT_FINITE, text)
+        return states
+
+    def __call__(self, fields: Mapping[str, Any], sample: Sample | None) -> Tensor:
+        if sample is None:
+            return self.prompt(fields["prompt"])[self.texts.index(fields["encoder"])]
+        ((_, encoded),) = self.sample(sample, [fields])
+        return encoded
+
+    def release(self) -> None:
+        self.encoders.release()
+
+
+def _fill_clips(filled: Filled, encoding: _Encoding, bar: Progress) -> None:
     cache, bad_rows = filled.cache, set[int]()
-    for number, sample in _samples(filled.data, reader):
+    for number, sample in _samples(filled.data, encoding.reader):
         bar.update()
         wanted = cache.wanted(sample)
         missing = [f for f in wanted if not cache.path(f).exists()]
         filled.found += len(wanted) - len(missing)
         if not missing or number in bad_rows:
             continue
-        codec = codec or encoders.codec()
         try:
-            clip = to_floats(torch.from_numpy(reader.clip(sample))[None])
-            image = to_floats(torch.from_numpy(reader.cond_image(sample))[None, None]) if sample.own_image else None
+            for fields, encoded in encoding.sample(sample, missing):
+                cache.write(fields, encoded)
+                filled.made += 1
         except BadRowError as e:
             bad_rows.add(number)
             filled.bad_rows.append(Quarantined(sample.record.row, e.reason, e.detail, sample.record.row_number))
-            continue
-        for fields in missing:
-            cache.write(fields, _encoding(fields["kind"], sample, clip, image, codec))
-            filled.made += 1
 
 
 def _encoding(kind: str, sample: Sample, clip: Tensor, image: Tensor | None, codec: CodecLike) -> Tensor:
@@ -224,19 +288,33 @@ def cond_clip(clip: Tensor, image: Tensor | None, num_cond_frames: int) -> Tenso
     return cond
 
 
-def _fill_text(filled: Filled, encoders: Encoders, prompts: Sequence[str], bar: Progress) -> None:
-    """Encode prompt by prompt, so that a result does not depend on what else was in the batch."""
-    cache = filled.cache
+def _fill_text(
+    filled: Filled, encoding: _Encoding, prompts: Sequence[str], needed: Container[str], bar: Progress
+) -> None:
+    """Encode prompt by prompt, so that a result does not depend on what else was in the batch.
+
+    Args:
+        needed: prompts without which there is no run, other than the captions of rows.
+    Raises:
+        DataError: the states of a needed prompt are not finite.
+    """
+    cache, data = filled.cache, filled.data
     for prompt in prompts:
         bar.update()
         missing = [i for i in range(len(cache.texts)) if not cache.path(cache.text_fields(prompt, i)).exists()]
         filled.found += len(cache.texts) - len(missing)
         if not missing:
             continue
-        assert encoders.text is not None, "text keys need a text encoder"
-        encoded = encoders.text([prompt])
+        try:
+            states = encoding.prompt(prompt)
+        except BadRowError as e:
+            if prompt in needed:
+                raise DataError(e.detail[0].upper() + e.detail[1:]) from None
+            rows = [r for r in data.records if r.row.caption == prompt]
+            filled.bad_rows += [Quarantined(r.row, e.reason, f"{r.row.video}: {e.detail}", r.row_number) for r in rows]
+            continue
         for i in missing:
-            cache.write(cache.text_fields(prompt, i), encoded.streams[i][0][encoded.masks[i][0]])
+            cache.write(cache.text_fields(prompt, i), states[i])
             filled.made += 1
 
 

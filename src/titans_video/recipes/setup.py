@@ -201,7 +201,13 @@ def encode_cache(
 ) -> Filled:
     """Encode what the cache lacks, including validation prompts, divided among the processes."""
     assert options.data.cache is not None  # callers check
-    encoders = Encoders(codec_key(codec, codec_options), lambda: codec, text_keys(text), text, image_condition)
+
+    def release() -> None:
+        codec.release()
+        text.release()
+
+    key, widths = codec_key(codec, codec_options), tuple(text.widths)
+    encoders = Encoders(key, lambda: codec, text_keys(text), text, image_condition, widths, release)
     prompts = [prompt.text for prompt in validation_prompts(options.validation, data)]
     filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
     logger.info(filled.summary())
