@@ -24,7 +24,7 @@ class Malformed(ValueError):
 
 
 def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
-    """Read a text file in UTF-8.
+    """Read a text file in UTF-8, without the mark (BOM) that some editors put before its first character.
 
     Args:
         most: bytes.
@@ -37,9 +37,20 @@ def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
     if len(data) > most:
         raise Malformed(f"it is larger than {most / 2**20:g} MiB")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Malformed("it is not text in UTF-8") from None
+
+
+def read_lines(path: Path | str, most: int = MOST_BYTES) -> list[str]:
+    """Read the lines of a text file, without the blanks around them.
+
+    Only a line feed ends a line. `str.splitlines` also cuts at characters that may be part of a text, such as U+2028.
+
+    Raises:
+        Malformed, OSError: as `read_text`.
+    """
+    return [line.strip(" \t\r") for line in read_text(path, most).split("\n")]
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
@@ -102,7 +113,7 @@ def read_yaml(path: Path) -> Any:
     """
     import yaml  # lazy: most commands have no configuration file, and --help must be fast
 
-    text = read_text(path, MOST_YAML_BYTES)
+    text = read_text(path, MOST_YAML_BYTES).translate(_HIDDEN)
     try:
         return yaml.load(text, Loader=_plain_loader())
     except RecursionError:
@@ -114,6 +125,10 @@ def read_yaml(path: Path) -> Any:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:  # a date such as 2001-13-45
         raise Malformed(f"it is not YAML: a value cannot be read ({' '.join(str(e).split())[:200]})") from None
 
+
+_SEPARATORS, _STAND_INS = "\x85\u2028\u2029", "\uf885\uf828\uf829"
+_HIDDEN, _SHOWN = str.maketrans(_SEPARATORS, _STAND_INS), str.maketrans(_STAND_INS, _SEPARATORS)
+"""PyYAML ends lines at these separators, which YAML 1.2 takes as text; it reads private characters instead."""
 
 _TOO_DEEP = f"its values are nested deeper than {MOST_DEPTH} levels"
 
@@ -165,6 +180,10 @@ def _plain_loader() -> Any:
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
+
+        def construct_scalar(self, node: Any) -> Any:
+            value = super().construct_scalar(node)
+            return value.translate(_SHOWN) if isinstance(value, str) else value
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

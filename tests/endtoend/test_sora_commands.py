@@ -59,9 +59,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(__file__).resolve().parents[2]
     folder = tmp_path_factory.mktemp("trained")
     done = run(root / "train.py", "--mode", "train", *SMALL, cwd=folder)
-    command = next(line.strip() for line in done.stdout.splitlines() if "--mode inference" in line)
-    assert shlex.split(command)[:5] == ["python", "train.py", "--mode", "inference", "--checkpoint"]
-    assert shlex.split(command)[5] == str(Path("outputs") / "last.pt")
+    command = next(
+        line.strip() for line in done.stdout.splitlines() if line.strip().startswith("titans-video generate")
+    )
+    assert shlex.split(command)[:3] == ["titans-video", "generate", "--checkpoint"]
+    assert shlex.split(command)[3] == str(folder / "outputs" / "last.pt")
     return folder / "outputs"
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from titans_video.config.parse import read_prompts
 from titans_video.parsing import (
     MOST_DEPTH,
     Malformed,
     parse_json,
     read_json,
     read_json_lines,
+    read_lines,
     read_text,
     read_yaml,
 )
@@ -118,3 +120,48 @@ def test_binary_files_are_refused(reader: Callable[[Path], Any], tmp_path: Path)
     (tmp_path / "a").write_bytes(bytes(range(256)))
     with pytest.raises(Malformed):
         reader(tmp_path / "a")
+
+
+TEXTS = [
+    "a green triangle\u2028moving left",
+    "a\u2029b",
+    "a\x85b",
+    "a\x0bb\x0cc",
+    "a\x1cb\x1dc\x1ed",
+    "红色的圆",
+    "\u3000a\u00a0",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line(text: str, end: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"\ufeffa red circle{end}  {text}\t{end}{end}last".encode())
+    assert read_lines(path) == ["a red circle", text, "", "last"]
+    assert read_prompts(str(path), "--prompt-file") == ("a red circle", text, "last")
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if not set(t) & set("\x0b\x0c\x1c")])
+@pytest.mark.parametrize("form", ["{}", '"{}"', "'{}'", "[{}]"])
+def test_yaml_keeps_separators_in_a_text(text: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(f"\ufeffprompt: {form.format(text)}\nseed: 3\n", encoding="utf-8")
+    kept = text if form != "[{}]" else [text]
+    assert read_yaml(path) == {"prompt": kept, "seed": 3}
+
+
+def test_json_with_a_byte_order_mark_and_separators(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('\ufeff{"caption": "a\u2028b"}\n{"caption": "c\x85d"}\n', encoding="utf-8")
+    assert [line["caption"] for line in read_json_lines(path)] == ["a\u2028b", "c\x85d"]
+    path.write_text('\ufeff{"caption": "x"}', encoding="utf-8")
+    assert read_json(path) == {"caption": "x"}
+
+
+def test_the_shared_prompt_file(repository: Path) -> None:
+    path = repository.parent / "shared" / "cases" / "prompts_bom.txt"
+    if not path.is_file():
+        pytest.skip("no ../shared/cases beside the repository")
+    expected = ("a red circle moving right", "a green triangle\u2028moving left")
+    assert read_prompts(str(path), "--prompt-file") == expected

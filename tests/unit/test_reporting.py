@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.test_layers import FILES
 from titans_video.cli.main import main
 from titans_video.config.options import SoraOptions
 from titans_video.console import duration
 from titans_video.errors import DataError
-from titans_video.media.plots import MOST_POINTS, Line, chart, thin
+from titans_video.media.plots import MOST_POINTS, Line, chart, html_link, html_text, smoothed, thin
 from titans_video.media.writing import write_video
 from titans_video.reporting import report as shown
 from titans_video.reporting.report import write_report
 from titans_video.training import tracking, validation
+from titans_video.training.metrics import Rates, Work
 from titans_video.training.validation import SampleVideo
 
 PROMPT = "a <red> circle & more"
@@ -241,3 +243,84 @@ def test_thinning_keeps_every_spike() -> None:
 def test_a_chart_without_a_point_is_empty() -> None:
     nothing = np.full(3, np.nan)
     assert chart("MFU", [Line("", np.arange(3.0), nothing)]) == ""
+
+
+HOSTILE = "</title><script>alert(1)</script>\"'><img src=http://x/y onerror=alert(1)>"
+
+
+def hostile(value: Any) -> Any:
+    """Return JSON of the same shape in which every text, also of a key, ends in markup."""
+    if isinstance(value, dict):
+        return {key: hostile(v) for key, v in value.items()} | ({HOSTILE: 1} if "16x16x4" in value else {})
+    if isinstance(value, list):
+        return [hostile(v) for v in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def test_no_text_of_a_foreign_run_becomes_markup(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a<script>\"run'")
+    kept = {name: (run / name).read_text() for name in ("validation.jsonl", "events.jsonl", "run.json")}
+    for name, text in kept.items():
+        lines = [hostile(json.loads(line)) for line in text.splitlines()]
+        for line in lines:
+            if "samples" in line:
+                line["samples"] = line["samples"].removesuffix(HOSTILE)
+        (run / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    record = json.loads((run / "run.json").read_text())
+    record["data"] |= {"rows": HOSTILE, "held_out": HOSTILE}
+    for start in record["starts"]:
+        start["at"] = "2026-01-01T00:00:00"
+    (run / "run.json").write_text(json.dumps(record))
+    text, page = read(write_report(run))
+    assert page.wrong == []
+    assert page.open == ["html", "body"] or page.open == []
+    assert page.asked == []
+    assert "<script" not in text
+    assert "onerror=alert(1)&gt;" in text  # shown as text
+
+
+@pytest.mark.parametrize("name", ["../secret", "{absolute}", "link", "samples/linked"])
+def test_files_outside_the_run_are_not_read(name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    samples = run / "samples" / "step-0000004"
+    outside = tmp_path / "secret"
+    samples.rename(outside)
+    if name == "link":
+        (run / "link").symlink_to(outside)
+    elif name == "samples/linked":  # the folder is inside, its files are not
+        (run / name).mkdir()
+        for path in outside.iterdir():
+            (run / name / path.name).symlink_to(path)
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["samples"] = name.format(absolute=outside)
+    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, _ = read(write_report(run))
+    assert "<video" not in text
+    assert "Samples over time" not in text
+
+
+def test_the_loss_of_the_page_is_that_of_the_bar(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    rates, lines = Rates(10), []
+    for step, loss in enumerate(losses, 1):
+        rates.update(step, Work(4, 8), loss, 1.0, 0.1)
+        lines.append({"step": step, "loss": loss, **rates.line})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, _ = read(write_report(run))
+    shown_by_bar = str(rates).split(" | ")[0].removeprefix("loss ")
+    assert f"<b>{shown_by_bar}</b>loss (smoothed)" in text
+    assert f"{smoothed(np.array(losses))[-1]:.4g}" != f"{float(shown_by_bar):.4g}"  # the curve's end is another number
+
+
+def test_links_are_never_addresses() -> None:
+    assert html_link("javascript:alert(1)//a#b?.mp4") == "javascript%3Aalert%281%29//a%23b%3F.mp4"
+    assert html_text('<a href="x">&\x1b') == "&lt;a href=&quot;x&quot;&gt;&amp;\\x1b"
+
+
+def test_one_function_escapes_for_pages() -> None:
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        own = re.search(r"^\s*(import html|from html)\b|html\.escape", source, re.MULTILINE)
+        assert path.name == "plots.py" or own is None, path

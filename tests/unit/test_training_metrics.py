@@ -31,7 +31,7 @@ def test_the_line_and_the_text_of_a_run() -> None:
     assert line["data_wait"] == pytest.approx(1.5 / 8, abs=1e-4)
     assert line["mfu"] == pytest.approx(1.5e6 / 8 / 1e6, abs=1e-4)  # of one device: the others do as much
     assert line["eta_seconds"] == pytest.approx(97 * 8 / 3, abs=0.1)
-    assert str(rates) == "loss 3.9000 | 22.5k tok/s | 60.0 frames/s | data 19% | MFU 19%"
+    assert str(rates) == "loss 3.900 | 22.5k tok/s | 60.0 frames/s | data 19% | MFU 19%"
 
 
 def test_without_a_known_peak_nothing_is_counted_or_shown() -> None:

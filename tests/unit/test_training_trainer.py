@@ -265,5 +265,5 @@ def test_the_end_prints_the_command_that_generates(tmp_path: Path, caplog: pytes
     caplog.set_level(logging.INFO)
     train(options(tmp_path))
     last = tmp_path / "last.pt"
-    command = f"python train.py --mode inference --checkpoint {last} --prompt 'a red circle' --out out.mp4"
+    command = f"titans-video generate --checkpoint {last} --prompt 'a red circle' --out out.mp4"
     assert any(command in text for text in caplog.messages)

@@ -1,5 +1,6 @@
 """`titans-video generate` and `titans-video export`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
     folder = export(model, Path(flags.out), encoders=flags.encoders)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     if not model.capabilities.image_condition:
-        reader = f"VideoPipeline.from_pretrained({str(folder)!r}) or --checkpoint {folder}"
+        reader = f"VideoPipeline.from_pretrained({str(folder)!r}) or --checkpoint {shlex.quote(str(folder))}"
     else:
         reader = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
     print(f"{folder}: {size:.1f} MB; load it with {reader}")

@@ -1,5 +1,6 @@
 """`titans-video demo`, `score`, `data mock` and `report`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def main_mock(argv: Sequence[str], prog: str = "titans-video data mock") -> int:
 
     arguments: dict[str, Any] = asdict(options)
     manifest = make_dataset(arguments.pop("out"), **arguments)
-    print(f"{options.clips} clips in {manifest.parent}: train with --manifest {manifest}")
+    print(f"{options.clips} clips in {manifest.parent}: train with --manifest {shlex.quote(str(manifest))}")
     return 0
 
 

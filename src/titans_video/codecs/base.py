@@ -7,6 +7,7 @@ unit-variance latents that networks are trained on; `unscale` is its inverse.
 
 import importlib
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -327,7 +328,7 @@ def _own_module(options: CodecOptions) -> str:
         raise CheckpointError(
             f"The checkpoint's codec is the class {options.vae_class} of the module {options.vae_module}. A module "
             "that a checkpoint names is not imported unless you name it too. If you trust it, add "
-            f"--vae-module {options.vae_module} --vae-class {options.vae_class}."
+            f"{shlex.join(['--vae-module', str(options.vae_module), '--vae-class', str(options.vae_class)])}."
         )
     return own
 

@@ -20,6 +20,7 @@ import tyro
 from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
 from titans_video.console import raw
 from titans_video.errors import ConfigError
+from titans_video.parsing import Malformed, read_lines
 
 OptionsT = TypeVar("OptionsT", bound=OptionGroup)
 
@@ -241,12 +242,10 @@ def read_prompts(path: str, flag: str) -> tuple[str, ...]:
         ConfigError: the file is missing, not text, or contains no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{flag} {path} is not text in UTF-8.") from None
-    except OSError as e:
-        raise ConfigError(f"{flag} {path} cannot be read as a text file: {e}") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+        prompts = tuple(line for line in read_lines(path) if line.strip())
+    except (Malformed, OSError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"{flag} {path} cannot be read as a text file: {reason}.") from None
     if not prompts:
         raise ConfigError(f"{flag} {path}: there is no prompt in it; write one a line.")
     return prompts

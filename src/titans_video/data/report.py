@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from titans_video.data.scan import usable_cores
 from titans_video.errors import ConfigError
 from titans_video.files import make_folder, write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
-from titans_video.media.plots import data_url, numbers, page
+from titans_video.media.plots import data_url, html_text, numbers, page
 from titans_video.media.reading import read_clip
 from titans_video.types import CodecSpec
 
@@ -168,7 +167,7 @@ def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, 
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
-        f'<div class="summary">{escape(chr(10).join(remarks))}</div>',
+        f'<div class="summary">{html_text(chr(10).join(remarks))}</div>',
         '<div class="plots">',
         _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
         _scatter(data, plans),
@@ -220,12 +219,12 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
     for i, (name, n) in enumerate(sorted(counts.items(), key=lambda x: -x[1])):
         y, length = i * row, max(n / top * (width - 60), 1)
         bars.append(
-            f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{html_text(name)}</text>'
             f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="{row - 8}" rx="2" fill="{COLOURS[i % 8]}"/>'
             f'<text x="{left + length + 6:.1f}" y="{y + 15}">{n}</text>'
         )
     return (
-        f'<div><h2>{escape(title)}</h2><svg width="{left + width}" height="{len(counts) * row + 4}">{"".join(bars)}'
+        f'<div><h2>{html_text(title)}</h2><svg width="{left + width}" height="{len(counts) * row + 4}">{"".join(bars)}'
         "</svg></div>"
     )
 
@@ -262,7 +261,7 @@ def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
     ]
     dots = [
         f'<circle cx="{across(aspect):.1f}" cy="{up(seconds):.1f}" r="4" fill="{colour}" fill-opacity=".75">'
-        f"<title>{escape(name)}: {aspect:.2f}, {seconds:.2f} s</title></circle>"
+        f"<title>{html_text(name)}: {aspect:.2f}, {seconds:.2f} s</title></circle>"
         for aspect, seconds, colour, name in points
     ]
     step = _round_step(longest / 4)
@@ -297,12 +296,13 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
         return "<h2>Left out</h2><p>Nothing.</p>"
     counts = Counter(q.reason for q in quarantined)
     parts = [f"<h2>Left out ({len(quarantined)})</h2><ul>"]
-    parts += [f"<li><b>{n} {reason}</b>: {escape(REASONS[reason])}</li>" for reason, n in counts.most_common()]
+    parts += [f"<li><b>{n} {reason}</b>: {html_text(REASONS[reason])}</li>" for reason, n in counts.most_common()]
     parts.append("</ul><table><tr><th>reason<th>row<th>why, with the arithmetic<th>caption</tr>")
     parts += [
-        f'<tr><td class="bad reason">{q.reason}<td class="name">{escape(q.row.video.name)}<div class="small">'
-        f"{escape(q.row.id)}<br>{escape(q.row.where())}</div><td>{escape(q.detail)}"
-        f'<td class="small">{escape(q.row.caption)}</tr>'
+        f'<tr><td class="bad reason">{html_text(q.reason)}<td class="name">{html_text(q.row.video.name)}'
+        '<div class="small">'
+        f"{html_text(q.row.id)}<br>{html_text(q.row.where())}</div><td>{html_text(q.detail)}"
+        f'<td class="small">{html_text(q.row.caption)}</tr>'
         for q in quarantined[:MAX_STRIPS]
     ]
     return "".join([*parts, "</table>"])
@@ -313,15 +313,17 @@ def _rows(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: M
     parts = [f"<h2>Usable ({len(records)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
     for e in records[:MAX_STRIPS]:
         plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
-        image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else escape(strip[1:])
-        notes = "".join(f"<br>{escape(note)}" for note in info.notes)
+        image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else html_text(strip[1:])
+        notes = "".join(f"<br>{html_text(note)}" for note in info.notes)
         cropped = f", {plan.kept:.0%} of the picture kept" if plan.kept < 0.995 else ""
         enlarged = f", enlarged {plan.upscale:.2f} times" if plan.upscale > 1.001 else ""
         parts.append(
-            f'<tr><td>{image}<td class="name">{escape(e.row.video.name)}<div class="small">{escape(e.row.id)}</div>'
-            f'<td class="small plan">{e.row.task} to {plan.bucket}{cropped}{enlarged}<br>{info.frames} frames of '
+            f'<tr><td>{image}<td class="name">{html_text(e.row.video.name)}'
+            f'<div class="small">{html_text(e.row.id)}</div>'
+            f'<td class="small plan">{html_text(e.row.task)} to {plan.bucket}{cropped}{enlarged}<br>'
+            f"{info.frames} frames of "
             f"{plan.source[0]}x{plan.source[1]} in {float(info.duration):.2f} s; {len(set(plan.indices))} taken from "
             f"{plan.times[0]:.2f} s to {plan.times[-1]:.2f} s at {plan.fps:.4g} a second{notes}"
-            f"<td>{escape(e.row.caption)}</tr>"
+            f"<td>{html_text(e.row.caption)}</tr>"
         )
     return "".join([*parts, "</table>"])

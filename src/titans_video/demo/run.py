@@ -1,6 +1,5 @@
 """`titans-video demo`: the mock world from data to scores and an HTML report; `titans-video score`: its second half."""
 
-import html
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ from titans_video.demo.scoring import Scored, Settings, Split, summary
 from titans_video.errors import ConfigError, DataError
 from titans_video.files import write_text
 from titans_video.generation.model import VideoModel, choose_device, load_model
-from titans_video.media.plots import loss_curve, page
+from titans_video.media.plots import html_link, html_text, loss_curve, page
 from titans_video.media.sheets import contact_sheet
 from titans_video.mock.dataset import make_dataset
 from titans_video.training.run_folder import METRICS
@@ -258,8 +257,8 @@ def _table(scored: Mapping[Split, Sequence[Scored]]) -> str:
 def _figure(report: Path, video: Scored) -> str:
     reading = video.reading
     read = f"{reading.colour} {reading.shape} {reading.direction}, overlap {reading.overlap:.2f}"
-    source = html.escape(os.path.relpath(video.path, report.parent))
+    source = html_link(os.path.relpath(video.path, report.parent))
     return (
         f"<figure><video src='{source}' autoplay loop muted playsinline></video>"
-        f"<figcaption>{html.escape(caption_of(video))}<br><small>read: {read}</small></figcaption></figure>"
+        f"<figcaption>{html_text(caption_of(video))}<br><small>read: {read}</small></figcaption></figure>"
     )

@@ -1,6 +1,7 @@
 """Export a model as one self-contained folder: weights, configuration, VAE, text encoders and a model card."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from titans_video.checkpoint import Checkpoint, restore_options
 from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ENCODER, EXTRACTOR
 from titans_video.config.options import CodecOptions
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError, ConfigError, printable
 from titans_video.files import atomic_folder, write_text
 from titans_video.generation.model import BUNDLED, VideoModel
 from titans_video.models.svd_unet import plain_unet
@@ -24,11 +25,15 @@ A video diffusion model of Titans Video: {size:.1f} million parameters, {step} o
 ```python
 from titans_video.generation.video_pipeline import VideoPipeline
 
-pipe = VideoPipeline.from_pretrained("{name}"{arguments})
-frames = pipe("{prompt}").frames[0]  # (T, H, W, 3), floats in [0, 1]
+pipe = VideoPipeline.from_pretrained({name!r}{arguments})
+frames = pipe({prompt!r}).frames[0]  # (T, H, W, 3), floats in [0, 1]
 ```
 
-or `titans-video generate --checkpoint {name} --prompt "{prompt}"{flags}`.
+or
+
+```bash
+{command}
+```
 """
 
 _IGNORED = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.pb")
@@ -89,14 +94,15 @@ def _card(model: VideoModel, name: str) -> str:
     flags = flags_to_name_again(options)
     named = dict(zip(flags[::2], flags[1::2], strict=True))
     data = model.config.get("data", {})
+    prompt = printable(str((model.config.get("sample") or {}).get("prompt") or "a cat walking"), lines=False)
     return CARD.format(
         name=name,
         step=model.step,
         size=sum(p.numel() for p in model.network.parameters()) / 1e6,
         data=f"{data.get('num_frames', '?')} frames of {data.get('height', '?')}x{data.get('width', '?')}",
-        prompt=(model.config.get("sample") or {}).get("prompt") or "a cat walking",
-        arguments="".join(f', {flag[2:].replace("-", "_")}="{value}"' for flag, value in named.items()),
-        flags="".join(f" {word}" for word in flags),
+        prompt=prompt,
+        arguments="".join(f", {flag[2:].replace('-', '_')}={value!r}" for flag, value in named.items()),
+        command=shlex.join(["titans-video", "generate", "--checkpoint", name, "--prompt", prompt, *flags]),
     )
 
 
@@ -113,7 +119,7 @@ Stable Video Diffusion, fine-tuned by Titans Video: {step} optimizer steps on cl
 from diffusers import StableVideoDiffusionPipeline
 from diffusers.utils import load_image
 
-pipe = StableVideoDiffusionPipeline.from_pretrained("{name}")
+pipe = StableVideoDiffusionPipeline.from_pretrained({name!r})
 frames = pipe(load_image("picture.png"), height={height}, width={width}, num_frames={frames}).frames[0]
 ```
 

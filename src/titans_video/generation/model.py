@@ -1,5 +1,6 @@
 """Load the parts that generate a video from a checkpoint."""
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,7 +217,8 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
     if "lora" in config:
         base = config.get("base", {}).get("pipeline", "DIR")
         raise CheckpointError(
-            f"{path} is a LoRA, not a whole model. Use --pretrained-model {base} --lora {path} instead of --checkpoint."
+            f"{path} is a LoRA, not a whole model. Use "
+            f"{shlex.join(['--pretrained-model', str(base), '--lora', str(path)])} instead of --checkpoint."
         )
     overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: build_network(config["model"]))

@@ -1,18 +1,20 @@
 """Plots and HTML pages: the loss curve of a metrics file, SVG charts, and the parts of all reports."""
 
 import base64
+import html
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_video.errors import DataError
+from titans_video.errors import DataError, printable
 from titans_video.files import atomic_path
 
 Series = NDArray[np.float64]
@@ -48,9 +50,8 @@ def loss_curve(metrics: Path | str, out: Path | str) -> Path:
     axes[0].plot(step, smooth, color=_LOSS, linewidth=1.8, label="smoothed")
     choose_scale(axes[0], loss, smooth)
     axes[0].set_ylabel("loss")
-    axes[0].set_title(
-        f"{_count(len(rows))}, loss {smooth[-1]:.4g} at step {int(step[-1])} (smoothed)", loc="left", fontsize=11
-    )
+    last = format_loss(last_loss(rows))
+    axes[0].set_title(f"{_count(len(rows))}, loss {last} at step {int(step[-1])} (smoothed)", loc="left", fontsize=11)
     axes[0].legend(frameon=False, loc="upper right")
     for axis, (name, colour) in zip(axes[1:], panels, strict=True):
         axis.plot(step, column(rows, name), color=colour, linewidth=1.0)
@@ -106,6 +107,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def last_loss(rows: list[dict[str, Any]]) -> float:
+    """Return the smoothed loss of the last step, as the run itself showed it; of older runs, the end of the curve."""
+    recorded = rows[-1].get("loss_smooth")
+    if isinstance(recorded, int | float) and math.isfinite(recorded):
+        return float(recorded)
+    return float(smoothed(column(rows, "loss"))[-1])
+
+
+def format_loss(loss: float) -> str:
+    """Return a loss with four digits, wherever it is shown."""
+    return f"{loss:#.4g}"
+
+
 def column(rows: list[dict[str, Any]], name: str) -> Series:
     """Return one value per line; NaN if it is missing."""
     values = [row.get(name) for row in rows]
@@ -151,6 +165,16 @@ border-bottom:1px solid var(--line)}th{font-size:.8rem;color:var(--faint)}
 """
 
 
+def html_text(value: object) -> str:
+    """Return a value as text that is safe everywhere in a page, also in a quoted attribute."""
+    return html.escape(printable(str(value)))
+
+
+def html_link(path: str) -> str:
+    """Return a relative path as the value of an attribute: it is never a URL with a scheme."""
+    return html_text(quote(path))
+
+
 def page(title: str, body: Iterable[str], style: str = "") -> str:
     """Return a complete HTML page.
 
@@ -161,13 +185,17 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
     """
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style><body>{''.join(body)}</body></html>\n"
+        f"<title>{html_text(title)}</title><style>{STYLE}{style}</style><body>{''.join(body)}</body></html>\n"
     )
 
 
 def numbers(found: Mapping[str, object]) -> str:
     """Return figures in large type, each above its name."""
-    return '<div class="numbers">' + "".join(f"<div><b>{n}</b>{name}</div>" for name, n in found.items()) + "</div>"
+    return (
+        '<div class="numbers">'
+        + "".join(f"<div><b>{html_text(n)}</b>{html_text(name)}</div>" for name, n in found.items())
+        + "</div>"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
@@ -176,8 +204,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     Args:
         kind: its CSS class.
     """
-    parts = [f'<table class="{kind}"><tr>', *(f"<th>{escape(name)}" for name in head)]
-    parts += ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    parts = [f'<table class="{kind}"><tr>', *(f"<th>{html_text(name)}" for name in head)]
+    parts += ["<tr>" + "".join(f"<td>{html_text(cell)}" for cell in row) for row in rows]
     return "".join([*parts, "</table>"])
 
 
@@ -230,8 +258,8 @@ def chart(title: str, lines: Sequence[Line], *, wide: bool = True, percent: bool
     picture = data_url(_svg(lines, wide, percent, loss), "image/svg+xml")
     kind = "wide" if wide else "half"
     return (
-        f'<figure class="chart {kind}"><figcaption>{escape(title)}</figcaption>'
-        f'<img src="{picture}" alt="{escape(title, quote=True)}"></figure>'
+        f'<figure class="chart {kind}"><figcaption>{html_text(title)}</figcaption>'
+        f'<img src="{picture}" alt="{html_text(title)}"></figure>'
     )
 
 
@@ -261,7 +289,15 @@ def _svg(lines: Sequence[Line], wide: bool, percent: bool, loss: bool) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "titans"}):
+    with rc_context(
+        {
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "svg.hashsalt": "titans",
+            "text.parse_math": False,
+        }
+    ):
         figure = Figure(figsize=(12.0, 3.6) if wide else (6.0, 2.7), layout="constrained")
         figure.patch.set_alpha(0)
         FigureCanvasSVG(figure)

@@ -120,7 +120,8 @@ class LoraFiles:
         return [*lines, *found.notes]
 
     def sample_command(self, last: Path) -> list[str]:
-        words = ["titans-video", "generate", "--pretrained-model", str(self.spec.folder), "--lora", str(last)]
+        pipeline = str(self.spec.folder.absolute())
+        words = ["titans-video", "generate", "--pretrained-model", pipeline, "--lora", str(last)]
         return words + (["--image", "FIRST_FRAME.png"] if self.spec.image_to_video else [])
 
     def _sizes(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, float]]:

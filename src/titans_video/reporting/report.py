@@ -6,7 +6,6 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,11 @@ from titans_video.media.plots import (
     chart,
     column,
     data_url,
+    format_loss,
     format_short,
+    html_link,
+    html_text,
+    last_loss,
     numbers,
     page,
     ramp,
@@ -145,8 +148,8 @@ class EmbedBudget:
 
 def samples(run: Run) -> str:
     """Return the section of sample videos; empty if there are none."""
-    folders = {v["step"]: run.folder / v["samples"] for v in run.validations if v.get("samples")}
-    folders = {step: path for step, path in folders.items() if (path / PROMPTS).is_file()}
+    folders = {v["step"]: run.folder / str(v["samples"]) for v in run.validations if v.get("samples")}
+    folders = {step: path for step, path in folders.items() if _is_own_file(run, path / PROMPTS)}
     if not folders:
         return ""
     steps = evenly(sorted(folders), COLUMNS)
@@ -155,14 +158,19 @@ def samples(run: Run) -> str:
     parts = ["<h2>Samples over time</h2>", '<p class="small">The same prompts from the same noise each time.</p>']
     for i, prompt in enumerate(prompts):
         cells = [_cell(run, folders[step], prompt, i, step, budget) for step in steps]
-        parts.append(f'<h3>{escape(prompt) or "(no prompt)"}</h3><div class="strip">{"".join(cells)}</div>')
+        parts.append(f'<h3>{html_text(prompt) or "(no prompt)"}</h3><div class="strip">{"".join(cells)}</div>')
     sheet = folders[steps[-1]] / CONTACT_SHEET
-    if sheet.is_file():
+    if _is_own_file(run, sheet):
         parts.append(
             f'<h2>Contact sheet of step {steps[-1]}</h2><img class="sheet" '
             f'src="{data_url(sheet.read_bytes(), "image/png")}" alt="Frames of each video, from first to last">'
         )
     return "".join(parts)
+
+
+def _is_own_file(run: Run, path: Path) -> bool:
+    """Return whether a path is a file of the run: a foreign run may name paths, or have links, that lead elsewhere."""
+    return path.is_file() and path.resolve().is_relative_to(run.folder.resolve())
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
@@ -174,18 +182,18 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
 def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, budget: EmbedBudget) -> str:
     path = folder / video_name(number)
     prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
-    if number >= len(prompts) or prompts[number] != prompt or not path.is_file():
+    if number >= len(prompts) or prompts[number] != prompt or not _is_own_file(run, path):
         return f'<figure><div class="none">-</div><figcaption>step {step}</figcaption></figure>'
     try:
         still = _still(path)
     except (UserError, *DECODING_ERRORS) as e:
-        return f'<figure><div class="none">{escape(str(e))}</div><figcaption>step {step}</figcaption></figure>'
+        return f'<figure><div class="none">{html_text(e)}</div><figcaption>step {step}</figcaption></figure>'
     poster = data_url(still, "image/jpeg")
     if budget.take(path.stat().st_size):
         source = data_url(path.read_bytes(), "video/mp4")
         media = f'<video src="{source}" poster="{poster}" autoplay loop muted playsinline></video>'
     else:
-        media = f'<a href="{escape(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
+        media = f'<a href="{html_link(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
     return f"<figure>{media}<figcaption>step {step}</figcaption></figure>"
 
 
@@ -246,7 +254,7 @@ def _head(run: Run) -> str:
     state = f"step {run.step} of {run.max_steps}"
     if run.step < run.max_steps and run.last("eta_seconds") is not None:
         state += f", {duration(run.last('eta_seconds') or 0.0)} to go"
-    figures: dict[str, object] = {"loss (smoothed)": f"{smoothed(run.values('loss'))[-1]:.4g}"}
+    figures: dict[str, object] = {"loss (smoothed)": format_loss(last_loss(run.lines))}
     held_out = [v["loss"] for v in run.validations if v.get("loss") is not None]
     if held_out:
         figures["held-out loss"] = f"{held_out[-1]:.4g}"
@@ -260,7 +268,7 @@ def _head(run: Run) -> str:
             figures[name] = text(value)
     figures["of training"] = duration(float(np.nansum(run.values("seconds"))))
     summary = " · ".join(part for part in (model, state) if part)
-    return f"<h1>{escape(_name(run))}<small>{escape(summary)}</small></h1>{numbers(figures)}"
+    return f"<h1>{html_text(_name(run))}<small>{html_text(summary)}</small></h1>{numbers(figures)}"
 
 
 def _training(run: Run) -> str:
@@ -299,7 +307,7 @@ def _events(run: Run) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in Counter(e["kind"] for e in run.events).items())
     shown = f"; the last {len(rows)}" if len(rows) < len(run.events) else ""
     return (
-        f"<h3>Unusual steps: {escape(counts)}{shown}</h3>"
+        f"<h3>Unusual steps: {html_text(counts)}{shown}</h3>"
         f"{table(['step', 'what', 'loss', 'gradient norm', 'rows'], rows, 'dense')}"
     )
 
@@ -338,11 +346,11 @@ def _validation(run: Run) -> str:
     weights = last.get("weights", "trained")
     return (
         "<h2>Held-out loss</h2><p class=small>Of clips that are not trained on, each in every task that it may have, "
-        f"with the {weights} weights, at fixed noise and fixed quantiles of the training times (low ones are near "
-        "the clean clip).</p>"
+        f"with the {html_text(weights)} weights, at fixed noise and fixed quantiles of the training times (low ones "
+        "are near the clean clip).</p>"
         f'<div class="charts">{chart("By quantile of the training times", times, wide=False, loss=True)}'
         f"{chart('By task and bucket', cells, wide=False, loss=True)}</div>"
-        f'<h3>Step {last["step"]}</h3><div class="scroll">{table(head, rows, "losses")}</div>'
+        f'<h3>Step {html_text(last["step"])}</h3><div class="scroll">{table(head, rows, "losses")}</div>'
     )
 
 
@@ -362,7 +370,7 @@ def _data(run: Run) -> str:
     counts |= {"left out": sum(left_out.values()), "buckets": len(data["buckets"]), "frames/s": f"{data['fps']:.4g}"}
     named = tasks if isinstance(tasks, str) else ", ".join(f"{n} {task}" for task, n in tasks.items())
     parts = [
-        f"<h2>Data</h2><p class=small>{escape(', '.join(data['manifests']))} &middot; tasks: {escape(named)}</p>",
+        f"<h2>Data</h2><p class=small>{html_text(', '.join(data['manifests']))} &middot; tasks: {html_text(named)}</p>",
         numbers(counts),
         '<div class="two">',
         f"<div>{table(['bucket (HxWxT)', 'rows'], [[b, str(n)] for b, n in data['buckets'].items()])}</div>",
@@ -405,12 +413,13 @@ def _environment(run: Run) -> str:
         [s["at"].replace("T", " ")[:19], str(s["step"]), str(s["processes"]), s["device"], s["running"]] for s in starts
     ]
     versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-    commit = f"<br>commit {escape(last['commit'])}" if last.get("commit") else ""
+    commit = f"<br>commit {html_text(last['commit'])}" if last.get("commit") else ""
     commands = "".join(
-        f"<p class=small>From step {s['step']}:<br><code>{escape(shlex.join(s['command']))}</code></p>" for s in starts
+        f"<p class=small>From step {html_text(s['step'])}:<br><code>{html_text(shlex.join(s['command']))}</code></p>"
+        for s in starts
     )
     return (
         f"<h2>Environment</h2>{table(['started (UTC)', 'at step', 'processes', 'device', 'run'], rows)}"
-        f"<p class=small>{escape(versions)}<br>{escape(last['platform'])}{commit}</p>"
+        f"<p class=small>{html_text(versions)}<br>{html_text(last['platform'])}{commit}</p>"
         f"<details><summary>Command line{'s' * (len(starts) > 1)}</summary>{commands}</details>"
     )

@@ -20,7 +20,7 @@ from titans_video.config.options import TrainOptions
 from titans_video.console import Progress
 from titans_video.data.manifest import TASKS
 from titans_video.files import make_folder, write_text
-from titans_video.media.plots import format_short, loss_curve
+from titans_video.media.plots import format_loss, format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
@@ -187,7 +187,7 @@ class Rates:
     def __str__(self) -> str:
         """Return `loss 0.1234 | 12.3k tok/s | 210 frames/s | data 3% | MFU 41%`, for the progress bar."""
         line = self.line
-        parts = [] if line["loss_smooth"] is None else [f"loss {line['loss_smooth']:.4f}"]
+        parts = [] if line["loss_smooth"] is None else [f"loss {format_loss(line['loss_smooth'])}"]
         parts += [
             f"{format_short(line['tokens_per_second'])} tok/s",
             f"{format_short(line['frames_per_second'])} frames/s",
@@ -310,7 +310,7 @@ class Recorder:
         self.metrics.write(line, time.perf_counter())
         if step % self.options.log_every == 0 or step == self.options.max_steps:
             self.tracker.scalars(step, line)
-            self.bar.status = str(self.rates)
+        self.bar.status = str(self.rates)
         self.bar.update()
 
     def event(self, event: Event) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import socket
 from pathlib import Path
 from typing import TextIO
@@ -60,7 +61,7 @@ def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
         raise CheckpointError(
             f"--resume {options.resume}: this checkpoint is sharded, and reading torch's format for that may run code. "
             f"It is therefore read only from the run's own folder. If you trust it, move or copy {folder} into "
-            f"--output-dir {options.output_dir} and pass --resume auto."
+            f"--output-dir {shlex.quote(options.output_dir)} and pass --resume auto."
         )
     return resume
 

@@ -41,7 +41,7 @@ from titans_video.training.metrics import Recorder, StepResult, task_sums, work_
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.recipe import Recipe
 from titans_video.training.resume import release_folder
-from titans_video.training.run_folder import LOSS_CURVE, METRICS, checkpoint_step
+from titans_video.training.run_folder import ADAPTER, LOSS_CURVE, METRICS, checkpoint_step
 from titans_video.training.sharded_state import reshard
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Monitoring
@@ -433,8 +433,10 @@ class Trainer:
         logger.info(f"Loss curve  {self.run_folder / LOSS_CURVE}")
         logger.info(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         recipe, prompt = self.recipe, self.recipe.sample_prompt
-        command = ["python", "train.py", "--mode", "inference", "--checkpoint", str(last)]
+        command = ["titans-video", "generate", "--checkpoint", str(last.absolute())]
         if recipe.adapter:
-            command = recipe.adapter.sample_command(last)
+            command = recipe.adapter.sample_command(last.absolute())
+            if self.last_checkpoint is not None:
+                logger.info(f"LoRA file   {self.last_checkpoint / ADAPTER}, for diffusers and other programs")
         command += [*recipe.sample_flags, *(["--prompt", prompt] if prompt else []), "--out", "out.mp4"]
         logger.info(f"Generate a video:\n  {shlex.join(command)}")
