@@ -5,12 +5,14 @@ stdout and stderr by a `SafeStream`, so all text passes through one place, also 
 """
 
 import contextlib
+import errno
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
-from titans_video.errors import printable
+from titans_video.errors import first_line, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -24,8 +26,8 @@ LINE_SECONDS = 30.0
 class SafeStream:
     """Pass text to a stream with its control characters escaped; everything else is the stream's own."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it was closed when Python started)
 
     def write(self, text: str) -> int:
         safe = printable(text)
@@ -54,6 +56,69 @@ def safe_streams() -> Iterator[None]:
     out, err = (s if isinstance(s, SafeStream) else SafeStream(s) for s in (sys.stdout, sys.stderr))
     with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
         yield
+
+
+class LastingStream:
+    """A text stream that outlives its reader: `| head`, a closed terminal, a log file on a full disk.
+
+    What cannot be written is dropped. The first failure is reported on `other`.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self.name = stream, name
+        self.other: LastingStream | None = None
+        self._is_reported = False
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as e:  # ValueError: it is closed
+            if not isinstance(e, OSError) or e.errno in (errno.EPIPE, errno.EIO):  # nobody will read it again
+                self.discard()
+            if self.other and not self._is_reported:
+                self._is_reported = True
+                self.other.write(f"{self.name} cannot be written: {first_line(e)}. Training continues without it.\n")
+
+    def discard(self) -> None:
+        """Send what is buffered, and everything from now on, to nowhere. Python's exit would fail to write it."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def finish(self) -> None:
+        """Write what is buffered, or drop it."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.discard()
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Let standard output and standard error fail without an exception within the context."""
+    out, err = LastingStream(raw(sys.stdout), "Standard output"), LastingStream(raw(sys.stderr), "Standard error")
+    out.other, err.other = err, out
+    streams = [cast(TextIO, SafeStream(cast(TextIO, stream))) for stream in (out, err)]
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            yield
+    finally:
+        out.finish()
+        err.finish()
 
 
 def is_terminal(stream: TextIO) -> bool:

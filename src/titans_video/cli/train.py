@@ -9,6 +9,7 @@ from dataclasses import replace
 from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions, TrainOptions
 from titans_video.config.parse import parse
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
+from titans_video.console import lasting_streams
 
 CONFIG = """
 --config FILE.yaml sets any of these options with `name: value` lines. Command-line flags override the file."""
@@ -46,7 +47,8 @@ def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: S
     check_training(options)
     from titans_video.recipes import sora
 
-    return sora.train_sora(options).exit_code
+    with lasting_streams():
+        return sora.train_sora(options).exit_code
 
 
 def train_framework(argv: Sequence[str], prog: str) -> int:
@@ -61,7 +63,8 @@ def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -
     check_titans(options)
     from titans_video.recipes import titans
 
-    return titans.train_titans(options).exit_code
+    with lasting_streams():
+        return titans.train_titans(options).exit_code
 
 
 def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lora") -> int:
@@ -70,7 +73,8 @@ def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lo
     check_lora(options)
     from titans_video.recipes import lora
 
-    return lora.train_lora(options).exit_code
+    with lasting_streams():
+        return lora.train_lora(options).exit_code
 
 
 def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
@@ -81,4 +85,5 @@ def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
 
     if not svd.trains_unet(options):  # a network from scratch has another default learning rate
         options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, description=SVD)
-    return svd.train_svd(options).exit_code
+    with lasting_streams():
+        return svd.train_svd(options).exit_code

@@ -95,10 +95,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such metrics file, so there is no loss to draw.")
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
             by_step[row["step"]] = row

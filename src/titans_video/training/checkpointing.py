@@ -68,7 +68,6 @@ def save(
     limit: int,
     *,
     group: ProcessGroup = SINGLE_PROCESS,
-    before: Callable[[], None] | None = None,
     shards: Callable[[Path], None] | None = None,
     export: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -81,7 +80,6 @@ def save(
         state: tensors and plain containers that training needs beside the models.
         limit: checkpoints to keep; 0 keeps all. The newest complete one is never removed.
         group: the processes of the run.
-        before: called first on this process; it may raise OSError.
         shards: writes this process's pieces into a folder.
         export: writes an adapter for other programs into a folder. The only one of `models` and the state then become a
             single file.
@@ -95,8 +93,6 @@ def save(
     temporary = run / f".{folder.name}.tmp"
 
     def prepare() -> None:
-        if before is not None:
-            before()
         if group.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -324,14 +320,11 @@ class Checkpointer:
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no state
         self.group = process_group(accelerator)
 
-    def save(
-        self, run: Path, step: int, rest: dict[str, Any], limit: int, before: Callable[[], None] | None = None
-    ) -> Path:
+    def save(self, run: Path, step: int, rest: dict[str, Any], limit: int) -> Path:
         """Write a checkpoint, on every process, and return its folder.
 
         Args:
             rest: plain values to add to the training state.
-            before: called first on this process; it may raise OSError.
         Raises:
             WriteError: on every process, as `save`.
             UserError: on every process, as `AdapterFiles.check_saved`. The checkpoint is kept.
@@ -359,7 +352,6 @@ class Checkpointer:
             state,
             limit,
             group=self.group,
-            before=before,
             shards=write_shards if is_sharded else None,
             export=(lambda path: adapter.export(model, path)) if adapter else None,
         )

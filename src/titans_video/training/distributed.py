@@ -7,6 +7,7 @@ CPU becomes float32.
 """
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from titans_video.config.options import TrainOptions
-from titans_video.errors import ConfigError, PeerError, UserError
+from titans_video.errors import ConfigError, PeerError, UserError, first_line
 from titans_video.types import ProcessGroup, T
+
+logger = logging.getLogger(__name__)
 
 CPU_FILE = "configs/accelerate/cpu2.yaml"
 TIMEOUT = timedelta(days=7)
@@ -328,7 +331,10 @@ def finish(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         with explain_peer_loss():
             dist.barrier(group=gloo_group(accelerator))
-    accelerator.end_training()
+    try:
+        accelerator.end_training()
+    except Exception as e:  # of a tracker, when everything is trained and saved
+        logger.warning(f"The tracker could not be closed: {first_line(e)}")
     _GLOO_GROUPS.clear()
 
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from titans_video.config.options import TrainOptions
 from titans_video.console import Progress
 from titans_video.data.manifest import TASKS
-from titans_video.files import make_folder, write_text
+from titans_video.errors import WriteError, first_line
+from titans_video.files import make_folder, write_text, writing
 from titans_video.media.plots import format_loss, format_short, loss_curve
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.recipe import Recipe
@@ -44,7 +44,8 @@ CURVE_SECONDS = 60.0
 class MetricsLog:
     """A file to which lines are appended. When a run resumes, the lines of steps after its checkpoint are removed.
 
-    A full disk loses no lines: they stay in memory until there is room.
+    A log never ends a run. Lines that cannot be written stay in memory until they can be, and a file that someone
+    removes is begun again. The first failure is reported.
 
     Args:
         path: of the file, which is created.
@@ -52,11 +53,12 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+        self.path, self.step = path, step
         self._written = 0.0
         self._pending = b""
-        cut_after(path, step)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._is_cut = self._is_reported = False
+        self._size = 0
+        self._flush()
 
     def write(self, values: dict[str, Any], now: float) -> None:
         """Add a line. Infinities and NaN become null, because JSON does not have them.
@@ -69,38 +71,46 @@ class MetricsLog:
         self._pending += (json.dumps(clean) + "\n").encode()
         if now - self._written >= FLUSH_SECONDS:
             self._written = now
-            try:
-                self._flush()
-            except OSError:  # reported when a checkpoint fails for the same reason; the lines are kept until then
-                return
-
-    def _flush(self) -> None:
-        while self._pending:
-            count = os.write(self._file, self._pending)
-            self._pending = self._pending[count:]
+            self._flush()
 
     def sync(self) -> None:
-        """Write all lines to the disk; needed before a checkpoint of the same step.
+        """Write all lines to the disk, if that is possible now; needed before a checkpoint of the same step."""
+        self._flush(sync=True)
 
-        Raises:
-            OSError: the disk is full.
-        """
-        self._flush()
-        os.fsync(self._file)
+    def _flush(self, sync: bool = False) -> None:
+        try:
+            with writing(self.path):
+                if not self._is_cut:
+                    cut_after(self.path, self.step)
+                    self._is_cut = True
+                file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                try:
+                    self._append(file)
+                    if sync:
+                        os.fsync(file)
+                finally:
+                    os.close(file)
+        except WriteError as e:
+            self._report(f"{e} Training continues. The lines are kept and written as soon as possible.")
+
+    def _append(self, file: int) -> None:
+        if os.fstat(file).st_size < self._size:
+            self._report(f"{self.path} was removed or replaced during the run. Its later lines follow in the new file.")
+        while self._pending:
+            count = os.write(file, self._pending)
+            self._pending = self._pending[count:]
+        self._size = os.fstat(file).st_size
+
+    def _report(self, message: str) -> None:
+        if not self._is_reported:
+            logger.warning(message)
+        self._is_reported = True
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._flush()
-        except OSError:
-            if error is None:
-                raise
-        finally:
-            os.close(self._file)
+    def __exit__(self, *error: object) -> None:
+        self._flush()
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -124,7 +134,10 @@ def _step(line: str) -> int | None:
 
 def last_line(path: Path) -> dict[str, Any]:
     """Return the values of the last complete line, or an empty dict."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError:
+        return {}
     found: dict[str, Any] = json.loads(lines[-1]) if lines and _step(lines[-1]) is not None else {}
     return found
 
@@ -278,9 +291,11 @@ class Recorder:
         self._open = contextlib.ExitStack()
         self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
-        self.rates = Rates(options.max_steps, processes, peak, last_line(run / METRICS).get("loss_smooth"))
+        loss = last_line(run / METRICS).get("loss_smooth")
+        self.rates = Rates(options.max_steps, processes, peak, loss if isinstance(loss, float) else None)
         self.bar = self._open.enter_context(Progress("", "step", options.max_steps, start=step))
         self._drawn = 0.0
+        self._is_reported = False
 
     def __enter__(self) -> "Recorder":
         return self
@@ -318,21 +333,19 @@ class Recorder:
         self.events.write(asdict(event), time.perf_counter())
 
     def sync(self) -> None:
-        """Write all lines to the disk.
-
-        Raises:
-            OSError: the disk is full. The lines are kept and written when there is room.
-        """
+        """Write all lines to the disk, if that is possible now."""
         self.metrics.sync()
         self.events.sync()
 
     def draw_curve(self, always: bool) -> None:
-        """Draw the loss curve, at most once a minute unless `always`. A failure does not end the run."""
+        """Draw the loss curve, at most once a minute unless `always`. A failure is reported once; the run goes on."""
         now = time.monotonic()
         if not always and now - self._drawn < CURVE_SECONDS:
             return
         try:
             loss_curve(self.run / METRICS, self.run / LOSS_CURVE)
-        except OSError as e:
-            logger.warning(str(e))
+        except Exception as e:  # of whatever kind: no plot is worth a run
+            if not self._is_reported:
+                logger.warning(f"{self.run / LOSS_CURVE} cannot be drawn now: {first_line(e)} Training continues.")
+            self._is_reported = True
         self._drawn = now

@@ -1,13 +1,16 @@
 """run.json, which describes a run and each of its starts, and the trackers TensorBoard and W&B."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +25,8 @@ from PIL import Image
 
 import titans_video
 from titans_video.config.fields import OptionGroup, is_group
-from titans_video.errors import ConfigError
-from titans_video.files import write_text
+from titans_video.errors import ConfigError, first_line
+from titans_video.files import write_text, writing
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import GIF_FASTEST, write_video
@@ -31,10 +34,14 @@ from titans_video.training.distributed import run_on_main
 from titans_video.training.loss_table import as_table, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, RUN_RECORD, TENSORBOARD, video_name
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "titans-video-run/1"
 PROJECT = "titans-video"
 """Default project of W&B."""
 TAG_LENGTH = 60
+RETRY_SECONDS = 60.0
+"""Seconds after which a tracker that failed is tried again."""
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
 
 
@@ -164,8 +171,15 @@ def _start(accelerator: Accelerator, kind: str, run: Path, step: int, run_id: st
         "wandb": {"dir": str(run), "id": run_id, "name": run.name, "resume": "allow", "config": dict(options)},
     }
     project = TENSORBOARD if kind == "tensorboard" else os.environ.get("WANDB_PROJECT", PROJECT)
+    threading.excepthook = _without_tensorboard(threading.excepthook)
     try:
-        accelerator.init_trackers(project, init_kwargs=given)
+        with writing(run / project):
+            accelerator.init_trackers(project, init_kwargs=given)
+            if kind == "tensorboard":
+                text = "\n".join(f"    {name}: {json.dumps(value)}" for name, value in options.items())
+                accelerator.get_tracker(kind).log({"options": text}, step=step)
+    except OSError as e:
+        raise ConfigError(f"--log-with {kind} does not start: {e} Or pass --log-with none.") from None
     except Exception as e:  # wandb's own errors, which cannot be imported if it is not installed
         if type(e).__module__.split(".")[0] != "wandb":
             raise
@@ -173,9 +187,15 @@ def _start(accelerator: Accelerator, kind: str, run: Path, step: int, run_id: st
             f"--log-with wandb: W&B does not start: {e} Run `wandb login`, or set WANDB_MODE=offline to log only to "
             "this machine."
         ) from None
-    if kind == "tensorboard":
-        text = "\n".join(f"    {name}: {json.dumps(value)}" for name, value in options.items())
-        accelerator.get_tracker(kind).log({"options": text}, step=step)
+
+
+def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[[Any], object]:
+    """Return a hook for exceptions in threads that drops those of TensorBoard's writer, which its caller gets too."""
+
+    def show(arguments: threading.ExceptHookArgs) -> object:
+        return None if type(arguments.thread).__name__ == "_AsyncWriterThread" else hook(arguments)
+
+    return show
 
 
 class Tracker:
@@ -188,23 +208,56 @@ class Tracker:
 
     def __init__(self, accelerator: Accelerator, kind: str = "none") -> None:
         self.accelerator, self.kind = accelerator, kind
+        self._failed_at: float | None = None
+        self._is_reported = False
 
     def scalars(self, step: int, values: Mapping[str, Any], group: str = "train") -> None:
         """Log the numbers among `values`."""
-        if self.kind == "none":
+        self._attempt(lambda: self._log_scalars(step, values, group))
+
+    def _attempt(self, send: Callable[[], None]) -> None:
+        """Send something. A failure of any kind is reported once, and sending is tried again a minute later.
+
+        What could not be sent is in metrics.jsonl and validation.jsonl.
+        """
+        now = time.monotonic()
+        if self.kind == "none" or (self._failed_at is not None and now - self._failed_at < RETRY_SECONDS):
             return
+        try:
+            if self._failed_at is not None and self.kind == "tensorboard":
+                self._reopen()
+            send()
+        except Exception as e:  # of whatever library: a tracker must not end a run
+            self._failed_at = now
+            if not self._is_reported:
+                logger.warning(
+                    f"--log-with {self.kind} fails: {first_line(e)} Training continues. It is tried again every "
+                    f"{RETRY_SECONDS:.0f} seconds; metrics.jsonl has all values."
+                )
+            self._is_reported = True
+        else:
+            self._failed_at = None
+
+    def _reopen(self) -> None:
+        """Begin a new file of TensorBoard, whose writer does not work again after a failure."""
+        tracker = self.accelerator.get_tracker("tensorboard")
+        tracker.init_kwargs.pop("purge_step", None)  # it would hide the steps so far
+        tracker.start()
+
+    def _log_scalars(self, step: int, values: Mapping[str, Any], group: str) -> None:
         numbers = {f"{group}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(numbers, step=step)
 
     def validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
         """Log a line of validation.jsonl and the videos in the folder of its step."""
-        if self.kind == "none":
-            return
+        self._attempt(lambda: self._log_validation(step, line, folder, prompts))
+
+    def _log_validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
         if line.get("cells"):
             values = {"loss": line["loss"]}
             values |= {f"quantile {q:g}": x for q, x in zip(line["quantiles"], line["losses"], strict=True)}
             values |= {f"{c['task']} {c['bucket']}": c["loss"] for c in line["cells"]}
-            self.scalars(step, values, "validation")
+            self._log_scalars(step, values, "validation")
         show = {"tensorboard": self._to_tensorboard, "wandb": self._to_wandb}[self.kind]
         show(step, line, folder, prompts)
 

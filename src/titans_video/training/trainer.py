@@ -386,10 +386,11 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "processes": self.accelerator.num_processes,
         }
-        before = recorder.sync if recorder else None
+        if recorder:
+            recorder.sync()
         try:
             limit = self.options.save_limit
-            self.last_checkpoint = self.checkpointer.save(self.run_folder, self.step, rest, limit, before)
+            self.last_checkpoint = self.checkpointer.save(self.run_folder, self.step, rest, limit)
         except OSError as e:
             older = f"The last checkpoint is {self.last_checkpoint}." if self.last_checkpoint else "There is none yet."
             text = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e} {older}"

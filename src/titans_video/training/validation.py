@@ -23,6 +23,7 @@ from torch import nn
 from titans_video.config.options import ValidationOptions
 from titans_video.console import Progress
 from titans_video.data.held_out import HeldOut
+from titans_video.errors import first_line
 from titans_video.files import atomic_folder, make_folder
 from titans_video.generation.denoise import eval_mode
 from titans_video.generation.long_video import Sampled
@@ -30,7 +31,7 @@ from titans_video.media.colour import Pixels, to_uint8
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import write_video
 from titans_video.training import distributed, loss_table
-from titans_video.training.metrics import MetricsLog
+from titans_video.training.metrics import MetricsLog, last_line
 from titans_video.training.optim import Ema
 from titans_video.training.recipe import Recipe, Size
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, VALIDATION_LOG, samples_folder, video_name
@@ -87,18 +88,23 @@ def generate_samples(
             counts = number < len(prompts)
             seed = number if counts else start
             sampled = sampler(prompts[seed].text, seed, prompts[seed].size)
-            if counts:
-                videos.append(_encoded(number, sampled))
+            if counts and (video := _encoded(number, sampled)):
+                videos.append(video)
     gathered = distributed.all_gather_object(accelerator, videos)
     return sorted((video for own in gathered for video in own), key=lambda video: video.number)
 
 
-def _encoded(number: int, sampled: Sampled) -> SampleVideo:
+def _encoded(number: int, sampled: Sampled) -> SampleVideo | None:
+    """Encode a video; None if there is no room for temporary files."""
     frames = to_uint8(sampled.video)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / video_name(number)
-        write_video(path, frames, sampled.fps, metadata=sampled.about)
-        file = path.read_bytes()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / video_name(number)
+            write_video(path, frames, sampled.fps, metadata=sampled.about)
+            file = path.read_bytes()
+    except OSError as e:
+        logger.warning(f"A validation video is left out: {first_line(e)} Or set TMPDIR to another folder.")
+        return None
     picked = np.unique(np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int))
     return SampleVideo(number, file, frames[picked])
 
@@ -169,10 +175,7 @@ class Validator:
             return turns.signal
         self.done = step
         if self.accelerator.is_main_process:
-            try:
-                self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, videos or [])
-            except OSError as e:  # a full disk, which must not end the run
-                logger.warning(f"The validation of step {step} could not be written: {e}")
+            self._write(step, {"step": step, "weights": "averaged" if ema else "trained", **line}, videos or [])
         return 0
 
     def _evaluate(
@@ -203,24 +206,31 @@ class Validator:
         if "cells" in line:
             message[0] += ", held-out loss by quantile of the training times:"
             message.append(loss_table.format_table(line))
-        folder, texts = None, [prompt.text for prompt in self.prompts]
-        if videos:
-            folder = write_samples(self.run, step, texts, videos)
+        texts = [prompt.text for prompt in self.prompts]
+        folder = self._write_samples(step, texts, videos)
+        if folder is not None:
             line["samples"] = folder.relative_to(self.run).as_posix()
             message.append(f"  Videos: {folder / CONTACT_SHEET}")
-        with MetricsLog(self.run / VALIDATION_LOG, step - 1) as log:
-            log.write(line, 0.0)
-            log.sync()
+        self.log.write(line, 0.0)
+        self.log.sync()
         logger.info("\n".join(message))
         self.tracker.validation(step, line, folder, texts)
+
+    def _write_samples(self, step: int, prompts: Sequence[str], videos: Sequence[SampleVideo]) -> Path | None:
+        """Write the folder of a step; None if there is nothing to write, or if that fails."""
+        if not videos or len(videos) < len(prompts):  # a process could not encode its own, and said so
+            return None
+        try:
+            return write_samples(self.run, step, prompts, videos)
+        except Exception as e:  # of whatever library: no picture is worth a run
+            logger.warning(f"The videos of step {step} could not be written: {first_line(e)} Training continues.")
+            return None
 
     def _remove_after(self, step: int) -> int:
         """Remove the lines of later steps, and return the last step that is left, or 0; on the main process."""
         make_folder(self.run)
-        path = self.run / VALIDATION_LOG
-        with MetricsLog(path, step):
-            lines = path.read_text(encoding="utf-8").splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        self.log = MetricsLog(self.run / VALIDATION_LOG, step)
+        return min(int(last_line(self.log.path).get("step", 0)), step)
 
 
 @dataclass(frozen=True)
