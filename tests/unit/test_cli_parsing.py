@@ -1,7 +1,10 @@
 """Flags, configuration files, rules across flags, and their error messages."""
 
 import errno
+import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +334,45 @@ def test_a_process_of_a_launcher_ends_at_once_after_training(
     if entry is main:
         assert main(shlex.split(words)) == 3
         assert len(ended) <= 1
+
+
+MISSING = [
+    "train --vae-backend identity --manifest {no}",
+    "train --vae-backend identity --metadata {no}",
+    "train --manifest {yes} --pretrained-model {no}",
+    "train --vae-backend identity --manifest {yes}:2 --validate-every 1 --validation-manifest {no}",
+    "train titans --vae-backend identity --manifest {yes} --data-root {no}",
+    "train svd --manifest {yes} --resume {no}",
+    "train cogvideox-lora --manifest {yes} --pretrained-model {no}",
+    "data check {no}",
+    "data cache {no} --cache x",
+    "cache verify {no}",
+    "report {no}",
+    "generate --checkpoint {no}",
+    "generate --image {no}",
+    "generate --prompt-file {no}",
+    "generate --pretrained-model {no}",
+    "export {no} out",
+    "score --checkpoint {no}",
+]
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+from titans_video.cli.main import main
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        code = main(command.split())
+    loaded = sorted({"torch", "diffusers", "transformers", "numpy", "av"} & set(sys.modules))
+    print(json.dumps([code, printed.getvalue(), loaded]))
+"""
+
+
+def test_missing_files_are_reported_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "yes").write_text("{}")
+    commands = [text.format(no=tmp_path / "no", yes=tmp_path / "yes") for text in MISSING]
+    words = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    for command, line in zip(commands, done.stdout.splitlines(), strict=True):
+        code, printed, loaded = json.loads(line)
+        assert (code, loaded) == (2, []), f"{command}\n{printed}"
+        assert str(tmp_path / "no") in printed, command
+        assert printed.count("\n") == 1

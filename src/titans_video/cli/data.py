@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from titans_video.cli.inputs import check_manifests, check_training_inputs
 from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
 from titans_video.config.parse import insert_flag, parse
 from titans_video.config.rules import check_training
 from titans_video.console import Progress
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, DataError
 
 FOUND_FAULTS = 1
 """Exit code of a check that worked and found faults."""
@@ -49,6 +50,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     """Scan the manifest, write the report and print its path; return the exit code."""
     flags = parse(CheckFlags(), insert_flag(argv, "--manifest"), prog=prog, description=CHECK)
     check_training(flags)
+    check_manifests(flags.data)
     from titans_video.data.report import check
     from titans_video.recipes.setup import codec_spec
 
@@ -63,6 +65,7 @@ def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> in
     if options.data.cache is None:
         raise ConfigError("--cache FOLDER is missing: the folder for the encoded clips and captions.")
     check_training(options)
+    check_training_inputs(options)
     from titans_video.recipes.sora import cache_sora
 
     cache_sora(options)
@@ -74,6 +77,8 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
     flags = parse(VerifyFlags(), insert_flag(argv, "--cache"), prog=prog, description=VERIFY)
     if flags.cache is None:
         raise ConfigError(f"The cache is missing. Use `{prog} FOLDER`.")
+    if not Path(flags.cache).is_dir():
+        raise DataError(f"{flags.cache}: there is no such cache.")
     from titans_video.data.cache import verify
 
     with Progress("verifying", "file", delay=1.0) as progress:

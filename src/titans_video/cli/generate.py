@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from titans_video.cli.inputs import check_checkpoint, check_generation_inputs, check_pretrained
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.config.parse import parse
 from titans_video.errors import ConfigError
@@ -43,6 +44,7 @@ class ExportFlags:
 def main(argv: Sequence[str], prog: str = "titans-video generate") -> int:
     """Generate; return the exit code."""
     flags = parse(GenerateFlags(), argv, prog=prog, description=GENERATE)
+    check_generation_inputs(flags.generate, flags.overrides)
     from titans_video.generation.run import run_generate
 
     run_generate(flags.generate, flags.overrides, flags.run)
@@ -58,6 +60,8 @@ def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
     flags = parse(ExportFlags(), [*positional, *words], prog=prog, description=EXPORT)
     if flags.checkpoint is None or flags.out is None:
         raise ConfigError(f"The model or the folder to write is missing. Use `{prog} RUN DIR`.")
+    check_checkpoint(flags.checkpoint)
+    check_pretrained(flags.overrides.pretrained_model)
     from titans_video.generation.export import LEFT_OUT, export
     from titans_video.generation.model import load_model
 

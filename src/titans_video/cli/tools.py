@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from titans_video.cli.inputs import check_checkpoint
 from titans_video.config.generation import DemoOptions, MockOptions, ScoreOptions
 from titans_video.config.parse import insert_flag, parse
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, DataError
 
 DEMO = """Make the built-in data set, train on it, score the generated videos, and show a dozen of them.
 
@@ -44,6 +45,7 @@ def main_demo(argv: Sequence[str], prog: str = "titans-video demo") -> int:
 def main_score(argv: Sequence[str], prog: str = "titans-video score") -> int:
     """Score a checkpoint; return the exit code."""
     options = parse(ScoreOptions(), argv, prog=prog, description=SCORE)
+    check_checkpoint(options.checkpoint)
     from titans_video.demo.run import run_score
 
     run_score(options)
@@ -66,6 +68,8 @@ def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:
     flags = parse(ReportFlags(), insert_flag(argv, "--run"), prog=prog, description=REPORT)
     if flags.run is None:
         raise ConfigError(f"The run is missing. Use `{prog} RUN` with the --output-dir of a training.")
+    if not Path(flags.run).is_dir():
+        raise DataError(f"{flags.run}: there is no such folder; give the --output-dir of a training.")
     from titans_video.reporting.report import write_report
 
     print(f"Report      {write_report(Path(flags.run))}")

@@ -6,6 +6,7 @@ Recipes are imported after the flags are checked, so that `--help` and errors ne
 from collections.abc import Sequence
 from dataclasses import replace
 
+from titans_video.cli.inputs import check_training_inputs
 from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions, TrainOptions
 from titans_video.config.parse import parse
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
@@ -45,6 +46,7 @@ def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: S
     """
     options = parse(default or SoraOptions(), argv, prog=prog, description=SORA)
     check_training(options)
+    check_training_inputs(options)
     from titans_video.recipes import sora
 
     with lasting_streams():
@@ -61,6 +63,7 @@ def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -
     """Train TitansVideoDiT; return the exit code."""
     options = parse(TitansOptions(), argv, prog=prog, description=TITANS)
     check_titans(options)
+    check_training_inputs(options)
     from titans_video.recipes import titans
 
     with lasting_streams():
@@ -71,6 +74,7 @@ def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lo
     """Train a LoRA on CogVideoX; return the exit code."""
     options = parse(CogVideoXLoraOptions(), argv, prog=prog, description=LORA)
     check_lora(options)
+    check_training_inputs(options)
     from titans_video.recipes import lora
 
     with lasting_streams():
@@ -81,6 +85,7 @@ def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
     """Fine-tune Stable Video Diffusion, or train SoraDiT on its VAE; return the exit code."""
     options = parse(SVDOptions(), argv, prog=prog, description=SVD)
     check_svd(options)
+    check_training_inputs(options)
     from titans_video.recipes import svd
 
     if not svd.trains_unet(options):  # a network from scratch has another default learning rate

@@ -72,7 +72,7 @@ def read_manifest(options: DataOptions) -> list[Row]:
         DataError: no manifest given, one missing or empty, or wrong lines: file, line, key, value and fix of the first
             few.
     """
-    files = [_split_weight(m) for m in options.manifest]
+    files = [split_weight(m) for m in options.manifest]
     files += [(Path(options.metadata), 1.0)] if options.metadata else []
     if not files:
         raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
@@ -89,7 +89,7 @@ def read_manifest(options: DataOptions) -> list[Row]:
     return rows
 
 
-def _split_weight(text: str) -> tuple[Path, float]:
+def split_weight(text: str) -> tuple[Path, float]:
     """Split `PATH` or `PATH:WEIGHT`; an existing file with the whole name takes precedence."""
     path, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():

@@ -1,0 +1,85 @@
+"""Check that the files which flags name exist, before a command imports torch."""
+
+from pathlib import Path
+
+from titans_video.config.generation import GenerateOptions, Overrides
+from titans_video.config.options import CogVideoXLoraOptions, DataOptions, SoraOptions
+from titans_video.data.manifest import split_weight
+from titans_video.errors import CheckpointError, ConfigError, DataError
+
+LATEST = "latest"
+
+
+def check_training_inputs(options: SoraOptions | CogVideoXLoraOptions) -> None:
+    """Check the manifests, the model folders and the checkpoint of a training.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: one of them is missing.
+    """
+    check_manifests(options.data, options.validation.validation_manifest)
+    resume = options.train.resume
+    if resume not in ("auto", "none") and not Path(resume).exists():
+        raise CheckpointError(
+            f"--resume {resume}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
+        )
+    if isinstance(options, CogVideoXLoraOptions):
+        check_pretrained(options.base.pretrained_model)
+    elif options.codec.vae_backend == "diffusers":
+        check_pretrained(options.codec.pretrained_model)
+
+
+def check_manifests(data: DataOptions, others: tuple[str, ...] = ()) -> None:
+    """Check the files of --manifest, --metadata and --validation-manifest, and the folder of --data-root.
+
+    Raises:
+        DataError: one is missing.
+    """
+    files = [split_weight(text)[0] for text in (*data.manifest, *others)]
+    for path in files if data.metadata is None else [*files, Path(data.metadata)]:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such manifest.")
+    if data.data_root is not None and not Path(data.data_root).is_dir():
+        raise DataError(f"--data-root {data.data_root}: there is no such folder.")
+
+
+def check_pretrained(folder: str | None) -> None:
+    """Check the folder of --pretrained-model.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ConfigError(
+            f"--pretrained-model {folder} is not a folder here. Give a folder of diffusers weights; nothing is "
+            "downloaded (`hf download NAME --local-dir DIR` fetches one)."
+        )
+
+
+def check_checkpoint(name: str | None) -> None:
+    """Check the path of --checkpoint, unless it is `latest` or that of the package.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if name not in (None, LATEST) and not Path(str(name)).exists():
+        raise CheckpointError(f"{name}: there is no such checkpoint.")
+
+
+def check_generation_inputs(options: GenerateOptions, overrides: Overrides) -> None:
+    """Check the files that a generation reads.
+
+    Raises:
+        ConfigError, CheckpointError: one of them is missing.
+    """
+    given = {
+        "--image": options.image,
+        "--video": options.video,
+        "--prompt-file": options.prompt_file,
+        "--memory-in": options.memory_in,
+        "--segment-prompts": options.segment_prompts,
+    }
+    for flag, path in given.items():
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{flag} {path}: there is no such file.")
+    check_checkpoint(options.checkpoint)
+    check_pretrained(overrides.pretrained_model)
