@@ -29,7 +29,7 @@ from titans_video.diffusion.samplers import euler, guided
 from titans_video.errors import ConfigError
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.seeding import derive_seed, generator, seeded_randn
-from titans_video.text.base import TextEncoder
+from titans_video.text.base import Lengths, TextEncoder
 from titans_video.types import Condition, TextCondition
 
 FACTOR = (1, 4, 4)
@@ -48,6 +48,9 @@ class HashStream:
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         states = seeded_randn((self.length, self.width), [derive_seed(0, "toy", prompt) for prompt in prompts])
         return states.to(self.device), torch.ones(len(prompts), self.length, dtype=torch.bool, device=self.device)
+
+    def measure(self, prompts: Sequence[str]) -> Lengths:
+        return Lengths(self.length, "tokens", [0 for _ in prompts])
 
     def fingerprint(self) -> str:
         return f"toy-{self.width}-{self.length}"

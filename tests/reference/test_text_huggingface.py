@@ -124,6 +124,35 @@ def test_long_prompts_are_cut_to_the_maximum(tmp_path: Path) -> None:
     assert template([long]).streams[0].shape[1] == 6
 
 
+@pytest.mark.parametrize("name", ["T5", "Qwen3", "Llama"])
+def test_long_prompts_are_counted_as_the_tokenizer_counts_them(name: str, tmp_path: Path) -> None:
+    folder = MAKERS[name](tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = [" ".join(WORDS[:1] * n) for n in range(1, 9)]
+    found = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    longest = found[4]
+    text = as_llm(folder, llm_max_length=longest)
+    note = text.cut_note([*prompts, *prompts], "prompts")
+    assert note is not None
+    assert note.startswith(f"Warning: 3 of 8 different prompts are longer than {longest} tokens (--llm-max-length)")
+    assert f"The longest has {found[-1]}" in note
+    assert text.cut_note(prompts[:5]) is None
+    assert [stream._model for stream in text.streams if isinstance(stream, PretrainedStream)] != []
+
+
+@pytest.mark.parametrize("name", ["T5", "Qwen3", "Llama"])
+@pytest.mark.parametrize("prompt", ["猫狗鸟鱼虫", "aéèêëïô", "\U0001f408\U0001f415\U0001f401"])
+def test_a_token_limit_never_splits_a_character(name: str, prompt: str, tmp_path: Path) -> None:
+    folder = MAKERS[name](tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stream = as_llm(folder).streams[0]
+    assert isinstance(stream, PretrainedStream)
+    allowed = [tokenizer(prompt[:n])["input_ids"] for n in range(len(prompt) + 1)]
+    for longest in range(len(allowed[0]) + 1, len(allowed[-1]) + 1):
+        # The longest beginning of whole characters that fits.
+        assert stream._ids(prompt, longest) == max((ids for ids in allowed if len(ids) <= longest), key=len)
+
+
 def test_two_streams_stay_apart(tmp_path: Path) -> None:
     options = TextOptions(
         text_model=str(make_t5(tmp_path / "t5", width=32)), llm_model=str(make_llm("Mistral", tmp_path / "llm"))

@@ -12,7 +12,7 @@ from titans_video.codecs.pca import PCACodec
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError
 from titans_video.mock.dataset import sample_bounce
-from titans_video.recipes.setup import codec_spec
+from titans_video.recipes.codec import codec_spec
 
 SMOOTH = 0.1
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.config.options import DataOptions, ValidationOptions
 from titans_video.data.dataset import open_data
@@ -198,3 +199,46 @@ def test_the_main_bucket_is_that_of_most_rows(tmp_path: Path) -> None:
     prompts = {p.text: p.size for p in validation_prompts(ValidationOptions(validate_every=1), data)}
     assert prompts == {text: ((16, 24) if int(text) < 3 else (24, 16)) for text in prompts}
     assert len(prompts) == 4
+
+
+def test_captions_that_are_too_long_are_reported_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, *[{"video": "a.mp4", "caption": text} for text in ("a cat", "a very long caption")])
+    said_of_one = "Warning: 1 of 2 different captions are longer than 8 bytes (--text-max-length)"
+    _, said, page = check(path, capsys, "--text-max-length", "9")
+    assert said_of_one in said
+    assert said_of_one in page
+    run = ["--manifest", str(path), "--vae-backend", "identity", "--num-frames", "4", "--patch-size", "1,4,4"]
+    run += ["--model-dim", "24", "--depth", "1", "--heads", "2", "--text-max-length", "9"]
+    out = ["--output-dir", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(["train", *run, *out]) == 0
+    assert said_of_one in capsys.readouterr().out
+    assert main(["data", "cache", *run, "--cache", str(tmp_path / "cache")]) == 0
+    assert said_of_one in capsys.readouterr().out
+    place = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out.mp4"), "--steps", "1"]
+    assert main(["generate", *place, "--prompt", "a very long prompt"]) == 0
+    said = capsys.readouterr()
+    assert "1 of 2 different prompts are longer than 8 bytes" in said.out + said.err
+
+
+def test_a_resumed_run_keeps_its_longest_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, {"video": "a.mp4", "caption": "a cat"})
+    words = [
+        "train",
+        "--manifest",
+        str(path),
+        "--vae-backend",
+        "identity",
+        "--num-frames",
+        "4",
+        "--patch-size",
+        "1,4,4",
+    ]
+    words += ["--model-dim", "24", "--depth", "1", "--heads", "2", "--resume", "auto", "--output-dir"]
+    words += [str(tmp_path / "run"), "--max-steps"]
+    assert main([*words, "1", "--text-max-length", "256"]) == 0  # the default of earlier versions
+    assert main([*words, "2"]) == 0
+    assert files.read(tmp_path / "run" / "last.pt").config["text"]["options"]["text_max_length"] == 256
+    assert main([*words, "3", "--text-max-length", "300"]) == 2
+    assert "--text-max-length: 256, now 300" in capsys.readouterr().err

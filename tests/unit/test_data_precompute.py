@@ -26,7 +26,8 @@ from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.reader import RowReader
 from titans_video.errors import DataError
-from titans_video.recipes.setup import codec_key, text_keys
+from titans_video.recipes.codec import codec_key
+from titans_video.recipes.setup import text_keys
 from titans_video.text.base import TextEncoder, build_text
 from titans_video.types import TextCondition
 

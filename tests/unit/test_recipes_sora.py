@@ -26,7 +26,8 @@ from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.recipes import sora
 from titans_video.recipes.base import DiffusionRecipe
-from titans_video.recipes.setup import RunParts, frame_count_notes, open_clips, open_codec
+from titans_video.recipes.codec import open_codec
+from titans_video.recipes.setup import RunParts, frame_count_notes, open_clips
 from titans_video.recipes.sora import SoraRecipe, build_sora, train_sora
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.base import build_text

@@ -32,7 +32,8 @@ from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.errors import ConfigError
 from titans_video.media.motion import motion_bucket
 from titans_video.models.svd_unet import ATTENTION, BRANCH, TEMPORAL, TextCrossAttention, plain_unet
-from titans_video.recipes.setup import RunParts, codec_key
+from titans_video.recipes.codec import codec_key
+from titans_video.recipes.setup import RunParts
 from titans_video.recipes.svd import SVDRecipe, build_svd, refuse_tasks, refuse_unused
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.base import build_text

@@ -22,7 +22,7 @@ from titans_video.config.options import (
 )
 from titans_video.generation.model import load_model
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
-from titans_video.recipes.setup import codec_spec
+from titans_video.recipes.codec import codec_spec
 from titans_video.recipes.titans import TitansRecipe, build_titans, plan_segments, with_vae
 from titans_video.types import Batch, Condition, Prediction
 

@@ -30,6 +30,33 @@ def test_an_empty_prompt_is_one_token_and_long_ones_are_cut() -> None:
     assert mask.sum(1).tolist() == [1, 4]
 
 
+@given(st.text(max_size=20), st.integers(min_value=1, max_value=20))
+def test_a_prompt_is_never_cut_inside_a_character(prompt: str, longest: int) -> None:
+    ids, mask = ByteStream(longest).encode([prompt])
+    kept = bytes(t - 1 for t in ids[0][mask[0]].tolist()[:-1]).decode()  # would raise on half a character
+    assert prompt.startswith(kept)
+    rest = prompt[len(kept) :]
+    assert not rest or len((kept + rest[0]).encode()) > longest - 1
+
+
+@pytest.mark.parametrize("caption", ["a" * 1000, "猫" * 1000, "Ein Kätzchen läuft. " * 50, "\U0001f408" * 700])
+def test_a_caption_of_a_thousand_characters_fits_by_default(caption: str) -> None:
+    text = build_text(TextOptions())
+    ids, mask = text([caption]).streams[0][0], text([caption]).masks[0][0]
+    assert bytes(t - 1 for t in ids[mask].tolist()[:-1]).decode() == caption
+    assert text.cut_note([caption]) is None
+
+
+def test_captions_that_are_cut_are_counted() -> None:
+    text = build_text(TextOptions(text_max_length=9))
+    assert text.cut_note(["12345678", "猫猫", ""]) is None
+    assert text.cut_note(["123456789", "猫猫猫", "猫猫猫", "short"]) == (
+        "Warning: 2 of 3 different captions are longer than 8 bytes (--text-max-length); the rest of each is ignored. "
+        "The longest has 9: '123456789'..."
+    )
+    assert build_text(TextOptions(text_model="none"), needed=False).cut_note(["a" * 9999]) is None
+
+
 def test_description_restores_the_encoder() -> None:
     text = build_text(TextOptions(text_max_length=8))
     stored = text.describe()

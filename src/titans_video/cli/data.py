@@ -52,9 +52,12 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     check_training(flags)
     check_manifests(flags.data)
     from titans_video.data.report import check
-    from titans_video.recipes.setup import codec_spec
+    from titans_video.recipes.codec import codec_spec
+    from titans_video.text.base import build_text
 
-    report = check(flags.data, codec_spec(flags.codec), flags.model.patch_size, flags.out)
+    text = build_text(flags.text, load=False, needed=False)
+    spec, patch_size = codec_spec(flags.codec), flags.model.patch_size
+    report = check(flags.data, spec, patch_size, flags.out, caption_note=text.cut_note)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
     return 0 if report.passed else FOUND_FAULTS
 

@@ -5,7 +5,7 @@ here: `--help` imports this file. A checkpoint stores the `CodecOptions` and `Te
 same codec and text encoders can be built again.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from titans_video.config.fields import Dtype, Integers, Pair, PatchSize, Range, VaeBackend, flag_of
@@ -76,8 +76,8 @@ class TextOptions:
     """Encoder such as T5 or UMT5 (folder or hub name); builtin: bytes, trained with the model; none: only the LLM."""
     text_dtype: Dtype = "bf16"
     """Precision of the text model."""
-    text_max_length: Annotated[int, Range(least=1)] = 256
-    """Longest prompt in tokens of the text model."""
+    text_max_length: Annotated[int | None, Range(least=1)] = None
+    """Longest prompt in tokens of the text model (default: 256, or 3072 bytes for builtin)."""
     llm_model: str | None = None
     """A second encoder: any LLM that AutoModel of transformers loads."""
     llm_dtype: Dtype = "bf16"
@@ -94,6 +94,11 @@ class TextOptions:
     """Never download from a model hub."""
     text_offload: Literal["cpu", "none"] = "none"
     """cpu: keep frozen encoders on the CPU and move only their hidden states."""
+
+    def with_length(self, stored: int | None = None) -> "TextOptions":
+        """Return the options with a number for `text_max_length`: the given one, else `stored`, else the default."""
+        default = 3072 if self.text_model == "builtin" else 256
+        return replace(self, text_max_length=self.text_max_length or stored or default)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +65,14 @@ def check(
     out: Path | str,
     workers: int | None = None,
     progress: bool = True,
+    caption_note: Callable[[Sequence[str]], str | None] = lambda captions: None,
 ) -> Report:
     """Scan and report. Bad rows are part of the result here, not errors.
 
     Args:
         out: folder for report.html, quarantine.jsonl and plan.jsonl; created if missing.
         workers: processes that probe files; None means as many as cores and work allow.
+        caption_note: returns a line about captions, e.g. those that are too long for the text encoder.
     Raises:
         ConfigError, DataError: flags or the manifest itself are wrong.
     """
@@ -87,7 +89,9 @@ def check(
     write_quarantine(quarantine, scan.quarantined)
     _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.records))
     total = len(scan.records) + len(scan.quarantined)
-    write_html(html, data, plans, progress=progress)
+    note = caption_note([e.row.caption for e in data.records])
+    remarks = [*([note] if note else []), *missing_files(scan.quarantined, options)]
+    write_html(html, data, plans, remarks, progress=progress)
     return Report(
         rows=total,
         usable=len(scan.records),
@@ -97,7 +101,7 @@ def check(
         html=html,
         quarantine=quarantine,
         plan=plan,
-        text="\n".join([data.summary(), *missing_files(scan.quarantined, options)]),
+        text="\n".join([data.summary(), *remarks]),
     )
 
 
@@ -156,18 +160,25 @@ td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke
 """
 
 
-def write_html(path: Path, data: VideoDataset, plans: Mapping[str, RowPlan], *, progress: bool = False) -> None:
+def write_html(
+    path: Path,
+    data: VideoDataset,
+    plans: Mapping[str, RowPlan],
+    remarks: Sequence[str] = (),
+    *,
+    progress: bool = False,
+) -> None:
     """Write the report.
 
     Args:
         plans: by row id, of every usable row.
+        remarks: for the top of the page, in addition to those of the data.
     """
-    remarks = [*data.remarks(), *missing_files(data.quarantined, data.options)]
     strips = _strips(data.records[:MAX_STRIPS], plans, progress)
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
-        f'<div class="summary">{html_text(chr(10).join(remarks))}</div>',
+        f'<div class="summary">{html_text(chr(10).join([*data.remarks(), *remarks]))}</div>',
         '<div class="plots">',
         _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
         _scatter(data, plans),

@@ -66,6 +66,9 @@ class PretrainedModel(LoadedModel):
             image_required=image,
         )
 
+    def cut_note(self, prompts: Sequence[str]) -> str | None:
+        return self.spec.text("fp32", "cpu").cut_note(prompts, "prompts")
+
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """The grid of clips: the model pads along time by itself."""

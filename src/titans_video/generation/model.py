@@ -22,7 +22,7 @@ from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.windows import Capabilities, check_flags
 from titans_video.hub import stored_folder
 from titans_video.models.registry import build_network
-from titans_video.text.base import text_from_checkpoint
+from titans_video.text.base import TextEncoder, text_from_checkpoint
 from titans_video.types import PRECISIONS, TextCondition
 
 PartT = TypeVar("PartT")
@@ -68,6 +68,10 @@ class LoadedModel(ABC):
     @abstractmethod
     def patch_size(self) -> tuple[int, int, int]:
         """Latent cells along time, height and width that clips must be multiples of."""
+
+    @abstractmethod
+    def cut_note(self, prompts: Sequence[str]) -> str | None:
+        """Return a line about prompts that are longer than the model reads; None if there are none."""
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +123,9 @@ class VideoModel(LoadedModel):
     def patch_size(self) -> tuple[int, int, int]:
         t, h, w = self.config["model"].get("patch_size", (1, 1, 1))
         return t, h, w
+
+    def cut_note(self, prompts: Sequence[str]) -> str | None:
+        return self.text.cut_note(prompts, "prompts") if isinstance(self.text, TextEncoder) else None
 
     @property
     def segments(self) -> dict[str, int] | None:

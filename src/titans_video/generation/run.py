@@ -92,9 +92,9 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; generating "{first.prompts[0]}".')
     prompts = first.prompts if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
-    note = unknown_words_note(prompts if texts is None else [text for _, text in texts], model.trained("words"))
-    if note:
-        notes.append(note)
+    every = prompts if texts is None else [text for _, text in texts]
+    about_prompts = (unknown_words_note(every, model.trained("words")), model.cut_note([*every, first.negative_prompt]))
+    notes += [note for note in about_prompts if note]
     for note in [*lora_notes, *when.notes, *notes]:
         console.note(note)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]

@@ -2,20 +2,24 @@
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
-from titans_video.codecs.base import Codec, build_codec, codec_from_checkpoint, describe_codec, parse_init
-from titans_video.codecs.external import source_digest
-from titans_video.codecs.pca import PCACodec
-from titans_video.config.generation import Overrides
-from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
+from titans_video.codecs.base import Codec, describe_codec
+from titans_video.config.options import (
+    CodecOptions,
+    DataOptions,
+    GenerationDefaults,
+    TextOptions,
+    TrainOptions,
+    ValidationOptions,
+)
 from titans_video.config.parse import read_prompts
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
@@ -23,29 +27,27 @@ from titans_video.data.held_out import HeldOut, open_validation, shared_files, s
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
-from titans_video.errors import CodecError
+from titans_video.errors import TextError
 from titans_video.recipes.base import DiffusionRecipe, Grid
+from titans_video.recipes.codec import codec_key, codec_spec, fit_codec
 from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder
 from titans_video.text.vocabulary import vocabulary
 from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
-from titans_video.training.init_from import fitted_codec, start_from
+from titans_video.training.init_from import start_from
 from titans_video.training.resume import prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
 from titans_video.training.tracking import open_tracker
 from titans_video.training.trainer import Trainer, TrainResult
 from titans_video.training.validation import Monitoring, SamplePrompt, Validator
-from titans_video.types import CodecSpec
 
 logger = logging.getLogger(__name__)
 
-FIT_CLIPS = 512
-"""Clips to which a PCA codec is fitted."""
-PCA_DEFAULTS: dict[str, object] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
-"""Arguments of a PCA codec without --vae-init-json."""
+MOST_MEASURED = 50_000
+"""Captions whose length is measured at the start of a run."""
 DEFAULT_PROMPTS = 4
 """Captions of the data that validation uses if no prompts are given."""
 
@@ -95,6 +97,7 @@ def open_parts(
     """
     accelerator = run.accelerator
     data, codec = open_clips(options, codec_options, codec, clip_grid, accelerator)
+    log_cut_captions(text, data, options.data.cache is not None)
     held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
     for rows in (data, held_out if check_held_out else None):
         if check and rows:
@@ -109,28 +112,28 @@ def open_parts(
     return RunParts(filled.data, held_out, codec, codec_options, text, filled.cache)
 
 
-def open_codec(
-    options: CodecOptions,
-    accelerator: Accelerator,
-    resume: Resume | None,
-    *,
-    init_from: str | None = None,
-    load: bool,
-) -> Codec | None:
-    """Return the codec that the flags name; None for a PCA codec that must be fitted to the clips first.
+def text_options(options: TextOptions, resume: Resume | None) -> TextOptions:
+    """Return the options with the longest prompt: that of the flags, else of the run that is resumed."""
+    stored = resume.model().config.get("text", {}).get("options", {}).get("text_max_length") if resume else None
+    return options.with_length(stored)
+
+
+def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> None:
+    """Log how many captions are longer than the encoders read.
 
     Args:
-        resume: a resumed run takes its fitted codec from its checkpoint.
-        init_from: a run that starts from other weights takes the codec that was fitted for them, if it has the same
-            latents.
-        load: read the weights now, not at first use.
+        is_cached: a run on a full cache needs no tokenizer, so one may be missing.
     """
-    if options.vae_backend != "patch":
-        return build_codec(options, device=accelerator.device, load=load)
-    if resume is None:
-        return fitted_codec(init_from, codec_spec(options)) if init_from else None
-    checkpoint = resume.model()
-    return codec_from_checkpoint(checkpoint.config["codec"], checkpoint.codec, Overrides())
+    captions = list(islice(dict.fromkeys(row.caption for row in data.rows), MOST_MEASURED + 1))
+    what = "captions" if len(captions) <= MOST_MEASURED else "captions (only these were measured)"
+    try:
+        note = text.cut_note(captions[:MOST_MEASURED], what)
+    except TextError as e:
+        if not is_cached:
+            raise
+        note = f"Captions that are too long for the text encoder are not counted: {e}"
+    if note:
+        logger.info(note)
 
 
 def open_clips(
@@ -152,41 +155,7 @@ def open_clips(
     )
     if options.validation.validation_split:
         data = split(data, options.validation.validation_split)
-    return data, (codec or _fit_codec(codec_options, data, accelerator)).to(accelerator.device)
-
-
-def _pca_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, float]:
-    """Return (patch, channels, smooth) of the PCA codec: the defaults, changed by --vae-init-json."""
-    given = {**PCA_DEFAULTS, **parse_init(options.vae_init_json)}
-    patch, channels, smooth = given["patch"], given["channels"], given["smooth"]
-    whole = isinstance(patch, list) and all(type(n) is int and n > 0 for n in [*patch, channels])
-    number = type(smooth) in (int, float) and math.isfinite(smooth) and smooth >= 0
-    if not whole or not number or len(patch) != 3 or given.keys() != PCA_DEFAULTS.keys():
-        raise CodecError(
-            f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PCA_DEFAULTS)} (frames, height and width of a patch in pixels; the number of components; the "
-            "standard deviation, of pixels in [-1, 1], of the errors that joining blocks should smooth)."
-        )
-    if smooth and patch[0] == 1:
-        raise CodecError(
-            f"--vae-init-json {options.vae_init_json}: blocks of one frame cannot be joined; leave smooth out, or use "
-            "patches of at least two frames."
-        )
-    return (patch[0], patch[1], patch[2]), channels, float(smooth)
-
-
-def codec_spec(options: CodecOptions) -> CodecSpec:
-    """Return the shapes of a codec's latents; a PCA codec's are known before it is fitted."""
-    if options.vae_backend != "patch":
-        return build_codec(options, load=False).spec
-    patch, channels, _ = _pca_arguments(options)
-    return CodecSpec("patch", channels, patch, "blocks")
-
-
-def _fit_codec(options: CodecOptions, data: VideoDataset, accelerator: Accelerator) -> Codec:
-    arguments = _pca_arguments(options)
-    codec = run_on_main(accelerator, lambda: PCACodec.fit(data.sample_pixels(FIT_CLIPS), *arguments))
-    return PCACodec.from_config(codec.config(), codec.state_dict())  # exactly as a resumed run reads it
+    return data, (codec or fit_codec(codec_options, data, accelerator)).to(accelerator.device)
 
 
 def encode_cache(
@@ -212,17 +181,6 @@ def encode_cache(
     filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
     logger.info(filled.summary())
     return filled
-
-
-def codec_key(codec: Codec, options: CodecOptions) -> str:
-    """Return what distinguishes a codec's latents from any other's: its fingerprint and precision.
-
-    A user's own codec adds its code and constructor arguments, which no fingerprint of weights covers.
-    """
-    parts: list[str | None] = [codec.spec.name, codec.fingerprint(), options.vae_dtype]
-    if options.vae_backend == "external":
-        parts += [options.vae_module, options.vae_class, options.vae_init_json, source_digest(codec)]
-    return json.dumps(parts)
 
 
 def text_keys(text: TextEncoder) -> tuple[str, ...]:

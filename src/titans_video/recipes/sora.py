@@ -5,6 +5,7 @@ Legend: B batch, C latent channels, S pixel frames of a latent frame, t h w the 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -21,17 +22,19 @@ from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
 from titans_video.models.registry import build_network, network_config, sora_config
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
+from titans_video.recipes.codec import open_codec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
     encode_cache,
     frame_count_notes,
     generation_defaults,
+    log_cut_captions,
     network_note,
     open_clips,
-    open_codec,
     open_parts,
     sample_prompt,
+    text_options,
     train_recipe,
 )
 from titans_video.seeding import derive_seed
@@ -111,6 +114,7 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
     run = start_run(options.data, options.train)
     device, patch = run.accelerator.device, options.model.patch_size
     # Without weights: a missing encoder is reported before anything slow is done.
+    options = replace(options, text=text_options(options.text, run.resume))
     text = build_text(options.text, device, load=False)
     codec = open_codec(
         options.codec,
@@ -133,10 +137,12 @@ def cache_sora(options: SoraOptions) -> None:
         UserError: as `train_sora`.
     """
     accelerator = start(options.train)
+    options = replace(options, text=text_options(options.text, None))
     text = build_text(options.text, accelerator.device, load=False)
     codec = open_codec(options.codec, accelerator, None, init_from=options.train.init_from, load=False)
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
+    log_cut_captions(text, data, is_cached=False)
     encode_cache(options, options.codec, codec, text, accelerator, data)
     held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
     if held_out:

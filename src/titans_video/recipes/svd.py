@@ -35,15 +35,16 @@ from titans_video.media.motion import motion_bucket
 from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
+from titans_video.recipes.codec import open_codec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
     frame_count_notes,
     generation_defaults,
     network_note,
-    open_codec,
     open_parts,
     sample_prompt,
+    text_options,
     train_recipe,
 )
 from titans_video.recipes.sora import init_network, network_flops, train_sora
@@ -205,6 +206,7 @@ def train_svd(options: SVDOptions) -> TrainResult:
     options = replace(options, model=replace(options.model, patch_size=CLIP_GRID))
     run = start_run(options.data, options.train)
     device = run.accelerator.device
+    options = replace(options, text=text_options(options.text, run.resume))
     text = build_text(options.text, device, load=False, needed=False)
     if not text.widths:
         options = replace(options, data=replace(options.data, empty_captions="keep"))  # captions are not used

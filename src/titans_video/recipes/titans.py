@@ -22,16 +22,16 @@ from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.registry import network_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
+from titans_video.recipes.codec import codec_spec, open_codec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
-    codec_spec,
     frame_count_notes,
     generation_defaults,
     network_note,
-    open_codec,
     open_parts,
     sample_prompt,
+    text_options,
     train_recipe,
 )
 from titans_video.recipes.sora import encode_frames, hold_clean, init_network, network_flops, video_sampler
@@ -221,6 +221,7 @@ def train_titans(options: TitansOptions) -> TrainResult:
     budget = budget and max(budget * pt // plan.latents, 1)
     options = replace(options, data=replace(options.data, num_frames=plan.frames, tokens_per_batch=budget))
     run = start_run(options.data, options.train)
+    options = replace(options, text=text_options(options.text, run.resume))
     text = build_text(options.text, run.accelerator.device, load=False)
     codec = open_codec(
         options.codec,

@@ -4,8 +4,8 @@ Legend: B prompts, L tokens, E width of a stream.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ class Stream(Protocol):
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return states (B, L, E) float or ids (B, L) int64, and their mask (B, L) bool, padded on the right."""
 
+    def measure(self, prompts: Sequence[str]) -> "Lengths":
+        """Measure prompts before they are cut; needs no weights."""
+
     def fingerprint(self) -> str | None:
         """Return a hash of the encoder's weights; None if it has none."""
 
@@ -41,6 +44,21 @@ class Stream(Protocol):
 
     def release(self) -> None:
         """Free the weights; `width` and `fingerprint` stay available, and the next `encode` loads them again."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of prompts for one encoder.
+
+    Attributes:
+        longest: that it reads; the rest of a longer prompt is cut.
+        unit: of the lengths, with the flag that sets the longest if there is one.
+        found: of each prompt.
+    """
+
+    longest: int
+    unit: str
+    found: list[int]
 
 
 def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) -> TextCondition:
@@ -94,14 +112,23 @@ class ByteStream:
         """Return the byte ids of prompts.
 
         Args:
-            prompts: B texts; what exceeds `max_length` - 1 bytes is cut.
+            prompts: B texts; what exceeds `max_length` - 1 bytes is cut, never inside a character.
         Returns:
             (B, L) int64 ids and (B, L) bool mask, True on real tokens.
         """
-        rows = [[byte + 1 for byte in text.encode()[: self.max_length - 1]] + [END_OF_TEXT] for text in prompts]
+        rows = [[byte + 1 for byte in self._cut(text)] + [END_OF_TEXT] for text in prompts]
         length = max((len(row) for row in rows), default=1)
         ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], device=self.device)
         return ids.reshape(len(rows), length), ids.reshape(len(rows), length) != PADDING
+
+    def _cut(self, text: str) -> bytes:
+        data = text.encode()
+        if len(data) < self.max_length:
+            return data
+        return data[: self.max_length - 1].decode(errors="ignore").encode()  # without half a character at the end
+
+    def measure(self, prompts: Sequence[str]) -> Lengths:
+        return Lengths(self.max_length - 1, "bytes (--text-max-length)", [len(text.encode()) for text in prompts])
 
     def fingerprint(self) -> None:
         """Return None: the weights belong to the network."""
@@ -129,6 +156,25 @@ class TextEncoder:
         """Encode B prompts: each stream (B, L, E) float or (B, L) ids with its (B, L) mask, L the batch's longest."""
         pairs = [s.encode(prompts) for s in self.streams]
         return TextCondition(tuple(x for x, _ in pairs), tuple(m for _, m in pairs))
+
+    def cut_note(self, prompts: Iterable[str], what: str = "captions") -> str | None:
+        """Return a line for the user that counts the prompts of which a part is cut off; None if there are none.
+
+        Args:
+            what: the prompts' name in the line.
+        """
+        prompts = list(dict.fromkeys(prompts))
+        lines = []
+        for lengths in (stream.measure(prompts) for stream in self.streams):
+            long = [i for i, length in enumerate(lengths.found) if length > lengths.longest]
+            if long:
+                worst = max(long, key=lambda i: lengths.found[i])
+                lines.append(
+                    f"Warning: {len(long)} of {len(prompts)} different {what} are longer than {lengths.longest} "
+                    f"{lengths.unit}; the rest of each is ignored. The longest has {lengths.found[worst]}: "
+                    f"{prompts[worst][:60]!r}..."
+                )
+        return "\n".join(lines) or None
 
     def empty(self, n: int) -> TextCondition:
         """Return the empty prompt n times, for dropped captions and unconditional guidance."""
@@ -167,8 +213,10 @@ def build_text(
     Raises:
         TextError: a model is missing, incomplete or contradicts its flags.
     """
+    options = options.with_length()
     streams: list[Stream] = []
     if options.text_model == "builtin":
+        assert options.text_max_length is not None  # with_length
         streams.append(ByteStream(options.text_max_length))
         streams[0].to(device)
     elif options.text_model != "none":

@@ -20,7 +20,7 @@ from titans_video.config.options import TextOptions
 from titans_video.console import library_bars
 from titans_video.errors import TextError, few, first_line
 from titans_video.hub import LOADING_ERRORS, from_folder, reason, without_hub
-from titans_video.text.base import TextEncoder
+from titans_video.text.base import Lengths, TextEncoder
 from titans_video.types import PRECISIONS
 
 ENCODERS = ("t5", "umt5", "mt5")
@@ -59,7 +59,7 @@ def text_stream(options: TextOptions, device: torch.device | str, load: bool) ->
         "--text-model",
         options.text_model,
         PRECISIONS[options.text_dtype],
-        options.text_max_length,
+        options.with_length().text_max_length or 0,
         options.local_files_only,
         options.text_offload == "cpu",
     )
@@ -141,6 +141,17 @@ class PretrainedStream:
             states, mask = _cut(states, mask, cuts)
         return states.masked_fill(~mask[..., None], 0.0), mask
 
+    def measure(self, prompts: Sequence[str]) -> Lengths:
+        s = self.source
+        before, after = s.template.split("{prompt}") if s.template else ("", "")
+        found = self.tokenizer([before + prompt + after for prompt in prompts])["input_ids"] if prompts else []
+        cut = self._template_tokens(before, before + after) if before else 0
+        return Lengths(self._longest(s.max_length + cut) - cut, self._unit, [len(ids) - cut for ids in found])
+
+    @property
+    def _unit(self) -> str:
+        return f"tokens ({'--llm' if self.source.flag == '--llm-model' else '--text'}-max-length)"
+
     def fingerprint(self) -> str:
         """Return a hash of weights, config and tokenizer."""
         if self._fingerprint is None:
@@ -177,8 +188,29 @@ class PretrainedStream:
     def _ids(self, text: str, max_length: int | None) -> list[int]:
         if max_length is None:
             return list(self.tokenizer(text)["input_ids"])
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None) or max_length
-        return list(self.tokenizer(text, truncation=True, max_length=min(max_length, positions))["input_ids"])
+        longest = self._longest(max_length)
+        ids = list(self.tokenizer(text, truncation=True, max_length=longest)["input_ids"])
+        split = self._split_character(text, longest) if len(ids) >= longest else None
+        return ids if split is None else self._ids(text[:split], max_length)
+
+    def _longest(self, max_length: int) -> int:
+        return min(max_length, getattr(self.config.get_text_config(), "max_position_embeddings", None) or max_length)
+
+    def _split_character(self, text: str, longest: int) -> int | None:
+        """Return the position of the character that the limit splits, as only some of its bytes' tokens are kept."""
+        if not self.tokenizer.is_fast:
+            return None  # tells no positions
+        whole, cut = (
+            self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **limit)
+            for limit in ({}, {"truncation": True, "max_length": longest})
+        )
+        spans, kept = (
+            [span for span, special in zip(t["offset_mapping"], t["special_tokens_mask"], strict=True) if not special]
+            for t in (whole, cut)
+        )
+        if not 0 < len(kept) < len(spans) or spans[len(kept)][0] >= kept[-1][1]:
+            return None
+        return int(spans[len(kept)][0])
 
     def _spare_token(self) -> int:
         """Return a token for padding, and for an empty prompt that the tokenizer gives no token at all."""
@@ -371,6 +403,10 @@ class PaddedStream(PretrainedStream):
         ).input_ids
         states: Tensor = self.model(ids.to(self._where()))[0].to(self.device)
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=self.device)
+
+    @property
+    def _unit(self) -> str:
+        return "tokens, the length of this pipeline's prompts"
 
     def fingerprint(self) -> str:
         """Return a hash of weights and tokenizer, with a suffix: a cache keeps these states apart from states with a
