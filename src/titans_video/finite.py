@@ -1,11 +1,13 @@
 """Checks for NaN and infinities, which must not enter a file, a cache, a checkpoint or a video unnoticed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from titans_video.errors import UserError, few
+
+OVERFLOW = "The VAE or the network may overflow in fp16: use --vae-dtype bf16 and --dtype bf16."
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -45,3 +47,53 @@ def _passes(tensor: Tensor) -> Tensor:
         values = values.to(torch.bfloat16)
     low, high = torch.aminmax(values)  # NaN if there is any; much faster than isfinite
     return torch.isfinite(low) & torch.isfinite(high)
+
+
+class NonFiniteFrames(UserError):
+    """No frame of any generated video is finite."""
+
+
+def finite_frames(
+    chunks: Iterable[Tensor], warn: Callable[[str], None], *, given: int = 0, required: bool = True
+) -> Iterator[Tensor]:
+    """Yield the frames of generated videos, and report those that are not finite after the last one.
+
+    Args:
+        chunks: (B, 3, n, H, W) each, in order.
+        warn: called with a message that has the numbers of the frames.
+        given: the number of leading frames that were not generated.
+        required: raise an error if no frame of any video is finite; otherwise only warn.
+    Raises:
+        NonFiniteFrames: no frame of any video is finite.
+    """
+    bad: dict[int, list[int]] = {}
+    frames = videos = 0
+    for chunk in chunks:
+        if not is_finite(chunk):
+            failed = ~torch.isfinite(chunk).all(dim=4).all(dim=3).all(dim=1)  # (B, n)
+            for video, frame in failed.nonzero().tolist():
+                bad.setdefault(video, []).append(frames + frame)
+        videos, frames = chunk.shape[0], frames + chunk.shape[2]
+        yield chunk
+    made = range(given, frames)
+    if required and made and all(set(made) <= set(bad.get(video, ())) for video in range(videos)):
+        raise NonFiniteFrames(
+            f"None of the {len(made)} generated frames is finite (NaN or infinity), so no video is written. {OVERFLOW}"
+        )
+    for video, numbers in bad.items():
+        which = f" of video {video}" if videos > 1 else ""
+        warn(
+            f"Frames {format_numbers(numbers)}{which}, counted from 0, of {frames} frames are not finite (NaN or "
+            f"infinity) and will look wrong. {OVERFLOW}"
+        )
+
+
+def format_numbers(numbers: Sequence[int]) -> str:
+    """Return rising numbers with ranges: `0-3, 7, 9-10`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

@@ -5,6 +5,7 @@ padding of the model.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from titans_video.codecs.diffusers import TILE_ABOVE
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.console import Progress
 from titans_video.errors import ConfigError
+from titans_video.finite import finite_frames
 from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
 from titans_video.generation.model import LoadedModel, PromptEncoder, run_device
@@ -29,6 +31,8 @@ from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spe
 from titans_video.pretrained.loading import compile_blocks
 from titans_video.seeding import derive_seed
 from titans_video.types import PRECISIONS, TextCondition
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -195,7 +199,8 @@ def sampled(
     if image is not None:
         request = replace(request, cond_pixels=image)
     windows, _ = plan_pretrained(model, request, options)
-    video = torch.cat(list(PretrainedPipeline(model).stream(request, windows, progress=False)), dim=2)
+    chunks = PretrainedPipeline(model).stream(request, windows, progress=False)
+    video = torch.cat(list(finite_frames(chunks, logger.warning, required=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
 
 

@@ -9,6 +9,7 @@ Legend: B videos of one batch, C latent channels, T H W pixel frames, height and
 window, O shared frames.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from titans_video.config.generation import GenerateOptions
 from titans_video.console import Progress
 from titans_video.diffusion.samplers import Denoise, EditState, guided, sampler_by_name
 from titans_video.errors import ConfigError
+from titans_video.finite import finite_frames
 from titans_video.generation.denoise import (
     Prompts,
     clip_condition,
@@ -37,6 +39,8 @@ from titans_video.generation.request import Plan, Request, about, build_request,
 from titans_video.generation.stream import StreamPlan, apply_state_flags, plan_stream, stream
 from titans_video.generation.windows import WindowModeFlag, WindowPlan, check_flags, plan_windows, select_window_mode
 from titans_video.types import Condition
+
+logger = logging.getLogger(__name__)
 
 MOST_BEYOND = 1.5
 """Without --window, the longest video that is generated in one window, as a multiple of the length of training."""
@@ -306,5 +310,6 @@ def sample(
     height, width = size or (None, None)
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed, height=height, width=width), model)
     request = replace(request, cond_pixels=cond_pixels)
-    video = torch.cat(list(generate_long(model, request, plan_video(model, request)[0], progress=False)), dim=2)
+    chunks = generate_long(model, request, plan_video(model, request)[0], progress=False)
+    video = torch.cat(list(finite_frames(chunks, logger.warning, required=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))

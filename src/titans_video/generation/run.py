@@ -22,6 +22,7 @@ from titans_video.config.generation import GenerateOptions, Overrides, RunOption
 from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
 from titans_video.files import write_text
+from titans_video.finite import NonFiniteFrames, finite_frames
 from titans_video.generation import diffusers_backend, long_video
 from titans_video.generation.long_video import Generate
 from titans_video.generation.model import LoadedModel, fingerprint, load_for, with_shift
@@ -76,6 +77,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         The path of `--out`.
     Raises:
         UserError: the flags, the checkpoint, the image or the clip are wrong; always before any denoising.
+        NonFiniteFrames: a video has no finite frame; nothing of it is written.
     """
     run = run or RunOptions()
     out = check_options(options)
@@ -107,7 +109,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         own = replace(options, prompt=one, prompt_file=None, seed=seed, num_videos=1, out=str(place))
         record = full_record(own, overrides, run, request, model, weights)
         shown = _SheetFrames(when.frames)
-        chunks = _at_full_rate(generate(request), request, when, own.interpolation)
+        chunks = _at_full_rate(_checked(generate, request), request, when, own.interpolation)
         written = _write(chunks, request, when.fps, own, record, shown)
         write_side_file(place, record)
         rows.append((prompt, np.stack(shown.frames)))
@@ -157,12 +159,18 @@ def _write(
             for frames in chunks:
                 shown.pick(frames)
                 sink.write(frames)
-    except BaseException:
+    except BaseException as e:
         finished = partial_path(Path(options.out))
-        if finished.is_file():
+        if isinstance(e, NonFiniteFrames):
+            finished.unlink(missing_ok=True)
+        elif finished.is_file():
             console.note(f"Stopped; the finished frames are in {finished}.")
         raise
     return sink.written
+
+
+def _checked(generate: Generate, request: Request) -> Iterator[Tensor]:
+    return finite_frames(generate(request), console.note, given=request.num_cond_frames)
 
 
 def _at_full_rate(

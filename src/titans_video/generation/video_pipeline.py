@@ -3,6 +3,7 @@
 Legend: B videos of one batch, T H W frames, height and width, k conditioning frames.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.diffusion.samplers import EditState
 from titans_video.errors import ConfigError
+from titans_video.finite import finite_frames
 from titans_video.generation.export import export
 from titans_video.generation.long_video import generate_long, plan_video
 from titans_video.generation.model import VideoModel, load_for, with_shift
@@ -26,6 +28,8 @@ from titans_video.generation.request import build_request, check_options
 from titans_video.generation.windows import WindowModeFlag
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.types import PRECISIONS
+
+logger = logging.getLogger(__name__)
 
 Given = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -172,6 +176,7 @@ class VideoPipeline(DiffusionPipeline):
             `VideoPipelineOutput`, or a tuple of its one value.
         Raises:
             UserError: a size, a length or a plan of windows is not possible, or the model lacks a capability.
+            NonFiniteFrames: no frame is finite.
         """
         if output_type not in OUTPUTS:
             raise ConfigError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUTS)}.")
@@ -216,7 +221,9 @@ class VideoPipeline(DiffusionPipeline):
         windows, _ = plan_video(model, request, window, overlap, window_mode)
         quiet = bool(getattr(self, "_progress_bar_config", {}).get("disable", False))
         edit = None if callback_on_step_end is None else self._calling(callback_on_step_end)
-        made = torch.cat(list(generate_long(model, request, windows, not quiet, edit)), dim=2)
+        chunks = generate_long(model, request, windows, not quiet, edit)
+        chunks = finite_frames(chunks, logger.warning, given=request.num_cond_frames)
+        made = torch.cat(list(chunks), dim=2)
         frames = self.video_processor.postprocess_video(made, output_type)
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
