@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -259,6 +260,56 @@ def test_nothing_left_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     outcome, _ = train(options(tmp_path, resume="auto"))
     assert (outcome.step, outcome.exit_code) == (6, 0)
     assert any("raise --max-steps" in text for text in caplog.messages)
+
+
+PRINTED = re.compile(r"^(?:Checkpoint|Metrics|Loss curve|LoRA file) +([^,\n]+)|--checkpoint (\S+)", re.MULTILINE)
+
+
+def printed_paths(texts: list[str]) -> list[Path]:
+    return [Path(a or b) for a, b in PRINTED.findall("\n".join(texts))]
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint-6", "last.pt", "checkpoint-6/model_ema.pt"])
+def test_a_finished_run_that_resumes_into_another_folder_is_written_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    train(options(tmp_path / "a"))
+    caplog.set_level(logging.INFO)
+    outcome, _ = train(options(tmp_path / "b", resume=str(tmp_path / "a" / name)))
+    assert outcome.folder == tmp_path / "b" / "checkpoint-6"
+    for file in ("model.pt", "model_ema.pt", "training_state.pt"):
+        assert_same(*(files.load_tensors(tmp_path / x / "checkpoint-6" / file) for x in "ab"))
+    paths = printed_paths(caplog.messages)
+    assert tmp_path / "b" / "last.pt" in paths
+    assert all(path.exists() and path.is_relative_to(tmp_path / "b") for path in paths)
+
+
+def test_a_run_that_stops_before_its_first_checkpoint_prints_what_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(options(tmp_path / "a", max_steps=3))
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: signal.SIGTERM)
+    monkeypatch.setattr(Trainer, "_save", lambda *_, **__: None)
+    resume = str(tmp_path / "a" / "checkpoint-3")
+    for folder, again in (("b", f"--resume {resume}"), ("c", "--resume auto")):
+        caplog.clear()
+        train(options(tmp_path / folder, resume=resume if folder == "b" else "none"))
+        paths = printed_paths(caplog.messages)
+        assert all(path.exists() for path in paths)
+        assert (tmp_path / "a" / "checkpoint-3" in paths) == (folder == "b")
+        assert any(again in text for text in caplog.messages)
+
+
+def test_an_adapter_prints_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "lora_0000003"
+    assert run_folder.list_files(tmp_path, folder) == []
+    folder.mkdir()
+    for path in (folder / run_folder.ADAPTER, folder.with_suffix(".pt")):
+        path.touch()
+    lines = run_folder.list_files(tmp_path / "other", folder)
+    assert printed_paths(lines) == [folder.with_suffix(".pt"), folder / run_folder.ADAPTER]
+    assert run_folder.weights_of(tmp_path / "other", folder.with_suffix(".pt")) == folder.with_suffix(".pt")
 
 
 def test_the_end_prints_the_command_that_generates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -340,7 +340,7 @@ class Recorder:
     def draw_curve(self, always: bool) -> None:
         """Draw the loss curve, at most once a minute unless `always`. A failure is reported once; the run goes on."""
         now = time.monotonic()
-        if not always and now - self._drawn < CURVE_SECONDS:
+        if not last_line(self.run / METRICS) or (not always and now - self._drawn < CURVE_SECONDS):
             return
         try:
             loss_curve(self.run / METRICS, self.run / LOSS_CURVE)

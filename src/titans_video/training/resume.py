@@ -57,17 +57,13 @@ def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
     if folder is None:
         return None
     resume = Resume(folder, checkpointing.read_state(folder))
-    if resume.shards and not _is_own(folder, options):
+    if resume.shards and not run_folder.is_in(Path(options.output_dir), folder):
         raise CheckpointError(
             f"--resume {options.resume}: this checkpoint is sharded, and reading torch's format for that may run code. "
             f"It is therefore read only from the run's own folder. If you trust it, move or copy {folder} into "
             f"--output-dir {shlex.quote(options.output_dir)} and pass --resume auto."
         )
     return resume
-
-
-def _is_own(folder: Path, options: TrainOptions) -> bool:
-    return folder.resolve().parent == Path(options.output_dir).resolve()
 
 
 def _folder_of(path: Path) -> Path | None:
@@ -152,7 +148,7 @@ def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
 def _make_room(run: Path, options: TrainOptions, resume: Resume | None) -> Path | None:
     """Move what the run would overwrite to `previous-<n>`, and return that folder."""
     checkpoints = list_checkpoints(run)
-    if resume is not None and _is_own(resume.folder, options):
+    if resume is not None and run_folder.is_in(run, resume.folder):
         newer = [path for step, f in checkpoints if step > resume.step for path in run_folder.checkpoint_paths(f)]
         moved = _move_to_previous(run, newer and [*newer, *run_folder.samples_after(run, resume.step)])
         if resume.folder.is_dir():

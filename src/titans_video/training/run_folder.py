@@ -86,6 +86,34 @@ def link_last(run: Path, folder: Path) -> None:
     _link(model, run / LAST)
 
 
+def is_in(run: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of a run's own."""
+    return checkpoint.resolve().parent == run.resolve()
+
+
+def weights_of(run: Path, checkpoint: Path | None) -> Path | None:
+    """Return the path that generation reads: `last.pt`, or a checkpoint of another run if this one has none."""
+    if (run / LAST).exists():
+        return run / LAST
+    return checkpoint and checkpoint_paths(checkpoint)[-1]
+
+
+def list_files(run: Path, checkpoint: Path | None) -> list[str]:
+    """Return a line for each file of a run that a user may want, if it exists.
+
+    Args:
+        checkpoint: the last one, which may be of another run.
+    """
+    places = {
+        "Checkpoint": weights_of(run, checkpoint),
+        "Metrics": run / METRICS,
+        "Loss curve": run / LOSS_CURVE,
+        "LoRA file": checkpoint and checkpoint / ADAPTER,
+    }
+    notes = {"LoRA file": ", for diffusers and other programs"}
+    return [f"{name:12}{path}{notes.get(name, '')}" for name, path in places.items() if path and path.exists()]
+
+
 def _link(file: Path, place: Path) -> None:
     if place.exists() and place.samefile(file):
         return

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titans_video.checkpoint import LAST
 from titans_video.config.options import TrainOptions
 from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.errors import CheckpointError, DataError, PeerError, few
@@ -41,7 +40,7 @@ from titans_video.training.metrics import Recorder, StepResult, task_sums, work_
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
 from titans_video.training.recipe import Recipe
 from titans_video.training.resume import release_folder
-from titans_video.training.run_folder import ADAPTER, LOSS_CURVE, METRICS, checkpoint_step
+from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
 from titans_video.training.sharded_state import reshard
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Monitoring
@@ -181,6 +180,9 @@ class Trainer:
                 last = bool(received) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
                     self._save(recorder, last, fatal=last and not received)
+            resumed = self.last_checkpoint
+            if resumed and self.step == started_at and not received and not is_in(self.run_folder, resumed):
+                self._save(recorder, last=True, fatal=True)  # no step was left: the output folder gets the weights
         self._log_summary(started_at, received)
         folder = self.last_checkpoint or self.run_folder
         return TrainResult(self.step, result.loss if result else None, folder, 128 + received if received else 0)
@@ -417,27 +419,28 @@ class Trainer:
 
     def _log_summary(self, started_at: int, received: int) -> None:
         """Log how the run ended, where its files are, and how to generate a video."""
-        last = self.run_folder / LAST
-        saved = self.last_checkpoint is not None and checkpoint_step(self.last_checkpoint) == self.step
+        newest = self.last_checkpoint
+        saved = newest is not None and checkpoint_step(newest) == self.step
+        again = "--resume auto" if not newest or is_in(self.run_folder, newest) else f"--resume {newest}"
         if received and saved:
-            logger.info(f"Stopped after step {self.step}. To resume, run the same command with --resume auto.")
+            logger.info(f"Stopped after step {self.step}. To resume, run the same command with {again}.")
         elif received:
             logger.info(
-                f"Stopped after step {self.step}, which was not saved. With --resume auto the run resumes from "
-                f"{self.last_checkpoint or 'the start'}."
+                f"Stopped after step {self.step}, which was not saved. With {again} the run resumes from "
+                f"{newest or 'the start'}."
             )
         elif self.step == started_at:
             logger.info(f"All {self.step} steps are already done. To train longer, raise --max-steps.")
         else:
             logger.info(f"Trained to step {self.step}.")
-        logger.info(f"Checkpoint  {last}\nMetrics     {self.run_folder / METRICS}")
-        logger.info(f"Loss curve  {self.run_folder / LOSS_CURVE}")
+        logger.info("\n".join(list_files(self.run_folder, newest)))
         logger.info(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
         recipe, prompt = self.recipe, self.recipe.sample_prompt
+        last = weights_of(self.run_folder, newest)
+        if last is None:
+            return
         command = ["titans-video", "generate", "--checkpoint", str(last.absolute())]
         if recipe.adapter:
             command = recipe.adapter.sample_command(last.absolute())
-            if self.last_checkpoint is not None:
-                logger.info(f"LoRA file   {self.last_checkpoint / ADAPTER}, for diffusers and other programs")
         command += [*recipe.sample_flags, *(["--prompt", prompt] if prompt else []), "--out", "out.mp4"]
         logger.info(f"Generate a video:\n  {shlex.join(command)}")
