@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from titans_video.data.clip_plan import MOST_REPEATS, REASONS, Rejected, RowPlan
 from titans_video.data.manifest import Row
 from titans_video.data.sampler import num_cond_frames, parse_task_mix
 from titans_video.errors import ConfigError
+from titans_video.media.info import Gap, VideoInfo
 from titans_video.media.opening import REASONS as MEDIA_REASONS
 from titans_video.types import CodecSpec
 
@@ -23,7 +25,7 @@ PLAIN = CodecSpec("plain", 3, (1, 1, 1), "each")
 ROW = Row("r", Path("r.mp4"), "a cat")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Clip:
     """A file as the planner sees it."""
 
@@ -31,6 +33,20 @@ class Clip:
     ticks_per_second: Fraction = Fraction(1000)
     width: int = 64
     height: int = 64
+    gaps: tuple[Gap, ...] = ()
+    jumps_back: bool = False
+
+    @property
+    def origin(self) -> int:
+        return min([self.pts[0], *(gap.start for gap in self.gaps)])
+
+    @property
+    def duration(self) -> Fraction:
+        return self.seconds(max([self.pts[-1] + 100, *(gap.stop for gap in self.gaps)]))
+
+    seconds = VideoInfo.seconds
+    gap_between = VideoInfo.gap_between
+    describe_gap = VideoInfo.describe_gap
 
 
 def steady(frames: int, fps: float, start: int = 0) -> Clip:
@@ -238,3 +254,108 @@ def test_task_mix_and_cond_frames() -> None:
     assert num_cond_frames("v2v", replace(ROW, cond_frames=3), options, 8, 0) == 3
     assert num_cond_frames("v2v", ROW, options, 4, 0) == 3
     assert {num_cond_frames("v2v", ROW, DataOptions(), 8, s << 50) for s in range(8000)} == set(range(1, 8))
+
+
+def with_gap(start: float, stop: float, seconds: int = 30, fps: int = 10, cause: str = "damage") -> Clip:
+    """Return a clip in which frames of some seconds are missing."""
+    pts = [i * 1000 // fps for i in range(seconds * fps)]
+    left = [p for p in pts if not start * 1000 <= p < stop * 1000]
+    before = sum(p < start * 1000 for p in left)
+    return Clip(tuple(left), gaps=(Gap(before, 0, round(start * 1000), round(stop * 1000), cause),))  # type: ignore[arg-type]
+
+
+GAP_OPTIONS = DataOptions(buckets="64x64x16")
+
+
+@pytest.mark.parametrize("fps", [None, 10.0, 5.0])
+@pytest.mark.parametrize(
+    ("start", "end", "second"),
+    [
+        (3.0, None, 3.0),
+        (20.0, None, 20.0),
+        (11.0, None, 11.0),
+        (11.0, 20.0, 11.0),
+        (0.0, 10.5, 0.0),
+        (0.0, None, 0.0),
+        (29.0, None, None),
+        (10.4, None, None),
+        (10.45, None, None),
+        (10.5, None, None),
+        (10.9, None, None),
+        (9.5, None, None),
+        (8.0, 12.0, None),
+        (0.0, 10.6, None),
+        (10.6, 10.9, None),
+        (0.0, 30.0, None),
+    ],
+)
+def test_seconds_are_those_of_the_file(
+    start: float, end: float | None, second: float | None, fps: float | None
+) -> None:
+    """A row reads the seconds that it names, or is left out because of the damage, which is named."""
+    clip = with_gap(10.5, 11.0)
+    row = replace(ROW, start=start, end=end)
+    options = replace(GAP_OPTIONS, fps=fps)
+    found = plan_row(row, clip, table(options), options)
+    if second is not None:
+        assert isinstance(found, RowPlan)
+        assert found.times[0] == pytest.approx(second)
+        assert all(b - a == pytest.approx(1 / (fps or 10)) for a, b in pairwise(found.times))
+        assert [clip.pts[i] / 1000 for i in found.indices] == pytest.approx(found.times)
+    elif start == 29.0:
+        assert isinstance(found, Rejected)
+        assert found.reason == "too-short"  # the file ends there; the damage is not the cause
+    else:
+        assert isinstance(found, Rejected)
+        assert found.reason == "damaged"
+        assert "damaged from 10.50 s to 11.00 s" in found.detail
+
+
+@pytest.mark.parametrize(("gap", "start"), [((0.0, 1.0), 1.0), ((0.5, 1.0), 1.0), ((29.0, 30.0), 0.0)])
+def test_a_row_without_seconds_takes_a_part_without_damage(gap: tuple[float, float], start: float) -> None:
+    assert planned(ROW, with_gap(*gap), GAP_OPTIONS).times[0] == pytest.approx(start)
+    own_image = replace(ROW, task="i2v", cond_image=Path("a.png"))
+    if start:  # the image shows the beginning, which is damaged
+        assert rejected(own_image, with_gap(*gap), GAP_OPTIONS).reason == "damaged"
+    else:
+        assert planned(own_image, with_gap(*gap), GAP_OPTIONS).times[0] == 0
+
+
+def test_damage_that_leaves_no_part_long_enough() -> None:
+    clip = with_gap(1.0, 1.2, seconds=2)
+    found = rejected(ROW, clip, GAP_OPTIONS)
+    assert found.reason == "damaged"
+    assert "10 frames, but at least 16 are needed" in found.detail
+    assert rejected(ROW, with_gap(1.0, 1.2, seconds=2), DataOptions(buckets="64x64x21")).reason == "too-short"
+    shorter = DataOptions(height=64, width=64, num_frames=16)
+    assert planned(ROW, clip, shorter).bucket.frames == 10
+    assert rejected(replace(ROW, start=0.2), clip, shorter).reason == "damaged"  # it would be shortened
+    assert planned(replace(ROW, start=1.2), clip, shorter).bucket.frames == 8
+    assert rejected(replace(ROW, start=29.5), with_gap(29.5, 30.0), GAP_OPTIONS).reason == "damaged"
+    assert rejected(replace(ROW, start=31), with_gap(29.5, 30.0), GAP_OPTIONS).reason == "start-past-end"
+
+
+def test_random_starts_avoid_damage_and_reach_every_part() -> None:
+    clip = with_gap(10.5, 11.0)
+    options = replace(GAP_OPTIONS, random_start=True)
+    for row in (ROW, replace(ROW, start=3.0)):
+        starts = [planned(row, clip, options, seed).times for seed in range(300)]
+        assert all(not (times[0] < 11.0 and times[-1] >= 10.5) for times in starts)
+        assert all(b - a == pytest.approx(0.1) for times in starts for a, b in pairwise(times))
+        assert {times[0] < 10.5 for times in starts} == {True, False}
+        assert min(times[0] for times in starts) >= row.start - 1e-9
+
+
+@pytest.mark.parametrize("row", [replace(ROW, start=1.0), replace(ROW, end=5.0), replace(ROW, start=1.0, end=5.0)])
+def test_seconds_are_refused_where_the_clock_jumps_back(row: Row) -> None:
+    clip = replace(steady(100, 10), jumps_back=True)
+    assert rejected(row, clip, GAP_OPTIONS).reason == "clock-jumps"
+    assert planned(ROW, clip, GAP_OPTIONS).times[0] == 0
+
+
+def test_a_part_of_another_size_has_its_own_reason() -> None:
+    clip = with_gap(10.0, 20.0, cause="size")
+    found = rejected(replace(ROW, start=12.0), clip, GAP_OPTIONS)
+    assert found.reason == "size-change"
+    assert "another size from 10.00 s to 20.00 s" in found.detail
+    assert planned(replace(ROW, start=20.0), clip, GAP_OPTIONS).times[0] == 20

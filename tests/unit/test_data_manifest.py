@@ -148,7 +148,8 @@ def test_links_inside_the_data_root_and_a_root_that_is_a_link(tmp_path: Path) ->
     (tmp_path / "disk" / "same").symlink_to("clips")
     (tmp_path / "disk" / "clips" / "b.mp4").symlink_to("a.mp4")
     (tmp_path / "root").symlink_to("disk")
-    names = ["same/a.mp4", "clips/b.mp4", "same/b.mp4", f"{tmp_path}/root/clips/a.mp4", "same/../c.mp4"]
+    root = tmp_path / "root"
+    names = ["same/a.mp4", "clips/b.mp4", "same/b.mp4", f"{root}/clips/a.mp4", "same/../c.mp4"]
     options = write(tmp_path / "root", "\n".join(json.dumps({"video": n, "caption": "x"}) for n in names))
     assert [str(row.video.relative_to(tmp_path / "root")) for row in read_manifest(options)] == [
         *names[:3],

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import groupby, pairwise
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.manifest import Row
 from titans_video.data.sampler import parse_task_mix, uses_cond_image
-from titans_video.media.info import VideoInfo
+from titans_video.media.info import Gap, Seconds, VideoInfo
 from titans_video.seeding import uniform
 
 PLAN_VERSION = 1  # part of every cache key: raise it when the same row would give other frames
@@ -56,6 +57,8 @@ REASONS: dict[str, str] = {
     "too-small": "it would be enlarged more than --max-upscale allows",
     "start-past-end": "the row starts after the last frame",
     "no-caption": "the row has no caption; --empty-captions keep trains on it with an empty prompt",
+    "size-change": "the frames that are needed have another size than most of the file",
+    "clock-jumps": "the row has a start or an end, but the file's timestamps jump back",
     "cond-image": "the row's own image cannot be read",
     "not-in-cache": "its latents or text states are missing in the cache, or damaged",
     NOT_FINITE: "its latents, its text states or its loss are not finite (NaN or infinity)",
@@ -72,10 +75,30 @@ class Video(Protocol):
     def height(self) -> int: ...
 
     @property
+    def origin(self) -> int: ...
+
+    @property
+    def gaps(self) -> Sequence[Gap]: ...
+
+    @property
+    def jumps_back(self) -> bool: ...
+
+    @property
     def pts(self) -> Sequence[int]: ...
 
     @property
     def ticks_per_second(self) -> Fraction: ...
+
+    def gap_between(self, first: Seconds, last: Seconds) -> Gap | None: ...
+
+    def describe_gap(self, gap: Gap) -> str: ...
+
+    def seconds(self, ticks: int) -> Fraction: ...
+
+    @property
+    def duration(self) -> Fraction: ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -118,12 +141,67 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """The times of a file's usable frames.
+
+    Attributes:
+        times: t_i.
+        usual: the usual interval.
+        breaks: frames that do not follow the frame before them: after a gap, or after a hole in the timestamps.
+        after_gaps: those after a gap.
+    """
+
+    times: list[float]
+    usual: float
+    breaks: list[int]
+    after_gaps: frozenset[int]
+
+
+@lru_cache(maxsize=4)
+def _line(info: Video) -> _Line:
+    """Return the times of a file; the rows of one file share them."""
+    rate = float(info.ticks_per_second)
+    times = [(p - info.origin) / rate for p in info.pts]
+    usual = _usual_interval(times)
+    limit = max(HOLE_LEAST, HOLE_FACTOR * usual)
+    after_gaps = frozenset(gap.before for gap in info.gaps)
+    holes = {i for i in range(1, len(times)) if times[i] - times[i - 1] > limit}
+    return _Line(times, usual, sorted(holes | after_gaps), after_gaps)
+
+
+@dataclass(frozen=True)
 class _Run:
-    """Frames [first, stop) without a hole, and for each frame the longest clip that could start there."""
+    """Frames [first, stop) without a hole.
+
+    Attributes:
+        reach: until when a clip may take frames, in seconds; None if frames are taken by number.
+        step: seconds, or a number of frames, between the frames of a clip.
+    """
 
     first: int
     stop: int
-    lengths: tuple[int, ...]
+    times: Sequence[float]
+    reach: float | None
+    step: float
+
+    def length_at(self, start: int) -> int:
+        """Return how many frames a clip that starts at this frame could have.
+
+        With a step in seconds, frames are taken while the last one is on screen, that is for its own interval.
+        """
+        if self.reach is None:
+            return (self.stop - 1 - start) // int(self.step) + 1
+        return math.floor((self.reach - self.times[start]) / self.step) + 1
+
+    @property
+    def longest(self) -> int:
+        """The length of the clip that starts at the first frame."""
+        return self.length_at(self.first)
+
+    def starts(self, frames: int) -> range:
+        """Return the frames at which a clip of so many frames can start."""
+        fits = bisect.bisect_right(range(self.first, self.stop), -frames, key=lambda i: -self.length_at(i))
+        return range(self.first, self.first + fits)
 
 
 def plan_row(
@@ -137,9 +215,8 @@ def plan_row(
     """
     if not info.pts:
         return Rejected("no-frames", "the file has no frame with a time.")
-    rate, origin = float(info.ticks_per_second), info.pts[0]
-    times = [(p - origin) / rate for p in info.pts]
-    usual = _usual_interval(times)
+    line = _line(info)
+    times, usual = line.times, line.usual
     fps = row.fps if row.fps is not None else options.fps
     step = None if fps is None else options.stride / fps
     if step is not None and len(times) > 1 and usual > MOST_REPEATS * step:
@@ -148,16 +225,16 @@ def plan_row(
             f"its own rate is {1 / usual:.2f} frames per second; read at {1 / step:g} each frame would be shown "
             f"{usual / step:.1f} times ({MOST_REPEATS:g} at most).",
         )
-    runs = _runs(row, times, usual, step, options.stride)
-    if not runs:
-        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame is at {times[-1]:.3f} s.")
-    available = max(max(r.lengths) for r in runs)
+    refused = _unusable_seconds(row, info, line, options)
+    if refused is not None:
+        return refused
+    runs = _runs(row, line, step, options.stride)
+    available = max(r.longest for r in runs)
     needed = 2 if row.task != "t2v" and options.task_mix is None else 1
     choice = table.choose(info.height, info.width, available)
     if choice is None or choice.bucket.frames < needed:
-        return Rejected(
-            "too-short", _too_short(row, times, usual, fps, options, available, max(needed, table.least_frames()))
-        )
+        needed = max(needed, table.least_frames())
+        return _too_few(row, info, line, fps, options, available, needed)
     bucket = choice.bucket
     if options.max_upscale is not None and choice.upscale > options.max_upscale:
         return Rejected(
@@ -165,6 +242,9 @@ def plan_row(
             f"{info.height}x{info.width} to {bucket.height}x{bucket.width} enlarges it {choice.upscale:.2f} times; "
             f"--max-upscale allows {options.max_upscale:g}.",
         )
+    refused = _reaches_into_gap(row, info, line, runs[0], table, options, fps)
+    if refused is not None:
+        return refused
     start = _start(row, runs, bucket.frames, options, seed)
     indices = _indices(
         times, start, bucket.frames, step or options.stride, usual, next(r.stop for r in runs if start < r.stop)
@@ -182,28 +262,82 @@ def _usual_interval(times: Sequence[float]) -> float:
     return statistics.median(steps) if steps else 1.0
 
 
-def _runs(row: Row, times: Sequence[float], usual: float, step: float | None, stride: int) -> list[_Run]:
-    """Split the row's window at holes in the timestamps.
+def _unusable_seconds(row: Row, info: Video, line: _Line, options: DataOptions) -> Rejected | None:
+    """Return why the seconds that the row names cannot be read, or None.
+
+    A row with an end must be free of gaps; one with a start must not begin in a gap, or so close to one that its first
+    frame would be on the other side. A row with neither may take its clip from anywhere in the file.
+    """
+    if info.jumps_back and (row.start > 0 or row.end is not None):
+        return Rejected(
+            "clock-jumps",
+            "its timestamps jump back, so start and end are ambiguous. Omit them, or write the file again with "
+            "increasing timestamps: `ffmpeg -i in -vf setpts=N/FRAME_RATE/TB out.mp4`.",
+        )
+    first, stop = _window(row, line)
+    if row.end is not None:
+        gap = info.gap_between(row.start + TOLERANCE, row.end - TOLERANCE)
+        if gap is not None:
+            return _in_gap(row, info, gap)
+    elif _begins_at_start(row, options):
+        for gap in info.gaps:
+            if gap.before == first and info.seconds(gap.stop) > row.start + TOLERANCE:
+                return _in_gap(row, info, gap)
+    if first >= stop:
+        return Rejected("start-past-end", f"start {row.start:g} s, but the last frame is at {line.times[-1]:.3f} s.")
+    return None
+
+
+def _reaches_into_gap(
+    row: Row, info: Video, line: _Line, run: _Run, table: BucketTable, options: DataOptions, fps: float | None
+) -> Rejected | None:
+    """Reject a row that must begin at its first frame if damage would end or shorten its clip."""
+    if not _begins_at_start(row, options) or run.stop not in line.after_gaps:
+        return None
+    wanted = table.choose(info.height, info.width, max(_undamaged(row, info, line, fps, options), run.longest))
+    if wanted is None or wanted.bucket.frames <= run.longest:
+        return None
+    gap = next(gap for gap in info.gaps if gap.before == run.stop)
+    return _in_gap(row, info, gap, f"and a clip of {wanted.bucket.frames} frames would reach into it")
+
+
+def _undamaged(row: Row, info: Video, line: _Line, fps: float | None, options: DataOptions) -> int:
+    """Return how many frames the row would have if nothing were damaged, by its seconds."""
+    ends = [line.times[-1] + line.usual, *(float(info.seconds(gap.stop)) for gap in info.gaps)]
+    end = max(ends) if row.end is None else min(row.end, max(ends))
+    return math.floor((end - row.start) / options.stride / (line.usual if fps is None else 1 / fps) + EARLY)
+
+
+def _in_gap(row: Row, info: Video, gap: Gap, why: str = "") -> Rejected:
+    reason = "damaged" if gap.cause == "damage" else "size-change"
+    window = f"from {row.start:g} s" + (f" to {row.end:g} s" if row.end is not None else "")
+    return Rejected(reason, f"{info.describe_gap(gap)}; the row is read {window}{', ' * bool(why)}{why}.")
+
+
+def _window(row: Row, line: _Line) -> tuple[int, int]:
+    """Return the first frame of the row and the frame after its last."""
+    times = line.times
+    first = bisect.bisect_left(times, row.start - TOLERANCE)
+    return first, len(times) if row.end is None else bisect.bisect_left(times, row.end - TOLERANCE)
+
+
+def _runs(row: Row, line: _Line, step: float | None, stride: int) -> list[_Run]:
+    """Split the row's window at gaps and at holes in the timestamps.
 
     A clip never crosses a hole: its frames would jump in time, or freeze for as long as the hole lasts.
     """
-    first = bisect.bisect_left(times, row.start - TOLERANCE)
-    stop = len(times) if row.end is None else bisect.bisect_left(times, row.end - TOLERANCE)
-    limit = max(HOLE_LEAST, HOLE_FACTOR * usual)
-    edges = [first, *(i for i in range(first + 1, stop) if times[i] - times[i - 1] > limit), stop]
-    return [_Run(a, b, _lengths(times[a:b], usual, step, stride)) for a, b in pairwise(edges) if a < b]
+    first, stop = _window(row, line)
+    inside = line.breaks[bisect.bisect_right(line.breaks, first) : bisect.bisect_left(line.breaks, stop)]
+    runs = []
+    for a, b in pairwise([first, *inside, stop]):
+        reach = line.times[b - 1] + ((1 - EARLY) * line.usual if b - a > 1 else 0.0) if step is not None else None
+        runs.append(_Run(a, b, line.times, reach, stride if step is None else step))
+    return runs
 
 
-def _lengths(times: Sequence[float], usual: float, step: float | None, stride: int) -> tuple[int, ...]:
-    """Return how many frames a clip that starts at each frame of a run could have.
-
-    With a step in seconds, frames are taken while the last one is on screen, that is for its own interval.
-    """
-    n = len(times)
-    if step is None:
-        return tuple((n - 1 - i) // stride + 1 for i in range(n))
-    reach = times[-1] + ((1 - EARLY) * usual if n > 1 else 0.0)
-    return tuple(math.floor((reach - t) / step) + 1 for t in times)
+def _begins_at_start(row: Row, options: DataOptions) -> bool:
+    """Check whether the row's clip must begin where the row does: it has a start, or its own first image."""
+    return row.start > 0 or (row.cond_image is not None and uses_cond_image(row, parse_task_mix(options.task_mix)))
 
 
 def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, seed: int | None) -> int:
@@ -212,10 +346,16 @@ def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, se
     A row with its own image always starts where the image was taken.
     """
     own_image = row.cond_image is not None and uses_cond_image(row, parse_task_mix(options.task_mix))
-    fits = [r.first + i for r in runs for i, length in enumerate(r.lengths) if length >= frames]
+    fits = [r.starts(frames) for r in runs]
     if not options.random_start or seed is None or own_image:
-        return fits[0]
-    return fits[min(int(uniform(seed, "start") * len(fits)), len(fits) - 1)]
+        return next(f[0] for f in fits if f)
+    total = sum(map(len, fits))
+    number = min(int(uniform(seed, "start") * total), total - 1)
+    for starts in fits:
+        if number < len(starts):
+            return starts[number]
+        number -= len(starts)
+    raise AssertionError("the number is below the total")
 
 
 def _indices(times: Sequence[float], start: int, frames: int, step: float | int, usual: float, stop: int) -> list[int]:
@@ -235,16 +375,11 @@ def _rate(times: Sequence[float], interval: float) -> float:
     return (len(times) - 1) / span if span > 0 else 1.0 / interval
 
 
-def _too_short(
-    row: Row,
-    times: Sequence[float],
-    usual: float,
-    fps: float | None,
-    options: DataOptions,
-    available: int,
-    needed: int,
-) -> str:
-    """Explain the frame arithmetic, so that the user sees which value to lower."""
+def _too_few(
+    row: Row, info: Video, line: _Line, fps: float | None, options: DataOptions, available: int, needed: int
+) -> Rejected:
+    """Explain the frame arithmetic, so that the user sees which value to lower, or the damage that is the cause."""
+    times, usual = line.times, line.usual
     window = f"from {row.start:g} s" + (f" to {row.end:g} s" if row.end is not None else "")
     seconds = times[-1] + (usual if len(times) > 1 else 0.0)
     text = f"{len(times)} frame{'s' * (len(times) != 1)} in {seconds:.3f} s, {window}"
@@ -255,7 +390,12 @@ def _too_short(
         text += f", read at {fps:g} frames per second"
     if options.stride > 1:
         text += f", every {options.stride}th"
-    return f"{text}: {available} frame{'s' * (available != 1)}, but at least {needed} are needed."
+    text += f": {available} frame{'s' * (available != 1)}, but at least {needed} are needed."
+    gap = info.gap_between(row.start, info.duration if row.end is None else row.end)
+    if gap is None or _undamaged(row, info, line, fps, options) < needed:
+        return Rejected("too-short", text)
+    rejected = _in_gap(row, info, gap)
+    return Rejected(rejected.reason, f"{rejected.detail} {text[0].upper()}{text[1:]}")
 
 
 _TIMES = ("pts", "key_pts")
@@ -269,8 +409,9 @@ def pack(info: VideoInfo) -> bytes:
     return json.dumps(plain, separators=(",", ":")).encode()
 
 
+@lru_cache(maxsize=4)
 def unpack(packed: bytes) -> VideoInfo:
-    """Deserialize the result of `pack`.
+    """Deserialize the result of `pack`; the rows of one file share it.
 
     Raises:
         ValueError, KeyError, TypeError: `packed` is damaged, or from another version.

@@ -151,7 +151,7 @@ def _file_digest(path: Path, seconds: float) -> str:
 
 
 _KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
-PROBE_VERSION = 2  # raise it when probing the same file would give another result
+PROBE_VERSION = 3  # raise it when probing the same file would give another result
 FILE_SECONDS = 60.0
 JOBS_PER_WORKER = 8
 JobResult = bytes | str | Failed

@@ -142,6 +142,13 @@ def load_clip_end(
     if count is None:
         raise DataError(f"{path} has {available} frames at {fps:g} fps; this model cannot continue from so few.")
     times = [info.times[-1] - Fraction(count - 1 - i) / rate for i in range(count)]
+    gap = info.gap_between(times[0], info.duration)
+    if gap is not None or info.jumps_back:
+        what = "its timestamps jump back" if gap is None else info.describe_gap(gap)
+        raise DataError(
+            f"{path}: {what}, so its last {count} frame{'s' * (count != 1)} cannot be continued. Cut the clip before "
+            "that, or write it again."
+        )
     return to_tensor(read_clip(path, info, info.indices_at(times), height, width))[None]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Seconds = float | int | Fraction
+Cause = Literal["damage", "size"]
 Matrix = Literal["bt601", "bt709", "bt2020", "smpte240m", "fcc", "rgb"]
 Transfer = Literal["sdr", "srgb", "pq", "hlg"]
 Primaries = Literal["bt709", "bt2020", "p3", "dci-p3", "bt470m", "film"]
@@ -56,8 +57,28 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Describe a part of the file without usable frames.
+
+    Attributes:
+        before: how many usable frames precede it.
+        decoded: how many frames the decoder returns in it.
+        start, stop: its presentation times in ticks, [start, stop).
+        cause: decoding fails there, or the frames have another size.
+    """
+
+    before: int
+    decoded: int
+    start: int
+    stop: int
+    cause: Cause
+
+
+@dataclass(frozen=True)
 class VideoInfo:
     """Describe one video stream by its actual frames.
+
+    Second 0 is the file's first frame, also if that frame is damaged.
 
     Attributes:
         path: the file.
@@ -68,10 +89,14 @@ class VideoInfo:
         orientation, colour: see these classes.
         interlaced: the frames are interlaced; the reader deinterlaces them.
         pts: presentation timestamps of the usable frames, in ticks, never decreasing.
+        origin: the timestamp of second 0.
+        gaps: the parts without usable frames, in order.
+        jumps_back: the timestamps jump back somewhere, so that a second may occur twice; `pts` are then those of the
+            longest part, and second 0 is its first frame.
         ticks_per_second: one tick is 1 / this many seconds.
         last_ticks: how long the last frame stays on screen.
         key_pts: timestamps of key frames, where decoding can start; empty if the file must be decoded from its start.
-        skip: how many decoded frames precede `pts[0]` when the file is decoded from its start.
+        skip: how many decoded frames precede the first frame and the first gap if the file is decoded from its start.
         verified: every frame was decoded (False: timestamps come from the packets, the file was too long to decode).
         file_size, modified_ns: of the file when it was probed.
         notes: messages about anything unusual.
@@ -91,6 +116,9 @@ class VideoInfo:
     colour: Colour
     interlaced: bool
     pts: tuple[int, ...]
+    origin: int
+    gaps: tuple[Gap, ...]
+    jumps_back: bool
     ticks_per_second: Fraction
     last_ticks: int
     key_pts: tuple[int, ...]
@@ -129,18 +157,40 @@ class VideoInfo:
 
     @cached_property
     def times(self) -> tuple[Fraction, ...]:
-        """Return the exact seconds from the first frame; `times[0]` is 0 whatever the file's clock starts at."""
-        return tuple((p - self.pts[0]) / self.ticks_per_second for p in self.pts)
+        """Return the exact seconds of the usable frames, from second 0 of the file."""
+        return tuple(self.seconds(p) for p in self.pts)
 
     @cached_property
     def duration(self) -> Fraction:
-        """Return the seconds from the first frame's start to the last frame's end."""
-        return (self.pts[-1] - self.pts[0] + self.last_ticks) / self.ticks_per_second
+        """Return the seconds from the file's first frame to the end of its last, usable or not."""
+        return self.seconds(max([self.pts[-1] + self.last_ticks, *(gap.stop for gap in self.gaps)]))
+
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """Return the number of the first frame with each timestamp."""
+        return dict(zip(reversed(self.pts), range(self.frames - 1, -1, -1), strict=True))
+
+    def seconds(self, ticks: int) -> Fraction:
+        """Return the seconds of a timestamp."""
+        return (ticks - self.origin) / self.ticks_per_second
+
+    def gap_between(self, first: Seconds, last: Seconds) -> Gap | None:
+        """Return the first gap that overlaps [first, last), or that contains `first`, in seconds."""
+        for gap in self.gaps:
+            start, stop = self.seconds(gap.start), self.seconds(gap.stop)
+            if (start < last and stop > first) or start <= first < stop:
+                return gap
+        return None
+
+    def describe_gap(self, gap: Gap) -> str:
+        """Return what is wrong, and at which seconds."""
+        what = "the file is damaged" if gap.cause == "damage" else "its frames have another size"
+        return f"{what} from {float(self.seconds(gap.start)):.2f} s to {float(self.seconds(gap.stop)):.2f} s"
 
     @cached_property
     def fps(self) -> Fraction:
         """Return the file's own rate: that of most frames, so that a gap in the timestamps does not lower it."""
-        return own_rate(self.pts, self.ticks_per_second, self.duration)
+        return own_rate(self.pts, self.ticks_per_second, self.last_ticks / self.ticks_per_second)
 
     @cached_property
     def tolerance(self) -> Fraction:
@@ -155,12 +205,12 @@ class VideoInfo:
         """Return for each time the frame on screen: the last one whose timestamp is not later.
 
         Args:
-            times: seconds from the first frame; times outside the video give the first or the last frame.
+            times: seconds from the file's first frame; times outside the video give the first or the last frame, and
+                times in a gap the frame before it (see `gap_between`).
         """
-        origin = self.pts[0]
         found = []
         for t in times:
-            tick = (Fraction(t) + self.tolerance) * self.ticks_per_second + origin
+            tick = (Fraction(t) + self.tolerance) * self.ticks_per_second + self.origin
             found.append(max(bisect_right(self.pts, tick) - 1, 0))
         return found
 
@@ -182,7 +232,8 @@ class VideoInfo:
         value["orientation"] = Orientation(**value["orientation"])
         value["colour"] = Colour(**value["colour"])
         value["crop"] = Crop(**value["crop"])
-        for name in ("pts", "key_pts", "notes"):
+        value["gaps"] = [Gap(**gap) for gap in value["gaps"]]
+        for name in ("pts", "key_pts", "notes", "gaps"):
             value[name] = tuple(value[name])
         return cls(**value)
 

@@ -70,6 +70,9 @@ IMAGE_FORMATS = (
 _PLAYLISTS = (b"#extm3u", b"ffconcat", b"v=0", b"[reference]", b"[playlist]", b"<mpd", b"<asx", b"<smil", b"<playlist")
 
 
+PASSES = 8  # how often a file may be read with progress, by `Deadline`
+
+
 class UnreadableMedia(DataError):
     """Raised for a media file that cannot be used.
 
@@ -89,14 +92,42 @@ class UnreadableMedia(DataError):
 
 
 class Deadline:
-    """Limit the wall-clock time spent on one file."""
+    """Limit the time without progress on one file, so that a long file may take long but a stalled one may not.
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    Progress is data that was read, up to a few times the file's size: an index that names the same bytes again and
+    again gets no more time.
+
+    Args:
+        path: of the file.
+        seconds: the longest time without progress.
+        beat: called at most once a second while there is progress.
+    """
+
+    def __init__(self, path: Path, seconds: float, beat: Callable[[], None] | None = None) -> None:
         self.path, self.seconds, self.end = path, seconds, time.monotonic() + seconds
+        self._beat, self._last_beat = beat, time.monotonic()
+        self._bytes, self._most = 0, 0
 
     def check(self) -> None:
         if time.monotonic() > self.end:
-            raise UnreadableMedia("timeout", self.path, f"reading exceeded the time limit of {self.seconds:g} s.")
+            raise UnreadableMedia("timeout", self.path, f"reading made no progress for {self.seconds:g} s.")
+
+    def advance(self, size: int) -> None:
+        """Record that `size` bytes were read.
+
+        Raises:
+            UnreadableMedia: the time had run out before.
+        """
+        self.check()
+        self._bytes += size
+        self._most = self._most or PASSES * self.path.stat().st_size
+        if self._bytes > self._most:
+            return
+        now = time.monotonic()
+        self.end = now + self.seconds
+        if self._beat is not None and now > self._last_beat + 1:
+            self._last_beat = now
+            self._beat()
 
 
 def check_file(path: Path) -> os.stat_result:
@@ -213,10 +244,19 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
 
 
 class Walked(NamedTuple):
-    """One decoded frame; `clean` is False from the first damage up to the next undamaged key frame."""
+    """One decoded frame, or a packet that failed to decode.
 
-    frame: VideoFrame
+    Attributes:
+        frame: None for a packet that failed.
+        pts: its timestamp, if it has one.
+        clean: False from the first damage up to the next undamaged key frame.
+        packet: the number of the packet that carried it, in the order of decoding.
+    """
+
+    frame: VideoFrame | None
+    pts: int | None
     clean: bool
+    packet: int
 
 
 def walk_frames(
@@ -228,7 +268,9 @@ def walk_frames(
     """Yield frames in presentation order, starting at the first key frame at or after the container's position.
 
     A frame is clean unless FFmpeg marks it as corrupt, or it was decoded after a failed packet and before the next key
-    frame. Frames before the first key frame cannot be decoded and are skipped.
+    frame. Frames before the first key frame cannot be decoded and are skipped. Failed packets are yielded in the order
+    of decoding. A frame that is shown before a corrupt one, but was decoded after it, is called clean here; `Decoded`
+    knows better.
     """
     decoder, keys = _decoder(stream), set[int]()  # numbers of key packets: libvpx does not mark key frames
     order: dict[int, int] = {}  # presentation timestamp -> number of the packet that carried it
@@ -237,11 +279,13 @@ def walk_frames(
     first_pts: int | None = None
     number = -1
     for packet in _demux(container, stream):
-        deadline.check()
         number += 1
         if packet is None:
+            deadline.check()
             broken_at = number if broken_at is None else broken_at
-        elif packet.size:
+        else:
+            deadline.advance(packet.size)
+        if packet is not None and packet.size:
             if not started and not packet.is_keyframe:
                 continue
             if not started:
@@ -256,6 +300,7 @@ def walk_frames(
             frames = decoder.decode(packet)
         except av.FFmpegError:
             broken_at = number if broken_at is None else broken_at
+            yield Walked(None, packet.pts if packet is not None else None, False, number)
             continue
         for frame in frames:
             if frame.pts is not None and first_pts is not None and frame.pts < first_pts and leading:
@@ -267,7 +312,7 @@ def walk_frames(
                 broken_at = None
             if frame.is_corrupt:
                 broken_at = carried if broken_at is None else min(broken_at, carried)
-            yield Walked(frame, broken_at is None or carried < broken_at)
+            yield Walked(frame, frame.pts, broken_at is None or carried < broken_at, carried)
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet | None]:

@@ -1,51 +1,43 @@
 """Probe what a video file really contains: its frames' timestamps, its displayed size, its colours.
 
 Headers are not trusted. The packets are read without decoding (a few milliseconds per clip). Then the frames are
-decoded and counted if the file is small or anything about it is odd. Decoding costs about as much as reading the file
-in one epoch, and only decoding shows damage: a file with a perfect index may have broken frames. A long file without
-any oddity is described by its packets, with `verified=False`.
+decoded and counted if the file is small. Decoding costs about as much as reading the file in one epoch, and only
+decoding shows damage: a file with a perfect index may have broken frames. A long file is described by its packets, with
+`verified=False`; if anything about it is odd, only the piece in question is decoded, from one key frame to another.
 
-If the frames do not form one clean run (damage in the middle, a change of size, a clock that jumps back), the longest
-clean run is used, and `notes` says so.
+What is not usable (damage, a change of size) is a gap in the timeline; see `timeline.py`.
 """
 
 import os
 import struct
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
-import av
-from av import FFmpegError
-from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
-from titans_video.media.headers import (
-    alpha_decoder,
-    declared_crop,
-    has_alpha,
-    has_alpha_layer,
-    has_alpha_track,
-    side_data,
-)
-from titans_video.media.info import Colour, Crop, Matrix, Orientation, Primaries, Transfer, VideoInfo, own_rate
+from titans_video.media.headers import has_alpha, side_data
+from titans_video.media.info import Colour, Gap, Matrix, Orientation, Primaries, Transfer, VideoInfo, own_rate
 from titans_video.media.opening import (
     REASONS,
     Deadline,
     Reason,
     UnreadableMedia,
     check_file,
-    largest_stream,
     open_container,
     pick_stream,
     use_one_thread,
     walk_frames,
 )
+from titans_video.media.packets import Packets, read_packets
+from titans_video.media.timeline import Decoded, Timeline, is_ascending, spliced, timeline
 
 __all__ = ["REASONS", "Colour", "Orientation", "Reason", "UnreadableMedia", "VideoInfo", "probe"]
+MOST_NOTED = 3  # gaps
+MOST_UNTIMED = 100  # packets without a timestamp; with more, only decoding orders the frames
 DECODE_UP_TO = 1_000_000_000  # pixels: about 2400 frames of 480p or 480 of 1080p, two seconds on one core
 
 _MATRICES: dict[int, Matrix] = {
@@ -59,10 +51,6 @@ _MATRICES: dict[int, Matrix] = {
     10: "bt2020",
 }
 
-_ALPHA_LAYER = (
-    "PyAV cannot read the alpha layer of HEVC, and without it hidden colours would be seen. Convert the file: "
-    "`ffmpeg -i in.mov -c:v prores_ks -profile:v 4444 out.mov`."
-)
 _UNSPECIFIED = 2
 _BT2020 = 9
 _SRGB, _PQ, _HLG = 13, 16, 18
@@ -70,224 +58,141 @@ _BT2020_MATRICES, _BT2020_TRANSFERS = (9, 10), (14, 15, _PQ, _HLG)
 _PRIMARIES: dict[int, Primaries] = {4: "bt470m", 8: "film", _BT2020: "bt2020", 11: "dci-p3", 12: "p3"}
 
 
-@dataclass
-class _Packets:
-    """The container's own description, without decoding."""
-
-    container: str
-    stream: int
-    codec: str
-    time_base: Fraction
-    pixel_aspect: Fraction | None
-    guessed_rate: Fraction
-    area: int
-    videos: int
-    promised: int = 0  # frames, by the header; 0 if the header has no count
-    count: int = 0
-    shown: list[int] = field(default_factory=list)  # timestamps of the packets to be shown, sorted
-    keys: list[int] = field(default_factory=list)  # timestamps of key frames, sorted
-    oddities: list[str] = field(default_factory=list)
-    crop: Crop = field(default_factory=Crop)
-    reading: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Run:
-    """Frames without damage, of one size, on one clock."""
-
-    first: VideoFrame
-    skip: int  # decoded frames before the first
-    pts: list[int | None] = field(default_factory=list)
-    interlaced: bool = False
-    last_ticks: int = 0
-
-
-@dataclass
-class _Decoded:
-    """The result of decoding."""
-
-    runs: list[_Run] = field(default_factory=list)
-    count: int = 0
-    damaged: int = 0
-
-    @property
-    def best(self) -> _Run:
-        """The run with the most frames; if equal, the larger frame size, then the earlier run."""
-        return max(self.runs, key=lambda run: (len(run.pts), run.first.width * run.first.height, -run.skip))
-
-
-def probe(path: Path | str, *, seconds: float = 60.0, decode_all: bool = False) -> VideoInfo:
+def probe(
+    path: Path | str, *, seconds: float = 60.0, decode_all: bool = False, beat: Callable[[], None] | None = None
+) -> VideoInfo:
     """Return everything about a video file that planning a clip needs.
 
     Args:
         path: a local file in any container and codec that FFmpeg reads.
-        seconds: the time limit.
+        seconds: the time limit without progress.
         decode_all: decode every frame, however long the file.
+        beat: called now and then while there is progress.
     Raises:
         UnreadableMedia: the file cannot be used; `.reason` is one of `REASONS`.
     """
     path = Path(path)
-    deadline = Deadline(path, seconds)
+    deadline = Deadline(path, seconds, beat)
     status = check_file(path)
-    packets = _read_packets(path, deadline)
+    packets = read_packets(path, deadline)
     if packets.count == 0:
         raise UnreadableMedia("no-frames", path, "its video stream has no frames.")
-    whole = decode_all or bool(packets.oddities) or packets.count * packets.area <= DECODE_UP_TO
-    decoded = _decode(path, deadline, frames=None if whole else 1)
-    if not whole and (not decoded.runs or decoded.runs[0].pts[0] != packets.shown[0]):
-        whole, decoded = True, _decode(path, deadline, frames=None)
-    if not decoded.runs:
+    whole = decode_all or packets.count * packets.area <= DECODE_UP_TO
+    if not whole:
+        sparse = _decode_pieces(path, deadline, packets)
+        if sparse is not None:
+            return _describe(path, status, packets, *sparse, whole=False)
+    decoded = _decode(path, deadline)
+    if not decoded.is_usable:
         raise UnreadableMedia("damaged", path, f"none of its {packets.count} frames decodes without damage.")
-    return _describe(path, status, packets, decoded, whole)
+    found = timeline(decoded, packets.interval, packets.shown, start=packets.start, headless=packets.headless)
+    return _describe(path, status, packets, decoded, found, whole=True)
 
 
-def _read_packets(path: Path, deadline: Deadline) -> _Packets:
-    with open_container(path, deadline) as container:
-        stream = pick_stream(container, path)
-        context = stream.codec_context
-        found = _Packets(
-            container=container.format.name,
-            stream=stream.index,
-            codec=context.name,
-            time_base=stream.time_base or Fraction(1, 25),
-            pixel_aspect=stream.sample_aspect_ratio,
-            guessed_rate=stream.guessed_rate or stream.average_rate or Fraction(25),
-            area=context.width * context.height,
-            videos=len(container.streams.video),
-            promised=stream.frames,
-            crop=declared_crop(path, container, stream),
-        )
-        _note_reading(container, stream, found)
-        if has_alpha_track(path, container, stream):
-            raise UnreadableMedia("unsupported-alpha", path, "its transparency is in another track, which is not read.")
-        _read_timestamps(container, stream, deadline, found)
-        if stream.duration:
-            promised_seconds = stream.duration * found.time_base
-        else:
-            promised_seconds = Fraction(container.duration or 0, av.time_base)
-    _look_for_oddities(found, promised_seconds)
-    return found
-
-
-def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: Deadline, found: _Packets) -> None:
-    try:
-        for packet in container.demux(stream):
-            deadline.check()
-            if not packet.size:
-                continue
-            found.count += 1
-            if found.count == 1 and not packet.is_keyframe:
-                found.oddities.append("the first packet is not a key frame")
-            if found.count == 1 and has_alpha_layer(stream, packet):
-                raise UnreadableMedia("unsupported-alpha", deadline.path, _ALPHA_LAYER)
-            if packet.is_corrupt:
-                found.oddities.append("a packet is marked as corrupt")
-            if packet.pts is None:
-                found.oddities.append("a packet has no timestamp")
-                continue
-            if packet.is_keyframe:
-                found.keys.append(packet.pts)
-            if not packet.is_discard:
-                found.shown.append(packet.pts)
-    except (FFmpegError, OSError) as error:
-        deadline.check()
-        found.oddities.append(f"reading stopped: {error}")
-
-
-def _note_reading(container: InputContainer, stream: VideoStream, found: _Packets) -> None:
-    """Record what an earlier version of the reader would have ignored, so that cached files are made again."""
-    if stream.index != largest_stream(container):
-        found.reading.append(f"stream {stream.index}")
-    if found.crop != Crop():
-        found.reading.append(f"crop {found.crop.left} {found.crop.top} {found.crop.right} {found.crop.bottom}")
-    if alpha_decoder(stream):
-        found.reading.append("alpha")
-
-
-def _look_for_oddities(found: _Packets, promised_seconds: Fraction) -> None:
-    """Record every reason why the packets alone cannot be trusted."""
-    found.shown.sort()
-    found.keys.sort()
-    if found.promised and found.promised != found.count:
-        found.oddities.append(f"the header promises {found.promised} frames, the file has {found.count}")
-    if any(a == b for a, b in pairwise(found.shown)):
-        found.oddities.append("two packets have one timestamp")
-    if found.shown:
-        there = (found.shown[-1] - found.shown[0]) * found.time_base
-        if there < promised_seconds * Fraction(9, 10) - 1:
-            found.oddities.append(
-                f"the header promises {float(promised_seconds):.1f} s, the file has {float(there):.1f} s"
-            )
-
-
-def _decode(path: Path, deadline: Deadline, frames: int | None) -> _Decoded:
-    """Decode a file, or its first `frames` frames, into runs of good frames."""
-    found = _Decoded()
-    run: _Run | None = None
+def _decode(path: Path, deadline: Deadline) -> Decoded:
+    """Decode a whole file."""
+    found = Decoded()
     with open_container(path, deadline) as container:
         stream = pick_stream(container, path)
         use_one_thread(stream)
-        for frame, clean in walk_frames(container, stream, deadline):
-            if not clean:
-                run = None
-                found.damaged += 1
-            elif run is None or not _continues(run, frame):
-                run = _Run(frame, found.count)
-                found.runs.append(run)
-            if run is not None:
-                run.pts.append(frame.pts)
-                run.interlaced |= frame.interlaced_frame
-                run.last_ticks = frame.duration or 0
-            found.count += 1
-            if found.count == frames:
+        for walked in walk_frames(container, stream, deadline):
+            found.add(*walked)
+    return found
+
+
+def _decode_pieces(path: Path, deadline: Deadline, packets: Packets) -> tuple[Decoded, Timeline] | None:
+    """Decode the first frame of a long file, and the pieces of it that may be damaged.
+
+    Returns:
+        The decoded first frame and the whole timeline; None if only decoding the whole file tells what is in it:
+        without reliable timestamps, or if its size or clock changes.
+    """
+    shown, keys = packets.shown, packets.keys
+    if not keys or not shown or packets.jumps_back or packets.untimed > MOST_UNTIMED:
+        return None
+    first = _decode_piece(path, deadline, None)
+    if not first.is_usable:
+        return None
+    in_question = [] if first.pts[-1] == shown[0] else [shown[0]]
+    pieces: list[tuple[int, int, Timeline]] = []
+    for low, high in packets.spans([*packets.suspects, *in_question]):
+        decoded = _decode_piece(path, deadline, (low, high))
+        times = shown[bisect_left(shown, low) : bisect_left(shown, high)]
+        if decoded.jumps or len(decoded.parts) > 1 or not decoded.has_clock:
+            return None
+        if not decoded.is_usable:
+            lost = Gap(0, len(decoded.pts), times[0], times[-1] + packets.interval, "damage")
+            pieces.append((low, high, Timeline([], [lost], low, 0)))
+        elif decoded.parts[0].is_same_size(first.parts[0].first):
+            headless = packets.headless and low <= keys[0]
+            pieces.append((low, high, timeline(decoded, packets.interval, times, headless=headless)))
+        else:
+            return None
+    found = spliced(shown, pieces, packets.interval)
+    return (first, found) if found.pts else None
+
+
+def _decode_piece(path: Path, deadline: Deadline, span: tuple[int, int] | None) -> Decoded:
+    """Decode the frames in [start, stop) of a span, or up to the first undamaged frame of a file."""
+    found = Decoded()
+    with open_container(path, deadline) as container:
+        stream = pick_stream(container, path)
+        use_one_thread(stream)
+        if span is not None:
+            container.seek(span[0], stream=stream)
+        for walked in walk_frames(container, stream, deadline):
+            if span is None or walked.pts is None or span[0] <= walked.pts < span[1]:
+                found.add(*walked)
+            elif walked.pts >= span[1] and walked.frame is not None:
+                break
+            if span is None and found.is_usable:
                 break
     return found
 
 
-def _continues(run: _Run, frame: VideoFrame) -> bool:
-    if (frame.width, frame.height) != (run.first.width, run.first.height):
-        return False
-    last = run.pts[-1]
-    return last is None or frame.pts is None or frame.pts >= last
-
-
-def _describe(path: Path, status: os.stat_result, packets: _Packets, decoded: _Decoded, whole: bool) -> VideoInfo:
-    run = decoded.best
-    tick, timed = packets.time_base, [p for p in run.pts if p is not None]
-    if not whole:
-        pts = packets.shown
-    elif len(timed) == len(run.pts):
-        pts = timed
-    else:  # a raw stream without a clock: only its rate is known
-        tick, pts = 1 / packets.guessed_rate, list(range(len(run.pts)))
-    in_order = all(a < b for a, b in pairwise(pts))
-    one_run = len(decoded.runs) == 1 and run.skip == 0 and set(pts) <= set(packets.shown)
-    colour = _colour(run.first, path)
-    rate = own_rate(pts, 1 / tick, Fraction(0)) if len(pts) > 1 else packets.guessed_rate
-    return VideoInfo(
+def _describe(
+    path: Path, status: os.stat_result, packets: Packets, decoded: Decoded, found: Timeline, *, whole: bool
+) -> VideoInfo:
+    part = decoded.parts[decoded.best]
+    tick = packets.time_base if decoded.has_clock else 1 / packets.guessed_rate
+    seekable = decoded.has_clock and not found.jumps_back and len(decoded.parts) == 1
+    if whole:
+        stamps = [p for p in decoded.pts if p is not None]
+        seekable &= (
+            is_ascending(found.pts) and len(set(stamps)) == len(decoded.pts) and set(found.pts) <= set(packets.shown)
+        )
+    colour = _colour(part.first, path)
+    rate = own_rate(found.pts, 1 / tick, Fraction(0)) if len(found.pts) > 1 else packets.guessed_rate
+    info = VideoInfo(
         path=path,
         stream=packets.stream,
         container=packets.container,
         codec=packets.codec,
-        pix_fmt=run.first.format.name,
-        stored_width=run.first.width,
-        stored_height=run.first.height,
+        pix_fmt=part.first.format.name,
+        stored_width=part.first.width,
+        stored_height=part.first.height,
         pixel_aspect=_pixel_aspect(packets.pixel_aspect),
-        orientation=_orientation(run.first, path),
+        orientation=_orientation(part.first, path),
         colour=colour,
-        interlaced=run.interlaced,
-        pts=tuple(pts),
+        interlaced=part.interlaced,
+        pts=tuple(found.pts),
+        origin=found.origin,
+        gaps=tuple(found.gaps),
+        jumps_back=found.jumps_back,
         ticks_per_second=1 / tick,
-        last_ticks=run.last_ticks if whole and run.last_ticks else max(round(1 / (rate * tick)), 1),
-        key_pts=tuple(packets.keys) if in_order and one_run else (),
-        skip=run.skip,
+        last_ticks=part.last_ticks if whole and part.last_ticks else max(round(1 / (rate * tick)), 1),
+        key_pts=tuple(packets.safe_keys) if seekable else (),
+        skip=found.skip,
         verified=whole,
         file_size=status.st_size,
         modified_ns=status.st_mtime_ns,
-        notes=tuple(_notes(packets, decoded, whole)),
+        notes=(),
         crop=packets.crop,
-        reading=", ".join([*packets.reading, *_unusual_colours(run.first, packets.codec, colour)]),
+        reading=", ".join(
+            [*packets.reading, *_unusual_colours(part.first, packets.codec, colour), *["gaps"] * bool(found.gaps)]
+        ),
     )
+    return replace(info, notes=tuple(_notes(packets, decoded, info)))
 
 
 def _unusual_colours(frame: VideoFrame, codec: str, colour: Colour) -> list[str]:
@@ -303,18 +208,20 @@ def _unusual_colours(frame: VideoFrame, codec: str, colour: Colour) -> list[str]
     return found
 
 
-def _notes(packets: _Packets, decoded: _Decoded, whole: bool) -> list[str]:
-    run = decoded.best
+def _notes(packets: Packets, decoded: Decoded, info: VideoInfo) -> list[str]:
     notes = list(dict.fromkeys(packets.oddities))
     if packets.videos > 1:
         notes.append(f"{packets.videos} video streams, number {packets.stream} is read")
-    if whole and decoded.damaged:
-        notes.append(f"{decoded.damaged} of {decoded.count} decoded frames are damaged")
-    if len(decoded.runs) > 1:
-        notes.append(f"{len(decoded.runs)} separate parts; the longest, of {len(run.pts)} frames, is used")
-    if run.interlaced:
+    if info.verified and decoded.damaged:
+        notes.append(f"{decoded.damaged} of {len(decoded.pts)} decoded frames are damaged")
+    if info.jumps_back:
+        notes.append(f"its timestamps jump back; the longest part, of {info.frames} frames, is used")
+    notes += [info.describe_gap(gap) for gap in info.gaps[:MOST_NOTED]]
+    if len(info.gaps) > MOST_NOTED:
+        notes.append(f"and {len(info.gaps) - MOST_NOTED} more parts that are not usable")
+    if info.interlaced:
         notes.append("interlaced, deinterlaced when read")
-    if not whole:
+    if not info.verified:
         notes.append("too long to decode at once: counted by its packets")
     return notes
 

@@ -9,6 +9,7 @@ counted.
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -31,6 +32,7 @@ from titans_video.media.opening import (
     use_one_thread,
     walk_frames,
 )
+from titans_video.media.timeline import positions
 
 # Decoders that can skip frames which no other frame needs.
 _CAN_SKIP = {"h264", "hevc", "mpeg2video", "mpeg4", "vvc"}
@@ -41,13 +43,18 @@ def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, 
 
     Args:
         path: the file that `info` was probed from.
-        times: seconds from the first frame, in any order, repeats allowed.
-        seconds: the time limit.
+        times: seconds from the file's first frame, in any order, repeats allowed.
+        seconds: the time limit without progress.
     Returns:
         uint8 (T, H, W, 3): RGB, upright, square pixels, `info.height` x `info.width`.
     Raises:
-        UnreadableMedia: the file is damaged, or has changed since it was probed.
+        UnreadableMedia: the file is damaged at one of the times, or has changed since it was probed.
     """
+    times = list(times)
+    for time in times:
+        gap = info.gap_between(time, time)
+        if gap is not None:
+            raise UnreadableMedia("damaged", path, f"{info.describe_gap(gap)}; second {float(time):g} is not usable.")
     return read_indices(path, info, info.indices_at(times), seconds=seconds)
 
 
@@ -137,7 +144,7 @@ def _decode(
             raise UnreadableMedia(
                 "damaged",
                 deadline.path,
-                f"frame {missing[0]} of {info.frames} no longer decodes; run the data check again.",
+                f"frame {missing[0]} of {info.frames}, at {float(info.times[missing[0]]):.2f} s, does not decode.",
             )
 
 
@@ -167,9 +174,16 @@ def _pick(
     remaining = set(wanted)
     last = wanted[-1]
     weaver = Deinterlacer(stream) if info.interlaced else None
+    after_gaps = {gap.before for gap in info.gaps}
     for number, frame, clean in _numbered(container, stream, info, wanted, deadline):
         if number in remaining and not clean:
             return
+        if weaver and number in after_gaps:  # the frames on both sides of a gap are no neighbours
+            for done, image in weaver.finish():
+                if done in remaining:
+                    remaining.discard(done)
+                    yield done, image
+            weaver = Deinterlacer(stream)
         for done, image in weaver.feed(number, frame) if weaver else [(number, frame)]:
             if done in remaining:
                 remaining.discard(done)
@@ -187,19 +201,29 @@ def _numbered(
 ) -> Iterator[tuple[int, VideoFrame, bool]]:
     """Yield decoded frames with their numbers: looked up by timestamp, or counted if timestamps are unreliable."""
     if not info.key_pts:
-        for count, (frame, clean) in enumerate(walk_frames(container, stream, deadline)):
-            yield count - info.skip, frame, clean
+        numbers = positions(info)
+        for frame, _, clean, _ in walk_frames(container, stream, deadline):
+            number = next(numbers, None) if frame is not None else None
+            if frame is not None and number is not None:
+                yield number, frame, clean
         return
-    number_of = {pts: number for number, pts in enumerate(info.pts)}
+    number_of = info.numbers
+    # How many frames with this timestamp were seen, if several have it.
+    doubled = {} if len(number_of) == info.frames else {a: 0 for a, b in pairwise(info.pts) if a == b}
     needed = {info.pts[number] for number in wanted}
 
     def leave_out(stream: VideoStream, packet: Packet) -> None:
         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
 
     skipping = leave_out if stream.codec_context.name in _CAN_SKIP and not info.interlaced else None
-    for frame, clean in walk_frames(container, stream, deadline, skipping):
-        if frame.pts in number_of:
-            yield number_of[frame.pts], frame, clean
+    for frame, pts, clean, _ in walk_frames(container, stream, deadline, skipping):
+        if frame is None or pts not in number_of:
+            continue
+        number = number_of[pts]
+        if pts in doubled:
+            number += doubled[pts]
+            doubled[pts] += 1
+        yield number, frame, clean
 
 
 def read_image(path: Path | str) -> Pixels:
