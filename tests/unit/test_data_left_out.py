@@ -242,3 +242,14 @@ def test_a_resumed_run_keeps_its_longest_prompt(tmp_path: Path, capsys: pytest.C
     assert files.read(tmp_path / "run" / "last.pt").config["text"]["options"]["text_max_length"] == 256
     assert main([*words, "3", "--text-max-length", "300"]) == 2
     assert "--text-max-length: 256, now 300" in capsys.readouterr().err
+
+
+def test_a_warm_up_that_never_ends_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip(tmp_path / "a.mp4")
+    path = manifest(tmp_path, {"video": "a.mp4", "caption": "a cat"})
+    words = ["train", "--manifest", str(path), "--vae-backend", "identity", "--num-frames", "4", "--max-steps", "2"]
+    words += ["--patch-size", "1,4,4", "--model-dim", "24", "--depth", "1", "--heads", "2", "--lr-warmup-steps"]
+    assert main([*words, "2", "--output-dir", str(tmp_path / "long")]) == 0
+    assert "--lr-warmup-steps 2 is not below --max-steps 2" in capsys.readouterr().out
+    assert main([*words, "1", "--output-dir", str(tmp_path / "short")]) == 0
+    assert "Warning" not in capsys.readouterr().out
