@@ -14,7 +14,7 @@ from torch import Tensor
 from titans_video.config.fields import validate
 from titans_video.config.options import DataOptions
 from titans_video.data.batches import to_floats
-from titans_video.data.buckets import Bucket, BucketTable
+from titans_video.data.buckets import Bucket, BucketTable, grid
 from titans_video.data.cache import EncodingCache
 from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream
@@ -238,11 +238,14 @@ class VideoDataset:
         if not cropped:
             return []
         worst = min(cropped, key=lambda e: e.kept)
-        other = f"{worst.bucket.width}x{worst.bucket.height}"
+        info, area = worst.info(), worst.bucket.height * worst.bucket.width
+        ideal = math.sqrt(area * info.height / info.width), math.sqrt(area * info.width / info.height)
+        steps = grid(self.table.spec, self.table.patch_size)
+        height, width = (max(round(side / step), 1) * step for side, step in zip(ideal, steps, strict=True))
         return [
             f"Warning: {len(cropped)} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "
             f"{worst.row.video.name} keeps {worst.kept:.0%} of it in {worst.bucket}. Give sizes of their shapes with "
-            f"--buckets, e.g. --buckets {worst.bucket.height}x{worst.bucket.width},{other}."
+            f"--buckets, e.g. --buckets {worst.bucket.height}x{worst.bucket.width},{height}x{width}."
         ]
 
     def _short(self) -> list[str]:
