@@ -245,3 +245,51 @@ def test_steps_are_shifted_as_asked(model, monkeypatch):
 def test_the_first_frames_do_not_depend_on_the_length(model):
     short, long = (generate(model, num_frames=n, window=8, overlap=2, out=f"{n}") for n in (8, 20))
     assert np.array_equal(frames_of(short), frames_of(long)[:8])
+
+
+def test_replaced_files_are_named_and_no_overwrite_numbers_on(model, capsys):
+    small = {"num_frames": 4, "out": "a.mp4"}
+    generate(model, **small)
+    assert "replaced" not in capsys.readouterr().out
+    first = Path("a.mp4").read_bytes()
+    generate(model, **small, seed=1)
+    assert "a.mp4: 4 frames of 16x24 at 8 fps (0.50 s); replaced the existing file" in capsys.readouterr().out
+    second = Path("a.mp4").read_bytes()
+    assert first != second
+    for _ in range(2):
+        generate(model, **small, overwrite=False)
+    generate(model, **small, overwrite=False, num_videos=2)
+    assert "replaced" not in capsys.readouterr().out
+    assert Path("a.mp4").read_bytes() == second
+    videos = ["a-001.mp4", "a-002.mp4", "a-003.mp4", "a-004.mp4", "a.mp4"]
+    assert sorted(p.name for p in Path().glob("a*.mp4")) == videos
+    sheets = sorted(p.name for p in Path().glob("a*.png"))
+    assert sheets == ["a-001.mp4.sheet.png", "a-002.mp4.sheet.png", "a-003.mp4.sheet.png", "a.mp4.sheet.png"]
+    command = json.loads(Path("a-001.mp4.json").read_text())["command"]
+    assert "--out a-001.mp4" in command
+    assert "overwrite" not in command
+
+
+@pytest.mark.parametrize("out", ["b.gif", "b", "b+(1).mp4"])
+def test_numbers_continue_for_every_kind_of_file(out):
+    path = Path(out)
+    assert run.choose_places(path, 1, False) == [path]
+    numbered = [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(12)]
+    assert run.choose_places(path, 2, False) == numbered[:2]
+    path.touch()
+    assert run.choose_places(path, 2, False) == numbered[1:3]
+    numbered[9].touch()
+    Path(f"{path.stem}-x{path.suffix}").touch()
+    assert run.choose_places(path, 2, False) == numbered[10:]
+    assert run.choose_places(path, 1, True) == [path]
+
+
+def test_every_video_is_on_a_sheet_and_every_side_file_is_named(model, capsys, monkeypatch):
+    monkeypatch.setattr(run, "SHEET_ROWS", 2)
+    generate(model, num_frames=4, num_videos=5, out="c.gif", memory_out=None)
+    names = ["c.gif.sheet-2.png", "c.gif.sheet-3.png", "c.gif.sheet.png"]
+    assert sorted(p.name for p in Path().glob("*.png")) == names
+    line = capsys.readouterr().out.splitlines()[-1]
+    records = "c-000.gif.json to c-004.gif.json (5 files)"
+    assert line == f"Also written: {records}, c.gif.sheet.png, c.gif.sheet-2.png, c.gif.sheet-3.png"
+    assert run.name_range(["a", "b", "c"]) == "a, b, c"

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -219,3 +220,28 @@ def test_every_awkward_file_ends_as_it_should(real_clips: Path) -> None:
             assert info.verified
             assert (info.times[0] == 0) == (not info.gaps or info.gaps[0].before > 0)
             assert info.times[-1] < info.duration
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (0, "has no frames, although the header promises 120."),
+        (40, "none of its 120 frames decodes without damage; the file ends after 1 of them."),
+        (700, "none of its 120 frames decodes without damage; the file ends after 1 of them."),
+        (None, "none of its 120 frames decodes without damage."),
+    ],
+)
+def test_a_file_without_a_whole_frame_says_how_many_it_promised(kept: int | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i in range(120):
+            noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode())
+    whole = path.read_bytes()
+    start = whole.index(b"mdat") + 4
+    path.write_bytes(whole[:start] + bytes(len(whole) - start) if kept is None else whole[: start + kept])
+    with pytest.raises(UnreadableMedia, match=re.escape(message)):
+        probe(path)

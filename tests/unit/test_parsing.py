@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from titans_video.config.parse import read_prompts
+from titans_video.generation.stream import read_segment_prompts
 from titans_video.parsing import (
     MOST_DEPTH,
     Malformed,
@@ -165,3 +166,10 @@ def test_the_shared_prompt_file(repository: Path) -> None:
         pytest.skip("no ../shared/cases beside the repository")
     expected = ("a red circle moving right", "a green triangle\u2028moving left")
     assert read_prompts(str(path), "--prompt-file") == expected
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text.strip() == text])
+def test_segment_prompts_keep_separators(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "segments.txt"
+    path.write_bytes(f"\ufeff8: a red circle\r\n16 : {text}\r\n".encode())
+    assert read_segment_prompts(str(path)) == [(8, "a red circle"), (16, text)]

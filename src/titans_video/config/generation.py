@@ -80,6 +80,8 @@ class GenerateOptions:
     """Videos of each prompt; their seeds count up from --seed."""
     out: str = "out.mp4"
     """.mp4, .gif, or a folder of PNGs; several videos are numbered: out-000.mp4, ..."""
+    overwrite: bool = True
+    """Replace existing files; --no-overwrite numbers the new ones after them."""
     crf: Annotated[int, Range(least=0, most=51)] = 16
     """Quality of an mp4: 0 (lossless) to 51."""
 

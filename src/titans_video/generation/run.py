@@ -4,8 +4,9 @@ Legend: T H W frames, height and width.
 """
 
 import json
+import re
 import shlex
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -71,7 +72,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     """Generate the videos of the flags, write them, and print their paths.
 
     Beside each video this writes `<name>.json`, all that is needed to generate it again (an mp4 has the same as its
-    comment), and beside the first one `<name>.sheet.png`, a row of frames of each.
+    comment), and sheets with a row of frames of each video.
 
     Returns:
         The path of `--out`.
@@ -100,28 +101,44 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     for note in [*lora_notes, *when.notes, *notes]:
         console.note(note)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
-    places = [check_out(str(numbered(out, i, len(jobs)))) for i in range(len(jobs))]
+    places = [check_out(str(place)) for place in choose_places(out, len(jobs), options.overwrite)]
     weights = fingerprint(model)
     rows: list[tuple[str, Pixels]] = []
     for (prompt, seed), place in zip(jobs, places, strict=True):
         request = replace(first, prompts=[prompt], seeds=[seed])
         one = prompt if texts is None else None  # --segment-prompts has them
-        own = replace(options, prompt=one, prompt_file=None, seed=seed, num_videos=1, out=str(place))
+        own = replace(options, prompt=one, prompt_file=None, seed=seed, num_videos=1, out=str(place), overwrite=True)
         record = full_record(own, overrides, run, request, model, weights)
-        shown = _SheetFrames(when.frames)
+        shown, replaced = _SheetFrames(when.frames), place.exists()
         chunks = _at_full_rate(_checked(generate, request), request, when, own.interpolation)
         written = _write(chunks, request, when.fps, own, record, shown)
         write_side_file(place, record)
         rows.append((prompt, np.stack(shown.frames)))
-        print(format_written(written, request.height, request.width))
-    sheet = contact_sheet(
-        out.with_name(f"{out.name}.sheet.png"),
-        [frames for _, frames in rows[:SHEET_ROWS]],
-        [prompt for prompt, _ in rows[:SHEET_ROWS]],
-        frames=SHEET_FRAMES,
-    )
-    print(f"Also written: {places[0].name}.json, {sheet.name}")
+        print(format_written(written, request.height, request.width, replaced=replaced))
+    sheets = _write_sheets(out if options.overwrite else places[0], rows)
+    memory = [] if options.memory_out is None else [options.memory_out]
+    records = name_range([f"{place.name}.json" for place in places])
+    print(f"Also written: {', '.join([records, *(sheet.name for sheet in sheets), *memory])}")
     return out
+
+
+def _write_sheets(out: Path, rows: Sequence[tuple[str, Pixels]]) -> list[Path]:
+    """Write contact sheets of at most `SHEET_ROWS` videos each: `<name>.sheet.png`, `<name>.sheet-2.png`, ..."""
+    pages = [rows[first : first + SHEET_ROWS] for first in range(0, len(rows), SHEET_ROWS)]
+    return [
+        contact_sheet(
+            out.with_name(f"{out.name}.sheet{f'-{number}' if number > 1 else ''}.png"),
+            [frames for _, frames in page],
+            [prompt for prompt, _ in page],
+            frames=SHEET_FRAMES,
+        )
+        for number, page in enumerate(pages, 1)
+    ]
+
+
+def name_range(names: Sequence[str]) -> str:
+    """Return up to three names, or the first and the last one with the number of all."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]} ({len(names)} files)"
 
 
 def _load(
@@ -233,17 +250,30 @@ def write_side_file(path: Path, record: Mapping[str, Any]) -> Path:
     return place
 
 
-def format_written(written: Written, height: int, width: int) -> str:
+def format_written(written: Written, height: int, width: int, *, replaced: bool = False) -> str:
     """Return a line with the path and the properties of a video, and a second one if something was changed for it.
 
     Args:
         height, width: of the generated frames.
+        replaced: there was another file before.
     """
     rate = float(written.fps)
     line = (
         f"{written.path}: {written.frames} frames of {height}x{width} at {rate:g} fps ({written.frames / rate:.2f} s)"
     )
+    line += "; replaced the existing file" if replaced else ""
     return f"{line}\n{written.note}" if written.note else line
+
+
+def choose_places(out: Path, count: int, overwrite: bool) -> list[Path]:
+    """Return the paths of the videos of `--out`; without `overwrite` numbered after all existing ones."""
+    if overwrite or (count == 1 and not out.exists()):
+        return [numbered(out, i, count) for i in range(count)]
+    pattern = re.compile(rf"{re.escape(out.stem)}-(\d+){re.escape(out.suffix)}")
+    beside = out.parent.iterdir() if out.parent.is_dir() else ()
+    taken = [int(found[1]) for path in beside if (found := pattern.fullmatch(path.name))]
+    first = max(taken, default=0 if out.exists() else -1) + 1
+    return [out.with_name(f"{out.stem}-{first + i:03d}{out.suffix}") for i in range(count)]
 
 
 def numbered(path: Path, number: int, count: int) -> Path:

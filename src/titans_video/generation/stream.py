@@ -26,9 +26,10 @@ from titans_video.generation.request import Request, plan
 from titans_video.generation.windows import check_flags
 from titans_video.models.memory import Memory, load_state, save_state
 from titans_video.models.titans_dit import part_of
+from titans_video.parsing import Malformed, read_lines
 from titans_video.types import Condition
 
-_LINE = re.compile(r"(\d+)\s*:\s*(.*)")
+_LINE = re.compile(r"(\d+)\s*:[ \t]*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -216,20 +217,20 @@ def read_segment_prompts(path: str) -> list[tuple[int, str]]:
         ConfigError: the file is not text or is empty, or a line has another form; the message has its number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"--segment-prompts {path} is not text in UTF-8.") from None
+        lines = read_lines(path)
+    except Malformed as e:
+        raise ConfigError(f"--segment-prompts {path} cannot be read: {e}.") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        match = _LINE.fullmatch(line.strip())
+        match = _LINE.fullmatch(line)
         if match is None or int(match[1]) == 0:
             raise ConfigError(
                 f"--segment-prompts {path}, line {number}: expected `frames: prompt`, such as `48: a red circle`; "
-                f"got {line.strip()!r}."
+                f"got {line!r}."
             )
-        found.append((int(match[1]), match[2].strip()))
+        found.append((int(match[1]), match[2]))
     if not found:
         raise ConfigError(f"--segment-prompts {path} has no line; write one `frames: prompt` line for each prompt.")
     return found

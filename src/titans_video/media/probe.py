@@ -76,7 +76,8 @@ def probe(
     status = check_file(path)
     packets = read_packets(path, deadline)
     if packets.count == 0:
-        raise UnreadableMedia("no-frames", path, "its video stream has no frames.")
+        promise = f", although the header promises {packets.promised}" if packets.promised else ""
+        raise UnreadableMedia("no-frames", path, f"its video stream has no frames{promise}.")
     whole = decode_all or packets.count * packets.area <= DECODE_UP_TO
     if not whole:
         sparse = _decode_pieces(path, deadline, packets)
@@ -84,9 +85,15 @@ def probe(
             return _describe(path, status, packets, *sparse, whole=False)
     decoded = _decode(path, deadline)
     if not decoded.is_usable:
-        raise UnreadableMedia("damaged", path, f"none of its {packets.count} frames decodes without damage.")
+        raise UnreadableMedia("damaged", path, _no_frame(packets))
     found = timeline(decoded, packets.interval, packets.shown, start=packets.start, headless=packets.headless)
     return _describe(path, status, packets, decoded, found, whole=True)
+
+
+def _no_frame(packets: Packets) -> str:
+    """Return the message about a file without a whole frame, with the number of frames that it promised."""
+    ends = f"; the file ends after {packets.count} of them" if packets.promised > packets.count else ""
+    return f"none of its {max(packets.count, packets.promised)} frames decodes without damage{ends}."
 
 
 def _decode(path: Path, deadline: Deadline) -> Decoded:
