@@ -29,7 +29,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], where: object, error: type[UserError], remedy: str) -> None:
-    """Raise an error if a file has weights that are not finite.
+    """Raise an error if a file has values that are not finite.
 
     Args:
         where: the file or folder that they were read from.
@@ -37,7 +37,7 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], where: object, error: type[
         remedy: a sentence that says how to fix it.
     """
     if names := non_finite(tensors):
-        raise error(f"{where} has weights that are not finite (NaN or infinity): {few(names)}. {remedy}")
+        raise error(f"{where} has values that are not finite (NaN or infinity): {few(names)}. {remedy}")
 
 
 def _passes(tensor: Tensor) -> Tensor:

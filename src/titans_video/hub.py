@@ -7,9 +7,13 @@ from typing import Any
 
 from titans_video.console import library_bars
 from titans_video.errors import CheckpointError, UserError, few, first_line
+from titans_video.finite import refuse_non_finite
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
 """Errors that the libraries raise for folders that are missing, malformed or of an unknown type."""
+
+NON_FINITE_REMEDY = "Copy the folder again; if it is loaded in fp16, which has a smaller range, use bf16."
+"""What to do about weights of a pretrained model that are not finite."""
 
 RUNS_CODE = (
     "its config names code of its own (auto_map), which is never run. Use a model that the library itself knows."
@@ -57,7 +61,7 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
         error: the exception class to raise.
         arguments: of `from_pretrained`.
     Raises:
-        error: it cannot be read, or weights are missing or have the wrong shape.
+        error: it cannot be read, or weights are missing, have the wrong shape or are not finite.
     """
     try:
         model, info = from_folder(kind, folder, output_loading_info=True, **arguments)
@@ -68,6 +72,7 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
             f"The weights in {folder} do not fill the {what} that its config.json describes: missing or misshapen are "
             f"{few(map(str, missing))}. They would be random; copy the folder again."
         )
+    refuse_non_finite(dict(model.named_parameters()), folder, error, NON_FINITE_REMEDY)
     return model
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests import factories
@@ -15,12 +17,18 @@ from tests.unit.generation_parts import as_checkpoint, tiny_model
 from tests.unit.test_generation_stream import streaming_model
 from titans_video import checkpoint as checkpoints
 from titans_video.cli.main import main
-from titans_video.codecs.base import IdentityCodec
+from titans_video.codecs.base import IdentityCodec, build_codec
+from titans_video.codecs.image_encoder import ImageEncoder
+from titans_video.config.options import CodecOptions, TextOptions
+from titans_video.errors import CheckpointError, UserError
 from titans_video.finite import NonFiniteFrames, finite_frames, format_numbers, is_finite, non_finite
 from titans_video.generation.diffusers_backend import PretrainedPipeline
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.video_pipeline import VideoPipeline
+from titans_video.models.memory import load_state, save_state
+from titans_video.pretrained.base import open_model_spec
+from titans_video.text.base import build_text
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 
@@ -156,3 +164,70 @@ def test_programs_and_validation_are_told(monkeypatch: pytest.MonkeyPatch, caplo
     assert not caplog.messages
     assert sample(replace(tiny_model(), step=1), "a cat", 0).video.isnan().all()  # validation must not end a training
     assert any("Frames 0-7" in text for text in caplog.messages)
+
+
+def damage(path: Path, value: float = math.nan) -> None:
+    """Change one value of the last tensor of floats in a safetensors file."""
+    with safe_open(path, framework="pt") as f:
+        tensors, header = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()  # noqa: SIM118
+    last = [key for key, x in tensors.items() if x.is_floating_point()][-1]
+    tensors[last] = tensors[last].clone()
+    tensors[last].view(-1)[-1] = value
+    save_file(tensors, path, header)
+
+
+def read_memory(folder: Path) -> None:
+    save_state(folder / "m.safetensors", {"memory.tokens": torch.ones(1, 3, 4)}, {})
+    load_state(folder / "m.safetensors")
+    damage(folder / "m.safetensors", -math.inf)
+    load_state(folder / "m.safetensors")
+
+
+def read_vae(folder: Path) -> None:
+    options = CodecOptions("diffusers", pretrained_model=str(factories.make_vae("kl", folder)))
+    build_codec(options)
+    damage(next(folder.rglob("*.safetensors")))
+    build_codec(options)
+
+
+def read_text(folder: Path) -> None:
+    options = TextOptions(text_model=str(factories.make_t5(folder)))
+    build_text(options)(["a"])
+    damage(folder / "model.safetensors")
+    build_text(options)(["a"])
+
+
+def read_transformer(folder: Path) -> None:
+    factories.make_cogvideox(folder)
+    open_model_spec(folder).load_network(torch.float32)
+    damage(next((folder / "transformer").glob("*.safetensors")))
+    open_model_spec(folder).load_network(torch.float32)
+
+
+def read_image_encoder(folder: Path) -> None:
+    factories.make_svd(folder)
+    ImageEncoder(folder)
+    damage(next((folder / "image_encoder").glob("*.safetensors")))
+    ImageEncoder(folder)
+
+
+READERS = {
+    "memory": read_memory,
+    "vae": read_vae,
+    "text encoder": read_text,
+    "transformer": read_transformer,
+    "image encoder": read_image_encoder,
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_files_with_values_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match="values that are not finite") as caught:
+        READERS[kind](tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_memory_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_state(tmp_path / "m.safetensors", {"memory.tokens": torch.tensor([[1.0, math.nan]])}, {})
+    assert list(tmp_path.iterdir()) == []

@@ -211,6 +211,24 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, part: str, val
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_checkpoint_with_such_values_is_not_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As versions before this check wrote them."""
+    monkeypatch.setattr(checkpointing.Checkpointer, "non_finite", lambda self: [])
+    given = options(tmp_path, max_steps=2)
+    trainer = Trainer(ToyRecipe(), ToyStream(2), given, distributed.start(given))
+    trainer.run()
+    for state in trainer.checkpointer.optimizer.state.values():
+        state["exp_avg"].fill_(math.nan)
+    trainer.step = 4
+    trainer._save(None, last=True, fatal=True)
+    monkeypatch.undo()
+    more = replace(given, resume="auto", max_steps=6)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 has values that are not finite: .*exp_avg.*--resume PATH"):
+        Trainer(ToyRecipe(), ToyStream(2), more, distributed.start(more), going_on(more))
+    older = replace(more, resume=str(tmp_path / "checkpoint-2"))
+    Trainer(ToyRecipe(), ToyStream(2), older, distributed.start(older), going_on(older))
+
+
 def test_every_process_refuses_what_one_of_them_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(tmp_path)
     checkpointer = Trainer(ToyRecipe(), ToyStream(2), given, distributed.start(given)).checkpointer

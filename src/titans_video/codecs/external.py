@@ -19,6 +19,7 @@ from titans_video.checkpoint import fingerprint_tensors
 from titans_video.codecs.base import Codec, without_noise
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, UserError
+from titans_video.finite import refuse_non_finite
 from titans_video.types import CodecSpec
 
 PROBE_SIDE = 64
@@ -79,8 +80,8 @@ def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool
     Args:
         load: False if the codec may never be used: a class with an argument `load` gets False, and no clip is tried.
     Raises:
-        CodecError: the module, class, a method or the spec is missing or malformed, the class raises, or it returns a
-            shape that contradicts its spec.
+        CodecError: the module, class, a method or the spec is missing or malformed, the class raises, it returns a
+            shape that contradicts its spec, or its weights are not finite.
     """
     kind = getattr(_import(module), name, None)
     where = f"--vae-module {module} --vae-class {name}"
@@ -90,6 +91,9 @@ def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool
     extra = {} if load or "load" not in _parameters(kind) else {"load": False}
     codec = _guard(f"{where}: building it with --vae-init-json {dict(init)}", lambda: _build(kind, name, init, extra))
     if load:
+        inner = getattr(codec, "inner", codec)
+        if isinstance(inner, torch.nn.Module):
+            refuse_non_finite(dict(inner.named_parameters()), where, CodecError, "Load its weights again, or in bf16.")
         _guard(f"{where}: trying it on a blank clip", lambda: _probe(codec))
     return codec
 

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from titans_video.errors import CheckpointError
 from titans_video.files import save_safetensors
+from titans_video.finite import refuse_non_finite
 from titans_video.models.layers import NORM_EPS, norm, without_autocast
 
 FORMAT = "titans-video-memory/1"
@@ -116,7 +117,11 @@ def save_state(path: Path | str, tensors: dict[str, Tensor], about: dict[str, st
         path: of a .safetensors file.
         tensors: `Memory.tensors()` and any others.
         about: strings by name, written to the header.
+    Raises:
+        CheckpointError: a tensor is not finite; nothing is written.
     """
+    remedy = "It would be useless, so it is not written. The network may overflow: use --dtype bf16 or fp32."
+    refuse_non_finite(tensors, f"The memory for {path}", CheckpointError, remedy)
     contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     save_safetensors(contiguous, Path(path), {"format": FORMAT, **about})
 
@@ -140,6 +145,7 @@ def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} has the format {about.get('format')!r}; this version reads {FORMAT!r}, as --memory-out writes it."
         )
+    refuse_non_finite(tensors, path, CheckpointError, "Continue from an earlier memory file.")
     return tensors, about
 
 

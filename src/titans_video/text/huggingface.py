@@ -19,7 +19,8 @@ from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
 from titans_video.console import library_bars
 from titans_video.errors import TextError, few, first_line
-from titans_video.hub import LOADING_ERRORS, from_folder, reason, without_hub
+from titans_video.finite import refuse_non_finite
+from titans_video.hub import LOADING_ERRORS, NON_FINITE_REMEDY, from_folder, reason, without_hub
 from titans_video.text.base import Lengths, TextEncoder
 from titans_video.types import PRECISIONS
 
@@ -289,6 +290,8 @@ class PretrainedStream:
                 f"config describes: missing or misshapen are {few(bad)}. They would be random; copy the folder again."
             )
         part = next((getattr(model, n) for n in TEXT_PARTS if getattr(model, n, None) is not None), model)
+        where = f"{self.source.flag} {self.source.path}"
+        refuse_non_finite(dict(part.named_parameters()), where, TextError, NON_FINITE_REMEDY)
         return part.eval().requires_grad_(False)
 
     def _load_tokenizer(self) -> Any:

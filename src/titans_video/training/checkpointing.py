@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from titans_video import checkpoint, files
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
-from titans_video.errors import CheckpointError, WriteError
+from titans_video.errors import CheckpointError, WriteError, few
 from titans_video.finite import non_finite
 from titans_video.training import sharded_state
 from titans_video.training.distributed import gloo_group, process_group
@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 STATE_FORMAT = "titans-video-training/2"
 TRAINING, OPTIMIZER, TRAINED, SCALER = "training", "optimizer", "trained", "scaler"
 """Keys: of the training state in an adapter's file; of parts of the training state."""
+EARLIER = "Resume from an earlier checkpoint with --resume PATH."
 _BLOCK = 2**20
 """Bytes that are read at a time."""
 
@@ -401,7 +402,7 @@ class Checkpointer:
         Args:
             optimizer: whether the saved optimizer state is usable.
         Raises:
-            CheckpointError: the state is damaged, or of another network.
+            CheckpointError: the state is damaged, not finite, or of another network.
         """
         if optimizer:
             sharded_state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
@@ -411,6 +412,8 @@ class Checkpointer:
         averages = resume.averages()
         if self.ema and averages:
             self.ema.load(averages.model)
+        if names := self.non_finite():
+            raise CheckpointError(f"{resume.folder} has values that are not finite: {few(names)}. {EARLIER}")
 
     def _optimizer_tensors(self, resume: Resume) -> dict[str, Tensor]:
         if resume.shards is None:
