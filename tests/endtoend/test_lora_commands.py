@@ -170,6 +170,8 @@ def test_cache_buckets_and_validation(
         assert main(["train", "cogvideox-lora", *flags]) == 0
     printed = capsys.readouterr().out
     assert printed.count("Rows of t2v train as i2v: CogVideoX 1.5 I2V gets the first frame of every clip.") == 2
+    assert f"LoRA file   {tmp_path / 'plain' / 'lora_0000002' / lora_io.WEIGHTS}, for diffusers" in printed
+    assert f"--pretrained-model {pipelines['1.5-i2v']} --lora {tmp_path / 'plain' / 'last.pt'} --image" in printed
     a, b = ([m["loss"] for m in metrics(tmp_path / name)] for name in ("plain", "cached"))
     assert a == pytest.approx(b, rel=1e-5)
     for name in ("plain", "cached"):

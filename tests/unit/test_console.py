@@ -2,20 +2,30 @@
 
 import ast
 import io
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from tests import factories
 from tests.unit.test_layers import FILES
+from titans_video import checkpoint as files
 from titans_video import console
+from titans_video.checkpoint import Checkpoint
 from titans_video.cli.main import main
 from titans_video.cli.run import guarded
+from titans_video.codecs.base import codec_from_checkpoint
+from titans_video.config.generation import Overrides
+from titans_video.config.options import CodecOptions
 from titans_video.console import Progress, SafeStream, note
-from titans_video.errors import ConfigError, few, first_line, printable
+from titans_video.errors import CheckpointError, ConfigError, few, first_line, printable
+from titans_video.generation.export import export
+from titans_video.generation.model import load_model
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\r\x9b31m\u202egnp.exe\u2066\u2028\x00\x7f"
 LEGAL = ["红色的圆向右移动", "élan, naïve, Ünder, ñ", "👨‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿 ❤️", "שלום مرحبا", "a\tb\nc", "नमस्ते", "e\u0301"]
@@ -176,3 +186,42 @@ def test_bars_of_libraries_are_off_without_a_terminal(capfd: pytest.CaptureFixtu
     build_text(TextOptions(text_model=str(folders[1])))
     assert capfd.readouterr() == ("", "")
     assert logging.is_progress_bar_enabled()
+
+
+COMMAND = "x; touch pwned $(id) `id` \x1b[31m"
+
+
+def after(text: str, flag: str) -> list[str]:
+    """Return the words from a flag on, as a shell reads them."""
+    return shlex.split(text[text.index(flag) :])
+
+
+def test_suggested_command_lines_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = asdict(CodecOptions(vae_backend="external", vae_module=COMMAND, vae_class=COMMAND))
+    with pytest.raises(CheckpointError) as codec:
+        codec_from_checkpoint({"options": options}, {}, Overrides())
+    assert after(str(codec.value), "--vae-module")[:3] == ["--vae-module", COMMAND, "--vae-class"]
+
+    folder = tmp_path / "a run; id"
+    folder.mkdir()
+    files.write(Checkpoint({}, {"lora": {}, "base": {"pipeline": COMMAND}}, 1), folder / "last.pt")
+    with pytest.raises(CheckpointError) as adapter:
+        load_model(str(folder / "last.pt"), Overrides(), "cpu")
+    words = ["--pretrained-model", COMMAND, "--lora", str(folder / "last.pt")]
+    assert after(str(adapter.value), "--pretrained-model")[:4] == words
+
+    made = tmp_path / "clips; id"
+    assert main(["data", "mock", "--out", str(made), "--clips", "2"]) == 0
+    assert after(capsys.readouterr().out, "--manifest")[1] == str(made / "manifest.jsonl")
+
+
+def test_the_card_of_an_exported_folder_is_quoted(tmp_path: Path) -> None:
+    model = load_model(None, Overrides(), "cpu")
+    prompt = "a cat\"); import os; print('\n```\n<script>"
+    model = replace(model, config={**model.config, "sample": {"prompt": prompt}})
+    card = (export(model, tmp_path / "a b") / "README.md").read_text()
+    code, command = re.findall(r"```(?:python|bash)\n(.*?)\n```", card, re.DOTALL)
+    shown = prompt.replace("\n", r"\n")
+    assert shlex.split(command) == ["titans-video", "generate", "--checkpoint", "a b", "--prompt", shown]
+    texts = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    assert texts == ["a b", shown]
