@@ -169,6 +169,27 @@ def test_two_processes_then_one_then_two_sharded_and_not(tmp_path: Path, capfd: 
         assert frames_of(out) == (8, 32, 32)
 
 
+APART = """
+import os, sys
+from titans_video.cli.run import at_once
+from titans_video.cli.main import main
+
+sys.exit(at_once(main(["train", *sys.argv[1:-1], "--output-dir", sys.argv[-1] + os.environ["RANK"]])))
+"""
+
+
+def test_a_sharded_run_whose_processes_do_not_share_a_folder_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "apart.py").write_text(APART)
+    config = str(REPOSITORY / "configs/accelerate/cpu2_fsdp2.yaml")
+    words = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    words.append(str(tmp_path / "apart.py"))
+    done = run(*words, *small(tmp_path, "--max-steps", 2, tmp_path / "run"), cwd=REPOSITORY, code=2)
+    assert f"process 1 ({tmp_path / 'run1'} on" in done.stderr
+    assert "that all processes share" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("run*/checkpoint*"))
+
+
 @pytest.mark.parametrize(("configuration", "parallelism"), [("cpu2.yaml", "DDP"), ("cpu2_fsdp2.yaml", "FSDP2")])
 def test_the_documented_command_on_real_clips(
     tmp_path: Path, real_clips: Path, configuration: str, parallelism: str

@@ -10,7 +10,7 @@ import torch
 from titans_video import checkpoint as files
 from titans_video.checkpoint import LAST, MODEL, Checkpoint
 from titans_video.config.options import TrainOptions
-from titans_video.training import checkpointing, run_folder
+from titans_video.training import checkpointing, manifests, run_folder
 from titans_video.training import resume as resume_module
 from titans_video.training.run_folder import ADAPTER, STATE
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_is_one_file_with_a_folder_beside_it(tmp_path: Path) -> Non
     assert (read.step, read.config) == (500, {"lora": {"alpha": 1}})
     assert checkpointing.read_state(folder)["stream"] == {"step": 500}
     assert checkpointing.read_state(tmp_path / "lora_0000500.pt")["step"] == 500
-    checkpointing.check(folder, contents=True)
+    manifests.check(folder, contents=True)
     save(tmp_path, 10_000_000)
     assert [step for step, _ in run_folder.list_checkpoints(tmp_path)] == [500, 10_000_000]
 

@@ -37,7 +37,7 @@ from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
-from titans_video.training.resume import prepare_folder
+from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
 from titans_video.training.tracking import open_tracker
@@ -313,6 +313,8 @@ def train_recipe(
     moved = run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         logger.info(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
+    if accelerator.is_fsdp2 and recipe.adapter is None:
+        check_shared(Path(options.train.output_dir), process_group(accelerator))
     logger.info(data.summary(train.grad_accum))
     left_out = Path(options.train.output_dir) / QUARANTINE
     run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))

@@ -17,11 +17,9 @@ A folder is written under a temporary name, every file is fsynced, and the folde
 the old checkpoints, and at most a temporary folder that no code reads.
 """
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +33,11 @@ from titans_video import checkpoint, files
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError, WriteError, few
 from titans_video.finite import non_finite
-from titans_video.training import sharded_state
+from titans_video.training import manifests, sharded_state
 from titans_video.training.distributed import gloo_group, process_group
 from titans_video.training.optim import Ema
 from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import (
-    ADAPTER,
-    MANIFEST,
     SHARDS,
     STATE,
     checkpoint_folder,
@@ -57,8 +53,6 @@ STATE_FORMAT = "titans-video-training/2"
 TRAINING, OPTIMIZER, TRAINED, SCALER = "training", "optimizer", "trained", "scaler"
 """Keys: of the training state in an adapter's file; of parts of the training state."""
 EARLIER = "Resume from an earlier checkpoint with --resume PATH."
-_BLOCK = 2**20
-"""Bytes that are read at a time."""
 
 
 def save(
@@ -69,7 +63,7 @@ def save(
     limit: int,
     *,
     group: ProcessGroup = SINGLE_PROCESS,
-    shards: Callable[[Path], None] | None = None,
+    shards: Callable[[Path], list[Path]] | None = None,
     export: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint, link `last.pt` to it, and remove the oldest beyond `limit`; on every process.
@@ -81,7 +75,7 @@ def save(
         state: tensors and plain containers that training needs beside the models.
         limit: checkpoints to keep; 0 keeps all. The newest complete one is never removed.
         group: the processes of the run.
-        shards: writes this process's pieces into a folder.
+        shards: writes this process's pieces into a folder and returns their files.
         export: writes an adapter for other programs into a folder. The only one of `models` and the state then become a
             single file.
     Returns:
@@ -98,18 +92,22 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
+    written: dict[str, manifests.FileFacts] = {}
+
     def write() -> None:
         if shards is not None:
-            shards(temporary / SHARDS)
+            written.update({str(p.relative_to(temporary)): manifests.describe(p) for p in shards(temporary / SHARDS)})
         if group.is_main:
             _write_files(temporary, models, {"format": STATE_FORMAT, "step": step, **state}, export)
 
     def finish() -> None:
         if group.is_main:
-            _publish(temporary, folder, step)
+            _publish(temporary, folder, step, pieces)
 
-    for stage in (prepare, write, finish):
+    for stage in (prepare, write):
         _run_stage(stage, temporary, folder, group)
+    pieces = group.all_gather_object(written)
+    _run_stage(finish, temporary, folder, group)
     if group.is_main:
         _tidy(run, folder, limit)
     return folder
@@ -125,8 +123,7 @@ def _run_stage(stage: Callable[[], None], temporary: Path, folder: Path, group: 
         error = str(e).replace(str(temporary), str(folder))
     errors = [e for e in group.all_gather_object(error) if e]
     if errors:
-        if group.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # on every process: they may not share the folder
         raise WriteError(errors[0])
 
 
@@ -143,11 +140,15 @@ def _write_files(
     files.save_tensors(state, folder / STATE)
 
 
-def _publish(temporary: Path, folder: Path, step: int) -> None:
-    """Write the manifest, flush everything to the disk, and give the folder its name."""
-    paths = sorted(p for p in temporary.rglob("*") if p.is_file())
-    described = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in paths}
-    files.write_text(temporary / MANIFEST, json.dumps({"step": step, "files": described}, indent=2) + "\n")
+def _publish(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, manifests.FileFacts]]) -> None:
+    """Write the manifest, flush everything to the disk, and give the folder its name.
+
+    Args:
+        pieces: the files that each process has written, by name.
+    Raises:
+        WriteError: a file of another process is not in this folder.
+    """
+    manifests.write(temporary, folder, step, pieces)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         files.sync_folder(path)
     if folder.exists():
@@ -159,65 +160,20 @@ def _publish(temporary: Path, folder: Path, step: int) -> None:
 def _tidy(run: Path, folder: Path, limit: int) -> None:
     """Link `last.pt` to a new checkpoint and remove old ones. A failure does not affect the checkpoint."""
     try:
-        link_last(run, folder)
-        _prune(run, limit)
+        with files.writing(run):
+            link_last(run, folder)
+            _prune(run, limit)
     except OSError as e:
-        path = e.filename or run
-        logger.warning(f"{folder} is written, but {path} could not be updated: {e.strerror or e}.")
+        logger.warning(f"{folder} is written, but older files could not be updated: {e}")
 
 
 def _prune(run: Path, limit: int) -> None:
     """Keep the newest `limit` complete checkpoints, and everything newer than the oldest of them."""
     folders = [folder for _, folder in list_checkpoints(run)]
-    complete = [folder for folder in folders if is_complete(folder)]
+    complete = [folder for folder in folders if manifests.is_complete(folder)]
     if limit and len(complete) > limit:
         for old in folders[: folders.index(complete[-limit])]:
             remove_checkpoint(old)
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check(folder: Path, *, contents: bool) -> None:
-    """Check a checkpoint folder against its manifest.
-
-    Args:
-        contents: compare checksums too, not only names and sizes.
-    Raises:
-        CheckpointError: there is no manifest, or a file is missing, damaged or of the wrong size.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(v["bytes"]), str(v["sha256"])) for name, v in manifest.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"it has no {MANIFEST}, so it is incomplete") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"its {MANIFEST} cannot be read") from None
-    lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
-    if lacking:
-        raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
-    for name, (size, checksum) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, but {size} were written")
-        if contents and _checksum(path) != checksum:
-            raise CheckpointError(f"{name} has changed since it was written: its checksum differs")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file is there and has its size."""
-    try:
-        check(folder, contents=False)
-    except CheckpointError:
-        return False
-    return True
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -343,8 +299,8 @@ class Checkpointer:
             state[TRAINED] = models.pop(MODEL).model
         model = next(iter(models.values())).model if models else {}
 
-        def write_shards(folder: Path) -> None:
-            sharded_state.save_sharded({OPTIMIZER: tensors}, folder, gloo_group(self.accelerator))
+        def write_shards(folder: Path) -> list[Path]:
+            return sharded_state.save_sharded({OPTIMIZER: tensors}, folder, gloo_group(self.accelerator))
 
         folder = save(
             run,

@@ -4,19 +4,24 @@ import fcntl
 import os
 import shlex
 import socket
+import time
+import uuid
 from pathlib import Path
 from typing import TextIO
 
 from titans_video.checkpoint import EMA, MODEL
 from titans_video.config.options import TrainOptions
-from titans_video.errors import CheckpointError, ConfigError
-from titans_video.files import writing
-from titans_video.training import checkpointing, run_folder
+from titans_video.errors import CheckpointError, ConfigError, few
+from titans_video.files import write_text, writing
+from titans_video.training import checkpointing, manifests, run_folder
 from titans_video.training.checkpointing import Resume
 from titans_video.training.run_folder import LOCK, METRICS, STATE, list_checkpoints
+from titans_video.types import ProcessGroup
 
 _locks: dict[Path, list[TextIO]] = {}
 """Open lock files by folder. A lock is released when its file is closed."""
+SHARED_SECONDS = 10.0
+"""Seconds for which a process looks for a file that another has written."""
 
 
 def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
@@ -42,7 +47,7 @@ def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
         checkpointing.read_state(folder)
         return folder, []
     try:
-        checkpointing.check(folder, contents=True)
+        manifests.check(folder, contents=True)
     except CheckpointError as e:
         raise CheckpointError(f"--resume {options.resume}: {folder} is damaged: {e}.") from None
     return folder, []
@@ -109,7 +114,7 @@ def _newest_good(run: Path) -> tuple[Path | None, list[str]]:
     notes: list[str] = []
     for folder in folders:
         try:
-            checkpointing.check(folder, contents=True)
+            manifests.check(folder, contents=True)
         except CheckpointError as e:
             notes.append(f"Skipping {folder}: {e}.")
         else:
@@ -184,6 +189,34 @@ def _lock(run: Path) -> None:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     _locks.setdefault(run.resolve(), []).append(lock)
+
+
+def check_shared(run: Path, group: ProcessGroup) -> None:
+    """Check that all processes write into one folder, as sharded checkpoints need; called on every process.
+
+    Raises:
+        ConfigError: on every process, if one of them does not see a file that the main process has written.
+    """
+    name = group.run_on_main(lambda: _write_token(run))
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not (seen := name in (os.listdir(run) if run.is_dir() else ())) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a network file system may take a while
+    places = group.all_gather_object((seen, f"{run.resolve()} on {socket.gethostname()}"))
+    if group.is_main:
+        (run / name).unlink(missing_ok=True)
+    apart = [f"process {rank} ({place})" for rank, (seen, place) in enumerate(places) if not seen]
+    if apart:
+        raise ConfigError(
+            f"--output-dir {run}: a sharded run needs a folder that all processes share, but {few(apart)} does not see "
+            f"the files of process 0 ({places[0][1]}). Choose a folder on a file system that all machines mount, with "
+            "an absolute path."
+        )
+
+
+def _write_token(run: Path) -> str:
+    name = f".shared.{uuid.uuid4().hex}.tmp"
+    write_text(run / name, "")
+    return name
 
 
 def release_folder(run: Path) -> None:

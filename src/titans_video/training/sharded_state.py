@@ -115,9 +115,11 @@ def gather(tensors: Named, keep: bool) -> Named:
     return gathered
 
 
-def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGroup | None") -> None:
+def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGroup | None") -> list[Path]:
     """Write tensors by group and name; called on every process, which writes its pieces.
 
+    Returns:
+        The files that this process has written. The list of pieces, which the main process writes, is not among them.
     Raises:
         WriteError: on every process, if one of them could not write.
     """
@@ -130,6 +132,7 @@ def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGro
         if not failures:
             raise RuntimeError(f"the pieces of a checkpoint could not be written: {e}") from e
         raise WriteError(min(failures)) from None
+    return sorted(folder.glob(f"__{dist.get_rank(group)}_*"))  # DCP puts the rank into the name
 
 
 def load_sharded(

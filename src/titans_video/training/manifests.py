@@ -1,0 +1,98 @@
+"""The manifest of a checkpoint: the size and the checksum of every file, whichever process has written it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from titans_video import files
+from titans_video.checkpoint import MODEL
+from titans_video.errors import CheckpointError, WriteError
+from titans_video.training.run_folder import ADAPTER, MANIFEST, STATE
+
+_BLOCK = 2**20
+"""Bytes that are read at a time."""
+
+
+class FileFacts(TypedDict):
+    """The size and the checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def describe(path: Path) -> FileFacts:
+    """Return what the manifest stores of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, FileFacts]]) -> None:
+    """Write the manifest of a complete checkpoint.
+
+    Args:
+        temporary: the folder with the files.
+        folder: its later name.
+        step: optimizer steps done.
+        pieces: the files that each process has written, by name; other files are described here.
+    Raises:
+        WriteError: a file of another process is not in this folder.
+    """
+    described: dict[str, FileFacts] = {}
+    for rank, part in enumerate(pieces):
+        for name, facts in part.items():
+            path = temporary / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                raise WriteError(
+                    f"{folder} would lack {name}, which process {rank} has written elsewhere. All processes need the "
+                    "same --output-dir, on a file system that all machines mount."
+                )
+            described[name] = facts
+    names = {str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file()}
+    described |= {name: describe(temporary / name) for name in sorted(names - described.keys())}
+    files.write_text(temporary / MANIFEST, json.dumps({"step": step, "files": described}, indent=2) + "\n")
+
+
+def check(folder: Path, *, contents: bool) -> None:
+    """Check a checkpoint folder against its manifest.
+
+    Args:
+        contents: compare checksums too, not only names and sizes.
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing, damaged or of the wrong size.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(v["bytes"]), str(v["sha256"])) for name, v in manifest.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"it has no {MANIFEST}, so it is incomplete") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"its {MANIFEST} cannot be read") from None
+    lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
+    if lacking:
+        raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
+    for name, (size, checksum) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, but {size} were written")
+        if contents and _checksum(path) != checksum:
+            raise CheckpointError(f"{name} has changed since it was written: its checksum differs")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file is there and has its size."""
+    try:
+        check(folder, contents=False)
+    except CheckpointError:
+        return False
+    return True
