@@ -28,7 +28,7 @@ from titans_video.data.sampler import TaskMix, uses_cond_image
 from titans_video.files import write_text
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.probe import probe
-from titans_video.media.reading import read_image
+from titans_video.media.reading import read_picture
 from titans_video.processes import Failure, Worker, WorkerDied
 from titans_video.types import CodecSpec
 
@@ -55,7 +55,7 @@ def run_jobs(
     """Run jobs in parallel; yield results as they are ready.
 
     Args:
-        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, an empty text for a readable image, the
+        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, what is special about a readable image, the
             SHA-256 of the content.
         workers: number of processes.
         seconds: the time limit of one job.
@@ -140,8 +140,7 @@ def _probe(path: Path, seconds: float) -> bytes:
 
 
 def _image(path: Path, seconds: float) -> str:
-    read_image(path)
-    return ""
+    return read_picture(path, seconds=seconds).reading
 
 
 def _file_digest(path: Path, seconds: float) -> str:
@@ -151,7 +150,7 @@ def _file_digest(path: Path, seconds: float) -> str:
 
 
 _KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
-PROBE_VERSION = 3  # raise it when probing the same file would give another result
+PROBE_VERSION = 4  # raise it when probing the same file would give another result
 FILE_SECONDS = 60.0
 JOBS_PER_WORKER = 8
 JobResult = bytes | str | Failed

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from titans_video.media.headers import has_alpha, side_data
+from titans_video.media.headers import has_alpha
 from titans_video.media.info import Colour, Crop, Matrix, Orientation, Primaries, VideoInfo
 
 _ICC_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile: Pillow's mode
@@ -65,10 +64,14 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 
 class FrameReader:
-    """Convert the frames of one video to RGB images as they should be displayed."""
+    """Convert the frames of one video to RGB images as they should be displayed.
 
-    def __init__(self, info: VideoInfo) -> None:
-        self.info = info
+    Args:
+        profile: the file's ICC profile, if `info.colour.profile`.
+    """
+
+    def __init__(self, info: VideoInfo, profile: bytes = b"") -> None:
+        self.info, self._profile = info, profile
         self._scaler = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> Pixels:
@@ -82,7 +85,7 @@ class FrameReader:
             image = self._convert(frame, "rgba" if alpha else "rgb24")
             image, opacity = image[..., :3], image[..., 3:]
         if colour.profile:
-            image = to_srgb(image, side_data(frame, SideDataType.ICC_PROFILE) or b"")
+            image = to_srgb(image, self._profile)
         if alpha:
             image = on_black(np.concatenate([image, opacity.astype(np.uint8)], axis=-1))
         crop = self.info.crop
@@ -175,7 +178,7 @@ def _to_xyz(primaries: Primaries) -> tuple[NDArray[np.float64], NDArray[np.float
 def to_srgb(image: Pixels, profile: bytes) -> Pixels:
     """Convert (H, W, 3) from an ICC profile to sRGB; a profile that is damaged or of another kind changes nothing."""
     transform = icc_transform(profile)
-    if transform is None:
+    if transform is None or transform.input_mode == "CMYK":
         return image
     mode = transform.input_mode
     source = Image.fromarray(np.ascontiguousarray(image if mode == "RGB" else image[..., 0]), mode)

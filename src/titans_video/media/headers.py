@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from av.container import InputContainer
+from av.filter import Graph
 from av.packet import Packet
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
@@ -101,16 +102,24 @@ def aperture_crop(clap: bytes, width: int, height: int) -> Crop:
 
 
 def _clean_aperture(file: BinaryIO, track: int, width: int, height: int) -> Crop:
+    found = track_properties(file, track, b"clap")
+    return aperture_crop(found[0], width, height) if found else Crop()
+
+
+def track_properties(file: BinaryIO, track: int, kind: bytes) -> list[bytes]:
+    """Return the boxes of a kind that describe the pictures of a track (by its id) of an ISO media file."""
     for trak in inner(file, whole(file), b"moov", b"trak"):
         header = next((content(file, box) for box in inner(file, trak, b"tkhd")), b"")
         at = 20 if header[:1] == b"\1" else 12  # 64-bit times before it, or 32-bit ones
         if int.from_bytes(header[at : at + 4]) != track:
             continue
-        for table in inner(file, trak, b"mdia", b"minf", b"stbl", b"stsd"):
-            for entry in boxes(file, table.start + 8, table.end):
-                for clap in inner(file, entry, b"clap", skip=_SAMPLE_ENTRY):
-                    return aperture_crop(content(file, clap), width, height)
-    return Crop()
+        return [
+            content(file, box)
+            for table in inner(file, trak, b"mdia", b"minf", b"stbl", b"stsd")
+            for entry in boxes(file, table.start + 8, table.end)
+            for box in inner(file, entry, kind, skip=_SAMPLE_ENTRY)
+        ]
+    return []
 
 
 def _pixel_crop(file: BinaryIO, number: int) -> Crop:
@@ -225,12 +234,25 @@ def has_alpha_track(path: Path, container: InputContainer, stream: VideoStream) 
     return False
 
 
-def side_data(frame: VideoFrame, kind: SideDataType) -> bytes | None:
-    """Return a frame's side data of one kind, or None. Kinds that PyAV has no name for (EXIF) are ignored."""
+def display_matrix(frame: VideoFrame) -> bytes | None:
+    """Return how a frame is turned: nine 32-bit numbers, or None.
+
+    PyAV frees the name of an ICC profile twice when it lists the side data of a frame, so a filter removes the profile
+    first. Side data of kinds that PyAV has no name for (EXIF) is ignored.
+    """
     _accept_unnamed_kinds()
-    every: Any = frame.side_data  # a mapping by type, but its stubs declare a mapping by name
-    found = every.get(kind)
-    return None if found is None else bytes(found)
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
+    )
+    remover = graph.add("sidedata", "mode=delete:type=ICC_PROFILE")
+    source.link_to(remover)
+    remover.link_to(graph.add("buffersink"))
+    graph.configure()
+    graph.vpush(frame)
+    every: Any = graph.vpull().side_data  # a mapping by type, but its stubs declare a mapping by name
+    matrix = every.get(SideDataType.DISPLAYMATRIX)
+    return None if matrix is None or len(bytes(matrix)) < 36 else bytes(matrix)
 
 
 @cache

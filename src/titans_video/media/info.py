@@ -27,7 +27,7 @@ class Colour:
         full_range: 0..255 rather than 16..235.
         transfer: `pq` and `hlg` are HDR and are tone-mapped when read. `srgb` is used with other primaries only.
         primaries: converted to BT.709 when read. Those of BT.601 are so close to it that they count as BT.709.
-        profile: each frame carries an ICC profile, from which it is converted to sRGB.
+        profile: the file has an ICC profile, from which it is converted to sRGB.
     """
 
     matrix: Matrix
@@ -102,6 +102,7 @@ class VideoInfo:
         notes: messages about anything unusual.
         crop: edges that the container cuts off.
         reading: what is special about how the pixels are read, as a part of the names of cached files; mostly "".
+        still: an image file that `media.images` reads as a whole; FFmpeg does not read it correctly.
     """
 
     path: Path
@@ -129,6 +130,7 @@ class VideoInfo:
     notes: tuple[str, ...]
     crop: Crop = Crop()
     reading: str = ""
+    still: bool = False
 
     @property
     def frames(self) -> int:

@@ -13,7 +13,9 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from titans_video.media.colour import icc_transform
 from titans_video.media.headers import alpha_decoder, declared_crop, has_alpha_layer, has_alpha_track
+from titans_video.media.images import icc_profile
 from titans_video.media.info import Crop, own_rate
 from titans_video.media.opening import Deadline, UnreadableMedia, largest_stream, open_container, pick_stream
 
@@ -42,6 +44,7 @@ class Packets:
     keys: list[int] = field(default_factory=list)  # timestamps of key frames, sorted
     oddities: list[str] = field(default_factory=list)
     crop: Crop = field(default_factory=Crop)
+    has_profile: bool = False
     reading: list[str] = field(default_factory=list)
     suspects: list[int] = field(default_factory=list)  # timestamps near which a long file is decoded
     untimed: int = 0  # packets without a timestamp
@@ -96,6 +99,7 @@ def read_packets(path: Path, deadline: Deadline) -> Packets:
             start=stream.start_time,
             promised=stream.frames,
             crop=declared_crop(path, container, stream),
+            has_profile=icc_transform(icc_profile(path, container, stream)) is not None,
         )
         _note_reading(container, stream, found)
         if has_alpha_track(path, container, stream):

@@ -9,18 +9,15 @@ What is not usable (damage, a change of size) is a gap in the timeline; see `tim
 """
 
 import os
-import struct
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from av.sidedata.sidedata import Type as SideDataType
-from av.video.frame import VideoFrame
-
-from titans_video.media.headers import has_alpha, side_data
-from titans_video.media.info import Colour, Gap, Matrix, Orientation, Primaries, Transfer, VideoInfo, own_rate
+from titans_video.media.frames import colour_of, orientation_of, pixel_aspect, still_info, unusual_colours
+from titans_video.media.images import read_still
+from titans_video.media.info import Colour, Gap, Orientation, VideoInfo, own_rate
 from titans_video.media.opening import (
     REASONS,
     Deadline,
@@ -40,23 +37,6 @@ MOST_NOTED = 3  # gaps
 MOST_UNTIMED = 100  # packets without a timestamp; with more, only decoding orders the frames
 DECODE_UP_TO = 1_000_000_000  # pixels: about 2400 frames of 480p or 480 of 1080p, two seconds on one core
 
-_MATRICES: dict[int, Matrix] = {
-    0: "rgb",
-    1: "bt709",
-    4: "fcc",
-    5: "bt601",
-    6: "bt601",
-    7: "smpte240m",
-    9: "bt2020",
-    10: "bt2020",
-}
-
-_UNSPECIFIED = 2
-_BT2020 = 9
-_SRGB, _PQ, _HLG = 13, 16, 18
-_BT2020_MATRICES, _BT2020_TRANSFERS = (9, 10), (14, 15, _PQ, _HLG)
-_PRIMARIES: dict[int, Primaries] = {4: "bt470m", 8: "film", _BT2020: "bt2020", 11: "dci-p3", 12: "p3"}
-
 
 def probe(
     path: Path | str, *, seconds: float = 60.0, decode_all: bool = False, beat: Callable[[], None] | None = None
@@ -74,6 +54,11 @@ def probe(
     path = Path(path)
     deadline = Deadline(path, seconds, beat)
     status = check_file(path)
+    still = read_still(path, deadline)
+    if still is not None:
+        height, width = still.pixels.shape[:2]
+        info = still_info(path, height, width, Colour("rgb", True, "sdr"), codec="image", pix_fmt="rgb24")
+        return replace(info, still=True, reading=still.reading)
     packets = read_packets(path, deadline)
     if packets.count == 0:
         promise = f", although the header promises {packets.promised}" if packets.promised else ""
@@ -168,7 +153,7 @@ def _describe(
         seekable &= (
             is_ascending(found.pts) and len(set(stamps)) == len(decoded.pts) and set(found.pts) <= set(packets.shown)
         )
-    colour = _colour(part.first, path)
+    colour = colour_of(part.first, path, has_profile=packets.has_profile)
     rate = own_rate(found.pts, 1 / tick, Fraction(0)) if len(found.pts) > 1 else packets.guessed_rate
     info = VideoInfo(
         path=path,
@@ -178,8 +163,8 @@ def _describe(
         pix_fmt=part.first.format.name,
         stored_width=part.first.width,
         stored_height=part.first.height,
-        pixel_aspect=_pixel_aspect(packets.pixel_aspect),
-        orientation=_orientation(part.first, path),
+        pixel_aspect=pixel_aspect(packets.pixel_aspect),
+        orientation=orientation_of(part.first, path),
         colour=colour,
         interlaced=part.interlaced,
         pts=tuple(found.pts),
@@ -196,23 +181,10 @@ def _describe(
         notes=(),
         crop=packets.crop,
         reading=", ".join(
-            [*packets.reading, *_unusual_colours(part.first, packets.codec, colour), *["gaps"] * bool(found.gaps)]
+            [*packets.reading, *unusual_colours(part.first, packets.codec, colour), *["gaps"] * bool(found.gaps)]
         ),
     )
     return replace(info, notes=tuple(_notes(packets, decoded, info)))
-
-
-def _unusual_colours(frame: VideoFrame, codec: str, colour: Colour) -> list[str]:
-    """Return what an earlier version of the reader would have ignored about colours, as `_note_reading` does."""
-    found = []
-    if colour.profile:
-        found.append("icc")
-    elif colour.primaries != "bt709" and frame.color_primaries != _BT2020:
-        found.append(f"primaries {colour.primaries}")
-    mapped = colour.primaries != "bt709" or colour.transfer != "sdr"
-    if has_alpha(frame, codec) and (mapped or frame.format.has_palette):
-        found.append("alpha")
-    return found
 
 
 def _notes(packets: Packets, decoded: Decoded, info: VideoInfo) -> list[str]:
@@ -231,59 +203,3 @@ def _notes(packets: Packets, decoded: Decoded, info: VideoInfo) -> list[str]:
     if not info.verified:
         notes.append("too long to decode at once: counted by its packets")
     return notes
-
-
-def _pixel_aspect(ratio: Fraction | None) -> Fraction:
-    """Return width over height of a pixel; 1 if none or an implausible one is given."""
-    return ratio if ratio and Fraction(1, 8) <= ratio <= 8 else Fraction(1)
-
-
-def _orientation(frame: VideoFrame, path: Path) -> Orientation:
-    """Read the display matrix: nine 16.16 numbers (a b u, c d v, x y w), x' = a x + c y, y' = b x + d y."""
-    matrix = side_data(frame, SideDataType.DISPLAYMATRIX)
-    if matrix is None or len(matrix) < 36:
-        return Orientation()
-    a, b, _, c, d = struct.unpack_from("5i", matrix)
-    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
-    if min(straight, turned) * 20 > max(straight, turned):
-        raise UnreadableMedia("tilted", path, "it is rotated by an angle other than 90, 180 or 270 degrees.")
-    if turned > straight:
-        return Orientation(transpose=True, flip_x=c < 0, flip_y=b < 0)
-    return Orientation(flip_x=a < 0, flip_y=d < 0)
-
-
-def _colour(frame: VideoFrame, path: Path) -> Colour:
-    """Return how to read the frame's colours, with the usual guess if the file does not say.
-
-    Unmarked high-definition video (longer side at least 1280, or shorter side above 576) is BT.709, other video BT.601.
-    This is the rule of players, made independent of the camera's orientation.
-    """
-    transfer: Transfer = "pq" if frame.color_trc == _PQ else "hlg" if frame.color_trc == _HLG else "sdr"
-    primaries = _primaries(frame)
-    if frame.format.is_rgb or frame.format.has_palette:
-        matrix: Matrix = "rgb"
-    elif frame.colorspace != _UNSPECIFIED:
-        if frame.colorspace not in _MATRICES:
-            raise UnreadableMedia(
-                "unsupported-colour", path, f"its colour matrix (code {frame.colorspace}) is unknown."
-            )
-        matrix = _MATRICES[frame.colorspace]
-    elif primaries == "bt2020":
-        matrix = "bt2020"
-    else:
-        longer, shorter = max(frame.width, frame.height), min(frame.width, frame.height)
-        matrix = "bt709" if longer >= 1280 or shorter > 576 else "bt601"
-    full = matrix == "rgb" or frame.color_range == 2 or frame.format.name.startswith("yuvj")
-    if transfer == "sdr" and side_data(frame, SideDataType.ICC_PROFILE) is not None:
-        return Colour(matrix, full, transfer, profile=True)
-    if transfer == "sdr" and primaries != "bt709" and frame.color_trc == _SRGB:
-        transfer = "srgb"
-    return Colour(matrix, full, transfer, primaries)
-
-
-def _primaries(frame: VideoFrame) -> Primaries:
-    """Return the frame's primaries; if they are not given, those of BT.2020 if anything else is of BT.2020 or HDR."""
-    if frame.color_primaries != _UNSPECIFIED:
-        return _PRIMARIES.get(frame.color_primaries, "bt709")
-    is_wide = frame.colorspace in _BT2020_MATRICES or frame.color_trc in _BT2020_TRANSFERS
-    return "bt2020" if is_wide else "bt709"

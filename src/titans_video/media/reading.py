@@ -19,12 +19,12 @@ from av.filter import Graph
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from titans_video.media.colour import FrameReader, Pixels, cover_crop, on_black
+from titans_video.media.colour import FrameReader, Pixels, cover_crop
+from titans_video.media.heif import read_heif
+from titans_video.media.images import Still, has_wide_png_colours, icc_profile, read_still, read_with_pillow
 from titans_video.media.info import Seconds, VideoInfo
 from titans_video.media.opening import (
-    IMAGE_FORMATS,
     Deadline,
     UnreadableMedia,
     check_file,
@@ -32,6 +32,7 @@ from titans_video.media.opening import (
     use_one_thread,
     walk_frames,
 )
+from titans_video.media.probe import probe
 from titans_video.media.timeline import positions
 
 # Decoders that can skip frames which no other frame needs.
@@ -108,17 +109,27 @@ def iterate(
     if wanted[0] < 0 or wanted[-1] >= info.frames:
         raise IndexError(f"{path} has frames 0 to {info.frames - 1}; asked for {wanted[0]} to {wanted[-1]}.")
     deadline = Deadline(path, seconds)
-    to_rgb = FrameReader(info)
+    if info.still:
+        still = read_still(path, deadline)
+        if still is None or still.pixels.shape[:2] != (info.height, info.width):
+            raise _changed(path)
+        yield 0, still.pixels
+        return
     with open_container(path, deadline) as container:
         stream = _same_stream(container, info, path)
+        to_rgb = FrameReader(info, icc_profile(path, container, stream) if info.colour.profile else b"")
         for number, frame in _decode(container, stream, info, wanted, deadline):
             yield number, to_rgb(frame)
+
+
+def _changed(path: Path) -> UnreadableMedia:
+    return UnreadableMedia("changed", path, "the file was replaced after it was probed; run the data check again.")
 
 
 def _same_stream(container: InputContainer, info: VideoInfo, path: Path) -> VideoStream:
     stream = container.streams[info.stream] if info.stream < len(container.streams) else None
     if not isinstance(stream, VideoStream) or stream.codec_context is None:
-        raise UnreadableMedia("changed", path, "the file was replaced after it was probed; run the data check again.")
+        raise _changed(path)
     use_one_thread(stream)
     return stream
 
@@ -230,26 +241,31 @@ def read_image(path: Path | str) -> Pixels:
     """Read an image file.
 
     Returns:
-        uint8 (H, W, 3): RGB, turned as its EXIF orientation says, black where transparent.
+        uint8 (H, W, 3): sRGB, turned as its EXIF orientation says, black where transparent.
     Raises:
         UnreadableMedia: it is missing, not an image, or damaged.
     """
-    path = Path(path)
+    return read_picture(Path(path)).pixels
+
+
+def read_picture(path: Path, *, seconds: float = 60.0) -> Still:
+    """Read an image file as `read_image` does; also return what is special about how it was read."""
     check_file(path)
+    heif = read_heif(path)
+    if heif is None or (heif.is_avif and not heif.is_wide):
+        still = None if has_wide_png_colours(path) else read_with_pillow(path)
+        if still is not None:
+            return still
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UnreadableMedia("not-an-image", path, f"this is not an image that Pillow reads ({error}).") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UnreadableMedia("damaged", path, f"the image is damaged ({error}).") from error
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        return on_black(np.asarray(image.convert("RGBA")))
-    return np.array(image.convert("RGB"))
+        info = probe(path, seconds=seconds)
+    except UnreadableMedia as error:
+        if error.reason in ("damaged", "timeout", "tilted", "unsupported-colour", "unsupported-alpha"):
+            raise
+        explanation = f"this is not an image that Pillow or FFmpeg reads ({error.explanation})"
+        raise UnreadableMedia("not-an-image", path, explanation) from error
+    if info.frames != 1:
+        raise UnreadableMedia("not-an-image", path, f"this is a video of {info.frames} frames, not an image.")
+    return Still(read_indices(path, info, [0], seconds=seconds)[0], info.reading)
 
 
 class Deinterlacer:
