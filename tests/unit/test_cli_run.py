@@ -2,12 +2,15 @@
 
 import logging
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from titans_video.cli import run
 from titans_video.cli.run import ErrorReporter, configure_logging, guarded, started_at
+from titans_video.data import scan
 from titans_video.errors import ConfigError, PeerError
 
 logger = logging.getLogger("titans_video.tests")
@@ -79,6 +82,43 @@ def test_the_end_of_a_peer_is_reported_only_without_a_cause(
         path.unlink()
     assert fail(PeerError("another process ended")) == 2
     assert capsys.readouterr().err == "Error: another process ended\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_a_command_of_one_process_with_its_cleanup(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    cleaned: list[bool] = []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert guarded(command) == 128 + number
+    assert cleaned == [True]
+    assert capsys.readouterr().err == f"Stopped by {number.name}.\n"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_one_of_several_processes_does_not_wait_to_handle_a_signal() -> None:
+    assert guarded(lambda: int(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)) == 1
+
+
+def test_a_signal_to_a_scan_ends_its_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def work(path: Path, seconds: float) -> str:
+        (tmp_path / str(os.getpid())).touch()
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+        return ""
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setitem(scan._KINDS, "digest", work)
+    assert guarded(lambda: len(list(scan.run_jobs([("digest", tmp_path / "a")], 1, seconds=600.0)))) == 143
+    (worker,) = tmp_path.iterdir()
+    assert not Path("/proc", worker.name).exists()
 
 
 def test_one_process_leaves_no_file_and_shows_the_traceback_of_a_bug(

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tests.unit.training_fakes import Killed, ToyRecipe, ToyStream, going_on, to
 from titans_video import checkpoint as files
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, DataError
+from titans_video.processes import StoppedError
 from titans_video.training import distributed, run_folder
 from titans_video.training.metrics import Recorder
 from titans_video.training.trainer import Trainer, TrainResult
@@ -194,6 +195,28 @@ def test_the_run_is_saved_when_there_is_no_further_batch(tmp_path: Path, error: 
     finished, weights = train(options(tmp_path, resume="auto"))
     _, straight = train(options(tmp_path / "straight"))
     assert finished.step == 6
+    assert_same(weights, straight)
+
+
+def test_a_signal_during_a_wait_for_data_saves(tmp_path: Path) -> None:
+    class Waiting(ToyStream):
+        stop: Callable[[], bool]
+
+        def __iter__(self) -> Iterator[Batch]:
+            batches = super().__iter__()
+            yield from (next(batches) for _ in range(2))
+            assert not self.stop()
+            signal.raise_signal(signal.SIGHUP)
+            assert self.stop()
+            raise StoppedError
+
+        def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+            self.stop = stop
+
+    outcome, _ = train(options(tmp_path), Waiting(4))
+    assert (outcome.step, outcome.exit_code) == (2, 129)
+    _, weights = train(options(tmp_path, resume="auto"))
+    _, straight = train(options(tmp_path / "straight"))
     assert_same(weights, straight)
 
 

@@ -204,7 +204,9 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             elements, failed = distributed.all_reduce_sum(self.accelerator, [elements, failed])
         if failed:
-            raise BatchError from (error or PeerError(distributed.PEER_ENDED))
+            peer = PeerError(distributed.PEER_ENDED)
+            peer.is_reported = True  # by the process that has no batch
+            raise BatchError from (error or peer)
         if elements == 0:
             raise BatchError from DataError(
                 f"Step {self.step + 1} has nothing to learn: every latent frame of every clip in it is a conditioning "
