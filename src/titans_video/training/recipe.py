@@ -1,9 +1,9 @@
-"""The interface of a recipe for the trainer and validation.
+"""The interfaces of a recipe and of its batches for the trainer and validation.
 
 Legend: B rows of a micro-batch, Q quantiles of the training times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -112,4 +112,24 @@ class Recipe(Protocol):
 
         Args:
             network: `network` without its distributed wrapper.
+        """
+
+
+class Stream(Protocol):
+    """An endless iterator over this process's part of each global micro-batch. Its position can be saved."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, object]: ...
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
+        """Raise an exception instead of waiting for a batch while `stop` returns True."""
+
+    def largest(self) -> Batch:
+        """Return a micro-batch of the bucket that takes the most memory."""
+
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
+        """Leave rows out from the next optimizer step on, also in a run that resumes; on every process.
+
+        Raises:
+            DataError: too few rows are left.
         """

@@ -9,10 +9,10 @@ import contextlib
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +38,7 @@ from titans_video.training.guards import (
 )
 from titans_video.training.metrics import Recorder, StepResult, task_sums, work_of
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
-from titans_video.training.recipe import Recipe
+from titans_video.training.recipe import Recipe, Stream
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
 from titans_video.training.sharded_state import reshard
@@ -47,26 +47,6 @@ from titans_video.training.validation import Monitoring
 from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
-
-
-class Stream(Protocol):
-    """An endless iterator over this process's part of each global micro-batch. Its position can be saved."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
-        """Raise an exception instead of waiting for a batch while `stop` returns True."""
-
-    def largest(self) -> Batch:
-        """Return a micro-batch of the bucket that takes the most memory."""
-
-    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
-        """Leave rows out from the next optimizer step on, also in a run that resumes; on every process.
-
-        Raises:
-            DataError: too few rows are left.
-        """
 
 
 @dataclass(frozen=True)
