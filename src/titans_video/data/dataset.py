@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream
 from titans_video.data.manifest import Row, read_manifest
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader
-from titans_video.data.sampler import TaskMix, parse_task_mix
+from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
 from titans_video.data.scan import Scan, scan_rows
 from titans_video.errors import ConfigError, DataError
 from titans_video.seeding import derive_seed
@@ -30,6 +31,9 @@ CROPPED = 0.8
 """Clips that keep less than this share of their picture are warned of."""
 MANY_LENGTHS = 3
 """Warn if this many lengths of clips have fewer than this many clips each."""
+
+FILE_PATHS = "the paths of the videos and images"
+"""Name of a fact, see `VideoDataset.file_facts`."""
 
 
 @dataclass
@@ -159,13 +163,38 @@ class VideoDataset:
         return replace(self, sizes=sizes), accum
 
     def fingerprint(self) -> str:
-        """Return a hash of the manifests' content, usable or not. Paths do not enter, so a data set may be moved."""
-        rows = [e.row for e in [*self.records, *self.held_out]] + [q.row for q in self.quarantined]
-        rows.sort(key=lambda r: r.id)
+        """Return a hash of the manifests' content without paths, for usable rows and others."""
+        rows = self._all_rows()
         fields = [(r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames) for r in rows]
         blank = sum(q.reason == "no-caption" for q in self.quarantined)
         left_out = f", {blank} without a caption left out" if blank else ""
-        return f"{len(rows)} rows, {hashlib.sha256(repr(fields).encode()).hexdigest()[:12]}{left_out}"
+        return f"{len(rows)} rows, {_short_hash(fields)}{left_out}"
+
+    def _all_rows(self) -> list[Row]:
+        rows = [e.row for e in [*self.records, *self.held_out]] + [q.row for q in self.quarantined]
+        return sorted(rows, key=lambda r: r.id)
+
+    def file_facts(self) -> dict[str, list[str] | str]:
+        """Return hashes that identify the rows' files, by a readable name.
+
+        `FILE_PATHS` has two: of the paths relative to the data root, which may be moved, and of the absolute paths, for
+        a manifest that names the same files in another way. It is the same data if either is equal. The hash of the
+        contents exists if the digests are known, which a cache needs. Its name identifies the usable rows, because the
+        contents of other rows cannot be compared.
+        """
+        absolute, relative = [], []
+        for row in self._all_rows():
+            image = row.cond_image if row.cond_image and uses_cond_image(row, self.mix) else None
+            root = os.path.abspath(self.options.data_root or Path(row.source[0]).parent)
+            paths = [None if path is None else str(path) for path in (row.video, image)]
+            absolute.append((row.id, *paths))
+            relative.append((row.id, *(path and _relative(path, root) for path in paths)))
+        facts: dict[str, list[str] | str] = {FILE_PATHS: [_short_hash(relative), _short_hash(absolute)]}
+        known = sorted((e.row.id, e.digest, e.image_digest) for e in self.records)
+        if known and all(digest for _, digest, _ in known):
+            ids = _short_hash([row_id for row_id, *_ in known])
+            facts[f"the contents of the videos and images ({len(known)} rows, {ids})"] = _short_hash(known)
+        return facts
 
     def sample_pixels(self, n: int) -> Tensor:
         """Return clips of the bucket with the most rows, drawn by the seed, to fit a codec to.
@@ -289,6 +318,15 @@ class VideoDataset:
         counts = Counter(r.source[0] for r in self.rows)
         parts = (f"{name} {weight / total:.1%} ({counts[name]} rows)" for name, weight in weights.items())
         return [f"Shares of the manifests: {', '.join(parts)}."]
+
+
+def _relative(path: str, root: str) -> str:
+    inside = os.path.join(root, "")
+    return path.removeprefix(inside) if path.startswith(inside) else os.path.relpath(path, root)
+
+
+def _short_hash(values: Sequence[object]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 def divide(rows: Mapping[str, int], most: Mapping[str, int], world: int) -> tuple[int, dict[str, int]]:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from titans_video.config.fields import OptionGroup, flag_of
 from titans_video.config.options import DataOptions, TrainOptions, ValidationOptions
+from titans_video.data.dataset import FILE_PATHS
 from titans_video.errors import ConfigError
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
@@ -49,6 +50,7 @@ class Rows(Protocol):
     def rows_of_step(self, grad_accum: int) -> dict[str, int]: ...
     def divided(self, rows: Mapping[str, int]) -> tuple[Self, int]: ...
     def fingerprint(self) -> str: ...
+    def file_facts(self) -> dict[str, list[str] | str]: ...
 
 
 DataT = TypeVar("DataT", bound=Rows)
@@ -166,6 +168,7 @@ def _all_settings(options: RecipeOptions, data: Rows, config: Mapping[str, Any],
     }
     facts = {
         "the manifest": data.fingerprint(),
+        **data.file_facts(),
         "--validation-split": options.validation.validation_split,
         "--mixed-precision": precision,  # from the flag or the launcher
     }
@@ -196,7 +199,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
     return [
         f"{name}: {_shortened(before[name])}, now {_shortened(now[name])}"
         for name in before.keys() & now.keys()
-        if before[name] != now[name]
+        if before[name] != now[name] and not (name == FILE_PATHS and set(before[name]) & set(now[name]))
     ]
 
 
