@@ -53,6 +53,15 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Folder of small unusual files: $TITANS_CASES, else ../shared/cases beside the repository."""
+    folder = Path(os.environ.get("TITANS_CASES", REPOSITORY.parent / "shared" / "cases"))
+    if not folder.is_dir():
+        pytest.skip(f"no unusual files: there is no folder {folder} (set TITANS_CASES to it)")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
 def real_clips() -> Path:
     """Folder of real clips: $TITANS_REAL_CLIPS, else ../shared/real_clips beside the repository."""
     folder = Path(os.environ.get("TITANS_REAL_CLIPS", REPOSITORY.parent / "shared" / "real_clips"))
