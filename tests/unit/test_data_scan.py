@@ -13,13 +13,14 @@ import pytest
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
 from titans_video.config.options import DataOptions
-from titans_video.data import reader, scan
+from titans_video.data import reader, report, scan
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row
 from titans_video.data.dataset import open_data
 from titans_video.data.report import check
 from titans_video.data.scan import Failed, run_jobs
 from titans_video.errors import ConfigError, DataError
-from titans_video.media.reading import read_clip
+from titans_video.media.opening import UnreadableMedia
+from titans_video.media.reading import iterate, read_clip
 from titans_video.processes import STOP_SIGNALS
 from titans_video.types import CodecSpec
 
@@ -300,3 +301,78 @@ def test_the_reader_lets_mistakes_through(
     monkeypatch.setattr(reader, "read_clip", lambda *given: 1 / 0 if mistake is ValueError else av.open("file:/none"))
     with pytest.raises(ZeroDivisionError if mistake is ValueError else reader.BadRowError):
         rows.clip(rows.decide(data.records[0], "t2v", 0))
+
+
+def test_a_job_that_makes_progress_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(path: Path, limit: scan.Limit) -> str:
+        for _ in range(8):
+            time.sleep(0.3)
+            if path.name == "slow":
+                limit.beat()
+        return path.name
+
+    monkeypatch.setitem(scan._KINDS, "digest", work)
+    jobs = [("digest", Path("slow")), ("digest", Path("hang"))]
+    found = {job[1].name: result for job, result in run_jobs(jobs, 2, seconds=0.6, grace=0.6)}
+    assert found["slow"] == "slow"
+    assert isinstance(found["hang"], Failed)
+    assert found["hang"].reason == "timeout"
+
+
+def test_a_timeout_is_remembered_until_more_time_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_set(tmp_path, rows=3, wide=0)
+    tries = tmp_path / "tries"
+
+    def slow(path: Path, limit: scan.Limit) -> bytes:
+        if path.name == "1.mp4":
+            with tries.open("a") as file:
+                file.write("x")
+            raise UnreadableMedia("timeout", path, f"reading made no progress for {limit.seconds:g} s.")
+        return scan._probe(path, limit)
+
+    monkeypatch.setitem(scan._KINDS, "probe", slow)
+    for file_timeout, count in ((5.0, 1), (5.0, 1), (4.0, 1), (6.0, 2), (6.0, 2), (5.0, 2)):
+        data = open_data(options(manifest, file_timeout=file_timeout), PLAIN, PATCH, seed=0)
+        assert [q.reason for q in data.quarantined] == ["timeout"]
+        assert len(tries.read_text()) == count
+    assert "larger --file-timeout tries the file again" in data.quarantined[0].detail
+    monkeypatch.setitem(scan._KINDS, "probe", scan._probe)
+    assert len(open_data(options(manifest, file_timeout=7.0), PLAIN, PATCH, seed=0).rows) == 3
+
+
+def test_the_report_shows_rows_spread_over_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the rows that are shown are read, and those of one file together."""
+    manifest = make_set(tmp_path / "set", rows=3, wide=0)
+    lines = [{"video": f"{i % 3}.mp4", "caption": f"row {i}", "id": f"r{i}"} for i in range(40)]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opened: list[str] = []
+
+    def counted(path: Path, *given: Any) -> Any:
+        opened.append(path.name)
+        return iterate(path, *given)
+
+    monkeypatch.setattr(report, "iterate", counted)
+    monkeypatch.setattr(report, "MAX_SHOWN", 10)
+    found = check(options(manifest), PLAIN, PATCH, tmp_path / "out", progress=False)
+    page = found.html.read_text()
+    assert page.count("<img") == 10
+    assert "Usable (40, 10 of them shown" in page
+    assert all(f">row {i}<" in page for i in (0, 4, 20, 36))
+    assert len(found.plan.read_text().splitlines()) == 40
+    assert sorted(opened) == ["0.mp4", "1.mp4", "2.mp4"]
+
+
+def test_a_row_that_cannot_be_shown_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_set(tmp_path / "set", rows=1, wide=0)
+    manifest.write_text("".join(json.dumps({"video": "0.mp4", "caption": "x", "start": s}) + "\n" for s in (0, 0.25)))
+
+    def broken(path: Path, info: Any, wanted: Any) -> Any:
+        if 2 in wanted and 0 not in wanted:
+            return iterate(path, info, wanted)
+        raise UnreadableMedia("damaged", path, "frame 0 does not decode.")
+
+    monkeypatch.setattr(report, "iterate", broken)
+    found = check(options(manifest, num_frames=4), PLAIN, PATCH, tmp_path / "out", progress=False)
+    page = found.html.read_text()
+    assert page.count("<img") == 1
+    assert page.count("frame 0 does not decode") == 1

@@ -1,8 +1,10 @@
 """Seconds refer to the file: damage is a gap, and every other frame stays at its time."""
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,6 +15,8 @@ from titans_video.config.options import DataOptions
 from titans_video.data.dataset import open_data
 from titans_video.errors import DataError
 from titans_video.generation import image_conditioning
+from titans_video.media import opening
+from titans_video.media import probe as probe_module
 from titans_video.media.info import VideoInfo
 from titans_video.media.opening import UnreadableMedia
 from titans_video.media.probe import probe
@@ -243,3 +247,119 @@ def test_the_case_of_the_second_that_was_misread(real_clips: Path) -> None:
     assert info.gap_between(3, 10) is None
     with pytest.raises(UnreadableMedia, match=r"damaged from 10\.50 s"):
         read_frames(info.path, info, [3, 10.7])
+
+
+def cut_cells(path: Path, frame: int) -> Path:
+    """Lose the transport packets of one frame, as a bad reception does."""
+    at, size, _ = next(p for p in packets(path) if p[2] == frame)
+    data = path.read_bytes()
+    out = path.with_name("lost.ts")
+    out.write_bytes(data[:at] + data[at + 188 * -(-size // 160) :])
+    return out
+
+
+def doubled(path: Path, at: int) -> Path:
+    """Two frames with one timestamp."""
+    frames = np.full((SECONDS * FPS, 48, 64, 3), 90, np.uint8)
+    frames[at - 1], frames[at] = 30, 200
+    times = [i * 1024 if i != at else (at - 1) * 1024 for i in range(len(frames))]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=FPS)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.options = {"g": "1"}
+        stream.codec_context.time_base = Fraction(1, 10240)
+        for picture, time in zip(frames, times, strict=True):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                packet.pts = packet.dts = time
+                packet.time_base = Fraction(1, 10240)
+                container.mux_one(packet)
+    return path
+
+
+def irregular(folder: Path, kind: str) -> Path:
+    """Write a file with one irregularity that its packets show."""
+    options = {**KINDS["plain.mp4"][1]}
+    if kind == "lost cells":
+        return cut_cells(by_second(folder / "a.ts", options=options), 43)
+    if kind == "no key frame first":
+        path = by_second(folder / "a.ts", options=options)
+        start = next(at for at, _, number in packets(path) if number == 4)
+        head = path.read_bytes()[: 188 * 3]
+        (folder / "headless.ts").write_bytes(head + path.read_bytes()[start:])
+        return folder / "headless.ts"
+    if kind == "cut short":
+        path = folder / "a.mp4"
+        good = by_second(folder / "b.mp4", options=options)
+        with av.open(str(good)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux_one(packet)
+        at, size, _ = packets(path)[66]
+        path.write_bytes(path.read_bytes()[: at + size // 2])
+        return path
+    assert kind == "one timestamp twice"
+    return doubled(folder / "a.mkv", 40)
+
+
+@pytest.mark.parametrize("kind", ["lost cells", "no key frame first", "cut short", "one timestamp twice"])
+def test_one_irregularity_of_a_long_file_costs_a_few_frames(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timeline is that of a full decode, although only the piece around the irregularity is decoded."""
+    path = irregular(tmp_path, kind)
+    whole = probe(path)
+    assert whole.verified
+    assert whole.notes
+    decoded: list[int] = []
+    walk = probe_module.walk_frames
+
+    def counted(*given: Any) -> Iterator[Any]:
+        for walked in walk(*given):
+            decoded.append(1)
+            yield walked
+
+    monkeypatch.setattr(probe_module, "walk_frames", counted)
+    monkeypatch.setattr(probe_module, "DECODE_UP_TO", 0)
+    part = probe(path)
+    assert not part.verified
+    assert len(decoded) <= 2 * GOP + 4
+    assert (part.pts, part.origin) == (whole.pts, whole.origin)
+    assert [(g.before, g.start, g.stop) for g in part.gaps] == [(g.before, g.start, g.stop) for g in whole.gaps]
+    assert part.key_pts
+    every = read_indices(path, whole, range(whole.frames))
+    some = sorted({*range(0, part.frames, 7), part.frames - 1, 38, 39, 40, 41, 42})
+    assert np.array_equal(read_indices(path, part, some), every[some])
+
+
+def test_a_long_file_whose_clock_jumps_back_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = KINDS["plain.mp4"][1]
+    first, second = (
+        by_second(tmp_path / "a.ts", options=options),
+        by_second(tmp_path / "b.ts", options=options, seconds=3),
+    )
+    path = tmp_path / "both.ts"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    monkeypatch.setattr(probe_module, "DECODE_UP_TO", 0)
+    assert probe(path).jumps_back
+    assert probe(path).frames == 80
+
+
+def test_the_time_limit_counts_from_the_last_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1000))
+    clock = [0.0]
+    monkeypatch.setattr(opening.time, "monotonic", lambda: clock[0])
+    beats: list[float] = []
+    limit = opening.Deadline(path, 10, renewed=True, beat=lambda: beats.append(clock[0]))
+    fixed = opening.Deadline(path, 10)
+    for clock[0] in (9.0, 18.0, 27.0):
+        limit.advance(100)
+    assert beats == [9.0, 18.0, 27.0]
+    with pytest.raises(UnreadableMedia, match="exceeded the time limit of 10 s"):
+        fixed.advance(100)
+    limit.advance(opening.PASSES * 1000)  # more than the file has: no progress
+    clock[0] = 38.0
+    with pytest.raises(UnreadableMedia, match="made no progress for 10 s"):
+        limit.advance(1)

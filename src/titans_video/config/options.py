@@ -58,6 +58,8 @@ class DataOptions:
     """Reject clips that would be enlarged by more than this factor."""
     max_bad: Annotated[float, SHARE] = 0.5
     """Stop if more than this share of the rows is unusable."""
+    file_timeout: Annotated[float, Range(above=0)] = 60.0
+    """Give up a file after this many seconds without progress while it is checked."""
     num_workers: Annotated[int, Range(least=0)] = 0
     """Processes that read clips ahead (0: read in the training process)."""
     ram_cache_mb: Annotated[int, Range(least=0)] = 1024

@@ -50,7 +50,7 @@ REASONS: dict[str, str] = {
     "unsupported-colour": "a colour space that cannot be read faithfully",
     "unsupported-alpha": "transparency that cannot be read",
     "changed": "the file is no longer what was scanned",
-    "timeout": "reading took longer than the time limit of one file",
+    "timeout": "reading the file made no progress for --file-timeout seconds",
     "crashed": "reading the file ended the process that read it",
     "too-short": "fewer frames than the smallest bucket needs",
     "too-slow": "far fewer frames a second than --fps asks for",

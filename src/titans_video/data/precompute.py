@@ -26,7 +26,6 @@ from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition
 
-DIGEST_SECONDS = 1800.0  # the time limit for hashing one file
 OVERFLOW_REMEDY = "In fp16 they overflow: pass --vae-dtype bf16, --text-dtype bf16 and --llm-dtype bf16."
 
 
@@ -150,7 +149,7 @@ def find_digests(data: VideoDataset, *, progress: bool = False) -> dict[Path, st
     """Return the SHA-256 of every file that a key needs, remembered by size and modification time."""
     jobs: list[Job] = [("digest", e.row.video) for e in data.records]
     jobs += [("digest", path) for e in data.records if (path := _own_image(e, data)) is not None]
-    found = run_cached_jobs(jobs, progress=progress, seconds=DIGEST_SECONDS)
+    found = run_cached_jobs(jobs, data.options.file_timeout, progress=progress)
     return {path: digest if isinstance(digest, Failed) else str(digest) for (_, path), digest in found.items()}
 
 

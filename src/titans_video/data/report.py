@@ -24,9 +24,10 @@ from titans_video.data.reader import ClipRecord
 from titans_video.data.scan import usable_cores
 from titans_video.errors import ConfigError
 from titans_video.files import make_folder, write_text
+from titans_video.media.colour import Pixels, cover_crop
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.plots import data_url, html_text, numbers, page
-from titans_video.media.reading import read_clip
+from titans_video.media.reading import iterate
 from titans_video.types import CodecSpec
 
 QUARANTINE = "quarantine.jsonl"
@@ -147,7 +148,9 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-MAX_STRIPS = 2000  # rows with a thumbnail strip; a browser would not open a longer page
+MAX_LISTED = 2000  # rows that are left out, and dots in a plot; a browser would not open a longer page
+MAX_SHOWN = 200  # usable rows that are shown, with their frames
+ROWS_PER_READ = 25
 STRIP_FRAMES, STRIP_HEIGHT = 4, 64
 WIDEST = 3.2  # width over height at the edge of the plot
 COLOURS = ("#3b7dd8", "#d9792b", "#3d9a5f", "#b2489b", "#c2a01c", "#5d6bc4", "#c6453f", "#2a9aa6")
@@ -174,7 +177,7 @@ def write_html(
         plans: by row id, of every usable row.
         remarks: for the top of the page, in addition to those of the data.
     """
-    strips = _strips(data.records[:MAX_STRIPS], plans, progress)
+    strips = _strips(shown_rows(data.records), plans, progress)
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
@@ -189,25 +192,61 @@ def write_html(
     write_text(path, page("Data report", body, STYLE))
 
 
+def shown_rows(records: Sequence[ClipRecord]) -> Sequence[ClipRecord]:
+    """Return the usable rows that the report shows: all, or `MAX_SHOWN` spread evenly over the manifest."""
+    if len(records) <= MAX_SHOWN:
+        return records
+    return [records[i * len(records) // MAX_SHOWN] for i in range(MAX_SHOWN)]
+
+
 def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
-    """Return for each row a few of the frames that training will read, cropped the same way, as a data URL."""
+    """Return for each row a few of the frames that training will read, cropped the same way, as a data URL.
 
-    def strip(record: ClipRecord) -> tuple[str, str]:
-        plan = plans[record.row.id]
-        width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
-        picks = np.linspace(0, len(plan.indices) - 1, min(STRIP_FRAMES, len(plan.indices))).round().astype(int)
-        wanted = [plan.indices[i] for i in picks]
-        try:
-            frames = read_clip(record.row.video, record.info(), wanted, STRIP_HEIGHT, width, plan.crop)
-        except (UnreadableMedia, *DECODING_ERRORS) as e:
-            return record.row.id, f"!{e}"
-        written = io.BytesIO()
-        Image.fromarray(np.concatenate(list(frames), axis=1)).save(written, "JPEG", quality=80)
-        return record.row.id, data_url(written.getvalue(), "image/jpeg")
+    The rows of a file are read together, because opening a long file takes longer than reading a few frames of it.
+    """
+    groups: list[list[ClipRecord]] = []
+    for record in sorted(records, key=lambda e: (str(e.row.video), plans[e.row.id].indices[0])):
+        if not groups or len(groups[-1]) == ROWS_PER_READ or groups[-1][0].row.video != record.row.video:
+            groups.append([])
+        groups[-1].append(record)
+    found: dict[str, str] = {}
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        Progress("thumbnails", "row", len(records), show=progress, delay=1) as bar,
+    ):
+        for strips in pool.map(lambda group: _strips_of_file(group, plans), groups):
+            found |= strips
+            bar.update(len(strips))
+    return found
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        bar = Progress("thumbnails", "row", len(records), show=progress, delay=1.0)
-        return dict(bar.each(pool.map(strip, records)))
+
+def _strips_of_file(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan]) -> dict[str, str]:
+    """Return the strips of rows of one file; if one cannot be read, the others are read without it."""
+    info = records[0].info()
+    picked: dict[str, list[int]] = {}
+    pictures: dict[str, dict[int, Pixels]] = {}
+    for record in records:
+        indices = plans[record.row.id].indices
+        picks = np.linspace(0, len(indices) - 1, min(STRIP_FRAMES, len(indices))).round().astype(int)
+        picked[record.row.id], pictures[record.row.id] = [indices[i] for i in picks], {}
+    try:
+        for number, image in iterate(records[0].row.video, info, {i for wanted in picked.values() for i in wanted}):
+            for name, wanted in picked.items():
+                if number in wanted:
+                    plan = plans[name]
+                    width = max(round(STRIP_HEIGHT * plan.bucket.width / plan.bucket.height), 1)
+                    pictures[name][number] = cover_crop(image[None], STRIP_HEIGHT, width, plan.crop)[0]
+    except (UnreadableMedia, *DECODING_ERRORS) as e:
+        if len(records) > 1:
+            return {name: strip for record in records for name, strip in _strips_of_file([record], plans).items()}
+        return {records[0].row.id: f"!{e}"}
+    return {name: _as_jpeg([pictures[name][i] for i in wanted]) for name, wanted in picked.items()}
+
+
+def _as_jpeg(frames: Sequence[Pixels]) -> str:
+    written = io.BytesIO()
+    Image.fromarray(np.concatenate(frames, axis=1)).save(written, "JPEG", quality=80)
+    return data_url(written.getvalue(), "image/jpeg")
 
 
 def _numbers(data: VideoDataset) -> str:
@@ -248,7 +287,7 @@ def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
     order = [name for name, _ in Counter(str(e.bucket) for e in data.records).most_common()]
     points = [
         (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
-        for e in data.records[:MAX_STRIPS]
+        for e in data.records[:MAX_LISTED]
         for p in [plans[e.row.id]]
     ]
     if not points:
@@ -314,15 +353,16 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
         '<div class="small">'
         f"{html_text(q.row.id)}<br>{html_text(q.row.where())}</div><td>{html_text(q.detail)}"
         f'<td class="small">{html_text(q.row.caption)}</tr>'
-        for q in quarantined[:MAX_STRIPS]
+        for q in quarantined[:MAX_LISTED]
     ]
     return "".join([*parts, "</table>"])
 
 
 def _rows(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
-    shown = f", the first {MAX_STRIPS} of them" if len(records) > MAX_STRIPS else ""
+    rows = shown_rows(records)
+    shown = f", {len(rows)} of them shown; {PLAN} lists all" if len(rows) < len(records) else ""
     parts = [f"<h2>Usable ({len(records)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
-    for e in records[:MAX_STRIPS]:
+    for e in rows:
         plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
         image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else html_text(strip[1:])
         notes = "".join(f"<br>{html_text(note)}" for note in info.notes)

@@ -1,8 +1,8 @@
 """The scan: every row of a manifest ends in a bucket or in the quarantine, with a reason.
 
-Files are probed in separate processes with a time limit each. A file that hangs or crashes a decoder costs one process,
-which is replaced, and never the run. Results are remembered by the file's size and modification time in the user's
-cache folder: all runs on a data set share them, and data folders may be read-only.
+Files are probed in separate processes, with a limit on the time without progress. A file that hangs or crashes a
+decoder costs one process, which is replaced, and never the run. Results are remembered by the file's size and
+modification time in the user's cache folder: all runs on a data set share them, and data folders may be read-only.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from titans_video.config.options import DataOptions
 from titans_video.console import Progress
@@ -26,7 +27,7 @@ from titans_video.data.manifest import Row
 from titans_video.data.reader import ClipRecord
 from titans_video.data.sampler import TaskMix, uses_cond_image
 from titans_video.files import write_text
-from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
+from titans_video.media.opening import DECODING_ERRORS, Deadline, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_picture
 from titans_video.processes import Failure, Worker, WorkerDied
@@ -58,7 +59,7 @@ def run_jobs(
         jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, what is special about a readable image, the
             SHA-256 of the content.
         workers: number of processes.
-        seconds: the time limit of one job.
+        seconds: the longest time of one job without progress.
     Raises:
         RuntimeError: a job failed for a reason that is not in its file, with the traceback.
     """
@@ -100,18 +101,24 @@ class _Worker(Worker):
     """A process and its current job."""
 
     def __init__(self, seconds: float, grace: float, others: Sequence[Worker]) -> None:
-        super().__init__(partial(_run_job, seconds), others)
-        self.seconds, self.grace, self.end = seconds, grace, 0.0
+        self.last_progress = RawValue("d", 0.0)  # in shared memory
+        super().__init__(partial(_run_job, seconds, self.last_progress), others)
+        self.seconds, self.grace = seconds, grace
         self.job: Job = ("", Path())
 
+    @property
+    def end(self) -> float:
+        """When the process is killed if there is no more progress."""
+        return float(self.last_progress.value) + self.seconds + self.grace
+
     def start(self, job: Job) -> None:
-        self.job, self.end = job, time.monotonic() + self.seconds + self.grace
+        self.job, self.last_progress.value = job, time.monotonic()
         self.send(job)
 
     def result(self, late: bool) -> bytes | str | Failed:
         if late:
             self.kill()
-            return Failed("timeout", f"not finished after {self.seconds + self.grace:g} s; its process was killed.")
+            return Failed("timeout", f"no progress for {self.seconds + self.grace:g} s; its process was killed.")
         try:
             found: bytes | str | Failed | Failure = self.receive()
         except WorkerDied as e:
@@ -121,10 +128,20 @@ class _Worker(Worker):
         return found
 
 
-def _run_job(seconds: float, job: Job) -> bytes | str | Failed:
+class Limit(NamedTuple):
+    """The time limit of a job, and what to call when it makes progress."""
+
+    seconds: float
+    beat: Callable[[], None]
+
+
+def _run_job(seconds: float, last_progress: Any, job: Job) -> bytes | str | Failed:
+    def beat() -> None:
+        last_progress.value = time.monotonic()
+
     kind, path = job
     try:
-        return _KINDS[kind](path, seconds)
+        return _KINDS[kind](path, Limit(seconds, beat))
     except UnreadableMedia as e:
         return Failed(e.reason, e.explanation)
     except FileNotFoundError:
@@ -135,24 +152,29 @@ def _run_job(seconds: float, job: Job) -> bytes | str | Failed:
         return Failed("damaged", f"{type(e).__name__}: {e}")
 
 
-def _probe(path: Path, seconds: float) -> bytes:
-    return pack(probe(path, seconds=seconds))
+def _probe(path: Path, limit: Limit) -> bytes:
+    return pack(probe(path, seconds=limit.seconds, beat=limit.beat))
 
 
-def _image(path: Path, seconds: float) -> str:
-    return read_picture(path, seconds=seconds).reading
+def _image(path: Path, limit: Limit) -> str:
+    return read_picture(path, seconds=limit.seconds).reading
 
 
-def _file_digest(path: Path, seconds: float) -> str:
+def _file_digest(path: Path, limit: Limit) -> str:
     """Return the SHA-256 of a file's content."""
+    deadline, digest = Deadline(path, limit.seconds, renewed=True, beat=limit.beat), hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(DIGEST_BLOCK):
+            deadline.advance(len(block))
+            digest.update(block)
+    return digest.hexdigest()
 
 
-_KINDS: dict[str, Callable[[Path, float], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
+DIGEST_BLOCK = 2**20
+_KINDS: dict[str, Callable[[Path, Limit], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
 PROBE_VERSION = 4  # raise it when probing the same file would give another result
-FILE_SECONDS = 60.0
 JOBS_PER_WORKER = 8
+AGAIN = "This is the result of an earlier scan; a larger --file-timeout tries the file again."
 JobResult = bytes | str | Failed
 
 
@@ -174,14 +196,12 @@ def scan_rows(
     *,
     workers: int | None = None,
     progress: bool = False,
-    seconds: float = FILE_SECONDS,
 ) -> Scan:
     """Probe every file and plan every row.
 
     Args:
         workers: number of processes; None means as many as cores and work allow.
         progress: show a bar if it takes more than a moment.
-        seconds: the time limit of one file.
     Raises:
         ConfigError: the bucket flags cannot be used.
         DataError: no file can be read.
@@ -191,7 +211,7 @@ def scan_rows(
     wanted = [row for row in rows if _has_caption(row, options)]
     jobs: list[Job] = [("probe", row.video) for row in wanted]
     jobs += [("image", row.cond_image) for row in wanted if row.cond_image is not None and uses_cond_image(row, mix)]
-    found = run_cached_jobs(jobs, workers=workers, progress=progress, seconds=seconds)
+    found = run_cached_jobs(jobs, options.file_timeout, workers=workers, progress=progress)
     if table is None:
         table = make_table(options, spec, patch_size, _first_size(rows, found))
     records: list[ClipRecord] = []
@@ -248,14 +268,18 @@ def _scan_row(
 
 
 def run_cached_jobs(
-    jobs: Iterable[Job], *, workers: int | None = None, progress: bool = False, seconds: float = FILE_SECONDS
+    jobs: Iterable[Job], seconds: float, *, workers: int | None = None, progress: bool = False
 ) -> dict[Job, JobResult]:
     """Run the jobs that no earlier scan ran on the same unchanged files, and remember the results.
 
-    Failures are remembered too, except those that may be temporary: a time limit, a crash, a missing file.
+    Failures are remembered too, except those that may be temporary: a crash, a missing file. A file that took too long
+    is only tried again with a longer limit.
+
+    Args:
+        seconds: the longest time of one job without progress.
     """
     wanted = list(dict.fromkeys(jobs))
-    cache = JobCache(wanted)
+    cache = JobCache(wanted, seconds)
     found = {job: cache.get(job) for job in wanted}
     todo = [job for job in wanted if found[job] is None]
     if todo:
@@ -275,9 +299,11 @@ class JobCache:
 
     Args:
         jobs: of one data set; the folders of their paths identify it.
+        seconds: the time limit; a failure to meet a shorter one is not a result.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], seconds: float) -> None:
+        self.seconds = seconds
         folders = sorted({str(path.parent) for _, path in jobs})
         name = hashlib.sha256("\n".join(folders[:100]).encode()).hexdigest()[:16]
         self.path = cache_folder() / "scans" / f"{name}.json"
@@ -295,7 +321,9 @@ class JobCache:
         if not isinstance(stored, dict) or stored.get("stamp") != _stamp(path):
             return None
         if "reason" in stored:
-            return Failed(stored["reason"], stored["detail"])
+            if stored["reason"] == "timeout" and not stored.get("seconds", 0.0) >= self.seconds:
+                return None
+            return Failed(stored["reason"], stored.get("detail", ""))
         value = str(stored.get("value", ""))
         if kind != "probe":
             return value
@@ -307,10 +335,13 @@ class JobCache:
 
     def put(self, job: Job, result: JobResult) -> None:
         stamp = _stamp(job[1])
-        if stamp is None or (isinstance(result, Failed) and result.reason in ("timeout", "crashed", "missing")):
+        if stamp is None or (isinstance(result, Failed) and result.reason in ("crashed", "missing")):
             return
+        value: dict[str, Any]
         if isinstance(result, Failed):
             value = {"reason": result.reason, "detail": result.detail}
+            if result.reason == "timeout":
+                value |= {"seconds": self.seconds, "detail": f"{result.detail} {AGAIN}"}
         else:
             value = {"value": result.decode() if isinstance(result, bytes) else result}
         self.files[_name(job)] = {"stamp": stamp, **value}

@@ -92,25 +92,29 @@ class UnreadableMedia(DataError):
 
 
 class Deadline:
-    """Limit the time without progress on one file, so that a long file may take long but a stalled one may not.
-
-    Progress is data that was read, up to a few times the file's size: an index that names the same bytes again and
-    again gets no more time.
+    """Limit the time spent on one file.
 
     Args:
         path: of the file.
-        seconds: the longest time without progress.
+        seconds: the time limit.
+        renewed: it limits the time without progress, so that a long file may take long but a stalled one may not.
+            Progress is data that was read, up to a few times the file's size: an index that names the same bytes again
+            and again gets no more time.
         beat: called at most once a second while there is progress.
     """
 
-    def __init__(self, path: Path, seconds: float, beat: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, seconds: float, *, renewed: bool = False, beat: Callable[[], None] | None = None
+    ) -> None:
         self.path, self.seconds, self.end = path, seconds, time.monotonic() + seconds
-        self._beat, self._last_beat = beat, time.monotonic()
+        self._renewed, self._beat, self._last_beat = renewed, beat, time.monotonic()
         self._bytes, self._most = 0, 0
 
     def check(self) -> None:
-        if time.monotonic() > self.end:
-            raise UnreadableMedia("timeout", self.path, f"reading made no progress for {self.seconds:g} s.")
+        if time.monotonic() <= self.end:
+            return
+        what = "made no progress for" if self._renewed else "exceeded the time limit of"
+        raise UnreadableMedia("timeout", self.path, f"reading {what} {self.seconds:g} s.")
 
     def advance(self, size: int) -> None:
         """Record that `size` bytes were read.
@@ -119,6 +123,8 @@ class Deadline:
             UnreadableMedia: the time had run out before.
         """
         self.check()
+        if not self._renewed:
+            return
         self._bytes += size
         self._most = self._most or PASSES * self.path.stat().st_size
         if self._bytes > self._most:

@@ -52,7 +52,7 @@ def probe(
         UnreadableMedia: the file cannot be used; `.reason` is one of `REASONS`.
     """
     path = Path(path)
-    deadline = Deadline(path, seconds, beat)
+    deadline = Deadline(path, seconds, renewed=True, beat=beat)
     status = check_file(path)
     still = read_still(path, deadline)
     if still is not None:

@@ -45,7 +45,7 @@ def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, 
     Args:
         path: the file that `info` was probed from.
         times: seconds from the file's first frame, in any order, repeats allowed.
-        seconds: the time limit without progress.
+        seconds: the time limit.
     Returns:
         uint8 (T, H, W, 3): RGB, upright, square pixels, `info.height` x `info.width`.
     Raises:
