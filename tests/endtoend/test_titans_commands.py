@@ -9,6 +9,7 @@ import torch
 
 from tests import factories, processes
 from tests.endtoend.test_sora_commands import _leaves, frames_of, metrics
+from tests.unit.disks import full_disk
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.config.options import TitansOptions
@@ -58,6 +59,19 @@ def test_a_video_is_stopped_and_gone_on_with(trained: Path, tmp_path: Path) -> N
     whole, a, b = (pictures(tmp_path / name) for name in ("whole", "a", "b"))
     assert len(whole) == 20
     assert a + b == whole
+
+
+def test_a_full_disk_while_the_memory_is_saved(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(3000):  # the video fits
+        assert (
+            generate(trained, f"--num-frames 8 --memory-out {tmp_path / 'm.safetensors'} --out {tmp_path / 'a'}") == 2
+        )
+    error = capsys.readouterr().err
+    assert f"Error: {tmp_path / 'm.safetensors'} cannot be written: File too large (" in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("*m.safetensors*"))
 
 
 def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, write_clip
+from tests.unit.disks import full_disk
 from titans_video.codecs.base import IdentityCodec
 from titans_video.codecs.external import load_external
 from titans_video.config.options import CodecOptions, DataOptions, TextOptions
@@ -377,6 +378,18 @@ def test_an_encoding_of_an_earlier_version_that_is_not_finite_is_left_out_in_tra
     stream = filled.data.stream(cache=filled.cache)
     assert "row7" not in {next(stream).ids[0] for _ in range(16)}
     assert {(b.id, b.reason) for b in stream.bad_rows.records.values()} == {("row7", "not-finite")}
+
+
+@pytest.mark.parametrize("size", [0, 600])
+def test_a_cache_on_a_full_disk(tmp_path: Path, size: int) -> None:
+    data = opened(make_set(tmp_path / "set", rows=2, wide=0))
+    with (
+        full_disk(size),
+        pytest.raises(DataError, match=r"cache .*cache cannot be filled: .*safetensors cannot be wri"),
+    ):
+        fill_cache(data, tmp_path / "cache", encoders(), progress=False)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert fill_cache(data, tmp_path / "cache", encoders(), progress=False).made
 
 
 def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.unit.disks import full_disk
 from tests.unit.test_layers import FILES
 from titans_video import files
+from titans_video.cli.main import main
 from titans_video.errors import UserError, WriteError
 from titans_video.media.plots import loss_curve
 from titans_video.media.sheets import contact_sheet
@@ -173,6 +174,17 @@ def test_an_unfinished_stream_can_be_watched_after_a_full_disk(tmp_path: Path) -
     with full_disk(writer.partial.stat().st_size), pytest.raises(WriteError), writer:
         writer.write(NOISE)
     assert [p.name for p in tmp_path.iterdir()] == ["a.partial.mp4"]
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_a_data_set_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int) -> None:
+    with full_disk(size):
+        assert main(["data", "mock", "--out", str(tmp_path / "mock"), "--clips", "2"]) == 2
+    error = capsys.readouterr().err
+    assert f"Error: {tmp_path / 'mock'}" in error
+    assert "cannot be written: File too large (" in error
+    assert not (tmp_path / "mock" / "manifest.jsonl").exists()
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
 
 
 WRITING = {"write_text", "write_bytes", "mkdir", "savefig", "save_file", "save_pretrained", "copytree", "copyfile"}

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests import factories
+from tests.unit.disks import full_disk
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from titans_video import checkpoint as checkpoints
 from titans_video.cli.main import main
@@ -224,3 +225,14 @@ def test_export_without_encoders_and_wrong_words(checkpoint, tmp_path, capsys):
     for words in ([], [checkpoint], [checkpoint, str(out)], [checkpoint, str(tmp_path / "b"), "c"]):
         assert main(["export", *words]) == 2
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_an_export_to_a_full_disk(checkpoint, tmp_path, capsys, size):
+    """Before the first byte, and within the weights."""
+    with full_disk(size):
+        assert main(["export", checkpoint, str(tmp_path / "out"), "--no-encoders"]) == 2
+    error = capsys.readouterr().err
+    assert f"Error: {tmp_path / 'out'}/model.safetensors cannot be written: File too large (" in error
+    assert "Traceback" not in error
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
