@@ -29,6 +29,8 @@ NAMED_ROWS = 8
 """Rows that a message names."""
 SPIKE_WARMUP = 50
 """Good steps before a loss can be a spike."""
+EXPLODED = 1e4
+"""An update that multiplies the loss of its own rows by this much has damaged the weights."""
 SPIKE_DEVIATIONS = 6.0
 SPIKE_FACTOR = 1.5
 SPIKE_MEMORY = 0.98

@@ -133,3 +133,12 @@ class Stream(Protocol):
         Raises:
             DataError: too few rows are left.
         """
+
+
+def generate_command(recipe: Recipe, weights: Path) -> list[str]:
+    """Return the words of a command that makes a video with weights of a run."""
+    command = ["titans-video", "generate", "--checkpoint", str(weights)]
+    if recipe.adapter:
+        command = recipe.adapter.sample_command(weights)
+    prompt = ["--prompt", recipe.sample_prompt] if recipe.sample_prompt else []
+    return [*command, *recipe.sample_flags, *prompt, "--out", "out.mp4"]

@@ -7,6 +7,7 @@ divided into micro-batches and processes.
 
 import contextlib
 import logging
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from titans_video.training import distributed
 from titans_video.training.checkpointing import Checkpointer, Resume, load_weights
 from titans_video.training.flops import device_peak
 from titans_video.training.guards import (
+    EXPLODED,
     DivergedError,
     Event,
     Guard,
@@ -38,7 +40,7 @@ from titans_video.training.guards import (
 )
 from titans_video.training.metrics import Recorder, StepResult, task_sums, work_of
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
-from titans_video.training.recipe import Recipe, Stream
+from titans_video.training.recipe import Recipe, Stream, generate_command
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
 from titans_video.training.sharded_state import reshard
@@ -104,6 +106,7 @@ class Trainer:
         self.peak = device_peak(accelerator.device, precision) if accelerator.is_main_process else None
         self.step = 0
         self.last_checkpoint: Path | None = None
+        self.probe: tuple[Batch, Tensor] | None = None  # rows of the last good step, and their loss in it
         self.guard = Guard()
         network = recipe.network
         if resume:
@@ -243,6 +246,7 @@ class Trainer:
             settling = scaler is not None and scaler.get_scale() > 1
             status = self.guard.judge(loss_sum / elements, grad_norm, settling)
             if status == "good":
+                self.probe = micro[-1], losses[-1].sum()
                 self.optimizer.step()
                 if self.ema:
                     self.ema.update(self.step)
@@ -338,7 +342,7 @@ class Trainer:
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
         """Write a checkpoint; on every process. A failure to write ends the run only if it is fatal.
 
-        While steps are being skipped the weights may be damaged, so the last good checkpoint stays the newest.
+        Weights that may be damaged are not saved, so the last good checkpoint stays the newest.
 
         Args:
             recorder: of the main process. Its lines must be on the disk before the checkpoint is.
@@ -346,24 +350,10 @@ class Trainer:
             fatal: no later checkpoint can replace this one.
         Raises:
             CheckpointError: the checkpoint could not be written, and that is fatal.
-            DivergedError: the weights or the state of the optimizer are not finite, or the last steps of the run were
-                skipped.
+            DivergedError: as `_is_damaged`.
         """
-        if self.guard.bad_in_a_row:
-            text = (
-                f"The checkpoint of step {self.step} is not written, because the last {self.guard.bad_in_a_row} steps "
-                f"were skipped. {advice(self.last_checkpoint)}"
-            )
-            if fatal:
-                raise DivergedError(text)
-            if recorder:
-                logger.warning(text)
+        if self._is_damaged(fatal):
             return
-        if names := self.checkpointer.non_finite():
-            raise DivergedError(
-                f"The checkpoint of step {self.step} is not written, because it has values that are not finite: "
-                f"{few(names)}. {advice(self.last_checkpoint)}"
-            )
         rest = {
             **self.about,
             "stream": self.stream.state_dict(),
@@ -386,6 +376,39 @@ class Trainer:
             return
         if recorder:
             recorder.draw_curve(always=last)
+
+    def _is_damaged(self, fatal: bool) -> bool:
+        """Check whether the weights may be damaged, and log the reason; on every process.
+
+        Raises:
+            DivergedError: they are, and this is `fatal`, or values are not finite, which no later step can change.
+        """
+        reason = ""
+        if self.guard.bad_in_a_row:
+            reason = f"steps are being skipped ({self.guard.bad_in_a_row} in a row)."
+        elif names := self.checkpointer.non_finite():
+            reason, fatal = f"it has values that are not finite: {few(names)}.", True
+        elif not self._is_last_update_good():
+            reason = "the last update of the weights makes the loss of the same rows explode."
+        if not reason:
+            return False
+        text = f"The checkpoint of step {self.step} is not written, because {reason}"
+        if fatal:
+            raise DivergedError(f"{text} {advice(self.last_checkpoint)}")
+        if self.accelerator.is_main_process:
+            logger.warning(f"{text} The last good checkpoint is {self.last_checkpoint or 'missing'}.")
+        return True
+
+    def _is_last_update_good(self) -> bool:
+        """Check that the rows of the last good step still have a finite loss, about as large as before its update."""
+        if self.probe is None:
+            return True
+        batch, before = self.probe[0], float(self.probe[1])
+        with torch.no_grad():
+            loss = float(self.recipe.loss(self.model, batch).sum())
+        reshard(self.network)
+        good = math.isfinite(loss) and loss <= EXPLODED * max(before, 1e-6)
+        return all(distributed.all_gather_object(self.accelerator, good))
 
     def _restore(self, resume: Resume) -> None:
         self.step, self.last_checkpoint = resume.step, resume.folder
@@ -417,12 +440,5 @@ class Trainer:
             logger.info(f"Trained to step {self.step}.")
         logger.info("\n".join(list_files(self.run_folder, newest)))
         logger.info(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
-        recipe, prompt = self.recipe, self.recipe.sample_prompt
-        last = weights_of(self.run_folder, newest)
-        if last is None:
-            return
-        command = ["titans-video", "generate", "--checkpoint", str(last.absolute())]
-        if recipe.adapter:
-            command = recipe.adapter.sample_command(last.absolute())
-        command += [*recipe.sample_flags, *(["--prompt", prompt] if prompt else []), "--out", "out.mp4"]
-        logger.info(f"Generate a video:\n  {shlex.join(command)}")
+        if last := weights_of(self.run_folder, newest):
+            logger.info(f"Generate a video:\n  {shlex.join(generate_command(self.recipe, last.absolute()))}")
