@@ -9,6 +9,7 @@ HDR is tone-mapped so that it matches SDR clips: BT.2100 PQ or HLG to light, BT.
 of BT.1886.
 """
 
+from fractions import Fraction
 from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
@@ -73,10 +75,14 @@ class FrameReader:
     def __init__(self, info: VideoInfo, profile: bytes = b"") -> None:
         self.info, self._profile = info, profile
         self._scaler = VideoReformatter()
+        self._cropper: Graph | None = None
 
     def __call__(self, frame: VideoFrame) -> Pixels:
         """Return uint8 (height, width, 3): square pixels, upright, BT.709 SDR, black where transparent."""
         colour, alpha = self.info.colour, has_alpha(frame, self.info.codec)
+        rest = self.info.crop
+        if rest != Crop():
+            frame, rest = self._cut(frame)
         if colour.primaries != "bt709" or colour.transfer != "sdr":
             codes = self._convert(frame, "gbrap16le" if alpha else "gbrp16le")
             image = to_sdr(codes[..., :3], colour)
@@ -88,12 +94,35 @@ class FrameReader:
             image = to_srgb(image, self._profile)
         if alpha:
             image = on_black(np.concatenate([image, opacity.astype(np.uint8)], axis=-1))
-        crop = self.info.crop
-        if crop != Crop():
+        if self.info.crop != Crop():
             height, width = image.shape[:2]
-            image = np.ascontiguousarray(image[crop.top : height - crop.bottom, crop.left : width - crop.right])
+            image = np.ascontiguousarray(image[rest.top : height - rest.bottom, rest.left : width - rest.right])
             image = self._stretch(image)
         return turn(image, self.info.orientation)
+
+    def _cut(self, frame: VideoFrame) -> tuple[VideoFrame, Crop]:
+        """Crop a decoded frame in whole samples of chroma, so that none of it blends with hidden pixels.
+
+        Returns:
+            The frame, and the pixels that remain to be cropped.
+        """
+        crop, kind = self.info.crop, frame.format
+        across, down = 64 // kind.chroma_width(64), 64 // kind.chroma_height(64)
+        rest = Crop(crop.left % across, crop.top % down, crop.right % across, crop.bottom % down)
+        left, top = crop.left - rest.left, crop.top - rest.top
+        if self._cropper is None:
+            width = frame.width - left - (crop.right - rest.right)
+            height = frame.height - top - (crop.bottom - rest.bottom)
+            self._cropper = Graph()
+            source = self._cropper.add_buffer(
+                width=frame.width, height=frame.height, format=kind, time_base=frame.time_base or Fraction(1, 25)
+            )
+            cropper = self._cropper.add("crop", f"{width}:{height}:{left}:{top}:exact=1")
+            source.link_to(cropper)
+            cropper.link_to(self._cropper.add("buffersink"))
+            self._cropper.configure()
+        self._cropper.vpush(frame)
+        return self._cropper.vpull(), rest
 
     def _stretch(self, image: Pixels) -> Pixels:
         """Give a cropped image square pixels."""
@@ -110,8 +139,8 @@ class FrameReader:
         colour = self.info.colour
         return self._scaler.reformat(
             frame,
-            width=self.info.square_width if self.info.crop == Crop() else self.info.stored_width,
-            height=self.info.stored_height,
+            width=self.info.square_width if self.info.crop == Crop() else frame.width,
+            height=frame.height,
             format=format,
             src_colorspace=_MATRIX[colour.matrix],
             src_color_range=ColorRange.JPEG if colour.full_range else ColorRange.MPEG,
@@ -182,7 +211,7 @@ def to_srgb(image: Pixels, profile: bytes) -> Pixels:
         return image
     mode = transform.input_mode
     source = Image.fromarray(np.ascontiguousarray(image if mode == "RGB" else image[..., 0]), mode)
-    return np.asarray(ImageCms.applyTransform(source, transform))
+    return np.array(ImageCms.applyTransform(source, transform))  # writable, unlike Pillow's own
 
 
 @lru_cache(maxsize=16)
