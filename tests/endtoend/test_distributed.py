@@ -322,7 +322,7 @@ def test_one_process_dies_and_the_run_ends_and_resumes(tmp_path: Path, rank: int
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_saves(tmp_path: Path, number: signal.Signals) -> None:
-    words = small(tmp_path, "--max-steps", 2000, "--save-every", 1000, "--log-every", 1)
+    words = small(tmp_path, "--max-steps", 2000, "--save-every", 1000, "--log-every", 1, "--num-workers", 2)
     launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(REPOSITORY / "configs/accelerate/cpu2.yaml"), str(SCRIPT), *words]
     launcher = subprocess.Popen([sys.executable, *launch], cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE)

@@ -1,5 +1,6 @@
 """Optimizers against torch's own, learning rates, averages, the metrics log."""
 
+import contextlib
 import copy
 import json
 import math
@@ -19,6 +20,7 @@ from tests.unit.training_fakes import Toy
 from titans_video.config.options import TrainOptions
 from titans_video.models import lora
 from titans_video.models.sora_dit import SoraDiT
+from titans_video.processes import STOP_SIGNALS
 from titans_video.training.guards import Interrupt
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import (
@@ -258,6 +260,22 @@ def test_only_the_same_signal_again_and_later_ends_at_once(
                 signal.raise_signal(signal.Signals[f"SIG{word}"])
         assert interrupt.signal == signal.Signals[f"SIG{signals.split()[0]}"]
     assert codes == ended
+
+
+@pytest.mark.parametrize(("world", "fails", "kept"), [("1", False, False), ("2", True, False), ("2", False, True)])
+def test_one_of_several_processes_survives_signals_until_all_have_ended(
+    world: str, fails: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with contextlib.suppress(ValueError), Interrupt():
+            if fails:
+                raise ValueError
+        assert all((signal.getsignal(number) is not handler) == kept for number, handler in before.items())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_metrics_are_cut_at_the_step_and_say_null_for_what_json_cannot(tmp_path: Path) -> None:

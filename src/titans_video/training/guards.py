@@ -285,7 +285,9 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handlers.__exit__(kind, error, trace)
+        # One of several processes keeps the handlers after a run: until all have ended, others may wait for it.
+        if error is not None or distributed.world_size() == 1:
+            self._handlers.__exit__(kind, error, trace)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
