@@ -38,6 +38,7 @@ from torch import Tensor
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, first_line
 from titans_video.files import save_safetensors, save_tensors, write_text
+from titans_video.finite import refuse_non_finite
 
 MODEL, EMA, LAST = "model.pt", "model_ema.pt", "last.pt"
 """Files in a run: the trained weights, the averaged weights, and a link to the newest of them."""
@@ -47,13 +48,24 @@ FORMAT = "titans-video/1"
 
 @dataclass
 class Checkpoint:
-    """The contents of a checkpoint (see the module's docstring) and the path it was read from."""
+    """The contents of a checkpoint (see the module's docstring) and the path it was read from.
+
+    Raises:
+        CheckpointError: it was read, and its weights are not finite.
+    """
 
     model: dict[str, Tensor]
     config: dict[str, Any]
     step: int
     codec: dict[str, Tensor] = field(default_factory=dict)
     path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        parts = [part for part in (self.model, self.codec) if isinstance(part, dict)]
+        found = {str(name): x for part in parts for name, x in part.items() if isinstance(x, Tensor)}
+        refuse_non_finite(found, self.path, CheckpointError, "Use an earlier checkpoint.")
 
 
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:

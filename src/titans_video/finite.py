@@ -20,7 +20,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
     Each tensor is read once without a copy, and a device is synchronised once for all of them.
     """
-    checked = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+    checked = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel() and not x.is_meta}
     if not checked:
         return []
     passes = [_passes(x) for x in checked.values()]

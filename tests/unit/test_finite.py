@@ -16,6 +16,7 @@ from tests import factories
 from tests.unit.generation_parts import as_checkpoint, tiny_model
 from tests.unit.test_generation_stream import streaming_model
 from titans_video import checkpoint as checkpoints
+from titans_video.checkpoint import Checkpoint
 from titans_video.cli.main import main
 from titans_video.codecs.base import IdentityCodec, build_codec
 from titans_video.codecs.image_encoder import ImageEncoder
@@ -26,6 +27,7 @@ from titans_video.generation.diffusers_backend import PretrainedPipeline
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.video_pipeline import VideoPipeline
+from titans_video.models import lora_io
 from titans_video.models.memory import load_state, save_state
 from titans_video.pretrained.base import open_model_spec
 from titans_video.text.base import build_text
@@ -176,6 +178,21 @@ def damage(path: Path, value: float = math.nan) -> None:
     save_file(tensors, path, header)
 
 
+def read_checkpoint(folder: Path, name: str, part: str) -> None:
+    tensors = {"model": {"a": torch.ones(3), "b": torch.ones(2, 2)}, "codec": {"mean": torch.ones(4)}}
+    next(reversed(tensors[part].values())).view(-1)[1] = math.inf
+    checkpoints.write(Checkpoint(tensors["model"], {"recipe": "sora"}, 3, tensors["codec"]), folder / name)
+    checkpoints.read(folder / name)
+
+
+def read_lora(folder: Path) -> None:
+    path = folder / lora_io.WEIGHTS
+    save_file({"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(4, 2)}, path)
+    lora_io.read(path)
+    damage(path)
+    lora_io.read(path)
+
+
 def read_memory(folder: Path) -> None:
     save_state(folder / "m.safetensors", {"memory.tokens": torch.ones(1, 3, 4)}, {})
     load_state(folder / "m.safetensors")
@@ -212,6 +229,10 @@ def read_image_encoder(folder: Path) -> None:
 
 
 READERS = {
+    "checkpoint": lambda folder: read_checkpoint(folder, "model.pt", "model"),
+    "codec of a checkpoint": lambda folder: read_checkpoint(folder, "model.pt", "codec"),
+    "exported folder": lambda folder: read_checkpoint(folder, "exported", "model"),
+    "lora": read_lora,
     "memory": read_memory,
     "vae": read_vae,
     "text encoder": read_text,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from titans_video.checkpoint import LAST, load_tensors
 from titans_video.errors import CheckpointError, few
 from titans_video.files import save_safetensors
+from titans_video.finite import refuse_non_finite
 from titans_video.models.lora import DEFAULT, LoraLinear, layers, rename
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -48,6 +49,8 @@ class LoraFile:
         alphas: of each layer.
         notes: messages for the user.
         about: the training settings in this project's own files: `base`, `data` and `sample`.
+    Raises:
+        CheckpointError: its values are not finite.
     """
 
     path: Path
@@ -55,6 +58,10 @@ class LoraFile:
     alphas: dict[str, float]
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        alphas = {f"alpha of {name}": torch.tensor(value) for name, value in self.alphas.items()}
+        refuse_non_finite({**self.tensors, **alphas}, self.path, CheckpointError, "Use an earlier file.")
 
 
 def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
