@@ -206,7 +206,8 @@ def save_tensors(data: dict[str, Any], path: Path) -> None:
 
     with atomic_path(path) as temporary:
         try:
-            torch.save(data, temporary)
+            with temporary.open("wb") as f:  # torch would keep it open after a failure, and so its space occupied
+                torch.save(data, f)
         except RuntimeError as e:
             if is_write_error(e) and _error_number(e) is None and temporary.exists():
                 with temporary.open("ab") as f:  # gives the operating system's reason, which torch does not tell

@@ -101,6 +101,17 @@ def test_what_was_there_survives_a_full_disk(tmp_path: Path, name: str) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_could_not_be_written_takes_no_room(tmp_path: Path, name: str) -> None:
+    """A file that is removed while it is open stays on the disk until it is closed."""
+    place, write = WRITERS[name]
+    with full_disk(20_000), pytest.raises(WriteError) as caught:
+        write(tmp_path / place)
+    numbers = [Path("/proc/self/fd", n) for n in os.listdir("/proc/self/fd")]
+    opened = {os.readlink(n) for n in numbers if n.is_symlink()}
+    assert not [path for path in opened if str(tmp_path) in path], caught
+
+
 ERRORS = {
     errno.ENOSPC: "No space left on device (",
     errno.EDQUOT: "Delete some of your files",
@@ -190,6 +201,7 @@ def test_a_data_set_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture
 WRITING = {"write_text", "write_bytes", "mkdir", "savefig", "save_file", "save_pretrained", "copytree", "copyfile"}
 ELSEWHERE = {
     "bad_rows.py: open",  # appends
+    "console.py: open",  # /dev/null
     "plots.py: savefig",  # to memory
     "resume.py: mkdir",  # in a context of `writing`
     "resume.py: open",  # the lock
