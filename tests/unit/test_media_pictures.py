@@ -115,7 +115,8 @@ def test_colour_profiles_become_srgb(tmp_path: Path, suffix: str, name: str) -> 
 def test_srgb_and_unusable_profiles_change_nothing(tmp_path: Path) -> None:
     image = Image.fromarray(QUARTERS.astype(np.uint8))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for number, data in enumerate((srgb, b"not a profile" * 20, PROFILES["p3"][:150])):
+    unnamed = PROFILES["p3"][:16] + b"\x89" + PROFILES["p3"][17:]  # a colour space that no text names
+    for number, data in enumerate((srgb, b"not a profile" * 20, PROFILES["p3"][:150], unnamed)):
         image.save(tmp_path / f"{number}.jpg", icc_profile=data, quality=95, subsampling=0)
         image.save(tmp_path / "plain.jpg", quality=95, subsampling=0)
         assert np.array_equal(read_image(tmp_path / f"{number}.jpg"), read_image(tmp_path / "plain.jpg"))

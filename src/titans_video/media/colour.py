@@ -228,7 +228,7 @@ def icc_transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
         intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
         target = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB", intent, flags)
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError, ValueError):  # Pillow decodes the names in a profile as ASCII
         return None
     if mode == "CMYK":
         return transform
