@@ -147,7 +147,7 @@ def test_image_formats_outside_the_list_are_refused(tmp_path: Path, kind: str) -
 
 
 def test_media_are_opened_in_one_place() -> None:
-    """Every file that is read goes through `open_container`, and every image through `read_image`."""
+    """Every file that is read goes through `open_container`, and every image through `images.py`."""
     source = Path(titans_video.__file__).parent
     found: dict[str, list[str]] = {"av.open": [], "Image.open": []}
     for path in sorted(source.rglob("*.py")):
@@ -157,4 +157,4 @@ def test_media_are_opened_in_one_place() -> None:
                 if not (isinstance(mode, ast.Constant) and mode.value == "w"):
                     found[name].append(path.relative_to(source).as_posix())
     assert set(found["av.open"]) == {Path(opening.__file__).relative_to(source).as_posix()}
-    assert set(found["Image.open"]) == {"media/reading.py", "training/tracking.py"}  # the latter: a sheet of its own
+    assert set(found["Image.open"]) == {"media/images.py", "training/tracking.py"}  # the latter: a sheet of its own
