@@ -20,6 +20,7 @@ As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.
 can run code, and no module that a checkpoint names is imported unless the user names it too.
 """
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -31,14 +32,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from titans_video import parsing
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, first_line
 from titans_video.files import save_safetensors, save_tensors, write_text
 from titans_video.finite import refuse_non_finite
+from titans_video.formats import CONFIG, COUNT, TENSORS
+from titans_video.parsing import Malformed
+from titans_video.schema import PLAIN, Record, Text, check
+from titans_video.tensor_files import (
+    BUILDING_ERRORS,
+    MOST_HEADER,
+    check_archive,
+    check_tensors,
+    read_safetensors,
+)
 
 MODEL, EMA, LAST = "model.pt", "model_ema.pt", "last.pt"
 """Files in a run: the trained weights, the averaged weights, and a link to the newest of them."""
@@ -77,9 +87,11 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
         CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
     """
     try:
+        check_archive(path)
         with warnings.catch_warnings():  # about unusual pickles; the errors below explain the problem
             warnings.simplefilter("ignore")
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_tensors(data, Path(path).stat().st_size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint.") from None
     except pickle.UnpicklingError:
@@ -87,7 +99,7 @@ def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values (or is damaged). It was not run. "
             "Checkpoints of this project never need code. Use one that `titans-video train` or an export wrote."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+    except (*BUILDING_ERRORS, EOFError) as e:
         reason = next(iter(str(e).splitlines()), "it is empty or cut off")
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from None
     if not isinstance(data, dict):
@@ -145,28 +157,37 @@ def read(path: Path | str, mmap: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}.")
     if data.get("format") != FORMAT:
         raise CheckpointError(f"{path} has the format {data.get('format')!r}; this version reads {FORMAT!r}.")
-    odd = [k for k in ("model", "config") if not isinstance(data[k], dict)]
-    if odd:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: its {' and '.join(odd)} must be a dict.")
-    return Checkpoint(data["model"], data["config"], data["step"], data.get("codec", {}), path)
+    return _checked(Checkpoint(data["model"], data["config"], data["step"], data.get("codec", {}), path))
 
 
 def _read_folder(path: Path) -> Checkpoint:
     try:
-        description = json.loads((path / "config.json").read_text())
-        tensors = load_file(path / "model.safetensors")
-        if description.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} has the format {description.get('format')!r}; this version reads {FORMAT!r}."
-            )
-        step, config = description["step"], description["config"]
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        description = parsing.read_json(path / "config.json")
+        tensors, _ = read_safetensors(path / "model.safetensors")
+    except (OSError, Malformed) as e:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {e}") from None
+    check(_DESCRIPTION, description, path / "config.json", CheckpointError)
+    if description["format"] != FORMAT:
+        raise CheckpointError(f"{path} has the format {description['format']!r}; this version reads {FORMAT!r}.")
 
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
 
-    return Checkpoint(part("model."), config, step, part("codec."), path)
+    return _checked(Checkpoint(part("model."), description["config"], description["step"], part("codec."), path))
+
+
+_DESCRIPTION = Record({"format": Text(100), "step": COUNT, "config": PLAIN})
+_CONTENT = Record({"model": TENSORS, "codec": TENSORS, "step": COUNT, "config": CONFIG})
+
+
+def _checked(read: Checkpoint) -> Checkpoint:
+    """Return what was read if it is as the format says.
+
+    Raises:
+        CheckpointError: a part has another type, or a value is out of range.
+    """
+    check(_CONTENT, {name: getattr(read, name) for name in _CONTENT.required}, read.path, CheckpointError)
+    return read
 
 
 OptionsT = TypeVar("OptionsT")
@@ -203,7 +224,7 @@ def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any
         error: the exception class to raise.
     """
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = parsing.read_json(path, strict=False)
     except FileNotFoundError:
         raise error(f"{path} {missing}") from None
     except (OSError, ValueError) as e:
@@ -234,7 +255,7 @@ def fingerprint_folder(folder: Path) -> str:
     if config.is_file():
         values = {
             k: v
-            for k, v in json.loads(config.read_text()).items()
+            for k, v in read_json(config, "is missing.", CheckpointError).items()
             if not k.startswith("_") and k not in ("transformers_version", "architectures")
         }
         digest.update(json.dumps(values, sort_keys=True).encode())
@@ -254,13 +275,20 @@ def _blocks(f: BinaryIO, size: int, safetensors: bool) -> Iterator[bytes]:
     starts = {size * i // BLOCKS for i in range(BLOCKS)} | {size - BLOCK}
     if safetensors:
         length = int.from_bytes(f.read(8), "little")
-        header = f.read(length)
+        header = f.read(min(length, MOST_HEADER))
         yield header
-        entries = json.loads(header)
-        starts |= {8 + length + e["data_offsets"][0] for name, e in entries.items() if name != "__metadata__"}
+        starts |= {8 + length + start for start in _tensor_starts(header, size)}
     for start in sorted(starts):
         f.seek(start)
         yield f.read(BLOCK)
+
+
+def _tensor_starts(header: bytes, size: int) -> Iterator[int]:
+    """Yield the offsets of the tensors in a safetensors header; none if it is damaged, which loading reports."""
+    with contextlib.suppress(Malformed, AttributeError, KeyError, IndexError, TypeError):
+        for name, entry in parsing.parse_json(header, strict=False).items():
+            if name != "__metadata__" and 0 <= int(start := entry["data_offsets"][0]) < size:
+                yield start
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor], extra: str = "") -> str:

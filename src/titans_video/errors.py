@@ -67,10 +67,14 @@ def few(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
+MOST_REASON = 500
+"""Characters of a library's message."""
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, or the exception's class name when it has none."""
+    """Return the first line of a library's error message, shortened, or the exception's class name if it has none."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return printable(text, lines=False)
+    return printable(text if len(text) <= MOST_REASON else text[: MOST_REASON - 3] + "...", lines=False)
 
 
 def nearest_multiples(value: int, step: int, least: int = 1) -> list[int]:

@@ -8,9 +8,7 @@ from typing import Any
 from titans_video.console import library_bars
 from titans_video.errors import CheckpointError, UserError, few, first_line
 from titans_video.finite import refuse_non_finite
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError)
-"""Errors that the libraries raise for folders that are missing, malformed or of an unknown type."""
+from titans_video.tensor_files import BUILDING_ERRORS, check_model_config, check_model_size
 
 NON_FINITE_REMEDY = "Copy the folder again; if it is loaded in fp16, which has a smaller range, use bf16."
 """What to do about weights of a pretrained model that are not finite."""
@@ -37,17 +35,22 @@ def without_hub() -> Iterator[None]:
 
 
 def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
-    """Call `kind.from_pretrained` for a local folder.
+    """Call `kind.from_pretrained` for a local folder whose files are checked first.
 
     Args:
         kind: a class of diffusers or transformers.
-        arguments: further ones of `from_pretrained`.
+        arguments: further ones of `from_pretrained`. With `output_loading_info`, weights are read: they must be able
+            to fill the network that the config.json describes.
     Raises:
         OSError: there is no such folder; a library would take its name for a model of the hub.
-        Exception: the library's own, see `LOADING_ERRORS`.
+        Malformed: as `check_model_config` and `check_model_size`.
+        Exception: the library's own, see `tensor_files.BUILDING_ERRORS`.
     """
     if not Path(folder).is_dir():
         raise OSError(f"{folder} is not a folder on this machine.")
+    check_model_config(Path(folder))
+    if arguments.get("output_loading_info"):
+        check_model_size(Path(folder), lambda: _built(kind, Path(folder)))
     with without_hub(), library_bars():
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
 
@@ -65,7 +68,7 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
     """
     try:
         model, info = from_folder(kind, folder, output_loading_info=True, **arguments)
-    except LOADING_ERRORS as e:
+    except BUILDING_ERRORS as e:
         raise error(f"The {what} in {folder} cannot be loaded: {reason(e)}") from None
     if missing := list(info["missing_keys"]) + list(info["mismatched_keys"]):
         raise error(
@@ -74,6 +77,18 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
         )
     refuse_non_finite(dict(model.named_parameters()), folder, error, NON_FINITE_REMEDY)
     return model
+
+
+def _built(kind: Any, folder: Path) -> Any:
+    """Build the network that a folder's config.json describes, of a class of diffusers or of transformers."""
+    with without_hub():
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))
+        if getattr(kind, "config_class", None):
+            return kind._from_config(from_folder(kind.config_class, folder))
+        from transformers import AutoConfig
+
+        return kind.from_config(from_folder(AutoConfig, folder), trust_remote_code=False)
 
 
 def reason(error: Exception) -> str:

@@ -228,6 +228,6 @@ def test_other_files_are_refused(tensors: dict[str, Tensor] | None, said: str, t
         lora_io.read(tmp_path)
     with pytest.raises(CheckpointError, match="no such LoRA"):
         lora_io.read(tmp_path / "nowhere.safetensors")
-    save_tensors({"format": "titans-video/1", "model": {}, "config": {}}, tmp_path / "m.pt")
+    save_tensors({"format": "titans-video/1", "model": {}, "config": {}, "step": 0}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match="no LoRA of this project"):
         lora_io.read(tmp_path / "m.pt")

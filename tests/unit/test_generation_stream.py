@@ -14,6 +14,7 @@ from titans_video.codecs.base import IdentityCodec
 from titans_video.codecs.diffusers import DiffusersCodec
 from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import GenerateOptions
+from titans_video.config.parse import read_segment_prompts
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.long_video import generate_long, plan_video, sample
 from titans_video.generation.model import VideoModel
@@ -24,7 +25,6 @@ from titans_video.generation.stream import (
     _decode,
     apply_state_flags,
     load_stream_state,
-    read_segment_prompts,
     save_stream_state,
 )
 from titans_video.models.memory import save_memory

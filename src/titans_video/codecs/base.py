@@ -21,6 +21,8 @@ from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, CodecError
 from titans_video.hub import stored_folder
+from titans_video.parsing import Malformed, parse_json
+from titans_video.schema import PLAIN, MapOf, fits
 from titans_video.seeding import seeded_randn
 from titans_video.types import CodecSpec
 
@@ -256,10 +258,10 @@ def parse_init(text: str | None) -> dict[str, Any]:
         CodecError: not JSON, or not an object.
     """
     try:
-        init = json.loads(text) if text else {}
-    except ValueError as e:
+        init = parse_json(text) if text else {}
+    except Malformed as e:
         raise CodecError(f"--vae-init-json is not JSON ({e}): {text}") from None
-    if not isinstance(init, dict):
+    if not fits(MapOf(PLAIN), init):
         raise CodecError(f'--vae-init-json must be a JSON object such as {{"space_to_depth": 4}}; got {text}')
     return init
 
@@ -369,10 +371,10 @@ class IdentityCodec(Codec):
             )
         side = init.get("space_to_depth", 1)
         factor = init.get("factor", [1, side, side])
-        whole = isinstance(factor, list | tuple) and all(type(n) is int and n > 0 for n in factor)
+        whole = isinstance(factor, list | tuple) and all(type(n) is int and 0 < n <= 1024 for n in factor)
         if not whole or len(factor) != 3:
             raise CodecError(
-                f"--vae-init-json {dict(init)}: positive whole numbers are expected, three of them in a factor."
+                f"--vae-init-json {dict(init)}: whole numbers from 1 to 1024 are expected, three of them in a factor."
             )
         return cls((factor[0], factor[1], factor[2]))
 

@@ -6,14 +6,13 @@ batch.
 """
 
 import gc
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors
@@ -21,6 +20,8 @@ from titans_video.codecs.base import CONTEXT, Codec, without_noise
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, first_line
 from titans_video.hub import load_pretrained
+from titans_video.parsing import Malformed, read_json
+from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
 from titans_video.types import PRECISIONS, CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
@@ -312,9 +313,10 @@ def class_name(folder: Path) -> str:
         CodecError: its config.json cannot be read, or names a class that is not in `VAE_SPECS`.
     """
     try:
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as e:
-        raise CodecError(f"{folder / 'config.json'} cannot be read: {e}") from None
+        check_model_config(folder)
+        name = read_json(folder / "config.json", strict=False).get("_class_name")
+    except (OSError, Malformed) as e:
+        raise CodecError(f"{folder / 'config.json'} cannot be read: {e}.") from None
     if name not in VAE_SPECS:
         raise CodecError(
             f"{folder / 'config.json'} describes the class {name}; the supported VAEs are {', '.join(VAE_SPECS)}. "
@@ -341,7 +343,7 @@ def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             vae = kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as e:
+    except BUILDING_ERRORS as e:
         raise CodecError(f"The {kind.__name__} in {folder} cannot be built: {first_line(e)}") from None
     wanted = [name for name, _ in vae.named_buffers() if name in ("latents_mean", "latents_std")]
     if not wanted:
@@ -350,7 +352,7 @@ def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
         with safe_open(folder / WEIGHTS, framework="pt") as f:
             for name in wanted:
                 setattr(vae, name, f.get_tensor(name).to(dtype))
-    except (OSError, SafetensorError):
+    except BUILDING_ERRORS:
         return None
     return vae
 

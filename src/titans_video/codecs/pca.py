@@ -177,6 +177,16 @@ class PCACodec(Codec):
             codec = cls((patch[0], patch[1], patch[2]), mean, basis, scales, variance, smooth, gain)
         except (KeyError, IndexError, TypeError) as e:
             raise CodecError(f"The checkpoint's patch codec is incomplete: {e} is missing.") from None
+        channels = (config["channels"],)
+        if any(
+            getattr(codec, name).shape != (channels if name != "mean" else codec.basis.shape[:1])
+            for name in (
+                "mean",
+                "scales",
+                "variance",
+            )
+        ):
+            raise CodecError("The checkpoint's patch codec has tensors that do not belong together.")
         if codec.basis.shape != (3 * patch[0] * patch[1] * patch[2], config["channels"]):
             raise CodecError(
                 f"The checkpoint's patch codec has a basis of {tuple(codec.basis.shape)}, which contradicts {config}."

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -20,9 +21,14 @@ import tyro
 from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
 from titans_video.console import raw
 from titans_video.errors import ConfigError
-from titans_video.parsing import Malformed, read_lines
+from titans_video.parsing import Malformed, read_lines, read_yaml
+from titans_video.schema import PLAIN, fits, shown
 
 OptionsT = TypeVar("OptionsT", bound=OptionGroup)
+
+MOST_PROMPT_BYTES = 2**20
+"""Bytes of a file of --segment-prompts."""
+_SEGMENT = re.compile(r"(\d+)\s*:[ \t]*(.*)", re.DOTALL)
 
 ALTERNATIVES = (
     frozenset({"manifest", "metadata"}),
@@ -193,16 +199,14 @@ def flags_from_yaml(
 
 
 def _read_mapping(path: Path) -> dict[object, object]:
-    import yaml  # lazy: most commands have no configuration file, and --help must be fast
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--config {path} cannot be read: {e}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(e).split())}") from None
+    except OSError as e:
+        raise ConfigError(f"--config {path} cannot be read: {e.strerror}.") from None
+    except Malformed as e:
+        raise ConfigError(f"--config {path} cannot be read: {e}.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -226,11 +230,11 @@ def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[
         if repeatable:
             return [part for v in value for part in (flag, str(v))]
         return [flag, ",".join(map(str, value))]
-    if isinstance(value, dict):  # --vae-init-json written as YAML
+    if isinstance(value, dict) and fits(PLAIN, value):  # --vae-init-json written as YAML
         return [flag, json.dumps(value)]
     if isinstance(value, Scalar):
         return [flag, str(value)]
-    raise ConfigError(f"{path}: {name} is neither a plain value nor a list of plain values: {value!r}.")
+    raise ConfigError(f"{path}: {name} is neither a plain value nor a list of plain values: {shown(value)}.")
 
 
 def read_prompts(path: str, flag: str) -> tuple[str, ...]:
@@ -249,3 +253,30 @@ def read_prompts(path: str, flag: str) -> tuple[str, ...]:
     if not prompts:
         raise ConfigError(f"{flag} {path}: there is no prompt in it; write one a line.")
     return prompts
+
+
+def read_segment_prompts(path: str) -> list[tuple[int, str]]:
+    """Read the lines `frames: prompt` of --segment-prompts.
+
+    Raises:
+        ConfigError: the file is not text or is empty, or a line has another form; the message has its number.
+    """
+    try:
+        lines = read_lines(path, MOST_PROMPT_BYTES)
+    except (Malformed, OSError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"--segment-prompts {path} cannot be read: {reason}.") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _SEGMENT.fullmatch(line)
+        if match is None or len(match[1]) > 9 or int(match[1]) == 0:
+            raise ConfigError(
+                f"--segment-prompts {path}, line {number}: expected `frames: prompt`, such as `48: a red circle`; "
+                f"got {shown(line)}."
+            )
+        found.append((int(match[1]), match[2]))
+    if not found:
+        raise ConfigError(f"--segment-prompts {path} has no line; write one `frames: prompt` line for each prompt.")
+    return found

@@ -13,6 +13,9 @@ from typing import Any
 
 from titans_video.errors import WriteError
 from titans_video.files import make_folder, writing
+from titans_video.formats import LEFT_OUT_ROW
+from titans_video.parsing import read_json_lines
+from titans_video.schema import fits
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +74,11 @@ class BadRows:
         Args:
             others: records as dicts, from a checkpoint.
         """
-        lines = [
-            line for path in self._files() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        ]
-        for record in [*filter(None, map(_parse, lines)), *others]:
-            try:
-                found = BadRow(**record)
-            except TypeError:
+        lines = [line for path in self._files() for line in read_json_lines(path)]
+        for record in [*lines, *others]:
+            if not fits(LEFT_OUT_ROW, record):
                 continue
+            found = BadRow(**{name: record[name] for name in LEFT_OUT_ROW.required})
             first = self.records.get(found.id)
             if first is None or found.batch < first.batch:
                 self.records[found.id] = found
@@ -121,11 +121,3 @@ class BadRows:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(PATTERN.format(rank="*"))) if self.folder is not None else []
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None

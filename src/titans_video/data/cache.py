@@ -27,6 +27,7 @@ from titans_video.errors import DataError
 from titans_video.files import save_safetensors
 from titans_video.finite import is_finite
 from titans_video.media.motion import MOTION_VERSION
+from titans_video.parsing import parse_json
 from titans_video.types import CodecSpec, TextCondition
 
 CACHE_VERSION = 1  # raise it when the same clip would give other pixels
@@ -321,7 +322,7 @@ def _problem(cache: EncodingCache, path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as f:
             tensor, notes = f.get_tensor("data"), f.metadata() or {}
-        fields = json.loads(notes["made_from"])
+        fields = parse_json(notes["made_from"])
         named = cache.path(fields)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
         return f"unreadable ({type(e).__name__}: {e})"

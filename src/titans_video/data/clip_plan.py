@@ -23,6 +23,7 @@ from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.manifest import Row
 from titans_video.data.sampler import parse_task_mix, uses_cond_image
 from titans_video.media.info import Gap, Seconds, VideoInfo
+from titans_video.parsing import parse_json
 from titans_video.seeding import uniform
 
 PLAN_VERSION = 1  # part of every cache key: raise it when the same row would give other frames
@@ -416,7 +417,7 @@ def unpack(packed: bytes) -> VideoInfo:
     Raises:
         ValueError, KeyError, TypeError: `packed` is damaged, or from another version.
     """
-    plain = json.loads(packed)
+    plain = parse_json(packed, strict=False)
     for name in _TIMES:
         plain[name] = _from_step_runs(plain[name])
     return VideoInfo.from_dict(plain)

@@ -30,6 +30,7 @@ from titans_video.files import write_text
 from titans_video.media.opening import DECODING_ERRORS, Deadline, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_picture
+from titans_video.parsing import parse_json
 from titans_video.processes import Failure, Worker, WorkerDied
 from titans_video.types import CodecSpec
 
@@ -309,7 +310,7 @@ class JobCache:
         self.path = cache_folder() / "scans" / f"{name}.json"
         self.files: dict[str, dict[str, Any]] = {}
         try:
-            stored = json.loads(self.path.read_text())
+            stored = parse_json(self.path.read_bytes())
             if stored["version"] == PROBE_VERSION:
                 self.files = stored["files"]
         except (OSError, ValueError, KeyError, TypeError):

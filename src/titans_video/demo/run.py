@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from titans_video.checkpoint import LAST
 from titans_video.config.fields import validate
@@ -25,6 +24,7 @@ from titans_video.generation.model import VideoModel, choose_device, load_model
 from titans_video.media.plots import html_link, html_text, loss_curve, page
 from titans_video.media.sheets import contact_sheet
 from titans_video.mock.dataset import make_dataset
+from titans_video.parsing import Malformed, read_yaml
 from titans_video.training.run_folder import METRICS
 
 MARKER = "made_by_titans_video.json"
@@ -131,7 +131,12 @@ def _read_config(path: Path) -> dict[str, int]:
                 f"There is no {needed} here. The demo runs in the root of a clone of the repository (`make demo`); "
                 "--train-config names another configuration."
             )
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = read_yaml(path) or {}
+    except Malformed as e:
+        raise ConfigError(f"--train-config {path} cannot be read: {e}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--train-config {path} has no options as `name: value` lines.")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from titans_video import checkpoint as checkpoints
-from titans_video.checkpoint import Checkpoint, fingerprint_tensors, warn_if_changed
+from titans_video.checkpoint import fingerprint_tensors, warn_if_changed
 from titans_video.codecs.base import Codec, codec_from_checkpoint
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.generation import Overrides, RunOptions
 from titans_video.diffusion.base import SamplingProcess, build_process
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError, ConfigError, first_line
 from titans_video.generation.windows import Capabilities, check_flags
 from titans_video.hub import stored_folder
-from titans_video.models.registry import build_network
+from titans_video.models.registry import load_network
+from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import TextEncoder, text_from_checkpoint
 from titans_video.types import PRECISIONS, TextCondition
 
@@ -228,9 +229,8 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
             f"{shlex.join(['--pretrained-model', str(base), '--lora', str(path)])} instead of --checkpoint."
         )
     overrides = with_bundled(path, overrides)
-    network = _part(path, "model", lambda: build_network(config["model"]))
-    _load_weights(network, read, path)
-    return VideoModel(
+    network = _part(path, "model", lambda: load_network(config["model"], read.model))
+    model = VideoModel(
         network=network.to(device).eval(),
         codec=_part(
             path, "codec", lambda: codec_from_checkpoint(config["codec"], read.codec, overrides, device=device)
@@ -242,6 +242,31 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
         path=path,
         image=_part(path, "image", lambda: _image_encoder(config.get("image"), overrides, device)),
     )
+    _check_together(model)
+    return model
+
+
+def _check_together(model: VideoModel) -> None:
+    """Compare the parts of a checkpoint with one another, before any of them computes.
+
+    Raises:
+        CheckpointError: they belong to different models.
+    """
+    network: Any = model.network
+    made, spec = network.config, model.codec.spec
+    unet, variance = made.get("unet_config"), getattr(model.process, "variance", None)
+    widths = model.config["text"].get("widths", made["text_widths"])
+    is_alike = {
+        "the channels of its codec": spec.channels == (unet["out_channels"] if unet else made["in_channels"]),
+        "the temporal stride of its codec": bool(unet) or spec.stride[0] == made["time_stride"],
+        "the widths of its text encoders": list(widths) == list(made["text_widths"]),
+        "its image encoder": (model.image is not None) == bool(unet),
+        "the segments": model.segments is None or hasattr(network, "start"),
+        "the variances of its noise process": variance is None or len(variance) == spec.channels,
+    }
+    wrong = [name for name, alike in is_alike.items() if not alike]
+    if wrong:
+        raise CheckpointError(f"{model.path}: {' and '.join(wrong)} do not belong to its {type(network).__name__}.")
 
 
 def _image_encoder(
@@ -271,27 +296,11 @@ def _part(path: Path, name: str, build: Callable[[], PartT]) -> PartT:
     """Call `build`; an unusable description becomes an error that names the file and the part."""
     try:
         return build()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        reason = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e)
-        raise CheckpointError(f'{path}: config["{name}"] cannot be built: {reason}.') from e
     except (ConfigError, CheckpointError) as e:
         raise CheckpointError(f"{path}: {e}") from None
-
-
-def _load_weights(network: nn.Module, read: Checkpoint, path: Path) -> None:
-    own = network.state_dict()
-    odd = sorted(k for k in own.keys() & read.model.keys() if own[k].shape != read.model[k].shape)
-    missing, foreign = sorted(own.keys() - read.model.keys()), sorted(read.model.keys() - own.keys())
-    wrong = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", odd))
-        if names
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: the weights do not fit the model that its config describes: {'; '.join(wrong)}."
-        )
-    network.load_state_dict(read.model, strict=True)
+    except BUILDING_ERRORS as e:
+        reason = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else first_line(e)
+        raise CheckpointError(f'{path}: config["{name}"] cannot be built: {reason}.') from e
 
 
 def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> VideoModel:

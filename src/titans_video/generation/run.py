@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titans_video import __version__, console
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
-from titans_video.config.parse import read_prompts
+from titans_video.config.parse import read_prompts, read_segment_prompts
 from titans_video.errors import ConfigError
 from titans_video.files import write_text
 from titans_video.finite import NonFiniteFrames, finite_frames
@@ -36,7 +36,6 @@ from titans_video.generation.request import (
     check_out,
     timing,
 )
-from titans_video.generation.stream import read_segment_prompts
 from titans_video.media.colour import Pixels, to_uint8
 from titans_video.media.interpolating import Interpolator
 from titans_video.media.sheets import contact_sheet

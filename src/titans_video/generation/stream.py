@@ -4,7 +4,6 @@ Legend: B videos of one batch, C latent channels, T H W pixel frames, height and
 n latent frames of a segment, o of the overlap, k of the codec's context, p frames not yet yielded.
 """
 
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +25,7 @@ from titans_video.generation.request import Request, plan
 from titans_video.generation.windows import check_flags
 from titans_video.models.memory import Memory, load_state, save_state
 from titans_video.models.titans_dit import part_of
-from titans_video.parsing import Malformed, read_lines
 from titans_video.types import Condition
-
-_LINE = re.compile(r"(\d+)\s*:[ \t]*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -144,9 +140,28 @@ def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
             int(about["frames"]),
             tuple(int(seed) for seed in about["seeds"].split(",")),
         )
+        _check_content(state)
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{path} is not a state that --memory-out saved: {e} is missing or damaged.") from None
     return state, about.get("weights", "")
+
+
+def _check_content(state: StreamState) -> None:
+    """Check that the parts of a state have the axes that `StreamState` lists.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if not (0 <= state.latents < 2**53 and 0 <= state.frames < 2**53):
+        raise ValueError("the count of frames")
+    videos = {len(state.seeds), *(len(x) for x in state.memory.tensors().values())}
+    for name, x in (("overlap", state.overlap), ("context", state.context), ("pending", state.pending)):
+        if x is not None:
+            if x.dim() != 5 or not x.is_floating_point() or (name != "pending" and not x.numel()):
+                raise ValueError(f"{name} of shape {tuple(x.shape)}")
+            videos.add(len(x))
+    if len(videos) != 1 or state.pending.shape[1] != 3:
+        raise ValueError("the number of videos or of colours")
 
 
 def apply_state_flags(
@@ -195,6 +210,12 @@ def _check_state(model: VideoModel, plan: StreamPlan, start: StreamState, path: 
             f"--memory-in {path}: its video is {height}x{width}, not {wanted[0]}x{wanted[1]}; give --height {height} "
             f"--width {width}."
         )
+    parts = (("overlap", start.overlap, plan.overlap), ("context", start.context, model.codec.decode_context))
+    for name, x, wanted_frames in parts:
+        if x is not None and (wanted_frames == 0 or x.shape[1] != plan.latent_shape[0]):
+            raise CheckpointError(f"--memory-in {path}: its {name} does not belong to this model and --overlap.")
+    if start.context is not None and start.context.shape[2] > model.codec.decode_context:
+        raise CheckpointError(f"--memory-in {path}: its context is longer than the codec's.")
     if start.overlap is not None and start.overlap.shape[2] != plan.overlap:
         stride = model.codec.spec.stride[0]
         shared = start.overlap.shape[2] * stride
@@ -208,32 +229,6 @@ def _check_state(model: VideoModel, plan: StreamPlan, start: StreamState, path: 
 
 def _format_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{'x'.join(map(str, shape))}" for shape in shapes.values()) or "none"
-
-
-def read_segment_prompts(path: str) -> list[tuple[int, str]]:
-    """Read the lines `frames: prompt` of --segment-prompts.
-
-    Raises:
-        ConfigError: the file is not text or is empty, or a line has another form; the message has its number.
-    """
-    try:
-        lines = read_lines(path)
-    except Malformed as e:
-        raise ConfigError(f"--segment-prompts {path} cannot be read: {e}.") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        match = _LINE.fullmatch(line)
-        if match is None or int(match[1]) == 0:
-            raise ConfigError(
-                f"--segment-prompts {path}, line {number}: expected `frames: prompt`, such as `48: a red circle`; "
-                f"got {line!r}."
-            )
-        found.append((int(match[1]), match[2]))
-    if not found:
-        raise ConfigError(f"--segment-prompts {path} has no line; write one `frames: prompt` line for each prompt.")
-    return found
 
 
 def plan_stream(

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from numpy.typing import NDArray
 
 from titans_video.errors import DataError, printable
 from titans_video.files import atomic_path
+from titans_video.formats import METRICS_LINE
+from titans_video.parsing import read_json_lines
+from titans_video.schema import fits
 
 Series = NDArray[np.float64]
 _LOSS, _RATE, _NORM = "#2563a8", "#b45309", "#4d7c0f"
@@ -95,12 +97,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such metrics file, so there is no loss to draw.")
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and "loss" in row:
+    for row in read_json_lines(path):
+        if "loss" in row and fits(METRICS_LINE, row):
             by_step[row["step"]] = row
     if not by_step:
         raise DataError(f"{path}: no line in it has a step and a loss, so there is nothing to draw.")

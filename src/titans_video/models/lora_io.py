@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from titans_video.checkpoint import LAST, load_tensors
+from titans_video.checkpoint import LAST
+from titans_video.checkpoint import read as read_checkpoint
+from titans_video.config.fields import Range
 from titans_video.errors import CheckpointError, few
 from titans_video.files import save_safetensors
 from titans_video.finite import refuse_non_finite
+from titans_video.formats import LORA_NOTES
 from titans_video.models.lora import DEFAULT, LoraLinear, layers, rename
+from titans_video.parsing import Malformed, parse_json, read_json
+from titans_video.schema import MapOf, Plain, Real, check
+from titans_video.tensor_files import read_safetensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
@@ -130,13 +135,11 @@ def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
     if path.suffix in (".pt", ".pth"):
         return _from_checkpoint(path)
     try:
-        with safe_open(path, framework="pt") as f:
-            header: dict[str, str] = f.metadata() or {}
-            raw = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path} cannot be read as a LoRA: {e}") from None
+        raw, header = read_safetensors(path)
+    except (Malformed, OSError) as e:
+        raise CheckpointError(f"{path} cannot be read as a LoRA: {e}.") from None
     tensors, alpha_tensors = _tensors(path, raw, prefixes)
-    ranks, config = _ranks(tensors), _config(path, header)
+    ranks, config = _ranks(path, tensors), _config(path, header)
     notes: list[str] = []
     if alpha_tensors:
         alphas = {name: alpha_tensors.get(name, float(rank)) for name, rank in ranks.items()}
@@ -148,7 +151,8 @@ def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
         )
     else:
         alphas = _alphas(path, config, ranks, prefixes)
-    return LoraFile(path, tensors, alphas, notes, _about(header))
+    check(_ALPHAS, alphas, path, CheckpointError, "alpha")
+    return LoraFile(path, tensors, alphas, notes, _about(path, header))
 
 
 @torch.no_grad()
@@ -164,7 +168,7 @@ def fill(network: nn.Module, file: LoraFile, name: str = DEFAULT) -> list[str]:
         CheckpointError: a higher rank than the injected one's, or no layer fits.
     """
     own = {target: layer for target, layer in layers(network) if name in layer.alphas}
-    saved = _ranks(file.tensors)
+    saved = _ranks(file.path, file.tensors)
     both = sorted(saved.keys() & own.keys())
     wide = [target for target in both if not _fits(own[target], file.tensors, target)]
     for target in (target for target in both if target not in wide):
@@ -208,13 +212,12 @@ def _find(path: Path) -> Path:
 
 
 def _from_checkpoint(path: Path) -> LoraFile:
-    data = load_tensors(path, mmap=True)
-    config = (data.get("config") or {}).get("lora") if isinstance(data.get("config"), dict) else None
-    if not isinstance(config, dict):
+    saved = read_checkpoint(path, mmap=True)
+    if "alpha" not in saved.config.get("lora", {}):
         raise CheckpointError(f"{path} contains no LoRA of this project; `--checkpoint` loads whole models.")
-    tensors = {name: value.float() for name, value in rename(data["model"]).items()}
-    alphas = {name: float(config["alpha"]) for name in _ranks(tensors)}
-    return LoraFile(path, tensors, alphas, about=data["config"])
+    tensors = {name: value.float() for name, value in rename(saved.model).items()}
+    alphas = {name: float(saved.config["lora"]["alpha"]) for name in _ranks(path, tensors)}
+    return LoraFile(path, tensors, alphas, about=saved.config)
 
 
 def _file_name(name: str, prefixes: Prefixes) -> str:
@@ -244,9 +247,9 @@ def _tensors(path: Path, raw: Mapping[str, Tensor], prefixes: Prefixes) -> tuple
         name = _module_name(key, prefixes)
         for old, new in _OLDER.items():
             name = name.replace(old, new)
-        if name.endswith(".alpha"):
+        if name.endswith(".alpha") and value.numel() == 1:
             alphas[name.removesuffix(".alpha").removesuffix(".lora")] = float(value)
-        elif name.endswith((".lora_A.weight", ".lora_B.weight")) and value.dim() == 2:
+        elif name.endswith((".lora_A.weight", ".lora_B.weight")) and value.dim() == 2 and value.is_floating_point():
             tensors[name] = value.to(torch.float32)
         else:
             foreign.append(key)
@@ -263,21 +266,29 @@ def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the arguments of LoraConfig from the header or from PEFT's file next to it, or None without either."""
     try:
         if header.get(HEADER):
-            return dict(json.loads(header[HEADER]))
-        peft_config = path.with_name(PEFT_CONFIG)
-        if path.name == PEFT_WEIGHTS and peft_config.is_file():
-            return dict(json.loads(peft_config.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as e:
+            found = parse_json(header[HEADER], strict=False)
+        else:
+            peft_config = path.with_name(PEFT_CONFIG)
+            if path.name != PEFT_WEIGHTS or not peft_config.is_file():
+                return None
+            found = read_json(peft_config, strict=False)
+    except (Malformed, OSError) as e:
         raise CheckpointError(f"{path}: the configuration with its rank and alpha cannot be read ({e}).") from None
-    return None
+    check(_CONFIG, found, path, CheckpointError, "LoRA configuration")
+    return dict(found)
 
 
-def _about(header: Mapping[str, str]) -> dict[str, Any]:
+_ALPHAS = MapOf(Real(Range(least=-1e6, most=1e6)), 100_000)
+_CONFIG = MapOf(Plain(depth=4, finite=False), 10_000)
+
+
+def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
-        found = json.loads(header.get(OWN, "{}"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = parse_json(header.get(OWN, "{}"))
+    except Malformed as e:
+        raise CheckpointError(f"{path}: the entry {OWN} in its header cannot be read ({e}).") from None
+    check(LORA_NOTES, found, path, CheckpointError, OWN)
+    return dict(found)
 
 
 def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int], prefixes: Prefixes) -> dict[str, float]:
@@ -294,17 +305,47 @@ def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int], pre
 def _alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
     if config.get("use_dora"):
         raise CheckpointError(f"{path} is a DoRA adapter; only plain LoRA is supported.")
-    try:
-        default, patterns = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: its header has no lora_alpha.") from None
-    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", layer)), default)
+    if "lora_alpha" not in config:
+        raise CheckpointError(f"{path}: its header has no lora_alpha.")
+    default, patterns = config["lora_alpha"], config.get("alpha_pattern") or {}
+    check(Real(), default, path, CheckpointError, "lora_alpha")
+    check(MapOf(Real(), 10_000), patterns, path, CheckpointError, "alpha_pattern")
+    alpha = next((a for pattern, a in patterns.items() if _selects(path, pattern, layer)), default)
     # rsLoRA divides by the root of the rank; this is the alpha with the same alpha / rank.
     return float(alpha) * rank**0.5 if config.get("use_rslora") else float(alpha)
 
 
-def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+_NAME = re.compile(r"(?:[A-Za-z0-9_]|\\?\.)+")
+
+
+def _selects(path: Path, pattern: str, layer: str) -> bool:
+    """Check whether a key of `alpha_pattern` selects a layer: it is the end of the layer's name, from a dot on.
+
+    PEFT takes the key as a regular expression. One from a file could take forever, so it must be a name here, with or
+    without ^ and $, and a dot is a dot.
+
+    Raises:
+        CheckpointError: it is another regular expression.
+    """
+    name = pattern.removeprefix("^").removesuffix("$")
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{path}: the key {pattern[:60]!r} of its alpha_pattern is a regular expression. Only names of layers are "
+            "supported; write each layer's name with its alpha."
+        )
+    return f".{layer}".endswith("." + name.replace("\\.", "."))
+
+
+def _ranks(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the rank of each layer.
+
+    Raises:
+        CheckpointError: an adapter has rank 0.
+    """
     end = ".lora_A.weight"
+    empty = [name for name, value in tensors.items() if not value.numel()]
+    if empty:
+        raise CheckpointError(f"{path}: {empty[0]} is empty.")
     return {name.removesuffix(end): value.shape[0] for name, value in tensors.items() if name.endswith(end)}
 
 

@@ -17,11 +17,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +27,8 @@ from titans_video.errors import CheckpointError
 from titans_video.files import save_safetensors
 from titans_video.finite import refuse_non_finite
 from titans_video.models.layers import NORM_EPS, norm, without_autocast
+from titans_video.parsing import Malformed
+from titans_video.tensor_files import read_safetensors
 
 FORMAT = "titans-video-memory/1"
 State = tuple[Tensor, Tensor]
@@ -92,13 +92,24 @@ class Memory:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Memory":
-        """Build the memory from named tensors; others are ignored."""
+        """Build the memory from named tensors; others are ignored.
+
+        Raises:
+            KeyError: one of a series is missing.
+            ValueError: the tensors are not the parts of one memory.
+        """
 
         def series(name: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"memory.{name}.") for key in tensors)
             return tuple(tensors[f"memory.{name}.{i}"] for i in range(count))
 
-        return cls(tensors.get("memory.tokens"), series("weights"), series("momentum"))
+        memory = cls(tensors.get("memory.tokens"), series("weights"), series("momentum"))
+        parts = memory.tensors()
+        wrong = [name for name, x in parts.items() if not x.is_floating_point() or x.dim() < 3]
+        wrong += [name for name, x in parts.items() if len(x) != len(next(iter(parts.values())))]
+        if wrong:
+            raise ValueError(f"{wrong[0]} of shape {tuple(parts[wrong[0]].shape)}")
+        return memory.map(Tensor.float)
 
     @property
     def bytes(self) -> int:
@@ -133,14 +144,11 @@ def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: missing, damaged, or of another format or version.
     """
     try:
-        with safe_open(path, framework="pt") as opened:
-            file: Any = opened
-            about = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        tensors, about = read_safetensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such memory file.") from None
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read as a memory file: {e}") from None
+    except (Malformed, OSError) as e:
+        raise CheckpointError(f"{path} cannot be read as a memory file: {e}.") from None
     if about.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has the format {about.get('format')!r}; this version reads {FORMAT!r}, as --memory-out writes it."
@@ -160,7 +168,11 @@ def load_memory(path: Path | str, device: torch.device | str = "cpu") -> Memory:
     Raises:
         CheckpointError: see `load_state`.
     """
-    return Memory.from_tensors(load_state(path)[0]).map(lambda x: x.to(device))
+    tensors, _ = load_state(path)
+    try:
+        return Memory.from_tensors(tensors).map(lambda x: x.to(device))
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"{path} is not a memory file: {e} is missing or damaged.") from None
 
 
 EXPANSION = 4  # F / d

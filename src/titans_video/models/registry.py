@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from titans_video.config.options import MemoryOptions, ModelOptions
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError, ConfigError, few, first_line
+from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.types import CodecSpec
 
 NETWORKS = {
@@ -48,6 +52,65 @@ def build_network(config: Mapping[str, Any]) -> Any:
         raise
     except TypeError as e:
         raise CheckpointError(f"The configuration of the network {name} is not of this version: {e}.") from None
+    except BUILDING_ERRORS as e:
+        raise CheckpointError(f"The network {name} cannot be built: {first_line(e)}.") from None
+
+
+def load_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    """Build the network of a checkpoint and load its weights.
+
+    The network is first built without memory, on the device `meta`, and its shapes are compared with those of the
+    weights. So a config cannot allocate more than the file holds.
+
+    Raises:
+        CheckpointError: as `build_network`, or the weights are of another network.
+        ConfigError: as `build_network`.
+    """
+    most, described = len(weights), _count_layers(config)
+    if described > most:
+        raise CheckpointError(f"its config describes {described} layers, but it has only {most} weights.")
+    with torch.device("meta"):
+        expected = build_network(config).state_dict()
+    _compare(expected, weights)
+    network = build_network(config)
+    network.load_state_dict(weights, strict=True)
+    return network
+
+
+def _count_layers(config: Mapping[str, Any]) -> int:
+    """Return a lower bound of the layers that a config describes; each has at least one weight."""
+    unet = config.get("unet_config")
+    text = config.get("text_layers", 0) * len([w for w in config.get("text_widths", ()) if w == 0])
+    if unet is None:
+        return int(config.get("depth", 1)) + text
+
+    def largest(name: str) -> int:
+        return _largest(unet.get(name, 1))
+
+    blocks = len(unet.get("block_out_channels", ()))
+    return blocks * largest("layers_per_block") * largest("transformer_layers_per_block") + text
+
+
+def _largest(value: Any) -> int:
+    return max((_largest(part) for part in value), default=1) if isinstance(value, list | tuple) else int(value)
+
+
+def _compare(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and kinds of numbers.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    both = expected.keys() & weights.keys()
+    kinds = {
+        "missing": expected.keys() - both,
+        "unknown": weights.keys() - both,
+        "of another shape": {k for k in both if expected[k].shape != weights[k].shape},
+        "of another kind": {k for k in both if expected[k].is_floating_point() != weights[k].is_floating_point()},
+    }
+    wrong = [f"{len(names)} {what} ({few(names)})" for what, names in kinds.items() if names]
+    if wrong:
+        raise CheckpointError(f"the weights do not fit the model that its config describes: {'; '.join(wrong)}.")
 
 
 def network_config(network: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Legend: B batch, C latent channels, t h w the latent grid, t' its frames as the 
 latents, T H W pixel frames, height and width, L text tokens, E text width.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, first_line
+from titans_video.parsing import read_json
+from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import TextEncoder
 from titans_video.types import CodecSpec, TextCondition
 
@@ -240,7 +241,7 @@ def open_model_spec(folder: str | Path) -> ModelSpec:
     """
     path = Path(folder).expanduser()
     try:
-        name = json.loads((path / INDEX).read_text(encoding="utf-8")).get("_class_name")
+        name = read_json(path / INDEX, strict=False).get("_class_name")
     except FileNotFoundError:
         what = f"has no {INDEX}" if path.is_dir() else "is not a folder on this machine"
         raise ConfigError(
@@ -253,4 +254,8 @@ def open_model_spec(folder: str | Path) -> ModelSpec:
         known = ", ".join(MODEL_SPECS)
         raise ConfigError(f"--pretrained-model {path} is a {name}; the supported pipelines are {known}.")
     module, _, kind = MODEL_SPECS[name].partition(":")
-    return cast(ModelSpec, getattr(import_module(module), kind)(path))
+    try:
+        return cast(ModelSpec, getattr(import_module(module), kind)(path))
+    except BUILDING_ERRORS as e:
+        reason = f"{e} is missing" if isinstance(e, KeyError) else first_line(e)
+        raise ConfigError(f"--pretrained-model {path}: its configuration is not that of a {name}: {reason}.") from None

@@ -5,11 +5,13 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from titans_video.checkpoint import load_tensors, read_json
-from titans_video.errors import CheckpointError, ConfigError, few
+from titans_video.errors import CheckpointError, ConfigError, few, first_line
+from titans_video.parsing import Malformed
+from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -18,6 +20,10 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or malformed.
     """
+    try:
+        check_model_config(folder, name)
+    except (Malformed, OSError) as e:
+        raise ConfigError(f"{folder / name} cannot be read: {e}.") from None
     return read_json(folder / name, "is missing; copy the folder of --pretrained-model again.", ConfigError)
 
 
@@ -52,12 +58,17 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
             for path in sorted(folder.glob("diffusion_pytorch_model*.bin")):
                 tensors = load_tensors(path, mmap=is_zipfile(path))
                 found |= {k: tensors[k].float() for k in wanted & tensors.keys()}
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{folder} cannot be read: {e}") from None
+    except BUILDING_ERRORS as e:
+        raise CheckpointError(f"{folder} cannot be read: {first_line(e)}") from None
     rest = wanted - found.keys()
     if rest:
         raise CheckpointError(f"{folder} lacks the weights {few(sorted(rest))}.")
-    network.load_state_dict(found, strict=False)
+    try:
+        network.load_state_dict(found, strict=False)
+    except RuntimeError as e:
+        raise CheckpointError(
+            f"The weights in {folder} are not those of its config.json: {' '.join(str(e).split())[:200]}"
+        ) from None
     return network.eval().requires_grad_(False)
 
 

@@ -1,7 +1,6 @@
 """The report of a run: reads the files of its folder and writes one HTML page."""
 
 import io
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from titans_video import formats
 from titans_video.config.fields import flag_of
 from titans_video.console import duration
 from titans_video.data.clip_plan import REASONS
@@ -43,6 +43,8 @@ from titans_video.media.plots import (
 )
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
+from titans_video.parsing import Malformed, read_json, read_json_lines
+from titans_video.schema import Schema, fits
 from titans_video.training import run_folder, tracking
 from titans_video.training.loss_table import as_table, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, video_name
@@ -105,19 +107,19 @@ def read_run(folder: Path) -> Run:
         )
     lines = read_metrics(folder / run_folder.METRICS)
     last = int(lines[-1]["step"])
-    validations, events = (_lines(folder / name, last) for name in (run_folder.VALIDATION_LOG, run_folder.EVENTS))
+    validations = _lines(folder / run_folder.VALIDATION_LOG, last, formats.VALIDATION_LINE)
+    events = _lines(folder / run_folder.EVENTS, last, formats.EVENT_LINE)
     return Run(folder, lines, validations, events, tracking.read_run_record(folder))
 
 
-def _lines(path: Path, last: int) -> list[dict[str, Any]]:
-    """Return the complete lines of steps up to `last`; of a step with several lines, the last one."""
+def _lines(path: Path, last: int, schema: Schema) -> list[dict[str, Any]]:
+    """Return the complete lines of steps up to `last`; of a step with several lines, the last one.
+
+    Lines that are not as training writes them are skipped.
+    """
     found: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= last:
+    for line in read_json_lines(path) if path.is_file() else []:
+        if fits(schema, line) and line["step"] <= last:
             found[line["step"]] = line
     return [found[step] for step in sorted(found)]
 
@@ -149,11 +151,11 @@ class EmbedBudget:
 def samples(run: Run) -> str:
     """Return the section of sample videos; empty if there are none."""
     folders = {v["step"]: run.folder / str(v["samples"]) for v in run.validations if v.get("samples")}
-    folders = {step: path for step, path in folders.items() if _is_own_file(run, path / PROMPTS)}
+    folders = {step: path for step, path in folders.items() if read_prompts(run, path)}
     if not folders:
         return ""
     steps = evenly(sorted(folders), COLUMNS)
-    prompts = json.loads((folders[steps[-1]] / PROMPTS).read_text(encoding="utf-8"))
+    prompts = read_prompts(run, folders[steps[-1]])
     budget = EmbedBudget()
     parts = ["<h2>Samples over time</h2>", '<p class="small">The same prompts from the same noise each time.</p>']
     for i, prompt in enumerate(prompts):
@@ -173,6 +175,15 @@ def _is_own_file(run: Run, path: Path) -> bool:
     return path.is_file() and path.resolve().is_relative_to(run.folder.resolve())
 
 
+def read_prompts(run: Run, folder: Path) -> list[str]:
+    """Return the prompts of a folder of sample videos; none if their file is missing, damaged or not the run's own."""
+    try:
+        found = read_json(folder / PROMPTS) if _is_own_file(run, folder / PROMPTS) else []
+    except (OSError, Malformed):
+        return []
+    return list(found) if fits(formats.PROMPTS, found) else []
+
+
 def evenly(steps: Sequence[int], most: int) -> list[int]:
     """Pick at most `most` steps, evenly spread, with the first and the last among them."""
     picked = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
@@ -181,7 +192,7 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
 
 def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, budget: EmbedBudget) -> str:
     path = folder / video_name(number)
-    prompts = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    prompts = read_prompts(run, folder)
     if number >= len(prompts) or prompts[number] != prompt or not _is_own_file(run, path):
         return f'<figure><div class="none">-</div><figcaption>step {step}</figcaption></figure>'
     try:

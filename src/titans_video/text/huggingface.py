@@ -20,7 +20,8 @@ from titans_video.config.options import TextOptions
 from titans_video.console import library_bars
 from titans_video.errors import TextError, few, first_line
 from titans_video.finite import refuse_non_finite
-from titans_video.hub import LOADING_ERRORS, NON_FINITE_REMEDY, from_folder, reason, without_hub
+from titans_video.hub import NON_FINITE_REMEDY, from_folder, reason, without_hub
+from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import Lengths, TextEncoder
 from titans_video.types import PRECISIONS
 
@@ -261,12 +262,12 @@ class PretrainedStream:
         if Path(s.path).is_dir():
             try:
                 return from_folder(kind, s.path, **options)
-            except LOADING_ERRORS as e:
+            except BUILDING_ERRORS as e:
                 raise TextError(f"{s.flag} {s.path} cannot be loaded: {reason(e)}") from None
         if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
             raise TextError(_missing(s, "there is no such folder"))
         # Local files are used first; the hub is asked only if necessary, and once.
-        with contextlib.suppress(*LOADING_ERRORS), without_hub(), library_bars():
+        with contextlib.suppress(*BUILDING_ERRORS), without_hub(), library_bars():
             return kind.from_pretrained(s.path, local_files_only=True, trust_remote_code=False, **options)
         if s.local_files_only or _hub_is_off():
             raise TextError(_missing(s, "it is not on this machine and hub access is off"))
@@ -275,7 +276,7 @@ class PretrainedStream:
         try:
             with library_bars():
                 return kind.from_pretrained(s.path, trust_remote_code=False, **options)
-        except LOADING_ERRORS as e:
+        except BUILDING_ERRORS as e:
             raise TextError(_missing(s, f"the hub did not provide it ({reason(e)})")) from None
 
     def _load_model(self) -> Any:

@@ -29,10 +29,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titans_video import checkpoint, files
+from titans_video import checkpoint, files, formats
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError, WriteError, few
 from titans_video.finite import non_finite
+from titans_video.schema import check as check_schema
 from titans_video.training import manifests, sharded_state
 from titans_video.training.distributed import gloo_group, process_group
 from titans_video.training.optim import Ema
@@ -185,11 +186,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder if folder.is_file() else folder / STATE
     state = checkpoint.load_tensors(path, mmap=True)
     state = state.get(TRAINING, state)
-    if state.get("format") != STATE_FORMAT:
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         raise CheckpointError(
             f"{path} is not a training state of this version ({STATE_FORMAT}). Resume with the version that wrote it, "
             "or start a new run with --resume none, which moves the old one to previous-<n>."
         )
+    check_schema(formats.TRAINING_STATE, state, path, CheckpointError)
     return state
 
 

@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -187,7 +187,8 @@ class Guard:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        known = {f.name for f in fields(self)}
+        self.__dict__.update({name: value for name, value in state.items() if name in known})
 
 
 def format_rows(ids: list[str]) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from titans_video import files
+from titans_video import files, formats, parsing
 from titans_video.checkpoint import MODEL
 from titans_video.errors import CheckpointError, WriteError
+from titans_video.schema import fits
 from titans_video.training.run_folder import ADAPTER, MANIFEST, STATE
 
 _BLOCK = 2**20
@@ -70,12 +71,16 @@ def check(folder: Path, *, contents: bool) -> None:
         CheckpointError: there is no manifest, or a file is missing, damaged or of the wrong size.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(v["bytes"]), str(v["sha256"])) for name, v in manifest.items()}
+        manifest = parsing.read_json(folder / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(f"it has no {MANIFEST}, so it is incomplete") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, parsing.Malformed):
         raise CheckpointError(f"its {MANIFEST} cannot be read") from None
+    if not fits(formats.MANIFEST, manifest):
+        raise CheckpointError(f"its {MANIFEST} is not one that training wrote")
+    expected = {name: (value["bytes"], value["sha256"]) for name, value in manifest["files"].items()}
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
+        raise CheckpointError(f"its {MANIFEST} names files outside the folder")
     lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
     if lacking:
         raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")

@@ -20,7 +20,10 @@ from titans_video.console import Progress
 from titans_video.data.manifest import TASKS
 from titans_video.errors import WriteError, first_line
 from titans_video.files import make_folder, write_text, writing
+from titans_video.formats import METRICS_LINE
 from titans_video.media.plots import format_loss, format_short, loss_curve
+from titans_video.parsing import Malformed, parse_json
+from titans_video.schema import fits
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
@@ -126,10 +129,10 @@ def cut_after(path: Path, step: int) -> None:
 def _step(line: str) -> int | None:
     """Return the step of a complete line, or None."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        values = parse_json(line)
+    except Malformed:
         return None
-    return step if isinstance(step, int) and line.endswith("\n") else None
+    return int(values["step"]) if fits(METRICS_LINE, values) and line.endswith("\n") else None
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -138,7 +141,7 @@ def last_line(path: Path) -> dict[str, Any]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
         return {}
-    found: dict[str, Any] = json.loads(lines[-1]) if lines and _step(lines[-1]) is not None else {}
+    found: dict[str, Any] = parse_json(lines[-1]) if lines and _step(lines[-1]) is not None else {}
     return found
 
 

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from titans_video.config.fields import OptionGroup, flag_of
 from titans_video.config.options import DataOptions, TrainOptions, ValidationOptions
 from titans_video.data.dataset import FILE_PATHS
-from titans_video.errors import ConfigError
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.formats import RESUMED_STATE
+from titans_video.schema import check
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
 from titans_video.training.resume import find_resume, open_resume
@@ -91,6 +93,8 @@ def start_run(data: DataOptions, train: TrainOptions) -> RunContext:
     accelerator = distributed.start(train)
     folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
+    if resume:
+        check(RESUMED_STATE, resume.state, resume.folder, CheckpointError)
     running = distributed.describe(accelerator, _format_batch(data, train, accelerator.num_processes, resume))
     logger.info("\n".join([running, *notes]))
     return RunContext(accelerator, resume, running)

@@ -68,6 +68,11 @@ def load_optimizer_tensors(optimizer: Optimizer, network: nn.Module, saved: Name
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
             raise CheckpointError(f"The optimizer state is of another network: this one has no parameter {name!r}.")
+        if value.shape not in (parameters[name].shape, ()):
+            raise CheckpointError(
+                f"The optimizer state is of another network: {full_name} has the shape {tuple(value.shape)} there and "
+                f"{tuple(parameters[name].shape)} here."
+            )
         optimizer.state[parameters[name]][key] = placed_like(value, parameters[name])
 
 

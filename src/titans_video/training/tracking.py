@@ -24,12 +24,15 @@ from accelerate.tracking import filter_trackers
 from PIL import Image
 
 import titans_video
+from titans_video import formats
 from titans_video.config.fields import OptionGroup, is_group
 from titans_video.errors import ConfigError, first_line
 from titans_video.files import write_text, writing
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.writing import GIF_FASTEST, write_video
+from titans_video.parsing import Malformed, read_json
+from titans_video.schema import fits
 from titans_video.training.distributed import run_on_main
 from titans_video.training.loss_table import as_table, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, RUN_RECORD, TENSORBOARD, video_name
@@ -57,10 +60,10 @@ def flat(options: OptionGroup) -> dict[str, Any]:
 def read_run_record(run: Path) -> dict[str, Any]:
     """Read a run's run.json; empty if it is missing or unreadable."""
     try:
-        found = json.loads((run / RUN_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(run / RUN_RECORD)
+    except (OSError, Malformed):
         return {}
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+    return found if fits(formats.RUN_RECORD, found) and found["format"] == FORMAT else {}
 
 
 def write_start(
