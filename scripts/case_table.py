@@ -1,4 +1,4 @@
-"""Print how each file of a folder is read, as the table of docs/data.md.
+"""Print how each file of a folder is read, as the table of docs/guides/data.md.
 
     python scripts/case_table.py FOLDER [--ffmpeg PROGRAM]
 

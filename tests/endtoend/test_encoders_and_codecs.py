@@ -253,7 +253,7 @@ def test_num_frames_16_with_the_cogvideox_adapter_word_for_word(desk: Desk) -> N
 
 
 def test_a_codec_of_ones_own_and_the_command_that_is_printed(desk: Desk, repository: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (repository / "docs/codecs.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", (repository / "docs/guides/codecs.md").read_text(), re.DOTALL)
     (desk.folder / "half_size.py").write_text(example)
     words = without(documented("CogVideoXVAEWrapper"), "--llm-model")
     init = {"vae_module": "half_size", "vae_class": "HalfSize", "vae_init_json": '{"gain": 2.0}'}

@@ -25,7 +25,7 @@ def external(module: str, name: str, init: str | None = None) -> Codec:
 
 
 def test_the_documented_example(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (repository / "docs/codecs.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", (repository / "docs/guides/codecs.md").read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 20
     (tmp_path / "half_size.py").write_text(example)
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ CORNERS = np.array([[(250, 30, 30), (30, 30, 250)], [(20, 40, 60), (30, 250, 30)
 def test_the_table_in_the_documentation(cases: Path, repository: Path) -> None:
     table = case_table(cases)
     assert len(table.splitlines()) > 10
-    assert table in (repository / "docs" / "data.md").read_text(encoding="utf-8")
+    assert table in (repository / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_every_reason_of_the_reader_is_in_the_closed_list() -> None:
 
 
 def test_the_documentation_lists_every_reason(repository: Path) -> None:
-    said = (repository / "docs" / "data.md").read_text()
+    said = (repository / "docs" / "guides" / "data.md").read_text()
     assert all(f"| `{reason}` | {words} |" in said for reason, words in REASONS.items())
 
 

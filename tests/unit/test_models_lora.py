@@ -227,7 +227,7 @@ def test_the_documented_example_does_what_it_says(
 ) -> None:
     """Run it line by line, with random weights where it says that the adapter is trained."""
     monkeypatch.chdir(tmp_path)
-    section = (repository / "docs" / "lora.md").read_text().partition("## On your own networks")[2]
+    section = (repository / "docs" / "guides" / "lora.md").read_text().partition("## On your own networks")[2]
     example = section.partition("```text\n")[2].partition("```")[0]
     begin, _, rest = example.partition("...  ")
     middle, _, end = rest.partition("\n")[2].partition("saved =")

@@ -1,4 +1,4 @@
-"""LoRA for any linear layer of any network, and its files; see docs/lora.md."""
+"""LoRA for any linear layer of any network, and its files; see docs/guides/lora.md."""
 # ruff: noqa: F401, I001
 
 from titans_video.models.lora import LoraConfig, LoraLinear, adapters, find_targets, inject, layer_sizes, load, merge

@@ -320,7 +320,7 @@ def class_name(folder: Path) -> str:
     if name not in VAE_SPECS:
         raise CodecError(
             f"{folder / 'config.json'} describes the class {name}; the supported VAEs are {', '.join(VAE_SPECS)}. "
-            "Another one can be wrapped with --vae-backend external (docs/codecs.md)."
+            "Another one can be wrapped with --vae-backend external (docs/guides/codecs.md)."
         )
     return str(name)
 

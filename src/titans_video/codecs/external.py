@@ -1,4 +1,4 @@
-"""Codecs of the user: any class with `encode`, `decode` and a `spec`, as described in docs/codecs.md.
+"""Codecs of the user: any class with `encode`, `decode` and a `spec`, as described in docs/guides/codecs.md.
 
 Legend: B batch, C latent channels, T H W pixels, t h w the latent grid.
 """
@@ -33,7 +33,9 @@ class ExternalCodec(Codec):
         missing = [m for m in ("encode", "decode") if not callable(getattr(inner, m, None))]
         if missing or not hasattr(inner, "spec"):
             missing += [] if hasattr(inner, "spec") else ["spec"]
-            raise CodecError(f"The codec {name} has no {' and no '.join(missing)}; docs/codecs.md lists what it needs.")
+            raise CodecError(
+                f"The codec {name} has no {' and no '.join(missing)}; docs/guides/codecs.md lists what it needs."
+            )
         self.inner = inner
         self.spec = _read_spec(inner.spec, name)
         self._passes_frames = _takes_frames(inner.decode)
@@ -45,8 +47,8 @@ class ExternalCodec(Codec):
         if not options.vae_module or not options.vae_class:
             raise CodecError(
                 "--vae-backend external needs --vae-module and --vae-class, for example --vae-module "
-                "train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper; docs/codecs.md describes what "
-                "such a class needs."
+                "train.videos.cogvideox_vae_adapter --vae-class CogVideoXVAEWrapper; docs/guides/codecs.md describes "
+                "what such a class needs."
             )
         return load_external(options.vae_module, options.vae_class, init, load=load)
 
@@ -87,7 +89,7 @@ def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool
     where = f"--vae-module {module} --vae-class {name}"
     if not isinstance(kind, type) or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         what = "does not exist" if kind is None else "is not a class with encode and decode"
-        raise CodecError(f"{where}: {module}.{name} {what}. docs/codecs.md lists what a codec's class needs.")
+        raise CodecError(f"{where}: {module}.{name} {what}. docs/guides/codecs.md lists what a codec's class needs.")
     extra = {} if load or "load" not in _parameters(kind) else {"load": False}
     codec = _guard(f"{where}: building it with --vae-init-json {dict(init)}", lambda: _build(kind, name, init, extra))
     if load:
