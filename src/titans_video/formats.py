@@ -135,6 +135,7 @@ DATA = Record(
         **dict.fromkeys(("height", "width"), optional(Whole(1, 2**15))),
         "fps": optional(Real(Range(above=0, most=1000))),
         "tasks": optional(ListOf(Text(100), 0, 16)),
+        "words": optional(ListOf(Text(100), 0, 2000)),
     },
     rule=_size_is_possible,
 )

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from titans_video.cli.main import main
-from titans_video.text.vocabulary import MOST_WORDS, unknown_words_note, vocabulary, words_of
+from titans_video.formats import DATA
+from titans_video.schema import Mismatch
+from titans_video.text.vocabulary import MOST_LETTERS, MOST_WORDS, unknown_words_note, vocabulary, words_of
 
 CAPTIONS = ["a red circle, moving right", "A blue square moving up."]
 
@@ -30,6 +32,14 @@ def test_the_vocabulary_is_sorted_and_ends_where_text_is_open() -> None:
     assert vocabulary(["", "..."]) is None
     assert len(vocabulary(f"w{i}" for i in range(MOST_WORDS)) or ()) == MOST_WORDS
     assert vocabulary(f"w{i}" for i in range(MOST_WORDS + 1)) is None
+    assert vocabulary(["a", "b" * (MOST_LETTERS + 1)]) is None
+
+
+@pytest.mark.parametrize("words", [[1], ["a" * (MOST_LETTERS + 1)], ["a"] * (MOST_WORDS + 1), "a", {"a": 1}])
+def test_forged_words_are_refused(words: object) -> None:
+    DATA.check({"words": ["a" * MOST_LETTERS] * MOST_WORDS}, "data")
+    with pytest.raises(Mismatch, match="words"):
+        DATA.check({"words": words}, "data")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ class DemoOptions:
     steps: Annotated[int | None, Range(least=1)] = None
     """Training steps (default: the configuration's)."""
     videos: Annotated[int, Range(least=1)] = 96
-    """Videos to generate and score for each of: trained combinations, held-out combinations, first frames."""
+    """Videos to generate and score of each kind: trained combinations, held-out ones, trained ones in other words; and
+    first frames with their own prompts, neutral ones and contradicting ones."""
     processes: Annotated[int | None, Range(least=1)] = None
     """Training processes (default: 2 on a CPU of two or more cores, else 1)."""
     seed: Annotated[int, Range(least=0)] = 0
@@ -153,11 +154,12 @@ class ScoreOptions:
     checkpoint: str | None = None
     """A .pt file, the folder of a run, an exported folder, or `latest` (default: the weights of the package)."""
     videos: Annotated[int, Range(least=1)] = 96
-    """Videos of trained and of held-out combinations each."""
+    """Videos of each kind of prompt."""
     out: str = "outputs/score"
     """Folder of the mp4s, scores.json and the contact sheet."""
     i2v: bool = False
-    """Also generate from first frames and score how the clips continue them."""
+    """Also generate from first frames, with their own, neutral and contradicting prompts, and score whether the image's
+    colour and shape are kept and how the clips continue."""
     steps: Annotated[int | None, Range(least=1)] = None
     """Denoising steps (default: the checkpoint's recommendation, else 50)."""
     guidance_scale: Annotated[float | None, Range(least=0)] = None

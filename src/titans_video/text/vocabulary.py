@@ -9,6 +9,9 @@ from collections.abc import Collection, Iterable, Sequence
 MOST_WORDS = 2000
 """Captions of more different words are open text: the list would be long, and a missing word would say little."""
 
+MOST_LETTERS = 100
+"""A longer word is no word of a language either. `formats.DATA` has both limits."""
+
 _SHOWN = 6
 # Scripts without spaces between words: each character counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|(?:(?![\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])\w)+")
@@ -20,11 +23,12 @@ def words_of(text: str) -> list[str]:
 
 
 def vocabulary(captions: Iterable[str]) -> list[str] | None:
-    """Return the sorted words of all captions; None if there are none, or more than MOST_WORDS."""
+    """Return the sorted words of all captions; None if there are none, too many or too long ones."""
     words: set[str] = set()
     for caption in captions:
-        words.update(words_of(caption))
-        if len(words) > MOST_WORDS:
+        found = words_of(caption)
+        words.update(found)
+        if len(words) > MOST_WORDS or any(len(word) > MOST_LETTERS for word in found):
             return None
     return sorted(words) or None
 
@@ -44,5 +48,5 @@ def unknown_words_note(prompts: Sequence[str], known: Collection[str] | None) ->
     if not unknown:
         return None
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-    shown = ", ".join(repr(word) for word in unknown[:_SHOWN])
+    shown = ", ".join(repr(word[:MOST_LETTERS]) for word in unknown[:_SHOWN])
     return f"Note: the model does not know {shown}{more}: no caption of its training has such words."
