@@ -42,7 +42,7 @@ from titans_video.files import save_safetensors, save_tensors, write_text
 from titans_video.finite import refuse_non_finite
 from titans_video.formats import CONFIG, COUNT, TENSORS
 from titans_video.parsing import Malformed
-from titans_video.schema import PLAIN, Record, Text, check
+from titans_video.schema import Record, Text, check
 from titans_video.tensor_files import (
     BUILDING_ERRORS,
     MOST_HEADER,
@@ -177,7 +177,7 @@ def _read_folder(path: Path) -> Checkpoint:
     return _checked(Checkpoint(part("model."), description["config"], description["step"], part("codec."), path))
 
 
-_DESCRIPTION = Record({"format": Text(100), "step": COUNT, "config": PLAIN})
+_DESCRIPTION = Record({"format": Text(100), "step": COUNT, "config": CONFIG})
 _CONTENT = Record({"model": TENSORS, "codec": TENSORS, "step": COUNT, "config": CONFIG})
 
 

@@ -41,7 +41,7 @@ ODD: list[Any] = [
     *([], [0], [1, 2, 2], [-1], ["x"], [None], [[]] * 3, {}, {"a": 1}, {"": None}),
     *(_deep(3), _deep(100), *HUGE),
 ]
-FACTORS = (0, -1, 2, 3, 10, 1000, 10**6, 10**9, 0.5, -0.5)
+FACTORS = (0, -1, 2, 3, 10, 1000, 10**6, 10**9, 0.5)
 TENSORS: list[Callable[[Tensor], Any]] = [
     lambda x: x.flatten(),
     lambda x: x[None],
@@ -122,7 +122,7 @@ def _changed(value: Any, change: Change, small: bool) -> Any:
         return TENSORS[n % len(TENSORS)](value) if value.layout == torch.strided and value.numel() < 10**6 else 0
     if change.kind == "range" and type(value) in (int, float):
         factor = FACTORS[n % len(FACTORS)]
-        return int(value * factor) if type(value) is int else value * factor
+        return value // 2 if type(value) is int and type(factor) is float else value * factor
     if change.kind == "size" and isinstance(value, list | str) and value:
         return [value[1:], value[:-1], value * 2, value * (2 if small else 10**5 // len(value) + 1)][n % 4]
     if change.kind == "size" and isinstance(value, int):
