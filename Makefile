@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all check docs bench clean
 
 help: ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -32,9 +32,13 @@ check: setup ## formatting, lint, types and the import layers
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
+docs: setup ## the documentation site: site/index.html; warnings fail the build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation is in site/. Open site/index.html, or run $(BIN)/mkdocs serve."
+
 bench: setup ## the comparisons with other libraries, memory and speed of training
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove caches of tools; .venv and outputs stay
-	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	@find src tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

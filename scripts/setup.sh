@@ -61,7 +61,7 @@ else
 fi
 pip_install ${pins[@]+"${pins[@]}"} ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 echo "setup: installing the rest (about two minutes)."
-pip_install ${pins[@]+"${pins[@]}"} -e '.[dev]'
+pip_install ${pins[@]+"${pins[@]}"} -e '.[dev,docs]'
 
 rm "$installing"
 touch "$venv/.ready"
