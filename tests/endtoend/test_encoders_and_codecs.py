@@ -1,6 +1,6 @@
 """Every text encoder and every VAE through the documented commands: trained for 3 steps, then generated from.
 
-The commands are read from the README; only paths and sizes are changed. The models are tiny and random, in the format
+The commands are read from docs/commands.md; only paths and sizes are changed. The models are tiny and random, in the format
 that their own libraries write.
 """
 
@@ -24,7 +24,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests import factories
-from tests.endtoend.test_readme import README, commands, with_flags
+from tests.endtoend.test_readme import COMMANDS, commands, with_flags
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.config.generation import Overrides
@@ -52,8 +52,8 @@ GENERATING = {"--checkpoint": "run/last.pt", "--height": "32", "--width": "32", 
 
 
 def documented(words: str) -> list[str]:
-    """The README's first command that holds some words."""
-    return shlex.split(next(c for c in commands(README) if words in c))
+    """Return the first documented command that contains some words."""
+    return shlex.split(next(c for c in commands(COMMANDS) if words in c))
 
 
 def without(words: list[str], flag: str) -> list[str]:
@@ -115,7 +115,7 @@ AS_LLM = [name for name in MAKERS if name not in ("T5", "UMT5")]
 
 
 def with_encoders(desk: Desk, text: str | None, llm: str | None) -> list[str]:
-    """The README's command of two encoders, with a folder instead of each name (None: without it)."""
+    """Return the documented command of two encoders, with a folder instead of each name (None: without it)."""
     factories.make_vae("kl", desk.folder / "vae")
     words = with_flags(documented("qwen_or_mistral_or_llama"), {"--pretrained-model": "vae"}, add=False)
     for flag, name in (("--text-model", text), ("--llm-model", llm)):

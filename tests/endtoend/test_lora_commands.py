@@ -423,7 +423,7 @@ def test_without_peft_the_gate_is_skipped_with_a_word(
 @pytest.mark.long
 def test_the_documented_command_word_for_word(repository: Path, pipelines: dict[str, Path], tmp_path: Path) -> None:
     """At its own size, on two processes; stopped once it has learned from a step."""
-    written = (repository / "README.md").read_text().replace("\\\n", " ")
+    written = (repository / "docs" / "commands.md").read_text().replace("\\\n", " ")
     command = next(line for line in written.splitlines() if "train_cogvideox_lora_accelerate.py" in line)
     mock = repository / "train" / "videos" / "mock_data"
     for theirs, ours in {

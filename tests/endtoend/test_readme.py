@@ -1,7 +1,8 @@
-"""Every command of the READMEs runs, in their order, in a copy of the repository, at a size that a CPU does in seconds.
+"""Run every command of docs/commands.md, in its order, in a copy of the repository, at sizes that take a CPU seconds.
 
-What stands in for the reader's own models and clips, and which sizes are made small, is in the tables below; everything
-else of a command is run as it is printed.
+The READMEs and the first pages of the documentation show commands of that page, word for word. The tables below hold
+the stand-ins for the reader's models and clips, and the small sizes. Everything else of a command runs as it is printed.
+A block below a line `<!-- needs: ... -->` does not run.
 """
 
 import io
@@ -25,13 +26,17 @@ from accelerate.state import AcceleratorState
 
 from tests import factories
 from tests.conftest import REPOSITORY
-from titans_video.config.options import ModelOptions
+from titans_video.config.options import DataOptions, ModelOptions
+from titans_video.data.manifest import read_manifest
 from titans_video.models.registry import PRESETS, build_network, sora_config
 from titans_video.types import CodecSpec
 
 README = REPOSITORY / "README.md"
 CHINESE = REPOSITORY / "README.zh-CN.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = REPOSITORY / "docs"
+COMMANDS = DOCS / "commands.md"
+PAGES = (README, CHINESE, DOCS / "index.md", DOCS / "start.md")
+BLOCK = re.compile(r"^(<!-- needs: .* -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TRAINING = {
     "--preset": "tiny",
@@ -72,7 +77,9 @@ MODELS = {
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return [body for name, body in BLOCK.findall(path.read_text(encoding="utf-8")) if name == language]
+    """Return the code blocks of a language that are not marked as needing something."""
+    found = BLOCK.findall(path.read_text(encoding="utf-8"))
+    return [body for needs, name, body in found if name == language and not needs]
 
 
 def commands(path: Path) -> list[str]:
@@ -173,7 +180,7 @@ class Workspace:
             return self.spawn([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *rest])
         if words[0] in ("python", "python3"):
             return self.inside(words[1:], lambda: runpy.run_path(words[1], run_name="__main__"))
-        assert words[0] == "titans-video", f"the READMEs hold a command that this test does not know: {command}"
+        assert words[0] == "titans-video", f"this test cannot run the documented command: {command}"
         from titans_video.cli.main import main
 
         return self.inside(words, main)
@@ -206,14 +213,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("reader"))
 
 
-def test_both_languages_show_the_same_commands() -> None:
-    assert commands(README)
-    assert commands(README) == commands(CHINESE)
-    assert blocks(README, "json") == blocks(CHINESE, "json")
-    assert blocks(README, "jsonl") == blocks(CHINESE, "jsonl")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_show_commands_that_run(path: Path) -> None:
+    assert not set(commands(path)) - set(commands(COMMANDS))
+    assert not set(blocks(path, "python")) - set(blocks(COMMANDS, "python"))
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize("path", [COMMANDS, *PAGES], ids=lambda path: path.name)
+def test_manifests_are_read(path: Path, tmp_path: Path) -> None:
+    for language in ("json", "jsonl"):
+        for number, block in enumerate(blocks(path, language)):
+            manifest = tmp_path / f"{number}.{language}"
+            manifest.write_text(block, encoding="utf-8")
+            rows = read_manifest(DataOptions(manifest=(str(manifest),)))
+            assert all(row.caption for row in rows)
+
+
+@pytest.mark.parametrize("command", commands(COMMANDS))
 def test_command(command: str, workspace: Workspace) -> None:
     done = workspace.run(command)
     assert done.code == 0, f"{shlex.join(workspace.words(command))}\n{done.output[-3000:]}"
@@ -224,19 +240,21 @@ def test_command(command: str, workspace: Workspace) -> None:
 SMALL_CALL = {"num_frames=64": "num_frames=20", "=512": "=32", "num_inference_steps=50": "num_inference_steps=2"}
 
 
-def test_the_python_code_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the folder that the commands exported."""
-    (code,) = blocks(README, "python")
-    assert blocks(CHINESE, "python") == [code]
-    for theirs, ours in SMALL_CALL.items():
-        assert theirs in code
-        code = code.replace(theirs, ours)
+@pytest.mark.parametrize("code", blocks(COMMANDS, "python"), ids=["shipped weights", "exported"])
+def test_the_python_code_runs(code: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exported folder is that of the commands."""
+    exported = "exported" in code
+    if exported:
+        for theirs, ours in SMALL_CALL.items():
+            assert theirs in code
+            code = code.replace(theirs, ours)
     monkeypatch.chdir(workspace.folder)
     names: dict[str, object] = {}
     exec(code, names)
     frames = names["frames"]
     assert isinstance(frames, np.ndarray)
-    assert frames.shape == (20, 32, 32, 3)
+    assert frames.shape == (20 if exported else 8, 32, 32, 3)
+    assert exported or Path("triangle.mp4").is_file()
 
 
 def sizes(path: Path) -> list[tuple[str, ...]]:
@@ -246,8 +264,10 @@ def sizes(path: Path) -> list[tuple[str, ...]]:
 
 
 def test_the_table_of_sizes_is_right() -> None:
-    rows = sizes(README)
-    assert rows == sizes(CHINESE)
+    tables = [rows for path in (README, CHINESE, *DOCS.rglob("*.md")) if (rows := sizes(path))]
+    assert tables
+    rows = tables[0]
+    assert all(table == rows for table in tables)
     assert [row[0] for row in rows] == list(PRESETS)
     spec = CodecSpec("vae", 16, (4, 8, 8), "causal")
     for name, width, depth, heads, millions in rows:
@@ -258,8 +278,8 @@ def test_the_table_of_sizes_is_right() -> None:
         assert float(millions) == round(count, 1 if "." in millions else 0), name
 
 
-@pytest.mark.parametrize("path", [README, CHINESE], ids=["en", "zh"])
+@pytest.mark.parametrize("path", [COMMANDS, *PAGES], ids=lambda path: path.name)
 def test_links_and_pictures_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert (REPOSITORY / target).exists(), target
+            assert (path.parent / target).exists(), target
