@@ -1,7 +1,7 @@
 """Every text encoder and every VAE through the documented commands: trained for 3 steps, then generated from.
 
-The commands are read from docs/commands.md; only paths and sizes are changed. The models are tiny and random, in the format
-that their own libraries write.
+The commands are read from docs/commands.md; only paths and sizes are changed. The models are tiny and random, in the
+format that their own libraries write.
 """
 
 import contextlib

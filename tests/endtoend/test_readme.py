@@ -1,7 +1,7 @@
 """Run every command of docs/commands.md, in its order, in a copy of the repository, at sizes that take a CPU seconds.
 
-The READMEs and the first pages of the documentation show commands of that page, word for word. The tables below hold
-the stand-ins for the reader's models and clips, and the small sizes. Everything else of a command runs as it is printed.
+The READMEs and the first pages of the documentation show commands of that page, word for word. The tables below have
+the stand-ins for the reader's models and clips, and the small sizes. Everything else of a command is unchanged.
 A block below a line `<!-- needs: ... -->` does not run.
 """
 
