@@ -364,10 +364,10 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     assert found is not None
     torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
     large = replace(data, records=[replace(others[0], bucket=Bucket(9, 16, 80)), *others[1:], entry])
-    found = first_frame(large, spec, entry.row.caption)
+    found = first_frame(large, spec, entry.row.caption, (16, 80))
     assert found is not None
     assert torch.equal(found[0], to_tensor(cover_crop(first[None], 16, 80)))
-    found = first_frame(large, spec, "nothing of the kind")
+    found = first_frame(large, spec, "nothing of the kind", (16, 80))
     assert found is not None
     assert found.shape == (1, 3, 1, 16, 80)
     missing = replace(entry, row=replace(entry.row, video=MOCK / "missing.mp4"))

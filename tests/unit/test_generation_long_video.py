@@ -94,7 +94,7 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
     request = replace(REQUEST, steps=2, guidance_scale=scale, draft_frames=2, **own)
     windows, _ = plan_video(model, request, **LAST)
     made = torch.cat(list(generate_long(model, request, windows)), dim=2)
-    assert "11/11" in capsys.readouterr().err  # a draft of 2 steps, and 3 windows of 3
+    assert "11 of 11 steps" in capsys.readouterr().err  # a draft of 2 steps, and 3 windows of 3
     rows = [len(x) for x, _, _ in model.network.asked]
     assert rows == [1 if scale == 1.0 else 2] * 2 + [1 if going_on == 1.0 else 2] * 9
     # The same as asking for it of a video that goes on from given frames.
@@ -106,7 +106,7 @@ def test_windows_that_go_on_have_steps_and_guidance_of_their_own(scale, going_on
         cond_pixels = replace(request, cond_pixels=made[:, :, :count])
         windows, _ = plan_video(model, cond_pixels, **LAST)
         list(generate_long(model, cond_pixels, windows))
-        assert f"{sum(steps)}/{sum(steps)}" in capsys.readouterr().err
+        assert f"{sum(steps)} of {sum(steps)} steps" in capsys.readouterr().err
         assert len(model.network.asked) == sum(steps)
 
 
@@ -126,7 +126,7 @@ def test_there_is_no_draft_where_nothing_would_go_on_from_it(capsys):
         list(generate_long(model, request, windows))
         assert len(model.network.asked) == forwards
         steps = 1 if windows.mode == "blend" else forwards
-        assert f"{steps}/{steps}" in capsys.readouterr().err
+        assert f"{steps} of {steps} step" in capsys.readouterr().err
         assert any("so --draft-frames 2 has no effect" in note for note in notes) == (windows.mode == "blend")
 
 
@@ -174,7 +174,7 @@ def test_windows_no_longer_than_the_draft_are_made_once(draft, how, capsys):
     assert any(f"no draft of {draft} frames" in note for note in notes)
     made = torch.cat(list(generate_long(model, request, windows)), dim=2)
     steps = 2 * len(windows.starts)
-    assert f"{steps}/{steps}" in capsys.readouterr().err
+    assert f"{steps} of {steps} step" in capsys.readouterr().err
     assert torch.equal(made, make(model, REQUEST, **how))
 
 

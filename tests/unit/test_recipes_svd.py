@@ -268,13 +268,14 @@ def test_without_text_images_are_enough(tmp_path: Path) -> None:
 
 
 def test_without_text_validation_starts_from_an_image_of_the_videos_size(tmp_path: Path) -> None:
-    """The fullest bucket is a smaller one."""
+    """In the size of its row, or by default in that of the bucket with the most rows."""
     manifest = make_set(tmp_path, rows=3, wide=1, **{f"row{i}": {"task": "i2v"} for i in range(4)})
     chosen = options(str(manifest), text="none")
     sizes = DataOptions(manifest=(str(manifest),), num_frames=SIZE[0], buckets="16x16,16x32")
     recipe = recipe_of(chosen, open_data(sizes, build_codec(chosen.codec).spec, (1, 1, 1), seed=0))
     with recipe.sampler(recipe.network, 0) as sample:
-        assert sample("grey 0", 0).video.shape == (3, SIZE[0], 16, 32)
+        assert sample("grey 0", 0, (16, 32)).video.shape == (3, SIZE[0], 16, 32)
+        assert sample("grey 0", 0).video.shape == (3, SIZE[0], 16, 16)
 
 
 def test_flags_of_the_other_network() -> None:
