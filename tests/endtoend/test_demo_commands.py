@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from titans_video.cli.tools import main_demo, main_score
+from titans_video.cli.generate import main_demo, main_score
 from titans_video.config.generation import DemoOptions
 from titans_video.demo import scoring
 from titans_video.demo.run import training_command

@@ -208,7 +208,7 @@ def test_the_loss_on_real_clips_falls(svd: Path, real_clips: Path, tmp_path: Pat
     where = ["--manifest", str(tmp_path / "m.jsonl"), "--data-root", str(real_clips), "--pretrained-model", str(svd)]
     given = [*where, *shlex.split(flags), "--output-dir", str(tmp_path / "out")]
     assert main(["train", "svd", *given]) == 0
-    options = parse(SVDOptions(), given, prog="", description="")
+    options = parse(SVDOptions(), given, prog="")
     codec = build_codec(options.codec)
     data = open_data(options.data, codec.spec, (1, 1, 1), seed=0)
     parts = RunParts(data, None, codec, options.codec, build_text(options.text), None)

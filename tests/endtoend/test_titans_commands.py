@@ -195,7 +195,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(
 @pytest.mark.parametrize("name", ["base", "tiny"])
 def test_presets_are_flags_that_there_are(name: str, repository: Path) -> None:
     path = repository / "configs" / "titans" / f"{name}.yaml"
-    options = parse(TitansOptions(), ["--config", str(path)], prog="x", description="")
+    options = parse(TitansOptions(), ["--config", str(path)], prog="x")
     check_memory(options.memory)
     spec = CodecSpec("kl", 4, (1, 8, 8))
     plan = plan_segments(options.memory, options.data.num_frames, spec, options.model.patch_size[0])

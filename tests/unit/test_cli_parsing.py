@@ -57,7 +57,7 @@ DOCUMENTED_GENERATION = [
 
 def training(words: str | list[str]) -> SoraOptions:
     argv = shlex.split(words) if isinstance(words, str) else words
-    return parse(SoraOptions(), argv, prog="train", description="")
+    return parse(SoraOptions(), argv, prog="train")
 
 
 @pytest.mark.parametrize("words", DOCUMENTED_TRAINING)
@@ -71,7 +71,7 @@ def test_documented_training_commands_parse(words: str) -> None:
 
 @pytest.mark.parametrize("words", DOCUMENTED_GENERATION)
 def test_documented_generation_commands_parse(words: str) -> None:
-    flags = parse(GenerateFlags(), shlex.split(words), prog="infer", description="")
+    flags = parse(GenerateFlags(), shlex.split(words), prog="infer")
     assert flags.generate.checkpoint == "outputs_sora/last.pt"
     assert flags.generate.prompt == "a cat walking, cinematic"
     assert flags.overrides.local_files_only is None
@@ -142,9 +142,9 @@ def test_rules_across_flags_of_every_training(words: str, message: str) -> None:
     argv = ["--manifest", "m.jsonl", *words.split()]
     for default, check in ((SoraOptions(), check_training), (TitansOptions(), check_titans), (SVDOptions(), check_svd)):
         with pytest.raises(ConfigError, match=message):
-            check(parse(default, argv, prog="train", description=""))  # type: ignore[arg-type]
+            check(parse(default, argv, prog="train"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
-        check_lora(parse(CogVideoXLoraOptions(), argv, prog="train", description=""))
+        check_lora(parse(CogVideoXLoraOptions(), argv, prog="train"))
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_rules_across_flags_of_every_training(words: str, message: str) -> None:
 def test_rules_of_the_memory(words: str, message: str) -> None:
     argv = ["--manifest", "m.jsonl", *words.split()]
     with pytest.raises(ConfigError, match=message):
-        check_titans(parse(TitansOptions(), argv, prog="train", description=""))
+        check_titans(parse(TitansOptions(), argv, prog="train"))
     if "sample" not in words:
-        check_titans(parse(TitansOptions(), [*argv, "--memory", "none"], prog="train", description=""))
+        check_titans(parse(TitansOptions(), [*argv, "--memory", "none"], prog="train"))
 
 
 def test_prompt_files_name_their_flag(tmp_path: Path) -> None:

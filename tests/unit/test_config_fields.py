@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from titans_video.cli.data import CheckFlags, VerifyFlags
 from titans_video.cli.generate import ExportFlags, GenerateFlags
 from titans_video.cli.main import main
-from titans_video.cli.tools import ReportFlags
+from titans_video.cli.train import ReportFlags
 from titans_video.config.fields import OptionGroup, Range, flag_of, is_group, validate
 from titans_video.config.generation import DemoOptions, MockOptions, ScoreOptions
 from titans_video.config.options import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from titans_video.cli.tools import main_mock
+from titans_video.cli.data import main_mock
 from titans_video.errors import ConfigError, DataError
 from titans_video.mock.analyse import analyse
 from titans_video.mock.dataset import make_dataset

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from titans_video.cli.tools import main_mock
+from titans_video.cli.data import main_mock
 from titans_video.errors import ConfigError
 from titans_video.media.motion import jumps, seam_ratio
 from titans_video.mock.analyse import path_miss, read_joins

@@ -1,12 +1,17 @@
-"""`titans-video data check`, `data cache` and `cache verify`."""
+"""`titans-video data mock`, `data check`, `data cache` and `cache verify`."""
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from titans_video.cli.inputs import check_manifests, check_training_inputs
+from titans_video.config.fields import FolderPath
+from titans_video.config.generation import MockOptions
+from titans_video.config.help import About
 from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
-from titans_video.config.parse import insert_flag, parse
+from titans_video.config.parse import parse
 from titans_video.config.rules import check_training
 from titans_video.console import Progress
 from titans_video.errors import ConfigError, DataError
@@ -14,26 +19,13 @@ from titans_video.errors import ConfigError, DataError
 FOUND_FAULTS = 1
 """Exit code of a check that worked and found faults."""
 
-CHECK = """List the rows of a manifest that cannot be trained on, and why.
-
-titans-video data check MANIFEST [training flags]. Without --vae-backend any size and frame count is legal. Training
-flags that do not concern data have no effect, so you can give a whole training command or --config.
-The exit code is 0 if training would run and 1 if it would stop."""
-
-CACHE = """Encode clips and captions once, into --cache FOLDER, so that training needs no VAE and no text encoder.
-
-The flags are those of the training. Under `accelerate launch` the processes share the work."""
-VERIFY = """Read a whole cache and check every file against its name and its checksum.
-
-titans-video cache verify FOLDER. The exit code is 1 if a file is damaged."""
-
 
 @dataclass(frozen=True)
 class CheckFlags(SoraOptions):
-    """A training, and where to report on its data."""
+    """The options of a training run, and where to report on its data."""
 
-    out: str = "outputs/data_check"
-    """Folder for report.html, quarantine.jsonl and plan.jsonl."""
+    out: FolderPath = "outputs/data_check"
+    """Folder for the report: report.html, quarantine.jsonl and plan.jsonl."""
     codec: CodecOptions = field(default_factory=lambda: CodecOptions(vae_backend="identity"))
     model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(1, 1, 1)))
 
@@ -42,13 +34,96 @@ class CheckFlags(SoraOptions):
 class VerifyFlags:
     """The cache."""
 
-    cache: str | None = None
-    """Folder of the cache."""
+    cache: FolderPath | None = None
+    """Folder that `titans-video data cache` or --cache filled."""
+
+
+MOCK = About(
+    MockOptions,
+    "Write the built-in data set: rendered, captioned clips of moving shapes.",
+    (
+        ("Write 1000 clips to outputs/mock", ""),
+        ("Write clips for long video", "--world bounce --frames 32 --out outputs/bounce"),
+    ),
+    notes="The folder gets videos/*.mp4, refs/*.png, manifest.jsonl and metadata.json. refs/ contains the first frames "
+    "for rows with task i2v.",
+)
+CHECK = About(
+    CheckFlags,
+    "List the rows of a manifest that training cannot use, and why.",
+    (
+        ("Check that all files can be read", "clips/manifest.jsonl"),
+        ("Check them for a training at this size", "clips/manifest.jsonl --resolution 256 --num-frames 16 --fps 16"),
+    ),
+    (
+        "manifest",
+        "config",
+        "out",
+        "resolution",
+        "buckets",
+        "num_frames",
+        "fps",
+        "empty_captions",
+        "max_upscale",
+        "max_bad",
+    ),
+    positionals=("manifest",),
+    notes="You can pass all flags of your training command, also --config. Those that do not concern data have no "
+    "effect. Without --vae-backend any size and any number of frames is accepted.\n"
+    "The exit code is 0 if training would run and 1 if it would stop.",
+)
+CACHE = About(
+    SoraOptions,
+    "Encode clips and captions once, so that training needs neither a VAE nor a text encoder.",
+    (
+        (
+            "Encode the clips with the VAE of a diffusers model",
+            "clips/manifest.jsonl --cache cache --pretrained-model weights/vae --resolution 256 --num-frames 16",
+        ),
+        (
+            "Encode the clips of a configuration",
+            "outputs/mock/manifest.jsonl --cache cache --config configs/sora/tiny.yaml",
+        ),
+    ),
+    (
+        "manifest",
+        "cache",
+        "config",
+        "pretrained_model",
+        "text_model",
+        "resolution",
+        "buckets",
+        "num_frames",
+        "fps",
+        "cache_variants",
+    ),
+    positionals=("manifest",),
+    notes="Pass the flags of your training command. Then train with the same flags and --cache.\n"
+    "Under `accelerate launch` the processes share the work.",
+)
+VERIFY = About(
+    VerifyFlags,
+    "Read a whole cache and check every file against its name and its checksum.",
+    (("Verify the cache in the folder cache/", "cache"),),
+    positionals=("cache",),
+    notes="The exit code is 1 if a file is damaged. Damaged files are listed.",
+)
+
+
+def main_mock(argv: Sequence[str], prog: str = "titans-video data mock") -> int:
+    """Write the data set and print its path; return the exit code."""
+    options = parse(MockOptions(), argv, prog=prog, about=MOCK)
+    from titans_video.mock.dataset import make_dataset
+
+    arguments: dict[str, Any] = asdict(options)
+    manifest = make_dataset(arguments.pop("out"), **arguments)
+    print(f"{options.clips} clips in {manifest.parent}: train with --manifest {shlex.quote(str(manifest))}")
+    return 0
 
 
 def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> int:
     """Scan the manifest, write the report and print its path; return the exit code."""
-    flags = parse(CheckFlags(), insert_flag(argv, "--manifest"), prog=prog, description=CHECK)
+    flags = parse(CheckFlags(), argv, prog=prog, about=CHECK)
     check_training(flags)
     check_manifests(flags.data)
     from titans_video.data.report import check
@@ -64,7 +139,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
 
 def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> int:
     """Fill the cache; return the exit code."""
-    options = parse(SoraOptions(), insert_flag(argv, "--manifest"), prog=prog, description=CACHE)
+    options = parse(SoraOptions(), argv, prog=prog, about=CACHE)
     if options.data.cache is None:
         raise ConfigError("--cache FOLDER is missing: the folder for the encoded clips and captions.")
     check_training(options)
@@ -77,7 +152,7 @@ def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> in
 
 def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") -> int:
     """Verify the cache and print damaged files; return the exit code."""
-    flags = parse(VerifyFlags(), insert_flag(argv, "--cache"), prog=prog, description=VERIFY)
+    flags = parse(VerifyFlags(), argv, prog=prog, about=VERIFY)
     if flags.cache is None:
         raise ConfigError(f"The cache is missing. Use `{prog} FOLDER`.")
     if not Path(flags.cache).is_dir():

@@ -20,40 +20,42 @@ SCRIPT_USAGE = """Titans Video: train and run video diffusion transformers.
       --config FILE.yaml                  another preset (default: configs/sora/tiny.yaml)
       --max-steps N --output-dir DIR ...  any option of the trainer
 
-`python train.py --mode train --help` and `--mode inference --help` list all options."""
+`python train.py --mode train --help` and `--mode inference --help` explain the options."""
+FRAMEWORK = "python train/videos/video_framework.py"
+ACCELERATE = "accelerate launch train/videos"
 
 
 def video_framework() -> int:
     """Train, or generate after the word `infer`; return the exit code."""
     words = sys.argv[1:]
     if words[:1] == ["infer"]:
-        return guarded(lambda: _generate(words[1:], "video_framework.py infer"))
-    return _train("train_framework", words[1:] if words[:1] == ["train"] else words, "video_framework.py")
+        return guarded(lambda: _generate(words[1:], f"{FRAMEWORK} infer"))
+    return _train("train_framework", words[1:] if words[:1] == ["train"] else words, FRAMEWORK)
 
 
 def train_sora_accelerate() -> int:
     """Train SoraDiT on the processes of a launcher; return the exit code."""
-    return _train("train_framework", sys.argv[1:], "train_sora_accelerate.py")
+    return _train("train_framework", sys.argv[1:], f"{ACCELERATE}/train_sora_accelerate.py")
 
 
 def train_titans_video_dit_accelerate() -> int:
     """Train TitansVideoDiT on the processes of a launcher; return the exit code."""
-    return _train("train_titans", sys.argv[1:], "train_titans_video_dit_accelerate.py")
+    return _train("train_titans", sys.argv[1:], f"{ACCELERATE}/train_titans_video_dit_accelerate.py")
 
 
 def train_cogvideox_lora_accelerate() -> int:
     """Train a LoRA on CogVideoX on the processes of a launcher; return the exit code."""
-    return _train("train_lora", sys.argv[1:], "train_cogvideox_lora_accelerate.py")
+    return _train("train_lora", sys.argv[1:], f"{ACCELERATE}/train_cogvideox_lora_accelerate.py")
 
 
 def train_video_accelerate() -> int:
     """Fine-tune Stable Video Diffusion on the processes of a launcher; return the exit code."""
-    return _train("train_svd", sys.argv[1:], "train_video_accelerate.py")
+    return _train("train_svd", sys.argv[1:], f"{ACCELERATE}/train_video_accelerate.py")
 
 
 def infer_sora() -> int:
     """Generate; return the exit code."""
-    return guarded(lambda: _generate(sys.argv[1:], "infer_sora.py"))
+    return guarded(lambda: _generate(sys.argv[1:], "python train/videos/infer_sora.py"))
 
 
 def _train(function: str, words: list[str], prog: str) -> int:

@@ -1,37 +1,160 @@
-"""`titans-video train ...`: SoraDiT, TitansVideoDiT, LoRA and Stable Video Diffusion.
+"""`titans-video train ...`, one command per recipe, and `titans-video report`.
 
 Recipes are imported after the flags are checked, so that `--help` and errors need no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from titans_video.cli.inputs import check_training_inputs
+from titans_video.config.fields import RunPath
+from titans_video.config.help import About
 from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions, TrainOptions
 from titans_video.config.parse import parse
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.console import lasting_streams
+from titans_video.errors import ConfigError, DataError
 
-CONFIG = """
---config FILE.yaml sets any of these options with `name: value` lines. Command-line flags override the file."""
-SORA = f"""Train SoraDiT, a spatio-temporal diffusion transformer, on captioned clips.
-{CONFIG}"""
-TITANS = f"""Train TitansVideoDiT, a video transformer with a memory of fixed size, on captioned clips.
-
-Clips are cut into segments; each is read noisy and written clean. Video of any length is generated segment by segment.
-{CONFIG}"""
-
-LORA = f"""Train a LoRA on CogVideoX (1.0 or 1.5, text-to-video or image-to-video), on captioned clips.
-
-Each checkpoint is lora_<step>.pt, from which you can resume, and lora_<step>/pytorch_lora_weights.safetensors, for
-diffusers.
-{CONFIG}"""
-
-SVD = f"""Fine-tune Stable Video Diffusion on captioned clips: from an image (i2v), from text (t2v), or both.
-
---pretrained-model is its folder: unet, vae, image_encoder, feature_extractor, scheduler.
-{CONFIG}"""
+CONFIG = """You can also set options in a YAML file, one `name: value` per line, and pass it with --config.
+Stop with Ctrl-C: the run saves a checkpoint first. Continue it with --resume auto."""
+SORA = About(
+    SoraOptions,
+    "Train SoraDiT, a diffusion transformer for video, on captioned clips.",
+    (
+        (
+            "Train a tiny model on a CPU, in minutes, on the clips that `titans-video data mock` writes",
+            "--config configs/sora/tiny.yaml --manifest outputs/mock/manifest.jsonl",
+        ),
+        (
+            "Train on your own clips, on a GPU, with the VAE of a diffusers model",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/vae --preset B --resolution 256 "
+            "--num-frames 16 --mixed-precision bf16",
+        ),
+    ),
+    (
+        "manifest",
+        "config",
+        "pretrained_model",
+        "preset",
+        "resolution",
+        "num_frames",
+        "batch_size",
+        "max_steps",
+        "output_dir",
+        "resume",
+    ),
+    notes=CONFIG,
+)
+TITANS = About(
+    TitansOptions,
+    "Train TitansVideoDiT, a video transformer with a memory, for video of any length.",
+    (
+        (
+            "Train a tiny model on clips from `titans-video data mock --world bounce --frames 16`",
+            "--config configs/titans/tiny.yaml --manifest outputs/mock/manifest.jsonl",
+        ),
+        (
+            "Train on your own clips, on a GPU, with the VAE of Stable Video Diffusion",
+            "--manifest clips/manifest.jsonl --pretrained-vae weights/svd --preset B --resolution 256 "
+            "--num-frames 16 --mixed-precision bf16",
+        ),
+    ),
+    (
+        "manifest",
+        "config",
+        "pretrained_vae",
+        "preset",
+        "resolution",
+        "num_frames",
+        "memory",
+        "max_steps",
+        "output_dir",
+        "resume",
+    ),
+    notes="Each clip is cut into segments. The model denoises one segment after another and writes each into its "
+    "memory.\n" + CONFIG,
+)
+LORA = About(
+    CogVideoXLoraOptions,
+    "Train a LoRA on CogVideoX, text-to-video or image-to-video.",
+    (
+        (
+            "Tune CogVideoX-5b on your own clips",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-5b --mixed-precision bf16 "
+            "--gradient-checkpointing",
+        ),
+        (
+            "Use less GPU memory: 8-bit weights, and the text encoder on the CPU",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-5b --mixed-precision bf16 "
+            "--gradient-checkpointing --layerwise-casting fp8_e4m3 --text-offload cpu",
+        ),
+    ),
+    (
+        "manifest",
+        "pretrained_model",
+        "rank",
+        "resolution",
+        "num_frames",
+        "lr",
+        "max_steps",
+        "mixed_precision",
+        "output_dir",
+        "resume",
+    ),
+    notes="A checkpoint is lora_<step>.pt, to resume from, and lora_<step>/pytorch_lora_weights.safetensors, for "
+    "diffusers.\n" + CONFIG,
+)
+SVD = About(
+    SVDOptions,
+    "Fine-tune Stable Video Diffusion on captioned clips, from images, from text or from both.",
+    (
+        (
+            "Tune all weights on your own clips",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/svd --height 320 --width 576 --num-frames 14 "
+            "--mixed-precision bf16",
+        ),
+        (
+            "Tune only the layers that mix frames, and use less GPU memory",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/svd --height 320 --width 576 --num-frames 14 "
+            "--mixed-precision bf16 --trainable temporal --gradient-checkpointing",
+        ),
+    ),
+    (
+        "manifest",
+        "pretrained_model",
+        "trainable",
+        "resolution",
+        "num_frames",
+        "batch_size",
+        "max_steps",
+        "mixed_precision",
+        "output_dir",
+        "resume",
+    ),
+    notes="--pretrained-model is a folder with unet, vae, image_encoder, feature_extractor and scheduler.\n" + CONFIG,
+)
 FRAMEWORK_TEXT_MODEL = "google/umt5-xxl"
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """The run."""
+
+    run: RunPath | None = None
+    """Folder of a training run, its --output-dir."""
+
+
+REPORT = About(
+    ReportFlags,
+    "Write one HTML page about a run: curves, held-out loss, samples, data, options, environment.",
+    (
+        ("Describe the run in outputs/", "outputs"),
+        ("Describe the training run of `titans-video demo`", "outputs/demo/run"),
+    ),
+    positionals=("run",),
+    notes="The page is RUN/report.html. The run may be finished or not.",
+)
 
 
 def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: SoraOptions | None = None) -> int:
@@ -44,7 +167,7 @@ def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: S
     Returns:
         The exit code.
     """
-    options = parse(default or SoraOptions(), argv, prog=prog, description=SORA)
+    options = parse(default or SoraOptions(), argv, prog=prog, about=SORA)
     check_training(options)
     check_training_inputs(options)
     from titans_video.recipes import sora
@@ -61,7 +184,7 @@ def train_framework(argv: Sequence[str], prog: str) -> int:
 
 def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -> int:
     """Train TitansVideoDiT; return the exit code."""
-    options = parse(TitansOptions(), argv, prog=prog, description=TITANS)
+    options = parse(TitansOptions(), argv, prog=prog, about=TITANS)
     check_titans(options)
     check_training_inputs(options)
     from titans_video.recipes import titans
@@ -72,7 +195,7 @@ def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -
 
 def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lora") -> int:
     """Train a LoRA on CogVideoX; return the exit code."""
-    options = parse(CogVideoXLoraOptions(), argv, prog=prog, description=LORA)
+    options = parse(CogVideoXLoraOptions(), argv, prog=prog, about=LORA)
     check_lora(options)
     check_training_inputs(options)
     from titans_video.recipes import lora
@@ -83,12 +206,25 @@ def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lo
 
 def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
     """Fine-tune Stable Video Diffusion, or train SoraDiT on its VAE; return the exit code."""
-    options = parse(SVDOptions(), argv, prog=prog, description=SVD)
+    options = parse(SVDOptions(), argv, prog=prog, about=SVD)
     check_svd(options)
     check_training_inputs(options)
     from titans_video.recipes import svd
 
     if not svd.trains_unet(options):  # a network from scratch has another default learning rate
-        options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, description=SVD)
+        options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, about=SVD)
     with lasting_streams():
         return svd.train_svd(options).exit_code
+
+
+def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:
+    """Write the page and print its path; return the exit code."""
+    flags = parse(ReportFlags(), argv, prog=prog, about=REPORT)
+    if flags.run is None:
+        raise ConfigError(f"The run is missing. Use `{prog} RUN` with the --output-dir of a training.")
+    if not Path(flags.run).is_dir():
+        raise DataError(f"{flags.run}: there is no such folder; give the --output-dir of a training.")
+    from titans_video.reporting.report import write_report
+
+    print(f"Report      {write_report(Path(flags.run))}")
+    return 0

@@ -58,6 +58,22 @@ class Range:
         return " and ".join(f"{name} {b:g}" for name, b in bounds.items() if b is not None) or "a finite number"
 
 
+@dataclass(frozen=True)
+class Metavar:
+    """The word for a value in the help, declared with its type: `Annotated[str, Metavar("FOLDER")]`."""
+
+    metavar: str
+
+
+FilePath = Annotated[str, Metavar("FILE")]
+FolderPath = Annotated[str, Metavar("FOLDER")]
+AnyPath = Annotated[str, Metavar("PATH")]
+ManifestPath = Annotated[str, Metavar("MANIFEST")]
+RunPath = Annotated[str, Metavar("RUN")]
+Name = Annotated[str, Metavar("NAME")]
+Json = Annotated[str, Metavar("JSON")]
+
+
 def validate(options: OptionGroup) -> None:
     """Check every number of a dataclass, and of the dataclasses in it, against its declared `Range`.
 

@@ -8,7 +8,22 @@ same codec and text encoders can be built again.
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from titans_video.config.fields import Dtype, Integers, Pair, PatchSize, Range, VaeBackend, flag_of
+from titans_video.config.fields import (
+    AnyPath,
+    Dtype,
+    FilePath,
+    FolderPath,
+    Integers,
+    Json,
+    ManifestPath,
+    Metavar,
+    Name,
+    Pair,
+    PatchSize,
+    Range,
+    VaeBackend,
+    flag_of,
+)
 
 SHARE = Range(least=0, most=1)
 BELOW_1 = Range(least=0, below=1)
@@ -16,86 +31,87 @@ BELOW_1 = Range(least=0, below=1)
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The clips, their size and their batches."""
+    """The clips, their sizes and their batches."""
 
-    manifest: tuple[str, ...] = ()
-    """JSONL or JSON manifest, PATH or PATH:WEIGHT."""
-    metadata: str | None = None
-    """metadata.json, the other documented form: a JSON list of video_path and caption."""
-    data_root: str | None = None
-    """Folder that relative paths in the manifest start from (default: the manifest's folder)."""
+    manifest: tuple[ManifestPath, ...] = ()
+    """JSONL or JSON file that lists clips and captions. Append :WEIGHT to draw from several in proportion."""
+    metadata: FilePath | None = None
+    """Instead of a manifest: a JSON list of objects with video_path and caption."""
+    data_root: FolderPath | None = None
+    """Folder that relative paths in the manifest are resolved against (default: the manifest's folder)."""
     allow_outside_root: bool = False
-    """Allow absolute paths, .. and symbolic links in the manifest to leave the data root."""
+    """Accept paths in the manifest that leave the data root: absolute paths, .. and symbolic links."""
     height: Annotated[int | None, Range(least=1)] = None
     """Clip height in pixels; needs --width."""
     width: Annotated[int | None, Range(least=1)] = None
     """Clip width in pixels; needs --height."""
     resolution: Annotated[int | None, Range(least=1)] = None
-    """Short side in pixels, instead of --height and --width: one bucket with the aspect ratio of the first clip."""
-    buckets: str | None = None
-    """Sizes to sort clips into: HxW[xT], separated by commas, e.g. 576x1024,1024x576."""
+    """Instead of --height and --width: the short side in pixels. All clips get the first clip's aspect ratio."""
+    buckets: Annotated[str, Metavar("HxW,...")] | None = None
+    """Several sizes: each clip gets the one that fits best. HxW or HxWxT, e.g. 576x1024,1024x576."""
     num_frames: Annotated[int, Range(least=1)] = 16
-    """Frames of a clip; rounded down to a count that the codec and the patch size allow."""
+    """Frames per clip, rounded down to a count that the codec and the patch size allow."""
     fps: Annotated[float | None, Range(above=0)] = None
-    """Frames per second at which clips are read (default: the source's own)."""
+    """Frame rate at which clips are read (default: the clip's own)."""
     stride: Annotated[int, Range(least=1)] = 1
-    """Take every n-th frame (of the frames that --fps selects)."""
+    """Use every n-th frame, after --fps."""
     batch_size: Annotated[int, Range(least=1)] = 1
-    """Clips of one micro-batch on each process."""
+    """Clips per micro-batch on each process."""
     tokens_per_batch: Annotated[int | None, Range(least=1)] = None
-    """Instead of --batch-size: the largest number of video tokens of a micro-batch on each process."""
-    task_mix: str | None = None
-    """Draw the task of each row at random, e.g. t2v=0.5,i2v=0.4,v2v=0.1 (default: the row's own task)."""
+    """Instead of --batch-size: the largest number of video tokens per micro-batch on each process."""
+    task_mix: Annotated[str, Metavar("TASK=SHARE,...")] | None = None
+    """Draw each row's task at random, e.g. t2v=0.5,i2v=0.4,v2v=0.1 (default: the row's own task)."""
     cond_frames: Annotated[int | None, Range(least=1)] = None
-    """Conditioning frames of a v2v row (default: the row's own cond_frames, else a random share)."""
+    """Conditioning frames of a v2v row (default: the row's cond_frames, else a random share of the clip)."""
     random_crop: bool = False
-    """Crop at a random position instead of the centre."""
+    """Crop at a random position instead of at the centre."""
     random_start: bool = False
-    """Start longer clips at a random time instead of their beginning."""
+    """Start clips that are longer than --num-frames at a random time instead of at their beginning."""
     empty_captions: Literal["leave-out", "keep"] = "leave-out"
-    """Rows without a caption: leave them out, or keep them and train on an empty prompt."""
+    """Rows without a caption: leave-out skips them; keep trains on them with an empty prompt."""
     max_upscale: Annotated[float | None, Range(above=0)] = None
-    """Reject clips that would be enlarged by more than this factor."""
+    """Leave out clips that would be enlarged by more than this factor (default: no limit)."""
     max_bad: Annotated[float, SHARE] = 0.5
-    """Stop if more than this share of the rows is unusable."""
+    """Stop if more than this share of the rows cannot be used."""
     file_timeout: Annotated[float, Range(above=0)] = 60.0
-    """Give up a file after this many seconds without progress while it is checked."""
+    """Leave out a file if its check makes no progress for this many seconds."""
     num_workers: Annotated[int, Range(least=0)] = 0
-    """Processes that read clips ahead (0: read in the training process)."""
+    """Worker processes that read clips in advance; 0: read in the training process."""
     ram_cache_mb: Annotated[int, Range(least=0)] = 1024
-    """Size of the in-memory cache of decoded clips, per process; useful for small data sets."""
-    cache: str | None = None
-    """Folder of cached latents and text embeddings. It is filled first; then no VAE and no encoder is needed."""
+    """Megabytes of decoded clips that each process keeps in memory. This speeds up small data sets."""
+    cache: FolderPath | None = None
+    """Folder for latents and text embeddings. Missing ones are encoded first. Training then needs neither a VAE nor a
+    text encoder."""
     cache_variants: Annotated[int, Range(least=1)] = 1
-    """Cached variants of a row if crops or starts are random."""
+    """Variants of each row to cache, if --random-crop or --random-start is given."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The encoders of the prompts."""
+    """The text encoders."""
 
-    text_model: str = "builtin"
-    """Encoder such as T5 or UMT5 (folder or hub name); builtin: bytes, trained with the model; none: only the LLM."""
+    text_model: Name = "builtin"
+    """T5 or UMT5 (a folder or a hub name); builtin: a byte encoder trained with the model; none: only the LLM."""
     text_dtype: Dtype = "bf16"
-    """Precision of the text model."""
+    """Precision of --text-model."""
     text_max_length: Annotated[int | None, Range(least=1)] = None
-    """Longest prompt in tokens of the text model (default: 256, or 3072 bytes for builtin)."""
-    llm_model: str | None = None
-    """A second encoder: any LLM that AutoModel of transformers loads."""
+    """Longest prompt in tokens of --text-model (default: 256, or 3072 bytes for builtin)."""
+    llm_model: Name | None = None
+    """A second text encoder: any language model that AutoModel of transformers loads."""
     llm_dtype: Dtype = "bf16"
     """Precision of the LLM."""
     llm_max_length: Annotated[int, Range(least=1)] = 256
     """Longest prompt in tokens of the LLM."""
     llm_hidden_size: Annotated[int | None, Range(least=1)] = None
-    """Width of the LLM's hidden states, if its config does not contain it."""
+    """Width of the LLM's hidden states. Needed only if its config does not contain it."""
     llm_layer: Annotated[int, Range()] = -1
-    """Hidden layer of the LLM to use (-1: the last)."""
+    """Hidden layer of the LLM to use; -1: the last."""
     llm_template: str | None = None
-    """Prompt template of the LLM, with {prompt} in it. The hidden states of the text before {prompt} are cut off."""
+    """Prompt template of the LLM, with {prompt} in it. Hidden states of the text before {prompt} are removed."""
     local_files_only: bool = False
-    """Never download from a model hub."""
+    """Use only models that are on this machine; download nothing."""
     text_offload: Literal["cpu", "none"] = "none"
-    """cpu: keep frozen encoders on the CPU and move only their hidden states."""
+    """cpu: run frozen text encoders on the CPU and move only their hidden states to the GPU."""
 
     def with_length(self, stored: int | None = None) -> "TextOptions":
         """Return the options with a number for `text_max_length`: the given one, else `stored`, else the default."""
@@ -105,32 +121,33 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class CodecOptions:
-    """The codec, which turns pixels into latents."""
+    """The VAE or other codec that turns pixels into latents."""
 
     vae_backend: VaeBackend = "diffusers"
-    """diffusers: --pretrained-model; external: --vae-module; identity: pixels; patch: linear, fitted to the clips."""
-    pretrained_model: str | None = None
-    """Folder of diffusers weights with vae/ in it (or the VAE's own folder); ignored by the other backends."""
-    vae_module: str | None = None
-    """Module of an external codec, e.g. train.videos.cogvideox_vae_adapter."""
-    vae_class: str | None = None
-    """Class in --vae-module."""
-    vae_init_json: str | None = None
-    """JSON object of arguments for the codec's constructor."""
+    """diffusers: the VAE in --pretrained-model; external: your class in --vae-module; identity: pixels; patch: a linear
+    codec fitted to the clips."""
+    pretrained_model: FolderPath | None = None
+    """Folder of diffusers weights: one that contains vae/, or the VAE's own. Other backends ignore it."""
+    vae_module: Name | None = None
+    """Python module of an external codec, e.g. train.videos.cogvideox_vae_adapter."""
+    vae_class: Name | None = None
+    """Class of the codec in --vae-module."""
+    vae_init_json: Json | None = None
+    """JSON object with arguments for the codec's constructor."""
     vae_dtype: Dtype = "fp32"
     """Precision of the VAE."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Size and shape of SoraDiT."""
+    """The size and the shape of the network."""
 
-    preset: str = "S"
-    """Size: tiny, S, B, L, XL, 1B or 3B."""
+    preset: Name = "S"
+    """Size of the network: tiny, S, B, L, XL, 1B or 3B."""
     attention_type: Literal["st", "full"] = "st"
-    """st: spatial, then temporal attention in each block; full: attention over all tokens."""
+    """st: spatial, then temporal attention in each block; full: attention over all tokens at once."""
     patch_size: PatchSize = (2, 2, 2)
-    """Latent cells of one token along time, height and width."""
+    """Size of one token in latent cells: time, height, width."""
     model_dim: Annotated[int | None, Range(least=1)] = None
     """Width (default: the preset's)."""
     depth: Annotated[int | None, Range(least=1)] = None
@@ -138,151 +155,151 @@ class ModelOptions:
     heads: Annotated[int | None, Range(least=1)] = None
     """Attention heads (default: the preset's)."""
     sine_positions: bool = False
-    """Add fixed sinusoidal position embeddings of each token's place in the frame to the rotary embeddings."""
+    """Add fixed sinusoidal embeddings of each token's position in the frame, besides the rotary embeddings."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass. This saves memory and is about a third slower."""
     compile: bool = False
-    """Run torch.compile on each block; the first steps of each clip size are slow."""
+    """Run torch.compile on each block. The first steps of each clip size are slow."""
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """The memory of TitansVideoDiT and its training."""
+    """The memory of TitansVideoDiT, and how it is trained."""
 
     memory: Literal["tokens", "neural", "none"] = "tokens"
-    """tokens: gated memory tokens; neural: these and Titans' neural memory in some blocks; none: only the overlap."""
+    """tokens: gated memory tokens; neural: also Titans' neural memory in some blocks; none: only the overlap."""
     mem_tokens: Annotated[int, Range(least=0)] = 64
     """Number of memory tokens."""
     memory_layers: Annotated[Integers | None, Range(least=0)] = None
-    """Blocks with a neural memory, e.g. 2,5,8 (default: a third of them, evenly spread)."""
+    """Blocks with a neural memory, e.g. 2,5,8 (default: a third of the blocks, evenly spread)."""
     persistent_tokens: Annotated[int, Range(least=0)] = 4
-    """Learned tokens that are added to every segment."""
+    """Number of learned tokens that are added to every segment."""
     segment_frames: Annotated[int | None, Range(least=1)] = None
-    """Frames of a segment (default: --num-frames divided into 4, 3 or 2 equal segments)."""
+    """Frames per segment (default: --num-frames divided into 4, 3 or 2 equal segments)."""
     segments: Annotated[int | None, Range(least=1)] = None
-    """Segments of a clip (default: as many as fit in --num-frames)."""
+    """Segments per clip (default: as many as fit in --num-frames)."""
     segment_curriculum: Annotated[int, Range(least=0)] = 0
-    """Steps over which the number of segments of a clip grows from 2 to all; 0: all from the first step."""
+    """Steps over which the number of segments per clip grows from 2 to all; 0: all from the first step."""
     bptt_segments: Annotated[int, Range(least=1)] = 4
-    """Segments that gradients flow back through."""
+    """Number of segments that gradients flow back through."""
     write_noise: Annotated[float, SHARE] = 0.1
-    """Largest noise time in training of the written segment, of the overlap, and of the noise on the memory read."""
+    """Largest noise time, in training, of written segments, of the overlap and of the memory that is read."""
     overlap: Annotated[int | None, Range(least=0)] = None
-    """Frames of the previous segment that each segment sees (default: the frames of one token)."""
+    """Frames of the previous segment that each segment sees (default: the frames of one token in time)."""
     overlap_drop: Annotated[float, SHARE] = 0.3
-    """Share of overlaps that are hidden in training, so that the model needs its memory."""
+    """Share of overlaps to hide in training, so that the model must use its memory."""
 
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Rectified flow."""
+    """Rectified flow: the training target and the training times."""
 
     prediction: Literal["velocity", "x0"] = "velocity"
-    """The prediction of the network; x0 is preconditioned by the variance of the latents."""
+    """Output of the network: the velocity, or x0, preconditioned by the variance of the latents."""
     time_mean: Annotated[float, Range()] = 0.0
-    """Mean of the logit-normal training times (positive: towards noise)."""
+    """Mean of the logit-normal training times; larger means noisier."""
     time_std: Annotated[float, Range(above=0)] = 1.0
     """Standard deviation of the logit-normal training times."""
     shift: Annotated[float | None, Range(above=0)] = None
-    """Time shift towards noise (default: from the number of tokens)."""
+    """Time shift towards noise (default: computed from the number of tokens)."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The run: length, optimizer, precision, checkpoints."""
+    """The length of the run, the optimizer, the precision and the checkpoints."""
 
-    output_dir: str = "outputs"
-    """Folder of checkpoints, metrics and plots. An earlier run in it moves to previous-<n> unless you resume it."""
+    output_dir: FolderPath = "outputs"
+    """Folder for checkpoints, metrics and plots. An earlier run in it moves to previous-<n> unless you resume."""
     max_steps: Annotated[int, Range(least=1)] = 100_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     grad_accum: Annotated[int, Range(least=1)] = 1
-    """Micro-batches of one optimizer step."""
+    """Micro-batches per optimizer step."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast of the network (default: the launcher's setting, else no)."""
+    """Precision of the network's computations (default: the launcher's setting, else no)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: torch's Muon for weight matrices, AdamW for everything else."""
+    """muon: Muon for weight matrices and AdamW for all other weights."""
     lr: Annotated[float, Range(above=0)] = 1e-4
-    """Learning rate (of AdamW)."""
+    """Learning rate of AdamW."""
     muon_lr: Annotated[float, Range(above=0)] = 0.02
-    """Learning rate of Muon's matrices."""
+    """Learning rate of Muon."""
     weight_decay: Annotated[float, Range(least=0)] = 0.01
-    """Decoupled weight decay of the weights of linear and convolutional layers."""
+    """Decoupled weight decay of linear and convolutional layers."""
     betas: Annotated[Pair, BELOW_1] = (0.9, 0.999)
-    """AdamW's betas."""
+    """Betas of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate schedule after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     lr_warmup_steps: Annotated[int, Range(least=0)] = 0
     """Steps of linear warm-up."""
     min_lr: Annotated[float, Range(least=0)] = 0.0
-    """Final learning rate of the linear and cosine schedules."""
+    """Learning rate at the end of the linear and cosine schedules."""
     max_grad_norm: Annotated[float, Range(least=0)] = 1.0
     """Clip the gradient norm to this value; 0: no clipping."""
     ema_decay: Annotated[float, BELOW_1] = 0.0
-    """Decay of the averaged weights; 0: no averaging."""
+    """Decay of the moving average (EMA) of the weights; 0: no average."""
     cfg_drop_prob: Annotated[float, SHARE] = 0.1
-    """Share of captions that are replaced by the empty one, for classifier-free guidance."""
+    """Share of captions to replace by an empty one. Classifier-free guidance needs this."""
     cfg_drop_each: bool = False
-    """Drop each of the two text streams independently instead of both together."""
+    """Drop the captions of the two text encoders independently instead of together."""
     save_every: Annotated[int, Range(least=1)] = 1000
     """Steps between checkpoints."""
     save_limit: Annotated[int, Range(least=0)] = 3
     """Number of checkpoint folders to keep; 0: all."""
     log_every: Annotated[int, Range(least=1)] = 10
     """Steps between updates of the loss in the progress bar."""
-    resume: str = "none"
-    """auto: the newest good checkpoint in --output-dir; the path of a checkpoint; or none."""
-    init_from: str | None = None
-    """Start at step 0 with the weights of a checkpoint, run, exported folder or LoRA. A resumed run ignores this."""
+    resume: Annotated[str, Metavar("auto|none|PATH")] = "none"
+    """auto: resume from the newest good checkpoint in --output-dir, if there is one; PATH: from this checkpoint."""
+    init_from: AnyPath | None = None
+    """Start at step 0 with the weights of a checkpoint, run, exported folder or LoRA. Ignored if the run resumes."""
     allow_changes: bool = False
-    """Resume even if the data, the model or the settings differ from those of the checkpoint."""
+    """Resume even if data, model or settings differ from those of the checkpoint."""
     max_bad_steps: Annotated[int, Range(least=1)] = 10
-    """Stop after this many consecutive steps with a non-finite loss or gradient; each such step is skipped."""
+    """Stop after this many steps in a row with a non-finite loss or gradient. Such steps are skipped."""
     expect_processes: Annotated[int | None, Range(least=1)] = None
-    """Stop at the start unless exactly this many processes are running."""
+    """Stop at the start unless exactly this many processes run."""
     deterministic: bool = False
-    """Use only deterministic kernels (slower on GPUs; on CPUs all kernels are deterministic)."""
+    """Use only deterministic kernels. GPUs become slower; CPUs always use them."""
     seed: Annotated[int, Range(least=0)] = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Held-out loss and samples during the run."""
+    """The held-out loss and the sample videos during the run."""
 
     validate_every: Annotated[int, Range(least=0)] = 0
-    """Optimizer steps between validations, with one more at the end; 0: no validation."""
+    """Optimizer steps between validations; the last step is validated too. 0: no validation."""
     validation_prompt: tuple[str, ...] = ()
-    """Prompt of a validation video (default: a few captions of the data)."""
-    validation_prompts: str | None = None
-    """Text file of such prompts, one a line."""
-    validation_manifest: tuple[str, ...] = ()
-    """Manifest of clips that are never trained on, for the held-out loss."""
+    """Prompt of a sample video (default: a few captions of the data)."""
+    validation_prompts: FilePath | None = None
+    """Text file with the prompts of the sample videos, one per line."""
+    validation_manifest: tuple[ManifestPath, ...] = ()
+    """Manifest of the clips for the held-out loss. They are never trained on."""
     validation_split: Annotated[float, BELOW_1] = 0.0
-    """Instead of --validation-manifest: share of the training clips to hold out, chosen by row id."""
+    """Instead of --validation-manifest: share of the training clips to hold out. Row ids decide which."""
     validation_rows: Annotated[int, Range(least=0)] = 128
-    """Largest number of held-out rows that each validation uses; 0: all."""
+    """Largest number of held-out rows per validation; 0: all."""
     validation_times: Annotated[int, Range(least=1)] = 9
-    """Number of quantiles of the training times at which the held-out loss is computed (9: 0.1 to 0.9)."""
+    """Number of noise levels of the held-out loss, as quantiles of the training times. 9 means 0.1 to 0.9."""
     log_with: Literal["tensorboard", "wandb", "none"] = "none"
-    """Also send curves, tables and samples to a tracker."""
+    """Also send curves, tables and samples to an experiment tracker."""
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Defaults of generation with this model, stored in its checkpoints."""
+    """Defaults for generating with this model, stored in its checkpoints."""
 
     sample_steps: Annotated[int | None, Range(least=1)] = None
     """Denoising steps."""
     sample_guidance: Annotated[float | None, Range(least=0)] = None
     """Classifier-free guidance scale."""
     sample_guidance_interval: Annotated[Pair | None, SHARE] = None
-    """LO,HI: apply guidance only while LO <= time <= HI (1: pure noise, 0: clean)."""
+    """Apply guidance only between these times; 0 is clean, 1 is pure noise."""
     sample_draft_frames: Annotated[int | None, Range(least=0)] = None
-    """Leading frames to keep from a draft of the first window; the rest of that window is generated again from them."""
+    """Frames to keep from a draft of the first window. The rest of the window is then generated from them."""
     sample_continue_steps: Annotated[int | None, Range(least=1)] = None
     """Denoising steps of windows that continue from several conditioning frames."""
     sample_continue_guidance: Annotated[float | None, Range(least=0)] = None
-    """Classifier-free guidance scale of such windows."""
+    """Classifier-free guidance scale of windows that continue from several conditioning frames."""
 
     @property
     def continuation_flags(self) -> list[str]:
@@ -295,8 +312,8 @@ class GenerationDefaults:
 class SoraOptions:
     """All options of a run that trains SoraDiT."""
 
-    config: str | None = None
-    """YAML file of these options. Command-line flags override it."""
+    config: FilePath | None = None
+    """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
     codec: CodecOptions = field(default_factory=CodecOptions)
     text: TextOptions = field(default_factory=TextOptions)
@@ -311,58 +328,58 @@ class SoraOptions:
 class TitansOptions(SoraOptions):
     """All options of a run that trains TitansVideoDiT."""
 
-    pretrained_vae: str | None = None
-    """Folder of weights of SVD or Stable Diffusion, or of any VAE that --pretrained-model accepts."""
+    pretrained_vae: FolderPath | None = None
+    """Folder of SVD, of Stable Diffusion or of any other VAE. Another name of --pretrained-model."""
     model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(2, 4, 4)))
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """The frozen pretrained pipeline."""
+    """The pretrained pipeline, which stays frozen."""
 
-    pretrained_model: str | None = None
+    pretrained_model: FolderPath | None = None
     """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
     base_dtype: Dtype | None = None
-    """Precision of the frozen transformer (default: that of --mixed-precision)."""
+    """Precision of the frozen transformer (default: the one of --mixed-precision)."""
     layerwise_casting: Literal["fp8_e4m3", "fp8_e5m2", "none"] = "none"
-    """Store its linear layers in 8 bits and cast each one when it is used (diffusers' layerwise casting)."""
+    """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
     offload: Literal["none", "group"] = "none"
-    """group: keep its layers in main memory except those in use (diffusers' group offloading; one process)."""
+    """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass. This saves memory and is about a third slower."""
     compile: bool = False
-    """Run torch.compile on each block; the first steps of each clip size are slow."""
+    """Run torch.compile on each block. The first steps of each clip size are slow."""
     vae_dtype: Dtype = "fp32"
     """Precision of the VAE."""
     text_dtype: Dtype = "bf16"
     """Precision of the text encoder."""
     text_offload: Literal["cpu", "none"] = "none"
-    """cpu: keep the text encoder on the CPU and move only its hidden states."""
+    """cpu: run the text encoder on the CPU and move only its hidden states to the GPU."""
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """The adapter that is trained on top of it."""
+    """The adapter that is trained."""
 
     rank: Annotated[int, Range(least=1)] = 64
-    """Rank of A and B."""
+    """Rank of the adapter's matrices."""
     lora_alpha: Annotated[float | None, Range(above=0)] = None
-    """The adapter's output is scaled by alpha / rank (default: the rank)."""
+    """Alpha: the adapter's output is multiplied by alpha / rank (default: the rank)."""
     lora_dropout: Annotated[float, BELOW_1] = 0.0
     """Dropout of the adapter's input."""
-    target_modules: str = "to_q,to_k,to_v,to_out.0"
-    """Layers with an adapter: ends of names, or parts such as ff, separated by commas; or one regular expression."""
+    target_modules: Annotated[str, Metavar("NAME,...")] = "to_q,to_k,to_v,to_out.0"
+    """Layers with an adapter: ends of their names or parts such as ff; or one regular expression."""
     parity_gate: Literal["first", "each", "none"] = "first"
-    """At which saves to load the file with diffusers and compare its output with ours (needs the package peft)."""
+    """Load the first or each saved file with diffusers and compare the outputs. Needs the package peft."""
 
 
 @dataclass(frozen=True)
 class CogVideoXLoraOptions:
     """All options of a run that trains a LoRA on CogVideoX."""
 
-    config: str | None = None
-    """YAML file of these options. Command-line flags override it."""
+    config: FilePath | None = None
+    """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
     base: BaseOptions = field(default_factory=BaseOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -373,18 +390,18 @@ class CogVideoXLoraOptions:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Fine-tuning of the UNet of Stable Video Diffusion."""
+    """How the UNet of Stable Video Diffusion is fine-tuned."""
 
     architecture: Literal["auto", "svd", "sora-dit"] = "auto"
-    """auto: the UNet if --pretrained-model contains one, else SoraDiT on its VAE."""
+    """auto: fine-tune the UNet if --pretrained-model contains one, else train SoraDiT on its VAE."""
     trainable: Literal["all", "temporal", "attention"] = "all"
-    """Weights of the UNet to train: all, those that mix frames, or attention; text layers are always trained."""
-    motion_bucket: str = "auto"
-    """auto: measured in each clip; or a number from 0 to 255 for all clips."""
+    """UNet layers to train: all, those that mix frames, or attention. Text layers are always trained."""
+    motion_bucket: Annotated[str, Metavar("auto|N")] = "auto"
+    """auto: measure the motion of each clip; N: use this number from 0 to 255 for all clips."""
     noise_aug: Annotated[Pair, Range(), Range(least=0)] = (-3.0, 0.5)
-    """Mean and standard deviation of the logarithm of the noise strength on the conditioning image."""
+    """Noise on the conditioning image: mean and standard deviation of the logarithm of its strength."""
     image_drop_prob: Annotated[float, SHARE] = 0.1
-    """Share of conditioning images that are dropped, independent of the captions that --cfg-drop-prob drops."""
+    """Share of conditioning images to drop, independent of --cfg-drop-prob."""
     sigma_mean: Annotated[float, Range()] = 0.7
     """Mean of the logarithm of the noise level sigma in training."""
     sigma_std: Annotated[float, Range(above=0)] = 1.6

@@ -1,7 +1,7 @@
 """Turn a command line and a YAML file into options.
 
 The YAML file is translated into flags, which precede those of the command line. So one parser checks names, types and
-choices, and also writes the help.
+choices.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TypeVar, get_args
 import tyro
 
 from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
-from titans_video.console import raw
+from titans_video.config.help import About, format_help
 from titans_video.errors import ConfigError
 from titans_video.parsing import Malformed, read_lines, read_yaml
 from titans_video.schema import PLAIN, fits, shown
@@ -38,10 +37,13 @@ ALTERNATIVES = (
 )
 """Options that exclude one another: one of them on the command line overrides all of them in the YAML file."""
 
+HELP, HELP_ALL = "help", "help_all"
+"""Names of the flags that every command has besides its options."""
+
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction, tyro.conf.DisallowNone)
 
 
-def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str) -> OptionsT:
+def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | None = None) -> OptionsT:
     """Parse flags into options, and check each value against its `Range`.
 
     If the options have a `config` field, `--config FILE.yaml` sets any of them. Command-line flags override the file.
@@ -50,31 +52,40 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, description: str
         default: a dataclass, possibly of dataclasses. Its values are the defaults, and its leaves are the flags.
         argv: without the program's name.
         prog: the command's name in its help.
-        description: the first lines of its help.
+        about: the rest of its help, and the options that the first words set without a flag.
     Returns:
         A dataclass of the same type.
     Raises:
         ConfigError: an unknown flag or key (the message names the nearest one), or an illegal value.
-        SystemExit: with 0, after --help.
+        SystemExit: with 0, after --help or --help-all.
     """
     known = flags_of(default)
-    argv = list(argv)
+    about = about or About(lambda: default, "")
+    argv = insert_flags(argv, about.positionals)
     given = given_names(argv, known)
     for name in given:
-        if name not in known and name != "help":
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in known and name not in (HELP, HELP_ALL):
+            near = difflib.get_close_matches(name, [*known, HELP, HELP_ALL], n=1)
             hint = f" Did you mean {flag_of(near[0])}?" if near else ""
-            raise ConfigError(f"There is no option {flag_of(name)}.{hint} `{prog} --help` lists all options.")
-    if "config" in known and "config" in given and "help" not in given and "-h" not in argv:
+            raise ConfigError(f"There is no option {flag_of(name)}.{hint} `{prog} --help-all` lists all options.")
+    if HELP in given or HELP_ALL in given or "-h" in argv:
+        print(format_help(about, default, prog, full=HELP_ALL in given))
+        raise SystemExit(0)
+    if "config" in known and "config" in given:
         argv = _expand_config(argv, known, given)
-    options = _parse(default, argv, prog, description)
+    options = _parse(default, argv, prog)
     validate(options)
     return options
 
 
-def insert_flag(argv: Sequence[str], flag: str) -> list[str]:
-    """Insert `flag` before a first word that is not a flag, so that `report RUN` means `report --run RUN`."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)
+def insert_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Insert flags before first words that are not flags, so that `report RUN` means `report --run RUN`."""
+    words: list[str] = []
+    for word, name in zip(argv, names, strict=False):
+        if word.startswith("-"):
+            break
+        words += [flag_of(name), word]
+    return words + list(argv[len(words) // 2 :])
 
 
 def flags_of(options: OptionGroup) -> dict[str, bool]:
@@ -109,25 +120,16 @@ def _expand_config(argv: list[str], known: Mapping[str, bool], given: list[str])
     return flags_from_yaml(path, options, given=given, alternatives=ALTERNATIVES) + argv
 
 
-def _parse(default: OptionsT, argv: list[str], prog: str, description: str) -> OptionsT:
+def _parse(default: OptionsT, argv: list[str], prog: str) -> OptionsT:
     """Run tyro, and turn its framed message into one paragraph."""
 
     def attempt() -> OptionsT:
-        return tyro.cli(type(default), args=argv, default=default, prog=prog, description=description, config=MARKERS)
+        return tyro.cli(type(default), args=argv, default=default, prog=prog, add_help=False, config=MARKERS)
 
-    try:
-        with (
-            contextlib.redirect_stdout(raw(sys.stdout)),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # colours of --help
-            return attempt()
-    except SystemExit as e:
-        if e.code in (0, None):
-            raise
     message = io.StringIO()
     with _wide_terminal(), contextlib.redirect_stderr(message), contextlib.suppress(SystemExit):
-        attempt()
-    raise ConfigError(f"{_paragraph(message.getvalue())} `{prog} --help` explains every option.")
+        return attempt()
+    raise ConfigError(f"{_paragraph(message.getvalue())} `{prog} --help-all` explains every option.")
 
 
 @contextlib.contextmanager
@@ -218,7 +220,7 @@ def _read_mapping(path: Path) -> dict[object, object]:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else " `--help` lists all options."
+    return f" Did you mean {near[0]!r}?" if near else " `--help-all` lists all options."
 
 
 def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[str]:
