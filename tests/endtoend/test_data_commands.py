@@ -12,6 +12,7 @@ from tests.unit.data_sets import make_set
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs import diffusers
+from titans_video.errors import TextError
 from titans_video.text.huggingface import PretrainedStream
 
 SMALL = "--model-dim 24 --depth 1 --heads 2 --patch-size 1,1,1 --height 16 --width 16 --batch-size 2 --max-steps 3"
@@ -37,6 +38,10 @@ def refuse(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("a full cache needs neither the VAE's weights nor an encoder's")
 
 
+def no_tokenizer(*_: object) -> None:
+    raise TextError("no tokenizer here")
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_a_full_cache_needs_no_weights(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], external: bool
@@ -55,11 +60,12 @@ def test_a_full_cache_needs_no_weights(
     assert main(["train", *words, "--output-dir", str(tmp_path / "without")]) == 0
     monkeypatch.setattr(diffusers, "load_vae", refuse)
     monkeypatch.setattr(PretrainedStream, "_load_model", refuse)
-    monkeypatch.setattr(PretrainedStream, "_load_tokenizer", refuse)
+    monkeypatch.setattr(PretrainedStream, "_load_tokenizer", no_tokenizer)
     assert main(["data", "cache", *words, *cache]) == 0
     assert main(["train", *words, *cache, "--output-dir", str(tmp_path / "with")]) == 0
     said = capsys.readouterr().out
     assert said.count(" 0 encodings made") == 2
+    assert "too long for the text encoder are not counted: no tokenizer here" in said
     with_cache, without = (files.read(tmp_path / name) for name in ("with", "without"))
     assert with_cache.config == without.config
     for name, weight in without.model.items():

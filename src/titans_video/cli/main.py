@@ -247,3 +247,7 @@ def _fish() -> Iterator[str]:
 def _purpose(name: str) -> str:
     """Return the purpose of a command, or of the commands that share a first word."""
     return _summary(about(name).purpose) if name in COMMANDS else f"Commands that start with {name}"
+
+
+if __name__ == "__main__":  # documented: `accelerate launch -m titans_video.cli.main`
+    sys.exit(main())

@@ -142,7 +142,7 @@ def cache_sora(options: SoraOptions) -> None:
     codec = open_codec(options.codec, accelerator, None, init_from=options.train.init_from, load=False)
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
-    log_cut_captions(text, data, is_cached=False)
+    log_cut_captions(text, data, is_cached=True)
     encode_cache(options, options.codec, codec, text, accelerator, data)
     held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
     if held_out:
