@@ -1,4 +1,4 @@
-"""The Chinese README and pages: their commands run elsewhere, their links lead somewhere, and they use one word for one thing."""
+"""The Chinese pages: commands that run elsewhere, links that lead somewhere, and one word for one thing."""
 
 import re
 from pathlib import Path
