@@ -33,7 +33,7 @@ check: setup ## formatting, lint, types and the import layers
 	@$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 docs: setup ## the documentation site: site/index.html; warnings fail the build
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation is in site/. Open site/index.html, or run $(BIN)/mkdocs serve."
 
 bench: setup ## the comparisons with other libraries, memory and speed of training

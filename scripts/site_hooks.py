@@ -3,6 +3,7 @@
 mkdocs.yml loads this file. Nothing else imports it.
 """
 
+import re
 from typing import Any
 
 # Chinese page: English page with the same subject.
@@ -34,3 +35,8 @@ def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
         home = "index.md" if entry["lang"] == "en" else "zh/index.md"
         entry["link"] = pages.get(target) or pages.get(home, "index.html")
     return context
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Drop the alternate links of the head: the theme would look for a sitemap of each language."""
+    return re.sub(r'<link rel="alternate" [^>]*>\n?', "", output)
