@@ -174,7 +174,7 @@ def walk_step(folder: Path) -> Walk:
             seen["inside"] = False
 
     def excluded(file: str) -> bool:
-        if file == LOADER and seen["inside"]:
+        if file == LOADER:
             seen["loads"] += 1
         return file == LOADER
 
@@ -183,7 +183,7 @@ def walk_step(folder: Path) -> Walk:
     if seen["steps"] != STEPS:
         raise SystemExit(f"walk: {STEP[0]}:{STEP[1]} ran {seen['steps']} times, not {STEPS}. Update STEP.")
     if not seen["loads"]:
-        raise SystemExit(f"walk: the step never calls {LOADER}. Update LOADER.")
+        raise SystemExit(f"walk: the run never calls {LOADER}. Update LOADER.")
     more = [file for file in after if file not in walk.calls]
     if more:
         walk.notes.append(f"Until the next step begins, {len(more)} more files: {', '.join(more)}.")
