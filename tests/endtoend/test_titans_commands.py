@@ -89,7 +89,7 @@ def test_infer_sora_reads_it_and_prompts_may_change(repository: Path, trained: P
         ("--memory-in nowhere", "--memory-in nowhere"),
         ("--window 3 --num-frames 20", "--window 3: this model's windows"),
         ("--memory-out m.safetensors --num-videos 2", "--memory-out saves the state of one video"),
-        ("--segment-prompts nowhere", "--prompt and --segment-prompts"),
+        ("--segment-prompts pyproject.toml", "--prompt and --segment-prompts"),
     ],
 )
 def test_mistakes_in_generating(flags: str, said: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_a_causal_vae_buckets_and_checkpointing(words: list[str], folder: Path, 
         ("--overlap 1", "--overlap 1"),
         ("--overlap-drop 1.5", "--overlap-drop 1.5"),
         ("--bptt-segments 1", "--bptt-segments 1"),
-        ("--pretrained-model elsewhere", "--pretrained-vae and --pretrained-model"),
+        ("--pretrained-model tests", "--pretrained-vae and --pretrained-model"),
         ("--pretrained-vae nowhere", "nowhere"),
         ("--segmnts 2", "Did you mean --segments"),
         ("--sample-draft-frames 2", "all segments alike"),
