@@ -1,6 +1,4 @@
-"""The interface of a pretrained video model for training and generation, and the list of known models.
-
-A new model is a subclass of `ModelSpec` in a file of its own and a line in `MODEL_SPECS`.
+"""The interface of pretrained video models. Add one as a subclass of `ModelSpec` and a line in `MODEL_SPECS`.
 
 Legend: B batch, C latent channels, t h w the latent grid, t' its frames as the network takes them, N tokens of packed
 latents, T H W pixel frames, height and width, L text tokens, E text width.
@@ -38,63 +36,43 @@ INDEX = "model_index.json"
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """One call of a diffusers pipeline, which makes one video.
-
-    Attributes:
-        text, negative: the prompt and the negative prompt, one row each, in the dtype of the VAE and the latents.
-        noise: the initial noise, of the shape of the network's latents.
-        image: (1, 3, 1, H, W) in [-1, 1], the first frame; None for a text-to-video model.
-        seed: of everything else that is drawn.
-        on_step: called after each denoising step with the number of steps done.
-    """
+    """One call of a diffusers pipeline, which makes one video."""
 
     frames: int
     height: int
     width: int
     steps: int
     guidance_scale: float
-    noise: Tensor
-    text: TextCondition
+    noise: Tensor  # of the shape of the network's latents
+    text: TextCondition  # one row, in the dtype of the VAE and the latents; `negative` likewise
     negative: TextCondition
-    image: Tensor | None = None
-    seed: int = 0
-    on_step: Callable[[int], object] | None = None
+    image: Tensor | None = None  # (1, 3, 1, H, W) in [-1, 1], the first frame; None for a text-to-video model
+    seed: int = 0  # of everything random except the noise
+    on_step: Callable[[int], object] | None = None  # called after each denoising step with the number of steps done
 
 
 class ModelSpec(ABC):
-    """Everything that distinguishes one pretrained model from another.
-
-    A spec knows its model by the pipeline's folder, and loads nothing large before it is asked to.
+    """Everything that distinguishes one pretrained model from another; loads nothing large before it is needed.
 
     Attributes:
-        name: for messages.
-        folder: of the diffusers pipeline.
-        image_to_video: the model needs a first frame.
-        codec_spec: shapes of its VAE's latents.
-        clip_grid: latent cells that clips must be multiples of.
-        patch_size: latent cells of a token.
-        text_length: tokens of every prompt.
-        trained: frames, height and width of its pretraining.
-        fps: frames per second of its videos.
-        steps, guidance_scale: defaults of generation.
-        blocks: names of the lists of blocks in the network. Their classes are the network's `_no_split_modules`, which
-            sharding, compilation and streaming use.
-        time_axis: the axis of latent frames in the network's `hidden_states` and prediction, by which a long video is
-            cut into windows; None for packed tokens, which cannot be cut.
+        blocks: names of the lists of blocks. Their classes are the network's `_no_split_modules`, which sharding,
+            compilation and streaming use.
+        time_axis: the axis of latent frames in the network's `hidden_states` and prediction, along which long videos
+            are cut into windows; None for packed tokens, which cannot be cut.
         lora_prefixes: the prefix in an adapter file for each prefix of the network's module names. A model with two
             networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}.
     """
 
     name: str
     folder: Path
-    image_to_video: bool
+    image_to_video: bool  # needs a first frame
     codec_spec: CodecSpec
-    clip_grid: tuple[int, int, int]
-    patch_size: tuple[int, int, int]
-    text_length: int
-    trained: tuple[int, int, int]
+    clip_grid: tuple[int, int, int]  # latent cells that clips must be multiples of
+    patch_size: tuple[int, int, int]  # latent cells of a token
+    text_length: int  # tokens of every prompt
+    trained: tuple[int, int, int]  # frames, height and width of its pretraining
     fps: float
-    steps: int
+    steps: int  # default of generation, like `guidance_scale`
     guidance_scale: float
     blocks: tuple[str, ...]
     time_axis: int | None
@@ -107,16 +85,12 @@ class ModelSpec(ABC):
 
     @property
     def cond_frames_have_loss(self) -> bool:
-        """Whether a first frame is a hint that is denoised like the rest; otherwise it stays clean, without loss."""
+        """Whether a first frame is denoised like the rest; otherwise it stays clean, without loss."""
         return True
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> None:
-        """Reject clips whose positions the network does not know.
-
-        Raises:
-            ConfigError: with the sizes that work.
-        """
+        """Raise ConfigError, with sizes that work, for clips whose positions the network does not know."""
 
     @abstractmethod
     def load_network(self, dtype: torch.dtype) -> nn.Module:
@@ -128,12 +102,7 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
-        """Return a copy of the network in float32, for tiny latents.
-
-        Args:
-            blocks: the numbers of the blocks to keep, under their own names; the others are replaced by modules without
-                weights that change nothing. None: all.
-        """
+        """Return a float32 copy for tiny latents. Blocks not in `blocks` (None: all) become empty and do nothing."""
 
     @abstractmethod
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> Codec:
@@ -160,45 +129,31 @@ class ModelSpec(ABC):
         process: NoiseProcess,
         seeds: Sequence[int],
     ) -> Prepared:
-        """Turn encoded clips into what the network is trained on: layout, padding, conditioning, timesteps.
+        """Turn clips into the network's training inputs: layout, padding, conditioning, timesteps.
 
         Args:
-            latents: (B, C, t, h, w), clean.
-            text: encoded captions.
+            latents: (B, C, t, h, w), clean. seeds: of the rows; they determine everything random.
             first_frame: (B, C, 1, h, w) unscaled latents of the first frames; None for a text-to-video model.
-            seeds: of the rows; everything random is a function of them.
         """
 
     @abstractmethod
     def predict(
         self, model: nn.Module, noisy: NoisySample, prepared: Prepared, dtype: torch.dtype
     ) -> Tensor | Mapping[str, Tensor]:
-        """Call the network once; return its prediction, float32, in the terms of the noise process.
+        """Call the (wrapped) network once, inputs cast to `dtype`; return its float32 prediction for the noise process.
 
-        Args:
-            model: the network, possibly wrapped.
-            dtype: of its weights; inputs are cast to it.
-        Returns:
-            One tensor, or one for each modality: `video` and the names in `prepared.others`.
+        With several modalities return one tensor for each: `video` and the names in `prepared.others`.
         """
 
     @abstractmethod
     def example(
         self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
     ) -> tuple[NoisySample, Prepared]:
-        """Return random inputs of `predict` for one clip; on the device `meta` without values.
-
-        Args:
-            latent_shape: (C, t', h, w); None: the shape that `tiny_model` takes.
-        """
+        """Return random inputs of `predict` for (C, t', h, w) latents (None: tiny ones); on `meta` without values."""
 
     @abstractmethod
     def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> "DiffusionPipeline":
-        """Return the diffusers pipeline around a network.
-
-        Args:
-            text: with the text encoder.
-        """
+        """Return the diffusers pipeline around a network, with or without the text encoder."""
 
     @abstractmethod
     def encode(self, pipeline: "DiffusionPipeline", prompt: str, negative: str) -> tuple[TextCondition, TextCondition]:
@@ -218,14 +173,7 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-        """Load a LoRA file into a bare network as diffusers does.
-
-        Args:
-            folder: with the file in it.
-            only: the layers to keep, for a network that has no others.
-        Returns:
-            The adapter's name.
-        """
+        """Load a folder's LoRA (only these layers) as diffusers does; return the adapter's name."""
 
 
 def is_pipeline(folder: str | Path | None) -> bool:
@@ -234,11 +182,7 @@ def is_pipeline(folder: str | Path | None) -> bool:
 
 
 def open_model_spec(folder: str | Path) -> ModelSpec:
-    """Return the spec of a diffusers pipeline, from the configurations in its folder.
-
-    Raises:
-        ConfigError: the folder is no pipeline, or of an unknown class.
-    """
+    """Return the spec of a diffusers pipeline; raise ConfigError if the folder is none or of an unknown class."""
     path = Path(folder).expanduser()
     try:
         name = read_json(path / INDEX, strict=False).get("_class_name")

@@ -25,18 +25,11 @@ from titans_video.text.base import TextEncoder
 from titans_video.text.huggingface import padded_text
 from titans_video.types import PRECISIONS, Condition, TextCondition
 
-OFS = 2.0
-"""The `ofs` argument of image-to-video models of version 1.5."""
+OFS = 2.0  # the `ofs` argument of image-to-video models of version 1.5
 
 
 class CogVideoX(ModelSpec):
-    """See `ModelSpec`.
-
-    Args:
-        folder: of the pipeline.
-    Raises:
-        ConfigError: a configuration in it is missing or malformed.
-    """
+    """CogVideoX, from the configurations in its folder; raises ConfigError if one is missing or malformed."""
 
     fps, steps, guidance_scale = 8.0, 50, 6.0
     blocks, time_axis = ("transformer_blocks",), 1
@@ -58,10 +51,9 @@ class CogVideoX(ModelSpec):
         self.trained = int(c["sample_frames"]), int(c["sample_height"]) * side, int(c["sample_width"]) * side
 
     def check_size(self, frames: int, height: int, width: int) -> None:
-        """Reject clips whose positions the network does not know, and image-to-video clips of one frame.
+        """Reject image-to-video clips of one frame, and clips whose positions the network does not know.
 
-        Learned positions are of one size: at another size diffusers silently uses others. The table of version 1.5 is
-        finite.
+        Learned positions have one size, and diffusers silently uses others elsewhere. Version 1.5 has a finite table.
         """
         if self.image_to_video and frames < 2:
             least = self.codec_spec.frames_at_least(2)
@@ -146,23 +138,17 @@ class CogVideoX(ModelSpec):
         return Prepared(latents, timesteps, Condition(text=text, cond_latents=image), tokens)
 
     def pad(self, latents: Tensor) -> Tensor:
-        """Pad (B, C, t, h, w) to (B, C, t', h, w).
+        """Pad (B, C, t, h, w) to (B, C, t', h, w): version 1.5 takes pairs of latent frames.
 
-        Version 1.5 takes pairs of latent frames. Where their number is odd the first is repeated, as in the model's own
-        training; its pipeline drops the frame in front after denoising.
+        If t is odd the first frame is repeated, as in pretraining; the pipeline drops the copy after denoising.
         """
         missing = self.padded_frames(latents.shape[2]) - latents.shape[2]
         return torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], dim=2) if missing else latents
 
     def image_latents(self, unscaled: Tensor, frames: int) -> Tensor:
-        """Return (B, C, t', h, w): the first frame's latents, then zeros.
+        """Return (B, C, t', h, w): the first frame's unscaled latents (B, C, 1, h, w), scaled, then zeros.
 
-        Some of these models were trained on latents divided by the scaling factor instead of multiplied; their VAE's
-        configuration says so.
-
-        Args:
-            unscaled: (B, C, 1, h, w), as the VAE gives it.
-            frames: t'.
+        `invert_scale_latents` in the VAE's configuration marks models trained on latents divided by the scaling factor.
         """
         factor = float(self.vae_config["scaling_factor"])
         first = unscaled / factor if self.vae_config.get("invert_scale_latents") else unscaled * factor
@@ -189,12 +175,9 @@ class CogVideoX(ModelSpec):
         return {"image_rotary_emb": self.rotary(t, h, w, device)}
 
     def rotary(self, t: int, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Return cosines and sines of the positions of a latent grid; None for a model without rotary embedding.
+        """Return cosines and sines for a grid of padded t' frames; None for a model without rotary embedding.
 
         Version 1.0 rescales a grid of another size to its own; 1.5 counts from the corner.
-
-        Args:
-            t: t', padded.
         Source: `_prepare_rotary_positional_embeddings` of the pipelines.
         """
         if not self.config.get("use_rotary_positional_embeddings"):
@@ -289,7 +272,7 @@ class CogVideoX(ModelSpec):
 
 
 class SkippedBlock(nn.Module):
-    """Replace a block that is left out of a tiny model."""
+    """Replace a block that a tiny model leaves out."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         return hidden_states, encoder_hidden_states

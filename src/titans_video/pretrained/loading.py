@@ -15,11 +15,7 @@ from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Return the configuration in the folder of one part of a pipeline.
-
-    Raises:
-        ConfigError: it is missing or malformed.
-    """
+    """Return the configuration of one part of a pipeline; raise ConfigError if it is missing or malformed."""
     try:
         check_model_config(folder, name)
     except (Malformed, OSError) as e:
@@ -28,10 +24,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block with torch.compile: one graph for all of them.
-
-    diffusers' `compile_repeated_blocks` knows the blocks of some classes only.
-    """
+    """Compile every block. diffusers' `compile_repeated_blocks` knows the blocks of some classes only."""
     names = set(getattr(network, "_no_split_modules", None) or ())
     for part in network.children():
         if isinstance(part, nn.ModuleList):
@@ -41,12 +34,9 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
-    """Load the weights of a network from a folder that may contain more; in float32 on the CPU, frozen.
+    """Load a network's weights from a folder that may contain more; in float32 on the CPU, frozen.
 
-    Args:
-        lacking: buffers that need not be in the files.
-    Raises:
-        CheckpointError: other weights are missing, or a file cannot be read.
+    Raises CheckpointError if a file cannot be read or weights are missing, except the buffers `lacking`.
     """
     wanted = network.state_dict().keys() - lacking
     found: dict[str, torch.Tensor] = {}
@@ -73,12 +63,7 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
 
 
 def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-    """Load the LoRA file in a folder into a transformer as a diffusers pipeline class does; return the adapter's name.
-
-    Args:
-        pipeline: the class.
-        only: the layers to keep; None: all.
-    """
+    """Load a folder's LoRA (`only` these layers; None: all) as the pipeline class does; return the adapter's name."""
     name = "file"
     tensors, metadata = pipeline.lora_state_dict(
         str(folder), weight_name="pytorch_lora_weights.safetensors", local_files_only=True, return_lora_metadata=True
