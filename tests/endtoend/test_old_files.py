@@ -35,7 +35,6 @@ RESUMED = f"train {NETWORK} --ema-decay 0.5 --task-mix t2v=0.5,i2v=0.5 --cache c
 """The run whose checkpoint, after two steps, and whose cache are kept."""
 MADE = "--prompt 'a red circle' --steps 2 --seed 1"
 VIDEOS = {
-    "shipped": MADE,
     "sora": f"--checkpoint sora.pt {MADE}",
     "sora-exported": f"--checkpoint exported {MADE}",
     "sora-t5": f"--checkpoint run/checkpoint-2 {MADE}",
