@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from titans_video.config.parse import read_prompts
-from titans_video.generation.stream import read_segment_prompts
+from titans_video.config.parse import read_prompts, read_segment_prompts
 from titans_video.parsing import (
     MOST_DEPTH,
     Malformed,
