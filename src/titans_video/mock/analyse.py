@@ -1,9 +1,8 @@
 """Read clips of the mock world back: colour, shape and direction, each a word or "unknown"; and the joins of a video.
 
 The presence of a pixel is its distance from the background colour, relative to that of the object's colour. Everything
-that is not background counts, whatever its colour, so noise, ghosts and half-faded parts lower the overlap with a
-template. A join of a long video of the bouncing world is right if the same object continues on a path that it could
-take. Everything is deterministic.
+that is not background counts: noise, ghosts and half-faded parts lower the overlap with a template. A join is right if
+the same object continues on a path that it could take.
 
 Legend: T frames, H W pixel height and width, K frames on either side of a join.
 """
@@ -18,11 +17,9 @@ from titans_video.mock.world import AREA, COLOURS, DIRECTIONS, SHAPES, coverage
 
 UNKNOWN = "unknown"
 
-NEAREST_OVERLAP = 0.5
-"""If the mean overlap with the best template is below this, there is no shape."""
+NEAREST_OVERLAP = 0.5  # below this mean overlap with the best template there is no shape
 
-STRICT_OVERLAP = 0.8
-"""A shape is correct in the strict sense from this mean overlap on; true clips are above it (see the tests)."""
+STRICT_OVERLAP = 0.8  # least mean overlap of a strictly correct shape; true clips are above it
 
 _DEAD_ZONE = 0.15  # presence below this is compression or sampling noise
 _DARK = 80  # the brightest channel of a background that still counts as dark
@@ -37,12 +34,7 @@ _FORWARD_STEPS = 0.7  # share of the frame-to-frame steps that go forward
 
 @dataclass(frozen=True)
 class Reading:
-    """The content of a clip.
-
-    Attributes:
-        colour, shape, direction: words of the world, or "unknown"; shape is that of the nearest template.
-        overlap: mean over frames of the intersection over union with the nearest template, 0 to 1.
-    """
+    """A clip's content as words or "unknown"; `overlap` is the mean IoU of its frames with the nearest template."""
 
     colour: str
     shape: str
@@ -56,11 +48,7 @@ class Reading:
 
 
 def analyse(frames: np.ndarray) -> Reading:
-    """Read a clip.
-
-    Args:
-        frames: uint8 RGB (T, H, W, 3).
-    """
+    """Read a clip, uint8 RGB (T, H, W, 3)."""
     scene = _Scene.of(frames)
     if scene is None:
         return Reading(UNKNOWN, UNKNOWN, UNKNOWN, 0.0)
@@ -70,23 +58,13 @@ def analyse(frames: np.ndarray) -> Reading:
 
 
 def object_centres(frames: np.ndarray) -> np.ndarray:
-    """Return the position of the object.
-
-    Args:
-        frames: uint8 RGB (T, H, W, 3).
-    Returns:
-        float (T, 2): x and y of the object's centroid in pixels (pixel i spans [i, i + 1]); NaN in frames without one.
-    """
+    """Return (T, 2): x and y of the object's centroid in pixels (pixel i spans [i, i + 1]); NaN where there is none."""
     scene = _Scene.of(frames)
     return np.full((len(frames), 2), np.nan) if scene is None else _centroids(scene.presence)
 
 
 def object_radius(frames: np.ndarray, shape: str) -> float:
-    """Return the radius in pixels of an object of that shape from its median area; NaN without one.
-
-    Args:
-        frames: uint8 RGB (T, H, W, 3).
-    """
+    """Return the radius in pixels of an object of that shape from its median area; NaN without one."""
     scene = _Scene.of(frames)
     if scene is None:
         return float("nan")
@@ -137,9 +115,7 @@ def _centroids(presence: np.ndarray) -> np.ndarray:
 
 
 def _shape(presence: np.ndarray, centres: np.ndarray) -> tuple[str, float]:
-    """Return the nearest template, centred and scaled to the same area in each frame, and its mean overlap over all
-    frames.
-    """
+    """Return the nearest template, centred and scaled to the same area in each frame, and its mean overlap."""
     frames, height, width = presence.shape
     there = ~np.isnan(centres[:, 0])
     if not there.any():
@@ -172,11 +148,9 @@ def _direction(centres: np.ndarray, side: int) -> str:
     return next(word for word, step in DIRECTIONS.items() if step[along] == sign)
 
 
-SIDE_FRAMES = 8
-"""K: frames that are read on either side of a join."""
+SIDE_FRAMES = 8  # K
 
-NEAR = 0.75 / 32
-"""Largest distance from the best path, as a share of the side: 0.75 px of 32. True clips stay within 0.2 px."""
+NEAR = 0.75 / 32  # largest distance from the best path, as a share of the side; true clips stay within 0.2 px of 32
 
 _SPEEDS = (0.5 * SPEED[0], 1.5 * SPEED[1])  # speeds that are still plausible for this world
 _GRID = 64
@@ -184,13 +158,9 @@ _GRID = 64
 
 @dataclass(frozen=True)
 class Join:
-    """One join of a video.
+    """One join of a video: number `edge` of the first frame after it, and (before, after) its colour and strict shape.
 
-    Attributes:
-        edge: number of the first frame after it.
-        colour, shape: (before, after) it; words of the world or "unknown"; shape in the strict sense.
-        miss: the largest distance of a position within K frames from the best path, in pixels; inf if there is none.
-        side: of the frame, in pixels.
+    `miss`: the largest distance from the best path within K frames (inf without one); it and `side` are in pixels.
     """
 
     edge: int
@@ -201,7 +171,7 @@ class Join:
 
     @property
     def same(self) -> bool:
-        """The same known colour and shape before and after."""
+        """Whether colour and shape are known, and the same before and after."""
         return all(a == b != UNKNOWN for a, b in (self.colour, self.shape))
 
     @property
@@ -214,12 +184,7 @@ class Join:
 
 
 def read_joins(frames: np.ndarray, edges: Sequence[int]) -> list[Join]:
-    """Read a video around each of its joins.
-
-    Args:
-        frames: uint8 (T, H, W, 3).
-        edges: the first frame after each join, at least 2 frames from either end.
-    """
+    """Read a video, uint8 (T, H, W, 3), at each join. `edges`: first frames after one, at least 2 from either end."""
     return [_read(frames, edge) for edge in edges]
 
 
@@ -241,14 +206,9 @@ def _read(frames: np.ndarray, edge: int) -> Join:
 
 
 def path_miss(centres: np.ndarray, shape: str, radius: float, side: int) -> float:
-    """Return the distance from the nearest path of an object that moves straight and bounces off the borders.
+    """Return the distance in pixels of centres (T, 2) from the nearest straight path that bounces off the borders.
 
-    Args:
-        centres: (T, 2) x and y, frame by frame; with any NaN there is no such path.
-        shape, radius: of the object; they determine where it bounces.
-        side: of the frame, in pixels.
-    Returns:
-        The largest distance along either axis, in pixels, from the path that minimizes it.
+    The largest distance along either axis counts; inf if any centre is NaN. `shape` and `radius` set where it bounces.
     """
     if np.isnan(centres).any():
         return float("inf")

@@ -1,9 +1,8 @@
 """Other words for the captions of the moving world, and captions that leave the content of an image to the image.
 
-A model that has only read "a red circle moving right" knows no other spelling of it: its text encoder is trained with
-it. And a model whose images always show what their captions say may ignore the images. So `make_dataset` also writes
-rephrased captions; and on rows with an image neutral ones (direction alone, or nothing), or ones with any colour and
-shape, which so say nothing about the image. In all of these rows the direction is the caption's.
+A text encoder trained with the model knows only the wording that it has read, so some captions are rephrased. A model
+whose images always show what their captions say may ignore the images, so some rows with an image have a neutral
+caption (direction or nothing) or one with any colour and shape. The direction is always the caption's.
 """
 
 import re
@@ -14,8 +13,7 @@ import numpy as np
 from titans_video.mock.world import SEEN, Combination
 
 RowKind = Literal["own", "neutral", "any"]
-IMAGE_KINDS: tuple[RowKind, ...] = ("neutral", "any", "any")
-"""What the captions of rows with an image are to the image, in turn; those of other rows are their own."""
+IMAGE_KINDS: tuple[RowKind, ...] = ("neutral", "any", "any")  # kinds of captions for rows with an image, in turn
 
 _OBJECTS = (
     "a {colour} {shape}",
@@ -40,8 +38,7 @@ _VERBS = (
     "travelling",
     "",
 )
-_ALONE = ("moving", "moving", "going", "move", "go", "moves", "")
-"""Verbs without an object before them."""
+_ALONE = ("moving", "moving", "going", "move", "go", "moves", "")  # verbs without an object before them
 _WAYS: dict[str, tuple[str, ...]] = {
     "left": ("left", "left", "to the left", "to the left", "leftwards"),
     "right": ("right", "right", "to the right", "to the right", "rightwards"),
@@ -80,12 +77,9 @@ def contradict(wanted: Combination, rng: np.random.Generator) -> Combination:
 
 
 def row_caption(wanted: Combination, kind: RowKind, reworded: bool, rng: np.random.Generator) -> str:
-    """Return the caption of a row.
+    """Return the caption of a row whose clip shows `wanted`.
 
-    Args:
-        wanted: what the clip shows.
-        kind: what the caption is to it.
-        reworded: rephrase it; neutral captions always are.
+    `kind` is the relation of caption and clip; `reworded` rephrases it (neutral captions always are).
     """
     if kind == "neutral":
         return neutral(wanted.direction if rng.random() < 0.75 else None, rng)
@@ -110,7 +104,6 @@ def _sentence(thing: str, direction: str, rng: np.random.Generator) -> str:
 
 
 def _spelt(text: str, wanted: Combination, rng: np.random.Generator) -> str:
-    """Write one of the words that matter in capitals, or all of the text in some case."""
     if rng.random() < 0.25:
         word = _pick(rng, (wanted.colour, wanted.shape, wanted.direction))
         text = re.sub(rf"\b{word}\b", word.upper() if rng.random() < 0.7 else word.capitalize(), text)
@@ -118,7 +111,6 @@ def _spelt(text: str, wanted: Combination, rng: np.random.Generator) -> str:
 
 
 def _cased(text: str, rng: np.random.Generator) -> str:
-    """Write a text in some case, with or without a full stop."""
     draw = rng.random()
     if draw < 0.3:
         text = text[:1].upper() + text[1:]

@@ -4,8 +4,7 @@ Layout: videos/00000.mp4 ..., refs/00001.png ... (i2v rows), manifest.jsonl, met
 records how the folder was made and marks it as replaceable.
 
 The world `bounce` is rendered here: one coloured shape that bounces off the borders of a dark ground. A clip is a
-window onto an endless path. Wherever it is cut, the next frames are known, so the joins of a long video can be judged
-(see `mock.analyse`).
+window onto an endless path, so the joins of a long video can be judged (see `mock.analyse`).
 
 Legend: T frames, H W pixel height and width (equal here), L free distance along one axis.
 """
@@ -47,26 +46,17 @@ def make_dataset(
     world: World = "moving",
     captions: MockCaptions = "varied",
 ) -> Path:
-    """Write a data set of the mock world; equal arguments give equal clips.
+    """Write a data set of the mock world and return the path of manifest.jsonl; equal arguments give equal clips.
 
     Args:
         folder: created if missing; an earlier data set of this function in it is replaced.
-        clips: number of clips.
-        seed: of everything random.
-        size: side of the square frames in pixels, even (H.264 in yuv420p) and at least 16.
-        frames: per clip, at least 2.
-        fps: frames per second.
+        size: side of the square frames in pixels, even (H.264 in yuv420p) and at least 16; `frames`: at least 2.
         i2v_share: share of the rows with task i2v and their first frame as reference image, 0 to 1.
         include_held_out: draw from all combinations instead of the 40 that training may see.
-        workers: number of threads.
-        progress: show a bar.
         world: `moving` (see `mock.world`) or `bounce` (see `BounceClip`).
         captions: of the moving world: `varied` (see `mock.captions`) or `plain`.
-    Returns:
-        The path of manifest.jsonl.
     Raises:
-        ConfigError: an argument is out of range.
-        DataError: the folder contains something else.
+        ConfigError: an argument is out of range. DataError: the folder contains something else.
     """
     options = MockOptions(
         world, str(folder), clips, seed, size, frames, fps, i2v_share, include_held_out, captions, workers
@@ -138,13 +128,6 @@ def _write_row(root: Path, options: MockOptions, index: int) -> dict[str, str]:
 
 
 def _caption(clip: "Clip | BounceClip", options: MockOptions, index: int, number: int | None) -> str:
-    """Return the caption of row `index`.
-
-    Two of eight rows without an image are reworded, and four of eight with one.
-
-    Args:
-        number: of the row among those with an image; None without one.
-    """
     if isinstance(clip, BounceClip) or options.captions == "plain":
         return clip.caption
     rng = np.random.default_rng((options.seed, index, 5))
@@ -153,22 +136,14 @@ def _caption(clip: "Clip | BounceClip", options: MockOptions, index: int, number
     return row_caption(clip.combination, IMAGE_KINDS[number % len(IMAGE_KINDS)], number % 2 == 1, rng)
 
 
-RADIUS = (4.5 / 32, 6.0 / 32)
-"""Range of the radius as a share of the frame's side."""
+RADIUS = (4.5 / 32, 6.0 / 32)  # range of the radius, as a share of the frame's side
 
-SPEED = (0.6 / 32, 1.4 / 32)
-"""Range of the speed along each axis per frame, as a share of the frame's side."""
+SPEED = (0.6 / 32, 1.4 / 32)  # range of the speed along each axis per frame, as a share of the frame's side
 
 
 @dataclass(frozen=True)
 class BounceClip:
-    """A rendered clip.
-
-    Attributes:
-        frames: uint8 (T, H, W, 3).
-        colour, shape: its content.
-        centres: (T, 2) x and y of the shape's centre in pixels.
-    """
+    """A rendered clip: `frames` uint8 (T, H, W, 3), its content, and `centres` (T, 2), x and y in pixels."""
 
     frames: np.ndarray
     colour: str
@@ -199,10 +174,7 @@ def bounce(position: np.ndarray, low: np.ndarray | float, high: np.ndarray | flo
 
 
 def sample_bounce(seed: int, index: int, size: int = 32, frames: int = 16) -> BounceClip:
-    """Return clip `index` of the series of a seed. Equal inputs give equal clips; longer clips begin with shorter ones.
-
-    Colours and shapes are balanced: each of the twelve pairs occurs once in every twelve clips.
-    """
+    """Return clip `index` of a seed's series; longer clips begin with shorter ones. Each 12 clips show all 12 pairs."""
     turn, position = divmod(index, len(COLOURS) * len(SHAPES))
     order = np.random.default_rng((seed, turn, 3)).permutation(len(COLOURS) * len(SHAPES))
     c, s = divmod(int(order[position]), len(SHAPES))

@@ -33,21 +33,17 @@ REACH: dict[str, tuple[float, float, float]] = {
     "triangle": (TRIANGLE_CIRCUMRADIUS * 3**0.5 / 2, TRIANGLE_CIRCUMRADIUS, TRIANGLE_CIRCUMRADIUS / 2),
 }
 
-RADIUS = (5.5 / 32, 7.5 / 32)
-"""Range of the radius as a share of the frame's side."""
+RADIUS = (5.5 / 32, 7.5 / 32)  # range of the radius, as a share of the frame's side
 
-TRAVEL = (6 / 32, 12 / 32)
-"""Range of the distance from the first frame to the last, as a share of the frame's side."""
+TRAVEL = (6 / 32, 12 / 32)  # range of the distance from the first frame to the last, as a share of the frame's side
 
-AREA: dict[str, float] = {
+AREA: dict[str, float] = {  # area of each shape at radius 1
     "circle": np.pi,
     "square": 4 * SQUARE_HALF**2,
     "triangle": 3 * 3**0.5 / 4 * TRIANGLE_CIRCUMRADIUS**2,
 }
-"""Area of each shape at radius 1."""
 
-GROUND = (18, 40)
-"""Range of the background's grey level."""
+GROUND = (18, 40)  # range of the background's grey level
 
 _SUBSAMPLES = 4
 
@@ -85,10 +81,8 @@ def caption(colour: str, shape: str, direction: str) -> str:
 def _is_held_out(colour: int, shape: int, direction: int) -> bool:
     """Choose a diagonal of a Latin cube without its colour = direction cells.
 
-    With indices in the order of the tables above: (colour + shape + direction) mod 4 = 0 and colour != direction. Every
-    (shape, colour) and every (shape, direction) pair loses at most one of its four clips, and every (colour, direction)
-    pair at most one of its three. So training still shows each word and each pair of words, and each colour and each
-    direction is held out twice.
+    Every (shape, colour) and (shape, direction) pair loses at most one of its four clips, and every (colour, direction)
+    pair at most one of its three. So training shows each pair of words; each colour and direction is held out twice.
     """
     return (colour + shape + direction) % 4 == 0 and colour != direction
 
@@ -102,24 +96,17 @@ def _combinations(held_out: bool) -> tuple[Combination, ...]:
     )
 
 
-SEEN: tuple[Combination, ...] = _combinations(held_out=False)
-"""The 40 combinations that training shows."""
+SEEN: tuple[Combination, ...] = _combinations(held_out=False)  # the 40 combinations that training shows
 
-HELD_OUT: tuple[Combination, ...] = _combinations(held_out=True)
-"""The 8 combinations that training never shows."""
+HELD_OUT: tuple[Combination, ...] = _combinations(held_out=True)  # the 8 combinations that training never shows
 
 COMBINATIONS: tuple[Combination, ...] = SEEN + HELD_OUT
 
 
 def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return which points a shape covers.
+    """Return which points a shape covers, as bool of the broadcast shape of the last three arguments.
 
-    Args:
-        shape: one of SHAPES.
-        dx, dy: offsets from the shape's centre in pixels, y downwards.
-        radius: the shape's radius in pixels (see REACH).
-    Returns:
-        bool, of the broadcast shape of the three.
+    `dx` and `dy` are offsets from the shape's centre, y downwards, in pixels like `radius` (see REACH).
     """
     if shape == "circle":
         return dx**2 + dy**2 <= radius**2
@@ -131,15 +118,9 @@ def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np
 
 
 def coverage(shape: str, centres: np.ndarray, radius: np.ndarray | float, height: int, width: int) -> np.ndarray:
-    """Return antialiased masks of a shape, by supersampling.
+    """Return antialiased masks float32 (T, H, W), the covered share of each pixel, by supersampling.
 
-    Args:
-        shape: one of SHAPES.
-        centres: (T, 2) float, x and y in pixels; pixel i spans [i, i + 1].
-        radius: (T,) or one number, in pixels.
-        height, width: H, W.
-    Returns:
-        float32 (T, H, W), the covered share of each pixel.
+    `centres` is (T, 2) x and y in pixels (pixel i spans [i, i + 1]); `radius` is (T,) or one number, in pixels.
     """
     k, frames = _SUBSAMPLES, len(centres)
     x, y = (((np.arange(side * k) + 0.5) / k).astype(np.float32) for side in (width, height))
@@ -154,17 +135,9 @@ def coverage(shape: str, centres: np.ndarray, radius: np.ndarray | float, height
 def render(
     colour: str, shape: str, direction: str, rng: np.random.Generator, size: int = 32, frames: int = 8
 ) -> np.ndarray:
-    """Draw one clip at a random position, speed, size and background grey; the shape always stays inside the frame.
+    """Draw one clip, uint8 RGB (T, size, size, 3), at a random position, speed, size and background grey.
 
-    The distance over the whole clip is drawn (TRAVEL), so longer clips are slower, not cut off.
-
-    Args:
-        colour, shape, direction: words of COLOURS, SHAPES, DIRECTIONS.
-        rng: for position, speed, size and background.
-        size: side of the square frames in pixels.
-        frames: T.
-    Returns:
-        uint8 RGB (T, size, size, 3).
+    The shape stays inside the frame. The distance over the whole clip is drawn (TRAVEL), so longer clips are slower.
     """
     radius = rng.uniform(*RADIUS) * size
     travel = rng.uniform(*TRAVEL) * size
@@ -182,11 +155,9 @@ def render(
 
 
 def combination_of(seed: int, index: int, held_out: bool | None = False) -> Combination:
-    """Return the combination of clip `index` of an endless series; every round shows each once, in an order drawn by
-    the seed.
+    """Return the combination of clip `index` of an endless series; each round shows each once, in an order of the seed.
 
-    Args:
-        held_out: True for the held-out combinations, False for the others, None for all 48.
+    `held_out` is True for the held-out combinations, False for the others, None for all 48.
     """
     pool = {True: HELD_OUT, False: SEEN, None: COMBINATIONS}[held_out]
     turn, position = divmod(index, len(pool))
