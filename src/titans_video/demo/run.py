@@ -27,8 +27,7 @@ from titans_video.mock.dataset import make_dataset
 from titans_video.parsing import Malformed, read_yaml
 from titans_video.training.run_folder import METRICS
 
-MARKER = "made_by_titans_video.json"
-"""The file that marks a folder as replaceable."""
+MARKER = "made_by_titans_video.json"  # marks a folder as replaceable
 
 TRAINER = Path("train/videos/train_sora_accelerate.py")
 TWO_PROCESSES = Path("configs/accelerate/cpu2.yaml")
@@ -101,8 +100,8 @@ def run_score(options: ScoreOptions) -> None:
 def training_command(options: DemoOptions, folder: Path) -> Command:
     """Return the command that trains the demo: the documented script, directly or under Accelerate's launcher.
 
-    The default on a CPU of two or more cores is two processes of one thread each, which is faster than one process of
-    two threads. The configuration's batch is divided among them, so that a step has the same rows.
+    On a CPU of two or more cores the default is two processes of one thread each, which is faster than one process of
+    two threads. They divide the configuration's batch, so a step has the same rows.
 
     Raises:
         ConfigError: a file is missing, or the batch cannot be divided.
@@ -168,7 +167,6 @@ def _train(command: Command) -> None:
 
 
 def _score(model: VideoModel, settings: Settings, splits: Sequence[Split], folder: Path) -> dict[Split, list[Scored]]:
-    """Score a model on each split, write scores.json and print the scores."""
     scored = {split: scoring.score(model, split, settings, folder / "videos" / split) for split in splits}
     summaries = {split: scoring.summary(videos) for split, videos in scored.items()}
     write_text(folder / "scores.json", json.dumps(summaries, indent=1) + "\n")
@@ -215,20 +213,14 @@ figure{display:inline-block;width:150px;margin:.5rem;vertical-align:top;font-siz
 
 
 def caption_of(video: Scored) -> str:
-    """Return the prompt, with a note if it was never trained on, and what a given first frame shows."""
+    """Return the prompt, with a note if it was never trained on, and the content of a given first frame."""
     if video.near is None:
         return video.prompt + (" (never trained on)" if video.split == "held_out" else "")
     return f"{video.prompt} (first frame: a {video.wanted.colour} {video.wanted.shape})"
 
 
 def write_report(path: Path, scored: Mapping[Split, Sequence[Scored]], shown: Sequence[Scored]) -> None:
-    """Write the page.
-
-    Args:
-        path: of the HTML file; links to videos and images are relative to it.
-        scored: the videos of each split.
-        shown: the videos to show even if they are right.
-    """
+    """Write the HTML page. Its links are relative to `path`; `shown` are the videos to show even if they are right."""
     wrong = [video for videos in scored.values() for video in videos if not video.right]
     parts = [
         "<h1>Titans Video: the mock world</h1>",

@@ -29,29 +29,19 @@ from titans_video.seeding import derive_seed
 Split = Literal["seen", "held_out", "reworded", "i2v", "neutral", "contradicting"]
 
 TEXT_SPLITS: tuple[Split, ...] = ("seen", "held_out", "reworded")
-"""Sentences alone: trained and held-out combinations, and trained combinations in other words."""
+"""Sentences only: trained and held-out combinations, and trained combinations in other words."""
 
 IMAGE_SPLITS: tuple[Split, ...] = ("i2v", "neutral", "contradicting")
-"""A first frame with its own sentence, with a sentence without colour and shape, or with one of another colour and
-shape. Colour and shape are the first frame's, and the direction is the sentence's.
-"""
+"""First frames whose sentence is their own, has no colour and shape, or names others; only its direction counts."""
 
-NEAR = 2 / 32
-"""Largest distance of the object in the first generated frame from the true one, as a share of the frame's side."""
+NEAR = 2 / 32  # largest distance of the object in the first generated frame from the true one, as a share of the side
 
 _FIRST_UNTRAINED_INDEX = 1_000_000  # first frames come from clips far beyond the indices of any training set
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the generation.
-
-    Attributes:
-        videos: of each split.
-        seed: of the noise and of the choice of sentences.
-        batch_size: videos generated at once.
-        steps, guidance_scale: None for the checkpoint's recommendation.
-    """
+    """Settings of the generation; None for `steps` and `guidance_scale` means the checkpoint's recommendation."""
 
     videos: int = 96
     seed: int = 0
@@ -65,14 +55,10 @@ class Scored:
     """One generated video.
 
     Attributes:
-        split: the score that it counts for.
         wanted: the combination that the prompt, or the prompt and the first frame, describe.
-        prompt: as given to the model.
-        reading: what the file shows, without a given first frame.
-        path: of the mp4.
-        frames: uint8 (T, H, W, 3), as read back from the file.
-        near: with a first frame, whether the object of the first generated frame is within NEAR of the true clip's;
-            None without.
+        reading: the content of the file, without a given first frame.
+        frames: uint8 (T, H, W, 3), as read back from the file at `path`.
+        near: whether the object of the first generated frame is within NEAR of the true clip's; None for text only.
     """
 
     split: Split
@@ -94,13 +80,7 @@ class Scored:
 
 
 def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> list[Scored]:
-    """Generate the videos of a split, write each as mp4 and read it back.
-
-    Args:
-        model: trained on clips of the mock world.
-        split: see TEXT_SPLITS and IMAGE_SPLITS; first frames are of clips of all combinations.
-        folder: where the mp4s go.
-    """
+    """Generate the videos of a split, write each as mp4 into `folder` and read it back."""
     make_folder(folder)
     scored: list[Scored] = []
     with Progress(f"scoring {split}", "video", settings.videos) as bar:
@@ -112,12 +92,10 @@ def score(model: VideoModel, split: Split, settings: Settings, folder: Path) -> 
 
 
 def summary(scored: Sequence[Scored]) -> dict[str, float | int]:
-    """Return the shares of right videos of one split, from 0 to 1.
+    """Return the number of videos of one split, and the shares of right ones, from 0 to 1.
 
-    Returns:
-        colour, direction, shape (nearest template), shape_strict, all (colour, direction and strict shape together),
-        and videos, their number; with first frames also kept (colour and nearest shape), place (see NEAR) and continues
-        (kept and place).
+    Shares: colour, direction, shape (nearest template), shape_strict, all (colour, direction and strict shape); with
+    first frames also kept (colour and nearest shape), place (see NEAR) and continues (kept and place).
     """
     rights: dict[str, list[bool]] = {
         "colour": [s.reading.colour == s.wanted.colour for s in scored],
@@ -174,7 +152,7 @@ def prompt_of(split: Split, wanted: Combination, seed: int, index: int) -> str:
 
 
 def _is_near(generated: np.ndarray, true: np.ndarray) -> bool:
-    """Check whether the object of the first generated frame (frame 1) is within NEAR of the true clip's."""
+    """Check whether the object of frame 1, the first generated one, is within NEAR of the true clip's."""
     distance = np.linalg.norm(object_centres(generated)[1] - object_centres(true)[1])
     return bool(distance <= NEAR * min(true.shape[1:3]))  # False for NaN, which means that there is no object
 
