@@ -1,7 +1,6 @@
 """The base class of recipes: encoding a batch, the loss, the held-out loss, checkpoints, and the size of the work.
 
-A recipe is a subclass that implements `prepare` and `forward`. Everything else that differs between recipes is passed
-to the constructor.
+A recipe is a subclass with `prepare` and `forward`. Its constructor receives all other differences.
 
 Legend: B rows of a batch, C latent channels, T H W pixel frames, height and width, S pixel frames of a latent frame,
 t h w the latent grid, Q quantiles of the training times.
@@ -27,8 +26,7 @@ from titans_video.text.base import TextEncoder, drop_captions
 from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.types import Batch, CodecSpec, TextCondition, fold_frame_mask
 
-TEXT_STEP, LONGEST_TEXT = 64, 512
-"""FLOPs are counted for text of a multiple of TEXT_STEP tokens, and of at most LONGEST_TEXT."""
+TEXT_STEP, LONGEST_TEXT = 64, 512  # text for FLOPs: tokens are rounded up to TEXT_STEP, limited to LONGEST_TEXT
 Grid = tuple[int, int, int]
 
 
@@ -36,17 +34,13 @@ Grid = tuple[int, int, int]
 class ClipGeometry:
     """The size of a batch's latents and tokens, and where it carries loss; known without encoding anything.
 
-    Attributes:
-        codec: the shapes of the codec's latents.
-        patch_size: latent cells (t, h, w) of one token.
-        latent_frames: the latent frames that are trained on, from those of a clip and the optimizer step: padding adds
-            some, a curriculum takes some away.
-        cond_frames_have_loss: conditioning frames are a hint that is denoised like the rest. Otherwise they are given
-            clean and carry no loss.
+    `latent_frames` returns the latent frames to train on, from those of a clip and the optimizer step: padding adds
+    some, a curriculum removes some. Conditioning frames are given clean and carry no loss, unless
+    `cond_frames_have_loss`: then they are denoised like the rest.
     """
 
     codec: CodecSpec
-    patch_size: Grid = (1, 1, 1)
+    patch_size: Grid = (1, 1, 1)  # latent cells (t, h, w) of one token
     latent_frames: Callable[[int, int], int] = lambda frames, step: frames
     cond_frames_have_loss: bool = False
 
@@ -75,51 +69,32 @@ class ClipGeometry:
 class DiffusionRecipe(ABC, Generic[PreparedT]):
     """A network, the frozen parts that encode for it, and its loss; see `training.recipe.Recipe`.
 
-    Attributes:
-        network: what is trained.
-        codec, text: frozen; they encode a batch unless it carries cached encodings.
-        process: how noise is added.
-        config: of checkpoints, as `titans_video.checkpoint` lists it.
-        device: of the network.
-        geometry: the size of latents, and where there is loss.
-        count_flops: FLOPs of one row, forward and backward, from (C, t, h, w) and the tokens of each text stream.
-        make_sampler: opens the network at a step for validation videos.
-        cfg_drop_prob: probability that a row's caption is dropped.
-        cfg_drop_each: drop each text stream independently.
-        sample_prompt: a caption of the data.
-        sample_flags: what the generate command needs beside the checkpoint.
-        cache: the cache that batches carry encodings from; None: they carry pixels and captions.
-        codec_in_use: training needs the codec even with a cache, so it is not released after validation.
-        adapter: the files of an adapter; None for a recipe that trains whole networks.
+    `count_flops` takes (C, t, h, w) and the tokens of each text stream, and returns one row's training FLOPs.
     """
 
     network: nn.Module
-    codec: Codec
+    codec: Codec  # frozen, like `text`; they encode batches without cached encodings
     text: TextEncoder
     process: NoiseProcess
-    config: dict[str, object]
+    config: dict[str, object]  # of checkpoints, as `titans_video.checkpoint` lists it
     device: torch.device
     geometry: ClipGeometry
     count_flops: Callable[[tuple[int, ...], tuple[int, ...]], int]
-    make_sampler: Callable[[nn.Module, int], VideoSampler]
-    cfg_drop_prob: float = 0.1
-    cfg_drop_each: bool = False
-    sample_prompt: str | None = None
-    sample_flags: tuple[str, ...] = ()
-    cache: EncodingCache | None = None
-    codec_in_use: bool = False
-    adapter: AdapterFiles | None = None
+    make_sampler: Callable[[nn.Module, int], VideoSampler]  # for validation videos at a step
+    cfg_drop_prob: float = 0.1  # probability that a row's caption is dropped
+    cfg_drop_each: bool = False  # drop each text stream independently
+    sample_prompt: str | None = None  # a caption of the data
+    sample_flags: tuple[str, ...] = ()  # that the generate command needs beside the checkpoint
+    cache: EncodingCache | None = None  # that batches carry encodings from; None: they carry pixels and captions
+    codec_in_use: bool = False  # training needs it even with a cache, so validation does not release it
+    adapter: AdapterFiles | None = None  # None for a recipe that trains whole networks
 
     def __post_init__(self) -> None:
         self.empty = prompt_encoder(self.text, self.cache).empty(1).to(self.device)
 
     @abstractmethod
     def prepare(self, batch: Batch, *, train: bool) -> PreparedT:
-        """Encode a batch and draw its timesteps; called without gradients.
-
-        Args:
-            train: drop captions and conditions at random. Without it every row keeps its caption.
-        """
+        """Encode a batch and draw timesteps, without gradients; with `train` drop captions and conditions at random."""
 
     @abstractmethod
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: PreparedT) -> Tensor | Mapping[str, Tensor]:
@@ -167,7 +142,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
                 self.codec.release()
 
     def _add_noise(self, batch: Batch, prepared: Prepared, *key: str) -> NoisySample:
-        """Add noise that is a function of each row's seed and `key`; each further modality has noise of its own."""
+        """Add noise that is a function of each row's seed and `key`; each further modality has its own noise."""
         latents = prepared.latents
         noise = seeded_randn(latents.shape[1:], [derive_seed(seed, *key) for seed in batch.seeds]).to(self.device)
         noisy = self.process.add_noise(latents, noise, prepared.timesteps)
@@ -221,10 +196,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
         return drop if self.cfg_drop_each else drop[:, 0]
 
     def _text_lengths(self, batch: Batch) -> tuple[int, ...]:
-        """Return the tokens of each text stream, in steps of `TEXT_STEP`.
-
-        Prompts that are not encoded yet are not encoded for this: a token counts as 4 bytes, as in English.
-        """
+        """Return the tokens of each text stream, in steps of `TEXT_STEP`; unencoded text counts 4 bytes a token."""
         if batch.text is not None:
             lengths = [mask.shape[1] for mask in batch.text.masks]
         else:
@@ -240,5 +212,5 @@ def squared_error(predicted: Tensor, noisy: NoisySample, prepared: Prepared) -> 
 
 
 def prompt_encoder(text: TextEncoder, cache: EncodingCache | None) -> PromptEncoder:
-    """Return what encodes prompts: the cache if it holds text, otherwise the text encoder."""
+    """Return the cache if it contains text, otherwise the text encoder."""
     return CachedText(cache) if cache is not None and cache.has_text else text

@@ -15,8 +15,7 @@ from titans_video.training.distributed import Accelerator, run_on_main
 from titans_video.training.init_from import fitted_codec
 from titans_video.types import CodecSpec
 
-FIT_CLIPS = 512
-"""Clips to which a PCA codec is fitted."""
+FIT_CLIPS = 512  # clips to which a PCA codec is fitted
 PCA_DEFAULTS: dict[str, object] = {"patch": [8, 4, 4], "channels": 96, "smooth": 0.0}
 """Arguments of a PCA codec without --vae-init-json."""
 
@@ -65,11 +64,8 @@ def open_codec(
 ) -> Codec | None:
     """Return the codec that the flags name; None for a PCA codec that must be fitted to the clips first.
 
-    Args:
-        resume: a resumed run takes its fitted codec from its checkpoint.
-        init_from: a run that starts from other weights takes the codec that was fitted for them, if it has the same
-            latents.
-        load: read the weights now, not at first use.
+    A fitted codec comes from the checkpoint that is resumed, or from the weights of `init_from` if it has the same
+    latents. Without `load`, weights are read at first use.
     """
     if options.vae_backend != "patch":
         return build_codec(options, device=accelerator.device, load=load)

@@ -42,21 +42,15 @@ from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import PRECISIONS, Batch
 
-STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-"""The torch dtype of each value of --layerwise-casting."""
+STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # torch dtype of each --layerwise-casting
 
 
 @dataclass
 class LoraRecipe(DiffusionRecipe[Prepared]):
-    """A pretrained network with an adapter, on that model's own latents, conditioning and noise.
-
-    Attributes:
-        spec: what the network expects.
-        dtype: of the frozen weights.
-    """
+    """A pretrained network with an adapter, on that model's own latents, conditioning and noise."""
 
     spec: ModelSpec = field(kw_only=True)
-    dtype: torch.dtype = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)  # of the frozen weights
 
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         latents = self.encode_latents(batch)
@@ -81,17 +75,12 @@ class LoraRecipe(DiffusionRecipe[Prepared]):
 
 @dataclass
 class LoraFiles:
-    """The files of an adapter; see `training.recipe.AdapterFiles`.
-
-    Attributes:
-        about: what the file's header says about the training.
-        gate: at which saves the file is compared with diffusers: first, each or none.
-    """
+    """The files of an adapter; see `training.recipe.AdapterFiles`."""
 
     spec: ModelSpec
     config: lora.LoraConfig
-    about: dict[str, object]
-    gate: str = "first"
+    about: dict[str, object]  # the training, for the file's header
+    gate: str = "first"  # which saves are compared with diffusers: first, each or none
     checked: bool = False
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
@@ -130,11 +119,7 @@ class LoraFiles:
 
 
 def train_lora(options: CogVideoXLoraOptions) -> TrainResult:
-    """Build every part of a run from its options, and train.
-
-    Raises:
-        UserError: a fault of the flags, the data or the pipeline.
-    """
+    """Build every part of a run and train; raise UserError for a fault of the flags, the data or the pipeline."""
     run = start_run(options.data, options.train)
     accelerator, base = run.accelerator, options.base
     assert base.pretrained_model is not None  # checked with the flags
@@ -162,11 +147,7 @@ def parse_targets(words: str) -> tuple[str, ...] | str:
 
 
 def check_sizes(spec: ModelSpec, data: VideoDataset) -> None:
-    """Check every bucket that has rows against the positions that the network knows.
-
-    Raises:
-        ConfigError: as `ModelSpec.check_size`.
-    """
+    """Check every bucket that has rows with `ModelSpec.check_size`, which may raise ConfigError."""
     for bucket in data.buckets:
         spec.check_size(bucket.frames, bucket.height, bucket.width)
 
@@ -248,10 +229,7 @@ def _lora_config(
 
 
 def lora_flops(spec: ModelSpec) -> Callable[[tuple[int, ...], tuple[int, ...]], int]:
-    """Return a function that counts a row's FLOPs: two thirds of those of training all weights.
-
-    A frozen weight has no gradient of its own.
-    """
+    """Return a function that counts a row's FLOPs: 2/3 of full training, as frozen weights have no gradient."""
 
     @cache
     def count(latent_shape: tuple[int, ...]) -> int:
@@ -294,10 +272,7 @@ def lora_sampler(
 def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
     """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row.
 
-    None for a text-to-video model.
-
-    Args:
-        size: height and width; None: those of the main bucket.
+    None for a text-to-video model. Without `size` (height, width) it has that of the main bucket.
 
     Raises:
         DataError: no clip can be read.
@@ -338,11 +313,7 @@ def _notes(options: CogVideoXLoraOptions, parts: RunParts, recipe: LoraRecipe) -
 
 
 def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
-    """Return the precision that the network computes in.
-
-    Raises:
-        ConfigError: the accelerator or the device cannot do what the flags ask for.
-    """
+    """Return the network's precision; raise ConfigError if the accelerator or the device cannot follow the flags."""
     dtype = (
         PRECISIONS[options.base_dtype]
         if options.base_dtype
@@ -363,12 +334,9 @@ def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
 
 
 def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -> tuple[nn.Module, torch.dtype]:
-    """Load the network as the flags ask for it, and return it with the precision that it computes in.
+    """Load the network as the flags ask, and return it with its precision; raises as `precision_of`.
 
-    Layers are cast and offloaded by diffusers' own hooks, which remain when adapters are injected.
-
-    Raises:
-        ConfigError: as `precision_of`.
+    diffusers' own hooks cast and offload layers. They remain when adapters are injected.
     """
     dtype = precision_of(options, accelerator)
     network = spec.load_network(dtype)
@@ -388,10 +356,9 @@ def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -
 def offload_blocks(network: nn.Module, device: torch.device) -> None:
     """Keep the linear layers of the blocks in main memory while they are not used; the rest stays on the device.
 
-    A layer that is offloaded after its forward takes away the weights that its backward pass needs. The backward pass
-    of a linear layer keeps a view, which checkpointing recreates. A norm's would silently compute with whatever the
-    norm then holds, or on the wrong device. Nothing is prefetched (`use_stream`): that assumes one order of layers,
-    and the backward pass has another.
+    Offloading a layer after its forward removes weights that its backward pass uses. A linear layer's backward pass
+    keeps a view, which checkpointing recreates. A norm's would silently use the norm's later contents, or the wrong
+    device. `use_stream` would prefetch in one order of layers, but the backward pass has another.
     """
     from diffusers.hooks import apply_group_offloading
 
@@ -418,14 +385,9 @@ def move_adapter(network: nn.Module, device: torch.device) -> None:
 
 
 def share_adapter_only(network: nn.Module, fingerprint: str, accelerator: Accelerator) -> None:
-    """Let DDP exchange only what is trained: each process reads the frozen weights itself.
+    """Exclude frozen weights from DDP's exchange: each process reads them, and Gloo cannot send 8-bit weights.
 
-    Gloo cannot send weights of 8 bits.
-
-    Args:
-        fingerprint: of the files that this process read.
-    Raises:
-        ConfigError: the processes have read different files.
+    Raises ConfigError if processes read files with different fingerprints.
     """
     if len(set(all_gather_object(accelerator, fingerprint))) > 1:
         raise ConfigError("--pretrained-model: the machines of this run have different networks in this folder.")

@@ -1,7 +1,6 @@
 """The parity gate: compare what stock diffusers computes with a saved LoRA file to what was trained.
 
-A file that loads nothing, loads at another strength, or lands on other layers gives no error; it shows in videos, days
-later. So the file is loaded as any user would load it, and the outputs are compared.
+A file that loads nothing, or with another strength or on other layers, gives no error. It shows only in later videos.
 """
 
 import copy
@@ -17,26 +16,22 @@ from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import ModelSpec
 
-BLOCKS = 2
-"""How many of the adapter's blocks the copy of a large network has."""
+BLOCKS = 2  # how many of the adapter's blocks the copy of a large network has
 
 LARGE = 300e6  # parameters
 
-TOLERANCE = 1e-4
-"""The largest allowed difference, relative to the adapter's largest effect."""
+TOLERANCE = 1e-4  # largest allowed difference, relative to the adapter's largest effect
 
 
 def check_parity(
     spec: ModelSpec, tensors: dict[str, Tensor], sizes: dict[str, tuple[int, float]], folder: Path
 ) -> str | None:
-    """Compare, and return a message for the log.
+    """Compare a LoRA file in `folder` with the trained tensors, and return a message for the log.
 
-    The adapter's weight is set so that its effect is of the size of the output, however little was learned yet.
+    The adapter's weight is set so that its effect is as large as the output, however little was learned yet.
 
     Args:
-        tensors: what was trained, from memory.
-        sizes: rank and alpha of its layers.
-        folder: with the file.
+        sizes: rank and alpha of the layers.
     Raises:
         CheckpointError: diffusers cannot load the file, or computes something else with it.
     """
@@ -79,11 +74,7 @@ def check_parity(
 
 
 def _compare_names(spec: ModelSpec, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Compare every layer by name and value, including those that a copy of two blocks does not have.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Compare all layers by name and value, not only copied blocks; raise CheckpointError if they differ."""
     found = lora_io.read(folder, spec.lora_prefixes).tensors
     wrong = [*(tensors.keys() ^ found.keys())]
     wrong += [k for k in tensors.keys() & found.keys() if not torch.equal(tensors[k].cpu(), found[k])]
@@ -103,7 +94,6 @@ def _blocks_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> list[int]:
 def _copy(
     spec: ModelSpec, tensors: dict[str, Tensor], blocks: Sequence[int] | None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return a tiny copy of the network, and the adapter's tensors for its layers."""
     network = spec.tiny_model(blocks)
     present = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     return network, {k: v for k, v in tensors.items() if k.rpartition(".lora_")[0] in present}

@@ -46,30 +46,20 @@ from titans_video.training.validation import Monitoring, SamplePrompt, Validator
 
 logger = logging.getLogger(__name__)
 
-MOST_MEASURED = 50_000
-"""Captions whose length is measured at the start of a run."""
-DEFAULT_PROMPTS = 4
-"""Captions of the data that validation uses if no prompts are given."""
+MOST_MEASURED = 50_000  # captions whose length is measured at the start of a run
+DEFAULT_PROMPTS = 4  # captions of the data that validation uses if no prompts are given
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """The parts that a recipe is built from.
-
-    Attributes:
-        data: the clips that are trained on.
-        held_out: the clips whose loss validation measures; None if there are none.
-        codec, text: frozen; without weights if everything is cached.
-        codec_options: as `codec` was opened.
-        cache: the cache that holds all rows; None without `--cache`.
-    """
+    """The parts that a recipe is built from."""
 
     data: VideoDataset
-    held_out: VideoDataset | None
-    codec: Codec
-    codec_options: CodecOptions
+    held_out: VideoDataset | None  # clips whose loss validation measures
+    codec: Codec  # frozen, like `text`; both without weights if everything is cached
+    codec_options: CodecOptions  # as `codec` was opened
     text: TextEncoder
-    cache: EncodingCache | None
+    cache: EncodingCache | None  # contains all rows; None without `--cache`
 
 
 def open_parts(
@@ -84,13 +74,11 @@ def open_parts(
     check_held_out: bool = True,
     image_condition: bool = False,
 ) -> RunParts:
-    """Open the clips, fit the codec if it is fitted to them, and fill the cache.
+    """Open the clips, fit the codec to them if it is None, and fill the cache.
 
     Args:
-        codec: None if it is fitted to the clips.
         clip_grid: latent cells that every clip's frames, height and width are multiples of.
-        check: rejects clips that the recipe cannot train on, before anything is encoded.
-        check_held_out: also reject held-out clips.
+        check: rejects clips, and with `check_held_out` held-out clips, before anything is encoded.
         image_condition: cache first frames as pixels, see `data.cache.EncodingCache`.
     Raises:
         UserError: a fault of the data, the codec or the cache.
@@ -119,11 +107,7 @@ def text_options(options: TextOptions, resume: Resume | None) -> TextOptions:
 
 
 def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> None:
-    """Log how many captions are longer than the encoders read.
-
-    Args:
-        is_cached: a run on a full cache needs no tokenizer, so one may be missing.
-    """
+    """Log how many captions are longer than the encoders read; with a full cache the tokenizer may be missing."""
     captions = list(islice(dict.fromkeys(row.caption for row in data.rows), MOST_MEASURED + 1))
     what = "captions" if len(captions) <= MOST_MEASURED else "captions (only these were measured)"
     try:
@@ -203,10 +187,7 @@ def sample_prompt(data: VideoDataset) -> str | None:
 
 
 def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[SamplePrompt]:
-    """Return the prompts of validation videos: those of the options, or a few captions chosen by the rows' ids.
-
-    A caption's video has the size of its row.
-    """
+    """Return the prompts of the options, or a few captions chosen by row id, each with the size of its row."""
     if not options.validate_every:
         return []
     if options.validation_prompts is not None:
@@ -231,10 +212,7 @@ def checkpoint_config(
 ) -> dict[str, object]:
     """Return the config of checkpoints, as `titans_video.checkpoint` lists it.
 
-    Args:
-        model: the network's own config.
-        defaults: from `generation_defaults`.
-        tasks: that are trained; None: those of the data.
+    `model` is the network's own config, `defaults` from `generation_defaults`; `tasks` defaults to those of the data.
     """
     bucket = parts.data.main_bucket
     # Only the built-in encoder knows no other words than those of the captions.
@@ -301,8 +279,6 @@ def train_recipe(
 ) -> TrainResult:
     """Compare with the checkpoint that is resumed, prepare the output folder, log what is trained, and train.
 
-    Args:
-        notes: further lines for the log.
     Raises:
         UserError: as `reconcile_resume`, `open_tracker` and the trainer.
     """
@@ -341,11 +317,7 @@ def _warm_up_note(train: TrainOptions) -> list[str]:
 def open_monitoring(
     options: RecipeOptions, run: RunContext, recipe: DiffusionRecipe[PreparedT], parts: RunParts
 ) -> Monitoring:
-    """Write run.json, start the tracker, and prepare validation.
-
-    Raises:
-        ConfigError: the tracker cannot be started.
-    """
+    """Write run.json, start the tracker, and prepare validation; raises ConfigError as `open_tracker`."""
     train, validation, accelerator = options.train, options.validation, run.accelerator
     folder, step = Path(train.output_dir), run.resume.step if run.resume else 0
 

@@ -68,9 +68,7 @@ def encode_frames(
 ) -> tuple[Tensor, Condition, Tensor | None]:
     """Encode clips, captions and conditioning frames for a network with a timestep for each latent frame.
 
-    Returns:
-        Latents (B, C, t, h, w), the condition, and (B, t) bool: the latent frames that are given clean; None if no row
-        has conditioning frames.
+    Returns latents (B, C, t, h, w), the condition, and (B, t) bool: the latent frames that are given clean, or None.
     """
     latents, text = recipe.encode_latents(batch), recipe.encode_captions(batch, train=train)
     frames = recipe.geometry.latent_shape(batch)[1]
@@ -86,9 +84,7 @@ def encode_frames(
 def hold_clean(latents: Tensor, timesteps: Tensor, condition: Condition, tokens: int, clean: Tensor | None) -> Prepared:
     """Put the given frames, clean and at timestep 0, into the latents, as generation does.
 
-    Args:
-        timesteps: (B, t).
-        clean: (B, t) bool, the frames that are given; None if there are none.
+    `timesteps` is (B, t); `clean` is (B, t) bool, the given frames, or None.
     """
     if clean is None or condition.cond_latents is None:
         return Prepared(latents, timesteps, condition, tokens)
@@ -104,10 +100,8 @@ def hold_clean(latents: Tensor, timesteps: Tensor, condition: Condition, tokens:
 
 
 def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
-    """Build every part of a run from its options, and train.
+    """Build every part of a run and train; log `notes` too.
 
-    Args:
-        notes: further lines for the log.
     Raises:
         UserError: a fault of the flags, the data, the VAE or the encoders.
     """
@@ -131,11 +125,7 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
 
 
 def cache_sora(options: SoraOptions) -> None:
-    """Fill `--cache` with everything that training with the same options would encode, without training.
-
-    Raises:
-        UserError: as `train_sora`.
-    """
+    """Fill `--cache` with all that training with the same options would encode; raises as `train_sora`."""
     accelerator = start(options.train)
     options = replace(options, text=text_options(options.text, None))
     text = build_text(options.text, accelerator.device, load=False)
@@ -151,11 +141,7 @@ def cache_sora(options: SoraOptions) -> None:
 
 
 def check_draft_frames(options: SoraOptions, data: VideoDataset) -> None:
-    """Reject `--sample-draft-frames` that the trained network could not continue from.
-
-    Raises:
-        ConfigError: see `generation.windows.check_draft`.
-    """
+    """Reject `--sample-draft-frames` that the network could not continue from; raises as `check_draft`."""
     draft = options.generation_defaults.sample_draft_frames
     if draft:
         longest = max(bucket.frames for bucket in data.buckets)
@@ -189,7 +175,7 @@ def build_sora(options: SoraOptions, parts: RunParts, device: torch.device) -> S
 
 
 def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
-    """Build a network whose initial weights are a function of the seed, checkpointed and compiled as the flags say."""
+    """Build a network with initial weights from the seed, checkpointed and compiled as the flags say."""
     torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     network = build_network(config)
     if options.model.gradient_checkpointing:

@@ -1,8 +1,7 @@
 """Stable Video Diffusion, fine-tuned: EDM with v-prediction, conditioned on an image, and on text through a branch.
 
 An i2v row gets its image as in the diffusers pipeline: the embedding of the clean image, the latents of a noisy one,
-its frame rate, motion and noise level. A t2v row has a blank image, as guidance has. Every frame carries loss: the
-image is a hint, not a frame that is kept.
+its frame rate, motion and noise level. A t2v row has a blank image, as guidance has. Every frame carries loss.
 
 Legend: B batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, S pixel frames of one
 latent frame.
@@ -55,8 +54,7 @@ from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition, ImageCondition, TextCondition
 
-STEPS = 25
-"""The pipeline's denoising steps, used without --sample-steps."""
+STEPS = 25  # the pipeline's denoising steps, used without --sample-steps
 CLIP_GRID = (1, 1, 1)
 UNET, SCHEDULER = "unet", "scheduler"
 
@@ -67,11 +65,7 @@ def holds_unet(folder: str | None) -> bool:
 
 
 def unet_config(folder: str | None) -> dict[str, object]:
-    """Return the configuration of the folder's UNet.
-
-    Raises:
-        ConfigError: it is missing, unreadable, or of another class.
-    """
+    """Return the UNet's configuration; raise ConfigError if it is missing, unreadable, or of another class."""
     if not folder:
         raise ConfigError(
             "--pretrained-model is missing: a folder of Stable Video Diffusion with unet/ and vae/ in it."
@@ -88,11 +82,7 @@ def unet_config(folder: str | None) -> dict[str, object]:
 
 
 def load_unet(network: SVDUNet, folder: str) -> None:
-    """Load the folder's weights into a network built from its configuration.
-
-    Raises:
-        CheckpointError: weights are missing, misshapen or unreadable.
-    """
+    """Load the folder's UNet weights; raise CheckpointError if any are missing, misshapen or unreadable."""
     from diffusers import UNetSpatioTemporalConditionModel
 
     path = Path(folder).expanduser() / UNET
@@ -103,12 +93,9 @@ def load_unet(network: SVDUNet, folder: str) -> None:
 
 
 def folder_process(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
-    """Return the noise process of the folder's scheduler.
+    """Return the noise process of the folder's scheduler; raise ConfigError if it is for another kind of model.
 
-    Args:
-        sigma_mean, sigma_std: of the logarithm of sigma in training.
-    Raises:
-        ConfigError: the scheduler is for another kind of model.
+    `sigma_mean` and `sigma_std` are of the logarithm of sigma in training.
     """
     path = Path(folder).expanduser() / SCHEDULER / "scheduler_config.json"
     config = _read(path)
@@ -131,15 +118,10 @@ def _read(path: Path) -> dict[str, object]:
 
 @dataclass
 class SVDRecipe(DiffusionRecipe[Prepared]):
-    """The UNet gets an image condition; every frame carries loss.
+    """The UNet gets an image condition; every frame carries loss."""
 
-    Attributes:
-        image: frozen; embeds images.
-        tune: how image and motion are given in training.
-    """
-
-    image: ImageEncoder = field(kw_only=True)
-    tune: TuneOptions = field(kw_only=True)
+    image: ImageEncoder = field(kw_only=True)  # frozen
+    tune: TuneOptions = field(kw_only=True)  # how image and motion are given in training
 
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         image = self.image_condition(batch)
@@ -225,7 +207,7 @@ def train_svd(options: SVDOptions) -> TrainResult:
 
 
 def check_folder(options: SVDOptions) -> None:
-    """Read the configurations of the folder's parts, without weights, before anything slow is done.
+    """Read the configurations of the folder's parts, before anything slow is done.
 
     Raises:
         UserError: a configuration is missing, unreadable, or of another kind of model.
@@ -247,11 +229,7 @@ def trains_unet(options: SVDOptions) -> bool:
 
 
 def refuse_unused(options: SVDOptions) -> None:
-    """Reject flags that the network selected by `--architecture` does not use.
-
-    Raises:
-        ConfigError: naming the flags.
-    """
+    """Raise ConfigError for flags that the network selected by `--architecture` does not use."""
     unet = trains_unet(options)
     kept = {"gradient_checkpointing", "compile"} if unet else {"architecture"}
     default = SVDOptions()
@@ -272,11 +250,7 @@ def refuse_unused(options: SVDOptions) -> None:
 
 
 def build_svd(options: SVDOptions, parts: RunParts, device: torch.device) -> SVDRecipe:
-    """Build the recipe with the folder's weights.
-
-    Raises:
-        UserError: a part of the folder is missing or damaged.
-    """
+    """Build the recipe with the folder's weights; raise UserError if a part is missing or damaged."""
     folder, tune, text = options.codec.pretrained_model, options.tune, parts.text
     assert folder is not None  # see check_folder
     image = ImageEncoder(folder, options.codec.vae_dtype).to(device)

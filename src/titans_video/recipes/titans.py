@@ -1,7 +1,7 @@
 """TitansVideoDiT, trained from scratch on consecutive segments of a clip, with a memory.
 
-Each segment of a clip is read noisy and then written clean, all in one forward of the wrapped model. The loss is on
-every segment, each with its own timestep.
+One forward of the wrapped model reads each segment noisy, then writes it clean. Every segment has its own timestep
+and carries loss.
 
 Legend: B batch, C latent channels, t h w the latent grid, n segments of a clip, M memory tokens, D width, S pixel
 frames of a latent frame, pt latent frames of a token.
@@ -41,25 +41,17 @@ from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, CodecSpec
 
-COUNTS = (4, 3, 2)
-"""The default number of segments of a clip: the first that divides it."""
+COUNTS = (4, 3, 2)  # default number of segments of a clip: the first that divides it
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Segments of a training clip.
+    """Segments of a training clip."""
 
-    Attributes:
-        latents: latent frames of a segment.
-        overlap: latent frames of the previous segment that a read sees.
-        count: segments of the longest clips.
-        frames: pixel frames of the longest clips.
-    """
-
-    latents: int
-    overlap: int
-    count: int
-    frames: int
+    latents: int  # latent frames of a segment
+    overlap: int  # latent frames of the previous segment that a read sees
+    count: int  # segments of the longest clips
+    frames: int  # pixel frames of the longest clips
 
     def format(self, spec: CodecSpec, asked: int) -> str:
         """Return a line for the log."""
@@ -130,28 +122,18 @@ def _check_multiple(flag: str, frames: int, unit: int, least: int) -> None:
 
 @dataclass(frozen=True)
 class PreparedSegments(Prepared):
-    """Clips cut into segments.
+    """Clips cut into segments."""
 
-    Attributes:
-        rollout: what each segment writes into the memory, and what the next one sees of it.
-    """
-
-    rollout: SegmentRollout = field(kw_only=True)
+    rollout: SegmentRollout = field(kw_only=True)  # segments' writes into the memory, and overlaps
 
 
 @dataclass
 class TitansRecipe(DiffusionRecipe[PreparedSegments]):
-    """Clips are read and written segment by segment; each segment has its own timestep.
-
-    Attributes:
-        segments: how clips are cut.
-        memory: how the memory is trained.
-        state_shape: (M, D) of the memory tokens; None for a network without memory.
-    """
+    """Clips are read and written segment by segment; each segment has its own timestep."""
 
     segments: SegmentPlan = field(kw_only=True)
     memory: MemoryOptions = field(kw_only=True)
-    state_shape: tuple[int, int] | None = field(kw_only=True)
+    state_shape: tuple[int, int] | None = field(kw_only=True)  # (M, D) of the memory tokens; None without memory
 
     def prepare(self, batch: Batch, *, train: bool) -> PreparedSegments:
         latents, condition, clean = encode_frames(self, batch, train=train)
@@ -172,8 +154,7 @@ class TitansRecipe(DiffusionRecipe[PreparedSegments]):
     def rollout(self, batch: Batch, latents: Tensor) -> SegmentRollout:
         """Return what segments write and show: clean frames with a little noise, as generation writes its own errors.
 
-        Overlaps are hidden at random, as pure noise at time 1, row by row: what can be copied from the last frames does
-        not train the memory.
+        Overlaps are hidden at random in each row, as pure noise at time 1: copying frames does not train the memory.
         """
         n, count = self.segments.latents, latents.shape[2] // self.segments.latents
         levels = self.memory.write_noise * self._draw(batch, "write time", count)  # (B, n)
@@ -199,7 +180,6 @@ class TitansRecipe(DiffusionRecipe[PreparedSegments]):
         )
 
     def _draw(self, batch: Batch, purpose: str, count: int) -> Tensor:
-        """Return (B, count) in [0, 1)."""
         return torch.stack([seeded_uniform(batch.seeds, purpose, i) for i in range(count)], dim=1)
 
     def _noise(self, shape: Sequence[int], batch: Batch, purpose: str) -> Tensor:
@@ -207,11 +187,7 @@ class TitansRecipe(DiffusionRecipe[PreparedSegments]):
 
 
 def train_titans(options: TitansOptions) -> TrainResult:
-    """Build every part of a run from its options, and train.
-
-    Raises:
-        UserError: a fault of the flags, the data, the VAE or the encoders.
-    """
+    """Build every part of a run and train; raise UserError for a fault of the flags, data, VAE or encoders."""
     options = with_vae(options)
     spec, (pt, ph, pw) = codec_spec(options.codec), options.model.patch_size
     plan = plan_segments(options.memory, options.data.num_frames, spec, pt)
@@ -237,11 +213,7 @@ def train_titans(options: TitansOptions) -> TrainResult:
 
 
 def with_vae(options: TitansOptions) -> TitansOptions:
-    """Return the options with `--pretrained-vae` as the codec's folder.
-
-    Raises:
-        ConfigError: another folder is also given.
-    """
+    """Return the options with `--pretrained-vae` as the codec's folder; raise ConfigError if another is given."""
     vae, codec = options.pretrained_vae, options.codec
     if vae is None:
         return options
