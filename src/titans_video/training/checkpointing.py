@@ -71,19 +71,13 @@ def save(
 
     Args:
         run: the run's folder, which all processes see.
-        step: optimizer steps done.
         models: by file name; empty on processes other than the main one.
         state: tensors and plain containers that training needs beside the models.
         limit: checkpoints to keep; 0 keeps all. The newest complete one is never removed.
-        group: the processes of the run.
         shards: writes this process's pieces into a folder and returns their files.
-        export: writes an adapter for other programs into a folder. The only one of `models` and the state then become a
-            single file.
-    Returns:
-        The checkpoint's folder.
+        export: writes an adapter for other programs into a folder; the one model and the state then share a file.
     Raises:
-        WriteError: on every process, if one could not write (a full disk). Nothing of the new checkpoint remains, and
-            the older ones are unchanged.
+        WriteError: on every process, if one could not write. Nothing of the new checkpoint remains.
     """
     folder = checkpoint_folder(run, step, adapter=export is not None)
     temporary = run / f".{folder.name}.tmp"
@@ -142,13 +136,7 @@ def _write_files(
 
 
 def _publish(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, manifests.FileFacts]]) -> None:
-    """Write the manifest, flush everything to the disk, and give the folder its name.
-
-    Args:
-        pieces: the files that each process has written, by name.
-    Raises:
-        WriteError: a file of another process is not in this folder.
-    """
+    """Write the manifest of the files that each process wrote, fsync everything, and name the folder."""
     manifests.write(temporary, folder, step, pieces)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         files.sync_folder(path)
@@ -178,11 +166,7 @@ def _prune(run: Path, limit: int) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the training state in a checkpoint folder, or in the single file of an adapter's checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another version.
-    """
+    """Read the state in a checkpoint folder or adapter file; raise CheckpointError if missing or unusable."""
     path = folder if folder.is_file() else folder / STATE
     state = checkpoint.load_tensors(path, mmap=True)
     state = state.get(TRAINING, state)
@@ -197,14 +181,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Resume:
-    """The checkpoint from which a run resumes.
+    """The checkpoint from which a run resumes, and its training state."""
 
-    Attributes:
-        folder: of the checkpoint, or the single file of an adapter's checkpoint that was moved elsewhere.
-        state: its training state.
-    """
-
-    folder: Path
+    folder: Path  # or the single file of an adapter's checkpoint that was moved elsewhere
     state: dict[str, Any]
 
     @property
@@ -239,11 +218,7 @@ class Resume:
 
 
 def load_weights(network: nn.Module, resume: Resume) -> None:
-    """Load the trained weights of a checkpoint, before the network is sharded.
-
-    Raises:
-        CheckpointError: the flags describe another network than the saved one.
-    """
+    """Load a checkpoint's weights before sharding; raise CheckpointError if it is of another network."""
     saved = resume.model()
     try:
         missing, unexpected = network.load_state_dict(saved.model, strict=False)
@@ -265,11 +240,7 @@ class Checkpointer:
     """Save the state of a run, and restore it.
 
     Args:
-        recipe: describes its network in checkpoints.
-        network: from `distributed.prepare`, without its wrapper.
-        optimizer: from `distributed.prepare`.
-        ema: the averages, or None.
-        accelerator: of the run.
+        network, optimizer: from `distributed.prepare`; the network without its wrapper.
     """
 
     def __init__(
@@ -280,13 +251,9 @@ class Checkpointer:
         self.group = process_group(accelerator)
 
     def save(self, run: Path, step: int, rest: dict[str, Any], limit: int) -> Path:
-        """Write a checkpoint, on every process, and return its folder.
+        """Write a checkpoint, on every process, and return its folder; `rest` adds plain values to the state.
 
-        Args:
-            rest: plain values to add to the training state.
-        Raises:
-            WriteError: on every process, as `save`.
-            UserError: on every process, as `AdapterFiles.check_saved`. The checkpoint is kept.
+        Raises WriteError as `save`, and UserError as `AdapterFiles.check_saved`, which keeps the checkpoint.
         """
         sharded_state.reshard(self.network)  # validation may have left gathered parameters
         adapter = self.recipe.adapter
@@ -321,10 +288,7 @@ class Checkpointer:
         return folder
 
     def non_finite(self) -> list[str]:
-        """Return the names of weights, averages and optimizer state that are not finite on any process; on every one.
-
-        Nothing is gathered but names: each process checks its pieces.
-        """
+        """Return, on every process, names of weights, averages and optimizer state that are not finite on any."""
         sharded_state.reshard(self.network)
         averages = self.ema.state_dict() if self.ema else {}
         tensors = {
@@ -336,7 +300,6 @@ class Checkpointer:
         return list(dict.fromkeys(name for part in self.group.all_gather_object(own) for name in part))
 
     def _weights(self) -> dict[str, Tensor]:
-        """Return the weights that checkpoints have, by name."""
         tensors = self.network.state_dict()
         if self.recipe.adapter:
             tensors = {name: tensors[name] for name in sharded_state.parameter_names(self.network).values()}
@@ -355,12 +318,9 @@ class Checkpointer:
         return models
 
     def restore(self, resume: Resume, optimizer: bool = True) -> None:
-        """Restore the optimizer, the averages and the gradient scaler. The weights are already loaded.
+        """Restore the averages, the gradient scaler and, if `optimizer`, its state; the weights are already loaded.
 
-        Args:
-            optimizer: whether the saved optimizer state is usable.
-        Raises:
-            CheckpointError: the state is damaged, not finite, or of another network.
+        Raises CheckpointError if the state is damaged, not finite, or of another network.
         """
         if optimizer:
             sharded_state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))

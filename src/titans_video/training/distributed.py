@@ -1,8 +1,7 @@
 """The launcher, the processes of a run, and Accelerate.
 
-The run stops with an error where the launcher would silently do something else. Accelerate reads its settings from
-environment variables that `accelerate launch` sets from flags or from a configuration file. It silently drops settings
-that it cannot follow: several processes on a machine without a GPU become one, FSDP on a CPU becomes DDP, and fp16 on a
+The run stops with an error where the launcher would silently do something else. Accelerate silently drops settings that
+it cannot follow: several processes on a machine without a GPU become one, FSDP on a CPU becomes DDP, and fp16 on a
 CPU becomes float32.
 """
 
@@ -31,8 +30,7 @@ from titans_video.types import ProcessGroup, T
 logger = logging.getLogger(__name__)
 
 CPU_FILE = "configs/accelerate/cpu2.yaml"
-TIMEOUT = timedelta(days=7)
-"""Of messages between processes outside a training step: to scan or to encode a data set may take this long."""
+TIMEOUT = timedelta(days=7)  # of messages outside training steps, e.g. while data are encoded
 PEER_ENDED = (
     "Another process of this run ended, so this process stopped too. The cause is in the output or the log of that "
     "process. To resume from the last checkpoint, pass --resume auto."
@@ -58,11 +56,7 @@ def fsdp_requested() -> bool:
 
 
 def refuse_fsdp1() -> None:
-    """Reject FSDP1: torch deprecates it, and its runs cannot be resumed on another number of processes.
-
-    Raises:
-        ConfigError: with the command that converts the configuration.
-    """
+    """Raise ConfigError for FSDP1: torch deprecates it, and its runs cannot resume on another number of processes."""
     version = os.environ.get("FSDP_VERSION", "1")
     if fsdp_requested() and version != "2":
         raise ConfigError(
@@ -73,11 +67,7 @@ def refuse_fsdp1() -> None:
 
 
 def refuse_lost_processes(options: TrainOptions) -> None:
-    """Compare the number of processes with the requested number, before any of them waits for another.
-
-    Raises:
-        ConfigError: `--expect-processes` differs, or the launcher started fewer processes than requested.
-    """
+    """Raise ConfigError if `--expect-processes` differs or the launcher started fewer processes than asked."""
     world = world_size()
     expected = options.expect_processes
     if expected is not None and expected != world:
@@ -97,7 +87,6 @@ def refuse_lost_processes(options: TrainOptions) -> None:
 
 
 def _parent_command_line() -> list[str]:
-    """Return the command line of the parent process, or nothing where the system does not provide it."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -121,9 +110,8 @@ def _requested_processes(words: list[str]) -> int:
 def start(options: TrainOptions) -> Accelerator:
     """Create the accelerator of this process from the launcher's settings. Processes without a GPU use gloo.
 
-    Raises:
-        ConfigError: the device lacks the precision, the processes do not see each other, their number is not the
-            expected one, or the requested sharding would not happen.
+    Raises ConfigError if the device lacks the precision, the processes do not see each other, their number is not the
+    expected one, or the requested sharding would not happen.
     """
     refuse_fsdp1()
     refuse_lost_processes(options)
@@ -155,7 +143,7 @@ def _fsdp_plugin(options: TrainOptions) -> FullyShardedDataParallelPlugin:
     """Return FSDP2 with the launcher's settings; it wraps the block classes in the network's `_no_split_modules`.
 
     Weights are gathered in the lower precision, and gradients are summed in float32. Inputs are not cast, because a
-    timestep rounded to bfloat16 is off by more than a step of the schedule. `prepare` adds autocast, as DDP has it.
+    timestep rounded to bfloat16 is off by more than a step of the schedule. `prepare` adds autocast.
     """
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype = AUTOCAST.get(precision)
@@ -191,10 +179,8 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) 
 
 
 def _shard_on_cpu(made: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let Accelerate's FSDP2 code run over gloo.
-
-    Accelerate stores the plugin in its state only on GPUs, and silently trains with DDP elsewhere. Its FSDP2 code works
-    on a CPU. `_refuse_silent_changes` fails if a later version ignores this state.
+    """Let Accelerate's FSDP2 code run over gloo: it stores the plugin only on GPUs, and else silently uses DDP.
+    `_refuse_silent_changes` fails if a later version ignores this state.
     """
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
@@ -229,11 +215,7 @@ def _refuse_silent_changes(made: Accelerator) -> None:
 
 @contextlib.contextmanager
 def explain_peer_loss() -> Iterator[None]:
-    """Replace errors of torch's communication by a `PeerError` that says that another process ended.
-
-    Raises:
-        PeerError: a message to another process failed.
-    """
+    """Replace errors of torch's communication by a `PeerError`: another process ended."""
     try:
         yield
     except RuntimeError as e:
@@ -264,8 +246,7 @@ def process_group(accelerator: Accelerator) -> ProcessGroup:
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Run a function on the main process and return its result on every process, however long it takes.
 
-    Raises:
-        UserError: on every process, when the function raised it. Only the main process reports it.
+    A UserError is raised on every process. Only the main process reports it.
     """
     if accelerator.num_processes == 1:
         return function()
@@ -287,7 +268,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def all_reduce_sum(accelerator: Accelerator, counts: Sequence[int]) -> list[int]:
-    """Return the sums over several processes. They are computed on the CPU, so the device does not synchronise."""
+    """Return sums over several processes, computed on the CPU, so the device does not synchronise."""
     values = torch.tensor(counts)
     dist.all_reduce(values, group=gloo_group(accelerator))
     found: list[int] = values.tolist()
@@ -301,7 +282,7 @@ def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def all_gather_object(accelerator: Accelerator, value: T) -> list[T]:
-    """Return the values of all processes, in the order of their ranks, on every process, however long it takes."""
+    """Return the values of all processes, by rank, on every process, however long it takes."""
     if accelerator.num_processes == 1:
         return [value]
     values: list[Any] = [None] * accelerator.num_processes
@@ -310,10 +291,7 @@ def all_gather_object(accelerator: Accelerator, value: T) -> list[T]:
 
 
 def gloo_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Return a gloo group of all processes with a long timeout, or None for a single process.
-
-    Work outside training steps, such as scanning or encoding a data set, takes longer than a message of a step may.
-    """
+    """Return a gloo group of all processes with the timeout `TIMEOUT`, or None for a single process."""
     if accelerator.num_processes == 1:
         return None
     world = dist.group.WORLD
@@ -324,10 +302,7 @@ def gloo_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Close the trackers and wait until every process is done.
-
-    A process that ends early makes the communication threads of the others abort them.
-    """
+    """Close the trackers and wait for every process; one that ends early makes the others abort."""
     if accelerator.num_processes > 1:
         with explain_peer_loss():
             dist.barrier(group=gloo_group(accelerator))
@@ -349,11 +324,7 @@ def backend_name(accelerator: Accelerator) -> str:
 
 
 def describe(accelerator: Accelerator, rows: str) -> str:
-    """Return one line about a run: processes, devices, DDP or FSDP2, precision, global batch.
-
-    Args:
-        rows: the size of the global batch as text.
-    """
+    """Return one line about a run: processes, devices, DDP or FSDP2, precision, `rows` of the global batch."""
     n = accelerator.num_processes
     nodes = n // max(int(os.environ.get("LOCAL_WORLD_SIZE", n)), 1)
     where = f"{accelerator.device.type}{f', {nodes} nodes' if nodes > 1 else ''}"

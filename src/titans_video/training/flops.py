@@ -1,7 +1,7 @@
 """The FLOPs of a training step, counted by torch on the meta device, which computes nothing.
 
-The count uses a second network, so it does not depend on how the trained one is wrapped, sharded or compiled. It leaves
-out the FLOPs that gradient checkpointing repeats (Chowdhery et al. 2022, PaLM, appendix B).
+The count uses a second network, so it does not depend on wrapping, sharding or compilation. It leaves out the FLOPs
+that gradient checkpointing repeats (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 import re
@@ -39,16 +39,13 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090 Ti", 80.0, 40.0),
     ("RTX 3090", 71.0, 35.6),
 )
-_OTHER_CHIPS = {"Laptop", "MIG", "D"}
-"""Words in the names of slower variants and of parts of a device."""
+_OTHER_CHIPS = {"Laptop", "MIG", "D"}  # in names of slower variants and parts of devices
 
 
 def peak_flops(name: str, precision: str) -> float | None:
     """Return the peak FLOP/s of a device for dense matrix products, or None if it is unknown.
 
-    Args:
-        name: as CUDA reports it, e.g. `NVIDIA H100 80GB HBM3`.
-        precision: `bf16`, `fp16`, or `no` (float32 without TF32).
+    `name` is as in CUDA, e.g. `NVIDIA H100 80GB HBM3`; `precision` is `bf16`, `fp16` or `no` (fp32 without TF32).
     """
     words = set(re.findall(r"\w+", name))
     if words & _OTHER_CHIPS:
@@ -67,13 +64,9 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def count_flops(forward: Callable[[], object]) -> int:
-    """Count the FLOPs of a forward and a backward pass, as three times those of a forward pass.
+    """Count forward and backward FLOPs as three times those of a forward pass on the meta device.
 
-    torch counts the backward pass of a depthwise convolution as that of a full one, hundreds of times too high.
-    Attention counts as plain matrix products.
-
-    Args:
-        forward: computes on the meta device.
+    torch's backward count for a depthwise convolution is hundreds of times too high. Attention is matrix products.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward()
@@ -90,8 +83,7 @@ def clip_flops(
     """Count the FLOPs of one clip's forward and backward pass; those of a batch are a multiple of it.
 
     Args:
-        model: the config of a network in `models.registry`.
-        latent_shape: (C, t, h, w).
+        model, latent_shape: the config of a network in `models.registry`; (C, t, h, w).
         text_lengths, text_widths: tokens and width of each text stream (width 0: byte ids).
         extra: returns further arguments of the network from the latents and timesteps.
     """

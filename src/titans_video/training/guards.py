@@ -22,23 +22,20 @@ from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
 
 StepStatus = Literal["good", "skipped", "settling"]
-"""Good: the weights are updated. Skipped: the loss or gradient is not finite, so the weights are not updated. Settling:
-the fp16 gradient overflowed, so the loss scale is lowered and the weights are not updated."""
+"""Good: the weights are updated. Skipped: the loss or gradient is not finite. Settling: the fp16 gradient overflowed,
+so the loss scale is lowered. Skipped and settling steps do not update the weights.
+"""
 
-NAMED_ROWS = 8
-"""Rows that a message names."""
-SPIKE_WARMUP = 50
-"""Good steps before a loss can be a spike."""
+NAMED_ROWS = 8  # rows that a message names
+SPIKE_WARMUP = 50  # good steps before a loss can be a spike
 EXPLODED = 1e4
 """An update that multiplies the loss of its own rows by this much has damaged the weights."""
 SPIKE_DEVIATIONS = 6.0
 SPIKE_FACTOR = 1.5
-SPIKE_MEMORY = 0.98
-"""Decay of the mean and variance of the log of the loss."""
+SPIKE_MEMORY = 0.98  # decay of the mean and variance of the log of the loss
 PLAUSIBLE_FACTOR = 10.0
-"""If the loss of the other rows is this many times above the recent losses, the weights may be damaged."""
-ECHO_SECONDS = 3.0
-"""A launcher may pass on the same signal twice within this time."""
+"""The weights may be damaged if the other rows' loss is this many times above the recent losses."""
+ECHO_SECONDS = 3.0  # a launcher may pass on the same signal twice in this time
 
 
 class DivergedError(UserError):
@@ -47,19 +44,14 @@ class DivergedError(UserError):
 
 @dataclass(frozen=True)
 class Event:
-    """A skipped step or a loss spike.
-
-    Attributes:
-        rows: the rows that caused it; if no row stands out, all rows of the step.
-        located: `rows` are the cause.
-    """
+    """A skipped step or a loss spike."""
 
     step: int
     kind: Literal["skipped", "spike"]
     loss: float
     grad_norm: float
     rows: list[str]
-    located: bool = False
+    located: bool = False  # `rows` are the cause; otherwise all rows of the step
 
     def __str__(self) -> str:
         rows = format_rows(self.rows)
@@ -86,29 +78,20 @@ class RowLoss:
 class Guard:
     """Judge each optimizer step by its loss and gradient norm, which are equal on all processes.
 
-    Attributes:
-        bad_in_a_row: steps skipped since the last good one, without those that single rows caused. If there are any,
-            the weights may be damaged, so they are not saved.
-        skipped: steps skipped in total.
-        accused: rows without a finite loss in those steps. If the same weights then give a good step, they are the
-            cause.
-        mean, variance: of the log of the loss, over about the last fifty good steps.
-        seen: good steps.
+    `bad_in_a_row` counts steps skipped since the last good one, without those that single rows caused. If it is not 0,
+    the weights may be damaged and are not saved. `accused` are rows without a finite loss in those steps. They are the
+    cause if the same weights then give a good step.
     """
 
     bad_in_a_row: int = 0
-    skipped: int = 0
-    mean: float = 0.0
+    skipped: int = 0  # steps in total
+    mean: float = 0.0  # of the log of the loss over about the last fifty good steps; `variance` likewise
     variance: float = 0.0
-    seen: int = 0
+    seen: int = 0  # good steps
     accused: list[str] = field(default_factory=list)
 
     def judge(self, loss: float, norm: float, settling: bool = False) -> StepStatus:
-        """Return the status of a step. `blame` counts a step that is skipped.
-
-        Args:
-            settling: the gradient scaler can still lower its scale, so an overflow is no error.
-        """
+        """Return the status of a step; `settling` if the gradient scaler can still lower its scale on overflow."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.bad_in_a_row = 0
             return "good"
@@ -120,10 +103,7 @@ class Guard:
         """Count a skipped step, and return the rows that caused it; none if the weights may be the cause.
 
         Rows without a finite loss are the cause if the other rows have a loss as in earlier steps. If all rows of the
-        step have none, `acquit` decides after the next good step.
-
-        Args:
-            rows: of all processes.
+        step have none, `acquit` decides after the next good step. `rows` are those of all processes.
         """
         self.skipped += 1
         bad = [row.id for row in rows if not math.isfinite(row.loss)]
@@ -144,15 +124,13 @@ class Guard:
         return found
 
     def _is_plausible(self, loss: float) -> bool:
-        """Check that a loss is about as large as those of earlier steps."""
         limit = self.mean + math.log(PLAUSIBLE_FACTOR) + SPIKE_DEVIATIONS * math.sqrt(self.variance)
         return math.isfinite(loss) and (not self.seen or math.log(max(loss, 1e-12)) <= limit)
 
     def is_spike(self, loss: float) -> bool:
         """Add a good step's loss to the statistics, and return whether it is a spike.
 
-        A spike is more than 6 standard deviations of the logarithm, and a factor of 1.5, above the recent mean. The
-        logarithm is used because losses at random timesteps differ by a factor.
+        A spike is more than 6 standard deviations of the logarithm, and a factor of 1.5, above the recent mean.
         """
         value = math.log(max(loss, 1e-12))
         threshold = self.mean + max(SPIKE_DEVIATIONS * math.sqrt(self.variance), math.log(SPIKE_FACTOR))
@@ -167,15 +145,7 @@ class Guard:
         return spike
 
     def check(self, event: Event, max_bad_steps: int, run: Path, checkpoint: Path | None) -> None:
-        """Stop the run after too many skipped steps in a row.
-
-        Args:
-            event: the newest.
-            run: the run's folder.
-            checkpoint: the last one, if any.
-        Raises:
-            DivergedError: this was the last of `max_bad_steps` skipped steps in a row.
-        """
+        """Raise DivergedError if `event` is the last of `max_bad_steps` skipped steps in a row."""
         if self.bad_in_a_row < max_bad_steps:
             return
         raise DivergedError(
@@ -198,11 +168,7 @@ def format_rows(ids: list[str]) -> str:
 
 
 def row_losses(batches: Sequence[Batch], losses: Sequence[Tensor], elements: Sequence[Tensor]) -> list[RowLoss]:
-    """Return the loss of each row of one process's micro-batches.
-
-    Args:
-        losses, elements: (B,) of each micro-batch.
-    """
+    """Return each row's loss in one process's micro-batches; `losses` and `elements` are (B,) for each."""
     return [
         RowLoss(*row)
         for batch, loss, count in zip(batches, losses, elements, strict=True)
@@ -225,13 +191,7 @@ class OutOfMemory(UserError):
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch, network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Replace torch's error about full memory by one that names the bucket and what to change.
-
-    Args:
-        batch: a batch of the bucket that is processed.
-    Raises:
-        OutOfMemory: the device has no more memory.
-    """
+    """Replace torch's error about full memory by OutOfMemory, which names the batch's bucket and what to change."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -259,9 +219,9 @@ def _format_out_of_memory(error: str, batch: Batch, device: torch.device, checkp
 class Interrupt:
     """Context in which the first signal to stop only sets `signal`, and the same one again ends the process at once.
 
-    Another one does not end it: schedulers send several before they kill (USR1 and later TERM; INT and then TERM).
-    `timeout` and launchers send one twice. The same signal is therefore ignored within `ECHO_SECONDS`. If the launcher
-    ends, `signal` becomes SIGTERM: no other process would end this one, and a new run would find it still writing.
+    Another signal does not: schedulers send several before they kill (USR1 and later TERM; INT and then TERM). Because
+    `timeout` and launchers send one twice, a repeat is ignored within `ECHO_SECONDS`. If the launcher ends, `signal`
+    becomes SIGTERM: no other process would end this one, and a new run would find it still writing.
     """
 
     def __init__(self) -> None:

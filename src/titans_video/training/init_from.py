@@ -1,7 +1,7 @@
 """Start a run from existing weights (`--init-from`): step 0, a fresh optimizer and a fresh schedule.
 
-Only weights are taken over. Clips may have other sizes and lengths, and the network may differ in parts: a tensor is
-loaded if the network has one of the same name and shape. The notes list every other tensor.
+A tensor is loaded if the network has one of the same name and shape; the notes list the others. Clips may have other
+sizes and lengths.
 """
 
 from collections.abc import Mapping
@@ -22,25 +22,17 @@ from titans_video.models.lora_io import PEFT_WEIGHTS, WEIGHTS
 from titans_video.training.recipe import Recipe
 from titans_video.types import CodecSpec
 
-UNET = "unet"
-"""Folder of the network in a diffusers pipeline of Stable Video Diffusion, and the prefix of its weights' names."""
+UNET = "unet"  # network folder and weight prefix in a pipeline of Stable Video Diffusion
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the tensors of a file fit a network, by name.
+    """How the tensors of a file fit a network, by name."""
 
-    Attributes:
-        loaded: of the same name and shape.
-        missing: only the network has them; they keep their initial values.
-        unused: only the file has them.
-        reshaped: both have them, in other shapes; "name (file's shape, not network's)".
-    """
-
-    loaded: list[str]
-    missing: list[str]
-    unused: list[str]
-    reshaped: list[str]
+    loaded: list[str]  # of the same name and shape
+    missing: list[str]  # only the network has them; they keep their initial values
+    unused: list[str]  # only the file has them
+    reshaped: list[str]  # in other shapes; "name (file's shape, not network's)"
 
     def lines(self) -> list[str]:
         """Return a line for the log about each kind of tensor that does not fit."""
@@ -53,12 +45,10 @@ class Fit:
 
 
 def start_from(path: str, recipe: Recipe) -> list[str]:
-    """Load the weights of a file or folder into a recipe's network, or into its adapter.
+    """Load a file or folder into a recipe's network or adapter; return log lines: what fits and what does not.
 
-    Args:
-        path: a checkpoint, a run's folder, an exported folder, or a LoRA for a recipe that trains one.
-    Returns:
-        Lines for the log: what was loaded, and every part that does not fit.
+    `path` is a checkpoint, a run's folder, an exported folder, or a LoRA for a recipe that trains one.
+
     Raises:
         CheckpointError: it cannot be read, is of the wrong kind, or nothing in it fits.
     """
@@ -80,10 +70,8 @@ def start_from(path: str, recipe: Recipe) -> list[str]:
 def read_weights(path: Path) -> Checkpoint:
     """Read a whole network: the averaged weights if there are any.
 
-    Args:
-        path: a checkpoint, a run's folder, an exported folder, or a diffusers pipeline of Stable Video Diffusion.
-    Raises:
-        CheckpointError: it cannot be read, or it is a LoRA.
+    `path` is a checkpoint, a run's folder, an exported folder, or a diffusers pipeline of Stable Video Diffusion.
+    Raises CheckpointError if it cannot be read, or is a LoRA.
     """
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (WEIGHTS, PEFT_WEIGHTS)):
         raise CheckpointError(_adapter_message(path))
@@ -111,11 +99,7 @@ def _read_unet(path: Path) -> Checkpoint:
 
 @torch.no_grad()
 def load_fitting(network: nn.Module, weights: Mapping[str, Tensor]) -> Fit:
-    """Copy every tensor that fits by name and shape into the network, in the network's dtype.
-
-    Raises:
-        CheckpointError: no tensor fits.
-    """
+    """Copy all tensors that fit by name and shape, in the network's dtype; raise CheckpointError if none fits."""
     own: dict[str, Any] = network.state_dict()
     both = own.keys() & weights.keys()
     reshaped = {name for name in both if own[name].shape != weights[name].shape}
@@ -147,14 +131,9 @@ def _changed_parts(config: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 
 def fitted_codec(path: str, spec: CodecSpec) -> Codec | None:
-    """Return the codec that was fitted for the weights of `--init-from`, so that their latents mean the same.
+    """Return the codec fitted for `--init-from`; None without one whose latents match `spec`.
 
-    Args:
-        spec: of the codec that the flags describe.
-    Returns:
-        None if the weights have no such codec, or one with other latents.
-    Raises:
-        CheckpointError: as `read_weights`.
+    Raises CheckpointError as `read_weights`.
     """
     try:
         read = read_weights(Path(path).expanduser())

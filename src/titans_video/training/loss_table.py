@@ -14,8 +14,7 @@ from titans_video.data.held_out import HeldOut, Piece
 from titans_video.training import distributed
 from titans_video.training.recipe import Recipe
 
-Cell = tuple[str, str]
-"""A task and a bucket."""
+Cell = tuple[str, str]  # a task and a bucket
 
 
 @dataclass
@@ -48,17 +47,11 @@ def measure(
     accelerator: Accelerator,
     on_piece: Callable[[], bool],
 ) -> dict[Cell, Sums] | None:
-    """Measure the sums of every cell; they are equal on all processes.
+    """Measure the sums of every cell, equal on all processes; None if `on_piece` stops it by returning False.
 
-    Pieces are assigned to the processes in turns, bucket by bucket. The last turn of a bucket is filled with repeated
-    pieces that are not counted. All processes then call the model equally often, as a sharded model requires. The sums
-    are added in the order of the pieces, so they do not depend on the number of processes.
-
-    Args:
-        count: of quantiles.
-        on_piece: called on every process before each turn; returns False to stop.
-    Returns:
-        The sums by cell, or None if it was stopped.
+    Pieces are assigned to the processes in turns, bucket by bucket. Every process calls `on_piece` before each turn.
+    Repeated, uncounted pieces fill the last turn of a bucket, because a sharded model must be called equally often.
+    The sums are added in the order of the pieces, so they do not depend on the number of processes.
     """
     times, pieces = quantiles(count), rows.pieces()
     found: list[tuple[int, list[float], int, int]] = []

@@ -12,8 +12,7 @@ from titans_video.errors import CheckpointError, WriteError
 from titans_video.schema import fits
 from titans_video.training.run_folder import ADAPTER, MANIFEST, STATE
 
-_BLOCK = 2**20
-"""Bytes that are read at a time."""
+_BLOCK = 2**20  # bytes that are read at a time
 
 
 class FileFacts(TypedDict):
@@ -37,15 +36,10 @@ def _checksum(path: Path) -> str:
 
 
 def write(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, FileFacts]]) -> None:
-    """Write the manifest of a complete checkpoint.
+    """Write the manifest of a complete checkpoint, whose `temporary` folder is later named `folder`.
 
-    Args:
-        temporary: the folder with the files.
-        folder: its later name.
-        step: optimizer steps done.
-        pieces: the files that each process has written, by name; other files are described here.
-    Raises:
-        WriteError: a file of another process is not in this folder.
+    `pieces` are the files that each process has written, by name; other files are described here. Raises WriteError if
+    another process's file is not in this folder.
     """
     described: dict[str, FileFacts] = {}
     for rank, part in enumerate(pieces):
@@ -63,12 +57,9 @@ def write(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str
 
 
 def check(folder: Path, *, contents: bool) -> None:
-    """Check a checkpoint folder against its manifest.
+    """Check a folder against its manifest: names and sizes, and with `contents` checksums.
 
-    Args:
-        contents: compare checksums too, not only names and sizes.
-    Raises:
-        CheckpointError: there is no manifest, or a file is missing, damaged or of the wrong size.
+    Raises CheckpointError without a manifest, or if a file is missing, damaged or of the wrong size.
     """
     try:
         manifest = parsing.read_json(folder / MANIFEST)

@@ -32,27 +32,18 @@ from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 2.0
-"""Seconds between writes of the metrics."""
-SMOOTHING = 0.95
-"""Decay of the smoothed loss."""
-WINDOW = 50
-"""Optimizer steps over which speeds are averaged."""
-TASK_SUMS = 3
-"""Sums of a task: loss, supervised elements, rows."""
-CURVE_SECONDS = 60.0
-"""Least seconds between two drawings of the loss curve."""
+FLUSH_SECONDS = 2.0  # seconds between writes of the metrics
+SMOOTHING = 0.95  # decay of the smoothed loss
+WINDOW = 50  # optimizer steps over which speeds are averaged
+TASK_SUMS = 3  # of a task: loss, supervised elements, rows
+CURVE_SECONDS = 60.0  # least time between two drawings of the loss curve
 
 
 class MetricsLog:
-    """A file to which lines are appended. When a run resumes, the lines of steps after its checkpoint are removed.
+    """A file to which lines are appended. Lines of steps after `step` and a partial last line are removed.
 
-    A log never ends a run. Lines that cannot be written stay in memory until they can be, and a file that someone
-    removes is begun again. The first failure is reported.
-
-    Args:
-        path: of the file, which is created.
-        step: optimizer steps done so far. Lines of later steps and a partial last line are removed.
+    A log never ends a run. Lines that cannot be written stay in memory, and a removed file is created again. The first
+    failure is reported.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -64,12 +55,7 @@ class MetricsLog:
         self._flush()
 
     def write(self, values: dict[str, Any], now: float) -> None:
-        """Add a line. Infinities and NaN become null, because JSON does not have them.
-
-        Args:
-            values: plain values by name.
-            now: seconds on any clock; lines are written to the file every two seconds.
-        """
+        """Add a line; infinities and NaN become null. `now` is in seconds on any clock, to write every two seconds."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._pending += (json.dumps(clean) + "\n").encode()
         if now - self._written >= FLUSH_SECONDS:
@@ -127,7 +113,6 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _step(line: str) -> int | None:
-    """Return the step of a complete line, or None."""
     try:
         values = parse_json(line)
     except Malformed:
@@ -157,17 +142,10 @@ class Work:
 class Rates:
     """Speeds over the last `WINDOW` steps, and the smoothed loss.
 
-    The processes have equal shares of a step, because the rows of a global batch are of one bucket. The counts of the
-    run are therefore the counts of this process times the number of processes, and need no communication.
-
-    Args:
-        max_steps: of the run.
-        processes: how many share a step.
-        peak: FLOP/s of this process's device, or None if unknown.
-        loss: the smoothed loss so far, when a run is resumed.
-    Attributes:
-        line: the values of the last step for metrics.jsonl: loss_smooth, frames_per_second, tokens_per_second,
-            data_wait (a fraction), mfu (a fraction) and eta_seconds. Frames and tokens are those of all processes.
+    A global batch has rows of one bucket, so counts of the run are those of this process times `processes`. `peak` is a
+    device's FLOP/s, or None if unknown. `loss` is the smoothed loss of a resumed run. `line` has the last step's values
+    for metrics.jsonl: loss_smooth, frames_per_second and tokens_per_second of all processes, data_wait and mfu
+    (fractions) and eta_seconds.
     """
 
     def __init__(
@@ -178,15 +156,7 @@ class Rates:
         self.line: dict[str, Any] = {}
 
     def update(self, step: int, work: Work, loss: float, seconds: float, data_seconds: float) -> None:
-        """Add an optimizer step.
-
-        Args:
-            step: optimizer steps done.
-            work: of this process.
-            loss: of all processes; it is ignored if it is not finite.
-            seconds: duration of the step.
-            data_seconds: the part of it spent waiting for data.
-        """
+        """Add an optimizer step: this process's work, the loss of all processes, seconds in all and for data."""
         if math.isfinite(loss):
             self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self._steps.append((max(seconds, 1e-9), data_seconds, work))
@@ -213,11 +183,9 @@ class Rates:
 
 
 def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
-    """Return the values of each task for metrics.jsonl: `loss_<task>`, the mean over its supervised elements, and
-    `rows_<task>`.
+    """Return `loss_<task>`, the mean over supervised elements, and `rows_<task>` for metrics.jsonl.
 
-    Args:
-        sums: from `task_sums`, added over the processes. Tasks without elements are left out.
+    `sums` are from `task_sums`, added over the processes. Tasks without elements are left out.
     """
     line: dict[str, float | int] = {}
     for i, task in enumerate(TASKS):
@@ -228,11 +196,7 @@ def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
 
 
 def task_sums(recipe: Recipe, micro: Sequence[Batch], losses: Sequence[Tensor]) -> Tensor:
-    """Return (K * TASK_SUMS,) float32, the sums of each of K tasks over one process's micro-batches.
-
-    Args:
-        losses: (B,) of each micro-batch.
-    """
+    """Return (K * TASK_SUMS,) float32, the sums of K tasks over micro-batches with `losses` (B,) each."""
     sums = torch.zeros(len(TASKS), TASK_SUMS, device=losses[0].device)
     for batch, loss in zip(micro, losses, strict=True):
         kinds = torch.tensor([TASKS.index(task) for task in batch.tasks], device=loss.device)
@@ -249,41 +213,23 @@ def work_of(recipe: Recipe, micro: Sequence[Batch], count_flops: bool) -> Work:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step of all processes.
+    """One optimizer step of all processes."""
 
-    Attributes:
-        loss: mean over the supervised elements.
-        lr: AdamW's learning rate.
-        grad_norm: before clipping.
-        elements: supervised elements.
-        data_seconds: seconds that this process waited for data.
-        signal: the signal that any process received, or 0.
-        work: of this process.
-        step_status: see `guards.StepStatus`.
-        task_sums: from `task_sums`, added over the processes.
-    """
-
-    loss: float
-    lr: float
-    grad_norm: float
-    elements: int
-    data_seconds: float
-    signal: int
-    work: Work
+    loss: float  # mean over the supervised elements
+    lr: float  # of AdamW
+    grad_norm: float  # before clipping
+    elements: int  # supervised
+    data_seconds: float  # that this process waited for data
+    signal: int  # that any process received, or 0
+    work: Work  # of this process
     step_status: StepStatus
-    task_sums: list[float]
+    task_sums: list[float]  # added over the processes
 
 
 class Recorder:
     """The progress bar and the logs of a run; a context manager of the main process.
 
-    Args:
-        run: the run's folder.
-        options: of the run.
-        step: at which the run starts or resumes; lines of later steps are removed.
-        processes: of the run.
-        peak: FLOP/s of this process's device, or None if unknown.
-        tracker: receives the scalars.
+    Lines of steps after `step`, at which the run starts or resumes, are removed. `peak` is as in `Rates`.
     """
 
     def __init__(
@@ -307,12 +253,7 @@ class Recorder:
         self._open.__exit__(*error)
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
-        """Record an optimizer step.
-
-        Args:
-            step: optimizer steps done.
-            seconds: duration of the step.
-        """
+        """Record an optimizer step that took `seconds`."""
         self.rates.update(step, result.work, result.loss, seconds, result.data_seconds)
         line = {
             "step": step,
@@ -341,7 +282,7 @@ class Recorder:
         self.events.sync()
 
     def draw_curve(self, always: bool) -> None:
-        """Draw the loss curve, at most once a minute unless `always`. A failure is reported once; the run goes on."""
+        """Draw the loss curve, at most once a minute unless `always`. A failure is reported once and ignored."""
         now = time.monotonic()
         if not last_line(self.run / METRICS) or (not always and now - self._drawn < CURVE_SECONDS):
             return

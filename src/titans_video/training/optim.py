@@ -19,8 +19,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     """Return the weights that Muon trains: matrices of linear layers inside repeated blocks (any `nn.ModuleList`).
 
-    Embeddings, the first and last layers, norms and biases are excluded, because orthogonal updates suit only maps
-    between hidden states (Jordan et al. 2024).
+    Orthogonal updates suit only maps between hidden states (Jordan et al. 2024).
     """
     found: dict[nn.Parameter, None] = {}
     for container in network.modules():
@@ -32,21 +31,14 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
 
 def decayed_weights(network: nn.Module) -> set[nn.Parameter]:
-    """Return the weights that decay: those of linear and convolutional layers.
-
-    A gain, bias, embedding or learned token is no map between features, whatever its shape, and does not decay. Nor
-    does a weight that is also an embedding's.
-    """
+    """Return the weights that decay: of linear and convolutional layers, unless an embedding shares them."""
     maps = {m.weight for m in network.modules() if isinstance(m, (nn.Linear, _ConvNd))}
     embeddings = {m.weight for m in network.modules() if isinstance(m, nn.Embedding)}
     return {cast(nn.Parameter, weight) for weight in maps - embeddings}
 
 
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
-    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest.
-
-    Optimizer state is saved by parameter name, so a checkpoint does not depend on the groups.
-    """
+    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest."""
     matrices = hidden_matrices(network) if options.optimizer == "muon" else []
     in_muon = set(matrices)
     decayed = decayed_weights(network)
@@ -66,10 +58,7 @@ def _group(params: Iterable[Tensor], lr: float, weight_decay: float) -> dict[str
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon for some groups and AdamW for the others, as one optimizer for gradient scaling and checkpoints.
-
-    Both store their state in this optimizer's `state`, so its state dict has the usual form.
-    """
+    """Muon for some groups and AdamW for the others, as one optimizer with one state for scaling and checkpoints."""
 
     def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         self.muon = Float32Muon(muon)
@@ -102,8 +91,8 @@ class MuonWithAdamW(Optimizer):
 class Float32Muon(Muon):
     """torch's Muon, but on CPUs it orthogonalises in float32, for all matrices of a shape together.
 
-    torch iterates in bfloat16, one matrix at a time. On CPUs without bfloat16 units that is about twenty times slower,
-    and its rounding would make a run depend on the number of processes. On other devices this is torch's own step.
+    torch iterates in bfloat16. On CPUs without bfloat16 units that is about twenty times slower, and its rounding would
+    make a run depend on the number of processes.
     """
 
     @torch.no_grad()
@@ -138,12 +127,9 @@ class Float32Muon(Muon):
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Approximate the nearest orthogonal matrices by a quintic Newton-Schulz iteration.
+    """Approximate the nearest orthogonal matrices of (N, A, B) float32 by a quintic Newton-Schulz iteration.
 
-    Args:
-        x: (N, A, B) float32.
-    Returns:
-        (N, A, B) with singular values between about 0.7 and 1.2.
+    The singular values of the result are between about 0.7 and 1.2.
     Source: Jordan et al. 2024 (Muon); torch.optim.Muon.
     """
     a, b, c = NEWTON_SCHULZ
@@ -158,13 +144,9 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class Ema:
-    """Float32 exponential moving averages of the trained parameters.
+    """Float32 exponential moving averages of the trained parameters of an unwrapped network.
 
-    Args:
-        network: without its distributed wrapper.
-        decay: weight of the old average in an update.
-        warmup: use the decay `min(decay, (1 + n) / (10 + n))` at update n, so that the initial weights are soon
-            forgotten.
+    `decay` weighs the old average. `warmup` uses `min(decay, (1 + n) / (10 + n))` at update n.
     """
 
     def __init__(self, network: nn.Module, decay: float, warmup: bool = True) -> None:
@@ -197,10 +179,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages into the network, and restore its own weights bit for bit on exit, also after an error.
-
-        The copy of the weights takes the memory that gradients need during a step; between steps there are none.
-        """
+        """Use the averages in the network; on exit, also after an error, restore its own weights bit for bit."""
         trained = [p.detach().clone() for p in self.sources]
         try:
             self._put(self.averages)

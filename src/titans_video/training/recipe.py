@@ -14,8 +14,7 @@ from titans_video.checkpoint import Checkpoint
 from titans_video.generation.long_video import Sampled
 from titans_video.types import Batch
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
+Size = tuple[int, int]  # height and width in pixels
 
 
 class VideoSampler(Protocol):
@@ -25,30 +24,21 @@ class VideoSampler(Protocol):
 
 
 class AdapterFiles(Protocol):
-    """The files of a run that trains an adapter beside frozen weights.
-
-    Its checkpoints hold the trained parameters only, and each is one file: see `training.checkpointing`.
-    """
+    """The files of a run that trains an adapter; its checkpoints are as in `training.checkpointing`."""
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
-        """Write the adapter for other programs into a new folder; on the main process.
-
-        Args:
-            model: the trained parameters (or their averages) by name, not sharded.
-        """
+        """Write the adapter for other programs into a new folder, from unsharded `model`; on the main process."""
 
     def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
-        """Check what `export` wrote, and return a message for the log; on the main process.
+        """Check what `export` wrote, on the main process; return a message for the log.
 
-        Raises:
-            UserError: other programs would not read what was trained.
+        Raises UserError if other programs would not read what was trained.
         """
 
     def start_from(self, path: Path, network: nn.Module) -> list[str]:
-        """Copy a saved adapter into the network's, and return lines for the log: what was loaded, what does not fit.
+        """Copy a saved adapter into the network's; return log lines: what was loaded, what does not fit.
 
-        Raises:
-            UserError: it cannot be read, or nothing in it fits.
+        Raises UserError if it cannot be read, or nothing in it fits.
         """
 
     def sample_command(self, last: Path) -> list[str]:
@@ -56,30 +46,18 @@ class AdapterFiles(Protocol):
 
 
 class Recipe(Protocol):
-    """The parts of a run that differ between kinds of models.
+    """The parts of a run that differ between kinds of models."""
 
-    Attributes:
-        network: what is trained. Parameters that do not require gradients are left unchanged.
-        sample_prompt: a prompt for the command that is printed at the end, or None.
-        sample_flags: further words of that command.
-        adapter: the files of an adapter; None for a run that trains whole networks.
-    """
-
-    network: nn.Module
-    sample_prompt: str | None
-    sample_flags: tuple[str, ...]
-    adapter: AdapterFiles | None
+    network: nn.Module  # parameters without gradients stay unchanged
+    sample_prompt: str | None  # for the command that is printed at the end
+    sample_flags: tuple[str, ...]  # further words of that command
+    adapter: AdapterFiles | None  # None: trains whole networks
 
     def row_elements(self, batch: Batch) -> Tensor:
         """Return (B,) int64: how many elements of each row carry loss, known without encoding anything."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the summed (not averaged) loss of each row, (B,) float32.
-
-        Args:
-            model: `network`, wrapped for distributed training; it is called exactly once.
-            batch: a micro-batch of this process.
-        """
+        """Return the summed (not averaged) loss of each row, (B,) float32; call the wrapped `model` exactly once."""
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         """Return the self-describing checkpoint of the network's state dict."""
@@ -91,28 +69,15 @@ class Recipe(Protocol):
         """Return the FLOPs of a forward and backward pass over the batch; see `training.flops`."""
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return the loss of each row with its caption, at fixed noise and fixed times.
+        """Return the summed loss of each row at each quantile, (Q, B) float64, and its elements, (B,) int64.
 
-        Nothing here may draw from a global generator or depend on the step: the same weights give the same loss at any
-        time. How often the model is called may depend on the batch's size and the options only, because all processes
-        of a sharded model call it together.
-
-        Args:
-            model: `network`, wrapped for distributed training, in evaluation mode and without gradients.
-            batch: rows that training never sees. Their noise depends on `batch.seeds` only.
-            quantiles: in (0, 1), of the distribution of training times.
-        Returns:
-            (Q, B) float64, the summed loss of each row at each time, and (B,) int64, the number of its elements.
+        The wrapped `model` is in evaluation mode, without gradients. Noise depends on `batch.seeds` only: no global
+        generator, no step, so the same weights give the same loss at any time. How often the model is called may depend
+        on the batch's size and the options only, because all processes of a sharded model call it together.
         """
 
     def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[VideoSampler]:
-        """Open a sampler that makes videos as `generate` does by default from a checkpoint of this step.
-
-        Whatever it loads for that is released on exit.
-
-        Args:
-            network: `network` without its distributed wrapper.
-        """
+        """Open a sampler around the unwrapped network, like `generate` at this step; release its parts on exit."""
 
 
 class Stream(Protocol):
@@ -130,8 +95,7 @@ class Stream(Protocol):
     def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
         """Leave rows out from the next optimizer step on, also in a run that resumes; on every process.
 
-        Raises:
-            DataError: too few rows are left.
+        Raises DataError if too few rows are left.
         """
 
 

@@ -20,20 +20,14 @@ from titans_video.types import ProcessGroup
 
 _locks: dict[Path, list[TextIO]] = {}
 """Open lock files by folder. A lock is released when its file is closed."""
-SHARED_SECONDS = 10.0
-"""Seconds for which a process looks for a file that another has written."""
+SHARED_SECONDS = 10.0  # for which a process looks for a file that another has written
 
 
 def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
     """Return the checkpoint folder that `--resume` selects, or None to start a new run; with notes for the user.
 
-    `auto` selects the newest checkpoint of the output folder whose checksums are right, if there is any. Call this on
-    one process, because it reads all bytes. It writes nothing.
-
-    Args:
-        options: `resume` and `output_dir` are used.
-    Raises:
-        CheckpointError: the given path has no training state, or it is damaged.
+    `auto` selects the newest checkpoint of the output folder with correct checksums. Call this on one process: it reads
+    all bytes. It writes nothing. Raises CheckpointError if the given path has no training state or is damaged.
     """
     if options.resume == "none":
         return None, []
@@ -56,8 +50,7 @@ def find_resume(options: TrainOptions) -> tuple[Path | None, list[str]]:
 def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
     """Read the checkpoint that `find_resume` selected; on every process.
 
-    Raises:
-        CheckpointError: it is of another version, or it is sharded and outside the run's own folder.
+    Raises CheckpointError if it is of another version, or sharded and outside the run's own folder.
     """
     if folder is None:
         return None
@@ -72,11 +65,7 @@ def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
 
 
 def _folder_of(path: Path) -> Path | None:
-    """Return the checkpoint folder of a path, or None if the path is a run's folder.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
+    """Return a path's checkpoint folder, or None for a run's folder; raise CheckpointError if it is neither."""
     if not path.exists():
         raise CheckpointError(
             f"--resume {path}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
@@ -128,16 +117,11 @@ def _newest_good(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def prepare_folder(options: TrainOptions, resume: Resume | None) -> Path | None:
-    """Prepare the output folder without overwriting anything; call this on one process.
+    """Prepare the output folder on one process, and return the folder to which earlier files were moved.
 
-    A new run in the folder of an earlier one moves the earlier one to `previous-<n>`. A run that resumes from an older
-    checkpoint moves the newer checkpoints and samples there.
-
-    Returns:
-        The folder to which earlier files were moved, or None.
-    Raises:
-        ConfigError: the folder cannot be created, or another run uses it.
-        WriteError: something in it cannot be changed.
+    A new run moves an earlier run to `previous-<n>`. A run that resumes from an older checkpoint moves the newer
+    checkpoints and samples there. Raises ConfigError if the folder cannot be created or is in use, WriteError if
+    something in it cannot be changed.
     """
     run = Path(options.output_dir)
     try:
@@ -166,13 +150,7 @@ def _make_room(run: Path, options: TrainOptions, resume: Resume | None) -> Path 
 
 
 def _lock(run: Path) -> None:
-    """Lock the folder until `release_folder` or the end of this process.
-
-    Two runs in one folder would remove each other's checkpoints.
-
-    Raises:
-        ConfigError: another process has the lock.
-    """
+    """Lock the folder until `release_folder` or the end of this process; raise ConfigError if it is locked."""
     lock = (run / LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process only: its children do not inherit it
@@ -194,8 +172,7 @@ def _lock(run: Path) -> None:
 def check_shared(run: Path, group: ProcessGroup) -> None:
     """Check that all processes write into one folder, as sharded checkpoints need; called on every process.
 
-    Raises:
-        ConfigError: on every process, if one of them does not see a file that the main process has written.
+    Raises ConfigError on every process, if one does not see a file that the main process has written.
     """
     name = group.run_on_main(lambda: _write_token(run))
     deadline = time.monotonic() + SHARED_SECONDS

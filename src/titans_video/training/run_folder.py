@@ -75,10 +75,7 @@ def is_adapter_file(path: Path) -> bool:
 
 
 def link_last(run: Path, folder: Path) -> None:
-    """Make `last.pt` a hard link to the best weights in a checkpoint folder, or a copy where links are impossible.
-
-    An adapter's checkpoint also gets its single file beside the folder.
-    """
+    """Link or copy a checkpoint's best weights to `last.pt`, and an adapter's single file beside its folder."""
     names = (EMA, MODEL, STATE)
     model = next(folder / name for name in names if (folder / name).exists())
     if model.name == STATE:
@@ -99,11 +96,7 @@ def weights_of(run: Path, checkpoint: Path | None) -> Path | None:
 
 
 def list_files(run: Path, checkpoint: Path | None) -> list[str]:
-    """Return a line for each file of a run that a user may want, if it exists.
-
-    Args:
-        checkpoint: the last one, which may be of another run.
-    """
+    """Return a line for each existing file that a user may want; `checkpoint` may be of another run."""
     places = {
         "Checkpoint": weights_of(run, checkpoint),
         "Metrics": run / METRICS,

@@ -19,10 +19,8 @@ from titans_video.training.resume import find_resume, open_resume
 
 logger = logging.getLogger(__name__)
 
-UNCOMPARED = ("generation_defaults", "validation")
-"""Groups of options that do not affect training."""
-MAX_LISTED = 12
-"""Changed settings that an error lists."""
+UNCOMPARED = ("generation_defaults", "validation")  # groups of options that do not affect training
+MAX_LISTED = 12  # changed settings that an error lists
 FREE = frozenset(
     {
         # paths: the content of these files is compared
@@ -38,8 +36,7 @@ FREE = frozenset(
         "mixed_precision",
     }
 )
-"""Options that may change on a resume. `max_steps` is one of them, although schedules end there: to train longer is
-intended."""
+"""Options that may change on a resume; also `max_steps`, to allow longer training, although schedules end there."""
 
 Settings = dict[str, Any]
 
@@ -71,24 +68,17 @@ class RecipeOptions(OptionGroup, Protocol):
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that has started.
-
-    Attributes:
-        accelerator: of this process.
-        resume: the checkpoint to resume from; None starts a new run.
-        running: the first line of the log: processes, devices, batch.
-    """
+    """A run that has started."""
 
     accelerator: Accelerator
-    resume: Resume | None
-    running: str
+    resume: Resume | None  # None starts a new run
+    running: str  # first line of the log: processes, devices, batch
 
 
 def start_run(data: DataOptions, train: TrainOptions) -> RunContext:
     """Create the accelerator, find the checkpoint to resume from, and log what runs.
 
-    Raises:
-        UserError: as `distributed.start` and `resume.find_resume`.
+    Raises UserError as `distributed.start` and `resume.find_resume`.
     """
     accelerator = distributed.start(train)
     folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
@@ -112,7 +102,6 @@ def _format_batch(data: DataOptions, train: TrainOptions, processes: int, resume
 
 
 def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
-    """Return the flags that define the global batch."""
     size = None if data.tokens_per_batch else data.batch_size
     return {"batch_size": size, "tokens_per_batch": data.tokens_per_batch, "grad_accum": train.grad_accum}
 
@@ -123,13 +112,11 @@ def reconcile_resume(
     """Compare a run with the checkpoint that it resumes from, and divide its global batch among its processes.
 
     Args:
-        options: of the recipe, in groups.
         data: the usable rows, for this number of processes.
         config: of the recipe's checkpoints; the fingerprints of frozen parts are compared.
-        run: from `start_run`.
     Returns:
-        The data with the micro-batches for this number of processes, the options with the accumulation that keeps the
-        global batches, and the values that checkpoints store for this comparison.
+        The data in micro-batches for this number of processes, the options with the accumulation that keeps global
+        batches, and the values that checkpoints store for this comparison.
     Raises:
         ConfigError: a setting changed without `--allow-changes`, or the global batch cannot be divided.
     """
@@ -183,12 +170,7 @@ def _all_settings(options: RecipeOptions, data: Rows, config: Mapping[str, Any],
 
 
 def settings_of(groups: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -> Settings:
-    """Return the settings that define a run as flat plain values: its flags, and facts that flags do not show.
-
-    Args:
-        groups: options as dicts, by group.
-        facts: by a readable name, e.g. "the manifest".
-    """
+    """Return flat settings of a run: flags by group, and facts that flags do not show, e.g. "the manifest"."""
     flags = {
         flag_of(name): list(value) if isinstance(value, tuple) else value
         for group in groups.values()
@@ -208,13 +190,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
 
 def refuse_changes(before: Settings, now: Settings, allow: bool) -> list[str]:
-    """Compare the settings of a checkpoint with those of the run that resumes from it.
-
-    Returns:
-        The changes, if they are allowed.
-    Raises:
-        ConfigError: lists the changes, if they are not allowed.
-    """
+    """Return the changes of settings since the checkpoint; raise ConfigError with them unless `allow`."""
     changed = sorted(differences(before, now))
     if changed and not allow:
         more = f"\n  and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""

@@ -37,10 +37,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def reshard(network: nn.Module) -> None:
-    """Free the gathered parameters that FSDP2 keeps after a forward pass without a backward pass.
-
-    FSDP2 keeps at least those of the root module, and would use them again although the pieces have changed since.
-    """
+    """Free gathered parameters: FSDP2 keeps and reuses them after a forward pass without a backward pass."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -56,12 +53,9 @@ def optimizer_tensors(optimizer: Optimizer, network: nn.Module) -> Named:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, network: nn.Module, saved: Named) -> None:
-    """Restore what `optimizer_tensors` returned. Each entry is sharded like its parameter.
+    """Restore what `optimizer_tensors` returned, but no settings. Each entry is sharded like its parameter.
 
-    Learning rates and other settings are not restored, because the flags set them.
-
-    Raises:
-        CheckpointError: the network has no parameter of this name.
+    Raises CheckpointError if the network has no parameter of this name.
     """
     parameters = {name: p for p, name in parameter_names(network).items()}
     for full_name, value in saved.items():
@@ -90,10 +84,7 @@ def full_of(piece: Tensor, like: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy of a full tensor on the device of `parameter`, sharded like it if the shapes are equal.
-
-    Step counts have another shape and are not sharded.
-    """
+    """Return a copy of a full tensor on the parameter's device, sharded like it if the shapes are equal."""
     if isinstance(value, DTensor):
         return value
     if isinstance(parameter, DTensor):
@@ -107,11 +98,7 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gather(tensors: Named, keep: bool) -> Named:
-    """Gather full tensors on the CPU from pieces, one at a time; called on every process.
-
-    Args:
-        keep: whether this process needs them; the other processes get an empty dict.
-    """
+    """Gather full tensors on the CPU from pieces, on every process; without `keep` return an empty dict."""
     gathered: Named = {}
     for name, value in tensors.items():
         full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -121,12 +108,9 @@ def gather(tensors: Named, keep: bool) -> Named:
 
 
 def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGroup | None") -> list[Path]:
-    """Write tensors by group and name; called on every process, which writes its pieces.
+    """Write tensors by group and name; on every process, which writes its pieces and returns its files.
 
-    Returns:
-        The files that this process has written. The list of pieces, which the main process writes, is not among them.
-    Raises:
-        WriteError: on every process, if one of them could not write.
+    The main process also writes the list of pieces, which is not returned. Raises WriteError on all if one fails.
     """
     try:
         # One file for each process, fsynced by the writer.
@@ -145,12 +129,8 @@ def load_sharded(
 ) -> dict[str, Named]:
     """Read what `save_sharded` wrote, for any sharding of the targets; called on every process.
 
-    torch stores the list of pieces as a pickle, which this function unpickles: the folder must be trusted.
-
-    Args:
-        target: returns a tensor to be filled for (group, name, shape), with the sharding that the caller needs.
-    Raises:
-        CheckpointError: the folder is damaged.
+    `target` returns a tensor to be filled for (group, name, shape), sharded as needed. The folder must be trusted,
+    because torch stores the list of pieces as a pickle. Raises CheckpointError if it is damaged.
     """
     reader = FileSystemReader(folder)
     try:

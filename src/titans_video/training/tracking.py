@@ -40,11 +40,9 @@ from titans_video.training.run_folder import CONTACT_SHEET, RUN_RECORD, TENSORBO
 logger = logging.getLogger(__name__)
 
 FORMAT = "titans-video-run/1"
-PROJECT = "titans-video"
-"""Default project of W&B."""
+PROJECT = "titans-video"  # default project of W&B
 TAG_LENGTH = 60
-RETRY_SECONDS = 60.0
-"""Seconds after which a tracker that failed is tried again."""
+RETRY_SECONDS = 60.0  # after which a tracker that failed is tried again
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
 
 
@@ -74,17 +72,7 @@ def write_start(
     about: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> str:
-    """Add a start to run.json; on the main process.
-
-    Args:
-        run: the run's folder.
-        step: at which the run starts (0) or resumes.
-        options, defaults: of the command.
-        about: the model and the data, as the report shows them.
-        environment: from `environment`.
-    Returns:
-        The run's id, which a resumed run keeps.
-    """
+    """Add a start or a resume at `step` to run.json on the main process; return the run's id, which a resume keeps."""
     before = read_run_record(run) if step else {}
     start = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, **environment}
     record = {
@@ -100,11 +88,7 @@ def write_start(
 
 
 def environment(accelerator: Accelerator, line: str) -> dict[str, Any]:
-    """Describe the machine, the versions and the command of this start.
-
-    Args:
-        line: the first line of the log.
-    """
+    """Describe the machine, the versions and the command of this start; `line` is the first line of the log."""
     cuda = accelerator.device.type == "cuda"
     found = {name: _version(name) for name in _PACKAGES}
     versions = {"titans-video": titans_video.__version__, "python": platform.python_version()}
@@ -148,17 +132,7 @@ def _commit(folder: Path) -> str | None:
 def open_tracker(
     accelerator: Accelerator, kind: str, run: Path, step: int, run_id: str, options: Mapping[str, Any]
 ) -> "Tracker":
-    """Start the tracker that `--log-with` selects, on the main process.
-
-    Args:
-        kind: tensorboard, wandb or none.
-        run: the run's folder.
-        step: at which the run starts or resumes.
-        run_id: from `write_start`.
-        options: of the run, by name.
-    Raises:
-        ConfigError: the tracker cannot be started.
-    """
+    """Start the tracker (tensorboard, wandb or none) on the main process; raise ConfigError if it cannot start."""
     if kind != "none":
         run_on_main(accelerator, lambda: _start(accelerator, kind, run, step, run_id, options))
     return Tracker(accelerator, kind)
@@ -202,12 +176,7 @@ def _without_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> 
 
 
 class Tracker:
-    """Send the values of a run to TensorBoard or W&B; to be called on the main process.
-
-    Args:
-        accelerator: with the started tracker.
-        kind: tensorboard, wandb, or none, which does nothing.
-    """
+    """Send the values of a run to TensorBoard or W&B from the main process; the kind `none` does nothing."""
 
     def __init__(self, accelerator: Accelerator, kind: str = "none") -> None:
         self.accelerator, self.kind = accelerator, kind
@@ -219,10 +188,7 @@ class Tracker:
         self._attempt(lambda: self._log_scalars(step, values, group))
 
     def _attempt(self, send: Callable[[], None]) -> None:
-        """Send something. A failure of any kind is reported once, and sending is tried again a minute later.
-
-        What could not be sent is in metrics.jsonl and validation.jsonl.
-        """
+        """Send something. A failure of any kind is reported once, and sending is tried again a minute later."""
         now = time.monotonic()
         if self.kind == "none" or (self._failed_at is not None and now - self._failed_at < RETRY_SECONDS):
             return
@@ -291,16 +257,12 @@ class Tracker:
 
 
 def _markdown(line: Mapping[str, Any]) -> str:
-    """Return the table of a line of validation.jsonl as Markdown, for TensorBoard's text panel."""
     head, *rows = [[format_cell(x) for x in row] for row in as_table(line)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _add_gif(writer: Any, tag: str, video: Path, step: int) -> None:
-    """Add a video that plays in TensorBoard's panel of images.
-
-    TensorBoard's `add_video` also writes a GIF, but it needs moviepy and silently writes nothing without it.
-    """
+    """Add a video as a GIF for the panel of images; `add_video` silently writes nothing without moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     info = probe(video)

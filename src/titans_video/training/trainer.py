@@ -1,8 +1,7 @@
 """The training loop. A recipe provides the loss, and a stream provides the batches.
 
-An optimizer step minimises the mean loss over all supervised elements of the step: of all micro-batches on all
-processes. Each process scales its summed loss by the total count, so the gradient does not depend on how the step is
-divided into micro-batches and processes.
+An optimizer step minimises the mean loss over all supervised elements of all micro-batches on all processes. Each
+process scales its summed loss by the total count, so the gradient does not depend on how the step is divided.
 """
 
 import contextlib
@@ -53,19 +52,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        step: optimizer steps done in total.
-        loss: of the last step; None when no step was left to do.
-        folder: the last checkpoint.
-        exit_code: 0, or 128 + the signal that ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1).
-    """
-
-    step: int
-    loss: float | None
-    folder: Path
-    exit_code: int
+    step: int  # optimizer steps done in total
+    loss: float | None  # of the last step; None when no step was left to do
+    folder: Path  # the last checkpoint
+    exit_code: int  # 0, or 128 + the signal that ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1)
 
 
 class BatchError(Exception):
@@ -76,12 +68,9 @@ class Trainer:
     """Train `recipe.network` up to optimizer step `options.max_steps`.
 
     Args:
-        recipe: the network and its loss.
         stream: this process's batches.
-        options: of the run.
-        accelerator: from `distributed.start`.
         resume: from `resume.open_resume`; None starts a new run.
-        about: plain values that describe the run; they are stored in the training state of every checkpoint.
+        about: plain values about the run, for the training state of every checkpoint.
         monitoring: the tracker and the validation; None for neither.
     """
 
@@ -171,11 +160,7 @@ class Trainer:
         return TrainResult(self.step, result.loss if result else None, folder, 128 + received if received else 0)
 
     def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], int]:
-        """Return the micro-batches of the next step, and its supervised elements on all processes.
-
-        Raises:
-            BatchError: on every process, if one of them has no batch, or if nothing is supervised.
-        """
+        """Return the next micro-batches, and their supervised elements on all processes; may raise BatchError."""
         micro: list[Batch] = []
         elements, error = 0, None
         try:
@@ -198,11 +183,7 @@ class Trainer:
         return micro, elements
 
     def _stop_without_batch(self, error: BatchError, interrupt: Interrupt, recorder: Recorder | None) -> int:
-        """Save, and return the signal if one is why there is no batch; on every process.
-
-        Raises:
-            Exception: why there is no batch.
-        """
+        """Save, and return the signal if one is why there is no batch, else raise the cause; on every process."""
         received = self._reduce(torch.zeros(0, device=self.accelerator.device), interrupt)[1]
         saved = self.last_checkpoint is not None and checkpoint_step(self.last_checkpoint) == self.step
         if self.step and not saved:
@@ -215,12 +196,7 @@ class Trainer:
     def _optimizer_step(
         self, micro: list[Batch], elements: int, data_seconds: float, interrupt: Interrupt, recorder: Recorder | None
     ) -> StepResult:
-        """Run forward and backward over the micro-batches, and update the weights unless the step is bad.
-
-        Args:
-            elements: the supervised ones of the step on all processes.
-            data_seconds: spent waiting for the micro-batches.
-        """
+        """Train on the micro-batches with `elements` on all processes; update the weights unless the step is bad."""
         accelerator, options = self.accelerator, self.options
         # What a network draws in training (dropout) is a function of the step.
         torch.manual_seed(derive_seed(options.seed, "network", self.step, accelerator.process_index))
@@ -273,11 +249,7 @@ class Trainer:
     def _check_step(
         self, result: StepResult, micro: list[Batch], losses: list[Tensor], recorder: Recorder | None
     ) -> None:
-        """Record a skipped step or a loss spike with its rows; on every process.
-
-        Raises:
-            DivergedError: too many steps in a row were skipped.
-        """
+        """Record a skipped step or a loss spike with its rows; may raise DivergedError, on every process."""
         good, guard = result.step_status == "good", self.guard
         acquitted = guard.acquit(result.loss) if good else []
         spike = good and guard.is_spike(result.loss)
@@ -310,9 +282,8 @@ class Trainer:
     def _try_largest_bucket(self) -> None:
         """Run forward and backward on the largest bucket once, before the first step.
 
-        A bucket that does not fit into memory fails now and not after a day. DDP also rearranges its messages after the
-        first backward pass, which changes the order of sums. After this pass, a resumed run therefore sums in the same
-        order as an unbroken one. Nothing else of the pass remains, and no random number of a step depends on it.
+        A bucket that does not fit into memory fails now and not after a day. DDP changes the order of sums after its
+        first backward pass. After it, a resumed run therefore sums in the same order as an unbroken one.
         """
         batch = self.stream.largest()
         with explain_out_of_memory(batch, self.network, self.accelerator.device):
@@ -340,17 +311,10 @@ class Trainer:
         return Recorder(self.run_folder, self.options, self.step, processes, self.peak, tracker)
 
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
-        """Write a checkpoint; on every process. A failure to write ends the run only if it is fatal.
+        """Write a checkpoint on every process, unless the weights may be damaged.
 
-        Weights that may be damaged are not saved, so the last good checkpoint stays the newest.
-
-        Args:
-            recorder: of the main process. Its lines must be on the disk before the checkpoint is.
-            last: this is the last checkpoint of the run.
-            fatal: no later checkpoint can replace this one.
-        Raises:
-            CheckpointError: the checkpoint could not be written, and that is fatal.
-            DivergedError: as `_is_damaged`.
+        The main process's `recorder` first writes its lines. Raises CheckpointError if a `fatal` checkpoint, which no
+        later one can replace, could not be written, and DivergedError as `_is_damaged`.
         """
         if self._is_damaged(fatal):
             return
@@ -380,8 +344,7 @@ class Trainer:
     def _is_damaged(self, fatal: bool) -> bool:
         """Check whether the weights may be damaged, and log the reason; on every process.
 
-        Raises:
-            DivergedError: they are, and this is `fatal`, or values are not finite, which no later step can change.
+        Raises DivergedError if they are and this is `fatal`, or if values are not finite.
         """
         reason = ""
         if self.guard.bad_in_a_row:

@@ -1,8 +1,8 @@
 """Validation during training: held-out loss and sample videos, without changing anything in the run.
 
-Validation draws from its own generators, restores the global ones, and puts the averaged weights into the network only
-while it is evaluated. A run is therefore bitwise the same with and without validation. validation.jsonl has one line a
-validation, with nothing that depends on the time or the machine.
+Validation has its own generators, restores the global ones, and uses the averaged weights only while it evaluates. So
+a run is bitwise the same with and without validation. validation.jsonl has one line a validation, with nothing that
+depends on the time or the machine.
 """
 
 import contextlib
@@ -39,8 +39,7 @@ from titans_video.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-SHEET_FRAMES = 8
-"""Frames of a video in the contact sheet."""
+SHEET_FRAMES = 8  # of a video in the contact sheet
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,8 @@ def generate_samples(
 ) -> list[SampleVideo] | None:
     """Generate a video of each prompt, and return all of them on every process. Prompt i, counted from 0, uses seed i.
 
-    Prompts are assigned to the processes in turns. The last turn is filled with prompts whose videos are dropped, so
-    that all processes call the network equally often.
-
-    Args:
-        on_video: called on every process before each turn; returns False to stop.
-    Returns:
-        The videos, or None if it was stopped.
+    The last turn of the processes is filled with prompts whose videos are dropped, so that all call the network equally
+    often. Every process calls `on_video` before each turn; if it returns False, the result is None.
     """
     videos: list[SampleVideo] = []
     world = accelerator.num_processes
@@ -124,26 +118,15 @@ def write_samples(run: Path, step: int, prompts: Sequence[str], videos: Sequence
 
 @dataclass
 class Validator:
-    """Validate a run at regular steps.
-
-    Attributes:
-        recipe: computes losses and generates videos.
-        accelerator: from `distributed.start`.
-        run: the run's folder.
-        options: how often, and how much.
-        last: the last step of the run, which is always validated.
-        prompts: of the videos.
-        rows: held-out rows; None measures no loss.
-        tracker: receives the results.
-    """
+    """Validate a run at regular steps."""
 
     recipe: Recipe
     accelerator: Accelerator
     run: Path
     options: ValidationOptions
-    last: int
-    prompts: Sequence[SamplePrompt]
-    rows: HeldOut | None
+    last: int  # step of the run, always validated
+    prompts: Sequence[SamplePrompt]  # of the videos
+    rows: HeldOut | None  # None measures no loss
     tracker: Tracker
 
     def start(self, step: int) -> None:
@@ -155,15 +138,9 @@ class Validator:
         return self.done < step and (step % self.options.validate_every == 0 or step == self.last)
 
     def validate(self, step: int, model: nn.Module, ema: Ema | None, stop: Callable[[], int]) -> int:
-        """Measure losses, generate videos, and write both.
+        """Measure losses and generate videos with the averages, if any; write both, or nothing if stopped.
 
-        Args:
-            step: optimizer steps done.
-            model: the wrapped network.
-            ema: averages to use instead of the trained weights, if any.
-            stop: called on all processes together; returns the signal that any of them received, or 0.
-        Returns:
-            The signal that stopped the validation, which then writes nothing; or 0.
+        `stop` is called on all processes together. It returns the signal that any of them received, or 0; so does this.
         """
         device = self.accelerator.device
         devices = [device] if device.type == "cuda" else []
@@ -251,7 +228,6 @@ class _Turns:
         self._started = False
 
     def next(self) -> bool:
-        """Return whether to do the next turn."""
         if self._started:
             self.bar.update()
         self._started = True
