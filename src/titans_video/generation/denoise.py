@@ -1,7 +1,6 @@
 """Generate one clip, or one window of a longer video: prompts, conditions, noise, and the network as a denoiser.
 
-Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
-k conditioning frames, S pixel frames of one latent frame.
+Legend: B videos, C latent channels, T H W pixel frames and size, t h w the latent grid, k conditioning frames.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,11 +28,7 @@ class Prompts:
 
 
 def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: str, uses_cfg: bool) -> Prompts:
-    """Encode the prompts and, with guidance (`uses_cfg`), the negative prompt for every row.
-
-    The empty negative prompt is the one of caption dropout in training. Networks with an image condition were trained
-    to read no text at all for an empty prompt, and always need a negative one, because the image guides beside it.
-    """
+    """Encode the prompts, and with guidance (`uses_cfg`) or an image condition also the negative prompt."""
     image_condition = model.capabilities.image_condition
     with model.on_device("text"):
         text = model.text(prompts).to(model.device)
@@ -53,17 +48,10 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
 
 
 def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> Tensor:
-    """Draw standard normal noise as a function of the video's seed and the latent frame's number in the video.
+    """Draw standard normal noise (B, C, t, h, w) float32 on the CPU; `shape` is (C, t, h, w) of one sample.
 
-    Windows that begin at the same frame therefore begin with the same noise, however long the video is. Frame 0 has no
-    number in its key, so that clips of one latent frame keep the noise of earlier versions.
-
-    Args:
-        shape: (C, t, h, w) of one sample.
-        seeds: B seeds.
-        first: number of the first latent frame.
-    Returns:
-        float32 (B, C, t, h, w) on the CPU.
+    It is a function of each video's seed and the latent frame's number in the video (the first one is `first`), so
+    windows that begin at the same frame begin with the same noise. Frame 0 has no number in its key.
     """
     channels, length, height, width = shape
     frames = []
@@ -74,23 +62,14 @@ def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> T
 
 
 def clip_condition(model: VideoModel, text: TextCondition, request: Request, frames: int, first: int = 0) -> Condition:
-    """Return the condition of a clip: its prompts and its conditioning frames, in the form that the network takes.
-
-    Args:
-        request: `cond_pixels` are the first k of `frames` frames.
-        first: number of the clip's first latent frame in the whole video.
-    """
+    """Return the condition of a clip of `frames` frames; `first` is its first latent frame in the video."""
     if model.capabilities.image_condition:
         return encode_image_condition(model, text, request.cond_pixels, request.seeds, request.svd, first)
     return frame_condition(model, text, request.cond_pixels, frames)
 
 
 def frame_condition(model: VideoModel, text: TextCondition, cond_pixels: Tensor | None, frames: int) -> Condition:
-    """Return the condition of prompts and of conditioning frames, with the other frames blank.
-
-    Args:
-        cond_pixels: (B, 3, k, H, W) in [-1, 1], the first k of `frames` frames; None: there are none.
-    """
+    """Return the condition of prompts and of `cond_pixels` (B, 3, k, H, W) or None, with the other frames blank."""
     if cond_pixels is None:
         return Condition(text=text)
     b, _, k, height, width = cond_pixels.shape
@@ -111,11 +90,7 @@ def image_guidance(model: VideoModel, request: Request, length: int) -> Tensor |
 
 
 def make_denoiser(model: VideoModel) -> Predict:
-    """Return the network as a prediction of x0.
-
-    A network with per-frame timesteps keeps the latent frames of `clean_mask` clean, at time 0. Other networks know of
-    them only by their condition.
-    """
+    """Return the network as a prediction of x0; networks with per-frame timesteps keep `clean_mask` at time 0."""
     per_frame = model.capabilities.per_frame_time
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
@@ -149,16 +124,9 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def generate(model: VideoModel, request: Request, progress: bool = True) -> Tensor:
-    """Generate the videos of a request, all in one batch.
+    """Generate the videos of a request in one batch, (B, 3, T, H, W) float32 in [-1, 1] on the CPU.
 
-    Args:
-        model: its weights are used as they are, and its training mode is restored.
-        request: the videos.
-        progress: show a bar and the notes of the plan on stderr.
-    Returns:
-        (B, 3, T, H, W) float32 in [-1, 1] on the CPU, T exactly `request.frames`, with conditioning frames unchanged.
-    Raises:
-        ConfigError: as `plan`.
+    T is exactly `request.frames`, and conditioning frames are unchanged. Raises ConfigError as `plan`.
     """
     made = plan(model, request)
     if progress:
@@ -179,15 +147,9 @@ def make_clip(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Denoise and decode one clip, or one window of a longer video; with a draft, twice. Call it within `eval_mode`.
+    """Denoise and decode one clip or window (with a draft, twice), as `generate`. Call it within `eval_mode`.
 
-    Args:
-        made: of the request, from `plan`.
-        prompts: of the request, from `encode_prompts`.
-        first: number of the first latent frame in the whole video; it keys the noise.
-        on_step, edit: see `diffusion.samplers`; their steps count from 1 again after a draft.
-    Returns:
-        As `generate`.
+    `first`, the first latent frame in the video, keys the noise. `on_step` and `edit` count from 1 again after a draft.
     """
     if request.has_draft:
         draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
@@ -207,10 +169,7 @@ def make_clip(
 
 
 def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) -> Tensor:
-    """Decode the latents of `frames` frames, cut them to the request, and restore the conditioning frames.
-
-    A network with an image condition generates its own first frame, as its training asked, so that one is kept.
-    """
+    """Decode latents, cut them to the request, and restore conditioning frames, except for an image condition."""
     with model.on_device("codec"):
         video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()

@@ -1,7 +1,6 @@
 """Generate with a pretrained diffusers pipeline and LoRA: one call, blended windows, or a chain of calls.
 
-Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid with the
-padding of the model.
+Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the padded latent grid.
 """
 
 import json
@@ -37,14 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PretrainedModel(LoadedModel):
-    """A diffusers pipeline.
-
-    Attributes:
-        spec: of its transformer.
-        pipeline: of diffusers, with `network` as its transformer.
-        dtype: of the transformer's computation; latents have the VAE's.
-        text: encodes prompts for a pipeline without a text encoder of its own.
-    """
+    """A diffusers pipeline with `network` as its transformer; latents have the VAE's dtype, not the transformer's."""
 
     network: nn.Module
     codec: Codec
@@ -86,12 +78,7 @@ class PretrainedPipeline:
     model: PretrainedModel
 
     def stream(self, request: Request, windows: WindowPlan, *, progress: bool = True) -> Iterator[Tensor]:
-        """Yield finished frames, chunk by chunk: (1, 3, n, H, W) float32 in [-1, 1] on the CPU.
-
-        Args:
-            request: of one video.
-            windows: from `plan_pretrained`.
-        """
+        """Yield finished frames of one video, chunk by chunk: (1, 3, n, H, W) float32 in [-1, 1] on the CPU."""
         model, spec = self.model, self.model.spec
         if request.height * request.width > TILE_ABOVE:
             model.pipeline.vae.enable_tiling()
@@ -162,11 +149,7 @@ def plan_generation(
 
 
 def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateOptions) -> tuple[WindowPlan, list[str]]:
-    """Plan the windows of a request, as `long_video.plan_video` does.
-
-    Raises:
-        ConfigError: the pipeline cannot generate the request.
-    """
+    """Plan the windows of a request, as `long_video.plan_video`; ConfigError if the pipeline cannot generate it."""
     spec = model.spec
     windows, notes = plan_window_video(model, request, options.window, options.overlap, options.window_mode)
     blended = len(windows.starts) > 1 and windows.mode == "blend"
@@ -187,12 +170,7 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
 def sampled(
     model: PretrainedModel, prompt: str, seed: int, size: tuple[int, int] | None, image: Tensor | None
 ) -> Sampled:
-    """Generate the video of a prompt without writing a file.
-
-    Args:
-        size: height and width; None: those of the model.
-        image: (1, 3, 1, H, W) in [-1, 1], for an image-to-video model.
-    """
+    """Generate a video without a file; `size` is (height, width) or the model's, `image` (1, 3, 1, H, W) in [-1, 1]."""
     height, width = size or (None, None)
     options = GenerateOptions(prompt=prompt, seed=seed, height=height, width=width)
     request, fps = build_request(options, model)
@@ -206,10 +184,7 @@ def sampled(
 
 @contextmanager
 def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the tensors that the transformer is called with: schedulers and VAEs may have a higher precision.
-
-    Tensors inside tuples, such as rotary positions, keep their precision.
-    """
+    """Cast the transformer's input tensors to its precision, except those inside tuples (rotary positions)."""
     whole: Callable[..., Any] = network.forward
 
     def cast(value: Any) -> Any:
@@ -227,14 +202,10 @@ def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length: int) -> Iterator[None]:
-    """Within the block, call the transformer on windows of a long video and average its predictions on shared frames.
+    """Within the block, call the transformer on windows and average its predictions on shared frames.
 
-    The scheduler's step is affine in the prediction at equal latents and time, so this is MultiDiffusion (Bar-Tal et
-    al. 2023, equation 5, along time), and the pipeline denoises a long video as it does a short one.
-
-    Args:
-        starts: first latent frame of each window, rising; the last window ends with the video.
-        length: t of a window, with its padding.
+    `starts` are the first latent frames of the windows, rising; `length` is t of a window. The scheduler's step is
+    affine in the prediction, so this is MultiDiffusion (Bar-Tal et al. 2023, equation 5, along time).
     """
     whole: Callable[..., Any] = network.forward
     weights, axis = window_weights(starts, length), spec.time_axis
@@ -265,14 +236,9 @@ def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length:
 def load_pipeline(
     run: RunOptions, folder: str, loras: Sequence[str], overrides: Overrides
 ) -> tuple[PretrainedModel, list[str]]:
-    """Load a pipeline with adapters, and notes for the user about the adapters.
+    """Load a pipeline with adapters (FILE or FILE:WEIGHT), and notes about them; `overrides` may set `vae_dtype`.
 
-    Args:
-        folder: of a diffusers pipeline.
-        loras: FILE or FILE:WEIGHT.
-        overrides: only `vae_dtype` is used.
-    Raises:
-        UserError: the pipeline or a file is missing, malformed, or for another model.
+    Raises UserError if the pipeline or a file is missing, malformed, or for another model.
     """
     device = run_device(run)
     spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
@@ -308,11 +274,7 @@ def load_pipeline(
 
 
 def parse_lora(word: str) -> tuple[Path, float]:
-    """Parse FILE or FILE:WEIGHT.
-
-    Raises:
-        ConfigError: the weight is not a number.
-    """
+    """Parse FILE or FILE:WEIGHT; ConfigError if the weight is not a number."""
     path, colon, weight = word.rpartition(":")
     if not colon or Path(word).exists():
         return Path(word), 1.0
@@ -323,7 +285,6 @@ def parse_lora(word: str) -> tuple[Path, float]:
 
 
 def _place(pipeline: Any, run: RunOptions, device: torch.device) -> None:
-    """Move the pipeline to the device, or let diffusers offload it; a CPU has nowhere to offload to."""
     if run.offload == "none" or device.type == "cpu":
         pipeline.to(device)
     elif run.offload == "model":
@@ -333,7 +294,7 @@ def _place(pipeline: Any, run: RunOptions, device: torch.device) -> None:
 
 
 def _config(spec: ModelSpec, trained: dict[str, Any]) -> dict[str, Any]:
-    """Return a config as of a checkpoint: of the adapter's training if its file records it, else of the pretraining."""
+    """Return a config as of a checkpoint: of the adapter's training if recorded, else of the pretraining."""
     frames, height, width = spec.trained
     data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **trained.get("data", {})}
     sample = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **trained.get("sample", {})}

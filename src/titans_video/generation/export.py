@@ -40,19 +40,12 @@ _IGNORED = shutil.ignore_patterns(".*", "*.msgpack", "*.h5", "*.onnx", "*.ot", "
 
 
 def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
-    """Write a model as a folder, atomically.
+    """Write a model as a new or empty folder, atomically; return the folder.
 
-    Args:
-        model: as loaded.
-        folder: new or empty.
-        encoders: copy a diffusers VAE and the text encoders into it (`vae`, `text_encoder`, `llm`), so that the folder
-            can be moved elsewhere. Without them it stores their paths.
-    Returns:
-        The folder. For Stable Video Diffusion, diffusers' own pipeline loads it, without the text branch.
-    Raises:
-        CheckpointError: the folder is not empty, or a part of Stable Video Diffusion is missing.
-        ConfigError: Stable Video Diffusion would be written without its encoders.
-        WriteError: the disk is full, ...
+    With `encoders`, it has copies of a diffusers VAE and the text encoders, else their paths. Diffusers' own pipeline
+    loads an exported Stable Video Diffusion, without the text branch.
+    Raises CheckpointError if the folder is not empty or a part of Stable Video Diffusion is missing, ConfigError for
+    Stable Video Diffusion without `encoders`, WriteError if the disk is full.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is not an empty folder; name a new one.")
@@ -67,7 +60,6 @@ def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
 
 
 def _write(model: VideoModel, temporary: Path, name: str, encoders: bool) -> None:
-    """Write weights and configuration in this project's own format, the frozen parts, and the card."""
     weights = {k: v.detach().cpu() for k, v in model.network.state_dict().items()}
     checkpoints.write(Checkpoint(weights, model.config, model.step, model.codec.state_dict()), temporary)
     if encoders:
@@ -128,13 +120,9 @@ frames = pipe(load_image("picture.png"), height={height}, width={width}, num_fra
 
 
 def write_pipeline(model: VideoModel, temporary: Path, name: str) -> None:
-    """Write unet, vae, image_encoder, feature_extractor, scheduler and model_index.json into a new folder.
+    """Write unet, vae, image_encoder, feature_extractor, scheduler and model_index.json of an SVDUNet.
 
-    Args:
-        model: whose network is an SVDUNet.
-        name: of the final folder, for its card.
-    Raises:
-        CheckpointError: a part of the pipeline is missing where the checkpoint says it is.
+    Raises CheckpointError if a part of the pipeline is missing where the checkpoint refers to it.
     """
     vae: Any = getattr(model.codec, "folder", None)
     pipeline = model.image_encoder.pipeline

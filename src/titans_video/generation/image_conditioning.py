@@ -1,10 +1,6 @@
-"""Image conditions of Stable Video Diffusion, and loading the frames that a video begins with.
+"""Image conditions of Stable Video Diffusion, as its diffusers pipeline, and loading a video's first frames.
 
-An image condition is CLIP's embedding, noisy latents on extra channels, and micro-conditioning numbers, all as
-StableVideoDiffusionPipeline of diffusers computes them.
-
-Legend: B videos of one batch, C latent channels, H W pixel height and width, h w the latent grid, k conditioning
-frames, t latent frames.
+Legend: B videos, C latent channels, H W pixel size, h w the latent grid, k conditioning frames, t latent frames.
 """
 
 import math
@@ -34,13 +30,9 @@ NOISE = "picture noise"
 
 @dataclass(frozen=True)
 class SVDSettings:
-    """Settings of Stable Video Diffusion beside the conditioning image; the defaults are the pipeline's.
+    """Settings of Stable Video Diffusion beside the image; the defaults are its pipeline's.
 
-    Attributes:
-        fps: frames per second of the video; the network receives one less.
-        motion_bucket: amount of motion, 0 to 255.
-        noise_aug: strength of the noise on the image.
-        guidance: image guidance on the first and on the last frame, linear between them.
+    `motion_bucket` is 0 to 255; `guidance` is the image's on the first and last frame. The network receives `fps` - 1.
     """
 
     fps: float = 7.0
@@ -52,15 +44,10 @@ class SVDSettings:
 def make_image_condition(
     encoder: ImageEncoder, codec: Codec, frames: Tensor, noise: Tensor, strength: Tensor, fps: Tensor, bucket: Tensor
 ) -> ImageCondition:
-    """Compute the image condition of first frames.
+    """Compute the image condition of first frames (B, 3, H, W) in [-1, 1], on the CPU.
 
-    Args:
-        frames: (B, 3, H, W) in [-1, 1].
-        noise: of that shape, standard normal.
-        strength, fps, bucket: (B,).
-    Returns:
-        On the CPU: the embedding of the clean frame, the unscaled mode of the latents of the noisy one, and fps - 1,
-        the motion bucket and the noise's strength.
+    It has the embedding of the clean frame, the unscaled mode of the latents of the frame with `noise` (same shape),
+    and fps - 1, the motion bucket and the noise's strength, each (B,).
     """
     noisy = frames + strength.view(-1, 1, 1, 1).to(frames) * noise.to(frames)
     latents = codec.encode_unscaled(noisy[:, :, None])[:, :, 0]
@@ -78,9 +65,7 @@ def encode_image_condition(
 ) -> Condition:
     """Return the condition of B videos, or of a window of them, for a network with an image condition.
 
-    Args:
-        cond_pixels: (B, 3, 1, H, W) in [-1, 1]; None: the image condition is zero.
-        first: number of the first latent frame in the whole video; it keys the noise on the image.
+    `cond_pixels` is (B, 3, 1, H, W) or None (no image); `first`, the first latent frame in the video, keys the noise.
     """
     rows, encoder = len(seeds), model.image_encoder
     numbers = [torch.full((rows,), n) for n in (settings.noise_aug, settings.fps, settings.motion_bucket)]
@@ -105,11 +90,7 @@ def image_scale(settings: SVDSettings, length: int) -> Tensor:
 
 
 def load_first_frame(path: str | Path, height: int, width: int) -> Tensor:
-    """Load an image as the first frame (1, 3, 1, H, W) in [-1, 1]: scaled to cover the size, then cropped centrally.
-
-    Raises:
-        DataError: it is missing or not an image.
-    """
+    """Load an image as (1, 3, 1, H, W) in [-1, 1], scaled to cover the size, cropped centrally. Raises DataError."""
     image = read_image(Path(path))  # (h, w, 3)
     return to_tensor(cover_crop(image[None], height, width))[None]
 
@@ -124,16 +105,10 @@ def load_clip_end(
     height: int,
     width: int,
 ) -> Tensor:
-    """Load the last frames of a clip as the first frames (1, 3, k, H, W) in [-1, 1] of a video.
+    """Load a clip's last frames at `fps`, (1, 3, k, H, W) in [-1, 1], scaled to cover the size and cropped centrally.
 
     k is the overlap of windows (1 for a model that continues from one frame), or the most that the clip has and the
-    codec allows. The frames are read at the rate of the video, scaled to cover the size, and cropped centrally.
-
-    Args:
-        frames, window, overlap: of the requested video.
-        fps: of the generated frames.
-    Raises:
-        DataError: it is not a clip, or too short for a single latent frame of the codec.
+    codec allows. Raises DataError if it is not a clip, or too short for a single latent frame.
     """
     info = probe(Path(path))
     rate = exact_rate(fps)

@@ -1,9 +1,8 @@
 """Generate videos longer than those of training, window by window.
 
-*continue*: the last frames of each window are the conditioning frames of the next one. Every window is decoded and
-yielded as soon as it is finished, so memory does not grow with the length. *blend*: all windows are denoised together,
-and at every step their predictions of a shared latent frame are averaged (MultiDiffusion, Bar-Tal et al. 2023,
-equation 5, along time).
+*continue*: the last frames of each window are the conditioning frames of the next one; memory does not grow with the
+length. *blend*: all windows are denoised together, and at every step their predictions of a shared latent frame are
+averaged (MultiDiffusion, Bar-Tal et al. 2023, equation 5, along time).
 
 Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid of a
 window, O shared frames.
@@ -52,14 +51,9 @@ Generate = Callable[[Request], Iterator[Tensor]]
 def plan_generation(
     model: VideoModel, request: Request, options: GenerateOptions, texts: list[tuple[int, str]] | None
 ) -> tuple[Generate, list[str]]:
-    """Plan the requests of a command, which differ only in prompt and seed.
+    """Plan requests that differ only in prompt and seed; return the generating function, and notes for the user.
 
-    Args:
-        texts: the lines of --segment-prompts.
-    Returns:
-        The function that generates them, and notes for the user.
-    Raises:
-        UserError: as `plan_video` and `stream.apply_state_flags`.
+    `texts` are the lines of --segment-prompts. Raises UserError as `plan_video` and `stream.apply_state_flags`.
     """
     windows, notes = plan_video(model, request, options.window, options.overlap, options.window_mode)
     if isinstance(windows, StreamPlan):
@@ -74,18 +68,11 @@ def plan_video(
     overlap: int | None = None,
     mode: WindowModeFlag = "auto",
 ) -> tuple[WindowPlan | StreamPlan, list[str]]:
-    """Plan the windows of a request, or the segments of a network with a memory.
+    """Plan the windows of a request, or the segments of a network with a memory, and return notes for the user.
 
-    Everything is checked here, before any denoising.
-
-    Args:
-        window: W; None: the length of training, if the video is longer.
-        overlap: O; None: a quarter of the window, or 1 for a model that continues from one frame.
-        mode: how windows are joined; `auto`: as the network was trained.
-    Returns:
-        The plan, and notes for the user.
-    Raises:
-        ConfigError: as `request.plan`, `windows.plan_windows` and `windows.select_window_mode`.
+    `window` is by default the length of training, if the video is longer; `overlap` a quarter of the window, or 1 for a
+    model that continues from one frame; `mode` `auto` as in training.
+    Raises ConfigError as `request.plan`, `windows.plan_windows` and `windows.select_window_mode`.
     """
     if model.segments is None:
         return plan_window_video(model, request, window, overlap, mode)
@@ -136,17 +123,7 @@ def generate_long(
     progress: bool = True,
     edit: EditState | None = None,
 ) -> Iterator[Tensor]:
-    """Generate the videos of a request chunk by chunk.
-
-    Args:
-        model: its weights are used as they are, and its training mode is restored.
-        request: `frames` are those of the whole video.
-        windows: from `plan_video`.
-        progress: show a bar on stderr.
-        edit: may change the state after each denoising step.
-    Yields:
-        (B, 3, n, H, W) float32 in [-1, 1] on the CPU: finished frames in order, exactly `request.frames` in total.
-    """
+    """Yield the videos of a request, (B, 3, n, H, W) float32 in [-1, 1] on the CPU, `request.frames` in total."""
     if isinstance(windows, StreamPlan):
         yield from stream(model, request, windows, progress, edit)
         return
@@ -176,11 +153,7 @@ def generate_long(
 
 
 def ramp(length: int, before: int, after: int) -> Tensor:
-    """Return (t,), the weights of a window's latent frames.
-
-    They are 1, rise over the `before` frames that it shares with the previous window, and fall over the `after` frames
-    that it shares with the next one, so that the weights of two neighbours sum to 1.
-    """
+    """Return (t,), a window's weights: 1, but rising and falling over the frames shared with its neighbours."""
     weights = torch.ones(length)
     if before:
         weights[:before] *= torch.arange(1, before + 1) / (before + 1)
@@ -200,15 +173,7 @@ def window_weights(starts: Sequence[int], length: int) -> list[Tensor]:
 
 
 def blend_windows(denoisers: Sequence[Denoise], starts: Sequence[int], length: int) -> Denoise:
-    """Combine one denoiser per window into a denoiser of the whole video.
-
-    Averaging x0 is the same as averaging velocities: they are affine in each other at equal x_t and time.
-
-    Args:
-        denoisers: each takes (B, C, t, h, w).
-        starts: the first latent frame of each window, rising.
-        length: t.
-    """
+    """Combine one denoiser of (B, C, t, h, w) per window, with rising `starts`, into one of the whole video."""
     ramps = [weights[:, None, None] for weights in window_weights(starts, length)]
 
     def denoise(x: Tensor, time: float) -> Tensor:
@@ -256,7 +221,6 @@ def _blend(
 
 
 def _part(condition: Condition, start: int, length: int) -> Condition:
-    """Return the condition of one window: its conditioning frames if it has any; only the first window has an image."""
     image = condition.image if start == 0 or condition.image is None else condition.image.without()
     if condition.cond_latents is None or condition.cond_mask is None:
         return Condition(condition.text, image=image)
@@ -281,13 +245,7 @@ def _check_cond_pixels(request: Request, windows: WindowPlan) -> None:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A video with its metadata.
-
-    Attributes:
-        video: (3, T, H, W) in [-1, 1], on the CPU.
-        fps: of its file.
-        about: how it was generated; written into the file.
-    """
+    """A video (3, T, H, W) in [-1, 1] on the CPU, its `fps`, and `about`: how it was generated."""
 
     video: Tensor
     fps: float
@@ -301,12 +259,7 @@ def sample(
     size: tuple[int, int] | None = None,
     cond_pixels: Tensor | None = None,
 ) -> Sampled:
-    """Generate the video of `titans-video generate --prompt PROMPT --seed SEED` without writing a file.
-
-    Args:
-        size: height and width; None: those of the checkpoint.
-        cond_pixels: (1, 3, k, H, W), the frames that it continues from.
-    """
+    """Generate `titans-video generate --prompt PROMPT --seed SEED` without a file; `size` is (height, width)."""
     height, width = size or (None, None)
     request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed, height=height, width=width), model)
     request = replace(request, cond_pixels=cond_pixels)

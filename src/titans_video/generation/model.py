@@ -44,10 +44,8 @@ class LoadedModel(ABC):
     """A model that planning and requests can query, however it generates.
 
     Attributes:
-        network: on the device that generation runs on, unless it is offloaded.
-        codec: on the same device, unless its own options say otherwise.
-        config: as `titans_video.checkpoint` lists it.
-        step: optimizer steps of its training.
+        network, codec: on the device of the computation, unless offloaded or set otherwise by the codec's options.
+        config: as `titans_video.checkpoint` lists it; `step`: optimizer steps of its training.
         path: of the checkpoint or pipeline, for messages.
         run_on: the device of the computation, if weights wait elsewhere (offloading).
         loras: files and weights of the adapters on the network.
@@ -85,13 +83,9 @@ class LoadedModel(ABC):
 
 @dataclass
 class VideoModel(LoadedModel):
-    """The parts of a checkpoint of this project.
+    """The parts of a checkpoint of this project; `process` is the noise process of training.
 
-    Attributes:
-        text: on the device of the network, unless its own options say otherwise.
-        process: the noise process of training.
-        image: encodes the image condition of a network that has one.
-        turns: the parts that are on the device only while they are used.
+    `image` encodes the image condition of a network that has one; `turns` are parts that use the device by turns.
     """
 
     network: nn.Module
@@ -154,11 +148,7 @@ class VideoModel(LoadedModel):
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device called `name`; without a name, CUDA if it is available, else the CPU.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """Return the device called `name` (default: CUDA if available, else the CPU); ConfigError if there is none."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -171,11 +161,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def run_device(run: RunOptions) -> torch.device:
-    """Return the device of the options.
-
-    Raises:
-        ConfigError: as `choose_device`, or it does not compute in the precision of the options.
-    """
+    """Return the device of the options; ConfigError if it is missing or cannot compute in their precision."""
     device = choose_device(run.device)
     if run.dtype == "fp16" and device.type == "cpu":
         raise ConfigError("--dtype fp16: CPUs compute in fp32 or bf16; use --dtype bf16.")
@@ -183,11 +169,7 @@ def run_device(run: RunOptions) -> torch.device:
 
 
 def find_checkpoint(name: str | None) -> Path:
-    """Return the path of a checkpoint: a path, `latest`, or None for the weights that come with the package.
-
-    Raises:
-        CheckpointError: there is none; the message names where it looked.
-    """
+    """Return the path of a checkpoint: a path, `latest`, or None for the package's weights. Raises CheckpointError."""
     if name is None:
         shipped = Path(str(files("titans_video"))) / "assets" / "tiny"
         if not (shipped / "config.json").exists():
@@ -209,15 +191,11 @@ def find_checkpoint(name: str | None) -> Path:
 
 
 def load_model(checkpoint: str | None, overrides: Overrides, device: torch.device | str) -> VideoModel:
-    """Read a checkpoint and build the model that it describes, in evaluation mode on `device`.
+    """Read a checkpoint (see `find_checkpoint`) and build its model in evaluation mode on `device`.
 
-    Args:
-        checkpoint: see `find_checkpoint`.
-        overrides: new paths of the encoders and the VAE.
-        device: of the network, the codec and the encoders.
-    Raises:
-        CheckpointError: it is missing or unreadable, or its parts do not fit together.
-        CodecError, TextError: the VAE or a text encoder that it names is missing.
+    `overrides` has new paths of the encoders and the VAE.
+    Raises CheckpointError if it is missing or unreadable, or its parts do not fit; CodecError or TextError if its VAE
+    or text encoder is missing.
     """
     path = find_checkpoint(checkpoint)
     read = checkpoints.read(path)
@@ -247,11 +225,7 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
 
 
 def _check_together(model: VideoModel) -> None:
-    """Compare the parts of a checkpoint with one another, before any of them computes.
-
-    Raises:
-        CheckpointError: they belong to different models.
-    """
+    """Raise CheckpointError if the parts of a checkpoint belong to different models."""
     network: Any = model.network
     made, spec = network.config, model.codec.spec
     unet, variance = made.get("unet_config"), getattr(model.process, "variance", None)
@@ -272,7 +246,6 @@ def _check_together(model: VideoModel) -> None:
 def _image_encoder(
     config: dict[str, Any] | None, overrides: Overrides, device: torch.device | str
 ) -> ImageEncoder | None:
-    """Load the image encoder of a checkpoint, from the folder that `overrides` may name."""
     if config is None:
         return None
     given = overrides.pretrained_model
@@ -306,10 +279,7 @@ def _part(path: Path, name: str, build: Callable[[], PartT]) -> PartT:
 def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> VideoModel:
     """Load a model and cast, offload and compile its network as the options ask.
 
-    With an `offload`, everything is read into main memory and each part is on the device only while it is used.
-
-    Raises:
-        UserError: as `load_model`, or a device or precision is not available.
+    Raises UserError as `load_model`, or if a device or precision is not available.
     """
     device = run_device(run)
     model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu")
@@ -331,11 +301,7 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
 
 
 def with_shift(model: VideoModel, shift: float | None) -> VideoModel:
-    """Return the model with another time shift in sampling; None: the shift of training.
-
-    Raises:
-        ConfigError: its noise process has no time shift, or not this one.
-    """
+    """Return the model with another time shift in sampling (None: training's); ConfigError if it cannot have it."""
     if shift is None:
         return model
     check_flags({"shift": shift}, model.capabilities)

@@ -1,7 +1,6 @@
 """From flags to a checked request: the videos, their length, and the frames that they begin with.
 
-Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
-k conditioning frames.
+Legend: B videos, C latent channels, T H W pixel frames and size, t h w the latent grid, k conditioning frames.
 """
 
 import math
@@ -40,21 +39,13 @@ SEVERAL = 2
 
 @dataclass(frozen=True)
 class Request:
-    """B videos of one size.
+    """B videos of one size, with one prompt and one seed each; the noise of a video depends only on its own seed.
 
     Attributes:
-        prompts: B prompts.
-        frames, height, width: of each video, exactly.
-        seeds: B seeds; the noise of a video depends only on its own seed.
-        steps: denoising steps.
-        guidance_scale: 1: no guidance.
-        guidance_interval: (lo, hi) times between which guidance acts; None: all.
-        sampler: a name of `diffusion.samplers`.
-        negative_prompt: what guidance leans away from.
+        guidance_scale, guidance_interval: 1: no guidance; (lo, hi) times between which it acts, None: all.
         draft_frames: leading frames that a first window without conditioning frames keeps of its draft; the rest is
             generated again from them. 0: there is no draft.
-        continue_steps, continue_guidance: `steps` and `guidance_scale` of windows with several conditioning frames;
-            None: the same. With a single one the prompt still decides what follows, as it does with none.
+        continue_steps, continue_guidance: of windows with several conditioning frames; None: as the others.
         cond_pixels: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: there are none.
         svd: settings of a network with an image condition.
     """
@@ -97,11 +88,7 @@ class Request:
         return [format_flag(name, value) for name, value in asked.items() if PER_FRAME in FLAG_NEEDS[name]]
 
     def total_steps(self, overlaps: Sequence[int] = (0,)) -> int:
-        """Count the denoising steps of windows that continue one another, of which this is the first.
-
-        Args:
-            overlaps: frames that each shares with the previous one, as `windows.WindowPlan.overlap_frames`.
-        """
+        """Count the denoising steps of chained windows; `overlaps` as `windows.WindowPlan.overlap_frames`."""
         draft = [self.draft_frames] if self.has_draft else []
         counts = (self.num_cond_frames, *draft, *overlaps[1:])
         return sum(self.for_continuation(count).steps for count in counts)
@@ -120,14 +107,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a clip meets a request.
-
-    Attributes:
-        frames: that are generated; those beyond the request are cut.
-        latent_shape: (C, t, h, w).
-        tokens: of a video.
-        notes: for the user.
-    """
+    """The size of a clip: `frames`, of which the rest is cut, `latent_shape` (C, t, h, w), and `tokens` of a video."""
 
     frames: int
     latent_shape: tuple[int, int, int, int]
@@ -136,13 +116,9 @@ class Plan:
 
 
 def plan(model: LoadedModel, request: Request, longest: int | None = None) -> Plan:
-    """Check a request against the codec, the network and the length of training.
+    """Check a request against the codec, the network and the length of training, or `longest` frames at once.
 
-    Args:
-        longest: frames that may be generated at once, instead of the number of training.
-    Raises:
-        ConfigError: a size is off the grid, there are more frames than in training, lists do not match, the sampler is
-            unknown, or the model lacks a capability.
+    Raises ConfigError for a size off the grid, too many frames, lists that do not match, or a missing capability.
     """
     _check_lists(request)
     sampler_by_name(request.sampler)
@@ -231,13 +207,7 @@ DEFAULT_FPS = 24.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Frames and rates of a video.
-
-    Attributes:
-        frames, fps: of the file.
-        made, gen_fps: of what the model generates; equal to the file's without interpolation.
-        notes: for the user.
-    """
+    """Frames and rates: `frames`, `fps` of the file, `made`, `gen_fps` of the model (equal without interpolation)."""
 
     frames: int
     fps: float
@@ -257,11 +227,7 @@ def exact_frames(seconds: float, fps: float) -> int:
 
 
 def timing(options: GenerateOptions, model: LoadedModel) -> Timing:
-    """Return the frames and rates of the flags, with those of training as defaults.
-
-    Raises:
-        ConfigError: neither the flags nor the checkpoint give a length, or --gen-fps is above --fps.
-    """
+    """Return frames and rates; ConfigError: no length in flags or checkpoint, or --gen-fps above --fps."""
     fps = float(next(v for v in (options.fps, model.trained("fps"), DEFAULT_FPS) if v is not None))
     gen_fps = fps if options.gen_fps is None else options.gen_fps
     if gen_fps > fps:
@@ -291,11 +257,7 @@ DEFAULT_STEPS = 50
 
 
 def check_options(options: GenerateOptions) -> Path:
-    """Check the flags without a model; return the path of --out.
-
-    Raises:
-        ConfigError: a value or a combination is not legal.
-    """
+    """Check the flags without a model and return the path of --out; ConfigError: an illegal value or combination."""
     validate(options)
     for one, other, both in (
         ("--seconds", "--num-frames", "both set the length"),
@@ -326,14 +288,9 @@ def check_options(options: GenerateOptions) -> Path:
 def build_request(options: GenerateOptions, model: LoadedModel, image_follows: bool = False) -> tuple[Request, float]:
     """Return the request of checked flags (of its first video), and the frame rate of the file.
 
-    Defaults are those of training and the recommendations of the checkpoint.
-
-    Args:
-        image_follows: the caller sets `cond_pixels` itself, later.
-    Raises:
-        ConfigError: neither the flags nor the checkpoint give a size or a length, the rates do not fit, or the model
-            lacks a capability that a flag needs.
-        DataError: --image is not an image, or --video not a clip.
+    Defaults are those of training and the checkpoint's recommendations.
+    Raises ConfigError if no size or length is given, the rates do not fit, or the model lacks a capability; DataError
+    if --image is not an image, or --video not a clip.
     """
     check_flags(vars(options), model.capabilities)
     defaults: dict[str, Any] = model.config.get("sample") or {}
@@ -408,11 +365,7 @@ def _required(flag: str, given: int | None, model: LoadedModel, name: str) -> in
 
 
 def check_out(out: str) -> Path:
-    """Return the path of `--out`, checked before anything slow runs.
-
-    Raises:
-        ConfigError: the suffix is unknown, or the place is taken or not writable.
-    """
+    """Return the path of `--out`; ConfigError: the suffix is unknown, or the place is taken or not writable."""
     path = Path(out)
     try:
         output_kind(path)

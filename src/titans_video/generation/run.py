@@ -1,7 +1,4 @@
-"""Run the `generate` command: flags to files, video after video, chunk after chunk.
-
-Legend: T H W frames, height and width.
-"""
+"""Run the `generate` command: flags to files, video after video, chunk after chunk."""
 
 import json
 import re
@@ -68,16 +65,10 @@ class _SheetFrames:
 
 
 def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions | None = None) -> Path:
-    """Generate the videos of the flags, write them, and print their paths.
+    """Generate the videos of the flags, write them, print their paths, and return the path of `--out`.
 
-    Beside each video this writes `<name>.json`, all that is needed to generate it again (an mp4 has the same as its
-    comment), and sheets with a row of frames of each video.
-
-    Returns:
-        The path of `--out`.
-    Raises:
-        UserError: the flags, the checkpoint, the image or the clip are wrong; always before any denoising.
-        NonFiniteFrames: a video has no finite frame; nothing of it is written.
+    Beside each video this writes `<name>.json`, all that is needed to generate it again, and contact sheets.
+    Raises UserError for wrong flags or inputs, before any denoising; NonFiniteFrames if a video has no finite frame.
     """
     run = run or RunOptions()
     out = check_options(options)
@@ -143,11 +134,7 @@ def name_range(names: Sequence[str]) -> str:
 def _load(
     options: GenerateOptions, overrides: Overrides, run: RunOptions
 ) -> tuple[LoadedModel, PlanGeneration, list[str]]:
-    """Load a checkpoint of this project, or the pretrained pipeline of --pretrained-model, with LoRA.
-
-    Returns:
-        The model, its `plan_generation`, and notes for the user.
-    """
+    """Load a checkpoint or the pipeline of --pretrained-model; return it, its `plan_generation`, and notes."""
     folder = overrides.pretrained_model
     if options.checkpoint is None and folder is not None and (options.lora or is_pipeline(folder)):
         pretrained, notes = diffusers_backend.load_pipeline(run, folder, options.lora, overrides)
@@ -224,13 +211,7 @@ def command(options: GenerateOptions, overrides: Overrides, run: RunOptions) -> 
 def full_record(
     options: GenerateOptions, overrides: Overrides, run: RunOptions, request: Request, model: LoadedModel, weights: str
 ) -> dict[str, Any]:
-    """Return everything that is needed to generate one video again.
-
-    Args:
-        options: of this video, with its own prompt, seed and path.
-        request: as it was generated, with the recommendations of the checkpoint.
-        weights: from `fingerprint`.
-    """
+    """Return everything that is needed to generate one video again; `weights` is from `fingerprint`."""
     return about(request, model) | {
         "command": command(options, overrides, run),
         "options": asdict(options),
@@ -250,12 +231,7 @@ def write_side_file(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def format_written(written: Written, height: int, width: int, *, replaced: bool = False) -> str:
-    """Return a line with the path and the properties of a video, and a second one if something was changed for it.
-
-    Args:
-        height, width: of the generated frames.
-        replaced: there was another file before.
-    """
+    """Return a line with the path and the properties of a video, and a second one if something was changed for it."""
     rate = float(written.fps)
     line = (
         f"{written.path}: {written.frames} frames of {height}x{width} at {rate:g} fps ({written.frames / rate:.2f} s)"

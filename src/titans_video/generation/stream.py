@@ -1,7 +1,7 @@
 """Generate a video of any length segment by segment, with a network that has a memory, and save its state.
 
-Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid,
-n latent frames of a segment, o of the overlap, k of the codec's context, p frames not yet yielded.
+Legend: B videos of one batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, n latent
+frames of a segment, o of the overlap, k of the codec's context, p frames not yet yielded.
 """
 
 import sys
@@ -33,14 +33,10 @@ class StreamState:
     """The state that passes from one segment to the next.
 
     Attributes:
-        memory: of the network.
         overlap: (B, C, o, h, w), the last latent frames; None before the first segment.
-        context: (B, C, k, h, w), the latent frames that the codec decodes again with the next segment; None if it needs
-            none, or before the first segment.
+        context: (B, C, k, h, w), the latent frames that the codec decodes again with the next segment; None: none.
         pending: (B, 3, p, H, W) in [-1, 1], generated frames that were not requested yet: fewer than a segment's.
-        latents: latent frames generated so far; it keys the noise.
-        frames: pixel frames yielded so far.
-        seeds: of the videos.
+        latents, frames: latent frames generated so far, which key the noise, and pixel frames yielded so far.
     """
 
     memory: Memory
@@ -63,15 +59,12 @@ class StreamPlan:
     """How a network with a memory meets a request.
 
     Attributes:
-        segment, overlap: latent frames.
-        latent_shape: (C, n, h, w) of a segment.
-        tokens: of a segment, for the time shift.
+        segment, overlap: latent frames; `latent_shape`: (C, n, h, w), and `tokens` of a segment, for the time shift.
         frames: pixel frames that are requested.
         first, chunk: pixel frames of a video's first segment, and of every other.
         start: the state to continue from; None: a new video.
         texts: (frames, prompt) in order, instead of the request's prompts; the last prompt applies to all later frames.
-        save_to: file for the state after the last yielded frame.
-        weights: fingerprint of the network, saved with the state.
+        save_to: file for the state after the last yielded frame; `weights`: the network's fingerprint in it.
     """
 
     segment: int
@@ -112,11 +105,7 @@ class StreamPlan:
 
 
 def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
-    """Save a state; the size of the file does not depend on the length of the video so far.
-
-    Args:
-        weights: fingerprint of the network.
-    """
+    """Save a state, of constant size, with the fingerprint `weights` of its network."""
     parts = {"overlap": state.overlap, "context": state.context, "pending": state.pending}
     tensors = state.memory.tensors() | {f"stream.{k}": v for k, v in parts.items() if v is not None}
     numbers = {"latents": state.latents, "frames": state.frames, "seeds": ",".join(map(str, state.seeds))}
@@ -124,11 +113,7 @@ def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
 
 
 def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
-    """Load a saved state and the fingerprint of its network.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, of another version, or not the state of a stream.
-    """
+    """Load a state and its network's fingerprint; CheckpointError: missing, damaged, or not a stream's."""
     tensors, about = load_state(path)
     try:
         state = StreamState(
@@ -147,11 +132,7 @@ def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
 
 
 def _check_content(state: StreamState) -> None:
-    """Check that the parts of a state have the axes that `StreamState` lists.
-
-    Raises:
-        ValueError: they have not.
-    """
+    """Raise ValueError if the parts of a state do not have the axes that `StreamState` lists."""
     if not (0 <= state.latents < 2**53 and 0 <= state.frames < 2**53):
         raise ValueError("the count of frames")
     videos = {len(state.seeds), *(len(x) for x in state.memory.tensors().values())}
@@ -167,11 +148,7 @@ def _check_content(state: StreamState) -> None:
 def apply_state_flags(
     model: VideoModel, plan: StreamPlan, options: GenerateOptions, texts: list[tuple[int, str]] | None
 ) -> StreamPlan:
-    """Return the plan with --memory-in, --memory-out and --segment-prompts applied.
-
-    Raises:
-        CheckpointError: the state is of another model or size.
-    """
+    """Apply --memory-in, --memory-out, --segment-prompts; CheckpointError: a state of another model or size."""
     if options.memory_in is None and options.memory_out is None and texts is None:
         return plan
     weights = fingerprint(model)
@@ -240,13 +217,9 @@ def plan_stream(
 ) -> tuple[StreamPlan, list[str]]:
     """Plan the segments of a request of any length, and return notes for the user.
 
-    Args:
-        trained: the model's `segments`.
-        window: frames of a segment and of the `overlap` before it; None: as in training.
-        overlap: frames of the previous segment that a segment sees; None: as in training.
-    Raises:
-        ConfigError: a size is off the grid, a window is not a whole number of latent frames, the first segment cannot
-            hold the conditioning frames, or the request samples continued windows differently.
+    `window` counts the frames of a segment and of the `overlap` before it; None for either: as in training (`trained`).
+    Raises ConfigError if a size is off the grid, a window is not a whole number of latent frames or too short for the
+    conditioning frames, or the request samples continued windows differently.
     """
     n, overlap, notes = _segments(model, trained, window, overlap)
     check_flags(vars(request), model.capabilities)
@@ -303,17 +276,7 @@ def _nearest(value: int, unit: int, least: int) -> str:
 def stream(
     model: VideoModel, request: Request, how: StreamPlan, progress: bool = True, edit: EditState | None = None
 ) -> Iterator[Tensor]:
-    """Generate the videos of a request.
-
-    Args:
-        model: its weights are used as they are, and its training mode is restored.
-        request: `frames` counts the new frames, after those of `how.start`.
-        how: from `plan_stream`.
-        progress: show a bar on stderr.
-        edit: may change the state after each denoising step.
-    Yields:
-        (B, 3, T, H, W) float32 in [-1, 1] on the CPU: finished frames in order, exactly `request.frames` in total.
-    """
+    """Yield the videos of a request, (B, 3, T, H, W) float32 in [-1, 1] on the CPU, after the frames of `how.start`."""
     state = how.start or _initial_state(model, request)
     before, left = state.frames, request.frames
     prompts: dict[str, Prompts] = {}
@@ -384,10 +347,7 @@ def _initial_state(model: VideoModel, request: Request) -> StreamState:
 
 
 def _make_denoiser(model: VideoModel, state: StreamState, batch: int) -> Predict:
-    """Return the network as a prediction of a segment's x0.
-
-    The overlap comes before the segment at time 0, and the latent frames of `clean_mask` are kept clean.
-    """
+    """Return the network as a prediction of a segment's x0, after the overlap at time 0; `clean_mask` is kept clean."""
 
     def predict(x_t: Tensor, time: float, condition: Condition) -> Tensor:
         rows = torch.arange(x_t.shape[0]) % batch  # guidance doubles the batch

@@ -53,9 +53,7 @@ class VideoPipeline(DiffusionPipeline):
         pipe = VideoPipeline.from_pretrained("exported", dtype=torch.bfloat16, device="cuda")
         frames = pipe("a red circle", num_frames=64, generator=torch.Generator().manual_seed(0)).frames[0]
 
-    Args:
-        transformer: the network.
-        model: all parts of the checkpoint; its network is `transformer`.
+    `model` has all parts of the checkpoint; its network is `transformer`.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -80,16 +78,11 @@ class VideoPipeline(DiffusionPipeline):
         offload: str = "none",
         **overrides: Any,
     ) -> Self:
-        """Load any checkpoint of this project.
+        """Load an exported folder, a run's folder, a .pt file, `latest`, or None for the weights of the package.
 
-        Args:
-            pretrained_model_name_or_path: an exported folder, a run's folder, a .pt file, `latest`, or None for the
-                weights that come with the package. Nothing is downloaded.
-            dtype: of the network's weights; `torch_dtype` is its older name.
-            device, compile, offload: as `config.generation.RunOptions`.
-            overrides: new paths of VAE and encoders, as `config.generation.Overrides`.
-        Raises:
-            UserError: as `generation.model.load_for`.
+        `torch_dtype` is an older name of `dtype`. `device`, `compile` and `offload` are as in
+        `config.generation.RunOptions`, and `overrides` as `config.generation.Overrides`. Raises UserError as
+        `generation.model.load_for`.
         """
         precision = dtype or torch_dtype or torch.float32
         names = {value: name for name, value in PRECISIONS.items()}
@@ -156,27 +149,24 @@ class VideoPipeline(DiffusionPipeline):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> VideoPipelineOutput | tuple[Any]:
-        """Generate videos.
+        """Generate videos; return `VideoPipelineOutput`, or a tuple of its one value.
 
-        Defaults are those of training and the recommendations of the checkpoint. Arguments without a description here
-        are those of `config.generation.GenerateOptions`.
+        Defaults are those of training and the recommendations of the checkpoint. Other arguments are those of
+        `config.generation.GenerateOptions`.
 
         Args:
-            prompt: one or several; None: the recommended one, or no prompt if an image is given to a network with an
-                image condition.
-            image: the first frame of every video: a path, a PIL image, uint8 (H, W, 3), or a tensor (3, H, W) in
-                [-1, 1]. It is scaled to cover the size and cropped centrally.
+            prompt: one or several; None: the recommended one (none for an image with a network with an image
+                condition).
+            image: the first frame, scaled to cover the size and cropped centrally: a path, a PIL image, uint8 (H, W,
+                3), or a tensor (3, H, W) in [-1, 1].
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or the path of a clip,
                 whose last frames are used.
             image_guidance, motion_bucket, noise_aug: only for Stable Video Diffusion.
             generator: seeds are drawn from it: one for all videos, or one per video; None: torch's own generator.
             output_type: `np`, `pt` or `pil`.
             callback_on_step_end: see `OnStepEnd`.
-        Returns:
-            `VideoPipelineOutput`, or a tuple of its one value.
-        Raises:
-            UserError: a size, a length or a plan of windows is not possible, or the model lacks a capability.
-            NonFiniteFrames: no frame is finite.
+        Raises UserError if a size, a length or a plan of windows is not possible, or the model lacks a capability;
+        NonFiniteFrames if no frame is finite.
         """
         if output_type not in OUTPUTS:
             raise ConfigError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUTS)}.")
@@ -241,11 +231,7 @@ class VideoPipeline(DiffusionPipeline):
 
 
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
-    """Draw one seed per video. Equal generators give equal seeds; the same generator gives others the next time.
-
-    Raises:
-        ConfigError: the list of generators has another length than the videos.
-    """
+    """Draw one seed per video; the same generator gives others the next time. ConfigError: a wrong number of them."""
     if generator is None or isinstance(generator, torch.Generator):
         return [_draw(generator) for _ in range(count)]
     if len(generator) != count:

@@ -1,7 +1,6 @@
 """Capabilities of models, the flags that need them, and how a long video is divided into windows.
 
-Legend: F frames of the video, W of a window, O of an overlap, S pixel frames of one latent frame, T and o the latent
-frames of a window and of an overlap.
+Legend: F frames of the video, W of a window, O of an overlap, T and o latent frames of a window and an overlap.
 """
 
 from collections.abc import Mapping
@@ -22,16 +21,13 @@ class Capabilities:
     """The abilities of a model, from its network class and its checkpoint, or from its ModelSpec.
 
     Attributes:
-        per_frame_time: the network takes a timestep for each latent frame, so any number of conditioning frames can be
-            kept clean. Without it, windows can only be chained on their last frame.
+        per_frame_time: one timestep per latent frame, so any number of conditioning frames can be kept clean. Without
+            it, windows can only be chained on their last frame.
         tasks: the tasks of its training (t2v, i2v, v2v); None: the checkpoint does not record them.
-        text: it reads prompts.
         image_condition: it receives its first frame as an `ImageCondition`, and generates that frame itself.
         segments: it has a memory and generates a video segment by segment.
         own_sampling: noise process and samplers are those of this project, not those of a diffusers pipeline.
-        time_shift: its noise process has a time shift.
-        most_cond_frames: how many conditioning frames it takes at most; None: any number.
-        image_required: it generates nothing without a first frame.
+        most_cond_frames, image_required: the most conditioning frames (None: any number); a first frame is needed.
     """
 
     per_frame_time: bool
@@ -110,23 +106,13 @@ NO_NEED: dict[str, tuple[object, ...]] = {
 
 
 def asked_flags(given: Mapping[str, object]) -> dict[str, object]:
-    """Return the flags of `FLAG_NEEDS` whose values not every model accepts.
-
-    Args:
-        given: values by field name, such as `vars` of a `GenerateOptions` or of a `Request`.
-    """
+    """Return the flags of `FLAG_NEEDS` whose values, by field name, not every model accepts."""
     values = {name: given.get(name) for name in FLAG_NEEDS}
     return {name: value for name, value in values.items() if value is not None and value not in NO_NEED.get(name, ())}
 
 
 def check_flags(given: Mapping[str, object], model: Capabilities) -> None:
-    """Reject flags that need a capability which the model lacks.
-
-    Args:
-        given: as in `asked_flags`.
-    Raises:
-        ConfigError: with the flags, their values and the reason.
-    """
+    """Raise ConfigError if flags need a capability that the model lacks; `given` as in `asked_flags`."""
     rejected: dict[str, list[str]] = {}
     for name, value in asked_flags(given).items():
         lacking = next((need for need in FLAG_NEEDS[name] if not getattr(model, need.capability)), None)
@@ -137,7 +123,6 @@ def check_flags(given: Mapping[str, object], model: Capabilities) -> None:
 
 
 def format_flag(name: str, value: object) -> str:
-    """Return a flag and its value as they are written on the command line."""
     values = value if isinstance(value, tuple) else (value,)
     return f"{flag_of(name)} {','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"
 
@@ -145,16 +130,9 @@ def format_flag(name: str, value: object) -> str:
 def select_window_mode(
     model: Capabilities, wanted: WindowModeFlag, overlap: int | None
 ) -> tuple[Mode, int | None, list[str]]:
-    """Choose how windows are joined, and their overlap.
+    """Choose how windows are joined, and their overlap; add notes for the user. ConfigError: the model cannot do it.
 
-    Args:
-        model: its capabilities.
-        wanted: `auto`: *continue* if it was trained with conditioning frames, else *blend*.
-        overlap: frames, or None for the default.
-    Returns:
-        The mode; the overlap, 1 if windows are chained on their last frame; notes for the user.
-    Raises:
-        ConfigError: the model cannot do what was asked for.
+    `auto` is *continue* if the model was trained with conditioning frames, else *blend*.
     """
     if wanted == "blend":
         return "blend", overlap, []
@@ -207,12 +185,10 @@ class WindowPlan:
     """Windows of one shape that cover a video.
 
     Attributes:
-        mode: how they are joined.
         window: W. A single window may be shorter than requested.
         overlap: O of all neighbours except the last two, which may share more.
         frames: how many are generated; those beyond the request are cut.
-        starts: the first pixel frame of each window.
-        latent_starts: the number of each window's first latent frame, which keys its noise.
+        starts, latent_starts: the first pixel frame and the first latent frame (which keys the noise) of each window.
     """
 
     mode: Mode
@@ -247,16 +223,9 @@ def plan_windows(
 ) -> WindowPlan:
     """Cover F frames by windows of one shape; the last begins earlier rather than being shorter.
 
-    Args:
-        spec: of the codec.
-        patch_t: latent frames of one token.
-        frames: F.
-        window: W; where F is at most that, one window of F is planned.
-        overlap: O; None: a quarter of W, to the nearest legal one.
-        mode: see `long_video`; *continue* also takes an O of 1 that is not a whole latent frame.
-    Raises:
-        ConfigError: W is not legal for codec and patch, a window cannot share O frames, or F is below 1; the message
-            has the nearest legal values.
+    `patch_t` is latent frames of one token. If F is at most `window`, one window of F is planned. `overlap` is by
+    default a quarter of W, to the nearest legal one; *continue* also takes 1.
+    Raises ConfigError, with the nearest legal values, if W or O is not legal or F is below 1.
     """
     if frames < 1:
         raise ConfigError(f"{frames} frames were requested; at least 1 is needed.")
@@ -288,10 +257,7 @@ def _starts(spec: CodecSpec, frames: int, window: int, overlap: int, mode: Mode)
 
 
 def legal_overlaps(spec: CodecSpec, window: int, mode: Mode) -> list[int]:
-    """Return every O that a window may share with the previous one, rising: whole latent frames at its start.
-
-    In *continue* mode that includes a single frame, whatever the codec: windows are then chained on their last frame.
-    """
+    """Return every legal O, rising: whole latent frames at a window's start, and 1 in *continue* mode."""
     ends = {stop for _, stop in spec.frame_groups(window)[:-1]}
     return sorted(ends | ({1} if mode == "continue" and window > 1 else set()))
 
@@ -306,13 +272,7 @@ def _check_window(spec: CodecSpec, patch_t: int, window: int) -> None:
 
 
 def check_overlap(spec: CodecSpec, window: int, overlap: int, mode: Mode, flag: str = "--overlap") -> None:
-    """Reject an O that a window cannot share with the previous one, or with its own draft.
-
-    Args:
-        flag: for the message.
-    Raises:
-        ConfigError: with the nearest legal values.
-    """
+    """Raise ConfigError, with the nearest legal values, if a window or its draft cannot share O frames."""
     legal = legal_overlaps(spec, window, mode)
     if overlap in legal:
         return
@@ -343,18 +303,7 @@ def _default_overlap(spec: CodecSpec, window: int, mode: Mode) -> int:
 
 
 def check_draft(flag: str, draft: int, model: Capabilities, spec: CodecSpec, frames: int) -> None:
-    """Reject a draft that a network cannot continue from.
-
-    Args:
-        flag: for the message.
-        draft: how many leading frames are kept.
-        model: capabilities of a model with a timestep per frame.
-        spec: of the codec.
-        frames: of the first window.
-    Raises:
-        ConfigError: the model was not trained to continue from so many frames, they are not whole latent frames, or
-            no frame is left to generate.
-    """
+    """Raise ConfigError if a network cannot continue from `draft` leading frames of a window of `frames` frames."""
     if not (model.continues_from_frames or (draft == 1 and model.continues_from_one)):
         from_one = "; it can continue from one" if model.continues_from_one else ""
         raise ConfigError(
