@@ -1,11 +1,7 @@
-"""How text enters a network: a projection of each frozen encoder's states, or the built-in encoder over bytes.
+"""Projections of text to the network's width: of a frozen encoder's states, or a built-in encoder over bytes.
 
-The built-in encoder is a small transformer, trained with the network and stored in its checkpoint. A byte alone
-carries little meaning, and a small encoder takes long to learn to spell. So each byte also looks up an embedding of
-the word prefix that ends at it ("r", "re", "red"), through a hash into a fixed table. The last byte of a word then has
-a vector of the whole word from the first step on, and words with a common prefix share its embedding. This is the hash
-n-gram embedding of the Byte Latent Transformer (Pagnoni et al. 2024), with n reaching back to the last space.
-
+Each byte also looks up an embedding of the word prefix that ends at it: the hash n-gram embedding of the Byte Latent
+Transformer (Pagnoni et al. 2024), with n reaching back to the last space.
 Legend: B batch, L bytes, D width, E width of a text stream.
 """
 
@@ -25,15 +21,9 @@ ROPE_THETA = 256.0
 
 
 def prefix_hashes(ids: Tensor) -> Tensor:
-    """Hash the word prefix that ends at each byte.
+    """Hash the word prefix that ends at each byte: ids (B, L) int64 -> (B, L) int64 in [0, PRIME).
 
-    The hash is the sum of id x BASE^(position in the word) mod PRIME. All bytes are computed at once: running sums over
-    the whole text, minus the sum before the word, times BASE^-(start of the word). No product exceeds 2^62.
-
-    Args:
-        ids: (B, L) int64 byte ids. Each space and each end of text is a word of its own.
-    Returns:
-        (B, L) int64 in [0, PRIME).
+    The hash is the sum of id x BASE^(position in the word) mod PRIME, from running sums. No product exceeds 2^62.
     """
     length = ids.shape[1]
     powers, inverses = (table.to(ids.device) for table in _powers(length))
@@ -88,23 +78,14 @@ class ByteEncoder(nn.Module):
 
 
 def text_embeddings(widths: tuple[int, ...], dim: int, heads: int, layers: int, buckets: int) -> nn.ModuleList:
-    """Build one module per text stream that maps (stream, mask) to (B, L, D).
-
-    Args:
-        widths: E of each stream. For a width of 0, which means byte ids, the module is a `ByteEncoder`.
-        layers, buckets: depth of the byte encoder and size of its table of word prefixes.
-    """
+    """Build one module per stream width E, (stream, mask) -> (B, L, D); a width of 0 means byte ids (`ByteEncoder`)."""
     return nn.ModuleList(
         TextProjection(width, dim) if width else ByteEncoder(dim, heads, layers, buckets) for width in widths
     )
 
 
 def check_text(text: TextCondition | None, widths: tuple[int, ...]) -> None:
-    """Check that `text` has the streams that a network was built for.
-
-    Raises:
-        ConfigError: other streams.
-    """
+    """Raise ConfigError if `text` has other streams than the network was built for."""
     given = [] if text is None else [x.shape[-1] if x.is_floating_point() else 0 for x in text.streams]
     if given != list(widths):
         raise ConfigError(

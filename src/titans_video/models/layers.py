@@ -1,9 +1,8 @@
 """Layers of the video transformers: norms, rotary positions, attention, MLP, embeddings.
 
 Legend: B batch, G groups, L tokens of a group (they attend to each other), N = G L tokens, M text tokens of all
-streams, R registers (extra tokens without a position), H heads, d head dim, D = H d width, C latent channels,
-t h w latent grid, (pt, ph, pw) patch, s = t / pt temporal slots, p = (h / ph)(w / pw) tokens of a slot,
-E width of a text stream; "..." any axes.
+streams, R registers (tokens without a position), H heads, d head dim, D = H d width, C latent channels, t h w latent
+grid, (pt, ph, pw) patch, s = t / pt slots, p = (h / ph)(w / pw) tokens of a slot, E width of a text stream.
 """
 
 import math
@@ -31,16 +30,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Compute LayerNorm(x) * (1 + scale) + shift, the modulated norm of adaLN (DiT).
+    """Compute LayerNorm(x) * (1 + scale) + shift (adaLN of DiT): x (B, s, p, D), shift and scale (B, s, 1, D).
 
-    The backward pass recomputes the normalised x. Plain autograd would store it beside x for each sub-layer: a sixth of
-    a block's activations. It works under autocast, gradient checkpointing and DDP, but not in forward-mode autodiff.
-
-    Args:
-        x: (B, s, p, D).
-        shift, scale: (B, s, 1, D).
-    Returns:
-        (B, s, p, D) in x's dtype.
+    The backward pass recomputes the normalised x, which saves memory. Forward-mode autodiff is not supported.
     """
     if torch.compiler.is_compiling():  # the compiler fuses this and recomputes it in the backward pass
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
@@ -49,16 +41,9 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def qk_norm_rope(x: Tensor, weight: Tensor, freqs_cis: Tensor | None = None) -> Tensor:
-    """Apply RMSNorm with `weight` over the last axis, then rotary positions; all in float32.
+    """Apply RMSNorm with `weight` over the last axis of x (..., d), then rotary positions; all in float32.
 
-    The backward pass recomputes the normalised x, see `ada_layer_norm`.
-
-    Args:
-        x: (..., d).
-        weight: broadcasts against x.
-        freqs_cis: complex, broadcasts against (..., d / 2). With None nothing is rotated.
-    Returns:
-        (..., d) in x's dtype.
+    `freqs_cis` is complex and broadcasts against (..., d / 2); None rotates nothing. The result has x's dtype.
     """
     if torch.compiler.is_compiling():
         y = F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * weight
@@ -126,11 +111,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Split the d / 2 channel pairs of a head among time, height and width. Time gets the remainder.
-
-    Raises:
-        ConfigError: `head_dim` is odd or below 6, so an axis would have no pair.
-    """
+    """Split a head's d / 2 channel pairs into time (and the remainder), height, width; ConfigError: d odd or < 6."""
     pairs = head_dim // 2
     if head_dim % 2 or pairs < 3:
         raise ConfigError(
@@ -155,12 +136,8 @@ def freqs_cis_1d(
 def freqs_cis_3d(
     grid: tuple[int, int, int], head_dim: int, theta: float, device: torch.device | None = None, first_slot: int = 0
 ) -> Tensor:
-    """Return the rotations of a (slots, rows, columns) grid of tokens. Slots count from `first_slot`.
+    """Return the rotations of a (slots, rows, columns) grid, complex64 (s, p, d / 2), in the order time, height, width.
 
-    Returns:
-        complex64 (s, p, d / 2) with p = rows x columns, channel pairs in the order time, height, width.
-    Raises:
-        ConfigError: see `axis_pairs`.
     Source: RoFormer (Su et al. 2021); channels divided among the axes as in Wan and HunyuanVideo.
     """
     time, height, width = (
@@ -172,11 +149,7 @@ def freqs_cis_3d(
 
 
 def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts.
-
-    In eager torch a complex product is one kernel that stores nothing of x for the backward pass. The cos/sin form is
-    six kernels and two stored copies.
-    """
+    """Rotate neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts."""
     if torch.compiler.is_compiling():  # the compiler fuses the real form and does not support complex numbers
         (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -210,22 +183,13 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
         self.processor = AttentionDispatch()
 
     def forward(self, x_BGLD: Tensor, freqs_cis: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend within groups.
-
-        Args:
-            x_BGLD: tokens.
-            freqs_cis: complex (G or 1, L, d / 2).
-            mask: (B, 1, 1, L) bool, True on keys that take part; only with G = 1.
-        """
+        """Attend within groups; `freqs_cis` (G or 1, L, d / 2), `mask` (B, 1, 1, L) bool over keys, only with G = 1."""
         q, k, v = (x.flatten(0, 1) for x in self._heads(x_BGLD, freqs_cis))  # each (B G, L, H, d)
         y = self.processor(q, k, v, mask)
         return self.out(y.flatten(2).view(x_BGLD.shape))
 
     def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-        """Let each group also attend to the registers, and the registers to each other and to all groups.
-
-        Registers have no position, so they are not rotated. The cost stays linear in the number of groups.
-        """
+        """Let each group also attend to the registers, and the registers to each other and to all groups."""
         G = x_BGLD.shape[1]
         q, k, v = self._heads(x_BGLD, freqs_cis)  # each (B, G, L, H, d)
         rq, rk, rv = self._heads(registers_BRD[:, None], None)  # each (B, 1, R, H, d)
@@ -249,12 +213,7 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
 
 
 class CrossAttention(AttentionModuleMixin, nn.Module):
-    """Cross-attention of video tokens to text tokens.
-
-    All text streams are concatenated on the key axis, after each stream's own projection to the width. They share one
-    matrix for keys and values and one softmax, so a query weighs a T5 token against an LLM's (as SD3 does with T5 and
-    CLIP).
-    """
+    """Cross-attention of video tokens to the tokens of all text streams in one softmax (as SD3 for T5 and CLIP)."""
 
     _supports_qkv_fusion = False
 
@@ -339,11 +298,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """Project a frozen encoder's hidden states to the width: RMSNorm, Linear, GELU, Linear.
-
-    The norm comes first because encoders differ in scale by orders of magnitude: an LLM's hidden states have a few
-    huge channels.
-    """
+    """Project a frozen encoder's states to the width: RMSNorm (encoders differ in scale), Linear, GELU, Linear."""
 
     def __init__(self, width: int, dim: int):
         super().__init__()

@@ -1,9 +1,7 @@
 """LoRA on any linear layer of any network: inject, train only A and B, merge, use several adapters at once.
 
-A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R) and scale = weight x alpha / R. B is 0 at
-first, so a new adapter changes nothing.
-
-Legend: I and O width of a layer's input and output, R rank.
+A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R), scale = weight x alpha / R, and B = 0 at
+first. Legend: I and O width of a layer's input and output, R rank.
 Source: Hu et al. 2021 (LoRA), section 4.1. Names, initialisation and order of operations are those of PEFT's `Linear`.
 """
 
@@ -28,14 +26,7 @@ _STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The settings of an adapter.
-
-    Attributes:
-        rank: R.
-        alpha: numerator of the scale. With None it is the rank, so the scale is 1.
-        dropout: of the adapter's input in training.
-        targets: see `find_targets`.
-    """
+    """Settings of an adapter: rank R, alpha (None: the rank), dropout of its input, `targets` as in `find_targets`."""
 
     rank: int = 64
     alpha: float | None = None
@@ -48,16 +39,9 @@ class LoraConfig:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with adapters.
+    """A linear layer (`base`) with adapters, each in its own precision; `active` has the weights of the active ones.
 
-    The layer itself and its hooks do not change, so diffusers' layerwise casting and group offloading still work on it.
-    Adapters compute in their own precision and return the layer's.
-
-    Attributes:
-        base: the layer.
-        lora_A, lora_B: by adapter, (R, I) and (O, R).
-        alphas: by adapter.
-        active: weight of each active adapter.
+    The layer and its hooks do not change, so diffusers' layerwise casting and group offloading still work on it.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -123,7 +107,7 @@ class LoraLinear(nn.Module):
         return out.to(dtype)
 
     def delta(self) -> Tensor:
-        """Return what the active adapters add to the layer's weight, (O, I) float32."""
+        """Return the sum that the active adapters add to the layer's weight, (O, I) float32."""
         total = torch.zeros(self.out_features, self.in_features, device=self.base.weight.device)
         for name, weight in self.active.items():
             a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()  # type: ignore[operator,union-attr]
@@ -144,16 +128,11 @@ def adapters(network: nn.Module) -> list[str]:
 
 
 def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
-    """Find the linear layers that `targets` selects.
+    """Find the linear layers that `targets` selects; return their names in the network's order.
 
-    Args:
-        targets: words, or one word. A word is the end of a layer's name (`to_q`, `to_out.0`) or the name of a module
-            whose linear layers are all selected (`ff`). A single string with any of \\*+?[](){}|^$ is a regular
-            expression that must match the full name.
-    Returns:
-        Names in the network's order.
-    Raises:
-        ConfigError: a word matches nothing (the nearest names are shown), or the expression is invalid.
+    A word is the end of a layer's name (`to_q`, `to_out.0`) or the name of a module whose linear layers are all
+    selected (`ff`). A single string with any of \\*+?[](){}|^$ is a regular expression that must match the full name.
+    Raises ConfigError if a word matches nothing or the expression is invalid.
     """
     linear = list(_linear_names(network))
     if isinstance(targets, str) and is_expression(targets):
@@ -187,16 +166,10 @@ def is_expression(word: str) -> bool:
 def inject(
     network: nn.Module, config: LoraConfig, name: str = DEFAULT, *, seed: int = 0, train: bool = True
 ) -> list[str]:
-    """Add a new adapter to the layers that `config.targets` selects.
+    """Add a new adapter to the layers that `config.targets` selects; return their names.
 
-    Args:
-        name: of the adapter; a network can have several.
-        seed: A is a function of it and of the layer's name, with PEFT's uniform distribution.
-        train: freeze everything but this adapter.
-    Returns:
-        The names of the layers.
-    Raises:
-        ConfigError: see `find_targets` and `add_adapter`; or a rank or dropout out of range.
+    A is a function of `seed` and the layer's name (PEFT's uniform distribution). `train` freezes everything else.
+    Raises ConfigError: see `find_targets` and `add_adapter`; or a rank or dropout out of range.
     """
     if config.rank < 1 or not 0 <= config.dropout < 1:
         raise ConfigError(
@@ -218,11 +191,7 @@ def inject(
 
 
 def add_adapter(network: nn.Module, name: str, sizes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> None:
-    """Add an adapter with its own rank and alpha for each layer; see `LoraLinear.add`.
-
-    Raises:
-        ConfigError: the name is taken, empty or contains a dot; a layer is missing or not linear.
-    """
+    """Add an adapter with a rank and alpha per layer; ConfigError: an illegal name, a layer missing or not linear."""
     if not name or "." in name or name in adapters(network):
         raise ConfigError(f"an adapter cannot be called {name!r}: the name is taken, is empty, or contains a dot.")
     present = dict(network.named_modules())
@@ -248,11 +217,7 @@ def train_only(network: nn.Module, name: str = DEFAULT) -> None:
 
 
 def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
-    """Activate adapters with these weights and deactivate the others.
-
-    Raises:
-        ConfigError: an unknown adapter, or a merged layer.
-    """
+    """Activate adapters with these weights, deactivate the others; ConfigError: unknown adapter or merged layer."""
     unknown = sorted(weights.keys() - set(adapters(network)))
     if unknown:
         raise ConfigError(f"there is no adapter {unknown[0]!r}; there are {', '.join(adapters(network)) or 'none'}.")
@@ -285,16 +250,10 @@ def load(
     *,
     weight: float = 1.0,
 ) -> list[str]:
-    """Add a saved adapter to its layers, frozen.
+    """Add a saved adapter (`state_dict`'s names) to its layers, frozen; return the layers' names.
 
-    Args:
-        tensors: with `state_dict`'s names.
-        alphas: of each layer, or one for all. With None each layer's rank.
-        weight: see `set_adapters`.
-    Returns:
-        The names of the layers.
-    Raises:
-        CheckpointError: the adapter is incomplete, or a layer is missing here or has another width.
+    `alphas` is per layer or one for all; None: each layer's rank.
+    Raises CheckpointError if the adapter is incomplete, or a layer is missing here or has another width.
     """
     names = sorted({key.rpartition(".lora_")[0] for key in tensors})
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | LoraLinear)}
@@ -329,14 +288,7 @@ def load(
 
 @torch.no_grad()
 def merge(network: nn.Module, *, keep: bool = True) -> None:
-    """Add the active adapters to the layers' own weights. Layers that are already merged do not change.
-
-    Args:
-        keep: keep a copy of the weights on the CPU, which makes `unmerge` exact to the bit. Without it a merge is
-            final.
-    Raises:
-        ConfigError: a layer is stored in 8 bits, too few for the sum. Merge before casting.
-    """
+    """Add active adapters to the weights; `keep` makes `unmerge` exact to the bit. ConfigError: 8-bit layers."""
     for name, layer in layers(network):
         if layer.merged:
             continue
@@ -350,11 +302,7 @@ def merge(network: nn.Module, *, keep: bool = True) -> None:
 
 @torch.no_grad()
 def unmerge(network: nn.Module) -> None:
-    """Undo `merge` exactly.
-
-    Raises:
-        ConfigError: no copy was kept.
-    """
+    """Undo `merge` exactly; ConfigError if no copy was kept."""
     for name, layer in layers(network):
         if not layer.merged:
             continue
@@ -365,13 +313,7 @@ def unmerge(network: nn.Module) -> None:
 
 
 def remove(network: nn.Module, name: str | None = None) -> None:
-    """Remove an adapter, or all of them. A layer without adapters becomes a plain linear layer again.
-
-    If it was merged, it keeps the merged weights.
-
-    Raises:
-        ConfigError: an unknown adapter, or one that is merged together with others.
-    """
+    """Remove an adapter, or all; merged weights remain. ConfigError: unknown, or merged together with others."""
     removed = adapters(network) if name is None else [name]
     if name is not None and name not in adapters(network):
         raise ConfigError(f"there is no adapter {name!r}; there are {', '.join(adapters(network)) or 'none'}.")

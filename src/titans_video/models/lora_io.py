@@ -1,9 +1,8 @@
 """LoRA files: diffusers' safetensors with the adapter's configuration in the header, and the other formats we read.
 
-Stock diffusers loads the written file directly: its keys are `transformer.<layer>.lora_A.weight`, and its header
-`lora_adapter_metadata` has rank and alpha. Without that header diffusers assumes that alpha is the rank, and an adapter
-with another alpha is silently too strong or too weak. A file can hold the adapters of several networks, each with its
-own key prefix (`Prefixes`).
+Diffusers loads the written file directly: keys are `transformer.<layer>.lora_A.weight`, and the header
+`lora_adapter_metadata` has rank and alpha. Without it diffusers assumes that alpha is the rank. A file can have the
+adapters of several networks, each with its own key prefix (`Prefixes`).
 """
 
 import json
@@ -46,16 +45,11 @@ _OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": 
 
 @dataclass
 class LoraFile:
-    """An adapter as read.
+    """An adapter as read; raises CheckpointError if its values are not finite.
 
     Attributes:
-        path: of the file.
-        tensors: float32, with the names of `models.lora.state_dict`.
-        alphas: of each layer.
-        notes: messages for the user.
-        about: the training settings in this project's own files: `base`, `data` and `sample`.
-    Raises:
-        CheckpointError: its values are not finite.
+        tensors: float32, with the names of `models.lora.state_dict`; `alphas`: of each layer.
+        notes: messages for the user; `about`: `base`, `data` and `sample` of training, in this project's own files.
     """
 
     path: Path
@@ -70,13 +64,9 @@ class LoraFile:
 
 
 def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Describe an adapter as the arguments of PEFT's LoraConfig.
+    """Describe an adapter (rank and alpha of each layer) as the arguments of PEFT's LoraConfig.
 
-    Dropout is always 0, whatever it was in training: diffusers adds the adapter to the transformer in training mode and
-    leaves it so, and every video would randomly lose a part of the adapter.
-
-    Args:
-        sizes: rank and alpha of each layer. The most common ones are the defaults; the patterns list the others.
+    Dropout is always 0: diffusers leaves a loaded adapter in training mode, so it would drop values while sampling.
     """
     rank, alpha = Counter(sizes.values()).most_common(1)[0][0]
     ranks = {f"^{name}$": r for name, (r, _) in sizes.items() if r != rank}
@@ -102,14 +92,10 @@ def write(
     prefixes: Prefixes = ONE_NETWORK,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter for diffusers, atomically.
+    """Write an adapter for diffusers, atomically, to a file, or as `WEIGHTS` into a folder.
 
-    Args:
-        path: a file, or a folder that gets `WEIGHTS`.
-        tensors: with the names of `models.lora.state_dict`.
-        sizes: from `models.lora.layer_sizes`.
-        prefixes: see `Prefixes`. Each name must begin with one of the module prefixes.
-        about: further strings for the header.
+    `tensors` has the names of `models.lora.state_dict`, which begin with a module prefix of `prefixes`; `sizes` is from
+    `models.lora.layer_sizes`; `about` has further strings for the header.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
@@ -124,13 +110,7 @@ def write(
 
 
 def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
-    """Read an adapter: ours (`lora_0000500.pt`, its folder or its safetensors), diffusers' or PEFT's.
-
-    Args:
-        prefixes: as for `write`.
-    Raises:
-        CheckpointError: missing, damaged, or another kind of adapter.
-    """
+    """Read an adapter: ours (`.pt`, folder or safetensors), diffusers' or PEFT's. Raises CheckpointError."""
     path = _find(Path(path))
     if path.suffix in (".pt", ".pth"):
         return _from_checkpoint(path)
@@ -157,15 +137,10 @@ def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
 
 @torch.no_grad()
 def fill(network: nn.Module, file: LoraFile, name: str = DEFAULT) -> list[str]:
-    """Copy a saved adapter into one that was injected, so that the network computes what the saved one does.
+    """Copy a saved adapter into an injected one without changing its function; return lines for the log.
 
-    A lower rank is exact: further rows of A stay as they are, and their columns of B are 0. Another scale is moved
-    into B. Layers of the network that the file does not have stay as injected.
-
-    Returns:
-        Lines for the log: the number of layers, and the layers that do not fit.
-    Raises:
-        CheckpointError: a higher rank than the injected one's, or no layer fits.
+    Missing ranks become zero columns of B, and another scale is moved into B.
+    Raises CheckpointError if the rank is above the injected one's, or no layer fits.
     """
     own = {target: layer for target, layer in layers(network) if name in layer.alphas}
     saved = _ranks(file.path, file.tensors)
@@ -221,13 +196,12 @@ def _from_checkpoint(path: Path) -> LoraFile:
 
 
 def _file_name(name: str, prefixes: Prefixes) -> str:
-    """Replace the module prefix of a name with its prefix in the file."""
     module_prefix = next(m for m in prefixes if name.startswith(m))
     return f"{prefixes[module_prefix]}.{name.removeprefix(module_prefix)}"
 
 
 def _module_name(key: str, prefixes: Prefixes) -> str:
-    """Invert `_file_name`. A key without a known prefix, as in PEFT's files, is a name already."""
+    """Invert `_file_name`; a key without a known prefix, as in PEFT's files, is a name already."""
     key = key.removeprefix(PEFT_PREFIX)
     for module_prefix, prefix in prefixes.items():
         if key.startswith(f"{prefix}."):
@@ -263,7 +237,7 @@ def _tensors(path: Path, raw: Mapping[str, Tensor], prefixes: Prefixes) -> tuple
 
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the arguments of LoraConfig from the header or from PEFT's file next to it, or None without either."""
+    """Return the arguments of LoraConfig from the header or from PEFT's file next to it, or None."""
     try:
         if header.get(HEADER):
             found = parse_json(header[HEADER], strict=False)
@@ -319,14 +293,7 @@ _NAME = re.compile(r"(?:[A-Za-z0-9_]|\\?\.)+")
 
 
 def _selects(path: Path, pattern: str, layer: str) -> bool:
-    """Check whether a key of `alpha_pattern` selects a layer: it is the end of the layer's name, from a dot on.
-
-    PEFT takes the key as a regular expression. One from a file could take forever, so it must be a name here, with or
-    without ^ and $, and a dot is a dot.
-
-    Raises:
-        CheckpointError: it is another regular expression.
-    """
+    """Check that a key of `alpha_pattern` is the end of the layer's name; CheckpointError for regular expressions."""
     name = pattern.removeprefix("^").removesuffix("$")
     if not _NAME.fullmatch(name):
         raise CheckpointError(
@@ -337,11 +304,6 @@ def _selects(path: Path, pattern: str, layer: str) -> bool:
 
 
 def _ranks(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the rank of each layer.
-
-    Raises:
-        CheckpointError: an adapter has rank 0.
-    """
     end = ".lora_A.weight"
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:

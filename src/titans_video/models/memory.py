@@ -1,16 +1,11 @@
 """The memory of the previous segments: an explicit value, never a part of a module; its file; and the neural memory.
 
-`NeuralMemory` is Titans' long-term memory (Behrouz et al. 2025): a small inner network whose weights are the state,
-trained at inference too. It maps a key to its value, and its weights follow the gradient of |M(k) - v|^2 with momentum
-and forgetting (equations 8 to 15). The gradient is written out by hand as plain tensor algebra. So the outer training
-can differentiate it, and it works under no_grad, activation checkpointing and compilation.
+`NeuralMemory` is Titans' long-term memory (Behrouz et al. 2025): the weights of a small inner network are the state.
+They follow the gradient of |M(k) - v|^2 with momentum and forgetting (equations 8 to 15). A temporal slot is one step,
+with one set of gates. All gradients of a chunk of steps are taken at its starting weights (equations 16 to 19).
 
-The tokens of one temporal slot have no order, so a slot is one step of the recurrence, with one set of gates. A chunk
-is a number of steps whose gradients are all taken at the chunk's starting weights. The recurrence over the chunk is
-then linear in the gradients, and the sum over it is two matrix products (equations 16 to 19).
-
-Legend: B batch, M memory tokens, H heads, n steps (slots), s slots of a segment, p tokens of a step, N = n p tokens,
-d head dim, D = H d width, F hidden width of the inner network, K weightings of the tokens.
+Legend: B batch, M memory tokens, H heads, n steps (slots), s slots of a segment, p tokens of a step, N = n p tokens, d
+head dim, D = H d width, F hidden width of the inner network, K weightings of the tokens.
 """
 
 import math
@@ -37,15 +32,10 @@ State = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """The state after any number of segments; its size does not depend on how many.
+    """The state after any number of segments, always float32: bfloat16 would lose thousands of small updates.
 
-    It is float32 whatever the network computes in, because bfloat16 would lose thousands of small updates. It belongs
-    to its samples, like an activation, and is never averaged over processes.
-
-    Attributes:
-        tokens: (B, M, D), the memory tokens, or None for a network without memory.
-        weights: W1 (B, H, d, F) and W2 (B, H, F, d) of each neural memory's inner network, in the order of the layers.
-        momentum: Titans' S, of the same shapes.
+    `tokens` is (B, M, D), or None for a network without memory; `weights` are W1 (B, H, d, F) and W2 (B, H, F, d) of
+    each neural memory; `momentum` is Titans' S, of the same shapes. It is never averaged over processes.
     """
 
     tokens: Tensor | None = None
@@ -80,7 +70,7 @@ class Memory:
         )
 
     def rows(self, index: Tensor) -> "Memory":
-        """Select the samples at `index` (N,), to share a state between guidance's two halves or to swap states."""
+        """Select the samples at `index` (N,)."""
         return self.map(lambda x: x[index.to(x.device)])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,12 +82,7 @@ class Memory:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Memory":
-        """Build the memory from named tensors; others are ignored.
-
-        Raises:
-            KeyError: one of a series is missing.
-            ValueError: the tensors are not the parts of one memory.
-        """
+        """Build the memory from named tensors; raises KeyError or ValueError if they are not one whole memory."""
 
         def series(name: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"memory.{name}.") for key in tensors)
@@ -122,15 +107,7 @@ class Memory:
 
 
 def save_state(path: Path | str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write named tensors and metadata atomically, with the format's version.
-
-    Args:
-        path: of a .safetensors file.
-        tensors: `Memory.tensors()` and any others.
-        about: strings by name, written to the header.
-    Raises:
-        CheckpointError: a tensor is not finite; nothing is written.
-    """
+    """Write named tensors, metadata and the format's version atomically; CheckpointError if a tensor is not finite."""
     remedy = "It would be useless, so it is not written. The network may overflow: use --dtype bf16 or fp32."
     refuse_non_finite(tensors, f"The memory for {path}", CheckpointError, remedy)
     contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -138,11 +115,7 @@ def save_state(path: Path | str, tensors: dict[str, Tensor], about: dict[str, st
 
 
 def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Load the tensors and metadata that `save_state` wrote. Nothing in the file can execute code.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another format or version.
-    """
+    """Load what `save_state` wrote; CheckpointError if it is missing, damaged, or of another format or version."""
     try:
         tensors, about = read_safetensors(path)
     except FileNotFoundError:
@@ -163,11 +136,7 @@ def save_memory(path: Path | str, memory: Memory) -> None:
 
 
 def load_memory(path: Path | str, device: torch.device | str = "cpu") -> Memory:
-    """Load the memory from a file that `save_memory` or streaming wrote.
-
-    Raises:
-        CheckpointError: see `load_state`.
-    """
+    """Load the memory from a file of `save_memory` or of streaming; errors as in `load_state`."""
     tensors, _ = load_state(path)
     try:
         return Memory.from_tensors(tensors).map(lambda x: x.to(device))
@@ -180,13 +149,9 @@ EXPANSION = 4  # F / d
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of each step, all (B, H, n) in [0, 1].
+    """The gates of each step, all (B, H, n) in [0, 1]; `eta` keeps momentum, and `alpha` forgets weights.
 
-    Attributes:
-        theta: share of the surprise (the gradient) that enters the momentum. `NeuralMemory` divides it by p, since the
-            gradient is a sum over the tokens of a step.
-        eta: share of the momentum that is kept.
-        alpha: share of the weights that is forgotten.
+    `theta` is the share of the surprise (the gradient) that enters the momentum; `NeuralMemory` divides it by p.
     """
 
     theta: Tensor
@@ -196,14 +161,10 @@ class Gates:
 
 @dataclass(frozen=True)
 class ChunkCoefficients:
-    """The coefficients of a chunk of n steps.
+    """Coefficients of a chunk of n steps: `keep`, `carry`, `persist` (B, H); `into_weights`, `into_momentum` (B, H, n).
 
     With M and S before the chunk and gradients g_i at its starting weights,
     M' = keep M + carry S - sum_i into_weights_i g_i and S' = persist S - sum_i into_momentum_i g_i.
-
-    Attributes:
-        keep, carry, persist: (B, H).
-        into_weights, into_momentum: (B, H, n).
     """
 
     keep: Tensor
@@ -216,9 +177,8 @@ class ChunkCoefficients:
 def unroll_chunk(gates: Gates) -> ChunkCoefficients:
     """Unroll S_i = eta_i S_{i-1} - theta_i g_i and M_i = (1 - alpha_i) M_{i-1} + S_i over the steps of a chunk.
 
-    The loop runs backwards from the last step, so it never divides by a product of gates, which may be zero. With A_i
-    the share of M_i in the final M and R_i the share of S_i in the final M,
-    A_i = (1 - alpha_{i+1}) A_{i+1} and R_i = A_i + eta_{i+1} R_{i+1}.
+    The loop runs backwards, so it never divides by a product of gates, which may be zero. With A_i and R_i the shares
+    of M_i and S_i in the final M, A_i = (1 - alpha_{i+1}) A_{i+1} and R_i = A_i + eta_{i+1} R_{i+1}.
     """
     n = gates.theta.shape[-1]
     one = torch.ones_like(gates.theta[..., 0])
@@ -237,13 +197,7 @@ def unroll_chunk(gates: Gates) -> ChunkCoefficients:
 
 
 def recall(k: Tensor, weights: State, scale: Tensor, shift: Tensor) -> Tensor:
-    """Compute M(k) = LayerNorm(gelu(k W1) W2) scale + shift + k.
-
-    Args:
-        k: (B, H, N, d).
-        weights: W1 and W2.
-        scale, shift: (H, 1, d), the norm's parameters.
-    """
+    """Compute M(k) = LayerNorm(gelu(k W1) W2) scale + shift + k, for k (B, H, N, d), scale and shift (H, 1, d)."""
     hidden = F.gelu(k @ weights[0])
     return F.layer_norm(hidden @ weights[1], k.shape[-1:], eps=NORM_EPS) * scale + shift + k
 
@@ -253,14 +207,7 @@ def surprise(
 ) -> tuple[Tensor, Tensor]:
     """Sum the gradients of |M(k) - v|^2 with respect to W1 and W2 over tokens, each with its share.
 
-    The gradient of a single token is never formed: the shares multiply the thinner factor of each product.
-
-    Args:
-        k, v: (B, H, N, d).
-        shares: (K, B, H, N).
-        weights, scale, shift: see `recall`.
-    Returns:
-        (K, B, H, d, F) and (K, B, H, F, d).
+    k and v are (B, H, N, d), `shares` (K, B, H, N); the result is (K, B, H, d, F) and (K, B, H, F, d).
     """
     w1, w2 = weights
     u = k @ w1  # (B, H, N, F)
@@ -289,17 +236,10 @@ def update(
     chunk: int | None = None,
     forget_to: State | None = None,
 ) -> tuple[State, State]:
-    """Write n steps of p tokens into the state.
+    """Write n steps of p tokens, k and v (B, H, n, p, d), into the state; return the new weights and momentum.
 
-    Args:
-        weights, momentum: the state so far.
-        k, v: (B, H, n, p, d).
-        gates: one set per step. The gradient of a step is the sum over its tokens.
-        scale, shift: see `recall`.
-        chunk: steps whose gradients are taken at the same weights. With None all n; with 1 the paper's recurrence.
-        forget_to: the weights that forgetting decays to. With None zero, as in the paper.
-    Returns:
-        The new weights and momentum.
+    `chunk` steps have their gradients taken at the same weights (None: all n; 1: the paper's recurrence). Forgetting
+    decays to `forget_to` (None: zero, as in the paper).
     """
     n, p = k.shape[2:4]
     chunk = chunk or n
@@ -331,15 +271,11 @@ def restore_norms(weights: State, like: State) -> State:
 
 
 class NeuralMemory(nn.Module):
-    """A layer that reads from and writes to the weights of an inner network. It is pure: the state goes in and out.
+    """A pure layer that reads from and writes to the weights of an inner network, one per head.
 
-    Args:
-        dim, heads: D and H of the outer network. Each head has its own inner network.
-        chunk: slots whose gradients are taken at the same weights. With None all of a segment.
-        forget_to_start: forgetting decays to the learned initial weights instead of zero.
-        keep_norms: apply `restore_norms` after each write.
-    Source: Titans (Behrouz et al. 2025), memory as a context. The gate of the output is that of TTT-video (Dalal et al.
-        2025).
+    `chunk` slots have their gradients taken at the same weights (None: all of a segment). With `forget_to_start`,
+    forgetting decays to the learned initial weights, else to zero. `keep_norms` calls `restore_norms` after writes.
+    Source: Titans (Behrouz et al. 2025), memory as a context; the output's gate is of TTT-video (Dalal et al. 2025).
     """
 
     def __init__(
@@ -409,5 +345,4 @@ class NeuralMemory(nn.Module):
         return self.w1.float(), self.w2.float()
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, d), float32."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).float()

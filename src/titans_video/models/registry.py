@@ -34,11 +34,9 @@ paper (table 1). Temporal and cross-attention make each block larger than there,
 
 
 def build_network(config: Mapping[str, Any]) -> Any:
-    """Build a freshly initialised network. The key `network` of its configuration names the class; default SoraDiT.
+    """Build a freshly initialised network; the key `network` of its configuration names the class (default SoraDiT).
 
-    Raises:
-        CheckpointError: an unknown network, or arguments that it does not take.
-        ConfigError: sizes that do not fit together.
+    Raises CheckpointError for an unknown network or argument, ConfigError for sizes that do not fit together.
     """
     arguments = dict(config)
     name = arguments.pop("network", "SoraDiT")
@@ -57,14 +55,9 @@ def build_network(config: Mapping[str, Any]) -> Any:
 
 
 def load_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
-    """Build the network of a checkpoint and load its weights.
+    """Build the network of a checkpoint and load its weights; errors as in `build_network`, or CheckpointError.
 
-    The network is first built without memory, on the device `meta`, and its shapes are compared with those of the
-    weights. So a config cannot allocate more than the file holds.
-
-    Raises:
-        CheckpointError: as `build_network`, or the weights are of another network.
-        ConfigError: as `build_network`.
+    Shapes are compared on the device `meta` first, so a config cannot allocate more memory than the file has.
     """
     most, described = len(weights), _count_layers(config)
     if described > most:
@@ -96,11 +89,7 @@ def _largest(value: Any) -> int:
 
 
 def _compare(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of numbers.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Raise CheckpointError if names, shapes or kinds of numbers differ."""
     both = expected.keys() & weights.keys()
     kinds = {
         "missing": expected.keys() - both,
@@ -120,11 +109,7 @@ def network_config(network: Any) -> dict[str, Any]:
 
 
 def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Return SoraDiT's arguments from a preset, the flags that override it, a codec and the text encoders' widths.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
+    """Return SoraDiT's arguments from a preset and the flags that override it; ConfigError: no such preset."""
     if options.preset not in PRESETS:
         raise ConfigError(f"--preset {options.preset}: there is no such size; choose one of {', '.join(PRESETS)}.")
     overrides = {name: getattr(options, name) for name in ("model_dim", "depth", "heads")}
@@ -143,11 +128,7 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
 def titans_config(
     memory: MemoryOptions, options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
 ) -> dict[str, Any]:
-    """Return TitansVideoDiT's arguments: SoraDiT's and those of its memory.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
+    """Return TitansVideoDiT's arguments: SoraDiT's and those of its memory; errors as in `sora_config`."""
     names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
     return {
         "network": "TitansVideoDiT",

@@ -1,11 +1,8 @@
 """SoraDiT: a spatio-temporal diffusion transformer over video latents (DiT, Peebles & Xie 2023).
 
-Read it bottom up: `SoraBlock`, `FinalLayer`, `Backbone` (the parts that SoraDiT and TitansVideoDiT share), `SoraDiT`.
-
-Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, (pt, ph, pw) patch,
-s = t / pt temporal slots, p = (h / ph)(w / pw) tokens of a slot, V = C pt ph pw values of a patch, D width, d head dim,
-M text tokens of all streams, R registers: extra tokens without a position, such as a memory's.
-Tokens have the shape (B, s, p, D), so spatial attention needs only a view and a slot's modulation broadcasts.
+Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, (pt, ph, pw) patch, s = t /
+pt temporal slots, p = (h / ph)(w / pw) tokens of a slot, V = C pt ph pw values of a patch, D width, d head dim, M text
+tokens of all streams, R registers: tokens without a position, such as a memory's. Tokens have the shape (B, s, p, D).
 """
 
 from collections.abc import Iterable
@@ -51,12 +48,10 @@ def modulation_width(attention_type: AttentionType, dim: int) -> int:
 class SoraBlock(nn.Module):
     """A transformer block with adaLN-zero (DiT, Peebles & Xie 2023): the identity at initialisation.
 
-    `st`: spatial self-attention within a slot, then temporal self-attention of each position across slots (Latte,
-    OpenSora). `full`: one self-attention over all tokens. Then cross-attention to text, then the MLP.
-
-    adaLN has two forms. "block": the block's own Linear from the conditioning, as in DiT. "shared": one Linear of the
-    network serves all blocks, and each block adds a learned table (PixArt's adaLN-single). It saves a third of a DiT's
-    weights, which Wan found more useful as depth.
+    `st`: spatial self-attention within a slot, then temporal self-attention across slots (Latte, OpenSora). `full`: one
+    self-attention over all tokens. Then cross-attention to text, then the MLP.
+    adaLN "block": the block's own Linear, as in DiT. "shared": one Linear of the network serves all blocks, and each
+    block adds a learned table (PixArt's adaLN-single), which saves a third of the weights.
     """
 
     def __init__(
@@ -100,17 +95,13 @@ class SoraBlock(nn.Module):
         text_mask: Tensor | None = None,
         registers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """
+        """Apply the block to tokens (B, s, p, D); return them, and the registers or None.
+
         Args:
-            x_BspD: tokens.
-            c: adaLN's input: (B, s, D) for "block"; (B, s, 9 D or 6 D) from the network's Linear for "shared". With
-                registers (B, s + 1, ...), whose last slot modulates them.
-            freqs_cis: complex (s, p, d / 2).
-            grid_width: tokens of one row of the grid.
+            c: (B, s, D) for adaLN "block"; (B, s, 9 D or 6 D) for "shared"; one more slot at the end for registers.
+            freqs_cis, grid_width: complex (s, p, d / 2), and the tokens of one row of the grid.
             text, text_mask: (B, M, D), and (B, 1, 1, M) bool.
             registers: (B, R, D). They skip the temporal attention and the convolution, which depend on positions.
-        Returns:
-            (B, s, p, D), and the registers or None.
         """
         x, r = x_BspD, None if registers is None else registers[:, None]  # r (B, 1, R, D)
         B, s, p, D = x.shape
@@ -160,9 +151,7 @@ class SoraBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and a Linear to patches, zero at initialisation (DiT).
 
-    With `gated_skip` each token also predicts, for each value, how much of its own noisy patch to add to the output.
-    The target is mostly noise that the input already contains. Without the skip all of it passes through the D channels
-    of the residual stream, which narrow networks need for other features.
+    With `gated_skip` each token also predicts how much of its own noisy patch to add to each output value.
     """
 
     def __init__(self, dim: int, values: int, gated_skip: bool = False):
@@ -195,11 +184,7 @@ class Backbone(ModelMixin, ConfigMixin):
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "time_embed", "norm", "final"]
 
     def build(self) -> None:
-        """Create the modules that the registered configuration describes.
-
-        Raises:
-            ConfigError: sizes that do not fit together.
-        """
+        """Create the modules of the registered configuration; ConfigError for sizes that do not fit together."""
         c = self.config
         dim, heads = c.model_dim, c.heads
         _check_config(c)
@@ -232,11 +217,7 @@ class Backbone(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
 
     def check_inputs(self, latents: Tensor, condition: Condition) -> None:
-        """Check the sizes of the latents and the text streams.
-
-        Raises:
-            ConfigError: a size that the patch does not divide, or other channels or text than the network expects.
-        """
+        """Raise ConfigError if the patch does not divide a size, or channels or text streams are not the network's."""
         off = [(n, p) for n, p in zip(latents.shape[2:], self.patch, strict=True) if n % p or not n]
         if off:
             nearest = [f"{n} -> {' or '.join(str(m) for m in nearest_multiples(n, p))}" for n, p in off]
@@ -278,11 +259,9 @@ class Backbone(ModelMixin, ConfigMixin):
     def embed_conditioning(
         self, latents: Tensor, time: Tensor, condition: Condition, registers: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Embed time and text.
+        """Embed time and text: adaLN's input (B, s, D), text (B, M, D), its mask (B, 1, 1, M).
 
-        Returns:
-            adaLN's input (B, s, D), with one more slot at time 0 if there are registers; text (B, M, D); its mask
-            (B, 1, 1, M).
+        With registers, adaLN's input has one more slot, at time 0.
         """
         B, t = latents.shape[0], latents.shape[2]
         time = time[:, None].expand(B, t) if time.ndim == 1 else time
@@ -327,30 +306,19 @@ class Backbone(ModelMixin, ConfigMixin):
 class SoraDiT(Backbone):
     """Predict from noisy latents, a time for each latent frame, text and conditioning frames.
 
-    Conditioning frames are extra input channels (as in Wan's image-to-video): their latents with the rest zero, and the
-    mask of conditioning frames folded to the latent grid.
+    Conditioning frames are additional input channels (as in Wan's image-to-video): their latents with the rest zero,
+    and their mask folded to the latent grid. Raises ConfigError for sizes that do not fit together.
 
     Args:
-        in_channels: latent channels C.
-        time_stride: pixel frames S of one latent frame; the folded mask has S channels.
-        patch_size: latent cells (pt, ph, pw) of one token.
-        model_dim, depth, heads: width, blocks, attention heads.
-        mlp_ratio: hidden width of the MLPs over D.
+        in_channels, time_stride, patch_size: C; S, which is also the channels of the folded mask; (pt, ph, pw).
         attention_type: `st` (spatial, then temporal attention in each block) or `full`.
-        text_widths: width of each text stream's states. A 0 means byte ids, whose encoder is a part of this network.
-            Empty means no text.
+        text_widths: width of each text stream's states; 0 means byte ids, encoded by this network; empty means no text.
         text_layers, text_buckets: depth of the byte encoder and size of its table of word prefixes.
-        qk_norm: RMSNorm on each head's queries and keys.
+        qk_norm, conv: RMSNorm on queries and keys; a 3x3 depthwise convolution over each slot before each block.
         adaln: modulation from a Linear of each `block`, or from one `shared` Linear and a table per block.
-        conv: a 3x3 depthwise convolution over each slot's tokens at the start of each block.
-        gated_skip: each token adds its own noisy patch to its output, gated (see `FinalLayer`). For networks whose
-            width is small compared with V.
-        sine_positions: also add fixed sinusoids of each token's position in the frame (DiT). Rotary positions are only
-            relative, and some content depends on the borders.
-        rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells, not
-            thousands).
-    Raises:
-        ConfigError: sizes that do not fit together.
+        gated_skip: see `FinalLayer`; for networks whose width is small compared with V.
+        sine_positions: also add fixed sinusoids of each token's position in the frame (DiT); rotary ones are relative.
+        rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells).
     """
 
     @register_to_config
@@ -379,16 +347,9 @@ class SoraDiT(Backbone):
         self.initialise()
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition, memory: Any = None) -> Prediction:
-        """
-        Args:
-            latents: (B, C, t, h, w), noisy; t, h, w multiples of the patch.
-            time: (B,) or (B, t) in [0, 1], 0 clean. Latent frames that are fully given count as 0 in any case.
-            condition: text and conditioning frames.
-            memory: returned unchanged; SoraDiT has none.
-        Returns:
-            Prediction with value (B, C, t, h, w) in the latents' dtype.
-        Raises:
-            ConfigError: see `check_inputs`.
+        """Predict (B, C, t, h, w) from noisy latents (B, C, t, h, w), in their dtype; errors as in `check_inputs`.
+
+        `time` is (B,) or (B, t) in [0, 1], 0 clean; given latent frames count as 0. `memory` is returned unchanged.
         """
         self.check_inputs(latents, condition)
         grid = self.grid(latents)

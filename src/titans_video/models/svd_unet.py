@@ -1,12 +1,10 @@
 """Stable Video Diffusion's UNet with its image condition, and text through added cross-attention layers.
 
-The UNet is diffusers' own, unchanged. Next to each of its cross-attentions to the image token there is one to the text
-(the decoupled cross-attention of IP-Adapter, Ye et al. 2023). It has the same queries, its own keys and values, and an
-output that is zero at initialisation, so training starts exactly from the pretrained model.
+Each cross-attention to the image token gets a second one to the text (decoupled cross-attention of IP-Adapter, Ye et
+al. 2023), whose output is zero-initialised, so training starts exactly from the pretrained model.
 
 Legend: B batch, C latent channels, t h w the latent grid, M text tokens of all streams, E width of the image encoder
-and of the text here, D width of an attention, d head dim, N tokens of an attention's rows, X attention rows per row of
-the batch (frames or positions).
+and of the text, D width of an attention, d head dim, N tokens of an attention's rows, X attention rows per batch row.
 """
 
 from collections.abc import Iterator
@@ -41,13 +39,7 @@ HEAD_WIDTH = 64  # of the byte encoder
 
 @dataclass(frozen=True)
 class EncodedText:
-    """The text as the added cross-attentions see it.
-
-    Attributes:
-        states: (B, M, E).
-        mask: (B, 1, 1, M) bool; at least one token of every row.
-        has_text: (B, 1, 1), 0 for rows without text, else 1.
-    """
+    """`states` (B, M, E), `mask` (B, 1, 1, M) with a True in every row, `has_text` (B, 1, 1), 0 without text."""
 
     states: Tensor
     mask: Tensor
@@ -80,12 +72,7 @@ def _checkpointed(module: nn.Module, *arguments: Any) -> Any:
 
 
 class TextCrossAttention(nn.Module):
-    """A diffusers attention processor: the pretrained cross-attention plus one to the text.
-
-    Args:
-        attention: the pretrained one.
-        text_dim: E.
-    """
+    """A diffusers attention processor: the pretrained cross-attention plus one to text of width E (`text_dim`)."""
 
     def __init__(self, attention: Attention, text_dim: int) -> None:
         super().__init__()
@@ -115,13 +102,8 @@ class TextCrossAttention(nn.Module):
 class SVDUNet(ModelMixin, ConfigMixin):
     """Predict from noisy latents, one time per clip, text, and an image condition.
 
-    Args:
-        unet_config: configuration of diffusers' UNetSpatioTemporalConditionModel.
-        text_widths: width of each text stream's states. A 0 means byte ids, whose encoder is a part of this network.
-            Empty means no text and no added layers.
-        text_layers, text_buckets: depth of the byte encoder and size of its table of word prefixes.
-    Raises:
-        ConfigError: a UNet without channels for the image latents.
+    `unet_config` is that of diffusers' UNetSpatioTemporalConditionModel; the text arguments are those of `SoraDiT`.
+    Raises ConfigError for a UNet without channels for the image latents.
     """
 
     per_frame_time: ClassVar[bool] = False
@@ -163,7 +145,6 @@ class SVDUNet(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def _initialise_text(self) -> None:
-        """Initialise the layers for text as `xavier_init`, with the branches' outputs zero."""
         branches = [m for m in self.unet.modules() if isinstance(m, TextCrossAttention)]
         xavier_init(module for part in (self.text_embed, *branches) for module in part.modules())
         for branch in branches:
@@ -173,18 +154,11 @@ class SVDUNet(ModelMixin, ConfigMixin):
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpointed)
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition, memory: Any = None) -> Prediction:
-        """
-        Args:
-            latents: (B, C, t, h, w), noisy, in the scale of `diffusion.v_prediction.EDM.model_input`.
-            time: (B,) in (0, 1), or (B, t), of which the first is used. The UNet's timestep is
-                logit(time) / 4 = ln(sigma) / 4.
-            condition: text and image condition. Without an image its embedding, latents and ids are zero. In a row
-                without a real text token the added layers have no effect.
-            memory: returned unchanged; this network has none.
-        Returns:
-            Prediction with value (B, C, t, h, w) in the latents' dtype: EDM's v.
-        Raises:
-            ConfigError: latents of other channels, or other text streams, than the network was built for.
+        """Predict EDM's v, (B, C, t, h, w), from noisy latents in the scale of `EDM.model_input`.
+
+        `time` is (B,) in (0, 1), or (B, t), of which the first is used; the UNet's timestep is logit(time) / 4. Without
+        an image, the parts of its condition are zero. Rows without text skip the added layers.
+        Raises ConfigError for latents of other channels, or other text streams.
         """
         self._check_inputs(latents, condition)
         image = condition.image or self._no_image(latents)
@@ -237,12 +211,9 @@ class SVDUNet(ModelMixin, ConfigMixin):
 
 
 def choose_trainable(network: SVDUNet, which: Trainable) -> int:
-    """Freeze all parameters but the chosen ones. The layers for text are always trained.
+    """Freeze all parameters but the chosen ones and the text layers; return the number of trained parameters.
 
-    Args:
-        which: `all`: the whole UNet; `temporal`: its layers that mix frames; `attention`: its attentions.
-    Returns:
-        The number of trained parameters.
+    `which`: `all`: the whole UNet; `temporal`: its layers that mix frames; `attention`: its attentions.
     """
     parts = {"all": ("",), "temporal": TEMPORAL, "attention": ATTENTION}[which]
     for name, parameter in network.named_parameters():

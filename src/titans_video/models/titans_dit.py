@@ -1,11 +1,10 @@
 """TitansVideoDiT: SoraDiT's blocks, applied segment by segment, with a memory of fixed size instead of a cache.
 
 A segment is READ at every denoising step: the network sees [persistent tokens | memory tokens | last frames of the
-previous segment, clean | noisy frames]. It is WRITTEN once, when it is finished: the same network sees the segment's
-own clean frames and updates the memory. The cost grows linearly with the length, and the state does not grow.
+previous segment, clean | noisy frames]. It is WRITTEN once: the network sees its clean frames and updates the memory.
 
-Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, o overlap frames, s slots,
-p tokens of a slot, D width, M memory tokens, P persistent tokens, R = P + M registers, n segments.
+Legend: B batch, C latent channels, t h w latent grid, S pixel frames of one latent frame, o overlap frames, s slots, p
+tokens of a slot, D width, M memory tokens, P persistent tokens, R = P + M registers, n segments.
 """
 
 import math
@@ -31,11 +30,8 @@ GATE_BIAS = -1.0
 class GatedTokens(nn.Module):
     """Memory tokens: M vectors with learned initial values, which each segment updates through a gate.
 
-    The tokens pass through the network next to the segment's own. With H the LayerNorm of its output for them,
-    g = sigmoid(W_g [m; H]) and m' = (1 - g) m + g tanh(W_o H). The gate starts a quarter open, so the first write is
-    neither lost nor permanent.
-
-    Source: the Recurrent Memory Transformer (Bulatov et al. 2022); for video MALT (2025); the gate is a GRU's.
+    With H the LayerNorm of the network's output, g = sigmoid(W_g [m; H]) and m' = (1 - g) m + g tanh(W_o H).
+    Source: the Recurrent Memory Transformer (Bulatov et al. 2022); for video MALT (2025).
     """
 
     def __init__(self, tokens: int, dim: int):
@@ -61,14 +57,7 @@ class GatedTokens(nn.Module):
         return tokens + self.place.float()
 
     def write(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Update the tokens after a segment.
-
-        Args:
-            tokens: (B, M, D) float32, the state before it.
-            hidden: (B, M, D), the output of the network's last block for the tokens.
-        Returns:
-            (B, M, D) float32.
-        """
+        """Update tokens (B, M, D) float32 after a segment; `hidden` (B, M, D) is the last block's output for them."""
         with without_autocast(tokens.device.type):
             hidden = norm(hidden.float())
             gate = torch.sigmoid(_linear(self.gate, torch.cat((tokens, hidden), dim=-1)))
@@ -76,13 +65,12 @@ class GatedTokens(nn.Module):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer in float32 whatever dtype its weights have."""
     bias: Tensor = layer.bias
     return F.linear(x, layer.weight.float(), bias.float())
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """Return the blocks that have a neural memory by default: a third of them, evenly spread, including the last."""
+    """Return the blocks with a neural memory by default: a third, evenly spread, including the last."""
     count = math.ceil(depth / 3)
     return tuple(sorted({depth - 1 - i * depth // count for i in range(count)}))
 
@@ -92,18 +80,14 @@ class SegmentRollout:
     """How one forward pass reads and writes the n segments of a clip one after another, as in training.
 
     Attributes:
-        segment: latent frames of a segment; they must divide the clip's.
-        written: (B, C, t, h, w), the frames that each segment's write sees, clean or nearly clean, in the network's
-            scale.
-        written_time: (B, t), their times.
-        shown, shown_time: the same for the frames that the next segment sees as its overlap. A row without overlap has
-            noise at time 1 there.
-        overlap: latent frames of the previous segment that a read sees.
+        segment, overlap: latent frames of a segment, which divide the clip's, and of the previous one that a read sees.
+        written, written_time: (B, C, t, h, w), the (nearly) clean frames of the writes, and their times (B, t).
+        shown, shown_time: the same for the overlap of the next segment; noise at time 1 in a row without overlap.
         horizon: segments that gradients flow through: the state is detached after every `horizon`-th segment.
         state_noise: (B, n, M, D), added to the memory tokens that each segment reads, or None.
-        texts: one text per segment. With None all segments use the condition's.
+        texts: one text per segment. None: all segments use the condition's.
         write_last: also write the last segment, so the returned memory covers the whole clip.
-        read: the segments to read, or None for all. The others are only written and are missing in the value.
+        read: the segments to read; None: all. The others are only written and are missing in the value.
     """
 
     segment: int
@@ -125,13 +109,10 @@ class TitansVideoDiT(Backbone):
     Args:
         memory: `tokens`: gated memory tokens. `neural`: also Titans' neural memory in some blocks, queried by the
             memory tokens and, gated, by all video tokens. `none`: only the overlap, a sliding window.
-        mem_tokens: M.
-        memory_layers: blocks with a neural memory before them. With None a third of them, evenly spread.
-        memory_chunk: slots whose inner gradients are taken at the same weights. With None a whole segment.
-        persistent_tokens: P learned tokens that every segment attends to.
-        in_channels ... rope_theta: as in `SoraDiT`.
-    Raises:
-        ConfigError: sizes that do not fit together.
+        mem_tokens, persistent_tokens: M; P learned tokens that every segment attends to.
+        memory_layers: blocks with a neural memory before them. None: as `default_layers`.
+        memory_chunk: slots whose inner gradients are taken at the same weights. None: a whole segment.
+    Raises ConfigError for sizes that do not fit together. The other arguments are those of `SoraDiT`.
     Source: Titans (Behrouz et al. 2025), memory as a context; the Recurrent Memory Transformer (Bulatov et al. 2022).
     """
 
@@ -173,7 +154,7 @@ class TitansVideoDiT(Backbone):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Initialise as SoraDiT. Memories have their own initial values, and their gates never start closed."""
+        """Initialise as SoraDiT; memories have their own initial values, and their gates never start closed."""
         super().initialise()
         for module in self.modules():
             if isinstance(module, GatedTokens | NeuralMemory):
@@ -201,23 +182,16 @@ class TitansVideoDiT(Backbone):
         write: bool = False,
         rollout: SegmentRollout | None = None,
     ) -> Prediction:
-        """Read a segment, write a segment, or run a whole rollout.
+        """Read a segment, write a segment, or run a whole rollout; return the prediction and the memory.
 
         Args:
-            latents: (B, C, t, h, w): a segment, after its `overlap` frames if it is read. With `rollout`, the noisy
-                frames of a whole clip.
+            latents: (B, C, t, h, w): a segment, for a read after its `overlap` frames; for a `rollout` the whole clip.
             time: (B,) or (B, t) in [0, 1], 0 clean.
-            condition: text and conditioning frames. A write uses only the text, since it sees the frames themselves.
-            memory: the state after the previous segments, or None before the first.
+            condition: text and conditioning frames; a write uses only the text.
+            memory: the state after the previous segments, or None before the first. A read returns it unchanged.
             overlap: how many leading latent frames are the previous segment's. Their positions are before slot 0.
-            write: the frames are finished: write them to the memory.
-            rollout: read and write the clip's segments one after another in this one call. A network that is wrapped
-                for distributed training is called once per step.
-        Returns:
-            Prediction with value (B, C, t, h, w) (the latents unchanged for a write), and the memory: the given one for
-            a read, else the new one.
-        Raises:
-            ConfigError: a size that the patch or the segment does not divide, or other text than in training.
+            write: write the finished frames to the memory and return them unchanged.
+        Raises ConfigError if the patch or segment does not divide a size, or for other text than in training.
         """
         memory = self.start(latents.shape[0]) if memory is None else memory
         if rollout is not None:
@@ -240,12 +214,7 @@ class TitansVideoDiT(Backbone):
     def _run(
         self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, overlap: int, write: bool
     ) -> tuple[Tensor, Tensor, Tensor | None, Memory]:
-        """Run all blocks.
-
-        Returns:
-            Tokens (B, s, p, D), their conditioning (B, s, D), registers (B, R, D), and the memory. With `write` its
-            neural memories are updated; its tokens never are.
-        """
+        """Run all blocks; return tokens (B, s, p, D), conditioning (B, s, D), registers (B, R, D), and the memory."""
         self.check_inputs(latents, condition)
         if overlap % self.patch[0]:
             raise ConfigError(
@@ -264,7 +233,6 @@ class TitansVideoDiT(Backbone):
         return x, c[:, : grid[0]], registers, memory
 
     def _registers(self, memory: Memory, x: Tensor) -> Tensor | None:
-        """Return persistent and memory tokens, (B, R, D), or None if there are neither."""
         parts = []
         if self.persistent is not None:
             parts.append(self.persistent.weight.to(x.dtype).expand(x.shape[0], -1, -1))
@@ -334,10 +302,7 @@ class TitansVideoDiT(Backbone):
 
 
 def part_of(condition: Condition, start: int, stop: int, overlap: int) -> Condition:
-    """Return the condition of latent frames [start, stop), after `overlap` frames without conditioning frames.
-
-    The network sees the overlap's own latents, so they are not conditioning frames.
-    """
+    """Return the condition of latent frames [start, stop) after `overlap` frames, which are not conditioning frames."""
     if condition.cond_latents is None or condition.cond_mask is None:
         return condition
     cond_latents = F.pad(condition.cond_latents[:, :, start:stop], (0, 0, 0, 0, overlap, 0))
