@@ -44,8 +44,7 @@ def without_noise(mean: Tensor) -> Tensor:
 class Codec(ABC):
     """Encode pixels to latents and decode them. A codec implements `spec`, `moments_of` and `pixels_of`.
 
-    The public methods check every shape. A codec is not an `nn.Module` on purpose: a frozen VAE must never end up in
-    a network's state dict, optimizer or shards.
+    It is not an `nn.Module`, so a frozen VAE never ends up in a network's state dict, optimizer or shards.
     """
 
     spec: CodecSpec
@@ -53,35 +52,21 @@ class Codec(ABC):
 
     @classmethod
     def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "Codec":
-        """Build the codec that flags describe; see `build_codec`.
-
-        Args:
-            init: `--vae-init-json`, parsed.
-            load: read the weights now; otherwise at first use.
-        Raises:
-            CodecError: flags, weights, module or class are missing or malformed.
-        """
+        """Build the codec that flags describe; `init` is `--vae-init-json`, parsed. Raises CodecError."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> "Codec":
-        """Rebuild a fitted codec from its `config` and `state_dict`.
-
-        Raises:
-            CodecError: a tensor is missing or does not fit the configuration.
-        """
+        """Rebuild a fitted codec from its `config` and `state_dict`; CodecError if a tensor is missing or misfits."""
         raise NotImplementedError
 
     @abstractmethod
     def moments_of(self, pixels: Tensor) -> Tensor:
-        """Return the unscaled moments (B, 2C, t, h, w) of (B, 3, T, H, W) pixels on the codec's device.
-
-        The caller has checked the shape.
-        """
+        """Return the unscaled moments (B, 2C, t, h, w) of (B, 3, T, H, W) pixels, whose shape is checked already."""
 
     @abstractmethod
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
-        """Decode unscaled latents (B, C, t, h, w), whose shape the caller has checked, to (B, 3, frames, H, W)."""
+        """Decode unscaled latents (B, C, t, h, w), whose shape is checked already, to (B, 3, frames, H, W)."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -89,10 +74,7 @@ class Codec(ABC):
 
     @property
     def decode_context(self) -> int:
-        """How many latent frames before a chunk are decoded together with it, so that a stream has no codec seams.
-
-        A codec whose frames mix in time depends little on frames further back than `CONTEXT`.
-        """
+        """How many latent frames before a chunk are decoded together with it, so that a stream has no codec seams."""
         return 0 if self.spec.frame_rule in ("each", "blocks") else CONTEXT
 
     def scale(self, unscaled: Tensor) -> Tensor:
@@ -121,15 +103,9 @@ class Codec(ABC):
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Return mean and log-variance of a clip's latents.
+        """Return mean and log-variance, (B, 2C, t, h, w) float32, unscaled, of a clip (B, 3, T, H, W) in [-1, 1].
 
-        Args:
-            pixels: (B, 3, T, H, W), float in [-1, 1]; T a legal count, H and W multiples of the stride.
-        Returns:
-            (B, 2C, t, h, w) float32, unscaled: the mean, then the log-variance.
-        Raises:
-            CodecError: a size is off the stride or T does not round-trip (nothing is padded or dropped silently), or
-                the codec returned a shape that contradicts its spec.
+        Raises CodecError if a size is off the stride, T does not round-trip, or the codec contradicts its spec.
         """
         if pixels.dim() != 5 or pixels.shape[1] != 3:
             raise CodecError(f"The codec {self.spec.name} takes (B, 3, T, H, W) pixels; it got {tuple(pixels.shape)}.")
@@ -142,16 +118,7 @@ class Codec(ABC):
     def from_moments(
         self, moments: Tensor, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Sample scaled latents from moments.
-
-        Args:
-            moments: (B, 2C, t, h, w) from `encode_moments`.
-            generator: a CPU generator for the noise of the whole batch.
-            seeds: one seed per sample instead of a generator (see `seeding.derive_seed`). With neither, the mean is
-                used.
-        Returns:
-            (B, C, t, h, w), scaled; `decode` is the inverse.
-        """
+        """Sample scaled latents; noise is from a CPU `generator`, or from one seed per sample; with neither, zero."""
         mean, logvar = moments.chunk(2, dim=1)
         if seeds is not None:
             noise = seeded_randn(mean.shape[1:], seeds)
@@ -165,16 +132,7 @@ class Codec(ABC):
     def encode(
         self, pixels: Tensor, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Encode a clip to scaled latents: `from_moments` of `encode_moments`.
-
-        Args:
-            pixels: (B, 3, T, H, W), float in [-1, 1].
-            generator, seeds: as in `from_moments`; with neither, the mean.
-        Returns:
-            (B, C, t, h, w) float32.
-        Raises:
-            CodecError: as `encode_moments`.
-        """
+        """Encode a clip to scaled latents: `from_moments` of `encode_moments`."""
         return self.from_moments(self.encode_moments(pixels), generator, seeds)
 
     def encode_cond_frames(self, pixels: Tensor) -> Tensor:
@@ -187,16 +145,9 @@ class Codec(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frames: int) -> Tensor:
-        """Decode scaled latents to pixels.
+        """Decode scaled latents (B, C, t, h, w) to pixels (B, 3, frames, H, W) float32, not clamped.
 
-        Args:
-            latents: (B, C, t, h, w), scaled as `encode` returns them.
-            frames: how many pixel frames they cover.
-        Returns:
-            (B, 3, frames, H, W) float32, not clamped.
-        Raises:
-            CodecError: `frames` is not legal or does not belong to t latent frames, or the codec returned a shape that
-                contradicts its spec.
+        Raises CodecError if `frames` does not belong to t latent frames, or the codec contradicts its spec.
         """
         if latents.dim() != 5 or latents.shape[1] != self.spec.channels:
             raise CodecError(
@@ -252,11 +203,7 @@ def flags_to_name_again(options: CodecOptions) -> tuple[str, ...]:
 
 
 def parse_init(text: str | None) -> dict[str, Any]:
-    """Parse `--vae-init-json`; {} if it is not given.
-
-    Raises:
-        CodecError: not JSON, or not an object.
-    """
+    """Parse `--vae-init-json` ({} if it is not given); CodecError if it is not a JSON object."""
     try:
         init = parse_json(text) if text else {}
     except Malformed as e:
@@ -269,13 +216,7 @@ def parse_init(text: str | None) -> dict[str, Any]:
 def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu", load: bool = True) -> Codec:
     """Build the codec that flags describe (the `patch` codec is fitted instead, see `codecs.pca.PCACodec.fit`).
 
-    Args:
-        options: what to build.
-        device: where it runs.
-        load: read the weights now; otherwise when a clip is first encoded or decoded (a run on cached latents never
-            needs them).
-    Raises:
-        CodecError: flags, weights, module or class are missing or malformed.
+    `load` reads the weights now; otherwise at first use. Errors: as `Codec.from_options`.
     """
     init = parse_init(options.vae_init_json)
     return backend_class(options.vae_backend).from_options(options, init, load=load).to(device)
@@ -290,18 +231,10 @@ def describe_codec(codec: Codec, options: CodecOptions) -> dict[str, Any]:
 def codec_from_checkpoint(
     config: Mapping[str, Any], state: Mapping[str, Tensor], overrides: Overrides, *, device: torch.device | str = "cpu"
 ) -> Codec:
-    """Build the codec that a checkpoint was trained with; `overrides` may give other paths.
+    """Build the codec that a checkpoint was trained with, from its config["codec"] and codec tensors.
 
-    Args:
-        config: a checkpoint's config["codec"].
-        state: a checkpoint's codec tensors (of a fitted codec).
-        overrides: `pretrained_model` and `vae_*` replace the stored values. A module that the checkpoint names and
-            that this project does not contain is imported only if `overrides.vae_module` names it again.
-        device: where the codec runs.
-    Raises:
-        CheckpointError: the user has not named the checkpoint's module again, the VAE that it names is not a folder, or
-            the codec has another latent shape.
-        CodecError: as `build_codec`.
+    `overrides` may replace `pretrained_model` and `vae_*`. A foreign module is imported only if it names it again.
+    Raises CheckpointError if it does not, the VAE is not a folder, or the latent shape differs; or CodecError.
     """
     options = override(restore_options(CodecOptions, config["options"]), overrides)
     if options.vae_backend == "patch":
@@ -320,11 +253,7 @@ def codec_from_checkpoint(
 
 
 def _own_module(options: CodecOptions) -> str:
-    """Return this project's module for the class that a checkpoint names, never a module of the checkpoint's choice.
-
-    Raises:
-        CheckpointError: the module is not this project's.
-    """
+    """Return this project's module for the class that a checkpoint names; CheckpointError for any other module."""
     own = OWN_MODULES.get((options.vae_module, options.vae_class))
     if own is None:
         raise CheckpointError(
@@ -347,10 +276,7 @@ def _check_same_latents(codec: Codec, stored: Mapping[str, Any]) -> None:
 
 
 class IdentityCodec(Codec):
-    """Keep pixels as latents, or fold blocks of `factor` pixels into channels; decoding returns the same bits.
-
-    It has no weights and no loss.
-    """
+    """Keep pixels as latents, or fold blocks of `factor` pixels into channels; lossless, without weights."""
 
     def __init__(self, factor: tuple[int, int, int] = (1, 1, 1)) -> None:
         ft, fh, fw = self.factor = factor
@@ -358,11 +284,7 @@ class IdentityCodec(Codec):
 
     @classmethod
     def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "IdentityCodec":
-        """Build it from `--vae-init-json`: {}, {"space_to_depth": 4} or {"factor": [2, 4, 4]}.
-
-        Raises:
-            CodecError: another key, or not positive whole numbers.
-        """
+        """Build it from `--vae-init-json`: {}, {"space_to_depth": 4} or {"factor": [2, 4, 4]}; else CodecError."""
         unknown = sorted(set(init) - {"space_to_depth", "factor"})
         if unknown or len(init) > 1:
             raise CodecError(

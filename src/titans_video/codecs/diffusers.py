@@ -1,8 +1,7 @@
 """VAEs from diffusers, read from a pipeline's folder, each with its own scaling, strides and frame rule.
 
 Legend: B batch, C latent channels, T pixel frames, H W pixel size, t h w the latent grid, N frames of all samples.
-Samples are processed one by one, and frame-by-frame VAEs in chunks of frames, so that memory does not grow with the
-batch.
+Samples are processed one by one, and frame-by-frame VAEs in chunks of frames, to bound memory.
 """
 
 import gc
@@ -42,15 +41,12 @@ INSTALL = "needs the packages diffusers and accelerate: pip install diffusers ac
 
 @dataclass(frozen=True)
 class VaeSpec:
-    """Describe how one VAE class is used.
+    """How one VAE class is used.
 
     Attributes:
-        frame_rule: see `CodecSpec`.
         stride: (S, sh, sw) of a loaded VAE.
         shift_and_factor: as in its pipeline: latents = (unscaled - shift) * factor, each a scalar or C values.
-        encode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w).
-        decode: (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
-        context: see `Codec.decode_context`.
+        encode, decode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w), and (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
     """
 
     frame_rule: FrameRule
@@ -157,13 +153,7 @@ VAE_SPECS = {
 
 
 class DiffusersCodec(Codec):
-    """A frozen VAE from diffusers, scaled as its pipeline scales it.
-
-    Args:
-        vae: a loaded VAE of a class in `VAE_SPECS`.
-        folder: where it was read from, for the fingerprint; if None, the tensors themselves are hashed.
-    Source: the classes of `VAE_SPECS` and the pipelines that use them, in diffusers.
-    """
+    """A frozen VAE of a class in `VAE_SPECS`, scaled as its diffusers pipeline scales it."""
 
     def __init__(self, vae: Any, folder: Path | None = None) -> None:
         self._vae: Any = vae.eval().requires_grad_(False)
@@ -184,14 +174,10 @@ class DiffusersCodec(Codec):
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | torch.dtype = "fp32", *, weights: bool = True) -> Self:
-        """Read a VAE from a pipeline's folder or its own; nothing is downloaded.
+        """Read a VAE from a folder with vae/config.json or config.json; nothing is downloaded.
 
-        Args:
-            path: a folder that contains vae/config.json or config.json.
-            dtype: precision of weights and computation: fp32, bf16, fp16 (or float32, bfloat16, float16).
-            weights: read them now; otherwise when a clip is first encoded or decoded.
-        Raises:
-            CodecError: no such folder, no VAE in it, an unknown class, or missing or misshapen weights.
+        `dtype` is as in `parse_dtype`; `weights` reads them now, otherwise at first use.
+        Raises CodecError if the folder has no VAE, an unknown class, or missing or misshapen weights.
         """
         codec = cls.__new__(cls)
         codec._open(find_vae(path), parse_dtype(dtype), weights)
@@ -262,9 +248,7 @@ class DiffusersCodec(Codec):
         return self._fingerprint
 
     def _bound_memory(self, frame_pixels: int, frames: int) -> None:
-        """Use tiles for large frames, and temporal tiles for LTX, the only class here that would process a whole clip
-        at once.
-        """
+        """Use tiles for large frames, and temporal tiles for LTX, which else processes a whole clip at once."""
         if hasattr(self.vae, "use_tiling"):
             if frame_pixels > TILE_ABOVE:
                 self.vae.enable_tiling()
@@ -276,11 +260,7 @@ class DiffusersCodec(Codec):
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch dtype of a name: fp32, bf16, fp16, or torch's own names of these.
-
-    Raises:
-        CodecError: another name.
-    """
+    """Return the torch dtype of fp32, bf16, fp16, or of torch's own names of these; CodecError for another name."""
     names = PRECISIONS | {str(value).removeprefix("torch."): value for value in PRECISIONS.values()}
     found = names.get(str(dtype).removeprefix("torch."))
     if found is None:
@@ -289,11 +269,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def find_vae(path: str | Path) -> Path:
-    """Return the VAE's own folder: `path`/vae or `path`.
-
-    Raises:
-        CodecError: neither has a config.json.
-    """
+    """Return the VAE's own folder: `path`/vae or `path`; CodecError if neither has a config.json."""
     path = Path(path).expanduser()
     for folder in (path / "vae", path):
         if (folder / "config.json").is_file():
@@ -307,11 +283,7 @@ def find_vae(path: str | Path) -> Path:
 
 
 def class_name(folder: Path) -> str:
-    """Return the class that a VAE's folder describes.
-
-    Raises:
-        CodecError: its config.json cannot be read, or names a class that is not in `VAE_SPECS`.
-    """
+    """Return the class that a VAE's folder describes; CodecError if it is unreadable or not in `VAE_SPECS`."""
     try:
         check_model_config(folder)
         name = read_json(folder / "config.json", strict=False).get("_class_name")
@@ -335,10 +307,7 @@ def _class(folder: Path) -> Any:
 
 
 def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
-    """Return a VAE without weights, on the device `meta`: its shapes and scaling are known.
-
-    It returns None if the scaling is among the weights and the weights are not in one file.
-    """
+    """Return a VAE without weights, on `meta`; None if its scaling is among weights that are not in one file."""
     kind = _class(folder)
     try:
         with torch.device("meta"):
@@ -363,39 +332,26 @@ def load_vae(folder: Path, dtype: torch.dtype) -> Any:
 
 
 class FirstFrameCodec(DiffusersCodec):
-    """A VAE that encodes the first frame, the only conditioning frame, as a clip of one frame.
-
-    In a clip with blank frames after it, normalisation would mix the first frame with the blank ones.
+    """A VAE that encodes the first frame, the only conditioning frame, as a clip of one frame, without blank frames.
 
     Source: `prepare_latents` of CogVideoXImageToVideoPipeline in diffusers.
     """
 
     @torch.no_grad()
     def encode_cond_frames(self, pixels: Tensor) -> Tensor:
-        """Return (B, 2C, t, h, w) of (B, 3, T, H, W): the moments of the first frame, then zeros without noise."""
+        """Return (B, 2C, t, h, w) of (B, 3, T, H, W): the first frame's moments, then zeros without noise."""
         first = self.encode_moments(pixels[:, :, :1])
         t = len(self.spec.frame_groups(pixels.shape[2]))
         blank = without_noise(first.new_zeros(first.shape[0], first.shape[1] // 2, t - 1, *first.shape[3:]))
         return torch.cat([first, blank], dim=2)
 
     def fingerprint(self) -> str:
-        """Return the VAE's fingerprint with a suffix, so that a cache separates these conditioning frames from other
-        networks'.
-        """
+        """Return the VAE's fingerprint with a suffix, because a cache must separate these conditioning frames."""
         return f"{super().fingerprint()} first frame alone"
 
 
 class CogVideoXVAEWrapper(DiffusersCodec):
-    """CogVideoX's VAE from a local folder.
-
-    Args:
-        pretrained_path: a CogVideoX pipeline's folder (with vae/ in it) or the VAE's own.
-        dtype: float32, float16 or bfloat16 (or fp32, fp16, bf16).
-        device: where it runs.
-        load: read the weights now; otherwise when a clip is first encoded or decoded.
-    Raises:
-        CodecError: the folder has no CogVideoX VAE, or an incomplete one.
-    """
+    """CogVideoX's VAE from a local folder; arguments and errors are those of `DiffusersCodec.load`."""
 
     cache_version: ClassVar = "b1ea7a00087a443f769b2627d22f31a9"
     """Part of the keys of cached latents; see `codecs.external.source_digest`. Change it only if the latents change."""

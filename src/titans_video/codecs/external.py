@@ -79,11 +79,8 @@ class ExternalCodec(Codec):
 def load_external(module: str, name: str, init: Mapping[str, Any], *, load: bool = True) -> Codec:
     """Import `module`, create its class `name` with `init` as arguments, and try it on a blank clip.
 
-    Args:
-        load: False if the codec may never be used: a class with an argument `load` gets False, and no clip is tried.
-    Raises:
-        CodecError: the module, class, a method or the spec is missing or malformed, the class raises, it returns a
-            shape that contradicts its spec, or its weights are not finite.
+    With `load` False, a class with an argument `load` gets False and is not tried.
+    Raises CodecError if module, class, method or spec is missing or malformed, the class fails, or it is not finite.
     """
     kind = getattr(_import(module), name, None)
     where = f"--vae-module {module} --vae-class {name}"
@@ -158,15 +155,12 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _takes_frames(decode: Any) -> bool:
-    """Check whether `decode` has a second parameter for the frame count."""
     positional = [p for p in _parameters(decode).values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 1
 
 
 def _read_spec(spec: Any, name: str) -> CodecSpec:
-    """Accept a `CodecSpec`, or a mapping or object with channels, stride and optionally frame_rule (default: by the
-    stride).
-    """
+    """Accept a `CodecSpec`, or a mapping or object with channels, stride and optionally frame_rule."""
     if isinstance(spec, CodecSpec):
         return spec
     names = ("channels", "stride", "frame_rule", "name")

@@ -20,16 +20,9 @@ ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
 
 
 class ImageEncoder:
-    """A frozen CLIPVisionModelWithProjection. Like a codec, it is deliberately not an `nn.Module`.
+    """A frozen CLIPVisionModelWithProjection; like a codec, not an `nn.Module`.
 
-    Args:
-        folder: of a pipeline with image_encoder/ and feature_extractor/; nothing is downloaded.
-        dtype: precision of weights and computation.
-        weights: read them now; otherwise when the first image is encoded.
-    Attributes:
-        width: E.
-    Raises:
-        CodecError: a part is missing or unreadable.
+    `folder` is a pipeline's. `weights` reads them now, otherwise at first use. Raises CodecError.
     """
 
     def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = True) -> None:
@@ -103,8 +96,7 @@ class ImageEncoder:
 def resized(images: Tensor, side: int) -> Tensor:
     """Resize (B, 3, H, W) -> (B, 3, side, side): blur in proportion to the shrinking, then bicubic, corners aligned.
 
-    Source: _resize_with_antialiasing of diffusers' StableVideoDiffusionPipeline; importing it would import the whole
-    pipeline.
+    Source: _resize_with_antialiasing of diffusers' StableVideoDiffusionPipeline.
     """
     for dim, size in zip((2, 3), images.shape[2:], strict=True):
         sigma = max((size / side - 1) / 2, 0.001)

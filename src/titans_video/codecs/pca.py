@@ -1,8 +1,8 @@
 """The `patch` codec: principal components fitted to the clips, without a pretrained VAE.
 
-Legend: B batch, N clips, T H W pixel frames, height and width, (pt, ph, pw) the space-time patch,
-P = 3 * pt * ph * pw pixels of a patch, C channels kept, t h w the latent grid, k = pt // 2 frames of a block that are
-joined to the block before it, J = 3 * k * ph * pw.
+Legend: B batch, N clips, T H W pixel frames, height and width, (pt, ph, pw) the space-time patch, P = 3 * pt * ph * pw
+pixels of a patch, C channels kept, t h w the latent grid, k = pt // 2 frames of a block that are joined to the block
+before it, J = 3 * k * ph * pw.
 """
 
 import hashlib
@@ -23,17 +23,9 @@ TENSORS = ("mean", "basis", "scales", "variance")
 class PCACodec(Codec):
     """Keep the leading principal components of (pt, ph, pw) patches, each divided by eigenvalue^(1/4).
 
-    Dividing by eigenvalue^(1/2) would whiten the latents and give the faintest detail the same weight as the coarsest
-    shape. Without any division the detail would be below the noise at nearly every time. The fourth root is between the
-    two; `spec.variance` gives the noise process the remaining spread, so that it can precondition each channel
-    separately.
-
-    The codec needs no download: it is fitted in seconds and stored in the checkpoint that was trained on it.
-
-    Blocks of pt frames are decoded one by one, and a network's errors differ from block to block, so objects jump
-    between blocks. With `smooth`, the first k frames of a block fade in from an estimate that combines the frames
-    before the block with its own (see `_join_gain`). This is a temporal overlap in the decoder only: latents, and
-    therefore training, are the same with and without it.
+    That is between whitening, which overrates detail, and no division, which puts detail below the noise.
+    `spec.variance` has the remaining spread. With `smooth`, the first k frames of a decoded block fade in from an
+    estimate that combines the frames before the block with its own (see `_join_gain`); latents do not change.
     """
 
     def __init__(
@@ -48,14 +40,8 @@ class PCACodec(Codec):
     ) -> None:
         """Build the codec from the results of `fit`.
 
-        Args:
-            patch: (pt, ph, pw) pixels.
-            mean: (P,), the mean patch.
-            basis: (P, C), orthonormal columns.
-            scales: (C,), the factor of each component.
-            variance: (C,), the variance of each latent channel on the clips that it was fitted to.
-            smooth: the expected error that the blocks are joined for, see `fit`.
-            gain: (J, P), from `_join_gain`; None leaves the blocks unchanged.
+        `mean` is (P,), `basis` (P, C) with orthonormal columns, `scales` (C,) the factor of each component, `variance`
+        (C,) of each latent channel on the fitted clips, `gain` (J, P) from `_join_gain` or None.
         """
         self.patch = patch
         self.mean, self.basis, self.scales, self.variance = (x.float() for x in (mean, basis, scales, variance))
@@ -66,18 +52,11 @@ class PCACodec(Codec):
     def fit(
         cls, pixels: Tensor, patch: tuple[int, int, int] = (8, 4, 4), channels: int = 96, smooth: float = 0.0
     ) -> "PCACodec":
-        """Fit the principal components of the clips' patches (float64 on the CPU: seconds for a few hundred small
-        clips).
+        """Fit the principal components of the patches of clips (N, 3, T, H, W) in [-1, 1], in float64 on the CPU.
 
-        Args:
-            pixels: (N, 3, T, H, W) in [-1, 1].
-            patch: (pt, ph, pw), divisors of T, H and W.
-            channels: components to keep, at most P.
-            smooth: the expected error of decoded blocks, as a standard deviation of pixels in [-1, 1]. The larger it
-                is, the more a block is adapted to the one before it; 0 means not at all.
-        Raises:
-            CodecError: the patch does not divide the clips, there are more channels than pixels in a patch, or blocks
-                of one frame should be joined.
+        `smooth` is the expected error of decoded blocks, as a standard deviation of pixels. The larger it is, the more
+        a block is adapted to the one before it; 0: not at all.
+        Raises CodecError if the patch does not divide the clips, C > P, or blocks of one frame should be joined.
         """
         size = 3 * patch[0] * patch[1] * patch[2]
         if not 1 <= channels <= size:
@@ -128,7 +107,6 @@ class PCACodec(Codec):
 
     @property
     def decode_context(self) -> int:
-        """See `Codec.decode_context`: a join uses the last frames of the block before, which no join changes."""
         return 0 if self.gain is None else 1
 
     def fingerprint(self) -> str:
@@ -152,11 +130,7 @@ class PCACodec(Codec):
 
     @classmethod
     def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> "PCACodec":
-        """Refuse: this codec is fitted (see `fit`).
-
-        Raises:
-            CodecError: always.
-        """
+        """Raise CodecError: this codec is fitted (see `fit`)."""
         raise CodecError(
             "--vae-backend patch is fitted to clips by training and is stored in its checkpoint; it cannot be built "
             "from flags."
@@ -164,11 +138,6 @@ class PCACodec(Codec):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> "PCACodec":
-        """Rebuild the codec that a checkpoint contains.
-
-        Raises:
-            CodecError: a tensor is missing or does not fit the configuration.
-        """
         try:
             patch = config["patch"]
             smooth = config.get("smooth", 0.0)
@@ -199,19 +168,13 @@ class PCACodec(Codec):
 
 
 def _join_gain(patch: tuple[int, int, int], basis: Tensor, eigenvalues: Tensor, rest: float, smooth: float) -> Tensor:
-    """Return (J, P): the estimator of the last k of pt successive frames from all pt decoded frames.
+    """Return (J, P): the estimator of the last k of pt successive frames from all pt decoded frames, as deviations.
 
-    The last k of these frames belong to another block than the others. Inputs and outputs are deviations from the mean
-    patch. Patches are modelled as Gaussian with the covariance S = V L V' + rest (1 - V V') that the codec knows
-    (probabilistic principal components, Tipping & Bishop 1999), and decoded pixels have additional errors R: `smooth`
-    after the join. Before the join the error is assumed to be half as large, but no smaller than the codec's own loss:
-    those frames have been shown already, and the next ones must match them. The best estimate is then S (S + R)^-1
-    (Wiener).
+    Patches are Gaussian with covariance S = V L V' + rest (1 - V V') (probabilistic principal components, Tipping &
+    Bishop 1999), and decoded pixels have errors R: `smooth` in the block; before it half of that, but no less than the
+    codec's own loss, because those frames have been shown already. The best estimate is S (S + R)^-1 (Wiener).
 
-    Args:
-        basis, eigenvalues: (P, C) and (C,) float64; the kept components.
-        rest: variance of each component that was not kept.
-        smooth: standard deviation.
+    `basis` V is (P, C) and `eigenvalues` L (C,), float64; `rest` is the variance of each component that was not kept.
     """
     pt, size = patch[0], len(basis)
     covariance = (basis * (eigenvalues - rest)) @ basis.T + rest * torch.eye(size, dtype=basis.dtype)
