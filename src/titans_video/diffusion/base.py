@@ -1,10 +1,8 @@
 """Noise processes: what training and sampling need of each, and the sample before and after noise is added.
 
-Timesteps run from 0 (clean) to 1 (noise), except where a pretrained model counts its own steps (`VPredictionDDPM`).
-A sample has one timestep, (B,), or one for each latent frame, (B, t), latent cell, (B, t, h, w), or token, (B, N).
-
-Legend: B batch, C latent channels, t h w the latent grid, N tokens of packed latents (B, N, C), S pixel frames of a
-latent frame.
+Timesteps run from 0 (clean) to 1 (noise), except where a pretrained model counts its own steps (`VPredictionDDPM`). A
+sample has one timestep, (B,), or one per latent frame, (B, t), latent cell, (B, t, h, w), or token, (B, N).
+Legend: B batch, C latent channels, t h w the latent grid, N tokens of packed latents (B, N, C).
 """
 
 import difflib
@@ -34,11 +32,8 @@ class Prepared:
     """One micro-batch before noise is added: clean latents, timesteps and what the network is conditioned on.
 
     Attributes:
-        latents: (B, C, t, h, w), or packed (B, N, C); float32.
-        timesteps: one per clip, latent frame, latent cell or token, see the module's docstring.
-        condition: text, conditioning frames, image.
-        tokens: how many tokens of a clip are denoised together; time shifts depend on it.
-        clean_mask: bool, of the shape of `timesteps`: True where the sample stays clean, at timestep 0; None: nowhere.
+        latents, tokens: float32 (B, C, t, h, w), or packed (B, N, C); tokens of a clip, for time shifts.
+        clean_mask: bool, as `timesteps`: True where the sample stays clean, at timestep 0; None: nowhere.
         loss_mask: bool, broadcasts against `latents`: True where there is loss; None: everywhere.
         others: further modalities by name, e.g. `audio`, each with its own latents, timesteps and loss.
     """
@@ -61,15 +56,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class NoisySample:
-    """The input and the target of the network.
-
-    Attributes:
-        model_input: noisy latents in the network's own scale, of the shape of the latents.
-        timesteps: as given.
-        target: what the network should predict, of the same shape.
-        weight: of the squared error against `target`; broadcasts against it.
-        others: the same of further modalities.
-    """
+    """The network's input, target, and `weight` of the squared error (broadcast); `others` are further modalities."""
 
     model_input: Tensor
     timesteps: Tensor
@@ -85,15 +72,10 @@ class NoiseProcess(Protocol):
         """Return plain values for checkpoints."""
 
     def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
-        """Return (B,) training timesteps.
-
-        Args:
-            seeds: one per clip; its timestep depends on its seed only.
-            tokens: of a clip; processes whose times do not depend on the size ignore it.
-        """
+        """Return (B,) training timesteps, each a function of its clip's seed; `tokens` of a clip may shift them."""
 
     def timestep_quantile(self, quantile: float, tokens: int) -> float:
-        """Return the timestep below which a share `quantile`, in (0, 1), of the training timesteps lies."""
+        """Return the timestep below which a share `quantile`, in (0, 1), of the training timesteps falls."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> NoisySample:
         """Return the network's input and target at `timesteps` between `x0` and `noise`, which have one shape."""
@@ -103,10 +85,7 @@ class NoiseProcess(Protocol):
 
 
 class SamplingProcess(NoiseProcess, Protocol):
-    """A process that this project's own samplers can run backwards.
-
-    Its state is x_t = (1 - time) x0 + time noise, up to a scale of its own at the first time (`init_noise`).
-    """
+    """A process for our samplers: x_t = (1 - time) x0 + time noise, up to a scale at the first time (`init_noise`)."""
 
     def schedule(self, steps: int, tokens: int) -> Tensor:
         """Return (steps + 1,) float64 falling times of the denoising steps."""
@@ -119,11 +98,7 @@ class SamplingProcess(NoiseProcess, Protocol):
 
 
 def build_process(config: Mapping[str, object]) -> SamplingProcess:
-    """Build the process that a checkpoint's `config["process"]` describes.
-
-    Raises:
-        ConfigError: an unknown process, or a key or value that it does not take.
-    """
+    """Build the process of a checkpoint's `config["process"]`; ConfigError: unknown process, key or value."""
     name = str(config.get("name"))
     if name not in PROCESSES:
         near = difflib.get_close_matches(name, PROCESSES, n=1)
@@ -134,11 +109,7 @@ def build_process(config: Mapping[str, object]) -> SamplingProcess:
 
 
 def process_arguments(config: Mapping[str, object], defaults: Mapping[str, object], name: str) -> dict[str, object]:
-    """Return the constructor's arguments in a process's config.
-
-    Raises:
-        ConfigError: a key that the process does not have.
-    """
+    """Return the constructor's arguments in a process's config; ConfigError: a key that it does not have."""
     arguments = {key: value for key, value in config.items() if key != "name"}
     unknown = sorted(arguments.keys() - defaults.keys())
     if unknown:
@@ -152,12 +123,7 @@ def count_tokens(grid: Sequence[int], patch_size: Sequence[int]) -> int:
 
 
 def expand_dims(timesteps: Tensor, like: Tensor) -> Tensor:
-    """Return timesteps with the axes of latents, in at least float32, so that bf16 latents lose no precision.
-
-    Args:
-        timesteps: (B,), (B, t) or (B, t, h, w) for latents (B, C, t, h, w); (B,) or (B, N) for packed ones.
-        like: the latents.
-    """
+    """Return timesteps, as in the module's docstring, with the axes of the latents `like`, in at least float32."""
     timesteps = timesteps.to(like.device, torch.promote_types(like.dtype, torch.float32))
     if like.ndim == 3:
         return timesteps[:, None, None] if timesteps.ndim == 1 else timesteps[:, :, None]

@@ -1,7 +1,6 @@
 """Rectified flow: straight lines between data and noise (Liu et al. 2022, Lipman et al. 2022, Esser et al. 2024).
 
-Legend: B batch, C latent channels, t h w the latent grid. x_t = a x0 + b n with a = 1 - time and b = time: time 0 is
-clean, time 1 is noise. A timestep for each latent frame, (B, t), is how conditioning frames stay clean.
+Legend: B batch, C latent channels, t h w the latent grid. x_t = a x0 + b n with a = 1 - time and b = time.
 """
 
 import math
@@ -25,20 +24,12 @@ MIN_VARIANCE = 1e-6
 
 
 def default_shift(tokens: int) -> float:
-    """Return the time shift for a size: sqrt(tokens / 256), never below 1.
-
-    More tokens that show one thing reveal it at more noise, so larger clips need noisier times. Frames of a video
-    repeat one another, so the law overstates very long clips; it stops at 12, the largest shift in wide use.
-    Source: Esser et al. 2024 (Stable Diffusion 3), section 5.3.2, whose base is 256 tokens.
-    """
+    """Return the time shift sqrt(tokens / 256), in [1, 12]. Source: Esser et al. 2024, section 5.3.2."""
     return min(max(math.sqrt(tokens / BASE_TOKENS), 1.0), MAX_SHIFT)
 
 
 def shift_time(time: Tensor, shift: float) -> Tensor:
-    """Return s time / (1 + (s - 1) time): the ends stay, the middle moves towards noise.
-
-    Source: Esser et al. 2024, equation 23.
-    """
+    """Return s time / (1 + (s - 1) time), which moves the middle to noise. Source: Esser et al. 2024, equation 23."""
     return shift * time / (1 + (shift - 1) * time)
 
 
@@ -46,24 +37,16 @@ class RectifiedFlow:
     """The noise process of SoraDiT.
 
     `velocity`: the network predicts n - x0 from x_t.
-    `x0`: the network predicts the residual of x0 after the best linear estimate from x_t, in unit variance. With lambda
-    the variance of a channel and D = lambda a^2 + b^2:
+    `x0`: it predicts the residual of x0 after the best linear estimate from x_t, in unit variance, so 0 is the Wiener
+    filter of Gaussian data. With lambda the variance of a channel and D = lambda a^2 + b^2:
         input   x_t / sqrt(D)
         x0      x_t lambda a / D + F sqrt(lambda) b / sqrt(D)
         target  F = (b x0 - lambda a n) / sqrt(lambda D)
-        weight  lambda (a^2 + b^2) / D, so that the loss is |x0_hat - x0|^2 (a^2 + b^2) / b^2: the loss of the
-                velocity, times a^2 + b^2.
-    A network that predicts 0 is then already the Wiener filter of Gaussian data.
+        weight  lambda (a^2 + b^2) / D: the loss is |x0_hat - x0|^2 (a^2 + b^2) / b^2, the velocity's times a^2 + b^2
     Source: Karras et al. 2022 (EDM), table 1 and appendix B.6, with sigma = b / a and one sigma_data a channel.
 
-    Args:
-        prediction: `velocity` or `x0`.
-        time_mean: mean of logit(time) in training; positive values are noisier.
-        time_std: its standard deviation.
-        shift: of times in training and sampling; None: by the number of tokens; 1: no shift.
-        variance: of each latent channel on the data, for `x0`; None: 1 for each.
-    Raises:
-        ConfigError: an illegal value.
+    `time_mean` and `time_std` are of logit(time) in training. `shift` is of times in training and sampling (None: by
+    the number of tokens). `variance` is of each latent channel on the data. Raises ConfigError for an illegal value.
     """
 
     def __init__(
@@ -89,7 +72,6 @@ class RectifiedFlow:
         self.variance = None if variance is None else tuple(float(v) for v in variance)
 
     def config(self) -> dict[str, object]:
-        """Return plain values from which `from_config` builds an equal process."""
         return {
             "name": "rectified_flow",
             "prediction": self.prediction,
@@ -101,11 +83,6 @@ class RectifiedFlow:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RectifiedFlow":
-        """Build a process from `config`.
-
-        Raises:
-            ConfigError: an unknown key.
-        """
         arguments: dict[str, Any] = dict(process_arguments(config, cls().config(), "the rectified flow"))
         return cls(**arguments)
 
@@ -121,33 +98,21 @@ class RectifiedFlow:
         )
 
     def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
-        """Return logit-normal training times, shifted.
-
-        Args:
-            seeds: one per clip; its time depends on its seed only.
-            tokens: of a clip, for the shift.
-        Returns:
-            (B,) float32 in [0, 1].
-        Source: Esser et al. 2024, section 3.1.
-        """
+        """Return logit-normal training times, shifted. Source: Esser et al. 2024, section 3.1."""
         return self._time(seeded_randn((), [derive_seed(seed, "time") for seed in seeds]), tokens)
 
     def timestep_quantile(self, quantile: float, tokens: int) -> float:
-        """Return the time below which a share `quantile`, in (0, 1), of the training times lies."""
         return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64), tokens))
 
     def _time(self, z: Tensor, tokens: int) -> Tensor:
-        """Return training times from standard normal `z`."""
         return shift_time(torch.sigmoid(self.time_mean + self.time_std * z), self._shift(tokens))
 
     def schedule(self, steps: int, tokens: int) -> Tensor:
-        """Return (steps + 1,) float64 times from 1 to 0, evenly spaced and then shifted as in training."""
         if steps < 1:
             raise ConfigError(f"{steps} denoising steps; at least 1 is needed.")
         return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self._shift(tokens))
 
     def init_noise(self, noise: Tensor) -> Tensor:
-        """Return the state at the first time of the schedule, which is the noise itself."""
         return noise
 
     def noisy(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -156,20 +121,13 @@ class RectifiedFlow:
         return (1 - b) * x0 + b * noise
 
     def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """Return `x_t` in the scale that the network expects."""
         if self.prediction == "velocity":
             return x_t
         a, b, lam = self._coefficients(x_t, time)
         return x_t / (lam * a * a + b * b).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
-        """Return training input and target.
-
-        Args:
-            x0: clean latents.
-            noise: of the same shape, standard normal.
-            time: see `diffusion.base`; 0 where the sample stays clean, so nothing divides by it.
-        """
+        """Return training input and target; at time 0 the sample stays clean, so nothing divides by it."""
         x_t = self.noisy(x0, noise, time)
         if self.prediction == "velocity":
             return NoisySample(x_t, time, noise - x0, x_t.new_ones(()))
@@ -179,7 +137,6 @@ class RectifiedFlow:
         return NoisySample(x_t / d.sqrt(), time, target, lam * (a * a + b * b) / d)
 
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
-        """Return the clean latents that the prediction `value` at `x_t` stands for; affine in `value`."""
         if self.prediction == "velocity":
             return x_t - expand_dims(time, x_t) * value
         a, b, lam = self._coefficients(x_t, time)

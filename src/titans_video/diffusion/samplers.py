@@ -1,9 +1,7 @@
 """Sample from noise to data: ODE solvers over `denoise(x_t, time) -> x0`, and classifier-free guidance of `denoise`.
 
 The flow's velocity is dx/dtime = (x - x0) / time, so a solver only needs the denoised prediction. All solvers are
-deterministic: equal noise gives equal clips.
-
-Legend: B batch, C latent channels, t h w the latent grid, L text tokens.
+deterministic. Legend: B batch, C latent channels, t h w the latent grid, L text tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,14 +45,9 @@ def euler(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Integrate with first order and one forward per step.
+    """Integrate with first order and one forward per step; if the last time is 0, the result is the last x0 itself.
 
-    Args:
-        denoise: x0 from the state and its time.
-        noise: the state at `schedule[0]`.
-        schedule: (steps + 1,) falling times; the last may be 0, and the result is then the last x0 itself.
-        on_step: called after each step.
-        edit: may change the state after each step.
+    `schedule` has (steps + 1,) falling times; `edit` may change the state after each step.
     Source: Euler's method, in the interpolating form of DDIM (Song et al. 2020, equation 12 with sigma = 0).
     """
     x = noise
@@ -75,11 +68,7 @@ def heun(
     on_step: OnStep | None = None,
     edit: EditState | None = None,
 ) -> Tensor:
-    """Integrate with second order and two forwards per step; a step to time 0, without a velocity there, is Euler's.
-
-    Args: as `euler`.
-    Source: Karras et al. 2022 (EDM), algorithm 1.
-    """
+    """Integrate with second order and two forwards per step. Source: Karras et al. 2022 (EDM), algorithm 1."""
     x = noise
     for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
         slope = (x - denoise(x, time)) / time
@@ -117,22 +106,14 @@ def guided(
     interval: tuple[float, float] | None = None,
     image_scale: Tensor | None = None,
 ) -> Denoise:
-    """Return a denoiser with classifier-free guidance towards `condition` and away from `negative`.
-
-    Both are evaluated in one batched forward. Guidance is applied to x0. Every kind of prediction gives x0 as an affine
-    function of the network's value at equal x_t and time, and the weights of guidance sum to 1, so guiding the value
-    would give the same.
+    """Return a denoiser with classifier-free guidance of x0, with both conditions in one batched forward.
 
     Args:
-        predict: the network and its process.
-        condition: of the clips, B rows.
         negative: B rows of text: the empty prompt, as trained by caption dropout, or what to avoid.
         scale: x0 = x0_negative + scale (x0_condition - x0_negative). At 1, `predict` is called with `condition` only.
         interval: (lo, hi), guide only while lo <= time <= hi; elsewhere as at scale 1.
-        image_scale: (t,), the scale of image guidance on each latent frame; None: the image does not guide. See
-            `guided_by_image_and_text`.
-    Raises:
-        ConfigError: a scale other than 1 without text.
+        image_scale: (t,), image guidance of each latent frame, see `guided_by_image_and_text`; None: no image guidance.
+    Raises ConfigError for a scale other than 1 without text.
     Source: Ho & Salimans 2022; the interval Kynkaanniemi et al. 2024.
     """
     if image_scale is not None and bool((image_scale != 1).any()):
@@ -161,18 +142,11 @@ def guided_by_image_and_text(
     image_scale: Tensor,
     interval: tuple[float, float] | None = None,
 ) -> Denoise:
-    """Return a denoiser that the image and the text guide, each with its own scale:
+    """Return a denoiser that the image and the text guide, with scales p = `image_scale` (t,) and s = `scale`:
 
         x0 = D(-, n) + p (D(image, n) - D(-, n)) + s (D(image, text) - D(image, n))
 
-    with n the negative text, and D the prediction under both conditions. The last difference is not computed if the
-    text is the negative one. What remains is the guidance of Stable Video Diffusion's pipeline, whose scale grows over
-    the frames.
-
-    Args:
-        image_scale: p, (t,).
-        scale: s.
-        interval: as `guided`.
+    with n the negative text. Without the last difference, it is the guidance of Stable Video Diffusion's pipeline.
     Source: Brooks et al. 2023 (InstructPix2Pix), equation 3, the image first.
     """
     image, text = condition.image, condition.text

@@ -1,17 +1,11 @@
 """Noise processes whose network predicts v: EDM (Stable Video Diffusion) and discrete diffusion (CogVideoX).
 
-EDM adds noise of any strength to the data (Karras et al. 2022): x = x0 + sigma n, with sigma from 0 to infinity. Here,
-as in the other processes, time 0 is clean and 1 is noise: time = sigma / (1 + sigma), and the state is the same one in
-a bounded scale,
+EDM adds noise of any strength to the data (Karras et al. 2022): x = x0 + sigma n. Here the state has a bounded scale,
+so Euler steps, samplers, windows and guidance are those of rectified flow. The data have unit variance:
 
-    x_t = x / (1 + sigma) = a x0 + b n,   a = 1 - time,   b = time,   sigma = b / a.
-
-Euler steps in x over sigma and in x_t over time are the same steps, so the samplers, windows and guidance of rectified
-flow work for EDM too. The published coefficients (data of unit variance) then read
-
-    c_in x      = x_t / sqrt(a^2 + b^2)
-    c_noise     = ln(sigma) / 4 = logit(time) / 4, which the network computes from the time
-    D           = c_skip x + c_out F = x_t a / (a^2 + b^2) - F b / sqrt(a^2 + b^2)
+    x_t    = x / (1 + sigma) = a x0 + b n,   a = 1 - time,   b = time,   sigma = b / a
+    c_in x = x_t / sqrt(a^2 + b^2),   c_noise = ln(sigma) / 4 = logit(time) / 4 (the network computes it)
+    D      = c_skip x + c_out F = x_t a / (a^2 + b^2) - F b / sqrt(a^2 + b^2)
 
 Legend: B batch, C latent channels, t h w the latent grid.
 """
@@ -33,19 +27,12 @@ RHO = 7.0
 
 
 class EDM:
-    """The noise process of Stable Video Diffusion.
+    """The noise process of Stable Video Diffusion; raises ConfigError for an illegal value.
 
-    Training minimises lambda(sigma) |D - x0|^2 with lambda = (1 + sigma^2) / sigma^2 = 1 / c_out^2 and
-    ln(sigma) ~ N(sigma_mean, sigma_std^2). With D = c_skip x + c_out F that is |F - (x0 - c_skip x) / c_out|^2: the
-    weight of the network's own error is 1.
-
-    Args:
-        sigma_mean, sigma_std: of ln(sigma) in training.
-        sigma_min, sigma_max: of the sampling schedule, which ends at 0.
-    Raises:
-        ConfigError: an illegal value.
+    Training minimises lambda(sigma) |D - x0|^2 with lambda = (1 + sigma^2) / sigma^2 = 1 / c_out^2, so the weight of
+    F's error is 1, and ln(sigma) ~ N(sigma_mean, sigma_std^2). `sigma_min` and `sigma_max` are for sampling.
     Source: Blattmann et al. 2023 (Stable Video Diffusion), appendix D; Karras et al. 2022 (EDM), equations 5, 7 and 8;
-        EulerDiscreteScheduler of diffusers with `timestep_type: continuous` and `prediction_type: v_prediction`.
+    diffusers' EulerDiscreteScheduler with `timestep_type: continuous` and `prediction_type: v_prediction`.
     """
 
     def __init__(
@@ -59,37 +46,22 @@ class EDM:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def config(self) -> dict[str, object]:
-        """Return plain values from which `from_config` builds an equal process."""
         names = ("sigma_mean", "sigma_std", "sigma_min", "sigma_max")
         return {"name": "edm", **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "EDM":
-        """Build a process from `config`.
-
-        Raises:
-            ConfigError: an unknown key.
-        """
         arguments: dict[str, Any] = dict(process_arguments(config, cls().config(), "EDM"))
         return cls(**arguments)
 
     def sample_timesteps(self, seeds: Sequence[int], tokens: int) -> Tensor:
-        """Return training times, log-normal in sigma.
-
-        Args:
-            seeds: one per clip; its time depends on its seed only.
-            tokens: ignored.
-        Returns:
-            (B,) float32 in (0, 1).
-        """
+        """Return training times, log-normal in sigma, (B,) float32 in (0, 1); `tokens` is ignored."""
         return self._time(seeded_randn((), [derive_seed(seed, "time") for seed in seeds]))
 
     def timestep_quantile(self, quantile: float, tokens: int) -> float:
-        """Return the time below which a share `quantile`, in (0, 1), of the training times lies."""
         return float(self._time(torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64)))
 
     def _time(self, z: Tensor) -> Tensor:
-        """sigma / (1 + sigma) with ln(sigma) = mean + std z."""
         return torch.sigmoid(self.sigma_mean + self.sigma_std * z)
 
     def schedule(self, steps: int, tokens: int) -> Tensor:
@@ -106,30 +78,25 @@ class EDM:
         return noise * (math.sqrt(self.sigma_max**2 + 1) / (1 + self.sigma_max))
 
     def noisy(self, x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Return x_t between `x0` and `noise`, which have one shape, at `time`."""
         a, b = _coefficients(x0, time)
         return a * x0 + b * noise
 
     def model_input(self, x_t: Tensor, time: Tensor) -> Tensor:
-        """Return c_in x: the state in the scale that the network expects."""
         a, b = _coefficients(x_t, time)
         return x_t / (a * a + b * b).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor) -> NoisySample:
-        """Return training input and target; see `RectifiedFlow.add_noise`."""
         a, b = _coefficients(x0, time)
         length = (a * a + b * b).sqrt()
         return NoisySample((a * x0 + b * noise) / length, time, (a * noise - b * x0) / length, x0.new_ones(()))
 
     def to_x0(self, value: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
-        """Return D, the clean latents that the network's `value` at `x_t` stands for; affine in `value`."""
         a, b = _coefficients(x_t, time)
         square = a * a + b * b
         return x_t * (a / square) - value * (b / square.sqrt())
 
 
 def _coefficients(like: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a and b with the axes of the latents."""
     b = expand_dims(time, like)
     return 1 - b, b
 
@@ -137,15 +104,9 @@ def _coefficients(like: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
 class VPredictionDDPM:
     """Discrete diffusion, the noise process of CogVideoX, with the noise levels of a diffusers scheduler.
 
-    x_s = sqrt(a_s) x0 + sqrt(1 - a_s) n, and the network predicts v = sqrt(a_s) n - sqrt(1 - a_s) x0; s = N - 1 is
-    noise.
-
-    Every step is equally likely in training, and the squared error of v has weight 1. That is the error of x0 weighted
-    by 1 / (1 - a), as x0 = sqrt(a) x - sqrt(1 - a) v. With zero terminal SNR (Lin et al. 2023) a is 0 at the last
-    step, where v is -x0: no other target could be learned there.
-
-    Args:
-        alphas_cumprod: (N,) a_s, falling, for N steps.
+    x_s = sqrt(a_s) x0 + sqrt(1 - a_s) n with `alphas_cumprod` (N,) = a_s, falling, and step N - 1 noise. The network
+    predicts v = sqrt(a_s) n - sqrt(1 - a_s) x0. Every step is equally likely in training, and the squared error of v
+    has weight 1. With zero terminal SNR (Lin et al. 2023) a is 0 at the last step, where v is -x0.
     Source: Salimans & Ho 2022, v-prediction; DDIMScheduler of diffusers.
     """
 
@@ -154,11 +115,7 @@ class VPredictionDDPM:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "VPredictionDDPM":
-        """Build the process that a pipeline's scheduler reverses, with its SNR shift and zero terminal SNR.
-
-        Raises:
-            ConfigError: the scheduler is for another kind of prediction.
-        """
+        """Build the process that a pipeline's scheduler reverses; ConfigError: another kind of prediction."""
         kind = scheduler.config.get("prediction_type")
         if kind != "v_prediction" or not hasattr(scheduler, "alphas_cumprod"):
             raise ConfigError(
@@ -171,7 +128,6 @@ class VPredictionDDPM:
         return len(self.alphas_cumprod)
 
     def config(self) -> dict[str, object]:
-        """Return plain values for checkpoints."""
         ends = self.alphas_cumprod[[0, -1]].tolist()
         return {"name": "v_diffusion", "steps": self.steps, "first": ends[0], "last": ends[1]}
 
@@ -180,25 +136,16 @@ class VPredictionDDPM:
         return torch.tensor([derive_seed(seed, "time") * self.steps >> 63 for seed in seeds])
 
     def timestep_quantile(self, quantile: float, tokens: int = 0) -> int:
-        """Return the step below which a share `quantile` of training lies; `tokens` is ignored."""
         return min(int(quantile * self.steps), self.steps - 1)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> NoisySample:
-        """Return noisy latents and their v.
-
-        Args:
-            x0, noise: (B, C, t, h, w).
-            timesteps: (B,) int64 steps.
-        """
         a, b = self._coefficients(x0, timesteps)
         return NoisySample(a * x0 + b * noise, timesteps.to(x0.device), a * noise - b * x0, x0.new_ones(()))
 
     def to_x0(self, value: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the clean latents that the predicted v stands for: x0 = sqrt(a) x - sqrt(1 - a) v."""
         a, b = self._coefficients(x_t, timesteps)
         return a * x_t - b * value
 
     def _coefficients(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(a) and sqrt(1 - a), with the axes of `like`."""
         level = expand_dims(self.alphas_cumprod[timesteps.cpu()], like)
         return level.sqrt(), (1 - level).sqrt()
