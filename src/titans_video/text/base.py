@@ -22,11 +22,7 @@ from titans_video.types import END_OF_TEXT, TextCondition
 
 
 class Stream(Protocol):
-    """One text encoder.
-
-    Attributes:
-        width: E of its hidden states; 0 if it returns byte ids that the network embeds itself.
-    """
+    """One text encoder. `width` is E of its hidden states, 0 if it returns byte ids that the network embeds itself."""
 
     width: int
 
@@ -48,13 +44,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of prompts for one encoder.
-
-    Attributes:
-        longest: that it reads; the rest of a longer prompt is cut.
-        unit: of the lengths, with the flag that sets the longest if there is one.
-        found: of each prompt.
-    """
+    """Lengths `found` of prompts, the `longest` that one encoder reads, and their `unit` with the flag that sets it."""
 
     longest: int
     unit: str
@@ -62,14 +52,9 @@ class Lengths:
 
 
 def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) -> TextCondition:
-    """Replace chosen captions by the empty prompt.
+    """Replace the captions chosen by `drop` with the empty prompt, of which `empty` is one row.
 
-    Args:
-        condition: of B prompts.
-        empty: of one empty prompt (`TextEncoder.empty(1)`).
-        drop: (B,) bool for all streams together, or (B, number of streams) for each separately.
-    Returns:
-        The condition in which the chosen rows have the states and masks of the empty prompt.
+    `drop` is (B,) bool for all streams together, or (B, number of streams) for each separately.
     """
     if drop.dim() == 1:
         drop = drop[:, None].expand(-1, len(condition.streams))
@@ -81,7 +66,6 @@ def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) 
 
 
 def _drop_rows(states: Tensor, mask: Tensor, blank: Tensor, blank_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Do the same for one stream: states (B, L[, E]), mask (B, L), blank (1, L0[, E]), drop (B,)."""
     length = max(states.shape[1], blank.shape[1])
     drop = drop.to(mask.device)
     rows = drop.view(-1, *[1] * (states.dim() - 1))
@@ -109,13 +93,7 @@ class ByteStream:
         self.device = torch.device("cpu")
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the byte ids of prompts.
-
-        Args:
-            prompts: B texts; what exceeds `max_length` - 1 bytes is cut, never inside a character.
-        Returns:
-            (B, L) int64 ids and (B, L) bool mask, True on real tokens.
-        """
+        """Return byte ids; what exceeds `max_length` - 1 bytes is cut, never inside a character."""
         rows = [[byte + 1 for byte in self._cut(text)] + [END_OF_TEXT] for text in prompts]
         length = max((len(row) for row in rows), default=1)
         ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], device=self.device)
@@ -141,11 +119,7 @@ class ByteStream:
 
 
 class TextEncoder:
-    """All text streams of a run: that of the text model and optionally that of the LLM.
-
-    Attributes:
-        widths: of each stream's hidden states; 0 for `builtin`, whose byte ids the network embeds.
-    """
+    """All text streams of a run: that of the text model and optionally that of the LLM, with their `widths` E."""
 
     def __init__(self, streams: Sequence[Stream], options: TextOptions) -> None:
         self.streams = tuple(streams)
@@ -158,11 +132,7 @@ class TextEncoder:
         return TextCondition(tuple(x for x, _ in pairs), tuple(m for _, m in pairs))
 
     def cut_note(self, prompts: Iterable[str], what: str = "captions") -> str | None:
-        """Return a line for the user that counts the prompts of which a part is cut off; None if there are none.
-
-        Args:
-            what: the prompts' name in the line.
-        """
+        """Return a line that counts the prompts (named `what`) that are cut off; None if there are none."""
         prompts = list(dict.fromkeys(prompts))
         lines = []
         for lengths in (stream.measure(prompts) for stream in self.streams):
@@ -203,15 +173,9 @@ class TextEncoder:
 def build_text(
     options: TextOptions, device: torch.device | str = "cpu", *, load: bool = True, needed: bool = True
 ) -> TextEncoder:
-    """Build the encoders that flags name.
+    """Build the encoders that flags name (`needed`: the network requires text); their states are on `device`.
 
-    Args:
-        options: `text_model` is `builtin`, `none`, a folder or a hub name; `llm_model` a folder or a hub name.
-        device: where the encoders run and their states are.
-        load: read the weights now; otherwise at the first prompt (a run on cached states never needs them).
-        needed: the network requires text.
-    Raises:
-        TextError: a model is missing, incomplete or contradicts its flags.
+    `load` reads the weights now, otherwise at the first prompt. Raises TextError: missing, incomplete or contradictory.
     """
     options = options.with_length()
     streams: list[Stream] = []
@@ -246,16 +210,10 @@ def _local(stored: TextOptions, overrides: Overrides) -> TextOptions:
 def text_from_checkpoint(
     config: Mapping[str, Any], overrides: Overrides, device: torch.device | str = "cpu"
 ) -> TextEncoder:
-    """Build the encoders that a checkpoint was trained with; `overrides` may give other paths.
+    """Build the encoders of a checkpoint's config["text"]; `overrides` may give other paths.
 
-    Args:
-        config: a checkpoint's config["text"].
-        overrides: `text_model`, `llm_model`, `local_files_only` replace the stored values.
-        device: as in `build_text`.
-    Raises:
-        CheckpointError: a stored name is not a folder, or the number or the widths of the encoders differ from the
-            network's.
-        TextError: as `build_text`.
+    Raises CheckpointError if a stored name is not a folder, or the number or widths of the encoders differ from the
+    network's; TextError as `build_text`.
     """
     stored = restore_options(TextOptions, config["options"])
     options = override(_local(stored, overrides), overrides)

@@ -1,8 +1,7 @@
 """Frozen text encoders and LLMs, loaded by transformers from a folder or by hub name.
 
-Legend: B prompts, L tokens of the longest prompt, E width.
-Prompts are tokenised without padding and padded here, on the right. Real tokens are therefore at positions 0, 1, ...
-whatever the tokenizer's padding side is and whether it has a padding token, and a causal model never sees padding.
+Legend: B prompts, L tokens of the longest prompt, E width. Prompts are padded here, on the right, so real tokens are at
+positions 0, 1, ... for every tokenizer, and a causal model never sees padding.
 """
 
 import contextlib
@@ -36,13 +35,7 @@ PLAIN_WORDS = "a red circle moving right"
 
 @dataclass(frozen=True)
 class Source:
-    """The flags of one encoder.
-
-    Attributes:
-        flag: for messages, --text-model or --llm-model.
-        path: folder or hub name.
-        dtype, max_length, layer, template, width, local_files_only, offload: see `TextOptions`.
-    """
+    """The flags of one encoder; `flag` (--text-model or --llm-model) is for messages, the rest as in `TextOptions`."""
 
     flag: str
     path: str
@@ -69,11 +62,7 @@ def text_stream(options: TextOptions, device: torch.device | str, load: bool) ->
 
 
 def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> "PretrainedStream":
-    """Return the stream of --llm-model.
-
-    Raises:
-        TextError: --llm-template does not contain {prompt}.
-    """
+    """Return the stream of --llm-model; TextError if --llm-template does not contain {prompt}."""
     if options.llm_template is not None and options.llm_template.count("{prompt}") != 1:
         raise TextError(f"--llm-template must contain {{prompt}} exactly once; got {options.llm_template!r}.")
     source = Source(
@@ -91,11 +80,7 @@ def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> 
 
 
 class PretrainedStream:
-    """A frozen encoder in eval mode, without gradients, not stored in checkpoints.
-
-    Attributes:
-        width: E.
-    """
+    """A frozen encoder in eval mode, without gradients, not stored in checkpoints."""
 
     def __init__(self, source: Source, device: torch.device | str, load: bool = True) -> None:
         self.source = source
@@ -125,13 +110,9 @@ class PretrainedStream:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the hidden states of prompts.
+        """Return states (B, L, E) in the encoder's precision, 0 on padding, and the mask (B, L), True on real tokens.
 
-        Args:
-            prompts: B texts; what exceeds the maximum number of tokens is cut.
-        Returns:
-            (B, L, E) states in the encoder's precision, 0 on padding, and the (B, L) mask, True on real tokens. With a
-            template, the tokens before the prompt are cut from both; an empty prompt keeps one token.
+        Tokens beyond the maximum, and a template's tokens before the prompt, are cut; an empty prompt keeps one token.
         """
         rows, cuts = zip(*(self._tokens(p) for p in prompts), strict=True)
         length = max(map(len, rows))
@@ -155,7 +136,6 @@ class PretrainedStream:
         return f"tokens ({'--llm' if self.source.flag == '--llm-model' else '--text'}-max-length)"
 
     def fingerprint(self) -> str:
-        """Return a hash of weights, config and tokenizer."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint_folder(self.folder)
         return self._fingerprint
@@ -167,7 +147,6 @@ class PretrainedStream:
             self._model.to(self._where())
 
     def release(self) -> None:
-        """Free the weights."""
         self._model = None
         gc.collect()
 
@@ -413,9 +392,7 @@ class PaddedStream(PretrainedStream):
         return "tokens, the length of this pipeline's prompts"
 
     def fingerprint(self) -> str:
-        """Return a hash of weights and tokenizer, with a suffix: a cache keeps these states apart from states with a
-        mask.
-        """
+        """Return a hash with a suffix, because a cache must separate these states from states with a mask."""
         return f"{super().fingerprint()} {fingerprint_folder(self.tokenizer_folder)[:8]} padded"
 
     def _load_tokenizer(self) -> Any:
@@ -429,15 +406,9 @@ class PaddedStream(PretrainedStream):
 def padded_text(
     pipeline: Path, dtype: str, max_length: int, device: torch.device | str = "cpu", *, offload: bool = False
 ) -> TextEncoder:
-    """Return the text encoder of a diffusers pipeline, loaded at the first prompt.
+    """Return the text encoder in a diffusers pipeline's folder, loaded at the first prompt. Raises TextError.
 
-    Args:
-        pipeline: its folder.
-        dtype: fp32, bf16 or fp16.
-        max_length: tokens of every prompt.
-        offload: keep it on the CPU, and move only the states.
-    Raises:
-        TextError: it is missing or malformed.
+    Every prompt has `max_length` tokens. `offload` keeps the encoder on the CPU and moves only the states.
     """
     options = TextOptions(
         text_model=str(pipeline / ENCODER),

@@ -1,7 +1,4 @@
-"""The words of the training captions, to tell a user which words of a prompt a built-in text encoder has never seen.
-
-A frozen encoder has read much more than the captions; the built-in one is trained on nothing else.
-"""
+"""The words of the training captions, to report words of a prompt that a built-in text encoder has never seen."""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -34,13 +31,7 @@ def vocabulary(captions: Iterable[str]) -> list[str] | None:
 
 
 def unknown_words_note(prompts: Sequence[str], known: Collection[str] | None) -> str | None:
-    """Return a line that names the words of prompts that no training caption has.
-
-    Args:
-        known: `vocabulary` of the captions; None if it was not recorded.
-    Returns:
-        None if every word is known, or nothing was recorded.
-    """
+    """Return a line with the words of prompts that no caption in `known` has; None if there are none."""
     if known is None:
         return None
     known = set(known)
