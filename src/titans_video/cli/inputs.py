@@ -11,11 +11,7 @@ LATEST = "latest"
 
 
 def check_training_inputs(options: SoraOptions | CogVideoXLoraOptions) -> None:
-    """Check the manifests, the model folders and the checkpoint of a training.
-
-    Raises:
-        DataError, ConfigError, CheckpointError: one of them is missing.
-    """
+    """Raise a UserError if a manifest, a model folder or the checkpoint of a training is missing."""
     check_manifests(options.data, options.validation.validation_manifest)
     resume = options.train.resume
     if resume not in ("auto", "none") and not Path(resume).exists():
@@ -29,11 +25,7 @@ def check_training_inputs(options: SoraOptions | CogVideoXLoraOptions) -> None:
 
 
 def check_manifests(data: DataOptions, others: tuple[str, ...] = ()) -> None:
-    """Check the files of --manifest, --metadata and --validation-manifest, and the folder of --data-root.
-
-    Raises:
-        DataError: one is missing.
-    """
+    """Raise DataError if --manifest, --metadata, --validation-manifest or --data-root is missing."""
     files = [split_weight(text)[0] for text in (*data.manifest, *others)]
     for path in files if data.metadata is None else [*files, Path(data.metadata)]:
         if not path.exists():
@@ -43,11 +35,7 @@ def check_manifests(data: DataOptions, others: tuple[str, ...] = ()) -> None:
 
 
 def check_pretrained(folder: str | None) -> None:
-    """Check the folder of --pretrained-model.
-
-    Raises:
-        ConfigError: it is missing.
-    """
+    """Raise ConfigError if the folder of --pretrained-model is missing."""
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise ConfigError(
             f"--pretrained-model {folder} is not a folder here. Give a folder of diffusers weights; nothing is "
@@ -56,21 +44,13 @@ def check_pretrained(folder: str | None) -> None:
 
 
 def check_checkpoint(name: str | None) -> None:
-    """Check the path of --checkpoint, unless it is `latest` or that of the package.
-
-    Raises:
-        CheckpointError: it does not exist.
-    """
+    """Raise CheckpointError if --checkpoint is missing (`latest` and the package's own are not checked)."""
     if name not in (None, LATEST) and not Path(str(name)).exists():
         raise CheckpointError(f"{name}: there is no such checkpoint.")
 
 
 def check_generation_inputs(options: GenerateOptions, overrides: Overrides) -> None:
-    """Check the files that a generation reads.
-
-    Raises:
-        ConfigError, CheckpointError: one of them is missing.
-    """
+    """Raise ConfigError or CheckpointError if a file that a generation reads is missing."""
     given = {
         "--image": options.image,
         "--video": options.video,

@@ -67,14 +67,7 @@ def _generate(words: list[str], prog: str) -> int:
 
 
 def train_script(root: Path, argv: Sequence[str] | None = None) -> int:
-    """Run train.py.
-
-    Args:
-        root: of the repository, with configs/ and train/ in it.
-        argv: without the program's name (default: the command line's).
-    Returns:
-        The exit code.
-    """
+    """Run train.py with the repository's `root` (default words: the command line's); return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     code = guarded(lambda: _train_script(root, words))
     return at_once(code) if argv is None and take_mode(words)[0] == "train" else code

@@ -47,11 +47,9 @@ HELP_FLAGS = ("-h", "--help", "--help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the console script; return the exit code.
+    """Run the console script with words, by default the command line's; return the exit code.
 
-    Args:
-        argv: without the program's name (default: the command line's). If it is given, the caller's program continues
-            after the command, so several processes do not end here.
+    If `argv` is given, the caller's program continues after the command, so several processes do not end here.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     code = guarded(lambda: dispatch(words))
@@ -60,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Call the command that the first one or two words name, with the other words.
-
-    Raises:
-        ConfigError: there is no such command.
-    """
+    """Call the command that the first one or two words name, with the other words; ConfigError if there is none."""
     for length in (2, 1):
         name = " ".join(words[:length])
         if len(words) >= length and name in COMMANDS:
@@ -212,7 +206,6 @@ def _zsh() -> Iterator[str]:
 
 
 def _described(first: str, words: list[str]) -> str:
-    """Return words and the purposes of their commands, as zsh describes them."""
     purposes = [_purpose(f"{first} {word}".strip()).replace(":", "\\:") for word in words]
     return " ".join(shlex.quote(f"{word}:{purpose}") for word, purpose in zip(words, purposes, strict=True))
 
@@ -245,7 +238,6 @@ def _fish() -> Iterator[str]:
 
 
 def _purpose(name: str) -> str:
-    """Return the purpose of a command, or of the commands that share a first word."""
     return _summary(about(name).purpose) if name in COMMANDS else f"Commands that start with {name}"
 
 

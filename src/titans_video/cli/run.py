@@ -105,9 +105,8 @@ def load_entry(entry: str) -> Callable[..., int]:
 def guarded(command: Callable[[], int]) -> int:
     """Run a command and return its exit code. Errors that a user can cause never show a traceback.
 
-    Returns:
-        The command's own code; 2 for bad input or a missing dependency; 130 after Ctrl-C; 128 + n after another signal
-        to stop. One of several processes also returns 1 after an unexpected exception, whose traceback it logs.
+    The code is the command's own; 2 for bad input or a missing dependency; 130 after Ctrl-C; 128 + n after another
+    signal to stop. One of several processes also returns 1 after an unexpected exception, whose traceback it logs.
     """
     # Threads that spin while they wait slow everything down as soon as another process wants a core. OpenMP reads this
     # when torch is imported, which is later.
@@ -148,10 +147,9 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def at_once(code: int) -> int:
-    """Return the exit code of a command that several processes run together, or end one of several processes with it.
+    """Return the exit code of a single process, or end one of several processes with it.
 
-    While an interpreter shuts down, torch's communication threads can meet a peer that has already ended and abort a
-    process whose work is done. The launcher would call that a failed run.
+    During an interpreter's shutdown, torch's communication threads could abort a process whose work is done.
     """
     if process_count() > 1:
         sys.stdout.flush()
@@ -163,9 +161,8 @@ def at_once(code: int) -> int:
 class ErrorReporter:
     """Report each error of the processes of a launcher once on each machine.
 
-    A process that reports an error first creates a file named by the launcher and the message, and reports it only if
-    the file is new. The main process does not wait. The others wait for it, so that an error that all meet is reported
-    without a rank. A process that was ended by a signal cannot report, so signals are ignored during the wait.
+    A process reports an error only if it could create a file named by the launcher and the message. Others first wait
+    for the main process, and ignore signals meanwhile, so that an error that all meet is reported without a rank.
     """
 
     def __init__(self) -> None:
@@ -216,7 +213,6 @@ class ErrorReporter:
         return True
 
     def _remove_stale(self) -> None:
-        """Remove the files of launchers that have ended, and files that are so old that nobody waits for them."""
         for path in self.folder.glob("titans-video-*.reported"):
             with contextlib.suppress(OSError, ValueError):
                 launcher, start = path.name.split("-")[2:4]

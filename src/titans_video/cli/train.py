@@ -158,15 +158,7 @@ REPORT = About(
 
 
 def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: SoraOptions | None = None) -> int:
-    """Train SoraDiT.
-
-    Args:
-        argv: without the program's name.
-        prog: the command's name in its help.
-        default: defaults to use instead of the options' own.
-    Returns:
-        The exit code.
-    """
+    """Train SoraDiT; `default` has defaults that replace the options' own. Return the exit code."""
     options = parse(default or SoraOptions(), argv, prog=prog, about=SORA)
     check_training(options)
     check_training_inputs(options)
