@@ -52,13 +52,10 @@ from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, vid
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run.
+    """The files of a run, in the order of their steps.
 
     Attributes:
-        folder: the run's folder.
-        lines: of metrics.jsonl, in the order of their steps.
-        validations: lines of validation.jsonl up to the last step of `lines`, in the same order.
-        events: lines of events.jsonl, likewise: skipped steps, and spikes of the loss.
+        lines, validations, events: of metrics.jsonl, and up to its last step of validation.jsonl and events.jsonl.
         record: run.json; empty if the run has none.
     """
 
@@ -94,11 +91,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a run.
-
-    Raises:
-        DataError: it is not the folder of a run, or the run has no optimizer step.
-    """
+    """Read the folder of a run; DataError if it is not one, or has no optimizer step."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; give the --output-dir of a training.")
     if not (folder / run_folder.METRICS).is_file():
@@ -113,10 +106,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _lines(path: Path, last: int, schema: Schema) -> list[dict[str, Any]]:
-    """Return the complete lines of steps up to `last`; of a step with several lines, the last one.
-
-    Lines that are not as training writes them are skipped.
-    """
+    """Return the valid lines of steps up to `last`; of a step with several lines, the last one."""
     found: dict[int, dict[str, Any]] = {}
     for line in read_json_lines(path) if path.is_file() else []:
         if fits(schema, line) and line["step"] <= last:
@@ -241,13 +231,7 @@ details{margin:.8rem 0}summary{cursor:pointer;color:var(--soft)}
 
 
 def write_report(folder: Path) -> Path:
-    """Write the report of the run in a folder.
-
-    Returns:
-        The path of the page, in that folder.
-    Raises:
-        DataError: as `read_run`.
-    """
+    """Write the report of the run in a folder and return the page's path in it; DataError as `read_run`."""
     run = read_run(folder)
     body = [_head(run), _training(run), _validation(run), samples(run), _data(run), _options(run), _environment(run)]
     path = folder / REPORT
