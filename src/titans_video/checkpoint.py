@@ -59,11 +59,7 @@ FORMAT = "titans-video/1"
 
 @dataclass
 class Checkpoint:
-    """The contents of a checkpoint (see the module's docstring) and the path it was read from.
-
-    Raises:
-        CheckpointError: it was read, and its weights are not finite.
-    """
+    """The contents of a checkpoint and its path; CheckpointError if it was read and its weights are not finite."""
 
     model: dict[str, Tensor]
     config: dict[str, Any]
@@ -82,10 +78,8 @@ class Checkpoint:
 def load_tensors(path: Path, mmap: bool = False) -> dict[str, Any]:
     """Load with `weights_only=True`: a pickle that contains more than tensors is refused and never executed.
 
-    Args:
-        mmap: keep tensors in the file until they are used; processes on one machine then share them.
-    Raises:
-        CheckpointError: missing, damaged, or not a dict of tensors and plain containers.
+    With `mmap`, tensors stay in the file until they are used, and processes on one machine share them.
+    Raises CheckpointError if it is missing, damaged, or not a dict of tensors and plain containers.
     """
     try:
         check_archive(path)
@@ -134,12 +128,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 def read(path: Path | str, mmap: bool = False) -> Checkpoint:
     """Read a `.pt` file, a checkpoint folder, an exported folder, or a run's folder (its `last.pt`).
 
-    If a checkpoint folder has both averaged and trained weights, the averaged ones are read.
-
-    Args:
-        mmap: as for `load_tensors`.
-    Raises:
-        CheckpointError: missing, damaged, unsafe, or not a checkpoint of this project.
+    Averaged weights precede trained ones. Raises CheckpointError if it is missing, damaged, unsafe, or not ours.
     """
     path = Path(path)
     if path.is_dir():
@@ -182,11 +171,7 @@ _CONTENT = Record({"model": TENSORS, "codec": TENSORS, "step": COUNT, "config": 
 
 
 def _checked(read: Checkpoint) -> Checkpoint:
-    """Return what was read if it is as the format says.
-
-    Raises:
-        CheckpointError: a part has another type, or a value is out of range.
-    """
+    """Return the checkpoint; CheckpointError if a part has another type, or a value is out of range."""
     check(_CONTENT, {name: getattr(read, name) for name in _CONTENT.required}, read.path, CheckpointError)
     return read
 
@@ -195,11 +180,7 @@ OptionsT = TypeVar("OptionsT")
 
 
 def restore_options(kind: type[OptionsT], stored: Mapping[str, Any]) -> OptionsT:
-    """Rebuild options from a checkpoint; fields that it does not have take their defaults.
-
-    Raises:
-        CheckpointError: a field that this version does not know.
-    """
+    """Rebuild options from a checkpoint (missing fields: defaults); CheckpointError for an unknown field."""
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(stored) - known)
     if unknown:
@@ -218,12 +199,7 @@ def override(options: OptionsT, overrides: Overrides) -> OptionsT:
 
 
 def read_json(path: Path, missing: str, error: type[UserError]) -> dict[str, Any]:
-    """Read a JSON file of a model, which must contain an object.
-
-    Args:
-        missing: the message, after the path, if there is no such file.
-        error: the exception class to raise.
-    """
+    """Read a model's JSON object from a file; else raise `error`, with the message `missing` if there is no file."""
     try:
         read = parsing.read_json(path, strict=False)
     except FileNotFoundError:
@@ -246,11 +222,7 @@ _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json",
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Return a hash of a model folder: its weights, its config without names and versions, its tokenizer.
-
-    It depends on the contents only, never on the folder's path or on file times. It takes well under a second even for
-    tens of gigabytes, see `WHOLE_FILE`.
-    """
+    """Return a hash of a model folder's weights, config without names and versions, and tokenizer."""
     digest = hashlib.sha256()
     config = folder / "config.json"
     if config.is_file():

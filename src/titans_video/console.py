@@ -1,7 +1,6 @@
 """Write to the terminal: escaped text, and the progress of long tasks.
 
-Text from files (captions, keys, names, messages of libraries) may contain escape sequences. Every command replaces
-stdout and stderr by a `SafeStream`, so all text passes through one place, also that of libraries.
+Text from files and libraries may contain escape sequences. Every command replaces stdout and stderr by a `SafeStream`.
 """
 
 import contextlib
@@ -61,7 +60,7 @@ def safe_streams() -> Iterator[None]:
 class LastingStream:
     """A text stream that outlives its reader: `| head`, a closed terminal, a log file on a full disk.
 
-    What cannot be written is dropped. The first failure is reported on `other`.
+    Text that cannot be written is dropped. The first failure is reported on `other`.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -154,21 +153,14 @@ def write_line(text: str, stream: TextIO) -> None:
 
 
 def note(text: str) -> None:
-    """Write a remark to stderr, above the open bars."""
     write_line(text, sys.stderr)
 
 
 class Progress:
     """Show the progress of a long task on stderr: a bar on a terminal, and otherwise a plain line now and then.
 
-    Args:
-        what: the task, in a few words.
-        unit: what is counted, in the singular.
-        total: number of units; None if it is not known.
-        start: units that were done before.
-        show: False shows nothing.
-        delay: show nothing before so many seconds.
-        leave: keep the bar or write a last line at the end.
+    `what` is the task, `unit` the singular of what is counted, `start` the units done before. Nothing is shown before
+    `delay` seconds; `leave` keeps the bar or writes a last line.
     """
 
     def __init__(
@@ -248,11 +240,7 @@ class Progress:
             note(self.line(self._written - self._began))
 
     def line(self, seconds: float) -> str:
-        """Return the progress as a plain line.
-
-        Args:
-            seconds: since the start.
-        """
+        """Return the progress after `seconds` as a plain line."""
         made = self.done - self.start
         unit = self.unit if (self.total or self.done) == 1 else f"{self.unit}s"
         known = f" of {self.total}" if self.total else ""

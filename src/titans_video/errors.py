@@ -5,11 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message says what is wrong, in which file, line or flag, and how to fix it.
-
-    Attributes:
-        is_reported: the main process reports this error, so this process must not.
-    """
+    """Bad input; the message names the file, line or flag and the fix. `is_reported`: the main process reports it."""
 
     is_reported = False
 
@@ -19,10 +15,7 @@ class PeerError(UserError):
 
 
 class WriteError(UserError, OSError):
-    """A file cannot be written: the disk is full, the folder is read-only, ... See `titans_video.files`.
-
-    It is an OSError too, so that code which tolerates a failing write needs no other `except`.
-    """
+    """A file cannot be written; also an OSError, for code that tolerates failing writes. See `titans_video.files`."""
 
 
 class ConfigError(UserError):
@@ -52,11 +45,7 @@ _CONTROL = re.compile(
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    r"""Return a text in which control characters are visible: ESC becomes \x1b, as in `repr`.
-
-    Args:
-        lines: keep line breaks and tabs.
-    """
+    r"""Return a text with visible control characters, as in `repr`; `lines` keeps line breaks and tabs."""
     text = text if lines else text.replace("\t", "\\t").replace("\n", "\\n")
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 

@@ -1,7 +1,7 @@
-"""The one way in which this project writes files: completely or not at all, and with one clear error if it fails.
+"""Write files completely or not at all, with one clear error on failure.
 
-A file or folder is written under a temporary name beside its place, fsynced and renamed. Libraries report a full disk
-in many ways: OSError, SafetensorError, torch's RuntimeError, PyAV's errors. All become a `WriteError`.
+A file or folder is written under a temporary name beside its place, fsynced and renamed. A full disk, however a library
+reports it, becomes a `WriteError`.
 """
 
 import contextlib
@@ -38,11 +38,7 @@ _TORCH = ("PytorchStreamWriter", "inline_container", "iostream", "Parent directo
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path next to `path`; on success fsync it and rename it to `path`, otherwise remove it.
-
-    Raises:
-        WriteError: the file could not be written.
-    """
+    """Give a temporary path; on success fsync it and rename it to `path`, otherwise remove it. Raises WriteError."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -59,12 +55,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a new temporary folder next to `path`; on success fsync everything in it and rename it to `path`.
+    """Give a temporary folder; on success fsync it and rename it to `path`, which it replaces.
 
-    An existing folder is replaced. On failure it is unchanged, and the new one is removed.
-
-    Raises:
-        WriteError: the folder could not be written.
+    On failure an existing folder is unchanged, and the new one is removed. Raises WriteError.
     """
     temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:
@@ -87,10 +80,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn every failure to write below this context into a `WriteError` that names `path`.
-
-    Errors of another kind, or about files in other folders, are raised unchanged.
-    """
+    """Turn every failure to write to the folder of `path` into a `WriteError` that names `path`."""
     try:
         yield
     except Exception as e:
@@ -101,7 +91,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def as_write_error(error: BaseException, path: Path) -> WriteError | None:
-    """Return what an exception means if it says that `path` could not be written; None for any other exception."""
+    """Return the WriteError for an exception if it means that `path` could not be written, else None."""
     if isinstance(error, WriteError):
         return error
     number = _error_number(error)
@@ -177,31 +167,19 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents if they are missing.
-
-    Raises:
-        WriteError: it cannot be created.
-    """
+    """Create a folder and its parents if they are missing. Raises WriteError."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8.
-
-    Raises:
-        WriteError: it could not be written.
-    """
+    """Write a text file in UTF-8. Raises WriteError."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_tensors(data: dict[str, Any], path: Path) -> None:
-    """Save a dict of tensors and plain containers with `torch.save`.
-
-    Raises:
-        WriteError: it could not be written.
-    """
+    """Save a dict of tensors and plain containers with `torch.save`. Raises WriteError."""
     import torch
 
     with atomic_path(path) as temporary:
@@ -216,11 +194,7 @@ def save_tensors(data: dict[str, Any], path: Path) -> None:
 
 
 def save_safetensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Save named tensors, which must be contiguous, as a safetensors file with the usual permissions.
-
-    Raises:
-        WriteError: it could not be written.
-    """
+    """Save contiguous named tensors as a safetensors file with the usual permissions. Raises WriteError."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:

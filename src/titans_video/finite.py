@@ -16,10 +16,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors with a NaN or an infinity.
-
-    Each tensor is read once without a copy, and a device is synchronised once for all of them.
-    """
+    """Return the names of the tensors with a NaN or an infinity; a device is synchronised once for all of them."""
     checked = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel() and not x.is_meta}
     if not checked:
         return []
@@ -29,19 +26,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], where: object, error: type[UserError], remedy: str) -> None:
-    """Raise an error if a file has values that are not finite.
-
-    Args:
-        where: the file or folder that they were read from.
-        error: the exception class to raise.
-        remedy: a sentence that says how to fix it.
-    """
+    """Raise `error` if a file (`where`) has values that are not finite; `remedy` is a sentence with the fix."""
     if names := non_finite(tensors):
         raise error(f"{where} has values that are not finite (NaN or infinity): {few(names)}. {remedy}")
 
 
 def _passes(tensor: Tensor) -> Tensor:
-    """Return () bool: whether all values are finite."""
     values = tensor.detach()
     if values.dtype.itemsize == 1:  # float8 has no comparisons
         values = values.to(torch.bfloat16)
@@ -56,15 +46,10 @@ class NonFiniteFrames(UserError):
 def finite_frames(
     chunks: Iterable[Tensor], warn: Callable[[str], None], *, given: int = 0, required: bool = True
 ) -> Iterator[Tensor]:
-    """Yield the frames of generated videos, and report those that are not finite after the last one.
+    """Yield chunks (B, 3, n, H, W) of generated videos, and report the frames that are not finite after the last one.
 
-    Args:
-        chunks: (B, 3, n, H, W) each, in order.
-        warn: called with a message that has the numbers of the frames.
-        given: the number of leading frames that were not generated.
-        required: raise an error if no frame of any video is finite; otherwise only warn.
-    Raises:
-        NonFiniteFrames: no frame of any video is finite.
+    `warn` is called with a message; `given` leading frames were not generated.
+    Raises NonFiniteFrames if `required` and no frame of any video is finite.
     """
     bad: dict[int, list[int]] = {}
     frames = videos = 0

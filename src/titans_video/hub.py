@@ -37,14 +37,8 @@ def without_hub() -> Iterator[None]:
 def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
     """Call `kind.from_pretrained` for a local folder whose files are checked first.
 
-    Args:
-        kind: a class of diffusers or transformers.
-        arguments: further ones of `from_pretrained`. With `output_loading_info`, weights are read: they must be able
-            to fill the network that the config.json describes.
-    Raises:
-        OSError: there is no such folder; a library would take its name for a model of the hub.
-        Malformed: as `check_model_config` and `check_model_size`.
-        Exception: the library's own, see `tensor_files.BUILDING_ERRORS`.
+    Raises OSError if there is no such folder, Malformed as `check_model_config` and `check_model_size` (only with
+    `output_loading_info`), or the library's own errors, see `tensor_files.BUILDING_ERRORS`.
     """
     if not Path(folder).is_dir():
         raise OSError(f"{folder} is not a folder on this machine.")
@@ -56,15 +50,9 @@ def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
 
 
 def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], **arguments: Any) -> Any:
-    """Load a diffusers or transformers model from a local folder; no weight may stay random.
+    """Load a diffusers or transformers model (`what`, in messages) from a local folder; no weight may stay random.
 
-    Args:
-        kind: its class.
-        what: its name in messages.
-        error: the exception class to raise.
-        arguments: of `from_pretrained`.
-    Raises:
-        error: it cannot be read, or weights are missing, have the wrong shape or are not finite.
+    Raises `error` if it cannot be read, or weights are missing, have the wrong shape or are not finite.
     """
     try:
         model, info = from_folder(kind, folder, output_loading_info=True, **arguments)
@@ -80,7 +68,6 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
 
 
 def _built(kind: Any, folder: Path) -> Any:
-    """Build the network that a folder's config.json describes, of a class of diffusers or of transformers."""
     with without_hub():
         if hasattr(kind, "load_config"):
             return kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))
@@ -97,15 +84,7 @@ def reason(error: Exception) -> str:
 
 
 def stored_folder(name: object, flag: str, what: str) -> str:
-    """Return a folder that a checkpoint names. A checkpoint never causes a download: only a flag may name a hub model.
-
-    Args:
-        name: the stored value.
-        flag: the flag that replaces it.
-        what: the model's name in the message.
-    Raises:
-        CheckpointError: it is not a folder on this machine.
-    """
+    """Return the folder of a model that a checkpoint names; CheckpointError: no folder (only `flag` may download)."""
     if isinstance(name, str) and Path(name).expanduser().is_dir():
         return name
     raise CheckpointError(

@@ -24,14 +24,7 @@ class Malformed(ValueError):
 
 
 def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
-    """Read a text file in UTF-8, without the mark (BOM) that some editors put before its first character.
-
-    Args:
-        most: bytes.
-    Raises:
-        Malformed: it is larger, or not UTF-8.
-        OSError: it cannot be read.
-    """
+    """Read a UTF-8 file of at most `most` bytes, without its byte order mark. Raises Malformed, OSError."""
     with Path(path).open("rb") as f:
         data = f.read(most + 1)
     if len(data) > most:
@@ -43,24 +36,15 @@ def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
 
 
 def read_lines(path: Path | str, most: int = MOST_BYTES) -> list[str]:
-    """Read the lines of a text file, without the blanks around them.
+    """Read the stripped lines of a text file; errors as `read_text`.
 
-    Only a line feed ends a line. `str.splitlines` also cuts at characters that may be part of a text, such as U+2028.
-
-    Raises:
-        Malformed, OSError: as `read_text`.
+    Only a line feed ends a line: `str.splitlines` also cuts at characters that may be part of a text, such as U+2028.
     """
     return [line.strip(" \t\r") for line in read_text(path, most).split("\n")]
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
-    """Parse JSON.
-
-    Args:
-        strict: refuse NaN, Infinity and keys that occur twice. Files of other libraries may contain them.
-    Raises:
-        Malformed: it is not JSON, or a value is nested too deeply.
-    """
+    """Parse JSON; `strict` refuses NaN, Infinity and repeated keys. Raises Malformed, also if nested too deeply."""
     try:
         if strict:
             value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_finite, parse_float=_finite)
@@ -79,21 +63,12 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
 
 
 def read_json(path: Path | str, *, strict: bool = True) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        Malformed: as `read_text` and `parse_json`.
-        OSError: it cannot be read.
-    """
+    """Read a JSON file; errors as `read_text` and `parse_json`."""
     return parse_json(read_text(path), strict=strict)
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines; a line that is damaged, too long or not an object is skipped.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Yield the objects in a file of JSON lines; lines that are damaged, too long or no objects are skipped."""
     with path.open("rb") as f:
         while line := f.readline(MOST_LINE_BYTES):
             try:
@@ -105,12 +80,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values. It may not contain aliases, which could expand it without bounds.
-
-    Raises:
-        Malformed: it is not such a file.
-        OSError: it cannot be read.
-    """
+    """Read a YAML file of plain values without aliases, which could expand it. Raises Malformed, OSError."""
     import yaml  # lazy: most commands have no configuration file, and --help must be fast
 
     text = read_text(path, MOST_YAML_BYTES).translate(_HIDDEN)

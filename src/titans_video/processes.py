@@ -1,7 +1,6 @@
 """Worker processes: they ignore the signals that stop a run, end with their parent, and are replaced when they die.
 
-A scheduler, `timeout` or Ctrl-C in a terminal sends a signal to all processes of a group. The parent decides what to do
-with it. A worker that ended by itself would take away the data that the parent still needs.
+A scheduler or Ctrl-C sends a signal to all processes of a group; only the parent decides how to react to it.
 """
 
 import contextlib
@@ -61,20 +60,12 @@ def handle_signals(handler: Callable[[int, FrameType | None], None] | int, numbe
 
 
 def raise_stop_signal(number: int, frame: FrameType | None) -> None:
-    """Handle a signal like Ctrl-C, so that temporary files are removed and workers are ended.
-
-    Raises:
-        StopSignal: always.
-    """
+    """Raise StopSignal, like Ctrl-C, so that temporary files are removed and workers are ended."""
     raise StopSignal(number)
 
 
 class WorkerDied(Exception):
-    """A worker ended without an answer, or it did not answer in time.
-
-    Attributes:
-        code: the exit code of its process, negative for a signal; None for a worker that did not answer.
-    """
+    """A worker ended (`code`: exit code, negative for a signal) or did not answer in time (`code` None)."""
 
     def __init__(self, code: int | None) -> None:
         self.code = code
@@ -107,11 +98,9 @@ class Failure:
 
 
 class Worker:
-    """A process that answers requests over a pipe, in their order.
+    """A process that answers requests over a pipe, in their order, by calling `answer` with each.
 
-    Args:
-        answer: called in the process with each request.
-        others: workers that run now. A fork inherits their pipes and must close them.
+    `others` are workers that run now: a fork inherits their pipes and must close them.
     """
 
     def __init__(self, answer: Callable[[Any], Any], others: Sequence["Worker"] = ()) -> None:
@@ -140,11 +129,7 @@ class Worker:
             self.pipe.send(request)
 
     def receive(self) -> Any:
-        """Wait for the next answer, and return it.
-
-        Raises:
-            WorkerDied: the process ended.
-        """
+        """Wait for the next answer, and return it; WorkerDied if the process ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError) as e:  # also when tensors that it shared ended with it
@@ -195,12 +180,7 @@ def _serve(
 
 
 def end_with_parent(parent: int, kernel: bool) -> None:
-    """Let this process end as soon as its parent does, however that ends.
-
-    Args:
-        parent: its process id.
-        kernel: let the kernel do it, where it can; otherwise a thread looks every second.
-    """
+    """End this process when its parent ends: with `kernel` by the kernel, otherwise by a thread, every second."""
     if not (kernel and _ask_kernel()):
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     elif os.getppid() != parent:  # it ended before the kernel was asked
@@ -226,16 +206,8 @@ class StoppedError(Exception):
 class ReadAhead:
     """Results 0, 1, 2, ... of a function, computed ahead of time by worker processes.
 
-    A result depends on its number only. So the results of a worker that dies are computed again by a new one, and do
-    not change.
-
-    Args:
-        make: makes the function of a new worker.
-        first: number of the first result.
-        workers: number of processes.
-        seconds: time after which a worker that does not answer is replaced.
-        on_death: called with the death of a worker that is replaced, and the number of the result that is missing.
-        stop: whether to stop waiting; asked every second.
+    `make` makes the function of a new worker. A result depends on its number only, so a new worker can replace one that
+    died or did not answer in `seconds`; `on_death` gets its death and the missing result's number. `stop` asks to stop.
     """
 
     def __init__(
@@ -256,7 +228,6 @@ class ReadAhead:
         self.first = first
 
     def _start(self, number: int, others: Sequence[Worker], workers: int) -> Worker:
-        """Start a worker that computes result `number` next."""
         worker = Worker(self.make(), others)
         for k in range(AHEAD):
             worker.send(number + k * workers)
@@ -268,10 +239,8 @@ class ReadAhead:
     def __next__(self) -> Any:
         """Return the next result.
 
-        Raises:
-            WorkerDied: several workers in a row died over this result.
-            StoppedError: `stop` said so, and the result was not there yet.
-            RuntimeError: the function raised an exception.
+        Raises WorkerDied if several workers in a row died over it, StoppedError if `stop` is true while waiting,
+        RuntimeError if the function raised an exception.
         """
         count = len(self.workers)
         slot = (self.number - self.first) % count

@@ -28,11 +28,7 @@ class Schema(ABC):
 
     @abstractmethod
     def check(self, value: Any, at: str) -> None:
-        """Raise `Mismatch` if the value is not as described.
-
-        Args:
-            at: the path of the value.
-        """
+        """Raise `Mismatch` if the value at the path `at` is not as described."""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -43,15 +39,7 @@ class Schema(ABC):
 
 
 def check(schema: Schema, value: Any, where: object, error: type[UserError], at: str = "") -> None:
-    """Check the content of a file.
-
-    Args:
-        where: the file, for the message.
-        error: the exception class to raise.
-        at: the path of the value inside the file.
-    Raises:
-        error: a value has another type, or is out of range.
-    """
+    """Check the content of a file (`where`); raise `error` if a value has another type, or is out of range."""
     try:
         schema.check(value, at)
     except Mismatch as e:
@@ -226,13 +214,7 @@ class Instance(Schema):
 
 @dataclass(frozen=True)
 class Plain(Schema):
-    """Any plain value: None, booleans, finite numbers, strings, lists and objects, within bounds.
-
-    Attributes:
-        depth: lists and objects within one another.
-        nodes: values in total.
-        finite: whether numbers must be finite.
-    """
+    """Any plain value: `depth` of lists and objects in one another, `nodes` in total, only `finite` numbers."""
 
     depth: int = 16
     nodes: int = 100_000
@@ -285,12 +267,9 @@ PLAIN = Plain()
 
 @dataclass(frozen=True)
 class Record(Schema):
-    """An object with known keys.
+    """An object with known keys; `others` is the schema of unknown keys, which a newer version may have written.
 
-    Attributes:
-        required, optional: the schema of each key.
-        others: of unknown keys, which a newer version may have written.
-        rule: returns what is wrong with values that are legal one by one, or None.
+    `rule` returns an error of values that are legal one by one, or None.
     """
 
     required: Mapping[str, Schema] = field(default_factory=dict)
@@ -321,11 +300,7 @@ def _join(at: str, key: str) -> str:
 
 
 def of_options(kind: type, *, most: int = LARGEST) -> Record:
-    """Return the schema of a dataclass of options that `asdict` made: the types and the `Range` of each field.
-
-    Args:
-        most: of integers without an upper bound.
-    """
+    """Return the schema of a dataclass of options as `asdict` makes it; `most` bounds otherwise unbounded integers."""
     hints = get_type_hints(kind, include_extras=True)
     return Record(optional={f.name: _of_hint(hints[f.name], [], most) for f in fields(kind)})
 

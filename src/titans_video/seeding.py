@@ -1,8 +1,7 @@
 """Seeded randomness: each generator is keyed by its purpose and never depends on what ran before.
 
-Every noise tensor, time, crop or dropout decision is drawn from a generator whose seed is a hash of
-(run seed, purpose, epoch, row id, occurrence). A run that resumes at step k, or uses another number of processes,
-therefore draws exactly the same values.
+The seed is a hash of (run seed, purpose, epoch, row id, occurrence), so a resumed run, or one with another number of
+processes, draws exactly the same values.
 """
 
 import hashlib
@@ -36,12 +35,5 @@ def seeded_uniform(seeds: Sequence[int], *key: Key) -> Tensor:
 
 
 def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Draw standard normal noise, with an independent CPU stream per sample.
-
-    Args:
-        shape: of one sample, without the batch axis.
-        seeds: one seed per sample, from `derive_seed`.
-    Returns:
-        float32 (len(seeds), *shape). Sample i depends on seeds[i] only, not on the rest of the batch.
-    """
+    """Draw standard normal noise, float32 (len(seeds), *shape); sample i depends on seeds[i] only."""
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds])

@@ -35,14 +35,7 @@ _CONFIG = Plain(depth=12, finite=False)
 
 
 def check_archive(path: Path | str) -> None:
-    """Check the directory of a `.pt` file: nothing is compressed, and the entries are no larger than the file.
-
-    A file of torch's old format is no archive. Its tensors are read one by one, so it cannot expand.
-
-    Raises:
-        Malformed: it could expand when it is read.
-        OSError: it cannot be read.
-    """
+    """Raise Malformed if a `.pt` archive could expand when it is read; files of torch's old format cannot."""
     path = Path(path)
     with path.open("rb") as f:
         if f.read(4) != b"PK\x03\x04":
@@ -62,14 +55,7 @@ def check_archive(path: Path | str) -> None:
 
 
 def check_tensors(data: Any, size: int) -> None:
-    """Check that the tensors in nested dicts and lists are dense, and together no larger than their file.
-
-    Args:
-        data: as loaded.
-        size: of the file, in bytes.
-    Raises:
-        Malformed: a tensor repeats its values (a stride of 0, or storage that several share).
-    """
+    """Raise Malformed if tensors repeat values or are together larger than their file (`size` bytes)."""
     total, left = 0, [data]
     for _ in range(10**6):
         if not left:
@@ -89,12 +75,7 @@ def check_tensors(data: Any, size: int) -> None:
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a safetensors file, and the strings of its header.
-
-    Raises:
-        Malformed: it is damaged, or its header is too large.
-        OSError: it cannot be read.
-    """
+    """Read a safetensors file's tensors, and the strings of its header. Raises Malformed, OSError."""
     with Path(path).open("rb") as f:
         if int.from_bytes(f.read(8), "little") > MOST_HEADER:
             raise Malformed(f"it is not a safetensors file, or its header is larger than {MOST_HEADER / 2**20:g} MiB")
@@ -106,11 +87,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def check_model_config(folder: Path, name: str = "config.json") -> None:
-    """Check the configuration in the folder of a pretrained model, if there is one: its size, nesting and numbers.
-
-    Raises:
-        Malformed: a library could not read it, or would build a network without end.
-    """
+    """Raise Malformed if a pretrained model's configuration is too large, too nested, or has huge numbers."""
     path = folder / name
     if not path.is_file():
         return
@@ -139,13 +116,9 @@ def _check_counts(value: Any, at: str) -> None:
 
 
 def check_model_size(folder: Path, build: Callable[[], nn.Module]) -> None:
-    """Check that the weights of a pretrained model's folder can fill the network that its config.json describes.
+    """Raise Malformed if the network of a model folder's config.json is far larger than its files.
 
-    Args:
-        build: builds the network; it is called with the device `meta`, so it allocates nothing.
-    Raises:
-        Malformed: the network is far larger than its files.
-        Exception: one of `BUILDING_ERRORS`.
+    `build` builds the network on the device `meta`; its `BUILDING_ERRORS` are raised unchanged.
     """
     held = sum(p.stat().st_size for pattern in ("*.safetensors", "*.bin", "*.pt") for p in folder.glob(pattern))
     with torch.device("meta"):

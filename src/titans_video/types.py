@@ -1,8 +1,8 @@
 """The types that packages exchange: codec specs, conditions, predictions and batches.
 
-Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid,
-S pixel frames of one latent frame (the codec's temporal stride), L text tokens, E text or image width.
-Pixels are float in [-1, 1]; time 0 is clean and 1 is noise.
+Legend: B batch, C latent channels, T pixel frames, H W pixel height and width, t h w the latent grid, S pixel frames of
+one latent frame (the codec's temporal stride), L text tokens, E text or image width. Pixels are float in [-1, 1]; time
+0 is clean and 1 is noise.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,13 @@ BYTE_VOCABULARY = 258
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """Describe how a codec changes the shape of a clip.
+    """How a codec changes the shape of a clip.
 
     Attributes:
-        name: for messages.
-        channels: latent channels C.
         stride: (S, sh, sw), pixels of one latent cell along time, height and width.
-        frame_rule: which frame counts T round-trip, and how frames share latent frames.
-            `each`: any T, one latent frame per frame (S = 1).
-            `blocks`: T a multiple of S, one latent frame per block of S frames.
-            `causal`: T = 1 + kS; the first frame has a latent frame of its own (Wan, HunyuanVideo, LTX).
-            `cogvideox`: T = 8k (blocks of 4) or 8k + 1 (causal by 4).
+        frame_rule: which frame counts T round-trip. `each`: any T, with S = 1. `blocks`: T a multiple of S. `causal`: T
+            = 1 + kS; the first frame has a latent frame of its own (Wan, HunyuanVideo, LTX). `cogvideox`: T = 8k
+            (blocks of 4) or 8k + 1 (causal by 4).
         variance: of each latent channel on the data, if the codec knows it (a fitted codec); None means about 1.
     """
 
@@ -50,11 +46,7 @@ class CodecSpec:
     variance: tuple[float, ...] | None = None
 
     def frame_groups(self, frames: int) -> list[tuple[int, int]]:
-        """Return the pixel frames [start, stop) that each latent frame encodes.
-
-        Raises:
-            CodecError: `frames` does not round-trip through this codec.
-        """
+        """Return the pixel frames [start, stop) of each latent frame; CodecError if `frames` does not round-trip."""
         if not self._round_trips(frames):
             raise CodecError(
                 f"{frames} frames do not round-trip through the codec {self.name} "
@@ -92,11 +84,7 @@ class CodecSpec:
         return 1 + (latents - 1) * s if single_first else latents * s
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return (C, t, h, w) of a clip's latents.
-
-        Raises:
-            CodecError: a size is off the stride, or the frame count does not round-trip.
-        """
+        """Return (C, t, h, w) of a clip's latents; CodecError: a size off the stride or an illegal frame count."""
         _, sh, sw = self.stride
         if height % sh or width % sw:
             raise CodecError(
@@ -129,26 +117,17 @@ class CodecSpec:
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Hold the encoded prompts: one stream per text encoder (T5 and optionally an LLM), never concatenated.
+    """The encoded prompts: one stream per text encoder, never concatenated. A pooled vector is a stream of one token.
 
-    A pooled text vector (B, E) is a stream of one token: (B, 1, E) with a mask of ones.
-
-    Attributes:
-        streams: each (B, L, E) float hidden states of a frozen encoder, or (B, L) int64 byte ids if the encoder
-            (`builtin`) is a part of the network.
-        masks: each (B, L) bool, True on real tokens. Every row has at least one real token, except for networks that
-            accept rows without text (see `without`).
+    `streams` are each (B, L, E) float states of a frozen encoder, or (B, L) int64 byte ids (`builtin`). `masks` are
+    each (B, L) bool, True on real tokens; some networks accept rows without any (see `without`).
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
 
     def without(self, rows: Tensor) -> "TextCondition":
-        """Return a copy in which some rows have no text at all, not even the empty prompt.
-
-        Args:
-            rows: (B,) bool for all streams, or (B, number of streams).
-        """
+        """Return a copy in which `rows`, (B,) or (B, number of streams) bool, have no text, not even the empty one."""
         each = rows[:, None].expand(-1, len(self.masks)) if rows.ndim == 1 else rows
         return TextCondition(self.streams, tuple(m & ~each[:, i, None].to(m.device) for i, m in enumerate(self.masks)))
 
@@ -164,12 +143,9 @@ class TextCondition:
 
 @dataclass(frozen=True)
 class ImageCondition:
-    """Hold the first frame for networks that receive it as a separate input (Stable Video Diffusion).
+    """The first frame for Stable Video Diffusion: an image's `embedding` (B, 1, E), and unscaled `latents`, or 0.
 
-    Attributes:
-        embedding: (B, 1, E) from an image encoder; 0 for rows without an image.
-        latents: (B, C, h, w) or (B, 1, 1, 1), unscaled; 0 for rows without an image.
-        ids: (B, N) extra numbers (frame rate, motion, noise level); every row has them, with or without an image.
+    `latents` is (B, C, h, w) or (B, 1, 1, 1). `ids` is (B, N): frame rate, motion, noise level; every row has them.
     """
 
     embedding: Tensor
@@ -187,14 +163,10 @@ class ImageCondition:
 
 @dataclass(frozen=True)
 class Condition:
-    """Hold everything that a network receives besides the noisy latents and the time.
+    """Everything that a network receives besides the noisy latents and the time.
 
-    Attributes:
-        text: encoded prompts, or None.
-        cond_latents: (B, C, t, h, w) latents of the conditioning frames, blank elsewhere; zeros for rows without
-            conditioning frames. None if no row has any.
-        cond_mask: (B, S, t) bool; for each latent frame, which of its pixel frames are conditioning frames.
-        image: the image condition of networks that use one instead of conditioning frames.
+    `cond_latents` (B, C, t, h, w) are latents of the conditioning frames, 0 elsewhere; None if no row has any.
+    `cond_mask` (B, S, t) bool: for each latent frame, which of its pixel frames are conditioning frames.
     """
 
     text: TextCondition | None = None
@@ -209,12 +181,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Hold the output of a network.
-
-    Attributes:
-        value: (B, C, t, h, w), in the parameterization of its noise process (noise, velocity, ...).
-        memory: the memory state after this call, for networks with a memory.
-    """
+    """The output of a network: `value` (B, C, t, h, w), parameterized by its noise process, and the new `memory`."""
 
     value: Tensor
     memory: Any = None
@@ -222,25 +189,19 @@ class Prediction:
 
 @dataclass
 class Batch:
-    """Hold the rows of one micro-batch on one rank; all are of one bucket.
+    """The rows of one micro-batch on one rank; all are of one bucket.
 
     Attributes:
-        ids: the immutable row ids.
         seeds: per row, f(run seed, epoch, row id, occurrence). Everything random about a row (noise, time, caption
             dropout) is drawn from `seeding.derive_seed(seed, purpose)`.
-        captions: the prompts as text.
-        tasks: t2v | i2v | v2v per row.
-        frames, height, width: of the bucket.
+        tasks, num_cond_frames: t2v | i2v | v2v per row; (B,) int64, leading conditioning frames (t2v 0, i2v 1, v2v k).
         fps: (B,) float32, frames per second of the clips as read.
-        num_cond_frames: (B,) int64, number of leading conditioning frames (t2v 0, i2v 1, v2v k).
         pixels: (B, 3, T, H, W) float32 in [-1, 1]; None if the latents came from the cache.
         cond_pixels: (B, 3, T, H, W), the conditioning frames (of the clip, or a row's own image), 0 elsewhere; None if
             no row has any. With cached latents (B, 3, 1, H, W), if the cache stores images as pixels.
-        moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, instead of pixels.
-        cond_moments: the same for `cond_pixels`.
-        motion: (B,) cached motion buckets, see `media.motion`.
-        text: cached hidden states, instead of running the frozen encoders.
-        step: the optimizer step of this batch, starting at 0; curricula depend on it.
+        moments, cond_moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, instead of pixels.
+        motion, text: (B,) cached motion buckets (`media.motion`); cached hidden states of the frozen encoders.
+        step: the optimizer step of this batch, starting at 0.
     """
 
     ids: list[str]
@@ -269,17 +230,10 @@ class Batch:
 
 
 def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:
-    """Return, for each latent frame, which of its pixel frames are conditioning frames.
+    """Fold (B, T) bool to (B, S, t): which pixel frames of each latent frame are conditioning frames.
 
-    The first latent frame of a causal codec encodes one pixel frame. Its value fills all S places, as in Wan's
-    image-to-video, so that "all places are given" means the same everywhere.
-
-    Args:
-        given: (B, T) bool.
-    Returns:
-        (B, S, t) bool.
-    Raises:
-        CodecError: T frames do not round-trip through the codec.
+    The single pixel frame of a causal codec's first latent frame fills all S places, as in Wan's image-to-video.
+    Raises CodecError if T frames do not round-trip.
     """
     stride = spec.stride[0]
     places = [
@@ -290,20 +244,12 @@ def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:
 
 
 class ProcessGroup:
-    """The processes of a run. This class is the group of a single process; see `training.distributed.process_group`.
-
-    Attributes:
-        is_main: whether this process reads shared inputs and writes shared files.
-    """
+    """The processes of a run; this class is a single process's, see `training.distributed.process_group`."""
 
     is_main: bool = True
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        """Run a function on the main process and return its result on every process.
-
-        Raises:
-            UserError: on every process, when the function raised it.
-        """
+        """Run a function on the main process; return its result, or raise its UserError, on every process."""
         return function()
 
     def all_gather_object(self, value: T) -> list[T]:
