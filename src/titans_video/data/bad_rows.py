@@ -27,10 +27,7 @@ class BadRow:
     """One row that is left out.
 
     Attributes:
-        id: of the row.
-        video: its file.
-        reason: one of `clip_plan.REASONS`.
-        detail: the explanation.
+        reason: one of `clip_plan.REASONS`; `detail` explains it.
         batch: number of the first global batch without the row.
         bucket: the row's bucket, HxWxT.
     """
@@ -44,11 +41,7 @@ class BadRow:
 
 
 class BadRows:
-    """The rows left out so far, by row id.
-
-    Args:
-        folder: of the run; None keeps the records in memory only.
-    """
+    """The rows left out so far, by row id; without a folder (of the run) the records stay in memory."""
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
@@ -57,11 +50,7 @@ class BadRows:
         self._is_reported = False
 
     def reset(self, world: int) -> None:
-        """Delete what an earlier run in this folder left out.
-
-        Each of `world` ranks deletes its own file. The first rank also deletes the files of ranks that this run does
-        not have, so that no rank removes what another has just written.
-        """
+        """Delete the files of an earlier run: each of `world` ranks its own, the first also those of further ranks."""
         self.records.clear()
         for path in self._files():
             rank = path.name.split(".")[1].removeprefix("rank")
@@ -69,11 +58,7 @@ class BadRows:
                 path.unlink(missing_ok=True)
 
     def load(self, others: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Read the records of all ranks. A last line torn by a kill is skipped: its row will fail again.
-
-        Args:
-            others: records as dicts, from a checkpoint.
-        """
+        """Read the records of all ranks, and `others` from a checkpoint; a last line torn by a kill is skipped."""
         lines = [line for path in self._files() for line in read_json_lines(path)]
         for record in [*lines, *others]:
             if not fits(LEFT_OUT_ROW, record):
@@ -84,11 +69,7 @@ class BadRows:
                 self.records[found.id] = found
 
     def add(self, row: BadRow, write: bool = True) -> bool:
-        """Store a record; return False if the row was already left out at that batch.
-
-        Args:
-            write: also into this rank's file.
-        """
+        """Store a record, in this rank's file if `write`; return False if the row was left out at that batch before."""
         before = self.records.get(row.id)
         if before is not None and before.batch <= row.batch:
             return False
@@ -99,7 +80,7 @@ class BadRows:
         return True
 
     def flush(self) -> None:
-        """Append the lines that are not in the file yet. A failure does not end the run: they are kept in memory."""
+        """Append the lines that are not in the file yet; after a failure they are kept in memory."""
         if self.folder is None or not self._pending:
             return
         path = self.folder / PATTERN.format(rank=self.rank)

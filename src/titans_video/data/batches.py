@@ -21,15 +21,13 @@ class HostBatch:
     """A batch on the host as a worker process sends it: pixels are bytes, a quarter of their size as floats.
 
     Attributes:
-        seeds, samples: of its rows.
         frames: (B, T, H, W, 3) uint8.
         cond_images: by position in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
         moments, cond_moments: (B, 2C, t, h, w) from a cache, instead of frames.
         motion: (B,) from a cache that stores it.
         bad_rows: rows that turned out to be unreadable.
         error: why there is no batch; errors of worker processes are passed on as text.
-        needs_repair: there is no batch, because a file of the cache is damaged. The process with the encoders reads the
-            batch again.
+        needs_repair: there is no batch because a file of the cache is damaged; the process with the encoders reads it.
         step: the optimizer step of this batch.
     """
 
@@ -60,11 +58,7 @@ class Example:
 
 
 def read_sample(seed: int, sample: Sample, reader: RowReader, cache: EncodingCache | None) -> Example:
-    """Read one row, from its files or from a cache of encodings.
-
-    Raises:
-        BadRowError: it cannot be read.
-    """
+    """Read one row, from its files or from a cache of encodings; raise BadRowError if it cannot be read."""
     if cache is not None:
         moments, cond = cache.read_clip(sample)
         image, motion = cache.read_image_fields(sample)
@@ -142,5 +136,4 @@ def _cond_pixels(batch: Batch, cond_images: dict[int, Tensor]) -> Tensor | None:
 
 
 def _set_first_frames(cond: Tensor, cond_images: dict[int, Tensor]) -> None:
-    """Write images as the first frames of their rows."""
     cond[list(cond_images), :, 0] = to_floats(torch.stack(list(cond_images.values()))[:, None])[:, :, 0]

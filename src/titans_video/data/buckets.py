@@ -19,7 +19,7 @@ class Bucket:
     """One clip size.
 
     `shorter` marks a bucket whose frame count came from `--num-frames`: a clip that is too short takes the largest
-    legal frame count that it can fill, but at least two frames. A bucket written HxWxT takes no shorter clips.
+    legal frame count that it can fill, but at least two. A bucket written HxWxT takes no shorter clips.
     """
 
     frames: int
@@ -44,12 +44,11 @@ def parse_buckets(
 ) -> list[Bucket]:
     """Return the buckets that the flags describe.
 
-    Args:
-        first_size: displayed (height, width) of the first usable clip. `--resolution` takes its aspect from it; without
-            any size flag it is the size itself, rounded down to a legal one.
+    `first_size` is the displayed (height, width) of the first usable clip. `--resolution` takes its aspect from it;
+    without any size flag it is the size itself, rounded down to a legal one.
+
     Raises:
-        ConfigError: flags that contradict each other, cannot be read, or ask for a size that codec and patch do not
-            divide (the message names the nearest legal ones).
+        ConfigError: flags contradict each other, cannot be read, or ask for an illegal size (see `check_size`).
     """
     _reject_contradictions(options)
     if options.buckets is not None:
@@ -74,11 +73,7 @@ def grid(spec: CodecSpec, patch_size: Sequence[int]) -> tuple[int, int]:
 
 
 def check_size(height: int, width: int, spec: CodecSpec, patch_size: Sequence[int], flag: str) -> None:
-    """Reject a size that codec and patch do not divide.
-
-    Raises:
-        ConfigError: with the nearest legal sizes.
-    """
+    """Raise ConfigError, with the nearest legal sizes, for a size that codec and patch do not divide."""
     grid_h, grid_w = grid(spec, patch_size)
     if height % grid_h or width % grid_w:
         heights, widths = _nearest_sides(height, grid_h), _nearest_sides(width, grid_w)
@@ -116,11 +111,10 @@ class BucketTable:
         return min(min(shortest, b.frames) if b.shorter else b.frames for b in self.buckets)
 
     def choose(self, height: int, width: int, frames: int) -> Choice | None:
-        """Return the bucket for a clip of this displayed size that can give this many frames; None if it is too short
-        for all.
+        """Return the bucket for a clip of this displayed size that can give this many frames; None if it is too short.
 
-        Among the buckets whose frames the clip can fill, take the nearest aspect in log space. Of several sizes of that
-        aspect take the largest that does not enlarge the clip, else the one that enlarges it least; then the longest.
+        Among the buckets that the clip can fill, take the nearest aspect in log space; then the largest size that does
+        not enlarge the clip, else the one that enlarges it least; then the longest.
         """
         fitting = [b for b in (self._fit(b, frames) for b in self.buckets) if b is not None]
         if not fitting:

@@ -2,8 +2,8 @@
 
 A clip's moments, the moments of its conditioning frames, and each prompt's hidden states are separate safetensors
 files. The name of a file is a hash of everything that its content depends on, so a file is never outdated. It is
-written under a temporary name and renamed, so any number of processes may fill one cache at once. The first read of a
-file in a process checks its checksum, type and shape; a damaged file counts as missing and is made again.
+renamed when complete, so any number of processes may fill one cache. The first read of a file in a process checks its
+checksum, type and shape; a damaged file counts as missing and is made again.
 
 Legend: C latent channels, t h w the latent grid, L tokens, E width of a text stream.
 """
@@ -41,10 +41,8 @@ class Repair(Protocol):
     """Makes single encodings again. Its encoders are loaded when they are needed."""
 
     def __call__(self, fields: Mapping[str, Any], sample: Sample | None) -> Tensor:
-        """Return what the key fields describe.
+        """Return the encoding that the key fields describe; `sample` is None for a prompt.
 
-        Args:
-            sample: that it belongs to; None for a prompt.
         Raises:
             BadRowError: its file is unreadable, or the encoding is not finite.
         """
@@ -71,11 +69,10 @@ class EncodingCache:
     The names of its subfolders and the key fields ("known", "picture", ...) are a file format and never change.
 
     Args:
-        folder: of the cache.
         codec: identifies the codec: fingerprint of weights and configuration, and its precision.
         texts: the same for each text stream; () if text is not cached because the network reads bytes itself.
-        cond_images: save conditioning images as pixels instead of moments, because noise is added before they are
-            encoded, and save the motion bucket of each clip (Stable Video Diffusion).
+        cond_images: save conditioning images as pixels instead of moments, because noise is added before encoding, and
+            save the motion bucket of each clip (Stable Video Diffusion).
         spec: of the codec; moments must have its shapes. None accepts any shape.
         widths: E of each text stream, 0 for byte ids; () accepts any width.
     Attributes:
@@ -162,10 +159,8 @@ class EncodingCache:
         self._checked.add(path)
 
     def read(self, fields: Mapping[str, Any], sample: Sample | None = None) -> Tensor:
-        """Read what `write` wrote. If it is missing or damaged, make it again if possible.
+        """Read what `write` wrote; if it is missing or damaged, try to make it again. `sample` is None for a prompt.
 
-        Args:
-            sample: that the encoding belongs to; None for a prompt.
         Raises:
             BadRowError: it is missing or damaged, and cannot be made again.
             NeedsRepair: as that, but `process` may be able to make it again.
@@ -208,7 +203,7 @@ class EncodingCache:
         return tensor
 
     def _misfit(self, fields: Mapping[str, Any], tensor: Tensor) -> str | None:
-        """Return how the type or the shape of a tensor differs from the one that its key fields describe."""
+        """Return how a tensor's type or shape differs from the one that its key fields describe."""
         kind, expected, shape = fields["kind"], torch.float32, tuple(tensor.shape)
         if kind in (CLIPS, COND_FRAMES):
             if self.spec is None:
@@ -229,22 +224,15 @@ class EncodingCache:
         return f"its type {str(tensor.dtype).removeprefix('torch.')} or its shape {shape} is wrong"
 
     def read_clip(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
-        """Read the moments (2C, t, h, w) of a sample, and those of its conditioning frames if it has any.
-
-        Raises:
-            BadRowError: one is missing or unreadable.
-        """
+        """Read a sample's moments (2C, t, h, w), and those of its conditioning frames if any; BadRowError as `read`."""
         needs_cond = sample.num_cond_frames and not self.cond_images
         cond = self.read(self.cond_fields(sample), sample) if needs_cond else None
         return self.read(self.clip_fields(sample), sample), cond
 
     def read_image_fields(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
-        """Read the conditioning image (H, W, 3) uint8 of a sample, if it has one, and its motion bucket ().
+        """Read a sample's first image (H, W, 3) uint8, if it has one, and motion bucket (); BadRowError as `read`.
 
         Both are None if this cache has no images.
-
-        Raises:
-            BadRowError: one is missing or unreadable.
         """
         if not self.cond_images:
             return None, None
@@ -252,11 +240,7 @@ class EncodingCache:
         return image, self.read(self.image_fields(sample, MOTION), sample)
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
-        """Read the hidden states of prompts as their encoders returned them, padded to the longest.
-
-        Raises:
-            PromptError: one is missing or damaged, and cannot be made again.
-        """
+        """Read prompts' hidden states, padded to the longest; PromptError if one cannot be read or made again."""
         streams, masks = [], []
         for stream in range(len(self.texts)):
             states = [self._prompt(p, stream) for p in prompts]
@@ -295,10 +279,9 @@ class CachedText:
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[int, list[str]]:
     """Read every file of a cache and check it against its name and its checksum.
 
-    Args:
-        progress: called with the number of finished files and of all files.
-    Returns:
-        The number of intact files, and for each other one its path and the problem.
+    `progress` gets the number of finished files and of all files. Return the number of intact files, and for each other
+    one its path and the problem.
+
     Raises:
         DataError: the cache does not exist, or is empty.
     """
@@ -332,7 +315,6 @@ def _problem(cache: EncodingCache, path: Path) -> str | None:
 
 
 def _damage(tensor: Tensor, notes: Mapping[str, str]) -> str | None:
-    """Return the problem of a tensor, with the notes in its header; the oldest files have none."""
     scalar = notes.get("sha256") == NO_BYTES and not tensor.dim()  # earlier versions did not hash single numbers
     if "sha256" in notes and notes["sha256"] != _digest(tensor) and not scalar:
         return "its content does not match its checksum"
@@ -340,7 +322,6 @@ def _damage(tensor: Tensor, notes: Mapping[str, str]) -> str | None:
 
 
 def _image_key(sample: Sample) -> str | None:
-    """Return what identifies the pixels of the row's own image, if the sample uses it."""
     if not sample.own_image:
         return None
     record = sample.record

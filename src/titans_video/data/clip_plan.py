@@ -1,8 +1,7 @@
 """Plan a row: which frames, which crop, which bucket.
 
-The scan, the cache key and the reader all call `plan_row`, and nothing else decides any of this, so the report shows
-exactly what training decodes. The plan uses only the timestamps of the frames that exist, never a duration, a header's
-frame count or an average rate.
+The scan, the cache key and the reader all call `plan_row`, so the report shows exactly what training decodes. The plan
+uses only the timestamps of the frames that exist, never a duration, a header's frame count or an average rate.
 
 Legend: T frames of the bucket, t_i seconds of frame i from the first displayed frame.
 """
@@ -107,7 +106,6 @@ class RowPlan:
     """How a row will be read.
 
     Attributes:
-        bucket: the size of the result.
         indices: T indices of the file's frames, in order; repeated if the requested rate is above the source's.
         times: their t_i.
         crop: (y, x) in [0, 1], the position of the crop within the spare height and width; (0.5, 0.5) is the centre.
@@ -143,14 +141,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class _Line:
-    """The times of a file's usable frames.
-
-    Attributes:
-        times: t_i.
-        usual: the usual interval.
-        breaks: frames that do not follow the frame before them: after a gap, or after a hole in the timestamps.
-        after_gaps: those after a gap.
-    """
+    """The t_i of a file's usable frames, and the frames that follow a gap or a hole in the timestamps (`breaks`)."""
 
     times: list[float]
     usual: float
@@ -160,7 +151,6 @@ class _Line:
 
 @lru_cache(maxsize=4)
 def _line(info: Video) -> _Line:
-    """Return the times of a file; the rows of one file share them."""
     rate = float(info.ticks_per_second)
     times = [(p - info.origin) / rate for p in info.pts]
     usual = _usual_interval(times)
@@ -172,12 +162,7 @@ def _line(info: Video) -> _Line:
 
 @dataclass(frozen=True)
 class _Run:
-    """Frames [first, stop) without a hole.
-
-    Attributes:
-        reach: until when a clip may take frames, in seconds; None if frames are taken by number.
-        step: seconds, or a number of frames, between the frames of a clip.
-    """
+    """Frames [first, stop) without a hole; `reach` (the end) and `step` are in seconds, or None and in frames."""
 
     first: int
     stop: int
@@ -186,21 +171,16 @@ class _Run:
     step: float
 
     def length_at(self, start: int) -> int:
-        """Return how many frames a clip that starts at this frame could have.
-
-        With a step in seconds, frames are taken while the last one is on screen, that is for its own interval.
-        """
+        """Return how many frames a clip that starts here could have; the last one counts for its own interval."""
         if self.reach is None:
             return (self.stop - 1 - start) // int(self.step) + 1
         return math.floor((self.reach - self.times[start]) / self.step) + 1
 
     @property
     def longest(self) -> int:
-        """The length of the clip that starts at the first frame."""
         return self.length_at(self.first)
 
     def starts(self, frames: int) -> range:
-        """Return the frames at which a clip of so many frames can start."""
         fits = bisect.bisect_right(range(self.first, self.stop), -frames, key=lambda i: -self.length_at(i))
         return range(self.first, self.first + fits)
 
@@ -210,9 +190,8 @@ def plan_row(
 ) -> RowPlan | Rejected:
     """Decide the frames, the crop and the bucket of a row.
 
-    Args:
-        seed: of one occurrence of the row (or of one cached variant); a random crop or start is drawn from it. None
-            means centre and beginning. The bucket, and whether the row is usable, never depend on it.
+    A random crop or start is drawn from `seed`, of one occurrence of the row or one cached variant; None means centre
+    and beginning. The bucket, and whether the row is usable, never depend on it.
     """
     if not info.pts:
         return Rejected("no-frames", "the file has no frame with a time.")
@@ -264,11 +243,7 @@ def _usual_interval(times: Sequence[float]) -> float:
 
 
 def _unusable_seconds(row: Row, info: Video, line: _Line, options: DataOptions) -> Rejected | None:
-    """Return why the seconds that the row names cannot be read, or None.
-
-    A row with an end must be free of gaps; one with a start must not begin in a gap, or so close to one that its first
-    frame would be on the other side. A row with neither may take its clip from anywhere in the file.
-    """
+    """Return why the row's seconds cannot be read, or None: a gap before its end, or a start in or next to a gap."""
     if info.jumps_back and (row.start > 0 or row.end is not None):
         return Rejected(
             "clock-jumps",
@@ -303,7 +278,6 @@ def _reaches_into_gap(
 
 
 def _undamaged(row: Row, info: Video, line: _Line, fps: float | None, options: DataOptions) -> int:
-    """Return how many frames the row would have if nothing were damaged, by its seconds."""
     ends = [line.times[-1] + line.usual, *(float(info.seconds(gap.stop)) for gap in info.gaps)]
     end = max(ends) if row.end is None else min(row.end, max(ends))
     return math.floor((end - row.start) / options.stride / (line.usual if fps is None else 1 / fps) + EARLY)
@@ -316,17 +290,13 @@ def _in_gap(row: Row, info: Video, gap: Gap, why: str = "") -> Rejected:
 
 
 def _window(row: Row, line: _Line) -> tuple[int, int]:
-    """Return the first frame of the row and the frame after its last."""
     times = line.times
     first = bisect.bisect_left(times, row.start - TOLERANCE)
     return first, len(times) if row.end is None else bisect.bisect_left(times, row.end - TOLERANCE)
 
 
 def _runs(row: Row, line: _Line, step: float | None, stride: int) -> list[_Run]:
-    """Split the row's window at gaps and at holes in the timestamps.
-
-    A clip never crosses a hole: its frames would jump in time, or freeze for as long as the hole lasts.
-    """
+    """Split the row's window at holes in the timestamps: across one, frames would jump in time or freeze."""
     first, stop = _window(row, line)
     inside = line.breaks[bisect.bisect_right(line.breaks, first) : bisect.bisect_left(line.breaks, stop)]
     runs = []
@@ -337,15 +307,11 @@ def _runs(row: Row, line: _Line, step: float | None, stride: int) -> list[_Run]:
 
 
 def _begins_at_start(row: Row, options: DataOptions) -> bool:
-    """Check whether the row's clip must begin where the row does: it has a start, or its own first image."""
     return row.start > 0 or (row.cond_image is not None and uses_cond_image(row, parse_task_mix(options.task_mix)))
 
 
 def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, seed: int | None) -> int:
-    """Return the first frame: the earliest that leaves enough frames, or a random one.
-
-    A row with its own image always starts where the image was taken.
-    """
+    """Return the first frame: the earliest that leaves enough frames, or a random one without an own image."""
     own_image = row.cond_image is not None and uses_cond_image(row, parse_task_mix(options.task_mix))
     fits = [r.starts(frames) for r in runs]
     if not options.random_start or seed is None or own_image:
@@ -360,11 +326,7 @@ def _start(row: Row, runs: Sequence[_Run], frames: int, options: DataOptions, se
 
 
 def _indices(times: Sequence[float], start: int, frames: int, step: float | int, usual: float, stop: int) -> list[int]:
-    """Return every step-th frame; for a step in seconds, the frame on screen at each time (the last one not later).
-
-    A tenth of an interval is tolerated, because timestamps are rounded (whole milliseconds in Matroska) and rates
-    nearly agree (29.97 and 30). Without it frames would be repeated needlessly.
-    """
+    """Return every step-th frame, or the one on screen at each time; tolerate a tenth of an interval for rounding."""
     if isinstance(step, int):
         return [start + k * step for k in range(frames)]
     targets = (times[start] + k * step + EARLY * usual for k in range(frames))
@@ -379,7 +341,7 @@ def _rate(times: Sequence[float], interval: float) -> float:
 def _too_few(
     row: Row, info: Video, line: _Line, fps: float | None, options: DataOptions, available: int, needed: int
 ) -> Rejected:
-    """Explain the frame arithmetic, so that the user sees which value to lower, or the damage that is the cause."""
+    """Explain the frame arithmetic, with the value to lower or the damage that is the cause."""
     times, usual = line.times, line.usual
     window = f"from {row.start:g} s" + (f" to {row.end:g} s" if row.end is not None else "")
     seconds = times[-1] + (usual if len(times) > 1 else 0.0)
@@ -424,7 +386,6 @@ def unpack(packed: bytes) -> VideoInfo:
 
 
 def _step_runs(values: Sequence[int]) -> list[int]:
-    """Run-length encode the steps: [first, step, count, step, count, ...]."""
     found = list(values[:1])
     for step, group in groupby(b - a for a, b in pairwise(values)):
         found += [step, sum(1 for _ in group)]

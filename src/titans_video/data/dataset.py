@@ -27,13 +27,10 @@ from titans_video.errors import ConfigError, DataError
 from titans_video.seeding import derive_seed
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
 
-CROPPED = 0.8
-"""Clips that keep less than this share of their picture are warned of."""
-MANY_LENGTHS = 3
-"""Warn if this many lengths of clips have fewer than this many clips each."""
+CROPPED = 0.8  # warn of clips that keep less than this share of their picture
+MANY_LENGTHS = 3  # warn if this many lengths of clips have fewer than this many clips each
 
-FILE_PATHS = "the paths of the videos and images"
-"""Name of a fact, see `VideoDataset.file_facts`."""
+FILE_PATHS = "the paths of the videos and images"  # a fact's name, see `VideoDataset.file_facts`
 
 
 @dataclass
@@ -43,8 +40,6 @@ class VideoDataset:
     Attributes:
         records: the usable rows as scanned, in the manifest's order.
         quarantined: the other rows.
-        table: the requested buckets.
-        seed, rank, world: of this process.
         ram: decoded clips kept in memory, shared by all readers of this process.
         sizes: by bucket, the rows of a micro-batch on one process if they differ from the options.
         held_out: usable rows that are not trained on.
@@ -64,7 +59,6 @@ class VideoDataset:
 
     @property
     def rows(self) -> list[Row]:
-        """The usable rows."""
         return [e.row for e in self.records]
 
     @property
@@ -110,12 +104,9 @@ class VideoDataset:
         cache: EncodingCache | None = None,
         folder: Path | str | None = None,
     ) -> BatchStream:
-        """Return this process's batches; see `BatchStream`.
+        """Return this process's batches, read from a full cache if one is given; see `BatchStream`.
 
-        Args:
-            grad_accum: micro-batches of one optimizer step.
-            cache: a full cache; encodings are read from it instead of pixels from files.
-            folder: of the run: unreadable rows are recorded there and left out again on resume.
+        Unreadable rows are recorded in the `folder` of the run and left out again on resume.
         """
         workers, reader = self.options.num_workers, self.reader()
         if workers > 0:  # each worker fills its own cache
@@ -150,10 +141,9 @@ class VideoDataset:
     def divided(self, rows: Mapping[str, int]) -> "tuple[VideoDataset, int]":
         """Return the same data with other global batches, and the gradient accumulation that gives them.
 
-        Micro-batches are at most as large as in the options, and no smaller than necessary.
+        Micro-batches are at most as large as in the options, and no smaller than necessary. `rows` are those of one
+        optimizer step, by bucket; other buckets keep theirs.
 
-        Args:
-            rows: of one optimizer step, by bucket; other buckets keep theirs.
         Raises:
             ConfigError: some of them cannot be divided among the processes.
         """
@@ -177,10 +167,9 @@ class VideoDataset:
     def file_facts(self) -> dict[str, list[str] | str]:
         """Return hashes that identify the rows' files, by a readable name.
 
-        `FILE_PATHS` has two: of the paths relative to the data root, which may be moved, and of the absolute paths, for
-        a manifest that names the same files in another way. It is the same data if either is equal. The hash of the
-        contents exists if the digests are known, which a cache needs. Its name identifies the usable rows, because the
-        contents of other rows cannot be compared.
+        `FILE_PATHS` has two: of the paths relative to the data root, and of the absolute paths. It is the same data if
+        either is equal. The hash of the contents exists if the digests are known, which a cache needs; its name
+        identifies the usable rows, because the contents of other rows cannot be compared.
         """
         absolute, relative = [], []
         for row in self._all_rows():
@@ -197,12 +186,9 @@ class VideoDataset:
         return facts
 
     def sample_pixels(self, n: int) -> Tensor:
-        """Return clips of the bucket with the most rows, drawn by the seed, to fit a codec to.
+        """Return clips of the main bucket, drawn by the seed, to fit a codec to; raise DataError if none can be read.
 
-        Returns:
-            (n, 3, T, H, W) float32 in [-1, 1]; fewer if the bucket has fewer rows.
-        Raises:
-            DataError: none can be read.
+        They are (n, 3, T, H, W) float32 in [-1, 1]; fewer if the bucket has fewer rows.
         """
         fullest = max(self.buckets, key=lambda b: sum(e.bucket == b for e in self.records))
         records = [e for e in self.records if e.bucket == fullest]
@@ -221,11 +207,7 @@ class VideoDataset:
         return to_floats(torch.stack(clips))
 
     def summary(self, grad_accum: int = 1) -> str:
-        """Summarize what was found and what was left out, in a few lines for the user.
-
-        Args:
-            grad_accum: micro-batches of one optimizer step.
-        """
+        """Summarize what was found and what was left out, in a few lines for the user."""
         micro_batches, usable = self.world * grad_accum, len(self.records) + len(self.held_out)
         rate = f", {self.fps:g} frames per second" if self.records else ""
         lines = [f"Data: {usable} of {usable + len(self.quarantined)} rows usable{rate}."]
@@ -330,14 +312,10 @@ def _short_hash(values: Sequence[object]) -> str:
 
 
 def divide(rows: Mapping[str, int], most: Mapping[str, int], world: int) -> tuple[int, dict[str, int]]:
-    """Divide global batches into equal micro-batches.
+    """Divide global batches into equal micro-batches of at most `most` rows on one process, by bucket.
 
-    Args:
-        rows: of one optimizer step, by bucket.
-        most: the largest micro-batch on one process, by bucket.
-        world: number of processes.
-    Returns:
-        The smallest number of micro-batches per step that works for all buckets, and the rows of each by bucket.
+    Return the smallest number of micro-batches per step that works for all buckets, and the rows of each by bucket.
+
     Raises:
         ConfigError: none works; the message names the numbers of processes that would.
     """
@@ -363,13 +341,10 @@ def open_data(
     world: int = 1,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> VideoDataset:
-    """Read and scan the manifests, and plan every row.
+    """Read and scan the manifests, and plan every row; the main process scans, and all get its result.
 
     Args:
         spec, patch_size: of the codec and the network; sizes and frame counts must be divisible by them.
-        seed: of the run.
-        rank, world: of this process.
-        processes: the processes of the run: the main one scans, and all get its result.
     Raises:
         ConfigError: a flag is wrong or contradicts another.
         DataError: the manifest is wrong, or too few rows are usable.
@@ -401,11 +376,7 @@ def open_scan(
 
 
 def with_digests(data: VideoDataset, digests: Mapping[Path, str]) -> VideoDataset:
-    """Return the same data with the digest of every file that cache keys need.
-
-    Args:
-        digests: of each clip, and of each own image that is used.
-    """
+    """Return the same data with the digest of every file that cache keys need: clips, and own images that are used."""
     records = [
         replace(
             e, digest=digests[e.row.video], image_digest=digests.get(e.row.cond_image) if e.row.cond_image else None

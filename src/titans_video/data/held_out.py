@@ -1,8 +1,8 @@
 """The rows that training never sees: their choice, and reproducible batches of them.
 
-Rows are held out by file: all rows of one video file stay together. Otherwise a caption or a part of a clip that was
-trained on would count as unseen. The choice of files depends on their rows' ids only, so rows held out of a manifest
-stay held out as it grows, in every run and with any number of processes.
+All rows of one video file stay together; otherwise a caption or a part of a clip that was trained on would count as
+unseen. The choice of files depends on their rows' ids only. So it does not change as the manifest grows, between runs,
+or with the number of processes.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,7 @@ from titans_video.types import SINGLE_PROCESS, Batch, ProcessGroup
 
 
 def split(data: VideoDataset, share: float) -> VideoDataset:
-    """Move about this share of the rows to `data.held_out`, at least those of one file.
-
-    Args:
-        share: in (0, 1), of the files.
-    Raises:
-        DataError: nothing would be left to train on.
-    """
+    """Move about this share of the files, in (0, 1), to `data.held_out`, at least one; DataError if no row remains."""
     files: dict[Path, list[ClipRecord]] = {}
     for record in data.records:
         files.setdefault(record.row.video, []).append(record)
@@ -48,12 +42,9 @@ def split(data: VideoDataset, share: float) -> VideoDataset:
 def open_validation(
     data: VideoDataset, manifests: Sequence[str], processes: ProcessGroup = SINGLE_PROCESS
 ) -> VideoDataset | None:
-    """Return the held-out rows as a data set: those of `--validation-manifest`, else those that `split` held out.
+    """Return the rows of `--validation-manifest`, else those of `split`, as a data set; it raises as `open_data`.
 
     They use the buckets of the training data.
-
-    Raises:
-        UserError: as `open_data`.
     """
     if not manifests:
         return replace(data, records=data.held_out, held_out=[], quarantined=[]) if data.held_out else None
@@ -63,7 +54,6 @@ def open_validation(
 
 
 def _same_buckets(data: VideoDataset) -> DataOptions:
-    """Return the options of the training data; a size that came from its first clip is made explicit."""
     options = data.options
     if options.buckets is not None or options.height is not None:
         return options
@@ -92,8 +82,7 @@ class HeldOut:
     A row occurs with each task that training may draw for it, with the crop and start of its first cached variant.
 
     Attributes:
-        data: the rows.
-        cache: the cache with their encodings; None reads them from their files.
+        cache: the cache with the encodings of `data`; None reads its rows from their files.
         max_rows: use at most this many rows, chosen by their ids.
         bad_rows: rows that turned out to be unreadable, with the reason; each is reported once.
     """
@@ -127,10 +116,7 @@ class HeldOut:
         return found
 
     def read(self, piece: Piece) -> tuple[Batch, list[bool]]:
-        """Read the rows of a piece, and return which of them could be read.
-
-        Unreadable rows are blank, so that the shapes that the network gets do not depend on them.
-        """
+        """Read the rows of a piece, and return which could be read; the others are blank, so shapes stay the same."""
         read, good = [], []
         for record in piece.records:
             sample = self.reader.decide(record, piece.task, self.reader.variant_seed(record.row, 0))

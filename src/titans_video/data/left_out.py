@@ -12,8 +12,7 @@ from titans_video.data.clip_plan import REASONS
 from titans_video.data.manifest import Row
 from titans_video.errors import DataError
 
-HINTED = 50
-"""Missing files that are searched for hints."""
+HINTED = 50  # missing files that are searched for hints
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,7 @@ class Quarantined:
 
 
 def refuse_bad(usable: int, quarantined: Sequence[Quarantined], options: DataOptions) -> None:
-    """Stop if nothing is usable, or if more than `--max-bad` of the rows is not.
-
-    Args:
-        usable: number of usable rows.
-    Raises:
-        DataError: with the reasons, the first rows, and hints for missing files.
-    """
+    """Raise DataError if nothing is usable, or if more than `--max-bad` of the rows is not."""
     bad, total = len(quarantined), len(quarantined) + usable
     if usable and bad <= options.max_bad * total:
         return
@@ -53,7 +46,6 @@ def format_reasons(quarantined: Sequence[Quarantined]) -> str:
 
 
 def _examples(quarantined: Sequence[Quarantined]) -> list[str]:
-    """Return the first row of each reason."""
     first: dict[str, Quarantined] = {}
     for q in quarantined:
         first.setdefault(q.reason, q)
@@ -61,10 +53,7 @@ def _examples(quarantined: Sequence[Quarantined]) -> list[str]:
 
 
 def missing_files(quarantined: Sequence[Quarantined], options: DataOptions) -> list[str]:
-    """Return lines that say where missing files were searched, and why they may not have been found.
-
-    Nothing if no file is missing.
-    """
+    """Return lines that say where missing files were searched and why they may not have been found."""
     missing = [q.row for q in quarantined if q.reason == "missing"]
     if not missing:
         return []

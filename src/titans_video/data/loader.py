@@ -31,10 +31,8 @@ from titans_video.types import Batch
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 600.0
-STALL_SECONDS_PER_ROW = 300.0
-"""Time after which a worker without a batch is replaced. A row that cannot be read gives up earlier by itself."""
-LAST_STEP = 10**9
-"""The step of a trial batch: every curriculum has ended, so batches have their largest size."""
+STALL_SECONDS_PER_ROW = 300.0  # replace a worker without a batch; an unreadable row gives up earlier
+LAST_STEP = 10**9  # of a trial batch: every curriculum has ended, so batches have their largest size
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class RankShard:
     def of(self, items: Sequence[SampleIndex], micro: int) -> Sequence[SampleIndex]:
         """Return this rank's rows of micro-batch `micro`.
 
-        The parts are equal and in order, so any division of a global batch gives the same rows to the same optimizer
-        step.
+        The parts are equal and in order, so any division gives the same rows to the same optimizer step.
         """
         size = len(items) // (self.world * self.grad_accum)
         start = (micro * self.world + self.rank) * size
@@ -90,9 +87,7 @@ class BatchReader:
             return HostBatch([], [], bad_rows=tuple(found), error=str(e))
 
     def _row(self, step: int, item: SampleIndex, found: list[BadRow]) -> Example:
-        """Read an occurrence; replace an unreadable row by the next readable one of its bucket, in the manifest's
-        order.
-        """
+        """Read an occurrence; replace an unreadable row by the next readable one of its bucket, in manifest order."""
         queue, at = self.positions[item.row]
         rows = self.sampler.rows[queue]
         wanted = self.records[item.row].row.id
@@ -114,11 +109,7 @@ class BatchReader:
         raise DataError(f"No row of the bucket {self.records[item.row].bucket} can be read any more.")
 
     def refuse_too_many(self) -> None:
-        """Stop the run if too many rows are left out.
-
-        Raises:
-            DataError: more than `--max-bad` allows.
-        """
+        """Raise DataError if more rows are left out than `--max-bad` allows."""
         count = len(self.bad_rows.records)
         if count > self.max_bad * len(self.records):
             last = list(self.bad_rows.records.values())[-1]
@@ -132,18 +123,13 @@ class BatchStream:
     """An endless iterator over this rank's micro-batches.
 
     Args:
-        records: the usable rows.
         batch_sizes: for each bucket the rows of one micro-batch on one rank.
-        reader: reads the rows.
-        seed: of the run.
-        rank, world: of this process.
         grad_accum: micro-batches of one optimizer step.
         cache: cached encodings, instead of pixels.
         folder: of the run, where unreadable rows are recorded; None records nothing.
         max_bad: stop when more than this share of the rows is unreadable.
         workers: processes that read ahead.
-        unusable: rows that are not usable, with their numbers. A row that failed earlier in a resumed run keeps its
-            position.
+        unusable: the other rows, with their numbers. A row that failed earlier in a resumed run keeps its position.
     """
 
     def __init__(
@@ -190,10 +176,7 @@ class BatchStream:
         self.sampler = Sampler(queues, rows, self.seed)
 
     def _restore_positions(self) -> None:
-        """Put rows that became unreadable earlier in this run back at their positions.
-
-        A new scan may no longer find them, or may find other clips there; this must not shift the rows behind them.
-        """
+        """Put rows that became unreadable earlier in this run back, so that a new scan does not shift the others."""
         buckets = {str(b): b for b in self.buckets}
         records = {e.row.id: e for e in self.records}
         unusable = {row.id: (row_number, row) for row_number, row in self.unusable}
@@ -224,13 +207,7 @@ class BatchStream:
         return batch
 
     def _checked(self, host_batch: HostBatch, read_again: Callable[[], HostBatch]) -> Batch:
-        """Return the batch, or raise the error that a reader sent instead of it.
-
-        If a file of the cache is damaged, it is made again, or its rows are left out.
-
-        Args:
-            read_again: reads the batch in this process, which has the encoders.
-        """
+        """Return the batch or raise the reader's error; `read_again`, which has the encoders, repairs the cache."""
         while True:
             if host_batch.needs_repair:
                 host_batch = read_again()
@@ -252,7 +229,6 @@ class BatchStream:
             return batch
 
     def _bad_row(self, record: ClipRecord, reason: str, detail: str) -> BadRow:
-        """Return the record of a row that is left out from the optimizer step of the next micro-batch on."""
         step = self._delivered // self.shard.grad_accum
         return BadRow(record.row.id, str(record.row.video), reason, detail, step, str(record.bucket))
 
@@ -274,9 +250,7 @@ class BatchStream:
         self._stop = stop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of optimizer steps whose micro-batches were all delivered, the rows of a step by bucket,
-        and the rows that `leave_out` named: nothing else would find them again.
-        """
+        """Return the number of delivered optimizer steps, the rows of a step by bucket, and the rows of `leave_out`."""
         self.bad_rows.flush()
         rows = {queue.name: queue.batch for queue in self.sampler.queues}
         left_out = [asdict(row) for row in self.bad_rows.records.values() if row.reason == NOT_FINITE]
@@ -290,11 +264,7 @@ class BatchStream:
         self._restore_positions()
 
     def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
-        """Leave rows out from the next optimizer step on, as if their files were damaged; on every process.
-
-        Raises:
-            DataError: more rows than `--max-bad` allows are left out.
-        """
+        """Leave rows out from the next optimizer step on, on every process; DataError if that exceeds `--max-bad`."""
         named = set(rows)
         found = [self._bad_row(record, reason, detail) for record in self.records if record.row.id in named]
         for bad in found:  # every process has all of them, and one writes them
@@ -313,13 +283,12 @@ class BatchStream:
                 logger.warning("Left out from now on: %s (%s). %s", bad.video, bad.reason, bad.detail)
 
     def _copy_bad_rows(self) -> BadRows:
-        """Return the records in memory only: what a trial or a worker adds must not be written by it."""
+        """Return the records in memory only: a trial or a worker must not write what it adds."""
         copy = BadRows(None)
         copy.records = dict(self.bad_rows.records)
         return copy
 
     def _reader(self, bad_rows: BadRows) -> BatchReader:
-        """Return a reader for this process, or for a worker that it starts."""
         if self.cache is not None:
             self.cache.process = os.getpid()
         return BatchReader(

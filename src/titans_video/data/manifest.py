@@ -1,9 +1,8 @@
 """The manifest: rows of clips and captions, parsed strictly from JSONL or from a JSON list.
 
-Both documented forms use one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`,
-and a JSON list of `video_path`, `caption`. Every row has one immutable id: the one it gives, or a hash of its content.
-This module opens no file but the manifest itself; it resolves symbolic links to check that paths stay inside the data
-root.
+Both forms use one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`, and a JSON
+list of `video_path`, `caption`. Every row has one immutable id: its own, or a hash of its content. Only the manifest is
+opened; symbolic links are resolved to check that paths stay inside the data root.
 """
 
 import difflib
@@ -34,7 +33,6 @@ class Row:
 
     Attributes:
         id: unique among all manifests of a run, and the same in every run.
-        video: path of the clip.
         caption: its prompt; empty if the row has none.
         task: t2v | i2v | v2v.
         cond_image: an i2v row's own first image, instead of the clip's first frame.
@@ -69,8 +67,7 @@ def read_manifest(options: DataOptions) -> list[Row]:
     """Read all rows of `--manifest` (each with its weight) and `--metadata`, in order.
 
     Raises:
-        DataError: no manifest given, one missing or empty, or wrong lines: file, line, key, value and fix of the first
-            few.
+        DataError: no manifest is given, one is missing or empty, or has wrong lines (the message lists the first).
     """
     files = [split_weight(m) for m in options.manifest]
     files += [(Path(options.metadata), 1.0)] if options.metadata else []
@@ -253,7 +250,6 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
 
 
 def _refuse_misspelt(item: dict[str, Any]) -> None:
-    """Refuse a key that is nearly one of ours, a likely typo; other unknown keys are ignored."""
     for key in item:
         near = _misspelt(key[:40])
         if near is not None:
@@ -315,7 +311,6 @@ def _inside(key: str, value: Any, root: Path, outside: bool) -> Path:
 
 
 def _target(path: Path) -> Path:
-    """Return the path with all symbolic links resolved; folders are resolved once."""
     real = _real_folder(path.parent) / path.name
     return Path(os.path.realpath(real)) if os.path.islink(real) else real
 

@@ -1,7 +1,6 @@
 """Fill the cache: encode once everything that a run may ask of its codec and its frozen text encoders.
 
-The work is divided among the ranks by row and by prompt. No encoding is exchanged, because every file is named by its
-content. A rank loads codec and encoders only if something is missing.
+The work is divided among the ranks by row and by prompt; a rank loads codec and encoders only if something is missing.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +63,6 @@ class Filled:
 
     Attributes:
         data: with the digests that the cache's keys need, and without the unreadable rows; stream from it.
-        cache: for `data.stream`.
         made, found: number of encodings that were missing, and that existed.
         bad_rows: rows that could not be read, or whose encodings are not finite.
     """
@@ -94,12 +92,11 @@ def fill_cache(
 ) -> Filled:
     """Encode everything that is missing in a cache for this rank's part of rows and prompts.
 
+    The cache is complete when all ranks have returned.
+
     Args:
-        folder: of the cache; created if missing.
         prompts: to encode in addition to the captions.
         processes: the processes of the run, which return together. By default this one does not wait for others.
-    Returns:
-        The cache, complete when all ranks have returned.
     Raises:
         DataError: the cache cannot be written, or more rows than `--max-bad` allows cannot be read.
     """
@@ -167,14 +164,10 @@ def _undigested(data: VideoDataset, digests: Mapping[Path, str | Failed]) -> lis
 
 
 def _own_image(record: ClipRecord, data: VideoDataset) -> Path | None:
-    """Return a row's own image, if it is used."""
     return record.row.cond_image if uses_cond_image(record.row, data.mix) else None
 
 
 def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sample]]:
-    """Yield every sample that the stream may ask for: all variants and tasks of this rank's rows, each with its row's
-    number.
-    """
     for number in range(data.rank, len(data.records), data.world):
         record = data.records[number]
         for variant, task in _variants(record, data):
@@ -182,7 +175,6 @@ def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sampl
 
 
 def _variants(record: ClipRecord, data: VideoDataset) -> list[tuple[int, str]]:
-    """Return the variants and tasks of a row; without a random choice all variants are equal."""
     varies = data.options.random_crop or data.options.random_start
     tasks = [task for task, _ in data.mix.shares] or [record.row.task]
     variants = range(data.options.cache_variants)
@@ -191,11 +183,7 @@ def _variants(record: ClipRecord, data: VideoDataset) -> list[tuple[int, str]]:
 
 @dataclass
 class _Encoding:
-    """Make encodings; see `cache.Repair`. The codec is taken at first use.
-
-    Attributes:
-        texts: the key of each text stream.
-    """
+    """Make encodings, with a key for each text stream; see `cache.Repair`. The codec is taken at first use."""
 
     texts: tuple[str, ...]
     reader: RowReader
@@ -203,11 +191,7 @@ class _Encoding:
     codec: CodecLike | None = None
 
     def sample(self, sample: Sample, wanted: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
-        """Yield encodings of a sample with their key fields.
-
-        Raises:
-            BadRowError: its files are unreadable, or an encoding is not finite.
-        """
+        """Yield encodings of a sample with their key fields; BadRowError if its files or an encoding cannot be used."""
         self.codec = self.codec or self.encoders.codec()
         clip = to_floats(torch.from_numpy(self.reader.clip(sample))[None])
         image = to_floats(torch.from_numpy(self.reader.cond_image(sample))[None, None]) if sample.own_image else None
@@ -219,11 +203,7 @@ class _Encoding:
             yield fields, encoded
 
     def prompt(self, prompt: str) -> list[Tensor]:
-        """Return the hidden states of a prompt from each stream, (L, E).
-
-        Raises:
-            BadRowError: they are not finite.
-        """
+        """Return the hidden states of a prompt from each stream, (L, E); BadRowError if they are not finite."""
         assert self.encoders.text is not None, "text keys need a text encoder"
         encoded = self.encoders.text([prompt])
         states = [stream[0][mask[0]] for stream, mask in zip(encoded.streams, encoded.masks, strict=True)]
@@ -273,12 +253,9 @@ def _encoding(kind: str, sample: Sample, clip: Tensor, image: Tensor | None, cod
 
 
 def cond_clip(clip: Tensor, image: Tensor | None, num_cond_frames: int) -> Tensor:
-    """Return the conditioning frames with the other frames 0.
+    """Return the conditioning frames of a clip (1, 3, T, H, W) with the other frames 0.
 
-    Args:
-        clip: (1, 3, T, H, W).
-        image: (1, 3, 1, H, W), replaces the first frame; or None.
-        num_cond_frames: number of leading conditioning frames.
+    `image` (1, 3, 1, H, W), if given, replaces the first frame.
     """
     cond = torch.zeros_like(clip)
     cond[:, :, :num_cond_frames] = clip[:, :, :num_cond_frames]
@@ -290,13 +267,7 @@ def cond_clip(clip: Tensor, image: Tensor | None, num_cond_frames: int) -> Tenso
 def _fill_text(
     filled: Filled, encoding: _Encoding, prompts: Sequence[str], needed: Container[str], bar: Progress
 ) -> None:
-    """Encode prompt by prompt, so that a result does not depend on what else was in the batch.
-
-    Args:
-        needed: prompts without which there is no run, other than the captions of rows.
-    Raises:
-        DataError: the states of a needed prompt are not finite.
-    """
+    """Encode prompt by prompt, independent of the batch; DataError if the states of a `needed` one are not finite."""
     cache, data = filled.cache, filled.data
     for prompt in prompts:
         bar.update()

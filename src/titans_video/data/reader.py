@@ -40,16 +40,13 @@ class ClipRecord:
     """A usable row with the results of the scan.
 
     Attributes:
-        bucket: its bucket.
-        upscale: the enlargement factor for it.
+        upscale: the enlargement factor for its bucket.
         fps: frames per second as read.
         kept: the share of the picture that the crop keeps.
         packed: the packed result of `media.probe`; empty for a row that became unreadable and only keeps its position.
         row_number: number of the row among all rows of the manifests.
-        digest: of the file's content, if a cache needs it.
-        image_digest: of the content of the row's own image.
-        reading: what is special about how the file's pixels are read (`VideoInfo.reading`).
-        image_reading: the same of the row's own image.
+        digest, image_digest: of the content of the file, if a cache needs it, and of the row's own image.
+        reading, image_reading: how the pixels of both are read, if special (`VideoInfo.reading`).
     """
 
     row: Row
@@ -76,9 +73,7 @@ class ClipRecord:
 class Sample:
     """One occurrence of a row with every decision made: all that reading and caching it depends on.
 
-    Attributes:
-        num_cond_frames: number of leading conditioning frames.
-        own_image: the conditioning frame is the row's own image.
+    With `own_image` the conditioning frame is the row's own image.
     """
 
     record: ClipRecord
@@ -90,10 +85,7 @@ class Sample:
 
 @dataclass
 class RamCache:
-    """Keep decoded clips until the budget is full and never evict them.
-
-    Epochs visit the rows in cycles, so evicting the oldest clip would evict the one that is needed next.
-    """
+    """Keep decoded clips until the budget is full; evicting the oldest would evict the one that is needed next."""
 
     budget: int
     used: int = 0
@@ -112,10 +104,8 @@ class RamCache:
 class RowReader:
     """Read samples.
 
-    Args:
-        table: the buckets, as for `plan_row`.
-        cached: samples come from a cache of encodings, so crop, start and conditioning frames belong to one of the
-            `--cache-variants` variants of the row, not to the occurrence.
+    If `cached`, samples come from a cache of encodings: crop, start and conditioning frames belong to one of the
+    `--cache-variants` variants of the row, not to the occurrence.
     """
 
     options: DataOptions
@@ -126,11 +116,7 @@ class RowReader:
     plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def sample(self, record: ClipRecord, seed: int) -> Sample:
-        """Decide one occurrence of a row.
-
-        Args:
-            seed: of the occurrence.
-        """
+        """Decide one occurrence of a row, by the seed of the occurrence."""
         task = self.mix.draw(record.row, seed)
         if self.cached:
             seed = self.variant_seed(record.row, derive_seed(seed, "variant") % self.options.cache_variants)
@@ -148,11 +134,7 @@ class RowReader:
         return Sample(record, task, count, own_image, plan)
 
     def clip(self, sample: Sample) -> Frames:
-        """Read the frames (T, H, W, 3) uint8 of a sample.
-
-        Raises:
-            BadRowError: it cannot be read, or is not the file that was scanned.
-        """
+        """Read a sample's frames (T, H, W, 3) uint8; raise BadRowError if unreadable or changed since the scan."""
         key = sample.record.row.id
         frames = self.ram.get(key) if self._is_fixed() else None
         if frames is None:
@@ -162,11 +144,7 @@ class RowReader:
         return frames
 
     def cond_image(self, sample: Sample) -> Frames:
-        """Read the row's own image (H, W, 3) uint8, cropped like the clip.
-
-        Raises:
-            BadRowError: it cannot be read.
-        """
+        """Read the row's own image (H, W, 3) uint8, cropped like the clip; raise BadRowError if unreadable."""
         path, bucket = sample.record.row.cond_image, sample.plan.bucket
         assert path is not None, "only samples with an own image have one"
         key = f"{sample.record.row.id}\0picture"

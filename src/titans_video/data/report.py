@@ -40,7 +40,6 @@ class Report:
     """The result of a check.
 
     Attributes:
-        rows, usable: number of rows.
         buckets: rows of each bucket, HxWxT.
         reasons: rows left out for each reason.
         passed: training would start.
@@ -171,12 +170,7 @@ def write_html(
     *,
     progress: bool = False,
 ) -> None:
-    """Write the report.
-
-    Args:
-        plans: by row id, of every usable row.
-        remarks: for the top of the page, in addition to those of the data.
-    """
+    """Write the report. `plans` are by row id, of every usable row; `remarks` are for the top of the page."""
     strips = _strips(shown_rows(data.records), plans, progress)
     body = [
         "<h1>Data report</h1>",
@@ -200,10 +194,7 @@ def shown_rows(records: Sequence[ClipRecord]) -> Sequence[ClipRecord]:
 
 
 def _strips(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], progress: bool) -> dict[str, str]:
-    """Return for each row a few of the frames that training will read, cropped the same way, as a data URL.
-
-    The rows of a file are read together, because opening a long file takes longer than reading a few frames of it.
-    """
+    """Return for each row a few of the frames that training will read, cropped the same way, as a data URL."""
     groups: list[list[ClipRecord]] = []
     for record in sorted(records, key=lambda e: (str(e.row.video), plans[e.row.id].indices[0])):
         if not groups or len(groups[-1]) == ROWS_PER_READ or groups[-1][0].row.video != record.row.video:
@@ -257,7 +248,6 @@ def _numbers(data: VideoDataset) -> str:
 
 
 def _bucket_counts(data: VideoDataset) -> dict[str, int]:
-    """Return the rows of each bucket, including the empty ones."""
     shapes = {(b.height, b.width) for b in data.buckets}
     empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
     return dict(Counter(str(e.bucket) for e in data.records)) | empty
@@ -280,10 +270,7 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
-    """Plot aspect (width over height, log) against length, with a vertical line at each bucket.
-
-    Clips wider or taller than `WIDEST` are drawn at the edge.
-    """
+    """Plot aspect (width over height, log) against length; clips beyond `WIDEST` are drawn at the edge."""
     order = [name for name, _ in Counter(str(e.bucket) for e in data.records).most_common()]
     points = [
         (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
@@ -336,7 +323,6 @@ def _aspect(bucket: Bucket) -> float:
 
 
 def _round_step(least: float) -> float:
-    """Return the first of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * n for n in (1, 2, 5, 10) if power * n >= least * 0.999)
 

@@ -1,10 +1,9 @@
 """Which rows form which global batch, and which task each of them trains.
 
 A global batch is a pure function of the seed and the batch's number. The rows of a bucket form one endless queue, epoch
-after epoch, each epoch in its own order. Global batches are consecutive parts of that queue. The rows left over at the
-end of an epoch therefore start the next epoch's first batch: no row is dropped, and none waits longer than its bucket
-takes to fill. A batch belongs to the epoch of its last row, and the batches of all buckets of an epoch are shuffled
-together. Everything is computed in closed form from the batch's number, so that number is the whole state: nothing is
+after epoch, each epoch in its own order, and global batches are consecutive parts of it. The rows left over at the end
+of an epoch start the next epoch's first batch, so no row is dropped. A batch belongs to the epoch of its last row, and
+the batches of all buckets of an epoch are shuffled together. The batch's number is the whole state: nothing is
 replayed, and the number of processes or workers does not matter.
 
 Legend: n batch number, e epoch, G rows of a global batch.
@@ -49,8 +48,7 @@ class BucketQueue:
 
     Attributes:
         name: stable; part of the order.
-        ids: of its rows.
-        weights: how often each row occurs in an epoch, on average.
+        weights: how often each row of `ids` occurs in an epoch, on average.
         batch: G, rows of a global batch.
     """
 
@@ -63,10 +61,7 @@ class BucketQueue:
 class Sampler:
     """Compute global batches by number; see the module's docstring.
 
-    Args:
-        queues: one per bucket, none empty.
-        rows: for each queue, the caller's index of each of its rows.
-        seed: of the run.
+    There is one queue per bucket, none empty; `rows` are the caller's indices of the rows of each queue.
     """
 
     def __init__(self, queues: Sequence[BucketQueue], rows: Sequence[Sequence[int]], seed: int) -> None:
@@ -87,15 +82,12 @@ class Sampler:
         return GlobalBatch(queue, tuple(self._part(queue, k * size, size)))
 
     def _counts(self, queue: int, epoch: int) -> NDArray[np.int64]:
-        """Return how often each row occurs before `epoch`."""
         return np.floor(epoch * self._weights[queue] + self._phases[queue]).astype(np.int64)
 
     def _queue_end(self, queue: int, epoch: int) -> int:
-        """Return the length of one queue before `epoch`."""
         return int(self._queue_ends(epoch)[queue])
 
     def _queue_ends(self, epoch: int) -> NDArray[np.int64]:
-        """Return the lengths of all queues before `epoch`."""
         if epoch not in self._ends:
             if len(self._ends) >= MAX_ENDS:
                 self._ends.clear()
@@ -103,11 +95,9 @@ class Sampler:
         return self._ends[epoch]
 
     def _batches_before(self, epoch: int) -> NDArray[np.int64]:
-        """Return the number of complete batches of each queue before `epoch`."""
         return self._queue_ends(epoch) // np.asarray([queue.batch for queue in self.queues])
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Return (epoch, position within it) of a batch."""
         epoch = _epoch_of(number, lambda e: int(self._batches_before(e).sum()))
         return epoch, number - int(self._batches_before(epoch).sum())
 
@@ -165,10 +155,7 @@ def _epoch_of(place: int, before: Callable[[int], int]) -> int:
 
 
 def _mix(x: Keys) -> Keys:
-    """Apply SplitMix64's finaliser (Steele, Lea, Flood 2014).
-
-    It is a fixed bijection; a library's shuffles may change between versions.
-    """
+    """Apply SplitMix64's finaliser (Steele, Lea, Flood 2014); a library's shuffle may change between versions."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -220,10 +207,10 @@ def parse_task_mix(text: str | None) -> TaskMix:
 
 
 def num_cond_frames(task: str, row: Row, options: DataOptions, frames: int, seed: int) -> int:
-    """Return the number of leading conditioning frames.
+    """Return the number of leading conditioning frames: none for t2v, one for i2v.
 
-    t2v has none and i2v one. v2v has the row's `cond_frames`, else `--cond-frames`, else a uniform draw from 1 to all
-    but one. At least one frame always remains to be generated; a clip of one frame is t2v.
+    v2v has the row's `cond_frames`, else `--cond-frames`, else a uniform draw from 1 to all but one. At least one frame
+    always remains to be generated; a clip of one frame is t2v.
     """
     if task == "t2v" or frames < 2:
         return 0

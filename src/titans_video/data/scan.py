@@ -57,9 +57,7 @@ def run_jobs(
     """Run jobs in parallel; yield results as they are ready.
 
     Args:
-        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, what is special about a readable image, the
-            SHA-256 of the content.
-        workers: number of processes.
+        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, an image's special reading, the SHA-256.
         seconds: the longest time of one job without progress.
     Raises:
         RuntimeError: a job failed for a reason that is not in its file, with the traceback.
@@ -109,7 +107,6 @@ class _Worker(Worker):
 
     @property
     def end(self) -> float:
-        """When the process is killed if there is no more progress."""
         return float(self.last_progress.value) + self.seconds + self.grace
 
     def start(self, job: Job) -> None:
@@ -162,7 +159,6 @@ def _image(path: Path, limit: Limit) -> str:
 
 
 def _file_digest(path: Path, limit: Limit) -> str:
-    """Return the SHA-256 of a file's content."""
     deadline, digest = Deadline(path, limit.seconds, renewed=True, beat=limit.beat), hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(DIGEST_BLOCK):
@@ -202,7 +198,6 @@ def scan_rows(
 
     Args:
         workers: number of processes; None means as many as cores and work allow.
-        progress: show a bar if it takes more than a moment.
     Raises:
         ConfigError: the bucket flags cannot be used.
         DataError: no file can be read.
@@ -273,11 +268,8 @@ def run_cached_jobs(
 ) -> dict[Job, JobResult]:
     """Run the jobs that no earlier scan ran on the same unchanged files, and remember the results.
 
-    Failures are remembered too, except those that may be temporary: a crash, a missing file. A file that took too long
-    is only tried again with a longer limit.
-
-    Args:
-        seconds: the longest time of one job without progress.
+    Failures are remembered too, except temporary ones: a crash, a missing file. A file that took longer than `seconds`
+    without progress is only tried again with a longer limit.
     """
     wanted = list(dict.fromkeys(jobs))
     cache = JobCache(wanted, seconds)
