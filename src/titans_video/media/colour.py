@@ -5,8 +5,8 @@ interpolation; its fast default is darker by one to two levels of 255. (16 bits 
 its packed 16-bit output wraps around with bilinear full chroma.)
 
 HDR is tone-mapped so that it matches SDR clips: BT.2100 PQ or HLG to light, BT.2390's curve from 1000 to 203 cd/m2
-(BT.2408's reference white) on the largest of R, G, B, which keeps hues, BT.2020 to BT.709 primaries, and the 2.4 gamma
-of BT.1886.
+(BT.2408's reference white) on the largest of R, G, B, which keeps hues, BT.2020 to BT.709 primaries, and BT.1886's
+gamma of 2.4.
 """
 
 from fractions import Fraction
@@ -66,11 +66,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 
 class FrameReader:
-    """Convert the frames of one video to RGB images as they should be displayed.
-
-    Args:
-        profile: the file's ICC profile, if `info.colour.profile`.
-    """
+    """Convert the frames of one video to RGB as displayed; `profile` is the ICC profile if `info.colour.profile`."""
 
     def __init__(self, info: VideoInfo, profile: bytes = b"") -> None:
         self.info, self._profile = info, profile
@@ -101,11 +97,7 @@ class FrameReader:
         return turn(image, self.info.orientation)
 
     def _cut(self, frame: VideoFrame) -> tuple[VideoFrame, Crop]:
-        """Crop a decoded frame in whole samples of chroma, so that none of it blends with hidden pixels.
-
-        Returns:
-            The frame, and the pixels that remain to be cropped.
-        """
+        """Crop in whole samples of chroma, so that none blends with hidden pixels; return what else must be cropped."""
         crop, kind = self.info.crop, frame.format
         across, down = 64 // kind.chroma_width(64), 64 // kind.chroma_height(64)
         rest = Crop(crop.left % across, crop.top % down, crop.right % across, crop.bottom % down)
@@ -151,7 +143,7 @@ class FrameReader:
 
 
 def turn(image: Pixels, orientation: Orientation) -> Pixels:
-    """Turn a stored image (H, W, 3) upright: transpose it and mirror it as `orientation` says."""
+    """Turn a stored image (H, W, 3) upright: transpose it, then mirror it."""
     if orientation.transpose:
         image = image.transpose(1, 0, 2)
     if orientation.flip_x:
@@ -168,14 +160,7 @@ def on_black(rgba: Pixels) -> Pixels:
 
 
 def to_sdr(codes: NDArray[np.uint16], colour: Colour) -> Pixels:
-    """Tone-map to SDR.
-
-    Args:
-        codes: (H, W, 3) full-range R'G'B', 0..WHITE.
-        colour: its transfer function and primaries.
-    Returns:
-        uint8 (H, W, 3), BT.709.
-    """
+    """Tone-map full-range R'G'B' codes (H, W, 3), 0..WHITE, to uint8 (H, W, 3) in BT.709."""
     light = np.take(_light_of_codes(colour.transfer), codes)  # (H, W, 3); 1 is SDR white, for HLG the scene's peak
     if colour.transfer == "pq":
         light *= np.take(_gain_of_pq_codes(), codes.max(axis=-1))[..., None]
@@ -199,7 +184,6 @@ def to_bt709(primaries: Primaries) -> Floats:
 
 
 def _to_xyz(primaries: Primaries) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the matrix from linear light to CIE XYZ, and XYZ of white."""
     columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in _CHROMATICITIES[primaries]]).T  # (3, 4)
     return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3]), columns[:, 3]
 
@@ -218,7 +202,7 @@ def to_srgb(image: Pixels, profile: bytes) -> Pixels:
 def icc_transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
     """Return the transform of an ICC profile to sRGB, relative colorimetric with black point compensation.
 
-    It is None if nothing would change by more than one level, as with sRGB itself, or if the profile cannot be used.
+    It is None if the profile cannot be used, or would change nothing by more than one level.
     """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -245,7 +229,6 @@ def icc_transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
 
 
 def _steps(values: Floats) -> NDArray[np.uint16]:
-    """Quantize 0..1 to 0..65535 for table lookup, clamped."""
     return (np.clip(values, 0.0, 1.0) * 65535.0 + 0.5).astype(np.uint16)
 
 
@@ -293,10 +276,7 @@ def _gain_of_light() -> Floats:
 
 
 def tone_gain(light: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the gain that maps light (1 is SDR white) into 0..1.
-
-    Source: BT.2390's EETF, a Hermite spline in PQ, from 1000 to 203 cd/m2.
-    """
+    """Return the gain that maps light (1 is SDR white) into 0..1: BT.2390's EETF in PQ, from 1000 to 203 cd/m2."""
     top = light_to_pq(np.array(HDR_PEAK))
     coded = np.minimum(light_to_pq(light * SDR_PEAK) / top, 1.0)
     ceiling = light_to_pq(np.array(SDR_PEAK)) / top
@@ -323,16 +303,10 @@ def light_to_pq(light: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def cover_crop(frames: Pixels, height: int, width: int, crop: tuple[float, float] = (0.5, 0.5)) -> Pixels:
-    """Scale frames until they just cover height x width, then crop the rest.
+    """Scale frames, uint8 (T, H, W, 3), until they just cover height x width, then crop the rest.
 
-    The scaling is bicubic with antialiasing in torch's 8-bit kernel: Pillow's filter, about four times as fast.
-
-    Args:
-        frames: uint8 (T, H, W, 3).
-        height, width: of the result, in pixels.
-        crop: which part to keep, (down, right), each from 0 (top, left) to 1; the centre by default.
-    Returns:
-        uint8 (T, height, width, 3).
+    The scaling is bicubic with antialiasing in torch's 8-bit kernel: Pillow's filter, about four times as fast. `crop`
+    is the part to keep, (down, right), each from 0 (top, left) to 1.
     """
     _, source_height, source_width, _ = frames.shape
     scaled_height, scaled_width = covering_size(source_height, source_width, height, width)

@@ -77,7 +77,6 @@ def colour_of(frame: VideoFrame, path: Path, *, has_profile: bool = False) -> Co
 
 
 def _primaries(frame: VideoFrame) -> Primaries:
-    """Return the frame's primaries; if they are not given, those of BT.2020 if anything else is of BT.2020 or HDR."""
     if frame.color_primaries != _UNSPECIFIED:
         return _PRIMARIES.get(frame.color_primaries, "bt709")
     is_wide = frame.colorspace in _BT2020_MATRICES or frame.color_trc in _BT2020_TRANSFERS

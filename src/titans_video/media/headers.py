@@ -1,4 +1,4 @@
-"""Read what files declare about their pictures and PyAV does not hand out.
+"""Read what files declare about their pictures and PyAV does not expose.
 
 These are cropping (MP4 `clap`, Matroska PixelCrop), transparency beside the picture (a layer of HEVC, a second track)
 and side data of kinds that PyAV has no name for. Only headers are read; pictures are skipped by seeking.
@@ -179,11 +179,7 @@ def has_alpha(frame: VideoFrame, codec: str) -> bool:
 
 
 def has_alpha_layer(stream: VideoStream, packet: Packet) -> bool:
-    """Tell whether HEVC video has an alpha layer, from the decoder's header and the first key packet.
-
-    FFmpeg decodes the layer, but its library hands out the base layer alone unless the caller selects a format that
-    PyAV cannot select.
-    """
+    """Tell whether HEVC video has an alpha layer, which PyAV cannot return, by its header and first key packet."""
     if stream.codec_context.name != "hevc":
         return False
     extra = bytes(stream.codec_context.extradata or b"")
@@ -237,8 +233,7 @@ def has_alpha_track(path: Path, container: InputContainer, stream: VideoStream) 
 def display_matrix(frame: VideoFrame) -> bytes | None:
     """Return how a frame is turned: nine 32-bit numbers, or None.
 
-    PyAV frees the name of an ICC profile twice when it lists the side data of a frame, so a filter removes the profile
-    first. Side data of kinds that PyAV has no name for (EXIF) is ignored.
+    PyAV frees the name of an ICC profile twice when it lists a frame's side data; a filter first removes the profile.
     """
     _accept_unnamed_kinds()
     graph = Graph()

@@ -1,7 +1,7 @@
 """Read the structure of HEIF and AVIF images (ISO/IEC 23008-12): tiles, transparency, and how the result is turned.
 
-FFmpeg decodes each coded item as a stream of its own. How the items form the picture is only in the boxes, and PyAV
-does not hand out what FFmpeg finds there. Malformed values lead to an item that does not exist, never to an exception.
+FFmpeg decodes each coded item as a stream of its own; how the items form the picture is only in the boxes. Malformed
+values lead to an item that does not exist, never to an exception.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Read image files that FFmpeg reads wrongly or not at all, and those that are read as a first frame.
 
-Pillow reads floating-point and 32-bit samples, CMYK and Lab; HEIF pictures of several coded items are put together
-here. All other images are read as videos of one frame. Each picture is upright 8-bit sRGB, black where transparent.
+Pillow reads floating-point and 32-bit samples, CMYK and Lab; HEIF pictures of several coded items are assembled here.
+All other images are read as videos of one frame. Each picture is upright 8-bit sRGB, black where transparent.
 """
 
 from collections.abc import Iterator
@@ -42,11 +42,7 @@ class Still(NamedTuple):
 
 
 def read_still(path: Path, deadline: Deadline) -> Still | None:
-    """Read a picture that FFmpeg does not read correctly as a video of one frame; None for all other files.
-
-    Raises:
-        UnreadableMedia: it is damaged, or its samples cannot be shown.
-    """
+    """Read a picture that FFmpeg misreads as a video of one frame, else None; raise UnreadableMedia if damaged."""
     if _needs_pillow(path):
         return read_with_pillow(path)
     heif = read_heif(path)
@@ -73,11 +69,7 @@ def has_wide_png_colours(path: Path) -> bool:
 
 
 def read_with_pillow(path: Path) -> Still | None:
-    """Read an image with Pillow; None if Pillow does not know the format.
-
-    Raises:
-        UnreadableMedia: it is too large or damaged, or its samples cannot be shown.
-    """
+    """Read an image with Pillow; None for an unknown format, UnreadableMedia if it is damaged or cannot be shown."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as opened:
             opened.load()
@@ -111,7 +103,6 @@ def _grey(levels: Pixels) -> Pixels:
 
 
 def _float_levels(values: NDArray[np.float32], path: Path) -> Pixels:
-    """Return the levels of samples from 0 to 1; a little outside of that is clipped."""
     low, high = float(values.min()), float(values.max())
     if not (low >= -0.5 and high <= 2):  # false for NaN
         explanation = f"its floating-point samples reach from {low:g} to {high:g}; scale them to 0 to 1."
@@ -130,7 +121,6 @@ def _long_levels(values: NDArray[np.int32], path: Path, *, is_signed: bool) -> P
 
 
 def _other_inks(image: Image.Image, profile: bytes) -> Still:
-    """Convert CMYK, by its profile if it has a usable one, or Lab."""
     transform = icc_transform(profile)
     if image.mode == "LAB":
         transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")

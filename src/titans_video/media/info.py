@@ -23,8 +23,7 @@ class Colour:
     """Describe how stored values encode light.
 
     Attributes:
-        matrix: from YCbCr to RGB.
-        full_range: 0..255 rather than 16..235.
+        full_range: 0..255 rather than 16..235 (`matrix` is from YCbCr to RGB).
         transfer: `pq` and `hlg` are HDR and are tone-mapped when read. `srgb` is used with other primaries only.
         primaries: converted to BT.709 when read. Those of BT.601 are so close to it that they count as BT.709.
         profile: the file has an ICC profile, from which it is converted to sRGB.
@@ -58,13 +57,12 @@ class Crop:
 
 @dataclass(frozen=True)
 class Gap:
-    """Describe a part of the file without usable frames.
+    """Describe a part of the file without usable frames: decoding fails there, or the frames have another size.
 
     Attributes:
         before: how many usable frames precede it.
         decoded: how many frames the decoder returns in it.
         start, stop: its presentation times in ticks, [start, stop).
-        cause: decoding fails there, or the frames have another size.
     """
 
     before: int
@@ -81,12 +79,10 @@ class VideoInfo:
     Second 0 is the file's first frame, also if that frame is damaged.
 
     Attributes:
-        path: the file.
         stream: index of the chosen stream in the container.
         container, codec, pix_fmt: FFmpeg's names.
         stored_width, stored_height: pixels as decoded.
         pixel_aspect: width over height of one stored pixel.
-        orientation, colour: see these classes.
         interlaced: the frames are interlaced; the reader deinterlaces them.
         pts: presentation timestamps of the usable frames, in ticks, never decreasing.
         origin: the timestamp of second 0.
@@ -101,7 +97,7 @@ class VideoInfo:
         file_size, modified_ns: of the file when it was probed.
         notes: messages about anything unusual.
         crop: edges that the container cuts off.
-        reading: what is special about how the pixels are read, as a part of the names of cached files; mostly "".
+        reading: how the pixels are read, if special, as a part of the names of cached files; mostly "".
         still: an image file that `media.images` reads as a whole; FFmpeg does not read it correctly.
     """
 
@@ -198,17 +194,16 @@ class VideoInfo:
     def tolerance(self) -> Fraction:
         """Return by how many seconds a frame may be requested too early: half a tick, the rounding of timestamps.
 
-        Matroska stores milliseconds: frame 2 of a 30 fps file has the timestamp 67 ms and must be found at 66.67. The
-        tolerance is at most a twentieth of a frame, so that files with coarse ticks show no frame before its time.
+        Matroska stores milliseconds: frame 2 of a 30 fps file is at 67 ms and must be found at 66.67. It is at most a
+        twentieth of a frame, so that files with coarse ticks show no frame before its time.
         """
         return min(1 / (2 * self.ticks_per_second), 1 / (20 * self.fps)) + Fraction(1, 10**7)
 
     def indices_at(self, times: Iterable[Seconds]) -> list[int]:
         """Return for each time the frame on screen: the last one whose timestamp is not later.
 
-        Args:
-            times: seconds from the file's first frame; times outside the video give the first or the last frame, and
-                times in a gap the frame before it (see `gap_between`).
+        Times are seconds from the file's first frame. Those outside the video give the first or the last frame, and
+        those in a gap the frame before it (see `gap_between`).
         """
         found = []
         for t in times:

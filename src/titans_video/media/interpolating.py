@@ -32,11 +32,10 @@ def frames_needed(count: int, fps: float | Fraction, gen_fps: float | Fraction) 
 class Interpolator:
     """Raise the frame rate of a clip chunk by chunk: call `feed` for each chunk of frames, then `finish`.
 
-    Frame 0 stays frame 0, and an output frame at the time of a source frame is that frame, bit for bit. Output frames
-    later than the last source frame repeat it. Memory does not grow with the length.
+    An output frame at the time of a source frame is that frame, bit for bit. Output frames later than the last source
+    frame repeat it. Memory does not grow with the length.
 
     Args:
-        height, width: of the input frames.
         source, target: frames per second, before and after.
         count: the exact number of output frames.
         method: `motion` is FFmpeg's minterpolate (block motion, both directions, overlapped compensation). `fade` mixes
@@ -81,11 +80,7 @@ class Interpolator:
         return self._stack(made, frames)
 
     def finish(self) -> Pixels:
-        """Return the remaining frames, so that `count` frames have been returned in total.
-
-        Raises:
-            UserError: no frame was given.
-        """
+        """Return the remaining frames, so that `count` are returned in total; raise UserError if no frame was given."""
         if self._given == 0:
             raise UserError("There is no frame to interpolate.")
         last = self._recent[self._given - 1]

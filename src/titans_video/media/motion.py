@@ -1,8 +1,7 @@
-"""Measure motion: the motion bucket of a clip (0 to 255, Stable Video Diffusion), and how visible the joins of a video
-are.
+"""Measure motion: the motion bucket of a clip (0 to 255, Stable Video Diffusion), and how visible a video's joins are.
 
 The motion is the mean distance that small blocks of a frame move within an eighth of a second, found by block matching.
-How the buckets of the released model were measured was not published, except that optical flow was used.
+How the released model's buckets were measured was not published, except that optical flow was used.
 
 Legend: B batch, T frames, H W pixel size, P pairs of frames.
 """
@@ -19,34 +18,24 @@ from titans_video.media.colour import Pixels
 
 MOTION_VERSION = 1  # part of the cache's keys: raise it when the same clip would give another value
 
-SIDE = 64
-"""The short side, in pixels, of the frames that are compared."""
+SIDE = 64  # short side, in pixels, of the frames that are compared
 
-REACH = 6
-"""The largest shift that is searched, in those pixels."""
+REACH = 6  # the largest shift that is searched, in those pixels
 
 BLOCK = 8
 
-APART = 0.125
-"""Seconds between the two frames of a pair."""
+APART = 0.125  # seconds between the two frames of a pair
 
 STILL = 2e-3
-"""A shift one pixel shorter is preferred if its cost is at most this much higher (as a share of the brightness range).
-Textureless blocks therefore count as not moving.
-"""
+"""Up to this extra cost (share of the brightness range) prefer a shift one pixel shorter: flat blocks do not move."""
 
-HALF = 0.1
-"""The motion, in short sides per second, of bucket 127.5, the middle of ordinary clips; faster clips approach 255."""
+HALF = 0.1  # motion, in short sides per second, of bucket 127.5, the middle of ordinary clips
 
 
 def motion(pixels: Tensor, fps: Tensor) -> Tensor:
-    """Return the mean speed of the content of clips.
+    """Return the mean speed of clips (B, 3, T, H, W) in [-1, 1]; `fps` is (B,).
 
-    Args:
-        pixels: (B, 3, T, H, W) in [-1, 1].
-        fps: (B,) frames per second.
-    Returns:
-        (B,) float32, in short sides of the frame per second; 0 for a single frame.
+    It is (B,) float32, in short sides of the frame per second; 0 for a single frame.
     """
     return torch.stack([_motion(clip, float(rate)) for clip, rate in zip(pixels, fps, strict=True)])
 
@@ -74,10 +63,7 @@ def _motion(clip: Tensor, fps: float) -> Tensor:
 
 
 def _displacement(before: Tensor, after: Tensor) -> Tensor:
-    """Return the displacement of each block, (P, 2, blocks) pixels down and right.
-
-    It is the best whole-pixel shift, refined by the parabola through its neighbours' costs.
-    """
+    """Return each block's displacement, (P, 2, blocks) pixels down and right: the best whole-pixel shift, refined."""
     height, width = before.shape[-2:]
     block = min(BLOCK, height, width)
     padded = F.pad(after, (REACH,) * 4, mode="replicate")
@@ -101,11 +87,7 @@ def _displacement(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _between(costs: Tensor, best: Tensor, shift: Tensor, stride: int) -> Tensor:
-    """Return the minimum, (P, blocks) in [-0.5, 0.5], of the parabola through a cost and its two neighbours.
-
-    It is 0 at the edge of the search, and if the match is perfect or the neighbours are hardly worse: there it would
-    depend on noise only.
-    """
+    """Return the minimum, (P, blocks) in [-0.5, 0.5], of the parabola through three costs; 0 where noise decides."""
     last = costs.shape[1] - 1
     places = [(best + k * stride).clamp(0, last) for k in (-1, 0, 1)]
     low, middle, high = (costs.gather(1, place[:, None])[:, 0] for place in places)
@@ -121,12 +103,7 @@ def jumps(frames: Pixels) -> np.ndarray:
 
 
 def seam_jumps(frames: Pixels, edges: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the jumps into the frames `edges` (the first of each window but the first), and all other jumps.
-
-    Args:
-        frames: uint8 (T, H, W, 3).
-        edges: numbers from 1 to T - 1.
-    """
+    """Return the jumps into the frames `edges` (the first of each window but the first), and all other jumps."""
     there = np.zeros(len(frames) - 1, dtype=bool)
     there[[edge - 1 for edge in edges]] = True
     change = jumps(frames)

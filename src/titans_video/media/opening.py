@@ -43,7 +43,7 @@ Reason = Literal[
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-# Raised for files that are damaged or cannot be held in memory. Any other exception is a mistake in a program.
+# Raised for files that are damaged or do not fit in memory. Any other exception is a mistake in a program.
 DECODING_ERRORS = (av.FFmpegError, OSError, MemoryError)
 
 
@@ -74,12 +74,7 @@ PASSES = 8  # how often a file may be read with progress, by `Deadline`
 
 
 class UnreadableMedia(DataError):
-    """Raised for a media file that cannot be used.
-
-    Attributes:
-        reason: one of `REASONS`.
-        path: the file.
-    """
+    """Raised for a media file that cannot be used; `reason` is one of `REASONS`."""
 
     def __init__(self, reason: Reason, path: Path | str, explanation: str) -> None:
         super().__init__(f"{path}: {explanation}")
@@ -95,11 +90,8 @@ class Deadline:
     """Limit the time spent on one file.
 
     Args:
-        path: of the file.
-        seconds: the time limit.
         renewed: it limits the time without progress, so that a long file may take long but a stalled one may not.
-            Progress is data that was read, up to a few times the file's size: an index that names the same bytes again
-            and again gets no more time.
+            Progress is data that was read, up to a few times the file's size, so a looping index gets no more time.
         beat: called at most once a second while there is progress.
     """
 
@@ -117,11 +109,7 @@ class Deadline:
         raise UnreadableMedia("timeout", self.path, f"reading {what} {self.seconds:g} s.")
 
     def advance(self, size: int) -> None:
-        """Record that `size` bytes were read.
-
-        Raises:
-            UnreadableMedia: the time had run out before.
-        """
+        """Record that `size` bytes were read; raise UnreadableMedia if the time had run out before."""
         self.check()
         if not self._renewed:
             return
@@ -162,8 +150,8 @@ def check_file(path: Path) -> os.stat_result:
 def open_container(path: Path, deadline: Deadline) -> InputContainer:
     """Open a plain local file with FFmpeg.
 
-    Only this file is opened: names are never treated as URLs or patterns, and FFmpeg refuses every format that could
-    name other files (`FORMATS`) before it reads more than the file's beginning.
+    Names are never treated as URLs or patterns, and FFmpeg refuses every format that could name other files (`FORMATS`)
+    before it reads more than the file's beginning.
 
     Raises:
         UnreadableMedia: see `REASONS`.
@@ -250,10 +238,9 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
 
 
 class Walked(NamedTuple):
-    """One decoded frame, or a packet that failed to decode.
+    """One decoded frame, or a packet that failed to decode (`frame` is None).
 
     Attributes:
-        frame: None for a packet that failed.
         pts: its timestamp, if it has one.
         clean: False from the first damage up to the next undamaged key frame.
         packet: the number of the packet that carried it, in the order of decoding.
@@ -274,9 +261,8 @@ def walk_frames(
     """Yield frames in presentation order, starting at the first key frame at or after the container's position.
 
     A frame is clean unless FFmpeg marks it as corrupt, or it was decoded after a failed packet and before the next key
-    frame. Frames before the first key frame cannot be decoded and are skipped. Failed packets are yielded in the order
-    of decoding. A frame that is shown before a corrupt one, but was decoded after it, is called clean here; `Decoded`
-    knows better.
+    frame. Failed packets are yielded in the order of decoding. A frame that is shown before a corrupt one, but was
+    decoded after it, is called clean here; `Decoded` corrects this.
     """
     decoder, keys = _decoder(stream), set[int]()  # numbers of key packets: libvpx does not mark key frames
     order: dict[int, int] = {}  # presentation timestamp -> number of the packet that carried it

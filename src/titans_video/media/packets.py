@@ -144,7 +144,6 @@ def _read_timestamps(container: InputContainer, stream: VideoStream, deadline: D
 
 
 def _note_reading(container: InputContainer, stream: VideoStream, found: Packets) -> None:
-    """Record what an earlier version of the reader would have ignored, so that cached files are made again."""
     if stream.index != largest_stream(container):
         found.reading.append(f"stream {stream.index}")
     if found.crop != Crop():
@@ -154,14 +153,13 @@ def _note_reading(container: InputContainer, stream: VideoStream, found: Packets
 
 
 def _time_of(packet: Packet, found: Packets) -> int:
-    """Return the time of a packet, or that of the packet before it if it has none."""
     if packet.pts is not None:
         return packet.pts
     return found.shown[-1] if found.shown else 0
 
 
 def _look_for_oddities(found: Packets, promised_seconds: Fraction) -> None:
-    """Record every reason why the packets alone cannot be trusted."""
+    """Record every reason not to trust the packets without decoding."""
     found.shown.sort()
     found.keys.sort()
     ended_early = False

@@ -24,16 +24,9 @@ _LOSS, _RATE, _NORM = "#2563a8", "#b45309", "#4d7c0f"
 
 
 def loss_curve(metrics: Path | str, out: Path | str) -> Path:
-    """Draw loss (raw and smoothed), learning rate and gradient norm over the steps.
+    """Draw loss (raw and smoothed), learning rate and gradient norm over the steps; return the PNG's path.
 
-    Args:
-        metrics: one JSON object per line with `step` and `loss`, and optionally `lr` and `grad_norm`. If a step occurs
-            twice, as after a resume, its last line counts; an incomplete last line is skipped.
-        out: path of the PNG; its folder is created.
-    Returns:
-        The PNG's path.
-    Raises:
-        DataError: there is no such file, or no step in it.
+    `metrics` has one JSON object per line with `step`, `loss`, and optionally `lr`, `grad_norm`; see `read_metrics`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,8 +64,7 @@ def loss_curve(metrics: Path | str, out: Path | str) -> Path:
 def smoothed(values: Series) -> Series:
     """Smooth with an exponential mean in both directions, each over about a fiftieth of the run; NaN is skipped.
 
-    Using both directions keeps the line from lagging behind a falling loss. At the end it is the mean of earlier
-    values.
+    Both directions keep the line from lagging behind a falling loss. At the end it is the mean of earlier values.
     """
     finite = np.isfinite(values)
     totals, weights = np.zeros_like(values), np.zeros_like(values)
@@ -89,11 +81,7 @@ def smoothed(values: Series) -> Series:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file by step; the last line of each step counts, incomplete lines are skipped.
-
-    Raises:
-        DataError: there is no such file, or no step in it.
-    """
+    """Read a metrics file by step; the last line of each counts, incomplete lines do not. DataError without any."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such metrics file, so there is no loss to draw.")
     by_step: dict[int, dict[str, Any]] = {}
@@ -174,13 +162,7 @@ def html_link(path: str) -> str:
 
 
 def page(title: str, body: Iterable[str], style: str = "") -> str:
-    """Return a complete HTML page.
-
-    Args:
-        title: plain text.
-        body: HTML.
-        style: CSS of this page, in addition to the common style.
-    """
+    """Return a complete HTML page from a plain title and HTML parts; `style` is CSS in addition to the common style."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html_text(title)}</title><style>{STYLE}{style}</style><body>{''.join(body)}</body></html>\n"
@@ -197,22 +179,14 @@ def numbers(found: Mapping[str, object]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return an HTML table of plain texts.
-
-    Args:
-        kind: its CSS class.
-    """
+    """Return an HTML table of plain texts; `kind` is its CSS class."""
     parts = [f'<table class="{kind}"><tr>', *(f"<th>{html_text(name)}" for name in head)]
     parts += ["<tr>" + "".join(f"<td>{html_text(cell)}" for cell in row) for row in rows]
     return "".join([*parts, "</table>"])
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return a data URL that contains a file.
-
-    Args:
-        kind: its MIME type, e.g. `image/png`.
-    """
+    """Return a data URL that contains a file; `kind` is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -226,13 +200,7 @@ _INK = "#808a99"  # readable on white and on black
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart.
-
-    Attributes:
-        name: in the legend; a line with an empty name is not in the legend.
-        faint: draw it thin and transparent.
-        dots: mark its points.
-    """
+    """A line of a chart: thin and transparent if `faint`, with marked points if `dots`; an empty name has no legend."""
 
     name: str
     x: Series

@@ -1,11 +1,9 @@
 """Probe what a video file really contains: its frames' timestamps, its displayed size, its colours.
 
-Headers are not trusted. The packets are read without decoding (a few milliseconds per clip). Then the frames are
-decoded and counted if the file is small. Decoding costs about as much as reading the file in one epoch, and only
-decoding shows damage: a file with a perfect index may have broken frames. A long file is described by its packets, with
-`verified=False`; if anything about it is odd, only the piece in question is decoded, from one key frame to another.
-
-What is not usable (damage, a change of size) is a gap in the timeline; see `timeline.py`.
+The packets are read without decoding (a few milliseconds per clip). If the file is small, the frames are then decoded
+and counted, at about the cost of reading the file in one epoch; only decoding shows damage. A long file is described by
+its packets, with `verified=False`; if anything about it is odd, only the piece in question is decoded, from one key
+frame to another. Damage and changes of size become gaps in the timeline; see `timeline.py`.
 """
 
 import os
@@ -76,7 +74,6 @@ def probe(
 
 
 def _no_frame(packets: Packets) -> str:
-    """Return the message about a file without a whole frame, with the number of frames that it promised."""
     ends = f"; the file ends after {packets.count} of them" if packets.promised > packets.count else ""
     return f"none of its {max(packets.count, packets.promised)} frames decodes without damage{ends}."
 
@@ -93,12 +90,7 @@ def _decode(path: Path, deadline: Deadline) -> Decoded:
 
 
 def _decode_pieces(path: Path, deadline: Deadline, packets: Packets) -> tuple[Decoded, Timeline] | None:
-    """Decode the first frame of a long file, and the pieces of it that may be damaged.
-
-    Returns:
-        The decoded first frame and the whole timeline; None if only decoding the whole file tells what is in it:
-        without reliable timestamps, or if its size or clock changes.
-    """
+    """Decode the first frame of a long file and the pieces that may be damaged; None if that does not suffice."""
     shown, keys = packets.shown, packets.keys
     if not keys or not shown or packets.jumps_back or packets.untimed > MOST_UNTIMED:
         return None

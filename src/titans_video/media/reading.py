@@ -1,9 +1,8 @@
 """Read frames by timestamp: exactly the frame on screen at each requested time.
 
 The reader seeks to the key frame before a requested frame and decodes from there. It takes a frame only if its
-timestamp is exactly the one that the probe listed; if seeking does not lead there, it decodes the file from its start.
-A file with unreliable timestamps (doubled, jumping, missing) is always decoded from its start, and its frames are
-counted.
+timestamp is exactly the one that the probe listed; otherwise it decodes the file from its start. A file with unreliable
+timestamps (doubled, jumping, missing) is always decoded from its start, and its frames are counted.
 """
 
 from bisect import bisect_right
@@ -43,7 +42,6 @@ def read_frames(path: Path | str, info: VideoInfo, times: Iterable[Seconds], *, 
     """Read the frames on screen at the given times.
 
     Args:
-        path: the file that `info` was probed from.
         times: seconds from the file's first frame, in any order, repeats allowed.
         seconds: the time limit.
     Returns:
@@ -77,12 +75,10 @@ def read_clip(
     *,
     seconds: float = 120.0,
 ) -> Pixels:
-    """Read frames by number; each is scaled and cropped as soon as it is decoded, so large sources need little memory.
+    """Read frames by number as uint8 (T, height, width, 3); each is scaled and cropped as soon as it is decoded.
 
-    Args:
-        crop: where to crop, (down, right), each 0..1; see `cover_crop`.
-    Returns:
-        uint8 (T, height, width, 3).
+    `crop` is (down, right), each 0..1; see `cover_crop`.
+
     Raises:
         UnreadableMedia: as `read_frames`.
     """
@@ -160,10 +156,7 @@ def _decode(
 
 
 def _chunks(info: VideoInfo, wanted: list[int]) -> list[tuple[int, list[int]]]:
-    """Group requested numbers that one decoding pass yields, each with the number of the key frame to start from.
-
-    A new chunk starts if at least one whole span between key frames has no requested frame.
-    """
+    """Group requested numbers by decoding pass, each with its first key frame; skip whole spans without any."""
     if not info.key_pts:
         return [(0, wanted)]
     chunks: list[tuple[int, list[int]]] = []
@@ -238,13 +231,7 @@ def _numbered(
 
 
 def read_image(path: Path | str) -> Pixels:
-    """Read an image file.
-
-    Returns:
-        uint8 (H, W, 3): sRGB, turned as its EXIF orientation says, black where transparent.
-    Raises:
-        UnreadableMedia: it is missing, not an image, or damaged.
-    """
+    """Read an image file as uint8 (H, W, 3): sRGB, upright, black where transparent; raise UnreadableMedia."""
     return read_picture(Path(path)).pixels
 
 
@@ -269,10 +256,9 @@ def read_picture(path: Path, *, seconds: float = 60.0) -> Still:
 
 
 class Deinterlacer:
-    """Deinterlace each frame using the frame before and the frame after it.
+    """Deinterlace each frame using only the frame before and the frame after it, one frame late.
 
-    The output is one frame late, in input order. Each output frame depends on its two neighbours only: a reader that
-    starts one frame early gets the same frames as a reader from the start of the file.
+    So a reader that starts one frame early gets the same frames as a reader from the start of the file.
     """
 
     def __init__(self, stream: VideoStream) -> None:

@@ -37,19 +37,15 @@ def contact_sheet(
     frames: int = 8,
     title: str = "",
 ) -> Path:
-    """Lay clips out as strips of frames, each under its caption.
+    """Lay clips out as strips of frames, each under its caption; return the path of the PNG.
 
-    Small clips are enlarged by whole numbers without smoothing, so that their pixels are visible; large ones are
-    reduced.
+    Small clips are enlarged by whole numbers without smoothing; large ones are reduced.
 
     Args:
-        path: of the PNG; its folder is created.
         clips: each uint8 (T, H, W, 3); sizes and lengths may differ.
         captions: one per clip, wrapped to two lines, then cut with an ellipsis.
         columns: strips per row.
         frames: at most this many per clip, evenly spread from the first to the last.
-    Returns:
-        The path.
     """
     if len(clips) != len(captions):
         raise ValueError(f"{len(clips)} clips but {len(captions)} captions")
@@ -88,11 +84,7 @@ def contact_sheet(
 
 
 def frames_strip(clip: Pixels, frames: int = 8) -> Image.Image:
-    """Return at most `frames` frames of a clip next to each other, at a viewable size.
-
-    Args:
-        clip: uint8 (T, H, W, 3).
-    """
+    """Return at most `frames` frames of a clip, uint8 (T, H, W, 3), next to each other, at a viewable size."""
     count = min(frames, len(clip))
     picked = np.unique(np.linspace(0, len(clip) - 1, count).round().astype(int))
     images = [_sized(Image.fromarray(clip[i])) for i in picked]
@@ -145,7 +137,6 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _fit(text: str, font: Font, width: int) -> str:
-    """Return the text in one line, shortened with an ellipsis if it is too wide."""
     fits = _letters_that_fit(text, font, width)
     if fits == len(text):
         return text
@@ -153,5 +144,4 @@ def _fit(text: str, font: Font, width: int) -> str:
 
 
 def _letters_that_fit(text: str, font: Font, width: int) -> int:
-    """Return how many letters from the start fit into `width`."""
     return bisect_right(range(1, len(text) + 1), width, key=lambda count: ceil(font.getlength(text[:count])))

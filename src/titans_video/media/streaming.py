@@ -69,15 +69,11 @@ class StreamWriter(Sink):
     Frames go into `<name>.partial.mp4` next to the path. This is a fragmented mp4 of which all frames but one are on
     disk when `write` returns, so a killed run leaves a playable file. `close` copies its packets (nothing is encoded
     again) into an ordinary mp4 with the index first, and renames that to the path; until then an existing file is
-    unchanged. After an exception the partial file remains, with all its frames. Memory does not grow with the length.
+    unchanged. Memory does not grow with the length.
 
     Each `write` is encoded separately and starts with a key frame, so write chunks (a window, a segment) and not single
-    frames. Otherwise the file equals one of `media.writing.VideoWriter`.
+    frames. For `fps`, `crf` and `metadata` see `media.writing.write_video`.
 
-    Args:
-        path: ends in .mp4.
-        height, width: of the frames.
-        fps, crf, metadata: see `media.writing.write_video`.
     Raises:
         UserError: a bad path or rate; on `close`, no frames.
     """
@@ -117,7 +113,6 @@ class StreamWriter(Sink):
         self._container.start_encoding()
 
     def write(self, frames: Pixels) -> None:
-        """Add a chunk of frames, uint8 (T, H, W, 3)."""
         check_frames(frames, self.height, self.width)
         # An encoder looks many frames ahead; with one encoder per chunk no frame is kept back.
         encoder = av.CodecContext.create(CODEC, "w")
@@ -130,7 +125,6 @@ class StreamWriter(Sink):
             self._mux(encoder.encode(None))
 
     def close(self) -> Written:
-        """Move the finished clip to its path."""
         self.abandon()
         if self.count == 0:
             raise UserError(f"{self.path}: there is no frame to write.")
@@ -152,7 +146,6 @@ class StreamWriter(Sink):
 
     @property
     def written(self) -> Written:
-        """The clip so far."""
         down, right = self.padded
         return Written(self.path, self.count, self.rate, self.height + down, self.width + right, self.padded)
 
@@ -181,10 +174,7 @@ class StreamWriter(Sink):
 
 
 class WholeWriter(Sink):
-    """Write a gif or a folder of PNGs. Both can only be written as a whole, so the frames are kept in memory as bytes.
-
-    Args: as `StreamWriter`.
-    """
+    """Write a gif or a folder of PNGs as a whole, with all frames in memory as bytes. Arguments as `StreamWriter`."""
 
     def __init__(self, path: Path | str, fps: float | Fraction, metadata: Metadata | None = None) -> None:
         self.path, self.rate, self.metadata = Path(path), exact_rate(fps), metadata
@@ -192,23 +182,19 @@ class WholeWriter(Sink):
         self._written: Written | None = None
 
     def write(self, frames: Pixels) -> None:
-        """Add frames, uint8 (T, H, W, 3)."""
         self._frames.append(frames)
 
     def close(self) -> Written:
-        """Write the clip."""
         if not self._frames:
             raise UserError(f"{self.path}: there is no frame to write.")
         self._written = write_video(self.path, np.concatenate(self._frames), self.rate, metadata=self.metadata)
         return self._written
 
     def abandon(self) -> None:
-        """Discard the frames."""
         self._frames.clear()
 
     @property
     def written(self) -> Written:
-        """The finished clip."""
         if self._written is None:
             raise ValueError(f"{self.path} is not closed yet")
         return self._written

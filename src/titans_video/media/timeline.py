@@ -1,8 +1,8 @@
 """Find the usable frames of a decoded file and the gaps between them.
 
-The usable frames have one size and one clock, and decode without damage. Damaged parts between them are gaps, and so
-are parts of another size, so that a second of the file stays that second. A clock that jumps back separates parts whose
-seconds cannot be compared: the longest part is used, and `jumps_back` says so.
+The usable frames have one size and one clock, and decode without damage. Damaged parts and parts of another size are
+gaps, so that a second of the file stays that second. A clock that jumps back separates parts whose seconds cannot be
+compared: the longest part is used, and `jumps_back` says so.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,8 +22,7 @@ class Part:
     """Undamaged frames of one size on one clock.
 
     Attributes:
-        first: its first frame.
-        begin: the position of this frame among all decoded frames.
+        begin: the position of its `first` frame among all decoded frames.
         clock: how often the timestamps jumped back before.
     """
 
@@ -92,7 +91,7 @@ class Decoded:
         return True
 
     def _spread(self, packet: int) -> None:
-        """Mark the frames as damaged that are shown before a corrupt frame but were decoded after it."""
+        """Mark as damaged the frames that are shown before a corrupt frame but were decoded after it."""
         for position in range(max(len(self.pts) - _REORDERED, 0), len(self.pts)):
             if self.packets[position] > packet and self.owners[position] >= 0:
                 self.parts[self.owners[position]].count -= 1
@@ -194,11 +193,7 @@ def _extend(gaps: list[Gap], cause: Cause, stamp: int | None, usable: list[int],
 
 
 def _add_failed(gaps: list[Gap], decoded: Decoded, usable: Sequence[int], interval: int, begin: int | None) -> None:
-    """Add packets that failed to decode where no usable frame has their timestamp.
-
-    Args:
-        begin: the first timestamp that is shown; None if the timestamps are not reliable.
-    """
+    """Add packets that failed to decode where no usable frame has their timestamp, from `begin` on if that is known."""
     for pts, position in decoded.failed:
         if begin is None or pts is None:
             # Its place is only known roughly: the damaged frames after it mark it, unless there are none.
@@ -237,11 +232,11 @@ def _closed(gaps: Sequence[Gap], usable: Sequence[int], interval: int, end: int 
 
 
 def spliced(shown: Sequence[int], pieces: Sequence[tuple[int, int, Timeline]], interval: int) -> Timeline:
-    """Return the usable frames of a file of which only pieces were decoded.
+    """Return the usable frames of a file of which only pieces were decoded; all other frames are taken as usable.
 
     Args:
         shown: the timestamps of all packets, in order.
-        pieces: (start, stop, what decoding found) of each piece, in ticks, in order; other frames are taken as usable.
+        pieces: (start, stop, what decoding found) of each piece, in ticks, in order.
         interval: the usual ticks between two frames.
     """
     usable: list[int] = []

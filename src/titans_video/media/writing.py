@@ -1,7 +1,6 @@
 """Write clips in formats that play everywhere: mp4 (H.264), gif, or a folder of PNGs.
 
-Every file is written under a temporary name in the same folder and renamed when complete: an interrupted write leaves
-nothing behind.
+Every file is renamed when complete, so an interrupted write leaves nothing behind.
 """
 
 import json
@@ -30,13 +29,9 @@ GIF_FASTEST = 50  # frames per second; browsers slow anything faster down to 10
 
 @dataclass(frozen=True)
 class Written:
-    """Describe a written clip.
+    """Describe a written clip, exactly as in the file.
 
-    Attributes:
-        path: the file, or the folder of PNGs.
-        frames, fps: exactly as in the file.
-        height, width: as in the file.
-        padded: rows and columns added at the bottom and right, 0 or 1 each.
+    `path` is the file or the folder of PNGs; `padded` the rows and columns added at the bottom and right, 0 or 1 each.
     """
 
     path: Path
@@ -62,8 +57,7 @@ def output_kind(path: Path | str) -> Kind:
     """Return the format of a path by its suffix; call it before hours of work.
 
     Raises:
-        UserError: the suffix is none of .mp4, .gif and no suffix at all (a folder of PNGs), or the path exists and must
-            not be replaced.
+        UserError: the suffix is not .mp4, .gif or empty (a folder of PNGs), or the path exists and must be kept.
     """
     path = Path(path)
     kinds: dict[str, Kind] = {".mp4": "mp4", ".gif": "gif", "": "png"}
@@ -86,17 +80,14 @@ def output_kind(path: Path | str) -> Kind:
 def write_video(
     path: Path | str, frames: Pixels, fps: float | Fraction, crf: int = 16, metadata: Metadata | None = None
 ) -> Written:
-    """Write a clip.
+    """Write a clip; show the `.note` of the result.
 
     Args:
         path: .mp4, .gif, or without a suffix for a folder `frame_00000.png`, ...
         frames: uint8 (T, H, W, 3), RGB.
         fps: frames per second; 23.976 and similar rates become 24000/1001 etc.
         crf: H.264's quality, 0 (lossless) to 51.
-        metadata: description of the clip: JSON in an mp4's comment, `metadata.json` in a folder; a gif has no field for
-            it.
-    Returns:
-        What was written; show its `.note`.
+        metadata: of the clip: JSON in an mp4's comment, `metadata.json` in a folder; a gif has no field for it.
     Raises:
         UserError: no frames, a bad rate, or a path that `output_kind` refuses.
     """
@@ -118,11 +109,7 @@ def write_video(
 
 
 def exact_rate(fps: float | Fraction) -> Fraction:
-    """Return the intended rate as a fraction: 23.976 is 24000/1001, 29.97 is 30000/1001, 12.5 is 25/2.
-
-    Raises:
-        UserError: it is not above 0 and at most 1000.
-    """
+    """Return the intended rate as a fraction, 23.976 as 24000/1001; raise UserError if it is not in (0, 1000]."""
     try:
         rate = Fraction(fps)
     except (ValueError, OverflowError):
@@ -141,15 +128,11 @@ def exact_rate(fps: float | Fraction) -> Fraction:
 class VideoWriter:
     """Write an mp4 frame by frame: H.264, yuv420p, BT.709 limited range, index first.
 
-    Use it as a context manager; the file appears under its name when the block ends without an exception. Odd sizes are
-    padded to even ones by repeating the last row and column.
+    The file appears under its name when the `with` block ends without an exception. Odd sizes are padded to even ones
+    by repeating the last row and column. For `fps`, `crf` and `metadata` see `write_video`.
 
-    Args:
-        path: ends in .mp4.
-        height, width: of the frames.
-        fps, crf, metadata: see `write_video`.
     Raises:
-        UserError: a bad path or rate.
+        UserError: a bad path (it ends in .mp4) or rate.
     """
 
     def __init__(
@@ -215,11 +198,7 @@ class VideoWriter:
 
 
 def check_frames(frames: Pixels, height: int, width: int) -> None:
-    """Check that frames are uint8 (T, height, width, 3).
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError if frames are not uint8 (T, height, width, 3)."""
     if frames.shape[1:] != (height, width, 3) or frames.dtype != np.uint8:
         raise ValueError(f"expected uint8 (T, {height}, {width}, 3), got {frames.dtype} {frames.shape}")
 
@@ -287,7 +266,7 @@ _BT709 = 1  # FFmpeg's number of BT.709 as matrix, as primaries and as transfer 
 
 
 def clock(rate: Fraction) -> dict[str, str]:
-    """Return the options of an mp4 whose track and movie share a clock in which a frame is a whole number of ticks.
+    """Return options that make a frame a whole number of ticks of the one clock of an mp4's track and movie.
 
     With the usual milliseconds the edit list is rounded and may cut off the last frame.
     """
@@ -296,13 +275,7 @@ def clock(rate: Fraction) -> dict[str, str]:
 
 
 def configure(context: Any, height: int, width: int, rate: Fraction, crf: int) -> None:
-    """Configure an encoder (or a stream, which forwards the values) for frames of an even size.
-
-    Args:
-        context: PyAV's codec context, not open yet.
-        height, width, rate: of the frames.
-        crf: quality, 0 (lossless) to 51.
-    """
+    """Configure PyAV's unopened codec context (or a stream, which forwards the values) for frames of an even size."""
     context.height, context.width = height, width
     context.pix_fmt, context.time_base, context.framerate = "yuv420p", 1 / rate, rate
     # No macroblock trees: with them x264 reads uninitialised memory. Without them equal frames give equal files.
@@ -317,11 +290,7 @@ def padding(height: int, width: int) -> tuple[int, int]:
 
 
 def to_yuv(frames: Pixels, first: int, rate: Fraction) -> Iterator[VideoFrame]:
-    """Yield frames for the encoder, numbered from `first`; odd sizes are padded by repeating the last row and column.
-
-    Args:
-        frames: uint8 (T, H, W, 3), RGB.
-    """
+    """Yield uint8 RGB frames (T, H, W, 3) for the encoder, numbered from `first` and padded to even sizes."""
     scaler = VideoReformatter()
     down, right = padding(*frames.shape[1:3])
     for number, image in enumerate(frames, first):
