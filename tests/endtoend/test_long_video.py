@@ -49,10 +49,10 @@ def test_the_bouncing_preset_continues(repository: Path, tmp_path: Path, capsys:
     assert (made["frames"], made["draft_frames"], made["continue_guidance"]) == (56, 8, 1.0)
     own = ["--draft-frames", "8", "--continue-steps", "2", "--continue-guidance", "1.5"]
     assert main([*words, *own, "--out", str(tmp_path / "p.mp4")]) == 0
-    assert "13/13" in capsys.readouterr().err  # a draft of 1 step, and 6 windows of 2
+    assert "13 of 13 steps" in capsys.readouterr().err  # a draft of 1 step, and 6 windows of 2
     assert json.loads((tmp_path / "p.mp4.json").read_text())["continue_steps"] == 2
     assert main([*words, "--draft-frames", "0", "--out", str(tmp_path / "q.mp4")]) == 0
-    assert "6/6" in capsys.readouterr().err
+    assert "6 of 6 steps" in capsys.readouterr().err
 
 
 PEAK = """

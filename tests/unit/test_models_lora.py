@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -208,39 +207,3 @@ def test_dropout_applies_only_in_training(network: Net) -> None:
 def test_the_documented_module_is_this_one() -> None:
     assert lora_utils.inject is lora.inject
     assert lora_utils.read is lora_io.read
-
-
-class Two(nn.Module):
-    """A network with the layers that the documentation names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q, self.to_v = nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.to_v(torch.tanh(self.to_q(x)))
-        return out
-
-
-def test_the_documented_example_does_what_it_says(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Run it line by line, with random weights where it says that the adapter is trained."""
-    monkeypatch.chdir(tmp_path)
-    section = (repository / "docs" / "guides" / "lora.md").read_text().partition("## On your own networks")[2]
-    example = section.partition("```text\n")[2].partition("```")[0]
-    begin, _, rest = example.partition("...  ")
-    middle, _, end = rest.partition("\n")[2].partition("saved =")
-    network, x = Two(), torch.randn(3, 6)
-    before, names = copy.deepcopy(network), {"network": network}
-    exec(begin, names)
-    filled(network)
-    trained = network(x)
-    exec(middle, names)
-    assert [type(m) for m in network.modules()] == [type(m) for m in before.modules()]
-    assert all(torch.equal(v, before.state_dict()[k]) for k, v in network.state_dict().items())
-    assert not any(p.requires_grad for p in network.parameters())
-    exec(f"saved ={end}", names)
-    assert torch.equal(network(x), trained)
-    assert not any(p.requires_grad for p in network.parameters())
-    assert lora_io.read(tmp_path / "adapter").path.name == lora_io.WEIGHTS
