@@ -149,7 +149,7 @@ SAMPLE = Record(
         "prompt": optional(Text()),
     }
 )
-"""What a checkpoint recommends for generation."""
+"""Options for generation that a checkpoint recommends."""
 
 BASE = Record(optional={name: optional(NAME) for name in ("pipeline", "family", "fingerprint")})
 """The pretrained pipeline of an adapter."""

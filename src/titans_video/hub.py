@@ -11,7 +11,7 @@ from titans_video.finite import refuse_non_finite
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config, check_model_size
 
 NON_FINITE_REMEDY = "Copy the folder again; if it is loaded in fp16, which has a smaller range, use bf16."
-"""What to do about weights of a pretrained model that are not finite."""
+"""The fix for weights of a pretrained model that are not finite."""
 
 RUNS_CODE = (
     "its config names code of its own (auto_map), which is never run. Use a model that the library itself knows."

@@ -134,9 +134,9 @@ def test_blocks_with_errors_of_their_own_are_nearer_to_the_truth_and_to_one_anot
 @pytest.mark.parametrize(
     ("init", "said"),
     [
-        ('{"smooth": -0.1}', "of the errors that joining blocks should smooth"),
-        ('{"smooth": "much"}', "of the errors that joining blocks should smooth"),
-        ('{"smoth": 0.1}', "of the errors that joining blocks should smooth"),
+        ('{"smooth": -0.1}', "of the errors that joining blocks smooths"),
+        ('{"smooth": "much"}', "of the errors that joining blocks smooths"),
+        ('{"smoth": 0.1}', "of the errors that joining blocks smooths"),
         ('{"patch": [1, 4, 4], "channels": 8, "smooth": 0.1}', "leave smooth out"),
     ],
 )

@@ -144,7 +144,7 @@ def _comma_separated(
     """Return tyro's description of a tuple written as one word with commas.
 
     Args:
-        length: of the tuple; None: any.
+        length: of the tuple, or None for any length.
     """
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

@@ -29,8 +29,8 @@ def _pca_arguments(options: CodecOptions) -> tuple[tuple[int, int, int], int, fl
     if not whole or not number or len(patch) != 3 or given.keys() != PCA_DEFAULTS.keys():
         raise CodecError(
             f"--vae-init-json {options.vae_init_json} is not for --vae-backend patch, which takes "
-            f"{json.dumps(PCA_DEFAULTS)} (frames, height and width of a patch in pixels; the number of components; the "
-            "standard deviation, of pixels in [-1, 1], of the errors that joining blocks should smooth)."
+            f"{json.dumps(PCA_DEFAULTS)}. A patch has frames, height and width in pixels. The channels are components, "
+            "and smooth is the standard deviation of the errors that joining blocks smooths, for pixels in [-1, 1]."
         )
     if smooth and patch[0] == 1:
         raise CodecError(

@@ -340,9 +340,9 @@ def _validation(run: Run) -> str:
     ]
     weights = last.get("weights", "trained")
     return (
-        "<h2>Held-out loss</h2><p class=small>Of clips that are not trained on, each in every task that it may have, "
-        f"with the {html_text(weights)} weights, at fixed noise and fixed quantiles of the training times (low ones "
-        "are near the clean clip).</p>"
+        "<h2>Held-out loss</h2><p class=small>The loss of clips that are not trained on, each in every task that it "
+        f"may have, with the {html_text(weights)} weights. Noise and quantiles of the training times are fixed. "
+        "Low quantiles are near the clean clip.</p>"
         f'<div class="charts">{chart("By quantile of the training times", times, wide=False, loss=True)}'
         f"{chart('By task and bucket', cells, wide=False, loss=True)}</div>"
         f'<h3>Step {html_text(last["step"])}</h3><div class="scroll">{table(head, rows, "losses")}</div>'
