@@ -297,6 +297,7 @@ def test_a_finished_run_that_resumes_into_another_folder_is_written_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     train(options(tmp_path / "a"))
+    caplog.clear()
     caplog.set_level(logging.INFO)
     outcome, _ = train(options(tmp_path / "b", resume=str(tmp_path / "a" / name)))
     assert outcome.folder == tmp_path / "b" / "checkpoint-6"
