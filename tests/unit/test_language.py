@@ -373,5 +373,9 @@ def main() -> int:
     return int(bool(offenders))
 
 
+def test_docstrings_are_short() -> None:
+    assert docstring_shares()[0] <= MOST_DOCSTRINGS_PERCENT
+
+
 if __name__ == "__main__":
     sys.exit(main())

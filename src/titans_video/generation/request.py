@@ -107,7 +107,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a clip: `frames`, of which the rest is cut, `latent_shape` (C, t, h, w), and `tokens` of a video."""
+    """The size of a clip: `frames` (further ones are cut), `latent_shape` (C, t, h, w), and `tokens` of a video."""
 
     frames: int
     latent_shape: tuple[int, int, int, int]
