@@ -36,7 +36,7 @@ moves left, right, up or down. It shows that everything works; it is no general 
   image-to-video rows a third has a caption without colour and shape, and the others name any colour and shape. The
   codec is fitted to 512 of the clips.
 - Training: {steps} steps of 32 clips, seed {seed}, `configs/sora/tiny.yaml`, torch {torch}. The rate falls to 0
-  at step {pause}, goes on as in a run of {steps} steps, and falls to 0 again.
+  at step {pause}, continues as in a run of {steps} steps, and falls to 0 again.
 - Made by: `python scripts/make_weights.py`
 - Licence: Apache-2.0, as the code.
 
@@ -63,7 +63,7 @@ def main() -> None:
     run([*command, "data", "mock", "--out", str(WORK / "data"), *flags])
     for steps in STEPS:
         training = training_command(DemoOptions(seed=SEED, steps=steps), WORK)
-        run([*training.words, "--resume", "auto"], **training.environment)  # a run that was stopped goes on
+        run([*training.words, "--resume", "auto"], **training.environment)  # resumes a run that was stopped
     trained = checkpoint.read(ROOT / WORK / "run")
     checkpoint.write(trained, ASSETS)
     run([*command, "score", "--i2v", "--videos", str(SCORED), "--out", str(WORK / "score")])

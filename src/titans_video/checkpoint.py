@@ -14,7 +14,7 @@ A checkpoint is a dict of tensors and plain containers:
         image    {"pretrained_model", "dtype", "fingerprint"} of the image encoder, if the network uses one
         process  the noise process's own config
         data     {"num_frames", "height", "width", "fps"} of the (largest) training bucket, the "tasks" trained, and the
-                 "words" of the captions (see `text.vocabulary`)
+                 "words" of the captions (see `text.base.vocabulary`)
         sample   recommended {"steps", "guidance_scale", "guidance_interval", "draft_frames", "continue_steps",
                  "continue_guidance", "prompt"}, or fewer
 As a file it is a `.pt` read with `weights_only=True`; as a folder it is `model.safetensors` + `config.json`. Neither

@@ -115,7 +115,7 @@ def test_every_option_is_explained() -> None:
 
 @dataclass(frozen=True)
 class Inner:
-    """What is inside."""
+    """The inner options."""
 
     size: int = 3
     """A size
@@ -147,7 +147,7 @@ class Outer(Base):
 def test_help_is_read_from_the_dataclasses(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = groups_of(Outer())
     assert (first.title, [option.name for option in first.options]) == ("General", ["place"])
-    assert (second.title, second.purpose) == ("Inner", "what is inside")
+    assert (second.title, second.purpose) == ("Inner", "the inner options")
     assert [option.synopsis for option in second.options] == [
         "--size N",
         "--[no-]fast",

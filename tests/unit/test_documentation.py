@@ -103,7 +103,7 @@ LOADS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source
 
 
 class Page(HTMLParser):
-    """What a built page loads, links to and names."""
+    """The resources, links and anchors of a built page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

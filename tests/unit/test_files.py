@@ -32,7 +32,7 @@ TENSORS = {"a": torch.arange(30_000.0), "b": torch.ones(3)}
 
 @pytest.fixture(autouse=True)
 def source(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the writers read."""
+    """The input of the writers."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "weights").write_bytes(bytes(50_000))
     lines = [{"step": n, "loss": float(NOISE.flat[n]), "lr": 1e-4} for n in range(1, 99)]

@@ -1,4 +1,4 @@
-"""What containers declare: cropping, transparency beside the picture, the stream that players show."""
+"""Declarations of containers: cropping, transparency beside the picture, the stream that players show."""
 
 import struct
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 from titans_video.cli.main import main
 from titans_video.formats import DATA
 from titans_video.schema import Mismatch
-from titans_video.text.vocabulary import MOST_LETTERS, MOST_WORDS, unknown_words_note, vocabulary, words_of
+from titans_video.text.base import MOST_LETTERS, MOST_WORDS, unknown_words_note, vocabulary, words_of
 
 CAPTIONS = ["a red circle, moving right", "A blue square moving up."]
 

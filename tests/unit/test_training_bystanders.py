@@ -1,4 +1,4 @@
-"""What only watches a run may fail: logs, trackers, plots, pictures and the terminal. Training is bitwise the same."""
+"""Watchers of a run may fail: logs, trackers, plots, pictures and the terminal. Training is bitwise the same."""
 
 import json
 import logging

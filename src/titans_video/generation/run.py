@@ -39,7 +39,7 @@ from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
 from titans_video.media.writing import Written
 from titans_video.pretrained.base import is_pipeline
-from titans_video.text.vocabulary import unknown_words_note
+from titans_video.text.base import unknown_words_note
 
 SHEET_FRAMES, SHEET_ROWS = 8, 32
 

@@ -31,8 +31,7 @@ from titans_video.errors import TextError
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.recipes.codec import codec_key, codec_spec, fit_codec
 from titans_video.seeding import derive_seed
-from titans_video.text.base import TextEncoder
-from titans_video.text.vocabulary import vocabulary
+from titans_video.text.base import TextEncoder, vocabulary
 from titans_video.training import tracking
 from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
