@@ -4,10 +4,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from titans_video.config.options import (
     CodecOptions,
     DataOptions,
     GenerationDefaults,
-    TextOptions,
+    SoraOptions,
     TrainOptions,
     ValidationOptions,
 )
@@ -29,11 +30,10 @@ from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
 from titans_video.errors import TextError
 from titans_video.recipes.base import DiffusionRecipe, Grid
-from titans_video.recipes.codec import codec_key, codec_spec, fit_codec
+from titans_video.recipes.codec import codec_key, codec_spec, fit_codec, open_codec
 from titans_video.seeding import derive_seed
-from titans_video.text.base import TextEncoder, vocabulary
+from titans_video.text.base import TextEncoder, build_text, vocabulary
 from titans_video.training import tracking
-from titans_video.training.checkpointing import Resume
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
 from titans_video.training.resume import check_shared, prepare_folder
@@ -45,6 +45,7 @@ from titans_video.training.validation import Monitoring, SamplePrompt, Validator
 
 logger = logging.getLogger(__name__)
 
+OptionsT = TypeVar("OptionsT", bound=SoraOptions)
 MOST_MEASURED = 50_000  # captions whose length is measured at the start of a run
 DEFAULT_PROMPTS = 4  # captions of the data that validation uses if no prompts are given
 
@@ -99,10 +100,23 @@ def open_parts(
     return RunParts(filled.data, held_out, codec, codec_options, text, filled.cache)
 
 
-def text_options(options: TextOptions, resume: Resume | None) -> TextOptions:
-    """Return the options with the longest prompt: that of the flags, else of the run that is resumed."""
-    stored = resume.model().config.get("text", {}).get("options", {}).get("text_max_length") if resume else None
-    return options.with_length(stored)
+def open_encoders(
+    options: OptionsT, run: RunContext, *, needed: bool = True
+) -> tuple[OptionsT, TextEncoder, Codec | None]:
+    """Open the text encoders and the codec, so that a missing one is reported before anything slow is done.
+
+    Args:
+        needed: the network requires text.
+    Returns:
+        The options with the longest prompt (of the flags, else of the run that is resumed), the encoders without
+        weights, and the codec as `open_codec` returns it, without weights if there is a cache.
+    """
+    stored = run.resume.model().config.get("text", {}).get("options", {}) if run.resume else {}
+    options = replace(options, text=options.text.with_length(stored.get("text_max_length")))
+    text = build_text(options.text, run.accelerator.device, load=False, needed=needed)
+    load, init_from = options.data.cache is None, options.train.init_from
+    codec = open_codec(options.codec, run.accelerator, run.resume, init_from=init_from, load=load)
+    return options, text, codec
 
 
 def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> None:

@@ -5,7 +5,6 @@ Legend: B batch, C latent channels, S pixel frames of a latent frame, t h w the 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -22,7 +21,6 @@ from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
 from titans_video.models.registry import build_network, network_config, sora_config
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
-from titans_video.recipes.codec import open_codec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
@@ -32,17 +30,16 @@ from titans_video.recipes.setup import (
     log_cut_captions,
     network_note,
     open_clips,
+    open_encoders,
     open_parts,
     sample_prompt,
-    text_options,
     train_recipe,
 )
 from titans_video.seeding import derive_seed
-from titans_video.text.base import build_text
 from titans_video.training.distributed import finish, process_group, start
 from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import VideoSampler
-from titans_video.training.setup import start_run
+from titans_video.training.setup import RunContext, start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition
 
@@ -107,16 +104,7 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
     """
     run = start_run(options.data, options.train)
     device, patch = run.accelerator.device, options.model.patch_size
-    # Without weights: a missing encoder is reported before anything slow is done.
-    options = replace(options, text=text_options(options.text, run.resume))
-    text = build_text(options.text, device, load=False)
-    codec = open_codec(
-        options.codec,
-        run.accelerator,
-        run.resume,
-        init_from=options.train.init_from,
-        load=options.data.cache is None,
-    )
+    options, text, codec = open_encoders(options, run)
     check = partial(check_draft_frames, options)
     parts = open_parts(options, options.codec, run, codec, text, patch, check=check, check_held_out=False)
     recipe = build_sora(options, parts, device)
@@ -127,9 +115,7 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
 def cache_sora(options: SoraOptions) -> None:
     """Fill `--cache` with all that training with the same options would encode; raises as `train_sora`."""
     accelerator = start(options.train)
-    options = replace(options, text=text_options(options.text, None))
-    text = build_text(options.text, accelerator.device, load=False)
-    codec = open_codec(options.codec, accelerator, None, init_from=options.train.init_from, load=False)
+    options, text, codec = open_encoders(options, RunContext(accelerator, None, ""))
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
     log_cut_captions(text, data, is_cached=True)

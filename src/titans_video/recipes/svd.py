@@ -34,21 +34,20 @@ from titans_video.media.motion import motion_bucket
 from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
-from titans_video.recipes.codec import open_codec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
     frame_count_notes,
     generation_defaults,
     network_note,
+    open_encoders,
     open_parts,
     sample_prompt,
-    text_options,
     train_recipe,
 )
 from titans_video.recipes.sora import init_network, network_flops, train_sora
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
-from titans_video.text.base import TextEncoder, build_text
+from titans_video.text.base import TextEncoder
 from titans_video.training.recipe import Size, VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
@@ -188,17 +187,9 @@ def train_svd(options: SVDOptions) -> TrainResult:
     options = replace(options, model=replace(options.model, patch_size=CLIP_GRID))
     run = start_run(options.data, options.train)
     device = run.accelerator.device
-    options = replace(options, text=text_options(options.text, run.resume))
-    text = build_text(options.text, device, load=False, needed=False)
+    options, text, codec = open_encoders(options, run, needed=False)
     if not text.widths:
         options = replace(options, data=replace(options.data, empty_captions="keep"))  # captions are not used
-    codec = open_codec(
-        options.codec,
-        run.accelerator,
-        run.resume,
-        init_from=options.train.init_from,
-        load=options.data.cache is None,
-    )
     check = partial(refuse_tasks, text=text)
     parts = open_parts(options, options.codec, run, codec, text, CLIP_GRID, check=check, image_condition=True)
     recipe = build_svd(options, parts, device)

@@ -22,21 +22,20 @@ from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.registry import network_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
-from titans_video.recipes.codec import codec_spec, open_codec
+from titans_video.recipes.codec import codec_spec
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
     frame_count_notes,
     generation_defaults,
     network_note,
+    open_encoders,
     open_parts,
     sample_prompt,
-    text_options,
     train_recipe,
 )
 from titans_video.recipes.sora import encode_frames, hold_clean, init_network, network_flops, video_sampler
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
-from titans_video.text.base import build_text
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, CodecSpec
@@ -197,15 +196,7 @@ def train_titans(options: TitansOptions) -> TrainResult:
     budget = budget and max(budget * pt // plan.latents, 1)
     options = replace(options, data=replace(options.data, num_frames=plan.frames, tokens_per_batch=budget))
     run = start_run(options.data, options.train)
-    options = replace(options, text=text_options(options.text, run.resume))
-    text = build_text(options.text, run.accelerator.device, load=False)
-    codec = open_codec(
-        options.codec,
-        run.accelerator,
-        run.resume,
-        init_from=options.train.init_from,
-        load=options.data.cache is None,
-    )
+    options, text, codec = open_encoders(options, run)
     parts = open_parts(options, options.codec, run, codec, text, (plan.latents, ph, pw))
     recipe = build_titans(options, parts, run.accelerator.device, plan)
     lines = [*frame_count_notes(options.data, pt, parts), network_note(recipe.network), note]
