@@ -46,7 +46,6 @@ _WAYS: dict[str, tuple[str, ...]] = {
     "down": ("down", "down", "downwards", "to the bottom"),
 }
 _NO_WAY = (
-    "",
     "a moving object",
     "an object moving",
     "moving",
@@ -64,7 +63,7 @@ def rephrase(wanted: Combination, rng: np.random.Generator) -> str:
 
 
 def neutral(direction: str | None, rng: np.random.Generator) -> str:
-    """Return a caption without colour and shape, and with None also without direction; it may be empty."""
+    """Return a caption without colour and shape, and with None also without direction."""
     if direction is None:
         return _cased(_pick(rng, _NO_WAY), rng)
     return _cased(_sentence(_pick(rng, _NEUTRAL_OBJECTS), direction, rng), rng)
@@ -116,7 +115,7 @@ def _cased(text: str, rng: np.random.Generator) -> str:
         text = text[:1].upper() + text[1:]
     elif draw < 0.4:
         text = text.upper()
-    return text + ("." if text and rng.random() < 0.2 else "")
+    return text + ("." if rng.random() < 0.2 else "")
 
 
 def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
