@@ -31,7 +31,8 @@ import torch
 from common.measuring import show
 
 from titans_video.codecs.pca import PCACodec
-from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, SoraOptions, TrainOptions
+from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, TrainOptions
+from titans_video.config.recipes import SoraOptions
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.media.info import VideoInfo

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.measuring import Meter, Parent, map_large_blocks
-from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions, TextOptions, TrainOptions
+from titans_video.config.options import CodecOptions, ModelOptions, TextOptions, TrainOptions
+from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import Batch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.cli.main import main
-from titans_video.config.options import CogVideoXLoraOptions
+from titans_video.config.recipes import CogVideoXLoraOptions
 from titans_video.data.held_out import HeldOut
 from titans_video.models import lora
 from titans_video.recipes import lora as recipes

@@ -19,8 +19,8 @@ from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs.base import build_codec
 from titans_video.config.generation import Overrides
-from titans_video.config.options import SVDOptions
 from titans_video.config.parse import parse
+from titans_video.config.recipes import SVDOptions
 from titans_video.data.dataset import open_data
 from titans_video.data.held_out import HeldOut
 from titans_video.generation.denoise import frame_noise, generate

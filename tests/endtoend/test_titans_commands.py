@@ -12,8 +12,8 @@ from tests.endtoend.test_sora_commands import _leaves, frames_of, metrics
 from tests.unit.disks import full_disk
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
-from titans_video.config.options import TitansOptions
 from titans_video.config.parse import parse
+from titans_video.config.recipes import TitansOptions
 from titans_video.config.rules import check_memory
 from titans_video.recipes.titans import plan_segments
 from titans_video.types import CodecSpec

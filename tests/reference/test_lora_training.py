@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
-from titans_video.config.options import (
-    BaseOptions,
-    CodecOptions,
-    CogVideoXLoraOptions,
-    DataOptions,
-    LoraOptions,
-    TrainOptions,
-)
+from titans_video.config.options import CodecOptions, DataOptions, TrainOptions
+from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.media.colour import cover_crop, to_tensor

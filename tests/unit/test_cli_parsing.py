@@ -15,8 +15,8 @@ from titans_video.cli.generate import GenerateFlags
 from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.run import guarded
-from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.parse import flags_from_yaml, parse, read_prompts
+from titans_video.config.recipes import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.errors import ConfigError
 

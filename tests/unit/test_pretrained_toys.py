@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from tests import toy_models
 from tests.toy_models import AUDIO, BOUNDARY, CHANNELS, TOYS, make_toy
 from titans_video.config.generation import GenerateOptions, Overrides
-from titans_video.config.options import (
-    BaseOptions,
-    CodecOptions,
-    CogVideoXLoraOptions,
-    DataOptions,
-    LoraOptions,
-    TrainOptions,
-    ValidationOptions,
-)
+from titans_video.config.options import CodecOptions, DataOptions, TrainOptions, ValidationOptions
+from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.generation.run import run_generate
 from titans_video.models import lora
 from titans_video.pretrained import base

@@ -17,11 +17,11 @@ from titans_video.config.options import (
     GenerationDefaults,
     ModelOptions,
     ProcessOptions,
-    SoraOptions,
     TextOptions,
     TrainOptions,
     ValidationOptions,
 )
+from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.recipes import sora

@@ -21,11 +21,10 @@ from titans_video.config.options import (
     DataOptions,
     GenerationDefaults,
     ModelOptions,
-    SVDOptions,
     TextOptions,
     TrainOptions,
-    TuneOptions,
 )
+from titans_video.config.recipes import SVDOptions, TuneOptions
 from titans_video.data.cache import verify
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.precompute import Encoders, fill_cache

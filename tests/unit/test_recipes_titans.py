@@ -17,9 +17,9 @@ from titans_video.config.options import (
     ModelOptions,
     ProcessOptions,
     TextOptions,
-    TitansOptions,
     TrainOptions,
 )
+from titans_video.config.recipes import TitansOptions
 from titans_video.generation.model import load_model
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
 from titans_video.recipes.codec import codec_spec

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.test_layers import FILES
 from titans_video.cli.main import main
-from titans_video.config.options import SoraOptions
+from titans_video.config.recipes import SoraOptions
 from titans_video.console import duration
 from titans_video.errors import DataError
 from titans_video.media.plots import MOST_POINTS, Line, chart, html_link, html_text, smoothed, thin

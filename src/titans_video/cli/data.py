@@ -10,8 +10,9 @@ from titans_video.cli.inputs import check_manifests, check_training_inputs
 from titans_video.config.fields import FolderPath
 from titans_video.config.generation import MockOptions
 from titans_video.config.help import About
-from titans_video.config.options import CodecOptions, ModelOptions, SoraOptions
+from titans_video.config.options import CodecOptions, ModelOptions
 from titans_video.config.parse import parse
+from titans_video.config.recipes import SoraOptions
 from titans_video.config.rules import check_training
 from titans_video.console import Progress
 from titans_video.errors import ConfigError, DataError

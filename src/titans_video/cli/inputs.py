@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from titans_video.config.generation import GenerateOptions, Overrides
-from titans_video.config.options import CogVideoXLoraOptions, DataOptions, SoraOptions
+from titans_video.config.options import DataOptions
+from titans_video.config.recipes import CogVideoXLoraOptions, SoraOptions
 from titans_video.data.manifest import split_weight
 from titans_video.errors import CheckpointError, ConfigError, DataError
 

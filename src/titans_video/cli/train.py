@@ -10,8 +10,9 @@ from pathlib import Path
 from titans_video.cli.inputs import check_training_inputs
 from titans_video.config.fields import RunPath
 from titans_video.config.help import About
-from titans_video.config.options import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions, TrainOptions
+from titans_video.config.options import TrainOptions
 from titans_video.config.parse import parse
+from titans_video.config.recipes import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.console import lasting_streams
 from titans_video.errors import ConfigError, DataError

@@ -7,21 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from titans_video.config.fields import Range, check_value
-from titans_video.config.options import (
+from titans_video.config.options import DataOptions, GenerationDefaults, MemoryOptions, TrainOptions, ValidationOptions
+from titans_video.config.parse import read_prompts
+from titans_video.config.recipes import (
     BaseOptions,
     CogVideoXLoraOptions,
-    DataOptions,
-    GenerationDefaults,
     LoraOptions,
-    MemoryOptions,
     SoraOptions,
     SVDOptions,
     TitansOptions,
-    TrainOptions,
     TuneOptions,
-    ValidationOptions,
 )
-from titans_video.config.parse import read_prompts
 from titans_video.errors import ConfigError
 
 

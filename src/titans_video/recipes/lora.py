@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from titans_video.config.options import BaseOptions, CodecOptions, CogVideoXLoraOptions, DataOptions
+from titans_video.config.options import CodecOptions, DataOptions
+from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.reader import BadRowError
 from titans_video.diffusion.base import NoisySample, Prepared

@@ -13,15 +13,9 @@ from typing import TypeVar
 from torch import nn
 
 from titans_video.codecs.base import Codec, describe_codec
-from titans_video.config.options import (
-    CodecOptions,
-    DataOptions,
-    GenerationDefaults,
-    SoraOptions,
-    TrainOptions,
-    ValidationOptions,
-)
+from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
 from titans_video.config.parse import read_prompts
+from titans_video.config.recipes import SoraOptions
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, open_validation, shared_files, split

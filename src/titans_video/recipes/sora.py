@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.codecs.base import flags_to_name_again
-from titans_video.config.options import SoraOptions
+from titans_video.config.recipes import SoraOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.held_out import open_validation
 from titans_video.diffusion.base import NoisySample, Prepared, PreparedT, SamplingProcess, count_tokens

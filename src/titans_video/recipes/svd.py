@@ -20,7 +20,7 @@ from titans_video.checkpoint import read_json
 from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.fields import flag_of
-from titans_video.config.options import SVDOptions, TuneOptions
+from titans_video.config.recipes import SVDOptions, TuneOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import EDM

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.codecs.base import flags_to_name_again
-from titans_video.config.options import MemoryOptions, TitansOptions
+from titans_video.config.options import MemoryOptions
+from titans_video.config.recipes import TitansOptions
 from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.errors import ConfigError, nearest_multiples

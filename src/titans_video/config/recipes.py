@@ -1,0 +1,127 @@
+"""All options of each recipe: the shared groups of flags, and the groups that only one recipe has."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from titans_video.config.fields import Dtype, FilePath, FolderPath, Metavar, Pair, Range
+from titans_video.config.options import (
+    BELOW_1,
+    SHARE,
+    CodecOptions,
+    DataOptions,
+    GenerationDefaults,
+    MemoryOptions,
+    ModelOptions,
+    ProcessOptions,
+    TextOptions,
+    TrainOptions,
+    ValidationOptions,
+)
+
+
+@dataclass(frozen=True)
+class SoraOptions:
+    """All options of a run that trains SoraDiT."""
+
+    config: FilePath | None = None
+    """YAML file that sets any of these options. Command-line flags override it."""
+    data: DataOptions = field(default_factory=DataOptions)
+    codec: CodecOptions = field(default_factory=CodecOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    process: ProcessOptions = field(default_factory=ProcessOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+
+@dataclass(frozen=True)
+class TitansOptions(SoraOptions):
+    """All options of a run that trains TitansVideoDiT."""
+
+    pretrained_vae: FolderPath | None = None
+    """Folder of SVD, of Stable Diffusion or of any other VAE. Another name of --pretrained-model."""
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(2, 4, 4)))
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """The pretrained pipeline, which stays frozen."""
+
+    pretrained_model: FolderPath | None = None
+    """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
+    base_dtype: Dtype | None = None
+    """Precision of the frozen transformer (default: the one of --mixed-precision)."""
+    layerwise_casting: Literal["fp8_e4m3", "fp8_e5m2", "none"] = "none"
+    """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
+    offload: Literal["none", "group"] = "none"
+    """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. This saves memory and is about a third slower."""
+    compile: bool = False
+    """Run torch.compile on each block. The first steps of each clip size are slow."""
+    vae_dtype: Dtype = "fp32"
+    """Precision of the VAE."""
+    text_dtype: Dtype = "bf16"
+    """Precision of the text encoder."""
+    text_offload: Literal["cpu", "none"] = "none"
+    """cpu: run the text encoder on the CPU and move only its hidden states to the GPU."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter that is trained."""
+
+    rank: Annotated[int, Range(least=1)] = 64
+    """Rank of the adapter's matrices."""
+    lora_alpha: Annotated[float | None, Range(above=0)] = None
+    """Alpha: the adapter's output is multiplied by alpha / rank (default: the rank)."""
+    lora_dropout: Annotated[float, BELOW_1] = 0.0
+    """Dropout of the adapter's input."""
+    target_modules: Annotated[str, Metavar("NAME,...")] = "to_q,to_k,to_v,to_out.0"
+    """Layers with an adapter: ends of their names or parts such as ff; or one regular expression."""
+    parity_gate: Literal["first", "each", "none"] = "first"
+    """Load the first or each saved file with diffusers and compare the outputs. Needs the package peft."""
+
+
+@dataclass(frozen=True)
+class CogVideoXLoraOptions:
+    """All options of a run that trains a LoRA on CogVideoX."""
+
+    config: FilePath | None = None
+    """YAML file that sets any of these options. Command-line flags override it."""
+    data: DataOptions = field(default_factory=DataOptions)
+    base: BaseOptions = field(default_factory=BaseOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How the UNet of Stable Video Diffusion is fine-tuned."""
+
+    architecture: Literal["auto", "svd", "sora-dit"] = "auto"
+    """auto: fine-tune the UNet if --pretrained-model contains one, else train SoraDiT on its VAE."""
+    trainable: Literal["all", "temporal", "attention"] = "all"
+    """UNet layers to train: all, those that mix frames, or attention. Text layers are always trained."""
+    motion_bucket: Annotated[str, Metavar("auto|N")] = "auto"
+    """auto: measure the motion of each clip; N: use this number from 0 to 255 for all clips."""
+    noise_aug: Annotated[Pair, Range(), Range(least=0)] = (-3.0, 0.5)
+    """Noise on the conditioning image: mean and standard deviation of the logarithm of its strength."""
+    image_drop_prob: Annotated[float, SHARE] = 0.1
+    """Share of conditioning images to drop, independent of --cfg-drop-prob."""
+    sigma_mean: Annotated[float, Range()] = 0.7
+    """Mean of the logarithm of the noise level sigma in training."""
+    sigma_std: Annotated[float, Range(above=0)] = 1.6
+    """Standard deviation of the logarithm of sigma."""
+
+
+@dataclass(frozen=True)
+class SVDOptions(SoraOptions):
+    """All options of a run that fine-tunes Stable Video Diffusion."""
+
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(lr=1e-5))
+    tune: TuneOptions = field(default_factory=TuneOptions)
