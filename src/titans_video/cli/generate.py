@@ -75,7 +75,7 @@ DEMO = About(
     DemoOptions,
     "Make the built-in data set, train on it, score the generated videos and show a dozen of them.",
     (
-        ("Run everything, in about ten minutes on two CPU cores", ""),
+        ("Run everything, in about 12 minutes on two CPU cores", ""),
         ("Only test that everything works, in half a minute", "--quick"),
     ),
     notes="--output-dir gets the mp4s, a contact sheet, the loss curve, report.html and scores.json.",
