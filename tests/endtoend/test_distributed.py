@@ -352,6 +352,8 @@ def children(pid: int) -> list[int]:
 REFUSED = [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, [], "accelerate to-fsdp2"),
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, [], "FSDP was requested, but one process would run"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "asks for DeepSpeed"),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, [], "tensor parallelism"),
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "fp16 has no effect on a CPU"),
     ({}, ["--expect-processes", "8"], "--expect-processes 8, but 1 is running"),
 ]

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from titans_video.config.options import TrainOptions
 from titans_video.errors import ConfigError, PeerError, UserError, first_line
+from titans_video.training.parallelism import Parallelism, fsdp_requested, refuse_other_engines
 from titans_video.types import ProcessGroup, T
 
 logger = logging.getLogger(__name__)
@@ -48,22 +49,6 @@ def world_size() -> int:
 def is_launched() -> bool:
     """Whether torchrun or `accelerate launch` started this process."""
     return world_size() > 1 or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-
-
-def fsdp_requested() -> bool:
-    """Whether the launcher's configuration asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def refuse_fsdp1() -> None:
-    """Raise ConfigError for FSDP1: torch deprecates it, and its runs cannot resume on another number of processes."""
-    version = os.environ.get("FSDP_VERSION", "1")
-    if fsdp_requested() and version != "2":
-        raise ConfigError(
-            f"The Accelerate configuration asks for FSDP{version}; this project supports only FSDP2. Convert the file: "
-            "`accelerate to-fsdp2 --config_file OLD.yaml --output_file NEW.yaml`, or use configs/accelerate/fsdp2.yaml "
-            "(on the command line: --fsdp_version 2)."
-        )
 
 
 def refuse_lost_processes(options: TrainOptions) -> None:
@@ -111,10 +96,12 @@ def start(options: TrainOptions) -> Accelerator:
     """Create the accelerator of this process from the launcher's settings. Processes without a GPU use gloo.
 
     Raises ConfigError if the device lacks the precision, the processes do not see each other, their number is not the
-    expected one, or the requested sharding would not happen.
+    expected one, or the requested sharding would not happen or is not supported.
     """
-    refuse_fsdp1()
+    refuse_other_engines()
     refuse_lost_processes(options)
+    # These sizes of 1 keep Accelerate from reading the variables itself: FSDP2 alone shards over all processes.
+    sizes = Parallelism.requested(world_size()) and ParallelismConfig(1, 1, 1, cp_size=1, sp_size=1)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -128,7 +115,13 @@ def start(options: TrainOptions) -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     plugin = _fsdp_plugin(options) if fsdp_requested() else None
     try:
-        made = Accelerator(cpu=cpu, mixed_precision=options.mixed_precision, kwargs_handlers=[ddp], fsdp_plugin=plugin)
+        made = Accelerator(
+            cpu=cpu,
+            mixed_precision=options.mixed_precision,
+            kwargs_handlers=[ddp],
+            fsdp_plugin=plugin,
+            parallelism_config=sizes,
+        )
     except ValueError as e:
         raise ConfigError(
             f"--mixed-precision {options.mixed_precision} does not work on this machine: {e} Use bf16 or no."
@@ -200,12 +193,6 @@ def _refuse_silent_changes(made: Accelerator) -> None:
             f"FSDP was requested, but {backend_name(made)} would run: there is nothing to shard among "
             f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}. Start more "
             f"processes, or use a configuration without FSDP (a run can be resumed with or without it)."
-        )
-    if made.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "The Accelerate configuration asks for DeepSpeed, which would do an optimizer step for every micro-batch "
-            "and has a state that cannot be resumed exactly. FSDP2 shards the same tensors: use "
-            "configs/accelerate/fsdp2.yaml."
         )
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise ConfigError(

@@ -1,0 +1,72 @@
+"""The launcher's requests for parallelism: every one that would not happen stops the run."""
+
+import itertools
+
+import pytest
+
+from titans_video.errors import ConfigError
+from titans_video.training.parallelism import Parallelism, refuse_other_engines
+
+USE = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def sizes(**given: int | str) -> dict[str, str]:
+    return {f"PARALLELISM_CONFIG_{name.upper()}_SIZE": str(value) for name, value in given.items()}
+
+
+def ask(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], world: int) -> Parallelism | None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return Parallelism.requested(world)
+
+
+def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(monkeypatch, {}, 4) is None
+    assert ask(monkeypatch, sizes(dp_shard=1, tp=1, sp=1), 4) is None
+    assert ask(monkeypatch, {**USE, **FSDP2, **sizes(dp_shard=4)}, 4) == Parallelism(4)
+
+
+def test_every_unsupported_size_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No combination of sizes other than plain FSDP2 gets through."""
+    names = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    for values in itertools.product((1, 2), repeat=len(names)):
+        asked = dict(zip(names, values, strict=True))
+        environment = {**USE, **FSDP2, **sizes(**asked)}
+        if asked == {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "cp": 1, "sp": 1}:
+            assert ask(monkeypatch, environment, 2) == Parallelism(2)
+            continue
+        with pytest.raises(ConfigError):
+            ask(monkeypatch, environment, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({**USE, **FSDP2, **sizes(tp=2)}, r"tensor parallelism \(parallelism_config_tp_size: 2\)"),
+        ({**USE, **FSDP2, **sizes(sp=4)}, "DeepSpeed's sequence parallelism"),
+        ({**USE, **FSDP2, **sizes(dp_shard=2)}, "multiply to 2, but 4 processes are running"),
+        ({**USE, **sizes(dp_shard=4)}, "a parallelism_config without FSDP2"),
+        ({**FSDP2, **sizes(tp=2)}, "ignores it without ACCELERATE_USE_PARALLELISM_CONFIG=true"),
+        ({**USE, **FSDP2, **sizes(dp_shard="none")}, "PARALLELISM_CONFIG_DP_SHARD_SIZE=none must be an integer"),
+        ({**USE, **FSDP2, **sizes(dp_shard=0)}, "must be an integer of at least 1"),
+    ],
+)
+def test_the_message_names_the_fix(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ask(monkeypatch, environment, 4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "accelerate to-fsdp2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+    ],
+)
+def test_other_engines_are_rejected(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        refuse_other_engines()
