@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.measuring import Parent, Worker, map_large_blocks, resident, show
+from common.measuring import Parent, Worker, count_flops, map_large_blocks, resident, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
@@ -144,15 +144,13 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
     return net, run
 
 
-def count_flops(name: str, a: argparse.Namespace) -> int:
+def flops_of(name: str, a: argparse.Namespace) -> int:
     """Count the FLOPs of one forward and backward pass on the meta device."""
     import torch
 
-    from titans_video.training import flops
-
     with torch.device("meta"):
         net, run = build(name, a)
-    return flops.count_flops(lambda: run(net.to("meta"), "meta"))
+    return count_flops(lambda: run(net.to("meta"), "meta"))
 
 
 def worker(a: argparse.Namespace) -> None:
@@ -194,7 +192,7 @@ def worker(a: argparse.Namespace) -> None:
         parent.tell({"seconds": step()})
     report = {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "flops": count_flops(a.worker, a),
+        "flops": flops_of(a.worker, a),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads",
         "torch": torch.__version__,
     }

@@ -27,6 +27,7 @@ from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler, guided
 from titans_video.errors import ConfigError
+from titans_video.models.flops import attention
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.seeding import derive_seed, generator, seeded_randn
 from titans_video.text.base import Lengths, TextEncoder
@@ -219,6 +220,24 @@ class ToySpec(ModelSpec):
 
     def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, object]:
         return {}
+
+    def layer_rows(self, name: str, latent_shape: Sequence[int]) -> int:
+        video, audio, text = self.sequence(latent_shape)
+        if "text_in" in name:
+            return self.streams[int(name.split("text_in.")[1][0])][1]
+        rows = {"proj_in": video, "proj_out": video, "audio_in": audio, "audio_out": audio}
+        found = [n for part, n in rows.items() if part in name]
+        return found[0] if found else video + audio + (text if "to_k" in name or "to_v" in name else 0)
+
+    def attention_flops(self, latent_shape: Sequence[int]) -> int:
+        video, audio, text = self.sequence(latent_shape)
+        blocks = sum(config["depth"] for config in self.configs)
+        return blocks * attention(video + audio, video + audio + text, DIM)
+
+    def sequence(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Return the tokens of the video, the audio and the text."""
+        _, t, h, w = latent_shape
+        return t * h * w, t if self.configs[0]["audio"] else 0, sum(length for _, length in self.streams)
 
     def load_with_diffusers(self, network: Any, folder: Path, only: set[str] | None) -> str:
         """Load as diffusers does: one network at a time, each by its prefix."""

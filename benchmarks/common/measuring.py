@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +154,17 @@ def show(text: str, out: Path | None) -> None:
     print(text)
     if out:
         out.write_text(text + "\n")
+
+
+def count_flops(forward: Callable[[], object]) -> int:
+    """Count forward and backward FLOPs as three times torch's count of a forward pass, e.g. on the meta device.
+
+    torch's backward count for a depthwise convolution is hundreds of times too high. Attention is matrix products.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward()
+    return 3 * int(counter.get_total_flops())

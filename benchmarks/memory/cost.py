@@ -111,8 +111,8 @@ def training_flops() -> dict[str, list[int]]:
     """Count the FLOPs of one step for each length, at the documented command's size and 256 pixels with an 8x VAE."""
     import torch
 
-    from titans_video.models.titans_dit import SegmentRollout
-    from titans_video.training.flops import clip_flops
+    from titans_video.models.flops import sora_flops, titans_flops
+    from titans_video.models.registry import build_network
 
     size: dict[str, Any] = {"in_channels": 4, "patch_size": (2, 4, 4), "model_dim": 1024, "depth": 12, "heads": 16}
     kinds: dict[str, dict[str, Any]] = {
@@ -123,13 +123,13 @@ def training_flops() -> dict[str, list[int]]:
         "SoraDiT, st attention": {"network": "SoraDiT", "attention_type": "st", **size},
     }
 
-    def rolling(latents: torch.Tensor, times: torch.Tensor) -> dict[str, Any]:
-        return {"rollout": SegmentRollout(SEGMENT, latents, times, latents, times, OVERLAP, horizon=4)}
-
     found = {}
     for name, config in kinds.items():
-        extra = {} if config["network"] == "SoraDiT" else {"extra": rolling}
-        found[name] = [clip_flops(config, (4, n * SEGMENT, 32, 32), [64], [0], **extra) for n in SEGMENTS]
+        with torch.device("meta"):
+            network = build_network(config)
+        is_sora = config["network"] == "SoraDiT"
+        count = sora_flops(network) if is_sora else titans_flops(network, SEGMENT, OVERLAP, horizon=4)
+        found[name] = [count((4, n * SEGMENT, 32, 32), [64]) for n in SEGMENTS]
     return found
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.measuring import count_flops
 from benchmarks.memory.learning import OVERLAP, generate, remember, rollout_loss, tiny_model, train
 from benchmarks.memory.reporting import figure, save, table
 from benchmarks.memory.worlds import Clips, code_replay, read_colour
 from titans_video.models.titans_dit import TitansVideoDiT
-from titans_video.training.flops import count_flops
 
 COLOURS = 8
 BATCH = 16

@@ -329,17 +329,10 @@ def test_the_base_is_not_touched(pipelines: dict[str, Path]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in recipe.network.state_dict().items())
 
 
-def test_flops_are_those_of_frozen_weights(pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward pass and the gradients of activations, not of weights; the adapter's own are few."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_flops_do_not_depend_on_the_captions(pipelines: dict[str, Path]) -> None:
+    """The text of a pretrained model has one length. `test_models_flops.py` compares the numbers with torch's."""
     recipe, batch = recipe_of(pipelines["1.5-i2v"], 9, (32, 32))
-    lora.remove(recipe.network)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        recipe.loss(recipe.network, batch).sum()
-        module = counter.get_flop_counts()["CogVideoXTransformer3DModel"]
-    assert recipe.flops(batch) == pytest.approx(2 * sum(module.values()), rel=0.1)
-    monkeypatch.delattr(lora_recipe, "count_flops")  # the count of this size is kept
+    assert recipe.flops(batch) == 2 * recipe.flops(replace(batch, ids=batch.ids[:1])) > 0
     assert recipe.flops(replace(batch, captions=["a much longer caption"] * 2)) == recipe.flops(batch)
     assert recipe.tokens(batch) == 2 * 2 * 2 * 2
 

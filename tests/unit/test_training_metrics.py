@@ -1,23 +1,14 @@
 """Speeds, the smoothed loss, and how much of a device is used: each against a plain computation."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.training_fakes import ToyRecipe, toy_batch
-from titans_video.config.options import ModelOptions
 from titans_video.media.plots import format_short
-from titans_video.models.registry import build_network, sora_config
-from titans_video.training.flops import clip_flops, count_flops, device_peak, peak_flops
+from titans_video.training.flops import device_peak, peak_flops
 from titans_video.training.metrics import WINDOW, Rates, Work, work_of
-from titans_video.types import CodecSpec, Condition, TextCondition
-
-SPEC = CodecSpec("vae", 4, (4, 8, 8), "causal")
 
 
 def test_the_line_and_the_text_of_a_run() -> None:
@@ -97,42 +88,3 @@ def test_peaks_by_the_names_that_cuda_gives(name: str, precision: str, tera: flo
 
 def test_a_cpu_has_no_known_peak() -> None:
     assert device_peak(torch.device("cpu"), "bf16") is None
-
-
-def test_flops_of_plain_layers_by_hand() -> None:
-    """2 B N M a layer, and twice that in the backward pass."""
-    with torch.device("meta"):
-        network, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16)), torch.empty(5, 32)
-        depthwise, image = nn.Conv2d(32, 32, 3, padding=1, groups=32), torch.empty(2, 32, 8, 8)
-    assert count_flops(lambda: network(x)) == 3 * (2 * 5 * 32 * 64 + 2 * 5 * 64 * 16)
-    assert count_flops(lambda: depthwise(image)) == 3 * 2 * 9 * 32 * 64 * 2
-
-
-@pytest.mark.parametrize("attention", ["st", "full"])
-def test_flops_of_a_network_are_what_a_real_pass_does(attention: Any) -> None:
-    options = ModelOptions(preset="S", model_dim=48, depth=3, heads=2, patch_size=(1, 2, 2), attention_type=attention)
-    described, shape, rows = sora_config(options, SPEC, (32, 0)), (4, 3, 8, 12), 3
-    network = build_network(described)
-    states = torch.randn(rows, 7, 32), torch.randint(1, 200, (rows, 20))
-    masks = tuple(torch.ones(rows, n, dtype=torch.bool) for n in (7, 20))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        condition = Condition(text=TextCondition(states, masks))
-        network(torch.randn(rows, *shape), torch.rand(rows, shape[1]), condition).value.sum().backward()
-    before = torch.get_rng_state()
-    counted = rows * clip_flops(described, shape, (7, 20), (32, 0))
-    assert torch.equal(torch.get_rng_state(), before)
-    # A little more than the truth: nothing is passed back to what comes in from outside.
-    assert 1.0 <= counted / counter.get_total_flops() < 1.05
-
-
-def test_flops_of_a_deep_network_are_six_a_parameter_and_token() -> None:
-    """The usual rule (Kaplan et al. 2020), where attention and text are small beside the matrices."""
-    options = ModelOptions(preset="tiny", model_dim=512, depth=8, heads=4, patch_size=(1, 2, 2), attention_type="st")
-    described = sora_config(options, SPEC, (64,))
-    with torch.device("meta"):
-        blocks = build_network(described).blocks
-    tokens = 3 * 8 * 8
-    # Cross-attention's keys and values are made of text tokens, of which there are few.
-    matrices = sum(p.numel() for n, p in blocks.named_parameters() if p.ndim == 2 and ".kv." not in n)
-    counted = clip_flops(described, (4, 3, 16, 16), (8,), (64,))
-    assert counted == pytest.approx(6 * matrices * tokens, rel=0.05)

@@ -163,6 +163,14 @@ class ModelSpec(ABC):
     def run(self, pipeline: "DiffusionPipeline", call: PipelineCall) -> Tensor:
         """Call the pipeline once; return (1, 3, T, H, W) float32 in [-1, 1] on the CPU."""
 
+    @abstractmethod
+    def layer_rows(self, name: str, latent_shape: Sequence[int]) -> int:
+        """Return the rows (tokens) that a linear layer or convolution is applied to for one clip of (C, t', h, w)."""
+
+    @abstractmethod
+    def attention_flops(self, latent_shape: Sequence[int]) -> int:
+        """Return the FLOPs of all attention products in a forward pass over one clip of (C, t', h, w)."""
+
     def fingerprint(self) -> str:
         """Return a hash of the network's files."""
         return fingerprint_folder(self.folder / "transformer")

@@ -18,6 +18,7 @@ from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, cou
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
+from titans_video.models.flops import attention
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.seeding import generator
@@ -196,6 +197,19 @@ class CogVideoX(ModelSpec):
                 width, None, grid, (t + p_t - 1) // p_t, grid_type="slice", max_size=known, device=device
             )
         return cast(tuple[Tensor, Tensor], table)
+
+    def layer_rows(self, name: str, latent_shape: Sequence[int]) -> int:
+        video = count_tokens(latent_shape[1:], self.patch_size)
+        if ".attn1." in name or ".ff." in name:
+            return video + self.text_length  # both streams in one sequence
+        if name.startswith("patch_embed.text_proj"):
+            return self.text_length
+        return video if name.startswith(("patch_embed.proj", "proj_out")) else 1
+
+    def attention_flops(self, latent_shape: Sequence[int]) -> int:
+        sequence = count_tokens(latent_shape[1:], self.patch_size) + self.text_length
+        width = int(self.config["num_attention_heads"]) * int(self.config["attention_head_dim"])
+        return int(self.config["num_layers"]) * attention(sequence, sequence, width)
 
     def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> Any:
         from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline

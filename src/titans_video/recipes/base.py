@@ -21,12 +21,14 @@ from titans_video.data.cache import CachedText, EncodingCache
 from titans_video.data.loader import LAST_STEP
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, PreparedT, count_tokens
 from titans_video.generation.model import PromptEncoder
+from titans_video.models.flops import CountFlops
 from titans_video.seeding import derive_seed, seeded_randn, uniform
 from titans_video.text.base import TextEncoder, drop_captions
 from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.types import Batch, CodecSpec, TextCondition, fold_frame_mask
 
-TEXT_STEP, LONGEST_TEXT = 64, 512  # text for FLOPs: tokens are rounded up to TEXT_STEP, limited to LONGEST_TEXT
+TEXT_STEP = 64  # text for FLOPs: tokens are rounded up to a multiple of it
+LONGEST_TEXT, LONGEST_BYTES = 512, 3072  # and limited to this
 Grid = tuple[int, int, int]
 
 
@@ -67,10 +69,7 @@ class ClipGeometry:
 
 @dataclass
 class DiffusionRecipe(ABC, Generic[PreparedT]):
-    """A network, the frozen parts that encode for it, and its loss; see `training.recipe.Recipe`.
-
-    `count_flops` takes (C, t, h, w) and the tokens of each text stream, and returns one row's training FLOPs.
-    """
+    """A network, the frozen parts that encode for it, and its loss; see `training.recipe.Recipe`."""
 
     network: nn.Module
     codec: Codec  # frozen, like `text`; they encode batches without cached encodings
@@ -79,7 +78,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
     config: dict[str, object]  # of checkpoints, as `titans_video.checkpoint` lists it
     device: torch.device
     geometry: ClipGeometry
-    count_flops: Callable[[tuple[int, ...], tuple[int, ...]], int]
+    count_flops: CountFlops
     make_sampler: Callable[[nn.Module, int], VideoSampler]  # for validation videos at a step
     cfg_drop_prob: float = 0.1  # probability that a row's caption is dropped
     cfg_drop_each: bool = False  # drop each text stream independently
@@ -202,7 +201,8 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
         else:
             longest = max((len(caption.encode()) for caption in batch.captions), default=0)
             lengths = [longest // (4 if width else 1) + 1 for width in self.text.widths]
-        return tuple(-(-min(length, LONGEST_TEXT) // TEXT_STEP) * TEXT_STEP for length in lengths)
+        most = [LONGEST_TEXT if width else LONGEST_BYTES for width in self.text.widths]
+        return tuple(-(-min(pair) // TEXT_STEP) * TEXT_STEP for pair in zip(lengths, most, strict=True))
 
 
 def squared_error(predicted: Tensor, noisy: NoisySample, prepared: Prepared) -> Tensor:

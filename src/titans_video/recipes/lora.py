@@ -4,9 +4,8 @@ Legend: B batch, C latent channels, t h w the latent grid, T H W pixel frames, h
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
+from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
 from titans_video.pretrained.loading import compile_blocks
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
@@ -37,7 +37,6 @@ from titans_video.recipes.setup import (
 )
 from titans_video.seeding import derive_seed
 from titans_video.training.distributed import AUTOCAST, Accelerator, all_gather_object
-from titans_video.training.flops import count_flops
 from titans_video.training.recipe import Size, VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
@@ -194,7 +193,7 @@ def build_lora(options: CogVideoXLoraOptions, parts: RunParts, spec: ModelSpec, 
             lambda frames, step: spec.padded_frames(frames),
             spec.cond_frames_have_loss,
         ),
-        count_flops=lora_flops(spec),
+        count_flops=lora_flops(network, spec),
         make_sampler=lora_sampler(parts, spec, config, dtype, accelerator.device),
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=prompt,
@@ -229,16 +228,15 @@ def _lora_config(
     }
 
 
-def lora_flops(spec: ModelSpec) -> Callable[[tuple[int, ...], tuple[int, ...]], int]:
-    """Return a function that counts a row's FLOPs: 2/3 of full training, as frozen weights have no gradient."""
+def lora_flops(network: nn.Module, spec: ModelSpec) -> CountFlops:
+    """Return a function that counts a clip's training FLOPs, those of the adapter included; its text has one length."""
+    layers = layers_of(network)
 
-    @cache
-    def count(latent_shape: tuple[int, ...]) -> int:
-        noisy, prepared = spec.example(latent_shape, "meta")
-        network = spec.meta_model()
-        return count_flops(lambda: spec.predict(network, noisy, prepared, torch.float32)) * 2 // 3
+    def count(latent_shape: Sequence[int], text_lengths: Sequence[int]) -> int:
+        products = spec.attention_flops(latent_shape)
+        return cost_of(layers, lambda name: spec.layer_rows(name, latent_shape), products).training
 
-    return lambda latent_shape, text_lengths: count(latent_shape)
+    return count
 
 
 def lora_sampler(

@@ -4,8 +4,8 @@ Legend: B batch, C latent channels, S pixel frames of a latent frame, t h w the 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
+from titans_video.models.flops import sora_flops
 from titans_video.models.registry import build_network, network_config, sora_config
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
 from titans_video.recipes.setup import (
@@ -37,7 +38,6 @@ from titans_video.recipes.setup import (
 )
 from titans_video.seeding import derive_seed
 from titans_video.training.distributed import finish, process_group, start
-from titans_video.training.flops import clip_flops
 from titans_video.training.recipe import VideoSampler
 from titans_video.training.setup import RunContext, start_run
 from titans_video.training.trainer import TrainResult
@@ -150,7 +150,7 @@ def build_sora(options: SoraOptions, parts: RunParts, device: torch.device) -> S
         config=config,
         device=device,
         geometry=ClipGeometry(parts.codec.spec, options.model.patch_size),
-        count_flops=network_flops(network_config(network), parts.text.widths),
+        count_flops=sora_flops(network),
         make_sampler=video_sampler(parts, process, config),
         cfg_drop_prob=options.train.cfg_drop_prob,
         cfg_drop_each=options.train.cfg_drop_each,
@@ -170,20 +170,6 @@ def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
         network.compile_repeated_blocks()
     made: nn.Module = network
     return made
-
-
-def network_flops(
-    model: dict[str, object],
-    text_widths: Sequence[int],
-    extra: Callable[[Tensor, Tensor], Mapping[str, object]] = lambda latents, timesteps: {},
-) -> Callable[[tuple[int, ...], tuple[int, ...]], int]:
-    """Return a function that counts a row's FLOPs, once for each size of clip and length of text."""
-
-    @cache
-    def count(latent_shape: tuple[int, ...], text_lengths: tuple[int, ...]) -> int:
-        return clip_flops(model, latent_shape, text_lengths, text_widths, extra)
-
-    return count
 
 
 def video_sampler(

@@ -31,6 +31,7 @@ from titans_video.generation.model import VideoModel
 from titans_video.hub import load_pretrained
 from titans_video.media.colour import cover_crop, to_tensor, to_uint8
 from titans_video.media.motion import motion_bucket
+from titans_video.models.flops import svd_flops
 from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
@@ -45,7 +46,7 @@ from titans_video.recipes.setup import (
     sample_prompt,
     train_recipe,
 )
-from titans_video.recipes.sora import init_network, network_flops, train_sora
+from titans_video.recipes.sora import init_network, train_sora
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder
 from titans_video.training.recipe import Size, VideoSampler
@@ -264,7 +265,7 @@ def build_svd(options: SVDOptions, parts: RunParts, device: torch.device) -> SVD
         config=config,
         device=device,
         geometry=ClipGeometry(parts.codec.spec, cond_frames_have_loss=True),
-        count_flops=network_flops(network_config(network), text.widths),
+        count_flops=svd_flops(network),
         make_sampler=image_sampler(parts, process, config, image),
         cfg_drop_prob=options.train.cfg_drop_prob,
         cfg_drop_each=options.train.cfg_drop_each,

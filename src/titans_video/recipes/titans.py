@@ -8,7 +8,7 @@ frames of a latent frame, pt latent frames of a token.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from titans_video.config.recipes import TitansOptions
 from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.errors import ConfigError, nearest_multiples
+from titans_video.models.flops import titans_flops
 from titans_video.models.registry import network_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
@@ -35,7 +36,7 @@ from titans_video.recipes.setup import (
     sample_prompt,
     train_recipe,
 )
-from titans_video.recipes.sora import encode_frames, hold_clean, init_network, network_flops, video_sampler
+from titans_video.recipes.sora import encode_frames, hold_clean, init_network, video_sampler
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
@@ -228,10 +229,6 @@ def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, 
     def latent_frames(frames: int, step: int) -> int:
         return segments_at(step, frames // plan.latents, memory.segment_curriculum) * plan.latents
 
-    def rollout(latents: Tensor, timesteps: Tensor) -> Mapping[str, object]:
-        again = (latents, timesteps, latents, timesteps)
-        return {"rollout": SegmentRollout(plan.latents, *again, plan.overlap, memory.bptt_segments)}
-
     return TitansRecipe(
         network=network,
         codec=parts.codec,
@@ -240,7 +237,7 @@ def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, 
         config=config,
         device=device,
         geometry=ClipGeometry(spec, patch, latent_frames),
-        count_flops=network_flops(model, parts.text.widths, rollout),
+        count_flops=titans_flops(network, plan.latents, plan.overlap, memory.bptt_segments),
         make_sampler=video_sampler(parts, process, config),
         cfg_drop_prob=options.train.cfg_drop_prob,
         cfg_drop_each=options.train.cfg_drop_each,
