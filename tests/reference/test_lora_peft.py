@@ -68,14 +68,15 @@ def with_peft(base: nn.Module, tensors: dict[str, Tensor], **config: Any) -> nn.
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 8.0), (3, 1.0)])
-def test_output_and_gradients_are_pefts_to_the_bit(base: Net, rank: int, alpha: float | None) -> None:
+def test_output_and_gradients_are_pefts(base: Net, rank: int, alpha: float | None) -> None:
+    """To rounding: `addmm` rounds once where PEFT multiplies, scales and adds."""
     ours = copy.deepcopy(base)
     lora.inject(ours, lora.LoraConfig(rank, alpha, targets=TARGETS))
     tensors = filled(ours)
     theirs = with_peft(base, tensors, r=rank, lora_alpha=alpha or rank)
     x = torch.randn(5, 6)
     out, expected = ours(x), theirs(x)
-    assert torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     out.square().sum().backward()
     expected.square().sum().backward()
     trained = {k: v for k, v in ours.named_parameters() if v.requires_grad}
@@ -83,7 +84,7 @@ def test_output_and_gradients_are_pefts_to_the_bit(base: Net, rank: int, alpha: 
     assert trained.keys() == wanted.keys()
     for name, p in trained.items():
         assert p.grad is not None
-        assert torch.equal(p.grad, wanted[name].grad), name
+        assert (p.grad - wanted[name].grad).norm() <= 1e-6 * wanted[name].grad.norm(), name
 
 
 def test_merged_weights_are_pefts(base: Net) -> None:
@@ -113,7 +114,7 @@ def test_pefts_file_is_read_as_it_was_saved(base: Net, tmp_path: Path) -> None:
     read = lora_io.read(tmp_path)
     fresh = copy.deepcopy(base)
     lora.load(fresh, read.tensors, read.alphas)
-    assert torch.equal(fresh(x), expected)
+    torch.testing.assert_close(fresh(x), expected, rtol=1e-6, atol=1e-6)
     assert read.alphas["blocks.0.to_q"] == 3
     assert read.notes == []
 
@@ -144,7 +145,7 @@ def test_our_file_comes_back_with_its_alphas(base: Net, tmp_path: Path) -> None:
     theirs = peft.inject_adapter_in_model(config, copy.deepcopy(base), state_dict=tensors)
     peft.set_peft_model_state_dict(theirs, tensors)
     x = torch.randn(5, 6)
-    assert torch.equal(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
 
 
 TWO = {"transformer.": "transformer", "transformer_2.": "transformer_2"}

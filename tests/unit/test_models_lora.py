@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +147,77 @@ def test_an_adapter_for_another_network_is_refused(network: Net) -> None:
         assert not list(lora.layers(network))
     assert len(lora.load(network, tensors, weight=0.5)) == 8
     assert all(torch.equal(v, tensors[k]) for k, v in lora.state_dict(network).items())
+
+
+def kept_bytes(layers: nn.Module, x: Tensor) -> int:
+    """Count what autograd keeps for the backward pass of the layers' sum, beside x and the parameters."""
+    known = {tensor.untyped_storage()._cdata for tensor in (x, *layers.parameters())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = sum(layer(x) for layer in layers.children())
+    assert isinstance(out, Tensor)
+    assert out.requires_grad
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
+
+
+def triple(width: int, rank: int, device: str) -> nn.Module:
+    """The projections of attention with a bfloat16 base."""
+    projections = nn.ModuleDict({name: nn.Linear(width, width, device=device) for name in ("to_q", "to_k", "to_v")})
+    projections.to(torch.bfloat16)
+    lora.inject(projections, lora.LoraConfig(rank, targets=("to_q", "to_k", "to_v")))
+    return projections
+
+
+def test_a_triple_of_cogvideox_keeps_few_activations() -> None:
+    projections = triple(3072, 64, "meta")
+    x = torch.empty(17_776, 3072, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    kept = kept_bytes(projections, x)
+    assert kept <= 12 * 2**20
+    assert kept >= 3 * 17_776 * 64 * 2  # the hidden states of rank 64
+
+
+def test_a_triple_under_autocast_keeps_no_copy_of_its_input() -> None:
+    """A norm gives float32 under autocast, and each layer casts it."""
+    rows, width, rank = 256, 96, 8
+    projections = triple(width, rank, "cpu")
+    x = torch.randn(rows, width, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_bytes(projections, x)
+    assert kept == 3 * (rows * rank + width * rank) * 2  # hidden states and B
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_in_bfloat16_are_those_of_float32_to_a_percent(autocast: bool) -> None:
+    """Against the formula in float32 on the same rounded weights and inputs."""
+    torch.manual_seed(0)
+    width, rank = 64, 8
+    projections = triple(width, rank, "cpu")
+    for layer in projections.values():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    x, goal = torch.randn(300, width).bfloat16(), torch.randn(300, width).bfloat16()
+    x = (x.float() if autocast else x).requires_grad_()
+    exact = x.detach().float().requires_grad_()
+    total = torch.zeros_like(exact)
+    for layer in projections.values():
+        base, a, b = layer.base, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        total = total + F.linear(exact, base.weight.float(), base.bias.float()) + exact @ a.mT @ b.mT
+    wanted_x, *wanted = torch.autograd.grad((total * goal.float()).sum(), [exact, *trained_of(projections)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = sum(layer(x) for layer in projections.values())
+    assert out.dtype == torch.bfloat16
+    found_x, *found = torch.autograd.grad((out * goal).sum(), [x, *trained_of(projections)])
+    assert [g.dtype for g in found] == [torch.float32] * 6
+    for got, want in zip([found_x, *found], [wanted_x, *wanted], strict=True):
+        assert (got.float() - want).norm() < 0.01 * want.norm()
+
+
+def trained_of(network: nn.Module) -> list[nn.Parameter]:
+    return [p for p in network.parameters() if p.requires_grad]
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

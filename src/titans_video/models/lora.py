@@ -1,8 +1,9 @@
 """LoRA on any linear layer of any network: inject, train only A and B, merge, use several adapters at once.
 
 A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R), scale = weight x alpha / R, and B = 0 at
-first. Legend: I and O width of a layer's input and output, R rank.
-Source: Hu et al. 2021 (LoRA), section 4.1. Names, initialisation and order of operations are those of PEFT's `Linear`.
+first. A and B are stored in float32 and computed in the dtype of the layer's output, so nothing is kept in float32 for
+the backward pass of a bfloat16 layer. Legend: N rows, I and O width of a layer's input and output, R rank.
+Source: Hu et al. 2021 (LoRA), section 4.1. Names and initialisation are those of PEFT's `Linear`.
 """
 
 import difflib
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.seeding import generator
@@ -38,8 +41,47 @@ class LoraConfig:
         return float(self.rank if self.alpha is None else self.alpha)
 
 
+class _Project(torch.autograd.Function):
+    """x A^T in another dtype than x. It keeps x, which several layers share, and no copy of x for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
+        grad_weight = _rows(grad).mT @ _rows(x).to(grad.dtype) if needs_weight else None
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class Down(nn.Linear):
+    """A of an adapter: (..., I) -> (..., R) in a given dtype. Hooks of diffusers treat it as a linear layer."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        if x.dtype == dtype or torch.compiler.is_compiling():  # the compiler shares and recomputes copies itself
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+        return _Project.apply(x, self.weight, dtype)
+
+
+class Up(nn.Linear):
+    """B of an adapter: adds scale x hidden B^T to a layer's output, in the output's dtype."""
+
+    def forward(self, out: Tensor, hidden: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        weight = self.weight.to(out.dtype)
+        return torch.addmm(_rows(out), _rows(hidden), weight.mT, alpha=scale).view(out.shape)
+
+
 class LoraLinear(nn.Module):
-    """A linear layer (`base`) with adapters, each in its own precision; `active` has the weights of the active ones.
+    """A linear layer (`base`) with adapters in float32; `active` has the weights of the active ones.
 
     The layer and its hooks do not change, so diffusers' layerwise casting and group offloading still work on it.
     """
@@ -75,8 +117,8 @@ class LoraLinear(nn.Module):
     def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
         """Add an adapter in float32 on the layer's device. A is not initialised, B is 0."""
         device = self.base.weight.device
-        a = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        b = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        a = Down(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        b = Up(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(b.weight)
         self.lora_A[name], self.lora_B[name] = a, b
         self.dropouts[name] = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -99,12 +141,10 @@ class LoraLinear(nn.Module):
         out: Tensor = self.base(x)
         if self.merged:
             return out
-        dtype = out.dtype
         for name, weight in self.active.items():
-            a, b = self.lora_A[name], self.lora_B[name]
-            hidden = self.dropouts[name](x.to(a.weight.dtype))  # type: ignore[arg-type,union-attr]
-            out = out + b(a(hidden)) * (weight * self.scale(name))
-        return out.to(dtype)
+            hidden = self.lora_A[name](self.dropouts[name](x), out.dtype)
+            out = self.lora_B[name](out, hidden, weight * self.scale(name))
+        return out
 
     def delta(self) -> Tensor:
         """Return the sum that the active adapters add to the layer's weight, (O, I) float32."""
