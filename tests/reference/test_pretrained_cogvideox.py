@@ -75,6 +75,10 @@ def test_rotary_positions_are_the_pipelines(
     expected = pipe._prepare_rotary_positional_embeddings(height, width, t, torch.device("cpu"))
     found = spec.positions(t, height // 8, width // 8, torch.device("cpu"))["image_rotary_emb"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    again = spec.positions(t, height // 8, width // 8, torch.device("cpu"))["image_rotary_emb"]
+    assert all(a is b for a, b in zip(again, found, strict=True))  # computed once for each size
+    other = spec.positions(t, height // 16, width // 8, torch.device("cpu"))["image_rotary_emb"]
+    assert other[0].shape != found[0].shape
 
 
 def test_prompts_are_padded_and_unmasked_as_in_the_pipeline(pipelines: dict[str, Path]) -> None:

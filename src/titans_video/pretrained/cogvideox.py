@@ -26,6 +26,7 @@ from titans_video.text.base import TextEncoder
 from titans_video.text.huggingface import padded_text
 from titans_video.types import PRECISIONS, Condition, TextCondition
 
+MOST_TABLES = 16  # rotary tables to keep: one for each size of clips
 OFS = 2.0  # the `ofs` argument of image-to-video models of version 1.5
 
 
@@ -46,6 +47,7 @@ class CogVideoX(ModelSpec):
         p = int(c["patch_size"])
         self.clip_grid, self.patch_size = (1, p, p), (self.p_t or 1, p, p)
         self.text_length = int(c["max_text_seq_length"])
+        self.tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         codec = self.codec("fp32", "cpu", load=False)
         self.codec_spec, self.vae_config = codec.spec, read_config(codec.folder or folder / "vae")
         _, side, _ = self.codec_spec.stride
@@ -183,6 +185,14 @@ class CogVideoX(ModelSpec):
         """
         if not self.config.get("use_rotary_positional_embeddings"):
             return None
+        key = (t, h, w, device)
+        if key not in self.tables:
+            if len(self.tables) >= MOST_TABLES:
+                self.tables.clear()
+            self.tables[key] = self._rotary(t, h, w, device)
+        return self.tables[key]
+
+    def _rotary(self, t: int, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
