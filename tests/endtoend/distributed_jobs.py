@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from titans_video.cli.run import configure_logging
 from titans_video.codecs.base import IdentityCodec
@@ -31,6 +33,7 @@ from titans_video.seeding import derive_seed
 from titans_video.text.base import build_text
 from titans_video.training import distributed, sharded_state
 from titans_video.training import resume as resume_module
+from titans_video.training.optim import BatchedMuon
 from titans_video.training.recipe import VideoSampler
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
@@ -178,6 +181,29 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
     return same
 
 
+MATRICES = [(24, 16)] * 5 + [(7, 12)] * 3 + [(3, 5)]
+"""Shapes that neither two nor four processes can divide evenly, by rows or by matrices."""
+
+
+def muon_steps(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Take three steps of Muon with matrices that `place` distributes; return weights and momenta."""
+    g = torch.Generator().manual_seed(3)
+    parameters = [nn.Parameter(place(torch.randn(shape, generator=g))) for shape in MATRICES]
+    optimizer = BatchedMuon(parameters, lr=0.1)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = place(torch.randn(p.shape, generator=g))
+        optimizer.step()
+    return [whole(x.detach()) for p in parameters for x in (p, optimizer.state[p]["momentum_buffer"])]
+
+
+def muon(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the weights and momenta after three steps of Muon."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+    return {"tensors": muon_steps(sharded if kind == "fsdp2" else lambda x: x)}
+
+
 @contextlib.contextmanager
 def logged() -> Iterator[list[str]]:
     """Return what this process writes to the console."""
@@ -224,6 +250,7 @@ def bf16(folder: Path, kind: str) -> dict[str, Any]:
 JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "gradients": gradients,
     "resume": resume,
+    "muon": muon,
     "full_disk": full_disk,
     "bf16": bf16,
 }

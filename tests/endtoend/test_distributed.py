@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.endtoend.distributed_jobs import SHAPES, make_batch, make_recipe
+from tests.endtoend.distributed_jobs import SHAPES, make_batch, make_recipe, muon_steps
 from tests.endtoend.test_sora_commands import frames_of, metrics
 from tests.processes import run
 from titans_video import checkpoint as files
@@ -93,6 +93,15 @@ def test_resume_is_bitwise_where_the_order_of_sums_counts(tmp_path: Path) -> Non
     """With two processes a sum has only one order. DDP rearranges its messages after its first step."""
     found = run_jobs(tmp_path, 4, "resume", "ddp")
     assert found("resume", "ddp") == [{"adamw": True, "muon": True}] * 4
+
+
+def test_muon_is_that_of_one_process(jobs: Callable[[str, str], list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Processes divide the matrices among themselves, whether each has all of a matrix or some of its rows."""
+    expected = muon_steps(lambda x: x)
+    for found in (jobs, run_jobs(tmp_path, 4, "muon")):
+        for rank in (rank for kind in ENGINES for rank in found("muon", kind)):
+            for got, want in zip(rank["tensors"], expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

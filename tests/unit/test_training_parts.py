@@ -6,13 +6,19 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.svd_parts import svd_model
 from tests.unit.test_models_titans_dit import network as titans
@@ -21,11 +27,12 @@ from titans_video.config.options import TrainOptions
 from titans_video.models import lora
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.processes import STOP_SIGNALS
+from titans_video.training import optim
 from titans_video.training.guards import Interrupt
 from titans_video.training.metrics import MetricsLog
 from titans_video.training.optim import (
+    BatchedMuon,
     Ema,
-    Float32Muon,
     MuonWithAdamW,
     build_optimizer,
     decayed_weights,
@@ -44,11 +51,11 @@ def fill_gradients(network: nn.Module, seed: int) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_float32_muon_equals_torchs_muon_up_to_its_bfloat16(shape: tuple[int, int], nesterov: bool) -> None:
+def test_muon_equals_torchs_up_to_its_bfloat16(shape: tuple[int, int], nesterov: bool) -> None:
     torch.manual_seed(0)
     ours, theirs = ([nn.Parameter(torch.ones(shape) * i) for i in range(3)] for _ in range(2))
     arguments: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
-    a, b = Float32Muon(ours, **arguments), torch.optim.Muon(theirs, **arguments)
+    a, b = BatchedMuon(ours, **arguments), torch.optim.Muon(theirs, **arguments)
     for _ in range(4):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn(shape)
@@ -69,6 +76,61 @@ def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values(shape: tu
     assert values.min() > 0.3
     assert values.max() < 1.3
     assert (in_the_basis - torch.diag_embed(values)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_orthogonalise_in_bfloat16_is_torchs_iteration(shape: tuple[int, int]) -> None:
+    """As GPUs compute it. Only the order of sums may differ."""
+    x = torch.randn(3, *shape)
+    coefficients = optim.NEWTON_SCHULZ
+    theirs = torch.stack([_zeropower_via_newtonschulz(one, coefficients, 5, 1e-7) for one in x])
+    ours = orthogonalise(x.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+
+
+def test_orthogonalise_divides_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 6, 4)
+    whole = orthogonalise(x)
+    monkeypatch.setattr(optim, "BATCH_VALUES", 50)
+    torch.testing.assert_close(orthogonalise(x), whole, rtol=1e-6, atol=1e-6)
+
+
+class Collectives(TorchDispatchMode):
+    """Record the names of torch's collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def rank_7_of_8() -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=7, world_size=8)
+    yield init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("sharded", "messages"), [(False, 1), (True, 2)])
+def test_muon_sends_at_most_two_messages_for_each_shape(sharded: bool, messages: int, rank_7_of_8: DeviceMesh) -> None:
+    shapes = [(24, 16)] * 11 + [(8, 8)] * 3 + [(64, 12)]
+    parameters = []
+    for shape in shapes:
+        p, grad = torch.randn(shape), torch.randn(shape)
+        if sharded:
+            p, grad = (distribute_tensor(x, rank_7_of_8, [Shard(0)], src_data_rank=None) for x in (p, grad))
+        parameters.append(nn.Parameter(p))
+        parameters[-1].grad = grad
+    optimizer = BatchedMuon(parameters, lr=0.1)
+    for _ in range(2):
+        with Collectives() as collectives:
+            optimizer.step()
+        assert len(collectives.names) == messages * len(set(shapes)), collectives.names
 
 
 def test_muon_gets_the_hidden_matrices_alone() -> None:

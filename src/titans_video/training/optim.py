@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Muon, Optimizer
 
 from titans_video.config.options import TrainOptions
-from titans_video.training.sharded_state import full_of, piece_of, placed_like, reshard
+from titans_video.training.sharded_state import piece_of, placed_like, reshard
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch's default
+BATCH_VALUES = 2**27  # most values that are orthogonalised at once: 256 MiB in bfloat16, several times
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
@@ -61,7 +64,7 @@ class MuonWithAdamW(Optimizer):
     """Muon for some groups and AdamW for the others, as one optimizer with one state for scaling and checkpoints."""
 
     def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        self.muon = Float32Muon(muon)
+        self.muon = BatchedMuon(muon)
         self.adamw = AdamW(adamw, betas=betas, fused=True) if adamw else None
         inner = self.muon.param_groups + (self.adamw.param_groups if self.adamw else [])
         super().__init__([{**g, "muon": i < len(muon)} for i, g in enumerate(inner)], {})
@@ -88,24 +91,21 @@ class MuonWithAdamW(Optimizer):
             self.adamw.step()
 
 
-class Float32Muon(Muon):
-    """torch's Muon, but on CPUs it orthogonalises in float32, for all matrices of a shape together.
+class BatchedMuon(Muon):
+    """torch's Muon for all matrices of a shape together, which are dealt out over the processes of the run.
 
-    torch iterates in bfloat16. On CPUs without bfloat16 units that is about twenty times slower, and its rounding would
-    make a run depend on the number of processes.
+    GPUs orthogonalise in bfloat16, as torch does. CPUs do so in float32. Without bfloat16 units that is about twenty
+    times faster, and the result does not depend on the number of processes beyond rounding.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
-            super().step(closure)
-            return
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            alike: dict[tuple[torch.Size, bool], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
+                    alike.setdefault((p.shape, isinstance(p, DTensor)), []).append(p)
+            for params in alike.values():
                 self._step_shape(params, group)
 
     def _step_shape(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -117,21 +117,71 @@ class Float32Muon(Muon):
         buffers = [piece_of(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        full = [full_of(u, p) for u, p in zip(updates, params, strict=True)]
-        directions = orthogonalise(torch.stack(full), group["ns_steps"]).unbind()  # each (A, B)
-        pieces = [piece_of(placed_like(d, p)) for d, p in zip(directions, params, strict=True)]
+        dtype = torch.float32 if params[0].device.type == "cpu" else torch.bfloat16
+        pieces = _orthogonal_pieces(torch.stack(updates).to(dtype), params[0], group["ns_steps"])
         rows, columns = params[0].shape
         targets = [piece_of(p) for p in params]
         torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(targets, pieces, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        torch._foreach_add_(targets, pieces.unbind(), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+def _orthogonal_pieces(pieces: Tensor, like: Tensor, steps: int) -> Tensor:
+    """Orthogonalise N matrices, each process some of them; (N, a, B), this process's rows of matrices as `like`."""
+    if isinstance(like, DTensor):
+        (axis,) = (i for i, placement in enumerate(like.placements) if placement.is_shard(0))
+        return _exchange_rows(pieces, like.shape[0], like.device_mesh.get_group(axis), steps)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalise(pieces, steps)
+    count, (begin, end) = len(pieces), _share(len(pieces), dist.get_rank(), world)
+    own = pieces.new_zeros(-(-count // world), *pieces.shape[1:])  # all messages have one size
+    own[: end - begin] = orthogonalise(pieces[begin:end], steps)
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(gathered, own)
+    ends = (_share(count, rank, world) for rank in range(world))
+    return torch.cat([part[: end - begin] for part, (begin, end) in zip(gathered, ends, strict=True)])
+
+
+def _exchange_rows(pieces: Tensor, rows: int, group: dist.ProcessGroup, steps: int) -> Tensor:
+    """Send the rows (N, a, B) of N sharded matrices to the process that has each, and receive its result's rows."""
+    world, rank, (count, _, columns) = group.size(), group.rank(), pieces.shape
+    heights = [end - begin for begin, end in (_shard(rows, r, world) for r in range(world))]
+    shares = [end - begin for begin, end in (_share(count, r, world) for r in range(world))]
+    sent = [share * heights[rank] * columns for share in shares]
+    received = [shares[rank] * height * columns for height in heights]
+    arrived, result = pieces.new_empty(sum(received)), torch.empty_like(pieces)
+    dist.all_to_all_single(arrived, pieces.flatten(), received, sent, group)
+    parts = arrived.split(received)
+    own = torch.cat([x.view(shares[rank], height, columns) for x, height in zip(parts, heights, strict=True)], dim=1)
+    done = orthogonalise(own, steps).split(heights, dim=1)
+    dist.all_to_all_single(result.view(-1), torch.cat([x.flatten() for x in done]), sent, received, group)
+    return result
+
+
+def _share(count: int, rank: int, world: int) -> tuple[int, int]:
+    """Return the first of `count` matrices that a process takes, and the end: as evenly as possible."""
+    return rank * count // world, (rank + 1) * count // world
+
+
+def _shard(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """Return the first row that a process has, and the end, as torch's `Shard(0)`: all but the last are equal."""
+    size = -(-rows // world)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Approximate the nearest orthogonal matrices of (N, A, B) float32 by a quintic Newton-Schulz iteration.
+    """Approximate the nearest orthogonal matrices of (N, A, B) by a quintic Newton-Schulz iteration, in x's dtype.
 
-    The singular values of the result are between about 0.7 and 1.2.
+    The singular values of the result are between about 0.7 and 1.2. Large batches are divided, to bound the memory.
     Source: Jordan et al. 2024 (Muon); torch.optim.Muon.
     """
+    most = max(BATCH_VALUES // max(x[:1].numel(), 1), 1)
+    if len(x) <= most:
+        return _newton_schulz(x, steps)
+    return torch.cat([_newton_schulz(part, steps) for part in x.split(most)])
+
+
+def _newton_schulz(x: Tensor, steps: int) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     if tall:

@@ -75,14 +75,6 @@ def piece_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_of(piece: Tensor, like: Tensor) -> Tensor:
-    """Return the full tensor of which every process has a piece, sharded like `like`; called on every process."""
-    if not isinstance(like, DTensor):
-        return piece
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=shape, stride=stride).full_tensor()
-
-
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a copy of a full tensor on the parameter's device, sharded like it if the shapes are equal."""
     if isinstance(value, DTensor):
