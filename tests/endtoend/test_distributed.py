@@ -1,5 +1,6 @@
 """Two processes on a CPU, replicated (DDP) and sharded (FSDP2), against one process and against plain autograd."""
 
+import math
 import os
 import re
 import shutil
@@ -405,7 +406,9 @@ def test_every_configuration_file_is_one_that_accelerate_reads() -> None:
     for path in sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml")):
         read = load_config_from_file(str(path))
         assert read.num_processes >= 1
-        assert (str(read.distributed_type).endswith("FSDP")) == ("fsdp2" in path.name)
+        assert str(read.distributed_type).endswith("FSDP") == any(name in path.name for name in ("fsdp2", "hsdp"))
+        sizes = [size for name, size in (read.parallelism_config or {}).items() if name.endswith("_size")]
+        assert not sizes or math.prod(sizes) == read.num_processes
 
 
 def test_an_fsdp_yaml_of_the_users_own(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The launcher's requests for parallelism: every one that would not happen stops the run."""
 
 import itertools
+import math
 
 import pytest
 
@@ -25,19 +26,20 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(monkeypatch, {}, 4) is None
     assert ask(monkeypatch, sizes(dp_shard=1, tp=1, sp=1), 4) is None
     assert ask(monkeypatch, {**USE, **FSDP2, **sizes(dp_shard=4)}, 4) == Parallelism(4)
+    assert ask(monkeypatch, {**USE, **FSDP2, **sizes(dp_shard=4, dp_replicate=2)}, 8) == Parallelism(4, 2)
 
 
 def test_every_unsupported_size_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No combination of sizes other than plain FSDP2 gets through."""
+    """No combination of sizes other than those of FSDP2 and HSDP gets through."""
     names = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    allowed = {(1, 1, 1, 1, 1): Parallelism(1), (1, 2, 1, 1, 1): Parallelism(2), (2, 2, 1, 1, 1): Parallelism(2, 2)}
     for values in itertools.product((1, 2), repeat=len(names)):
-        asked = dict(zip(names, values, strict=True))
-        environment = {**USE, **FSDP2, **sizes(**asked)}
-        if asked == {"dp_replicate": 1, "dp_shard": 2, "tp": 1, "cp": 1, "sp": 1}:
-            assert ask(monkeypatch, environment, 2) == Parallelism(2)
+        environment = {**USE, **FSDP2, **sizes(**dict(zip(names, values, strict=True)))}
+        if values in allowed:
+            assert ask(monkeypatch, environment, math.prod(values)) == allowed[values]
             continue
         with pytest.raises(ConfigError):
-            ask(monkeypatch, environment, 2)
+            ask(monkeypatch, environment, math.prod(values))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_every_unsupported_size_is_rejected(monkeypatch: pytest.MonkeyPatch) -> 
         ({**USE, **FSDP2, **sizes(tp=2)}, r"tensor parallelism \(parallelism_config_tp_size: 2\)"),
         ({**USE, **FSDP2, **sizes(sp=4)}, "DeepSpeed's sequence parallelism"),
         ({**USE, **FSDP2, **sizes(dp_shard=2)}, "multiply to 2, but 4 processes are running"),
+        ({**USE, **FSDP2, **sizes(dp_replicate=4)}, "4 copies of the weights that are not sharded"),
         ({**USE, **sizes(dp_shard=4)}, "a parallelism_config without FSDP2"),
         ({**FSDP2, **sizes(tp=2)}, "ignores it without ACCELERATE_USE_PARALLELISM_CONFIG=true"),
         ({**USE, **FSDP2, **sizes(dp_shard="none")}, "PARALLELISM_CONFIG_DP_SHARD_SIZE=none must be an integer"),

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ from torch.optim import Optimizer
 
 from titans_video.config.options import TrainOptions
 from titans_video.errors import ConfigError, PeerError, UserError, first_line
-from titans_video.training.parallelism import Parallelism, fsdp_requested, refuse_other_engines
+from titans_video.training.parallelism import (
+    FSDP2_FILE,
+    Parallelism,
+    fsdp_requested,
+    refuse_other_engines,
+)
 from titans_video.types import ProcessGroup, T
 
 logger = logging.getLogger(__name__)
@@ -100,8 +105,7 @@ def start(options: TrainOptions) -> Accelerator:
     """
     refuse_other_engines()
     refuse_lost_processes(options)
-    # These sizes of 1 keep Accelerate from reading the variables itself: FSDP2 alone shards over all processes.
-    sizes = Parallelism.requested(world_size()) and ParallelismConfig(1, 1, 1, cp_size=1, sp_size=1)
+    groups = Parallelism.requested(world_size())
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -114,6 +118,8 @@ def start(options: TrainOptions) -> Accelerator:
     # Gradients as views of the reduced buckets save a copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     plugin = _fsdp_plugin(options) if fsdp_requested() else None
+    # On a CPU Accelerate rejects groups before it knows of FSDP, and without sizes it would read the variables itself.
+    sizes = groups and (Parallelism(1) if cpu else groups).for_accelerate()
     try:
         made = Accelerator(
             cpu=cpu,
@@ -127,8 +133,8 @@ def start(options: TrainOptions) -> Accelerator:
             f"--mixed-precision {options.mixed_precision} does not work on this machine: {e} Use bf16 or no."
         ) from None
     if plugin and made.num_processes > 1 and made.device.type == "cpu":
-        _shard_on_cpu(made, plugin)
-    _refuse_silent_changes(made)
+        _shard_on_cpu(plugin, groups)
+    _refuse_silent_changes(made, groups)
     return made
 
 
@@ -171,16 +177,20 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) 
     return model, wrapped
 
 
-def _shard_on_cpu(made: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def _shard_on_cpu(plugin: FullyShardedDataParallelPlugin, groups: Parallelism | None) -> None:
     """Let Accelerate's FSDP2 code run over gloo: it stores the plugin only on GPUs, and else silently uses DDP.
     `_refuse_silent_changes` fails if a later version ignores this state.
     """
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if groups:
+        sizes = groups.for_accelerate()
+        AcceleratorState._shared_state["parallelism_config"] = sizes
+        AcceleratorState._shared_state["device_mesh"] = sizes.get_device_mesh("cpu")
 
 
-def _refuse_silent_changes(made: Accelerator) -> None:
+def _refuse_silent_changes(made: Accelerator, groups: Parallelism | None) -> None:
     world = world_size()
     if made.num_processes != world:
         raise ConfigError(
@@ -193,6 +203,12 @@ def _refuse_silent_changes(made: Accelerator) -> None:
             f"FSDP was requested, but {backend_name(made)} would run: there is nothing to shard among "
             f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}. Start more "
             f"processes, or use a configuration without FSDP (a run can be resumed with or without it)."
+        )
+    mesh = made.torch_device_mesh if groups else None
+    if groups and (mesh is None or mesh.size() != world or mesh.ndim != (2 if groups.replicate > 1 else 1)):
+        raise ConfigError(
+            f"{groups} was requested, but Accelerate made the mesh {mesh}. Use the tested version of accelerate, or "
+            f"remove the parallelism_config ({FSDP2_FILE})."
         )
     if made.mixed_precision == "fp16" and made.device.type == "cpu":
         raise ConfigError(
@@ -301,12 +317,12 @@ def finish(accelerator: Accelerator) -> None:
 
 
 def backend_name(accelerator: Accelerator) -> str:
-    """Return how the processes of a run share the work: DDP, FSDP2, ..."""
+    """Return how the processes of a run share the work: DDP, FSDP2, HSDP 2x2, ..."""
     kind = accelerator.distributed_type
     if kind == DistributedType.NO:
         return "one process"
     if kind == DistributedType.FSDP:
-        return "FSDP2"
+        return str(Parallelism.requested(accelerator.num_processes) or "FSDP2")
     return "DDP" if kind.value.startswith("MULTI_") else str(kind.value)
 
 

@@ -8,6 +8,8 @@ train on different rows.
 import os
 from dataclasses import dataclass
 
+from accelerate import ParallelismConfig
+
 from titans_video.errors import ConfigError
 
 USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
@@ -17,7 +19,6 @@ UNSUPPORTED = {
     "TP": "tensor parallelism",
     "SP": "DeepSpeed's sequence parallelism",
     "CP": "context parallelism",
-    "DP_REPLICATE": "several copies of sharded weights (HSDP)",
 }
 
 
@@ -25,10 +26,12 @@ UNSUPPORTED = {
 class Parallelism:
     """Sizes of the groups of processes; their product is the number of processes.
 
-    `shard` processes have one copy of the weights together (FSDP2).
+    `shard` processes have one copy of the weights together (FSDP2). With several copies (`replicate`), gradients are
+    averaged over the copies too (HSDP).
     """
 
     shard: int
+    replicate: int = 1
 
     @classmethod
     def requested(cls, world: int) -> "Parallelism | None":
@@ -36,7 +39,7 @@ class Parallelism:
 
         Raises ConfigError for a mode that is not supported, or sizes that do not fit the `world` processes.
         """
-        sizes = {name: _size(name) for name in ("DP_SHARD", *UNSUPPORTED)}
+        sizes = {name: _size(name) for name in ("DP_SHARD", "DP_REPLICATE", *UNSUPPORTED)}
         larger = [SIZE.format(name) for name, size in sizes.items() if size > 1]
         if not _is_set(USE):
             if larger:
@@ -56,13 +59,33 @@ class Parallelism:
                 f"The Accelerate configuration has a parallelism_config without FSDP2. Use {FSDP2_FILE}, or remove "
                 "the parallelism_config."
             )
-        if sizes["DP_SHARD"] != world:
+        found = cls(sizes["DP_SHARD"], sizes["DP_REPLICATE"])
+        found.check(world)
+        return found
+
+    def check(self, world: int) -> None:
+        """Raise ConfigError if the sizes do not fit the number of processes, or would shard nothing."""
+        if self.replicate * self.shard != world:
             raise ConfigError(
-                f"The sizes in the Accelerate configuration's parallelism_config multiply to {sizes['DP_SHARD']}, but "
-                f"{world} {'process is' if world == 1 else 'processes are'} running. Change "
-                "parallelism_config_dp_shard_size or --num_processes."
+                "The sizes in the Accelerate configuration's parallelism_config multiply to "
+                f"{self.replicate * self.shard}, but {world} {'process is' if world == 1 else 'processes are'} "
+                "running. Change parallelism_config_dp_replicate_size, parallelism_config_dp_shard_size or "
+                "--num_processes."
             )
-        return cls(sizes["DP_SHARD"])
+        if self.replicate > 1 and self.shard == 1:
+            raise ConfigError(
+                f"The Accelerate configuration asks for {self.replicate} copies of the weights that are not sharded "
+                "(parallelism_config_dp_shard_size: 1). Use configs/accelerate/ddp.yaml, or raise the shard size."
+            )
+
+    def for_accelerate(self) -> ParallelismConfig:
+        """Return the sizes from which Accelerate builds the mesh of FSDP2."""
+        return ParallelismConfig(
+            self.replicate, self.shard, tp_size=1, cp_size=1, cp_backend="torch", sp_size=1, sp_backend="deepspeed"
+        )
+
+    def __str__(self) -> str:
+        return f"HSDP {self.replicate}x{self.shard}" if self.replicate > 1 else "FSDP2"
 
 
 def fsdp_requested() -> bool:

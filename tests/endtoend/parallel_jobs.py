@@ -1,0 +1,200 @@
+"""The processes of test_parallelism.py: `torchrun parallel_jobs.py FOLDER ENGINE ...`.
+
+Each engine in turn resumes the runs that the one before has left, of every kind of recipe, and trains one more step.
+Everything is computed in float64, so that an error of a millionth would show.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.endtoend.distributed_jobs import (
+    FSDP,
+    SHAPES,
+    Stream,
+    make_batch,
+    make_recipe,
+    no_sampler,
+    options,
+    start,
+    whole,
+)
+from titans_video.config.options import MemoryOptions
+from titans_video.models import lora
+from titans_video.models.sora_dit import SoraDiT
+from titans_video.models.titans_dit import TitansVideoDiT
+from titans_video.pretrained.base import open_model_spec
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
+from titans_video.recipes.lora import LoraFiles, LoraRecipe
+from titans_video.recipes.titans import SegmentPlan, TitansRecipe
+from titans_video.seeding import derive_seed, seeded_randn
+from titans_video.training import distributed
+from titans_video.training import resume as resume_module
+from titans_video.training.trainer import Trainer
+from titans_video.types import Batch, TextCondition
+
+ROWS = 4
+"""Rows of an optimizer step."""
+SIZE = {"patch_size": (1, 4, 4), "model_dim": 32, "depth": 2, "heads": 2, "text_layers": 1}
+SIZES = "PARALLELISM_CONFIG_{}_SIZE"
+GROUPS = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+ENGINES: dict[str, Callable[[int], dict[str, str]]] = {
+    "one": lambda world: {},
+    "fsdp2": lambda world: FSDP,
+    "hsdp": lambda world: {**GROUPS, SIZES.format("DP_REPLICATE"): "2", SIZES.format("DP_SHARD"): str(world // 2)},
+}
+
+
+def perturb(network: nn.Module) -> nn.Module:
+    """Move every trained weight off its initial value: no layer is zero, so gradients reach all."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    return network.double()
+
+
+def sora(folder: Path, attention: Any) -> DiffusionRecipe[Any]:
+    torch.manual_seed(0)
+    network = SoraDiT(in_channels=3, attention_type=attention, gated_skip=True, sine_positions=True, **SIZE)
+    return replace(make_recipe(), network=perturb(network))
+
+
+def titans(folder: Path) -> DiffusionRecipe[Any]:
+    torch.manual_seed(0)
+    memory = MemoryOptions(memory="neural", mem_tokens=3, overlap_drop=0.5, bptt_segments=2)
+    network = TitansVideoDiT(
+        in_channels=3, memory="neural", mem_tokens=3, memory_layers=(0, 1), persistent_tokens=2, **SIZE
+    )
+    like = make_recipe()
+    shared = {name: getattr(like, name) for name in ("codec", "text", "process", "config", "device", "count_flops")}
+    return TitansRecipe(
+        **shared,
+        network=perturb(network),
+        geometry=ClipGeometry(like.codec.spec, SIZE["patch_size"]),
+        make_sampler=no_sampler,
+        segments=SegmentPlan(2, 1, 4, 8),
+        memory=memory,
+        state_shape=(3, SIZE["model_dim"]),
+    )
+
+
+def cogvideox(folder: Path) -> DiffusionRecipe[Any]:
+    """Return a LoRA on the pipeline in `folder`, with rotary positions."""
+    spec, adapter = open_model_spec(folder / "pipeline"), lora.LoraConfig(3, 6.0)
+    network = spec.load_network(torch.float32)
+    lora.inject(network, adapter)
+    codec = spec.codec("fp32", "cpu", load=False)
+    return LoraRecipe(
+        network=perturb(network),
+        codec=codec,
+        text=spec.text("fp32", "cpu"),
+        process=spec.process(),
+        config={"recipe": "cogvideox-lora", "model": {"patch_size": list(spec.patch_size)}},
+        device=torch.device("cpu"),
+        geometry=ClipGeometry(codec.spec, spec.patch_size, cond_frames_have_loss=True),
+        count_flops=lambda latent_shape, text_lengths: 0,
+        make_sampler=no_sampler,
+        adapter=LoraFiles(spec, adapter, {}, "none"),
+        spec=spec,
+        dtype=torch.float64,
+    )
+
+
+RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
+    "st": lambda folder: sora(folder, "st"),
+    "full": lambda folder: sora(folder, "full"),
+    "titans": titans,
+    "lora": cogvideox,
+}
+
+
+def encoded_batch(rows: range) -> Batch:
+    """Return rows of latents and text for the pipeline."""
+    seeds = [derive_seed(0, "row", i) for i in rows]
+    text = seeded_randn((12, 16), [derive_seed(seed, "text") for seed in seeds])
+    return replace(
+        make_batch(rows, (9, 32, 32)),
+        moments=seeded_randn((8, 3, 4, 4), seeds),
+        text=TextCondition((text,), (torch.ones(text.shape[:2], dtype=torch.bool),)),
+    )
+
+
+class OneBucket(Stream):
+    """All rows of an optimizer step have one shape, as buckets have; the next step has another."""
+
+    def __init__(self, rank: int, world: int, encoded: bool) -> None:
+        super().__init__(ROWS // world, False, rank, world, accum=1)
+        self.encoded = encoded
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            place = self.position * self.world + self.rank
+            shape = SHAPES[self.position % len(SHAPES)]
+            self.position += 1
+            yield self._rows(range(place * self.size, (place + 1) * self.size), shape)
+
+    def largest(self) -> Batch:
+        return self._rows(range(self.size), SHAPES[1])
+
+    def _rows(self, rows: range, shape: tuple[int, int, int]) -> Batch:
+        return encoded_batch(rows) if self.encoded else make_batch(rows, shape)
+
+
+def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
+    """Resume a run, train it up to step `steps`, and return the gradients of each step, whole."""
+    given = options(folder / name, max_steps=steps, resume="auto", grad_accum=1, ema_decay=0.0, lr=1e-2)
+    accelerator = start(given)
+    found, _ = distributed.run_on_main(accelerator, lambda: resume_module.find_resume(given))
+    recipe = RECIPES[name](folder)
+    stream = OneBucket(accelerator.process_index, accelerator.num_processes, recipe.adapter is not None)
+    trainer = Trainer(recipe, stream, given, accelerator, resume_module.open_resume(found, given))
+    gradients: list[dict[str, Tensor]] = []
+    clip = accelerator.clip_grad_norm_
+
+    def spy(parameters: Any, most: float) -> Any:
+        named = trainer.network.named_parameters()
+        gradients.append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+        return clip(parameters, most)
+
+    accelerator.clip_grad_norm_ = spy
+    trainer.run()
+    return gradients
+
+
+def use(engine: str, world: int) -> None:
+    """Set the environment as a launcher does."""
+    for name in [name for name in os.environ if name in GROUPS or name.startswith("PARALLELISM_CONFIG")]:
+        del os.environ[name]
+    os.environ.update(ENGINES[engine](world))
+
+
+def in_float64() -> None:
+    """Compute in float64 what the package computes in float32 whatever the dtype of its inputs."""
+    torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # type: ignore[assignment]
+
+
+def main(folder: Path, engines: list[str]) -> None:
+    torch.set_num_threads(1)
+    in_float64()
+    dist.init_process_group("gloo")
+    for turn, engine in enumerate(engines, start=2):
+        use(engine, dist.get_world_size())
+        found = {name: train(folder, name, turn) for name in RECIPES}
+        if dist.get_rank() == 0:
+            torch.save(found, folder / f"{turn}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
