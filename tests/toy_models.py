@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec, IdentityCodec
 from titans_video.config.options import TextOptions
-from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
+from titans_video.diffusion.base import NoisySample, Prepared
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler, guided
 from titans_video.errors import ConfigError
@@ -202,7 +202,7 @@ class ToySpec(ModelSpec):
         shape = call.noise.shape
 
         def predict(x: Tensor, time: float, condition: Condition) -> Tensor:
-            prepared = self.prepare(x, condition.text, first.expand(len(x), -1, -1, -1, -1), process, [0] * len(x))
+            prepared = self.prepare(x, condition.text, first.expand(len(x), -1, -1, -1, -1), x.new_zeros(len(x)))
             prepared = prepared.at(time)
             noisy = process.add_noise(prepared.latents, torch.zeros_like(prepared.latents), prepared.timesteps)
             state = NoisySample(prepared.latents, noisy.timesteps, noisy.target, noisy.weight, noisy_others(prepared))
@@ -264,14 +264,13 @@ class Frames(ToySpec):
     blocks, time_axis = ("blocks",), 2
 
     def prepare(
-        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, process: NoiseProcess,
-        seeds: Sequence[int],
-    ) -> Prepared:  # fmt: skip
+        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, timesteps: Tensor
+    ) -> Prepared:
         assert first_frame is not None
         b, c, t, h, w = latents.shape
         clean = torch.arange(t, device=latents.device).expand(b, t) == 0
         given = torch.cat([first_frame, first_frame.new_zeros(b, c, t - 1, h, w)], dim=2)
-        timesteps = process.sample_timesteps(seeds, t * h * w)[:, None].expand(b, t).to(latents.device)
+        timesteps = timesteps[:, None].expand(b, t)
         cells = clean[:, None, :, None, None]
         condition = Condition(text=text, cond_latents=given, cond_mask=clean[:, None])
         return Prepared(
@@ -308,19 +307,17 @@ class Duet(ToySpec):
         return ToyExperts(*parts)
 
     def prepare(
-        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, process: NoiseProcess,
-        seeds: Sequence[int],
-    ) -> Prepared:  # fmt: skip
+        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, timesteps: Tensor
+    ) -> Prepared:
         assert first_frame is not None
         b, _, t, h, w = latents.shape
         tokens = torch.cat([first_frame, latents[:, :, 1:]], dim=2).flatten(2).mT  # (B, N, C)
         clean = (torch.arange(t * h * w, device=latents.device) < h * w).expand(b, -1)
-        times = process.sample_timesteps(seeds, t * h * w).to(latents.device)
         sound = latents.mean(dim=(3, 4)).mT[..., :AUDIO]  # (B, t, A): a made-up sound of the picture
-        audio = Prepared(sound, times[:, None].expand(b, t), Condition(), t)
+        audio = Prepared(sound, timesteps[:, None].expand(b, t), Condition(), t)
         return Prepared(
             tokens,
-            times[:, None].expand(b, t * h * w).masked_fill(clean, 0.0),
+            timesteps[:, None].expand(b, t * h * w).masked_fill(clean, 0.0),
             Condition(text=text),
             t * h * w,
             clean,
@@ -354,7 +351,8 @@ def example(
     """Random inputs of `predict`, through the spec's own `prepare`."""
     g = generator(seed, "toy example")
     latents = torch.randn(1, *latent_shape, generator=g)
-    prepared = spec.prepare(latents, spec.text("fp32", "cpu")(["a"]), latents[:, :, :1], spec.process(), [seed])
+    times = spec.process().sample_timesteps([seed], latents[0, 0].numel())
+    prepared = spec.prepare(latents, spec.text("fp32", "cpu")(["a"]), latents[:, :, :1], times)
     noisy = NoisySample(
         prepared.latents, prepared.timesteps, prepared.latents, latents.new_ones(()), noisy_others(prepared)
     )

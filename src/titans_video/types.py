@@ -5,8 +5,8 @@ one latent frame (the codec's temporal stride), L text tokens, E text or image w
 0 is clean and 1 is noise.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -187,6 +187,9 @@ class Prediction:
     memory: Any = None
 
 
+DEVICE_FIELDS = ("pixels", "images", "cond_pixels", "moments", "cond_moments", "motion")
+
+
 @dataclass
 class Batch:
     """The rows of one micro-batch on one rank; all are of one bucket.
@@ -194,11 +197,14 @@ class Batch:
     Attributes:
         seeds: per row, f(run seed, epoch, row id, occurrence). Everything random about a row (noise, time, caption
             dropout) is drawn from `seeding.derive_seed(seed, purpose)`.
+        drawn: by name, what a data worker drew from the seeds ahead of time (`recipes.base.Draws`). What is missing is
+            drawn when it is needed.
         tasks, num_cond_frames: t2v | i2v | v2v per row; (B,) int64, leading conditioning frames (t2v 0, i2v 1, v2v k).
-        fps: (B,) float32, frames per second of the clips as read.
-        pixels: (B, 3, T, H, W) float32 in [-1, 1]; None if the latents came from the cache.
-        cond_pixels: (B, 3, T, H, W), the conditioning frames (of the clip, or a row's own image), 0 elsewhere; None if
-            no row has any. With cached latents (B, 3, 1, H, W), if the cache stores images as pixels.
+        fps: (B,) float32, frames per second of the clips as read. Like `num_cond_frames` it stays on the CPU.
+        pixels: (B, 3, T, H, W) uint8 as read, or float32 in [-1, 1]; None if the latents came from the cache.
+        images: (K, 3, H, W) uint8, the first frames that the rows `image_rows` bring themselves.
+        cond_pixels: (B, 3, T, H, W) float32, the conditioning frames, 0 elsewhere; with cached latents T may be 1. None
+            if they follow from `pixels` and `images` (`data.batches.cond_pixels`).
         moments, cond_moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, instead of pixels.
         motion, text: (B,) cached motion buckets (`media.motion`); cached hidden states of the frozen encoders.
         step: the optimizer step of this batch, starting at 0.
@@ -214,15 +220,33 @@ class Batch:
     fps: Tensor
     num_cond_frames: Tensor
     pixels: Tensor | None = None
+    images: Tensor | None = None
+    image_rows: tuple[int, ...] = ()
     cond_pixels: Tensor | None = None
     moments: Tensor | None = None
     cond_moments: Tensor | None = None
     motion: Tensor | None = None
     text: TextCondition | None = None
+    drawn: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that a device needs; the numbers in `fps` and `num_cond_frames` stay on the CPU."""
+        fields = [x for x in (getattr(self, name) for name in DEVICE_FIELDS) if x is not None]
+        text = [] if self.text is None else [*self.text.streams, *self.text.masks]
+        return [*fields, *text, *self.drawn.values()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Batch":
+        """Return a copy with other tensors in the place of `self.tensors()`."""
+        left = iter(tensors)
+        changes: dict[str, Any] = {name: next(left) for name in DEVICE_FIELDS if getattr(self, name) is not None}
+        if self.text is not None:
+            streams = tuple(next(left) for _ in self.text.streams)
+            changes["text"] = TextCondition(streams, tuple(next(left) for _ in self.text.masks))
+        return replace(self, **changes, drawn={name: next(left) for name in self.drawn})
 
     def cond_frame_mask(self) -> Tensor:
         """Return (B, T) bool, True on conditioning frames."""

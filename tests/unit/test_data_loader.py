@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.unit.data_sets import FRAMES, PATCH, PLAIN, level, make_set, write_cl
 from tests.unit.disks import full_disk
 from titans_video.config.options import DataOptions
 from titans_video.data.bad_rows import BadRow, BadRows
+from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.loader import BatchReader, BatchStream
 from titans_video.errors import DataError
@@ -50,7 +52,7 @@ def rows(batches: list[Batch]) -> list[tuple[str, int]]:
 def same(a: Batch, b: Batch) -> bool:
     pairs = (
         (a.pixels, b.pixels),
-        (a.cond_pixels, b.cond_pixels),
+        (cond_pixels(a), cond_pixels(b)),
         (a.num_cond_frames, b.num_cond_frames),
         (a.fps, b.fps),
     )
@@ -62,9 +64,9 @@ def test_a_batch_contains_the_content_of_its_rows(manifest: Path) -> None:
     seen = {}
     for batch in take(opened(manifest).stream(), 10):
         assert batch.pixels is not None
-        assert batch.pixels.dtype == torch.float32
+        assert batch.pixels.dtype == torch.uint8
         assert batch.pixels.shape == (1, 3, FRAMES, batch.height, batch.width)
-        seen[batch.ids[0]] = batch
+        seen[batch.ids[0]] = replace(batch, pixels=scaled(batch.pixels), cond_pixels=cond_pixels(batch))
     assert set(seen) == {f"row{i}" for i in range(10)}
     assert {(seen[f"row{i}"].height, seen[f"row{i}"].width) for i in range(7, 10)} == {(16, 32)}
     for name, batch in seen.items():
@@ -81,6 +83,7 @@ def test_a_batch_contains_the_content_of_its_rows(manifest: Path) -> None:
     assert torch.equal(known[:, :, :1], own[:, :, :1])
     assert not known[:, :, 1:].any()
     assert float(seen["row2"].cond_pixels[:, :, 0].mean()) == pytest.approx(250 / 127.5 - 1, abs=0.01)
+    assert not seen["row2"].cond_pixels[:, :, 1:].any()
     assert torch.equal(seen["row4"].cond_pixels[:, :, :4], seen["row4"].pixels[:, :, :4])
 
 

@@ -116,15 +116,22 @@ class Codec(ABC):
         return moments
 
     def from_moments(
-        self, moments: Tensor, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
+        self,
+        moments: Tensor,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """Sample scaled latents; noise is from a CPU `generator`, or from one seed per sample; with neither, zero."""
+        """Sample scaled latents with (B, C, t, h, w) `noise`, or noise from one seed per sample or a CPU `generator`.
+
+        Without any of them the noise is zero.
+        """
         mean, logvar = moments.chunk(2, dim=1)
         if seeds is not None:
             noise = seeded_randn(mean.shape[1:], seeds)
         elif generator is not None:
             noise = torch.randn(mean.shape, generator=generator)
-        else:
+        if noise is None:
             return self.scale(mean)
         std = torch.exp(0.5 * logvar.clamp(NO_NOISE, MAX_LOGVAR)).masked_fill(logvar <= NO_NOISE, 0.0)
         return self.scale(mean + std * noise.to(mean))

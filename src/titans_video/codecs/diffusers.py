@@ -223,6 +223,7 @@ class DiffusersCodec(Codec):
     def to(self, device: torch.device | str) -> Self:
         if self._vae is not None:
             self._vae.to(torch.device(device))
+        self.shift, self.factor = self.shift.to(device), self.factor.to(device)  # not at each use
         return super().to(device)
 
     def scale(self, unscaled: Tensor) -> Tensor:

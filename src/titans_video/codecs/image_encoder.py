@@ -75,6 +75,7 @@ class ImageEncoder:
     def to(self, device: torch.device | str) -> Self:
         """Move to `device`, in place."""
         self.device = torch.device(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         if self._model is not None:
             self._model.to(self.device)
         return self

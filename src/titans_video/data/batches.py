@@ -1,10 +1,10 @@
-"""From the rows that were read to one batch.
+"""From the rows that were read to one batch, and from its bytes to floats.
 
-Legend: B rows of this rank, T frames, H W pixel height and width.
+Legend: B rows of this rank, K rows with an image of their own, T frames, H W pixel height and width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,30 +18,19 @@ from titans_video.types import Batch
 
 @dataclass
 class HostBatch:
-    """A batch on the host as a worker process sends it: pixels are bytes, a quarter of their size as floats.
+    """A batch as a worker process sends it.
 
     Attributes:
-        frames: (B, T, H, W, 3) uint8.
-        cond_images: by position in the batch, (H, W, 3) uint8 first frames that rows bring themselves.
-        moments, cond_moments: (B, 2C, t, h, w) from a cache, instead of frames.
-        motion: (B,) from a cache that stores it.
+        batch: without cached text; its pixels are bytes, a quarter of their size as floats. None if there is none.
         bad_rows: rows that turned out to be unreadable.
         error: why there is no batch; errors of worker processes are passed on as text.
         needs_repair: there is no batch because a file of the cache is damaged; the process with the encoders reads it.
-        step: the optimizer step of this batch.
     """
 
-    seeds: list[int]
-    samples: list[Sample]
-    frames: Tensor | None = None
-    cond_images: dict[int, Tensor] = field(default_factory=dict)
-    moments: Tensor | None = None
-    cond_moments: Tensor | None = None
-    motion: Tensor | None = None
+    batch: Batch | None = None
     bad_rows: tuple[BadRow, ...] = ()
     error: str | None = None
     needs_repair: bool = False
-    step: int = 0
 
 
 @dataclass
@@ -67,32 +56,13 @@ def read_sample(seed: int, sample: Sample, reader: RowReader, cache: EncodingCac
     return Example(seed, sample, reader.clip(sample), reader.cond_image(sample) if sample.own_image else None)
 
 
-def collate(read: Sequence[Example], bad_rows: Sequence[BadRow]) -> HostBatch:
-    """Stack rows into a batch."""
-    host_batch = HostBatch([r.seed for r in read], [r.sample for r in read], bad_rows=tuple(bad_rows))
-    frames = [r.frames for r in read if r.frames is not None]
-    moments = [r.moments for r in read if r.moments is not None]
-    host_batch.cond_images = {i: torch.from_numpy(r.cond_image) for i, r in enumerate(read) if r.cond_image is not None}
-    motion = [r.motion for r in read if r.motion is not None]
-    if motion:
-        host_batch.motion = torch.stack(motion)
-    if frames:
-        host_batch.frames = torch.from_numpy(np.stack(frames))
-    if moments:
-        host_batch.moments = torch.stack(moments)
-        if any(r.cond_moments is not None for r in read):
-            blank = torch.zeros_like(moments[0])
-            host_batch.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
-    return host_batch
-
-
-def to_batch(host_batch: HostBatch, cache: EncodingCache | None) -> Batch:
-    """Convert bytes to floats in [-1, 1], and fill in the fields that follow from the samples."""
-    samples = host_batch.samples
+def collate(read: Sequence[Example], step: int = 0) -> Batch:
+    """Stack rows into the batch of an optimizer step; text is not read."""
+    samples = [r.sample for r in read]
     bucket = samples[0].plan.bucket
     batch = Batch(
         ids=[s.record.row.id for s in samples],
-        seeds=host_batch.seeds,
+        seeds=[r.seed for r in read],
         captions=[s.record.row.caption for s in samples],
         tasks=[s.task for s in samples],
         frames=bucket.frames,
@@ -100,40 +70,63 @@ def to_batch(host_batch: HostBatch, cache: EncodingCache | None) -> Batch:
         width=bucket.width,
         fps=torch.tensor([s.plan.fps for s in samples], dtype=torch.float32),
         num_cond_frames=torch.tensor([s.num_cond_frames for s in samples], dtype=torch.int64),
-        moments=host_batch.moments,
-        cond_moments=host_batch.cond_moments,
-        motion=host_batch.motion,
-        step=host_batch.step,
+        step=step,
     )
-    if host_batch.frames is not None:
-        batch.pixels = to_floats(host_batch.frames)
-        batch.cond_pixels = _cond_pixels(batch, host_batch.cond_images)
-    elif host_batch.cond_images:
-        batch.cond_pixels = torch.zeros(len(batch), 3, 1, bucket.height, bucket.width)
-        _set_first_frames(batch.cond_pixels, host_batch.cond_images)
-    if cache is not None and cache.has_text:
-        batch.text = cache.text(batch.captions)
+    frames = [r.frames for r in read if r.frames is not None]
+    moments = [r.moments for r in read if r.moments is not None]
+    images = {i: r.cond_image for i, r in enumerate(read) if r.cond_image is not None}
+    motion = [r.motion for r in read if r.motion is not None]
+    if images:
+        batch.image_rows = tuple(images)
+        batch.images = _channels_first(torch.from_numpy(np.stack(list(images.values()))))
+    if motion:
+        batch.motion = torch.stack(motion)
+    if frames:
+        batch.pixels = _channels_first(torch.from_numpy(np.stack(frames)))
+    if moments:
+        batch.moments = torch.stack(moments)
+        if any(r.cond_moments is not None for r in read):
+            blank = torch.zeros_like(moments[0])
+            batch.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
     return batch
+
+
+def with_text(batch: Batch, cache: EncodingCache | None) -> Batch:
+    """Add the text that a cache has; raise PromptError if it cannot be read."""
+    return replace(batch, text=cache.text(batch.captions)) if cache is not None and cache.has_text else batch
 
 
 def to_floats(frames: Tensor) -> Tensor:
     """Convert (B, T, H, W, 3) uint8 to (B, 3, T, H, W) float32 in [-1, 1]."""
-    moved = frames.permute(0, 4, 1, 2, 3).contiguous()  # faster in bytes than in floats
-    return moved.to(torch.float32).div_(127.5).sub_(1.0)
+    return scaled(_channels_first(frames))  # faster in this order, on bytes
 
 
-def _cond_pixels(batch: Batch, cond_images: dict[int, Tensor]) -> Tensor | None:
-    """Return the conditioning frames with the other frames 0; None if no row has any."""
+def scaled(pixels: Tensor) -> Tensor:
+    """Convert uint8 to float32 in [-1, 1] on the same device; floats are returned as they are."""
+    return pixels if pixels.is_floating_point() else pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def cond_pixels(batch: Batch) -> Tensor | None:
+    """Return the conditioning frames with the other frames 0, float32 on the device of the pixels; None if none.
+
+    It is (B, 3, T, H, W): frames of the clip, or a row's own image. If only images are known, T is 1.
+    """
+    if batch.cond_pixels is not None:
+        return batch.cond_pixels
     counts = batch.num_cond_frames.tolist()
-    if batch.pixels is None or not any(counts):
+    if batch.pixels is not None and any(counts):
+        cond = torch.zeros(batch.pixels.shape, device=batch.pixels.device)
+        for i, count in enumerate(counts):
+            cond[i, :, :count] = scaled(batch.pixels[i, :, :count])
+    elif batch.images is not None:
+        cond = torch.zeros(len(batch), 3, 1, batch.height, batch.width, device=batch.images.device)
+    else:
         return None
-    cond = torch.zeros_like(batch.pixels)
-    for i, count in enumerate(counts):
-        cond[i, :, :count] = batch.pixels[i, :, :count]
-    if cond_images:
-        _set_first_frames(cond, cond_images)
+    if batch.images is not None:
+        for i, image in zip(batch.image_rows, scaled(batch.images), strict=True):
+            cond[i, :, 0] = image
     return cond
 
 
-def _set_first_frames(cond: Tensor, cond_images: dict[int, Tensor]) -> None:
-    cond[list(cond_images), :, 0] = to_floats(torch.stack(list(cond_images.values()))[:, None])[:, :, 0]
+def _channels_first(frames: Tensor) -> Tensor:
+    return frames.movedim(-1, 1).contiguous()

@@ -18,7 +18,7 @@ from titans_video.data.batches import to_floats
 from titans_video.data.buckets import Bucket, BucketTable, grid
 from titans_video.data.cache import EncodingCache
 from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
-from titans_video.data.loader import BatchStream
+from titans_video.data.loader import BatchStream, Draw
 from titans_video.data.manifest import Row, read_manifest
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader
 from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
@@ -103,6 +103,7 @@ class VideoDataset:
         grad_accum: int = 1,
         cache: EncodingCache | None = None,
         folder: Path | str | None = None,
+        draw: Draw | None = None,
     ) -> BatchStream:
         """Return this process's batches, read from a full cache if one is given; see `BatchStream`.
 
@@ -126,6 +127,7 @@ class VideoDataset:
             max_bad=self.options.max_bad,
             workers=workers,
             unusable=[(q.row_number, q.row) for q in self.quarantined],
+            draw=draw,
         )
 
     def without(self, bad: Sequence[Quarantined]) -> "VideoDataset":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from titans_video.config.options import DataOptions
-from titans_video.data.batches import Example, collate, read_sample, to_batch
+from titans_video.data.batches import Example, collate, read_sample, with_text
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
@@ -128,7 +128,7 @@ class HeldOut:
                 self.bad_rows.setdefault(record.row.id, f"{record.row.video} ({e.reason}): {e.detail}")
                 read.append(self._blank(seed, sample))
                 good.append(False)
-        batch = to_batch(collate(read, []), self.cache)
+        batch = with_text(collate(read), self.cache)
         if self.cache is not None:
             self.cache.release()
         return batch, good

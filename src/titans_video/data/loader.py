@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from titans_video.data.bad_rows import BadRow, BadRows
-from titans_video.data.batches import Example, HostBatch, collate, read_sample, to_batch
+from titans_video.data.batches import Example, HostBatch, collate, read_sample, with_text
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache, NeedsRepair, PromptError
 from titans_video.data.clip_plan import NOT_FINITE
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 600.0
 STALL_SECONDS_PER_ROW = 300.0  # replace a worker without a batch; an unreadable row gives up earlier
 LAST_STEP = 10**9  # of a trial batch: every curriculum has ended, so batches have their largest size
+Draw = Callable[[Batch], Batch]
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class BatchReader:
         bad_rows: BadRows,
         max_bad: float,
         cache: EncodingCache | None = None,
+        draw: Draw | None = None,
     ) -> None:
         self.records, self.sampler, self.reader, self.shard, self.seed = records, sampler, reader, shard, seed
-        self.bad_rows, self.max_bad, self.cache = bad_rows, max_bad, cache
+        self.bad_rows, self.max_bad, self.cache, self.draw = bad_rows, max_bad, cache, draw
         # row -> (its queue, its position there)
         self.positions = {r: (q, at) for q, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
 
@@ -76,15 +78,16 @@ class BatchReader:
         step, micro = divmod(number, self.shard.grad_accum)
         return self.rows(self.shard.of(self.sampler.batch(step).items, micro), step)
 
-    def rows(self, items: Sequence[SampleIndex], step: int = 0) -> HostBatch:
-        """Read a batch of these rows of one bucket, as optimizer step `step` sees them."""
+    def rows(self, items: Sequence[SampleIndex], step: int = 0, shown_at: int | None = None) -> HostBatch:
+        """Read a batch of these rows of one bucket for optimizer step `step`; its `step` is `shown_at` if given."""
         found: list[BadRow] = []
         try:
-            return replace(collate([self._row(step, o, found) for o in items], found), step=step)
+            batch = collate([self._row(step, o, found) for o in items], step if shown_at is None else shown_at)
+            return HostBatch(self.draw(batch) if self.draw else batch, tuple(found))
         except NeedsRepair:
-            return HostBatch([], [], needs_repair=True)
+            return HostBatch(needs_repair=True)
         except DataError as e:
-            return HostBatch([], [], bad_rows=tuple(found), error=str(e))
+            return HostBatch(bad_rows=tuple(found), error=str(e))
 
     def _row(self, step: int, item: SampleIndex, found: list[BadRow]) -> Example:
         """Read an occurrence; replace an unreadable row by the next readable one of its bucket, in manifest order."""
@@ -130,6 +133,7 @@ class BatchStream:
         max_bad: stop when more than this share of the rows is unreadable.
         workers: processes that read ahead.
         unusable: the other rows, with their numbers. A row that failed earlier in a resumed run keeps its position.
+        draw: draws what is random about a batch; the workers call it.
     """
 
     def __init__(
@@ -147,8 +151,9 @@ class BatchStream:
         max_bad: float = 0.5,
         workers: int = 0,
         unusable: Sequence[tuple[int, Row]] = (),
+        draw: Draw | None = None,
     ) -> None:
-        self.workers, self.seed, self.cache, self.reader = workers, seed, cache, reader
+        self.workers, self.seed, self.cache, self.reader, self.draw = workers, seed, cache, reader, draw
         self.shard = RankShard(rank, world, grad_accum)
         self.batch_sizes, self.unusable = batch_sizes, list(unusable)
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
@@ -214,15 +219,17 @@ class BatchStream:
             self._record_bad_rows(host_batch.bad_rows)
             if host_batch.error is not None:
                 raise DataError(host_batch.error)
+            assert host_batch.batch is not None  # there is one without an error
             try:
-                batch = to_batch(host_batch, self.cache)
+                batch = with_text(host_batch.batch, self.cache)
             except PromptError as e:
-                records = {s.record.row.id: s.record for s in host_batch.samples if s.record.row.caption == e.prompt}
-                if not records:
+                pairs = zip(host_batch.batch.ids, host_batch.batch.captions, strict=True)
+                named = {name for name, caption in pairs if caption == e.prompt}
+                if not named:
                     raise
-                self._record_bad_rows([self._bad_row(record, e.reason, e.detail) for record in records.values()])
+                self._record_bad_rows([self._bad_row(r, e.reason, e.detail) for r in self.records if r.row.id in named])
                 self._reader(self.bad_rows).refuse_too_many()
-                host_batch = HostBatch([], [], needs_repair=True)
+                host_batch = HostBatch(needs_repair=True)
                 continue
             if self.cache is not None:
                 self.cache.release()
@@ -241,9 +248,9 @@ class BatchStream:
 
         def read() -> HostBatch:
             step = self._delivered // self.shard.grad_accum
-            return replace(self._reader(self._copy_bad_rows()).rows(items, step), bad_rows=())
+            return replace(self._reader(self._copy_bad_rows()).rows(items, step, shown_at=LAST_STEP), bad_rows=())
 
-        return replace(self._checked(read(), read), step=LAST_STEP)
+        return self._checked(read(), read)
 
     def stop_waiting_if(self, stop: Callable[[], bool]) -> None:
         """Raise `StoppedError` instead of waiting for a worker while `stop` returns True."""
@@ -292,7 +299,15 @@ class BatchStream:
         if self.cache is not None:
             self.cache.process = os.getpid()
         return BatchReader(
-            self.records, self.sampler, self.reader, self.shard, self.seed, bad_rows, self._max_bad, self.cache
+            self.records,
+            self.sampler,
+            self.reader,
+            self.shard,
+            self.seed,
+            bad_rows,
+            self._max_bad,
+            self.cache,
+            self.draw,
         )
 
     def _start(self) -> Iterator[HostBatch]:

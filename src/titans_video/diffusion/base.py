@@ -97,6 +97,24 @@ class SamplingProcess(NoiseProcess, Protocol):
         """Return the state in the scale that the network expects."""
 
 
+class Constant:
+    """A tensor that is copied to each device once."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the copy on a device, cast to `dtype` if it is given."""
+        key = device, dtype or self.value.dtype
+        if key not in self._copies:
+            self._copies[key] = self.value.to(key[1]).to(device)
+        return self._copies[key]
+
+    def __reduce__(self) -> tuple[type["Constant"], tuple[Tensor]]:
+        return Constant, (self.value,)  # a data worker must not receive a device's tensors
+
+
 def build_process(config: Mapping[str, object]) -> SamplingProcess:
     """Build the process of a checkpoint's `config["process"]`; ConfigError: unknown process, key or value."""
     name = str(config.get("name"))

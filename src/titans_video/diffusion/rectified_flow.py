@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_video.config.options import ProcessOptions
-from titans_video.diffusion.base import NoisySample, expand_dims, process_arguments
+from titans_video.diffusion.base import Constant, NoisySample, expand_dims, process_arguments
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import CodecSpec
@@ -70,6 +70,8 @@ class RectifiedFlow:
         self.time_std = time_std
         self.shift = shift
         self.variance = None if variance is None else tuple(float(v) for v in variance)
+        # A channel that is constant on the data would divide 0 by 0 at time 0.
+        self._lam = Constant(torch.tensor(self.variance or (), dtype=torch.float64).clamp(min=MIN_VARIANCE))
 
     def config(self) -> dict[str, object]:
         return {
@@ -156,6 +158,5 @@ class RectifiedFlow:
                 f"the noise process knows the variance of {len(self.variance)} latent channels, "
                 f"but the latents have {x.shape[channels]}: the checkpoint's process and codec do not fit together."
             )
-        # A channel that is constant on the data would divide 0 by 0 at time 0.
-        lam = torch.tensor(self.variance, device=b.device, dtype=b.dtype).clamp(min=MIN_VARIANCE)
+        lam = self._lam.on(b.device, b.dtype)
         return 1 - b, b, lam if channels == 2 else lam.view(1, -1, 1, 1, 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_video.diffusion.base import NoisySample, expand_dims, process_arguments
+from titans_video.diffusion.base import Constant, NoisySample, expand_dims, process_arguments
 from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed, seeded_randn
 
@@ -112,6 +112,7 @@ class VPredictionDDPM:
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod.detach().cpu()
+        self._levels = Constant(self.alphas_cumprod)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "VPredictionDDPM":
@@ -147,5 +148,5 @@ class VPredictionDDPM:
         return a * x_t - b * value
 
     def _coefficients(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        level = expand_dims(self.alphas_cumprod[timesteps.cpu()], like)
+        level = expand_dims(self._levels.on(timesteps.device)[timesteps], like)
         return level.sqrt(), (1 - level).sqrt()

@@ -41,18 +41,26 @@ class SVDSettings:
     guidance: tuple[float, float] = (1.0, 3.0)
 
 
-def make_image_condition(
-    encoder: ImageEncoder, codec: Codec, frames: Tensor, noise: Tensor, strength: Tensor, fps: Tensor, bucket: Tensor
-) -> ImageCondition:
-    """Compute the image condition of first frames (B, 3, H, W) in [-1, 1], on the CPU.
+def encode_first_frames(
+    encoder: ImageEncoder, codec: Codec, frames: Tensor, noise: Tensor, strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the embedding of first frames (B, 3, H, W) in [-1, 1], and their unscaled latents.
 
-    It has the embedding of the clean frame, the unscaled mode of the latents of the frame with `noise` (same shape),
-    and fps - 1, the motion bucket and the noise's strength, each (B,).
+    The embedding is of the clean frame. The latents are the mode for the frame with `strength` (B,) times `noise`.
     """
     noisy = frames + strength.view(-1, 1, 1, 1).to(frames) * noise.to(frames)
     latents = codec.encode_unscaled(noisy[:, :, None])[:, :, 0]
+    return encoder(frames), latents
+
+
+def make_image_condition(
+    encoder: ImageEncoder, codec: Codec, frames: Tensor, noise: Tensor, strength: Tensor, fps: Tensor, bucket: Tensor
+) -> ImageCondition:
+    """Return the image condition of first frames on the CPU: `encode_first_frames`, and fps - 1, the motion bucket and
+    the noise's strength, each (B,)."""
+    embedding, latents = encode_first_frames(encoder, codec, frames, noise, strength)
     ids = torch.stack([fps.float() - 1, bucket.float(), strength.float()], dim=1)
-    return ImageCondition(encoder(frames).cpu(), latents.cpu(), ids.cpu())
+    return ImageCondition(embedding.cpu(), latents.cpu(), ids.cpu())
 
 
 def encode_image_condition(

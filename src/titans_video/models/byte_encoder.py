@@ -26,7 +26,7 @@ def prefix_hashes(ids: Tensor) -> Tensor:
     The hash is the sum of id x BASE^(position in the word) mod PRIME, from running sums. No product exceeds 2^62.
     """
     length = ids.shape[1]
-    powers, inverses = (table.to(ids.device) for table in _powers(length))
+    powers, inverses = _powers(length, ids.device)
     position = torch.arange(length, device=ids.device)
     is_separator = (ids == SPACE) | (ids == END_OF_TEXT)
     after_separator = torch.where(is_separator, position + 1, 0).cummax(dim=1).values
@@ -36,13 +36,13 @@ def prefix_hashes(ids: Tensor) -> Tensor:
     return word * inverses[start] % PRIME
 
 
-@functools.lru_cache(maxsize=8)
-def _powers(length: int) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=32)
+def _powers(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return BASE^i and BASE^-i mod PRIME for i < length, each (length,) int64."""
     inverse_base = pow(BASE, -1, PRIME)
     powers = [pow(BASE, i, PRIME) for i in range(length)]
     inverses = [pow(inverse_base, i, PRIME) for i in range(length)]
-    return torch.tensor(powers), torch.tensor(inverses)
+    return torch.tensor(powers).to(device), torch.tensor(inverses).to(device)
 
 
 class EncoderLayer(nn.Module):

@@ -126,14 +126,14 @@ class ModelSpec(ABC):
         latents: Tensor,
         text: TextCondition,
         first_frame: Tensor | None,
-        process: NoiseProcess,
-        seeds: Sequence[int],
+        timesteps: Tensor,
     ) -> Prepared:
-        """Turn clips into the network's training inputs: layout, padding, conditioning, timesteps.
+        """Turn clips into the network's training inputs: layout, padding, conditioning, the timestep of each part.
 
         Args:
-            latents: (B, C, t, h, w), clean. seeds: of the rows; they determine everything random.
+            latents: (B, C, t, h, w), clean.
             first_frame: (B, C, 1, h, w) unscaled latents of the first frames; None for a text-to-video model.
+            timesteps: (B,), drawn by the noise process for each row, on the device of the latents.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import FirstFrameCodec
-from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, count_tokens
+from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
@@ -131,13 +131,11 @@ class CogVideoX(ModelSpec):
         latents: Tensor,
         text: TextCondition,
         first_frame: Tensor | None,
-        process: NoiseProcess,
-        seeds: Sequence[int],
+        timesteps: Tensor,
     ) -> Prepared:
         latents = self.pad(latents)
         image = None if first_frame is None else self.image_latents(first_frame, latents.shape[2])
         tokens = count_tokens(latents.shape[2:], self.patch_size)
-        timesteps = process.sample_timesteps(seeds, tokens).to(latents.device)
         return Prepared(latents, timesteps, Condition(text=text, cond_latents=image), tokens)
 
     def pad(self, latents: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The base class of recipes: encoding a batch, the loss, the held-out loss, checkpoints, and the size of the work.
 
-A recipe is a subclass with `prepare` and `forward`. Its constructor receives all other differences.
+A recipe is a subclass with `prepare` and `forward`. Its constructor receives all other differences. What is random, or
+follows from a batch's rows alone, is listed in `Draws`, so that data workers can make it ahead of time.
 
 Legend: B rows of a batch, C latent channels, T H W pixel frames, height and width, S pixel frames of a latent frame,
 t h w the latent grid, Q quantiles of the training times.
@@ -10,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
+from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.cache import CachedText, EncodingCache
 from titans_video.data.loader import LAST_STEP
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, PreparedT, count_tokens
@@ -30,6 +33,11 @@ from titans_video.types import Batch, CodecSpec, TextCondition, fold_frame_mask
 TEXT_STEP = 64  # text for FLOPs: tokens are rounded up to a multiple of it
 LONGEST_TEXT, LONGEST_BYTES = 512, 3072  # and limited to this
 Grid = tuple[int, int, int]
+Makers = dict[str, Callable[[], Tensor]]
+
+
+def all_latent_frames(frames: int, step: int) -> int:
+    return frames
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class ClipGeometry:
 
     codec: CodecSpec
     patch_size: Grid = (1, 1, 1)  # latent cells (t, h, w) of one token
-    latent_frames: Callable[[int, int], int] = lambda frames, step: frames
+    latent_frames: Callable[[int, int], int] = all_latent_frames
     cond_frames_have_loss: bool = False
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
@@ -63,8 +71,58 @@ class ClipGeometry:
         c, _, h, w = self.latent_shape(batch)
         return (~self.cond_mask(batch).all(dim=1)).sum(dim=1) * c * h * w
 
+    def row_tokens(self, batch: Batch) -> int:
+        return count_tokens(self.latent_shape(batch)[1:], self.patch_size)
+
     def tokens(self, batch: Batch) -> int:
-        return len(batch) * count_tokens(self.latent_shape(batch)[1:], self.patch_size)
+        return len(batch) * self.row_tokens(batch)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Makes the values that depend on the rows of a batch only: noise, timesteps, dropped captions, masks.
+
+    Data workers call it, so it has no network and no device. Each value is a function of the rows' seeds, so it does
+    not matter where it is made. A recipe with further values has a subclass whose `makers` lists them too.
+    """
+
+    geometry: ClipGeometry
+    process: NoiseProcess
+    drop_prob: float = 0.0
+    drop_names: tuple[str, ...] = ("drop",)  # of the text streams that are dropped separately; one for all together
+    text: TextEncoder | None = None  # if no stream has weights, so that a worker can encode captions
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return a batch on the CPU with everything drawn."""
+        drawn = {name: make() for name, make in self.makers(batch).items()}
+        text = batch.text if self.text is None else self.text(batch.captions)
+        return replace(batch, drawn=drawn, text=text)
+
+    def makers(self, batch: Batch) -> Makers:
+        """Return a function for each value, by name; each value has a row for each row of the batch."""
+        clip = self.geometry.codec.latent_shape(batch.frames, batch.height, batch.width)
+        return {
+            "posterior": partial(noise_of, clip, batch, "posterior"),
+            "noise": partial(noise_of, self.geometry.latent_shape(batch), batch, "noise"),
+            "time": lambda: self.process.sample_timesteps(batch.seeds, self.geometry.row_tokens(batch)),
+            "drop": partial(self.dropped, batch),
+            "cond mask": partial(self.geometry.cond_mask, batch),
+            "has cond": lambda: batch.num_cond_frames > 0,
+            "elements": partial(self.geometry.row_elements, batch),
+        }
+
+    def dropped(self, batch: Batch) -> Tensor:
+        """Return which captions to drop: (B,) bool, or (B, streams) if each stream has a name."""
+        drop = torch.tensor(
+            [[uniform(seed, name) < self.drop_prob for name in self.drop_names] for seed in batch.seeds],
+            dtype=torch.bool,
+        )
+        return drop[:, 0] if self.drop_names == ("drop",) else drop
+
+
+def noise_of(shape: Sequence[int], batch: Batch, *key: str) -> Tensor:
+    """Return (B, *shape) standard normal noise that is a function of each row's seed and `key`."""
+    return seeded_randn(shape, [derive_seed(seed, *key) for seed in batch.seeds])
 
 
 @dataclass
@@ -93,7 +151,10 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
 
     @abstractmethod
     def prepare(self, batch: Batch, *, train: bool) -> PreparedT:
-        """Encode a batch and draw timesteps, without gradients; with `train` drop captions and conditions at random."""
+        """Encode a batch, without gradients; with `train` drop captions and conditions at random.
+
+        Get what is random from `value`, and pixels from `encode_latents` and `cond_pixels`.
+        """
 
     @abstractmethod
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: PreparedT) -> Tensor | Mapping[str, Tensor]:
@@ -111,7 +172,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the loss of each row at each quantile, (Q, B) float64, and the elements of each row, (B,)."""
-        batch = replace(batch, step=LAST_STEP)  # whole clips, at any step of a curriculum
+        batch = replace(batch, step=LAST_STEP, drawn={})  # whole clips, at any step of a curriculum
         prepared = self.prepare(batch, train=False)
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
@@ -140,10 +201,27 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
             if self.cache is not None and not self.codec_in_use:
                 self.codec.release()
 
+    def draws(self) -> Draws:
+        """Return what data workers draw ahead of time."""
+        names = tuple(f"drop {i}" for i in range(len(self.empty.streams))) if self.cfg_drop_each else ("drop",)
+        text = self.text.for_workers() if self.cache is None or not self.cache.has_text else None
+        return Draws(self.geometry, self.process, self.cfg_drop_prob, names, text)
+
+    def value(self, batch: Batch, name: str) -> Tensor:
+        """Return a value of `draws` on the device. What no data worker has drawn is drawn now."""
+        made = batch.drawn.get(name)
+        return (self.draws().makers(batch)[name]() if made is None else made).to(self.device)
+
+    def noise(self, batch: Batch, shape: Sequence[int], *key: str) -> Tensor:
+        """Return `noise_of` on the device. It is the drawn value named by `key` if that has this shape."""
+        made = batch.drawn.get(" ".join(key))
+        fits = made is not None and made.shape[1:] == torch.Size(shape)
+        return (made if made is not None and fits else noise_of(shape, batch, *key)).to(self.device)
+
     def _add_noise(self, batch: Batch, prepared: Prepared, *key: str) -> NoisySample:
         """Add noise that is a function of each row's seed and `key`; each further modality has its own noise."""
         latents = prepared.latents
-        noise = seeded_randn(latents.shape[1:], [derive_seed(seed, *key) for seed in batch.seeds]).to(self.device)
+        noise = self.noise(batch, latents.shape[1:], *key)
         noisy = self.process.add_noise(latents, noise, prepared.timesteps)
         others = {name: self._add_noise(batch, part, *key, name) for name, part in prepared.others.items()}
         return replace(noisy, others=others) if others else noisy
@@ -164,21 +242,30 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
         for name, part in prepared.others.items():
             error = squared_error(predicted[name], noisy.others[name], part)
             counted = torch.ones_like(error) if part.loss_mask is None else part.loss_mask.expand_as(error)
-            share = self.row_elements(batch).to(error) / counted.flatten(1).sum(dim=1).clamp(min=1)
+            share = self.value(batch, "elements").to(error) / counted.flatten(1).sum(dim=1).clamp(min=1)
             losses = losses + error.flatten(1).sum(dim=1) * share
         return losses
 
     def encode_latents(self, batch: Batch) -> Tensor:
         """Return clean latents (B, C, t, h, w) float32, sampled from the codec's posterior by each row's seed."""
-        moments = self.moments(batch.moments, batch.pixels)
-        return self.codec.from_moments(moments, seeds=[derive_seed(seed, "posterior") for seed in batch.seeds])
+        return self.sample_moments(batch, self.moments(batch.moments, batch.pixels), "posterior")
+
+    def sample_moments(self, batch: Batch, moments: Tensor, key: str) -> Tensor:
+        """Return scaled latents, sampled from moments (B, 2C, t, h, w) by each row's seed and `key`."""
+        c, *grid = moments.shape[1:]
+        return self.codec.from_moments(moments, noise=self.noise(batch, (c // 2, *grid), key))
 
     def moments(self, cached: Tensor | None, pixels: Tensor | None) -> Tensor:
         """Return the moments of the codec's posterior, from the cache or from pixels."""
         if cached is not None:
             return cached.to(self.device, torch.float32)
         assert pixels is not None  # a batch carries one of them
-        return self.codec.encode_moments(pixels.to(self.device))
+        return self.codec.encode_moments(scaled(pixels.to(self.device)))
+
+    def cond_pixels(self, batch: Batch) -> Tensor | None:
+        """Return the conditioning frames on the device; see `data.batches.cond_pixels`."""
+        found = cond_pixels(batch)
+        return None if found is None else found.to(self.device)
 
     def encode_text(self, batch: Batch) -> TextCondition:
         return (batch.text or self.text(batch.captions)).to(self.device)
@@ -186,13 +273,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
     def encode_captions(self, batch: Batch, *, train: bool) -> TextCondition:
         """Return encoded captions; in training some are replaced by the empty prompt."""
         text = self.encode_text(batch)
-        return drop_captions(text, self.empty, self.dropped(batch, len(text.streams))) if train else text
-
-    def dropped(self, batch: Batch, streams: int) -> Tensor:
-        """Return which captions to drop, (B,), or (B, streams) with `cfg_drop_each`; a function of the rows' seeds."""
-        names = [f"drop {i}" for i in range(streams)] if self.cfg_drop_each else ["drop"]
-        drop = torch.tensor([[uniform(seed, name) < self.cfg_drop_prob for name in names] for seed in batch.seeds])
-        return drop if self.cfg_drop_each else drop[:, 0]
+        return drop_captions(text, self.empty, self.value(batch, "drop")) if train else text
 
     def _text_lengths(self, batch: Batch) -> tuple[int, ...]:
         """Return the tokens of each text stream, in steps of `TEXT_STEP`; unencoded text counts 4 bytes a token."""

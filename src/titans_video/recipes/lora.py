@@ -6,6 +6,7 @@ Legend: B batch, C latent channels, t h w the latent grid, T H W pixel frames, h
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from titans_video.models import lora, lora_io
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
 from titans_video.pretrained.loading import compile_blocks
-from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
 from titans_video.recipes.lora_parity import check_parity
 from titans_video.recipes.setup import (
     RunParts,
@@ -45,6 +46,19 @@ from titans_video.types import PRECISIONS, Batch
 STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # torch dtype of each --layerwise-casting
 
 
+@dataclass(frozen=True)
+class FirstFrameDraws(Draws):
+    """The first frame's latents are sampled with their own noise."""
+
+    def makers(self, batch: Batch) -> Makers:
+        c, _, h, w = self.geometry.latent_shape(batch)
+        return {**super().makers(batch), "first frame": partial(noise_of, (c, 1, h, w), batch, "first frame")}
+
+
+def padded_frames(spec: ModelSpec, frames: int, step: int) -> int:
+    return spec.padded_frames(frames)
+
+
 @dataclass
 class LoraRecipe(DiffusionRecipe[Prepared]):
     """A pretrained network with an adapter, on that model's own latents, conditioning and noise."""
@@ -56,7 +70,11 @@ class LoraRecipe(DiffusionRecipe[Prepared]):
         latents = self.encode_latents(batch)
         text = self.encode_captions(batch, train=train)
         first = self._first_frame(batch) if self.spec.image_to_video else None
-        return self.spec.prepare(latents, text, first, self.process, batch.seeds)
+        return self.spec.prepare(latents, text, first, self.value(batch, "time"))
+
+    def draws(self) -> "FirstFrameDraws | Draws":
+        plain = super().draws()
+        return FirstFrameDraws(**vars(plain)) if self.spec.image_to_video else plain
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
         predicted = self.spec.predict(model, noisy, prepared, self.dtype)
@@ -66,11 +84,11 @@ class LoraRecipe(DiffusionRecipe[Prepared]):
         """Return the unscaled latents (B, C, 1, h, w) of the first frames, sampled by each row's seed."""
         moments = batch.cond_moments
         if moments is None:
-            assert batch.cond_pixels is not None  # every row is i2v
-            moments = self.codec.encode_cond_frames(batch.cond_pixels.to(self.device))
+            pixels = self.cond_pixels(batch)
+            assert pixels is not None  # every row is i2v
+            moments = self.codec.encode_cond_frames(pixels)
         first = moments[:, :, :1].to(self.device, torch.float32)
-        drawn = self.codec.from_moments(first, seeds=[derive_seed(seed, "first frame") for seed in batch.seeds])
-        return self.codec.unscale(drawn)
+        return self.codec.unscale(self.sample_moments(batch, first, "first frame"))
 
 
 @dataclass
@@ -190,7 +208,7 @@ def build_lora(options: CogVideoXLoraOptions, parts: RunParts, spec: ModelSpec, 
         geometry=ClipGeometry(
             parts.codec.spec,
             spec.patch_size,
-            lambda frames, step: spec.padded_frames(frames),
+            partial(padded_frames, spec),
             spec.cond_frames_have_loss,
         ),
         count_flops=lora_flops(network, spec),

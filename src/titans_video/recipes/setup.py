@@ -305,7 +305,8 @@ def train_recipe(
         logger.info(f"Rows that are left out, with reasons: {left_out}")
     logger.info("\n".join([*notes, *_warm_up_note(train)]))
     monitoring = open_monitoring(options, run, recipe, parts)
-    stream = data.stream(grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir)
+    draw = recipe.draws()
+    stream = data.stream(grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir, draw=draw)
     result = Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
     finish(accelerator)
     return result

@@ -14,7 +14,7 @@ from titans_video.codecs.base import flags_to_name_again
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.held_out import open_validation
-from titans_video.diffusion.base import NoisySample, Prepared, PreparedT, SamplingProcess, count_tokens
+from titans_video.diffusion.base import NoisySample, Prepared, PreparedT, SamplingProcess
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
@@ -51,9 +51,8 @@ class SoraRecipe(DiffusionRecipe[Prepared]):
 
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         latents, condition, clean = encode_frames(self, batch, train=train)
-        tokens = count_tokens(latents.shape[2:], self.geometry.patch_size)
-        timesteps = self.process.sample_timesteps(batch.seeds, tokens)[:, None].expand(-1, latents.shape[2])
-        return hold_clean(latents, timesteps.to(self.device), condition, tokens, clean)
+        timesteps = self.value(batch, "time")[:, None].expand(-1, latents.shape[2])
+        return hold_clean(latents, timesteps, condition, self.geometry.row_tokens(batch), clean)
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor:
         value: Tensor = model(noisy.model_input, noisy.timesteps, prepared.condition).value
@@ -69,11 +68,12 @@ def encode_frames(
     """
     latents, text = recipe.encode_latents(batch), recipe.encode_captions(batch, train=train)
     frames = recipe.geometry.latent_shape(batch)[1]
-    if not bool((batch.num_cond_frames > 0).any()):
+    if not any(batch.num_cond_frames.tolist()):
         return latents[:, :, :frames], Condition(text=text), None
-    given = recipe.codec.from_moments(recipe.moments(batch.cond_moments, batch.cond_pixels))
-    has_frames = (batch.num_cond_frames > 0).to(recipe.device)[:, None, None, None, None]
-    mask = recipe.geometry.cond_mask(batch).to(recipe.device)
+    pixels = None if batch.cond_moments is not None else recipe.cond_pixels(batch)
+    given = recipe.codec.from_moments(recipe.moments(batch.cond_moments, pixels))
+    has_frames = recipe.value(batch, "has cond")[:, None, None, None, None]
+    mask = recipe.value(batch, "cond mask")
     condition = Condition(text=text, cond_latents=(given * has_frames)[:, :, :frames], cond_mask=mask)
     return latents[:, :, :frames], condition, condition.clean_mask()
 

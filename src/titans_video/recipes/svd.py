@@ -21,11 +21,12 @@ from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.fields import flag_of
 from titans_video.config.recipes import SVDOptions, TuneOptions
+from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset
-from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
+from titans_video.diffusion.base import NoisySample, Prepared
 from titans_video.diffusion.v_prediction import EDM
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.generation.image_conditioning import NOISE, make_image_condition
+from titans_video.generation.image_conditioning import NOISE, encode_first_frames
 from titans_video.generation.long_video import Sampled, sample
 from titans_video.generation.model import VideoModel
 from titans_video.hub import load_pretrained
@@ -34,7 +35,7 @@ from titans_video.media.motion import motion_bucket
 from titans_video.models.flops import svd_flops
 from titans_video.models.registry import network_config
 from titans_video.models.svd_unet import BRANCH, SVDUNet, choose_trainable
-from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
@@ -116,6 +117,40 @@ def _read(path: Path) -> dict[str, object]:
     return read_json(path, missing, ConfigError)
 
 
+@dataclass(frozen=True)
+class ImageDraws(Draws):
+    """An image gets noise of its own strength; motion and frame rate are numbers that the UNet receives."""
+
+    tune: TuneOptions = field(kw_only=True)
+
+    def makers(self, batch: Batch) -> Makers:
+        rows = batch.num_cond_frames.nonzero()[:, 0]
+        given = replace(batch, seeds=[batch.seeds[i] for i in rows.tolist()])
+        picture = (3, batch.height, batch.width)
+        return {
+            **super().makers(batch),
+            "drop image": lambda: seeded_uniform(batch.seeds, "drop picture") < self.tune.image_drop_prob,
+            "no caption": lambda: torch.tensor([not caption for caption in batch.captions]),
+            "ids": partial(self._ids, batch),
+            "image rows": lambda: rows,  # (K,)
+            "image noise": lambda: noise_of(picture, given, NOISE) if len(rows) else torch.zeros(0, *picture),
+        }
+
+    def _ids(self, batch: Batch) -> Tensor:
+        """Return (B, 3): frame rate, motion and noise level."""
+        mean, std = self.tune.noise_aug
+        z = seeded_randn((), [derive_seed(seed, "picture strength") for seed in batch.seeds])
+        return torch.stack([batch.fps - 1, self._motion(batch), torch.exp(mean + std * z)], dim=1)
+
+    def _motion(self, batch: Batch) -> Tensor:
+        if self.tune.motion_bucket != "auto":
+            return torch.full((len(batch),), float(self.tune.motion_bucket))
+        if batch.motion is not None:
+            return batch.motion.cpu()
+        assert batch.pixels is not None  # a batch carries one of them
+        return motion_bucket(scaled(batch.pixels), batch.fps).cpu()
+
+
 @dataclass
 class SVDRecipe(DiffusionRecipe[Prepared]):
     """The UNet gets an image condition; every frame carries loss."""
@@ -126,12 +161,11 @@ class SVDRecipe(DiffusionRecipe[Prepared]):
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         image = self.image_condition(batch)
         if train:
-            image = image.without(seeded_uniform(batch.seeds, "drop picture") < self.tune.image_drop_prob)
+            image = image.without(self.value(batch, "drop image"))
         latents = self.encode_latents(batch)
         condition = Condition(text=self.captions(batch, train=train), image=image)
-        tokens = count_tokens(latents.shape[2:], self.geometry.patch_size)
-        timesteps = self.process.sample_timesteps(batch.seeds, tokens)[:, None].expand(-1, latents.shape[2])
-        return Prepared(latents, timesteps.to(self.device), condition, tokens)
+        timesteps = self.value(batch, "time")[:, None].expand(-1, latents.shape[2])
+        return Prepared(latents, timesteps, condition, self.geometry.row_tokens(batch))
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor:
         value: Tensor = model(noisy.model_input, noisy.timesteps, prepared.condition).value
@@ -143,34 +177,26 @@ class SVDRecipe(DiffusionRecipe[Prepared]):
         Such a row trains the model without the text branch, which is what an export contains.
         """
         text = self.encode_text(batch)
-        text = text.without(torch.tensor([not caption for caption in batch.captions]))
-        return text.without(self.dropped(batch, len(text.streams))) if train else text
+        text = text.without(self.value(batch, "no caption"))
+        return text.without(self.value(batch, "drop")) if train else text
 
     def image_condition(self, batch: Batch) -> ImageCondition:
         """Return embeddings, latents, frame rate, motion and noise level of first frames; blank ones for t2v rows."""
-        mean, std = self.tune.noise_aug
-        z = seeded_randn((), [derive_seed(seed, "picture strength") for seed in batch.seeds])
-        strength, motion = torch.exp(mean + std * z), self._motion(batch)
-        rows = (batch.num_cond_frames > 0).nonzero()[:, 0]
         c, _, h, w = self.geometry.latent_shape(batch)
-        embedding, latents = torch.zeros(len(batch), 1, self.image.width), torch.zeros(len(batch), c, h, w)
-        ids = torch.stack([batch.fps - 1, motion, strength], dim=1)
+        embedding = torch.zeros(len(batch), 1, self.image.width, device=self.device)
+        latents = torch.zeros(len(batch), c, h, w, device=self.device)
+        ids, rows = self.value(batch, "ids"), self.value(batch, "image rows")
         if len(rows):
-            assert batch.cond_pixels is not None  # some row has an image
-            frames = batch.cond_pixels[rows, :, 0]
-            noise = seeded_randn(frames.shape[1:], [derive_seed(batch.seeds[i], NOISE) for i in rows.tolist()])
-            inputs = (frames, noise, strength[rows], batch.fps[rows], motion[rows])
-            given = make_image_condition(self.image, self.codec, *(x.to(self.device) for x in inputs))
-            embedding[rows], latents[rows] = given.embedding, given.latents
-        return ImageCondition(*(x.to(self.device) for x in (embedding, latents, ids)))
+            pixels = self.cond_pixels(batch)
+            assert pixels is not None  # some row has an image
+            noise, strength = self.value(batch, "image noise"), ids[rows, 2]
+            given = encode_first_frames(self.image, self.codec, pixels[rows, :, 0], noise, strength)
+            embedding.index_copy_(0, rows, given[0])
+            latents.index_copy_(0, rows, given[1])
+        return ImageCondition(embedding, latents, ids)
 
-    def _motion(self, batch: Batch) -> Tensor:
-        if self.tune.motion_bucket != "auto":
-            return torch.full((len(batch),), float(self.tune.motion_bucket))
-        if batch.motion is not None:
-            return batch.motion
-        assert batch.pixels is not None  # a batch carries one of them
-        return motion_bucket(batch.pixels, batch.fps)
+    def draws(self) -> ImageDraws:
+        return ImageDraws(**vars(super().draws()), tune=self.tune)
 
 
 def train_svd(options: SVDOptions) -> TrainResult:

@@ -8,8 +8,8 @@ frames of a latent frame, pt latent frames of a token.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.flops import titans_flops
 from titans_video.models.registry import network_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
-from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of
 from titans_video.recipes.codec import codec_spec
 from titans_video.recipes.setup import (
     RunParts,
@@ -37,7 +37,7 @@ from titans_video.recipes.setup import (
     train_recipe,
 )
 from titans_video.recipes.sora import encode_frames, hold_clean, init_network, video_sampler
-from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
+from titans_video.seeding import derive_seed, seeded_uniform
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, CodecSpec
@@ -103,6 +103,11 @@ def plan_segments(options: MemoryOptions, num_frames: int, spec: CodecSpec, patc
     return SegmentPlan(latents, overlap // spec.stride[0], count, frames)
 
 
+def trained_frames(plan: SegmentPlan, curriculum: int, frames: int, step: int) -> int:
+    """Return how many of a clip's latent `frames` a step trains on."""
+    return segments_at(step, frames // plan.latents, curriculum) * plan.latents
+
+
 def segments_at(step: int, count: int, curriculum: int) -> int:
     """Return how many of a clip's `count` segments a step trains on: from 2 to all over `curriculum` steps."""
     grown = 2 + (count - 1) * step // curriculum if curriculum else count
@@ -128,6 +133,47 @@ class PreparedSegments(Prepared):
     rollout: SegmentRollout = field(kw_only=True)  # segments' writes into the memory, and overlaps
 
 
+@dataclass(frozen=True)
+class SegmentDraws(Draws):
+    """Each segment has its own timestep, and its own noise when it is written."""
+
+    segments: SegmentPlan = field(kw_only=True)
+    memory: MemoryOptions = field(kw_only=True)
+    state_shape: tuple[int, int] | None = field(kw_only=True)
+
+    def makers(self, batch: Batch) -> Makers:
+        shape, n = self.geometry.latent_shape(batch), self.segments.latents
+        count = shape[1] // n
+
+        def each(purpose: str) -> Tensor:  # (B, count)
+            return torch.stack([seeded_uniform(batch.seeds, purpose, i) for i in range(count)], dim=1)
+
+        def levels() -> Tensor:
+            return self.memory.write_noise * each("write time")
+
+        own: Makers = {
+            "time": partial(self._times, batch, count),
+            "levels": levels,
+            "write time": lambda: levels().repeat_interleave(n, dim=1),  # (B, t)
+            "hidden": lambda: (each("hide") < self.memory.overlap_drop).repeat_interleave(n, dim=1),  # (B, t)
+            "write": partial(noise_of, shape, batch, "write"),
+            "hide": partial(noise_of, shape, batch, "hide"),
+        }
+        if self.memory.write_noise and self.state_shape is not None:
+            own["state"] = partial(noise_of, (count, *self.state_shape), batch, "state")
+        return {**super().makers(batch), **own}
+
+    def _times(self, batch: Batch, count: int) -> Tensor:
+        """Return (B, t)."""
+        _, _, *area = self.geometry.latent_shape(batch)
+        tokens = count_tokens((self.segments.latents, *area), self.geometry.patch_size)
+        each = [
+            self.process.sample_timesteps([derive_seed(seed, "segment", i) for seed in batch.seeds], tokens)
+            for i in range(count)
+        ]
+        return torch.stack(each, dim=1).repeat_interleave(self.segments.latents, dim=1)
+
+
 @dataclass
 class TitansRecipe(DiffusionRecipe[PreparedSegments]):
     """Clips are read and written segment by segment; each segment has its own timestep."""
@@ -138,39 +184,32 @@ class TitansRecipe(DiffusionRecipe[PreparedSegments]):
 
     def prepare(self, batch: Batch, *, train: bool) -> PreparedSegments:
         latents, condition, clean = encode_frames(self, batch, train=train)
-        n, count = self.segments.latents, latents.shape[2] // self.segments.latents
-        tokens = count_tokens((n, *latents.shape[3:]), self.geometry.patch_size)
-        each = [
-            self.process.sample_timesteps([derive_seed(seed, "segment", i) for seed in batch.seeds], tokens)
-            for i in range(count)
-        ]
-        timesteps = torch.stack(each, dim=1).repeat_interleave(n, dim=1).to(self.device)
-        clip = hold_clean(latents, timesteps, condition, tokens, clean)
+        tokens = count_tokens((self.segments.latents, *latents.shape[3:]), self.geometry.patch_size)
+        clip = hold_clean(latents, self.value(batch, "time"), condition, tokens, clean)
         return PreparedSegments(**vars(clip), rollout=self.rollout(batch, clip.latents))
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: PreparedSegments) -> Tensor:
         value: Tensor = model(noisy.model_input, noisy.timesteps, prepared.condition, rollout=prepared.rollout).value
         return value.float()
 
+    def draws(self) -> SegmentDraws:
+        plain = vars(super().draws())
+        return SegmentDraws(**plain, segments=self.segments, memory=self.memory, state_shape=self.state_shape)
+
     def rollout(self, batch: Batch, latents: Tensor) -> SegmentRollout:
         """Return what segments write and show: clean frames with a little noise, as generation writes its own errors.
 
         Overlaps are hidden at random in each row, as pure noise at time 1: copying frames does not train the memory.
         """
-        n, count = self.segments.latents, latents.shape[2] // self.segments.latents
-        levels = self.memory.write_noise * self._draw(batch, "write time", count)  # (B, n)
-        time = levels.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
-        written = self.process.add_noise(latents, self._noise(latents.shape[1:], batch, "write"), time).model_input
-        hidden = self._draw(batch, "hide", count) < self.memory.overlap_drop
-        hidden = hidden.repeat_interleave(n, dim=1).to(self.device)  # (B, t)
-        noise = self._noise(latents.shape[1:], batch, "hide")
-        blank = self.process.add_noise(latents, noise, torch.ones_like(time)).model_input
+        time = self.value(batch, "write time")  # (B, t)
+        written = self.process.add_noise(latents, self.value(batch, "write"), time).model_input
+        hidden = self.value(batch, "hidden")  # (B, t)
+        blank = self.process.add_noise(latents, self.value(batch, "hide"), torch.ones_like(time)).model_input
         state_noise = None
         if self.memory.write_noise and self.state_shape is not None:
-            scale = levels.to(self.device)[..., None, None]
-            state_noise = scale * self._noise((count, *self.state_shape), batch, "state")
+            state_noise = self.value(batch, "levels")[..., None, None] * self.value(batch, "state")
         return SegmentRollout(
-            segment=n,
+            segment=self.segments.latents,
             written=written,
             written_time=time,
             shown=torch.where(hidden[:, None, :, None, None], blank, written),
@@ -179,12 +218,6 @@ class TitansRecipe(DiffusionRecipe[PreparedSegments]):
             horizon=self.memory.bptt_segments,
             state_noise=state_noise,
         )
-
-    def _draw(self, batch: Batch, purpose: str, count: int) -> Tensor:
-        return torch.stack([seeded_uniform(batch.seeds, purpose, i) for i in range(count)], dim=1)
-
-    def _noise(self, shape: Sequence[int], batch: Batch, purpose: str) -> Tensor:
-        return seeded_randn(shape, [derive_seed(seed, purpose) for seed in batch.seeds]).to(self.device)
 
 
 def train_titans(options: TitansOptions) -> TrainResult:
@@ -225,10 +258,6 @@ def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, 
     defaults = generation_defaults(options.generation_defaults, prompt)
     config = checkpoint_config("titans", model, parts, process, defaults)
     config["segments"] = {"latents": plan.latents, "overlap": plan.overlap}
-
-    def latent_frames(frames: int, step: int) -> int:
-        return segments_at(step, frames // plan.latents, memory.segment_curriculum) * plan.latents
-
     return TitansRecipe(
         network=network,
         codec=parts.codec,
@@ -236,7 +265,7 @@ def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, 
         process=process,
         config=config,
         device=device,
-        geometry=ClipGeometry(spec, patch, latent_frames),
+        geometry=ClipGeometry(spec, patch, partial(trained_frames, plan, memory.segment_curriculum)),
         count_flops=titans_flops(network, plan.latents, plan.overlap, memory.bptt_segments),
         make_sampler=video_sampler(parts, process, config),
         cfg_drop_prob=options.train.cfg_drop_prob,

@@ -165,6 +165,13 @@ class TextEncoder:
             s.to(device)
         return self
 
+    def for_workers(self) -> "TextEncoder | None":
+        """Return the same streams on the CPU, for data workers; None if there are none, or one has frozen weights."""
+        lengths = [s.max_length for s in self.streams if isinstance(s, ByteStream)]
+        if not lengths or len(lengths) < len(self.streams):
+            return None
+        return TextEncoder([ByteStream(length) for length in lengths], self.options)
+
     def release(self) -> None:
         """Free all frozen weights, e.g. once the captions are cached."""
         for s in self.streams:
