@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ class Rates:
 def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
     """Return `loss_<task>`, the mean over supervised elements, and `rows_<task>` for metrics.jsonl.
 
-    `sums` are from `task_sums`, added over the processes. Tasks without elements are left out.
+    `sums` are from `add_task_sums`, added over the processes. Tasks without elements are left out.
     """
     line: dict[str, float | int] = {}
     for i, task in enumerate(TASKS):
@@ -195,14 +195,22 @@ def task_losses(sums: Sequence[float]) -> dict[str, float | int]:
     return line
 
 
-def task_sums(recipe: Recipe, micro: Sequence[Batch], losses: Sequence[Tensor]) -> Tensor:
-    """Return (K * TASK_SUMS,) float32, the sums of K tasks over micro-batches with `losses` (B,) each."""
-    sums = torch.zeros(len(TASKS), TASK_SUMS, device=losses[0].device)
-    for batch, loss in zip(micro, losses, strict=True):
-        kinds = torch.tensor([TASKS.index(task) for task in batch.tasks], device=loss.device)
-        elements = recipe.row_elements(batch).to(loss)
-        sums.index_add_(0, kinds, torch.stack([loss.float(), elements, torch.ones_like(elements)], dim=1))
-    return sums.flatten()
+def with_row_facts(recipe: Recipe, batch: Batch) -> Batch:
+    """Return a batch whose `drawn` also has each row's task number and supervised elements, for `add_task_sums`."""
+    tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
+    return replace(batch, drawn={**batch.drawn, "task": tasks, "elements": recipe.row_elements(batch)})
+
+
+def new_task_sums(device: torch.device) -> Tensor:
+    """Return (K, TASK_SUMS) float32 zeros for K tasks."""
+    return torch.zeros(len(TASKS), TASK_SUMS, device=device)
+
+
+def add_task_sums(sums: Tensor, batch: Batch, loss: Tensor) -> None:
+    """Add a micro-batch of `with_row_facts`, on the device of its `loss` (B,), to `sums`."""
+    elements = batch.drawn["elements"].to(loss)
+    rows = torch.stack([loss.float(), elements, torch.ones_like(elements)], dim=1)
+    sums.index_add_(0, batch.drawn["task"], rows)
 
 
 def work_of(recipe: Recipe, micro: Sequence[Batch], count_flops: bool) -> Work:

@@ -37,8 +37,16 @@ from titans_video.training.guards import (
     explain_out_of_memory,
     row_losses,
 )
-from titans_video.training.metrics import Recorder, StepResult, task_sums, work_of
+from titans_video.training.metrics import (
+    Recorder,
+    StepResult,
+    add_task_sums,
+    new_task_sums,
+    with_row_facts,
+    work_of,
+)
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
+from titans_video.training.overlap import Feeder
 from titans_video.training.recipe import Recipe, Stream, generate_command
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
@@ -97,6 +105,7 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.probe: tuple[Batch, Tensor] | None = None  # rows of the last good step, and their loss in it
         self.guard = Guard()
+        self.feeder = Feeder(accelerator.device)
         network = recipe.network
         if resume:
             load_weights(network, resume)
@@ -164,8 +173,8 @@ class Trainer:
         micro: list[Batch] = []
         elements, error = 0, None
         try:
-            micro = [next(batches) for _ in range(self.options.grad_accum)]
-            elements = sum(int(self.recipe.row_elements(batch).sum()) for batch in micro)
+            micro = [with_row_facts(self.recipe, next(batches)) for _ in range(self.options.grad_accum)]
+            elements = sum(int(batch.drawn["elements"].sum()) for batch in micro)
         except Exception as e:
             error = e
         failed = int(error is not None)
@@ -202,8 +211,9 @@ class Trainer:
         torch.manual_seed(derive_seed(options.seed, "network", self.step, accelerator.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, options))
         losses: list[Tensor] = []
+        by_task = new_task_sums(accelerator.device)
         with explain_out_of_memory(micro[0], self.network, accelerator.device):
-            for i, batch in enumerate(micro, start=1):
+            for i, batch in enumerate(self.feeder(micro), start=1):
                 # DDP reduces gradients once a step. FSDP2 reduces them for each micro-batch, because without that every
                 # process would need memory for the gradients of the whole network.
                 reduces = i == len(micro) or accelerator.is_fsdp2
@@ -212,11 +222,11 @@ class Trainer:
                     # DDP and FSDP2 average over the processes, so the sum is multiplied by their number.
                     accelerator.backward(loss.sum() * (accelerator.num_processes / elements))
                 losses.append(loss.detach())
+                add_task_sums(by_task, batch, losses[-1])
             norm = accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm or float("inf"))
             work = work_of(self.recipe, micro, count_flops=self.peak is not None)
             total = torch.stack([loss.sum() for loss in losses]).sum()
-            sums = torch.cat([total[None], task_sums(self.recipe, micro, losses)])
-            (loss_sum, *by_task), received = self._reduce(sums, interrupt)
+            (loss_sum, *task_sums), received = self._reduce(torch.cat([total[None], by_task.flatten()]), interrupt)
             grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             scaler = accelerator.scaler
             settling = scaler is not None and scaler.get_scale() > 1
@@ -231,7 +241,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         group = self.optimizer.param_groups[0]
         lr = options.lr * group["lr"] / group["base_lr"]
-        result = StepResult(loss_sum / elements, lr, grad_norm, elements, data_seconds, received, work, status, by_task)
+        result = StepResult(
+            loss_sum / elements, lr, grad_norm, elements, data_seconds, received, work, status, task_sums
+        )
         self._check_step(result, micro, losses, recorder)
         return result
 
@@ -257,7 +269,7 @@ class Trainer:
             self._leave_out(acquitted)
         if not spike and result.step_status != "skipped":
             return
-        own = row_losses(micro, losses, [self.recipe.row_elements(batch) for batch in micro])
+        own = row_losses(micro, losses, [batch.drawn["elements"] for batch in micro])
         rows = [row for part in distributed.all_gather_object(self.accelerator, own) for row in part]
         bad = [] if spike else guard.blame(rows)
         named = bad or [row.id for row in rows]
@@ -290,7 +302,7 @@ class Trainer:
             # Reserve the memory of the optimizer state, which does not exist yet: two numbers for each weight.
             new = self.accelerator.device.type != "cpu" and not self.checkpointer.optimizer.state
             reserved = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if new else []
-            self.accelerator.backward(self.recipe.loss(self.model, batch).sum())
+            self.accelerator.backward(self.recipe.loss(self.model, self.feeder.one(batch)).sum())
             self.optimizer.zero_grad(set_to_none=True)
             del reserved
 
@@ -368,7 +380,7 @@ class Trainer:
             return True
         batch, before = self.probe[0], float(self.probe[1])
         with torch.no_grad():
-            loss = float(self.recipe.loss(self.model, batch).sum())
+            loss = float(self.recipe.loss(self.model, self.feeder.one(batch)).sum())
         reshard(self.network)
         good = math.isfinite(loss) and loss <= EXPLODED * max(before, 1e-6)
         return all(distributed.all_gather_object(self.accelerator, good))
