@@ -1,13 +1,18 @@
-"""Samplers on fields whose exact flow is known: one Gaussian in closed form, a mixture by fine integration."""
+"""Samplers on fields whose exact flow is known: one Gaussian in closed form, a mixture by fine integration.
+
+The multistep samplers are also compared with diffusers' schedulers.
+"""
 
 import itertools
 import math
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from titans_video.diffusion.rectified_flow import RectifiedFlow
-from titans_video.diffusion.samplers import SAMPLERS, euler, heun, sampler_by_name
+from titans_video.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, heun, sampler_by_name, unipc
+from titans_video.diffusion.v_prediction import EDM
 from titans_video.errors import ConfigError
 
 MEAN, STD = 1.5, 0.4
@@ -36,13 +41,13 @@ def schedule(steps: int) -> torch.Tensor:
     return RectifiedFlow(shift=1.0).schedule(steps, 1)
 
 
-def runge_kutta(x: torch.Tensor, stop: float, steps: int = 2000) -> torch.Tensor:
-    """The mixture's flow from time 1 to `stop` by the classical fourth-order method."""
+def runge_kutta(x: torch.Tensor, stop: float, steps: int = 2000, begin: float = 1.0) -> torch.Tensor:
+    """The mixture's flow from time `begin` to `stop` by the classical fourth-order method."""
 
     def slope(x, time):
         return (x - mixture_x0(x, time)) / time
 
-    for t, after in itertools.pairwise(torch.linspace(1, stop, steps + 1, dtype=torch.float64).tolist()):
+    for t, after in itertools.pairwise(torch.linspace(begin, stop, steps + 1, dtype=torch.float64).tolist()):
         h, mid = after - t, (t + after) / 2
         k1 = slope(x, t)
         k2 = slope(x + h / 2 * k1, mid)
@@ -79,7 +84,66 @@ def test_clips_land_on_the_mixture():
     assert ((ends.abs() - 1).abs() < 0.9).all()
 
 
-@pytest.mark.parametrize("sampler", [euler, heun])
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (dpmpp_2m, 2), (unipc, 3)])
+@pytest.mark.parametrize("denoise", [gaussian_x0, mixture_x0])
+def test_order_with_equal_steps_of_the_log_ratio(denoise, sampler, order):
+    """The orders of the papers: time 1 and time 0, whose logarithms are infinite, are left out."""
+    errors = []
+    for n in (40, 80, 160):
+        times = torch.sigmoid(torch.linspace(2.5, -2.0, n + 1, dtype=torch.float64))
+        if denoise is gaussian_x0:
+            spread = [math.hypot(STD * (1 - t), t) for t in times[[0, -1]].tolist()]
+            exact = MEAN * (1 - times[-1]) + (start() - MEAN * (1 - times[0])) * (spread[1] / spread[0])
+        else:
+            exact = runge_kutta(start(), float(times[-1]), begin=float(times[0]))
+        errors.append((sampler(denoise, start(), times) - exact).abs().max().item())
+    for coarse, fine in itertools.pairwise(errors):
+        assert order - 0.25 < math.log2(coarse / fine) < order + 0.35
+
+
+@pytest.mark.parametrize("sampler", [dpmpp_2m, unipc])
+def test_multistep_samplers_are_better_than_eulers_method_on_the_schedule_of_generation(sampler):
+    exact = runge_kutta(start(), 1e-3)
+    for n in (16, 32, 64):
+        error, of_euler = (
+            (one(mixture_x0, start(), schedule(n)) - exact).abs().max().item() for one in (sampler, euler)
+        )
+        assert error < of_euler / 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "theirs", "rtol"),
+    [(dpmpp_2m, DPMSolverMultistepScheduler, 1e-5), (unipc, UniPCMultistepScheduler, 1e-9)],
+)
+@pytest.mark.parametrize("process", [RectifiedFlow(shift=3.0), EDM()])
+def test_multistep_samplers_are_those_of_diffusers(sampler, theirs, rtol, process):
+    """At the same noise levels. Theirs treats time 1 as 1 - 1e-6, and computes DPM++ in float32."""
+    times = process.schedule(12, 1).clamp(max=1 - 1e-6)
+    flow = isinstance(process, RectifiedFlow)
+    scheduler = theirs(prediction_type="sample", use_flow_sigmas=flow)
+    scheduler.set_timesteps(12)
+    scheduler.set_begin_index(0)
+    scheduler.sigmas = times if flow else times / (1 - times)
+    # Theirs has the variance-preserving scale for EDM.
+    scale = torch.ones_like(times) if flow else 1 / (1 - times).square().add(times**2).sqrt()
+    x = start() * scale[0]
+    for i, step in enumerate(scheduler.timesteps):
+        x = scheduler.step(mixture_x0(x / scale[i], float(times[i])), step, x).prev_sample
+    torch.testing.assert_close(sampler(mixture_x0, start(), times), x.double(), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("sampler", [euler, dpmpp_2m, unipc])
+def test_a_change_of_the_state_after_a_step_is_kept(sampler):
+    """Where x0 does not depend on the state, the change decays with the time."""
+    times = schedule(5)[:5]
+
+    def made(change: float) -> torch.Tensor:
+        return sampler(lambda x, t: 0 * x + t, start(), times, edit=lambda done, x, t: x + change * (done == 1))
+
+    torch.testing.assert_close(made(5.0) - made(0.0), torch.full_like(start(), 5.0 * float(times[-1] / times[1])))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
 def test_known_data_is_reached_exactly_in_one_step(sampler):
     data = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for steps in (1, 5):
@@ -89,7 +153,7 @@ def test_known_data_is_reached_exactly_in_one_step(sampler):
 
 
 def test_calls_steps_and_determinism():
-    for name, calls in (("euler", 4), ("heun", 7)):
+    for name, calls in (("euler", 4), ("heun", 7), ("dpm++", 4), ("unipc", 4)):
         times: list[float] = []
         done: list[int] = []
 
@@ -102,5 +166,5 @@ def test_calls_steps_and_determinism():
         assert min(times) > 0
         assert done == [1, 2, 3, 4]
         assert torch.equal(first, SAMPLERS[name](denoise, start(), schedule(4)))
-    with pytest.raises(ConfigError, match="euler, heun"):
+    with pytest.raises(ConfigError, match="euler, heun, dpm"):
         sampler_by_name("dpm")

@@ -24,7 +24,7 @@ def clip(rows: int = 1, frames: int = 4) -> torch.Tensor:
     return torch.rand(rows, 3, frames, 16, 24, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_network_that_knows_the_clip_makes_it(sampler, scale):
     video = clip(rows=2)

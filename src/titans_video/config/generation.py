@@ -75,8 +75,9 @@ class GenerateOptions:
     """Amount of motion, from 0 to 255. Only for Stable Video Diffusion (default: 127)."""
     noise_aug: Annotated[float | None, Range(least=0)] = None
     """Strength of the noise on the image. Only for Stable Video Diffusion (default: 0.02)."""
-    sampler: Literal["euler", "heun"] = "euler"
-    """Solver of the sampling equation. Heun calls the network about twice per step."""
+    sampler: Literal["euler", "heun", "dpm++", "unipc"] = "euler"
+    """Solver of the sampling equation. dpm++ (2M) and unipc need fewer steps for the same result. heun calls the
+    network about twice per step."""
     shift: Annotated[float | None, Range(above=0)] = None
     """Time shift of the denoising steps towards noise (default: as in training)."""
     seed: Annotated[int, Range(least=0)] = 0

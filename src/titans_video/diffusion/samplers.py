@@ -2,8 +2,12 @@
 
 The flow's velocity is dx/dtime = (x - x0) / time, so a solver only needs the denoised prediction. All solvers are
 deterministic. Legend: B batch, C latent channels, t h w the latent grid, L text tokens.
+
+With u = (1 - time) / time, d(x / time)/du = x0: the exact solution needs only the integral of x0 over u. The multistep
+solvers `dpmpp_2m` and `unipc` approximate x0 by a line over log u, the logarithm of the signal-to-noise ratio.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -84,7 +88,92 @@ def heun(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
+def dpmpp_2m(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Tensor,
+    on_step: OnStep | None = None,
+    edit: EditState | None = None,
+) -> Tensor:
+    """Integrate with second order and one forward per step. Source: Lu et al. 2022 (DPM-Solver++), algorithm 2."""
+    return _multistep(denoise, noise, schedule, on_step, edit, corrected=False)
+
+
+def unipc(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Tensor,
+    on_step: OnStep | None = None,
+    edit: EditState | None = None,
+) -> Tensor:
+    """Integrate with third order and one forward per step; as `dpmpp_2m`, but each prediction corrects the last step.
+
+    Source: Zhao et al. 2023 (UniPC), algorithms 5 and 7 with p = 2 and B2(h).
+    """
+    return _multistep(denoise, noise, schedule, on_step, edit, corrected=True)
+
+
+def _multistep(
+    denoise: Denoise,
+    noise: Tensor,
+    schedule: Tensor,
+    on_step: OnStep | None,
+    edit: EditState | None,
+    corrected: bool,
+) -> Tensor:
+    x = noise
+    step: _Step | None = None
+    for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
+        x0 = denoise(x, time)
+        if corrected and step is not None:
+            x = x + step.correction(x0)
+        step = _Step(x0, step, time, after)
+        target = step.target()
+        x = target + (after / time) * (x - target)
+        if edit is not None:
+            x = edit(done, x, after)
+        if on_step is not None:
+            on_step(done)
+    return x
+
+
+class _Step:
+    """A step of `_multistep`: its x0, its `length` in log u, and the `change` of x0 over it by the line."""
+
+    def __init__(self, x0: Tensor, before: "_Step | None", time: float, after: float) -> None:
+        self.x0, self.length, self.weight = x0, _log_ratio(after) - _log_ratio(time), 1 - after / time
+        self.ratio = math.inf
+        self.change: Tensor | None = None
+        if before is not None and after > 0:  # a step to time 0 is endless in log u, and returns x0
+            self.ratio = before.length / self.length
+            self.change = (x0 - before.x0) / self.ratio
+
+    def target(self) -> Tensor:
+        """Return the constant x0 that would have the same effect as the line."""
+        return self.x0 if self.change is None else self.x0 + self.change / 2
+
+    def correction(self, x0_after: Tensor) -> Tensor:
+        """Return what to add to the state after the step once x0 is known there."""
+        rise = x0_after - self.x0
+        if self.change is None:
+            return rise * (self.weight / 2)
+        h = -self.length
+        phi_1 = math.expm1(h)
+        phi_2 = phi_1 / h - 1
+        phi_3 = phi_2 / h - 0.5
+        first, second = phi_2 / phi_1, 2 * phi_3 / phi_1
+        slope = (first - second) / (1 + self.ratio)
+        return rise * (self.weight * (first - slope)) + self.change * (self.weight * (slope - 0.5))
+
+
+def _log_ratio(time: float) -> float:
+    """Return log u, which is infinite at the ends."""
+    if time <= 0:
+        return math.inf
+    return -math.inf if time >= 1 else math.log1p(-time) - math.log(time)
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpm++": dpmpp_2m, "unipc": unipc}
 
 
 def sampler_by_name(name: str) -> Sampler:
