@@ -42,7 +42,7 @@ from titans_video.files import save_safetensors, save_tensors, write_text
 from titans_video.finite import refuse_non_finite
 from titans_video.formats import CONFIG, COUNT, TENSORS
 from titans_video.parsing import Malformed
-from titans_video.schema import Record, Text, check
+from titans_video.schema import Record, Text, check, shown
 from titans_video.tensor_files import (
     BUILDING_ERRORS,
     MOST_HEADER,
@@ -146,7 +146,7 @@ def read(path: Path | str, mmap: bool = False) -> Checkpoint:
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of this project: it has no {', '.join(missing)}.")
     if data.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has the format {data.get('format')!r}; this version reads {FORMAT!r}.")
+        raise CheckpointError(f"{path} has the format {shown(data.get('format'))}; this version reads {FORMAT!r}.")
     return _checked(Checkpoint(data["model"], data["config"], data["step"], data.get("codec", {}), path))
 
 
@@ -158,7 +158,7 @@ def _read_folder(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {e}") from None
     check(_DESCRIPTION, description, path / "config.json", CheckpointError)
     if description["format"] != FORMAT:
-        raise CheckpointError(f"{path} has the format {description['format']!r}; this version reads {FORMAT!r}.")
+        raise CheckpointError(f"{path} has the format {shown(description['format'])}; this version reads {FORMAT!r}.")
 
     def part(name: str) -> dict[str, Tensor]:
         return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}

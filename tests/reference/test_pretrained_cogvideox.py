@@ -194,7 +194,9 @@ def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path
     with pytest.raises(ConfigError, match="is not a folder"):
         open_model_spec(tmp_path / "nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-    with pytest.raises(ConfigError, match="is a WanPipeline; the supported pipelines are CogVideoXPipeline"):
+    with pytest.raises(
+        ConfigError, match="describes the class 'WanPipeline'; the supported pipelines are CogVideoXPipeline"
+    ):
         open_model_spec(tmp_path)
 
 

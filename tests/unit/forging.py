@@ -110,7 +110,16 @@ def forge(valid: Any, changes: list[Change]) -> Any:
 
 
 def _is_huge(value: Any) -> bool:
-    return value in HUGE if isinstance(value, dict) else isinstance(value, list | str) and len(value) > 1000
+    if isinstance(value, dict):
+        return value in HUGE
+    return isinstance(value, list | str) and (len(value) > 1000 or _depth(value) > 100)
+
+
+def _depth(value: Any) -> int:
+    levels = 0
+    while isinstance(value, list) and value:
+        value, levels = value[0], levels + 1
+    return levels
 
 
 def _changed(value: Any, change: Change, small: bool) -> Any:

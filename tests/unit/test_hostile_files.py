@@ -5,6 +5,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,15 @@ from tests.unit.generation_parts import as_checkpoint, tiny_model
 from tests.unit.test_forged_files import LoraFormat
 from titans_video import checkpoint as checkpoints
 from titans_video.codecs.base import IdentityCodec, parse_init
-from titans_video.codecs.diffusers import DiffusersCodec
+from titans_video.codecs.diffusers import DiffusersCodec, class_name
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions, TextOptions
 from titans_video.config.parse import flags_from_yaml, read_segment_prompts
+from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import UserError
 from titans_video.generation.model import load_model
-from titans_video.models import lora_io
+from titans_video.models import lora_io, registry
+from titans_video.pretrained.base import open_model_spec
 from titans_video.text.base import build_text
 from titans_video.training import checkpointing
 
@@ -211,3 +214,34 @@ def test_the_header_of_a_file_is_bounded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="header is larger"):
         lora_io.read(path)
     assert split_safetensors((8).to_bytes(8, "little") + b'{"a": 1}xy') == ({"a": 1}, b"xy")
+
+
+NAMED_IN_FILES: dict[str, Callable[[Path, Any], object]] = {
+    "a checkpoint's format": lambda folder, name: checkpoints.read(
+        _saved(folder / "a.pt", {"model": {}, "config": {}, "step": 0, "format": name})
+    ),
+    "a network": lambda folder, name: registry.build_network({"network": name}),
+    "a VAE": lambda folder, name: class_name(_described(folder, "config.json", name)),
+    "a pipeline": lambda folder, name: open_model_spec(_described(folder, "model_index.json", name)),
+    "a scheduler": lambda folder, name: VPredictionDDPM.from_scheduler(
+        SimpleNamespace(config={"prediction_type": name})
+    ),
+}
+
+
+def _saved(path: Path, content: dict[str, Any]) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def _described(folder: Path, file: str, name: Any) -> Path:
+    (folder / file).write_text(json.dumps({"_class_name": name}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["x" * 10**5, ["x"], {"a": 1}, 10**19, None], ids=lambda name: type(name).__name__)
+@pytest.mark.parametrize("kind", NAMED_IN_FILES)
+def test_names_in_files_are_shown_shortened(kind: str, name: Any, tmp_path: Path) -> None:
+    error = bounded(lambda: NAMED_IN_FILES[kind](tmp_path, name) and None)
+    assert error is not None
+    assert len(error) < 600

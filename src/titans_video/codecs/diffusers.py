@@ -20,6 +20,7 @@ from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, first_line
 from titans_video.hub import load_pretrained
 from titans_video.parsing import Malformed, read_json
+from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
 from titans_video.types import PRECISIONS, CodecSpec, FrameRule
 
@@ -290,10 +291,10 @@ def class_name(folder: Path) -> str:
         name = read_json(folder / "config.json", strict=False).get("_class_name")
     except (OSError, Malformed) as e:
         raise CodecError(f"{folder / 'config.json'} cannot be read: {e}.") from None
-    if name not in VAE_SPECS:
+    if not isinstance(name, str) or name not in VAE_SPECS:
         raise CodecError(
-            f"{folder / 'config.json'} describes the class {name}; the supported VAEs are {', '.join(VAE_SPECS)}. "
-            "Another one can be wrapped with --vae-backend external (docs/guides/codecs.md)."
+            f"{folder / 'config.json'} describes the class {shown(name)}; the supported VAEs are "
+            f"{', '.join(VAE_SPECS)}. Another one can be wrapped with --vae-backend external (docs/guides/codecs.md)."
         )
     return str(name)
 

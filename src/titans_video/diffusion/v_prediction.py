@@ -20,6 +20,7 @@ from torch import Tensor
 
 from titans_video.diffusion.base import Constant, NoisySample, expand_dims, process_arguments
 from titans_video.errors import ConfigError
+from titans_video.schema import shown
 from titans_video.seeding import derive_seed, seeded_randn
 
 RHO = 7.0
@@ -120,7 +121,8 @@ class VPredictionDDPM:
         kind = scheduler.config.get("prediction_type")
         if kind != "v_prediction" or not hasattr(scheduler, "alphas_cumprod"):
             raise ConfigError(
-                f"The pipeline's {type(scheduler).__name__} is for {kind} prediction; known here is v_prediction."
+                f"The pipeline's {type(scheduler).__name__} is for {shown(kind)} prediction; "
+                "known here is v_prediction."
             )
         return cls(scheduler.alphas_cumprod)
 

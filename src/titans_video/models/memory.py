@@ -23,6 +23,7 @@ from titans_video.files import save_safetensors
 from titans_video.finite import refuse_non_finite
 from titans_video.models.layers import NORM_EPS, norm, without_autocast
 from titans_video.parsing import Malformed
+from titans_video.schema import shown
 from titans_video.tensor_files import read_safetensors
 
 FORMAT = "titans-video-memory/1"
@@ -124,7 +125,8 @@ def load_state(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} cannot be read as a memory file: {e}.") from None
     if about.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has the format {about.get('format')!r}; this version reads {FORMAT!r}, as --memory-out writes it."
+            f"{path} has the format {shown(about.get('format'))}; this version reads {FORMAT!r}, "
+            "as --memory-out writes it."
         )
     refuse_non_finite(tensors, path, CheckpointError, "Continue from an earlier memory file.")
     return tensors, about

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from titans_video.config.options import MemoryOptions, ModelOptions
 from titans_video.errors import CheckpointError, ConfigError, few, first_line
+from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.types import CodecSpec
 
@@ -40,8 +41,8 @@ def build_network(config: Mapping[str, Any]) -> Any:
     """
     arguments = dict(config)
     name = arguments.pop("network", "SoraDiT")
-    if name not in NETWORKS:
-        raise CheckpointError(f"The network {name!r} is unknown to this version, which has {', '.join(NETWORKS)}.")
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise CheckpointError(f"The network {shown(name)} is unknown to this version, which has {', '.join(NETWORKS)}.")
     module, _, kind = NETWORKS[name].partition(":")
     network = getattr(import_module(module), kind)
     try:

@@ -19,6 +19,7 @@ from titans_video.codecs.base import Codec
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.errors import ConfigError, first_line
 from titans_video.parsing import read_json
+from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import TextEncoder
 from titans_video.types import CodecSpec, TextCondition
@@ -202,9 +203,11 @@ def open_model_spec(folder: str | Path) -> ModelSpec:
         ) from None
     except (OSError, ValueError, AttributeError) as e:
         raise ConfigError(f"--pretrained-model: {path / INDEX} cannot be read: {e}") from None
-    if name not in MODEL_SPECS:
+    if not isinstance(name, str) or name not in MODEL_SPECS:
         known = ", ".join(MODEL_SPECS)
-        raise ConfigError(f"--pretrained-model {path} is a {name}; the supported pipelines are {known}.")
+        raise ConfigError(
+            f"--pretrained-model {path} describes the class {shown(name)}; the supported pipelines are {known}."
+        )
     module, _, kind = MODEL_SPECS[name].partition(":")
     try:
         return cast(ModelSpec, getattr(import_module(module), kind)(path))

@@ -21,6 +21,7 @@ from titans_video.hub import from_folder, load_pretrained
 from titans_video.models.flops import attention
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
+from titans_video.schema import shown
 from titans_video.seeding import generator
 from titans_video.text.base import TextEncoder
 from titans_video.text.huggingface import padded_text
@@ -116,7 +117,9 @@ class CogVideoX(ModelSpec):
 
         name = str(read_config(self.folder / "scheduler", "scheduler_config.json").get("_class_name"))
         if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
-            raise ConfigError(f"{self.folder / 'scheduler'} describes a {name}, which is none of CogVideoX's.")
+            raise ConfigError(
+                f"{self.folder / 'scheduler'} describes the class {shown(name)}, which is none of CogVideoX's."
+            )
         return from_folder(getattr(diffusers, name), self.folder / "scheduler")
 
     def process(self) -> VPredictionDDPM:

@@ -48,6 +48,7 @@ from titans_video.recipes.setup import (
     train_recipe,
 )
 from titans_video.recipes.sora import init_network, train_sora
+from titans_video.schema import shown
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder
 from titans_video.training.recipe import Size, VideoSampler
@@ -76,7 +77,7 @@ def unet_config(folder: str | None) -> dict[str, object]:
     name = config.get("_class_name")
     if name != "UNetSpatioTemporalConditionModel":
         raise ConfigError(
-            f"{path} describes the class {name}; Stable Video Diffusion's is UNetSpatioTemporalConditionModel. "
+            f"{path} describes the class {shown(name)}; Stable Video Diffusion's is UNetSpatioTemporalConditionModel. "
             "--architecture sora-dit trains SoraDiT on the folder's VAE."
         )
     return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -101,9 +102,9 @@ def folder_process(folder: str, sigma_mean: float, sigma_std: float) -> EDM:
     path = Path(folder).expanduser() / SCHEDULER / "scheduler_config.json"
     config = _read(path)
     wanted = {"prediction_type": "v_prediction", "timestep_type": "continuous", "use_karras_sigmas": True}
-    other = {name: config.get(name) for name, value in wanted.items() if config.get(name) != value}
+    other = [f"{name} {shown(config.get(name))}" for name, value in wanted.items() if config.get(name) != value]
     if other:
-        raise ConfigError(f"{path} has {other}; Stable Video Diffusion's scheduler has {wanted}.")
+        raise ConfigError(f"{path} has {', '.join(other)}; Stable Video Diffusion's scheduler has {wanted}.")
     default = EDM()
     low, high = (cast(float, config.get(key)) for key in ("sigma_min", "sigma_max"))
     return EDM(sigma_mean, sigma_std, low or default.sigma_min, high or default.sigma_max)
