@@ -158,7 +158,7 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
                 heads=a.heads,
                 patch_size=PATCH,
                 gradient_checkpointing=setup.checkpointing,
-                compile=setup.compile,
+                compile="on" if setup.compile else "off",
             ),
             train=TrainOptions(
                 output_dir=folder, max_steps=10**9, save_every=10**9, mixed_precision=setup.precision, lr=1e-5

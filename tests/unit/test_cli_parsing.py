@@ -107,6 +107,37 @@ def test_messages_about_mistakes_on_the_command_line(words: str, message: str) -
 
 
 @pytest.mark.parametrize(
+    ("words", "position"),
+    [
+        ("", "auto"),
+        ("--compile", "on"),
+        ("--compile --preset tiny", "on"),
+        ("--preset tiny --compile", "on"),
+        ("--no-compile", "off"),
+        ("--no_compile", "off"),
+        ("--compile --no-compile", "off"),
+        ("--compile on", "on"),
+        ("--compile=off", "off"),
+        ("--compile auto", "auto"),
+    ],
+)
+def test_a_switch_with_three_positions(words: str, position: str, tmp_path: Path) -> None:
+    assert training(words).model.compile == position
+    for text, other in (("true", "on"), ("false", "off"), ("auto", "auto"), ("on", "on"), ("off", "off")):
+        (tmp_path / "a.yaml").write_text(f"compile: {text}\n")
+        from_file = f"--config {tmp_path / 'a.yaml'} {words}"
+        assert training(from_file).model.compile == (position if words else other)
+
+
+def test_a_number_or_auto() -> None:
+    assert training("").data.num_workers == "auto"
+    assert training("--num-workers auto").data.num_workers == "auto"
+    assert training("--num-workers 3").data.num_workers == 3
+    with pytest.raises(ConfigError, match="--num-workers"):
+        training("--num-workers many")
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "--batch-size 0",

@@ -182,7 +182,7 @@ def test_precisions(checkpoint):
 @pytest.mark.long
 def test_compiled_blocks_make_the_same(checkpoint):
     exact = made_by(load_model(checkpoint, Overrides(), "cpu"))
-    made = made_by(load_for(RunOptions(device="cpu", compile=True), checkpoint, Overrides()))
+    made = made_by(load_for(RunOptions(device="cpu", compile="on"), checkpoint, Overrides()))
     torch.testing.assert_close(made, exact, rtol=1e-3, atol=1e-3)
 
 

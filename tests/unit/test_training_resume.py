@@ -223,6 +223,22 @@ def test_a_moved_data_set_and_the_same_batch_by_other_flags_are_no_change(tmp_pa
     assert main(argv) == 0
 
 
+def test_the_precision_of_a_run_is_known_before_it_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    look = options(run, resume="auto")
+    assert resume_module.precision_of_run(look) is None
+    assert main(small(run)) == 0
+    state = run / "checkpoint-1" / "training_state.pt"
+    saved = torch.load(state, weights_only=True)
+    saved["settings"]["--mixed-precision"] = "bf16"
+    torch.save(saved, state)
+    for resume in ("auto", str(run), str(run / "checkpoint-1")):
+        assert resume_module.precision_of_run(options(run, resume=resume)) == "bf16"
+    assert resume_module.precision_of_run(options(run, resume="none")) is None
+    state.write_bytes(b"cut off")
+    assert resume_module.precision_of_run(look) is None
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_and_checkpointed_blocks_train_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str

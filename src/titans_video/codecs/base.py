@@ -19,6 +19,7 @@ from torch import Tensor
 from titans_video.checkpoint import override, restore_options, warn_if_changed
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
+from titans_video.device import fast_defaults, read_facts
 from titans_video.errors import CheckpointError, CodecError
 from titans_video.hub import stored_folder
 from titans_video.parsing import Malformed, parse_json
@@ -223,9 +224,12 @@ def parse_init(text: str | None) -> dict[str, Any]:
 def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu", load: bool = True) -> Codec:
     """Build the codec that flags describe (the `patch` codec is fitted instead, see `codecs.pca.PCACodec.fit`).
 
-    `load` reads the weights now; otherwise at first use. Errors: as `Codec.from_options`.
+    `load` reads the weights now; otherwise at first use. `device` decides an `auto` precision. Errors: as
+    `Codec.from_options`.
     """
     init = parse_init(options.vae_init_json)
+    if options.vae_dtype == "auto":
+        options = replace(options, vae_dtype=fast_defaults(read_facts(torch.device(device))).dtype)
     return backend_class(options.vae_backend).from_options(options, init, load=load).to(device)
 
 

@@ -262,7 +262,12 @@ class DiffusersCodec(Codec):
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch dtype of fp32, bf16, fp16, or of torch's own names of these; CodecError for another name."""
+    """Return the torch dtype of fp32, bf16, fp16, or of torch's own names of these; CodecError for another name.
+
+    `auto` is float32: commands put the choice for their device in its place.
+    """
+    if dtype == "auto":
+        return torch.float32
     names = PRECISIONS | {str(value).removeprefix("torch."): value for value in PRECISIONS.values()}
     found = names.get(str(dtype).removeprefix("torch."))
     if found is None:

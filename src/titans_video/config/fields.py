@@ -13,6 +13,10 @@ import tyro
 from titans_video.errors import ConfigError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+AutoDtype = Literal["auto", "fp32", "bf16", "fp16"]
+Switch = Literal["auto", "on", "off"]
+"""A switch with a third position. `--compile` is `--compile on`, and `--no-compile` is `--compile off`."""
+Count = int | Literal["auto"]
 VaeBackend = Literal["diffusers", "external", "identity", "patch"]
 
 
@@ -31,7 +35,7 @@ class Range:
     """The bounds of a number, declared with its option: `lr: Annotated[float, Range(above=0)] = 1e-4`.
 
     An option of several numbers takes one range for all of them, or one range for each. Every number must be finite,
-    also without bounds. None is always legal.
+    also without bounds. None and words such as `auto` are always legal.
 
     Attributes:
         least, most: inclusive bounds.
@@ -85,7 +89,7 @@ def validate(options: OptionGroup) -> None:
         value = getattr(options, option.name)
         if is_group(value):
             validate(value)
-        elif value is not None:
+        elif value is not None and not isinstance(value, str):
             ranges = [m for m in getattr(hints[option.name], "__metadata__", ()) if isinstance(m, Range)]
             if ranges:
                 check_value(flag_of(option.name), value, *ranges)

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 from titans_video.config.fields import (
     AnyPath,
-    Dtype,
+    AutoDtype,
     FilePath,
     FolderPath,
     Json,
     Name,
     Pair,
     Range,
+    Switch,
     VaeBackend,
 )
 from titans_video.config.options import SHARE
@@ -116,8 +117,8 @@ class Overrides:
     """Class of the codec in --vae-module."""
     vae_init_json: Json | None = None
     """JSON object with arguments for the codec's constructor (default: the checkpoint's)."""
-    vae_dtype: Dtype | None = None
-    """Precision of the VAE (default: the checkpoint's)."""
+    vae_dtype: AutoDtype | None = None
+    """Precision of the VAE; auto: bf16 on a GPU with bf16, else fp32 (default: the checkpoint's flag)."""
     local_files_only: bool | None = None
     """Use only models that are on this machine; download nothing (default: the checkpoint's)."""
 
@@ -128,10 +129,13 @@ class RunOptions:
 
     device: Name | None = None
     """cuda, cuda:1 or cpu (default: cuda if available)."""
-    dtype: Dtype = "fp32"
-    """Precision of the network's weights."""
-    compile: bool = False
-    """Run torch.compile on each block. The first window is slow."""
+    dtype: AutoDtype = "auto"
+    """Precision of the network's weights; auto: bf16 on a GPU with bf16, else fp32."""
+    tf32: bool = True
+    """Round the inputs of float32 products to TF32 on a GPU. This is faster."""
+    compile: Switch = "auto"
+    """Run torch.compile on each block. The first window is slow. auto: on a GPU, for 400 denoising steps or more over
+    all videos, without --offload. Just --compile means on, and --no-compile means off."""
     offload: Literal["none", "model", "group"] = "none"
     """model: encoders, network and VAE take turns on the device; group: the layers of the network too."""
 

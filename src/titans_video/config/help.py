@@ -213,6 +213,8 @@ def _value(hint: Any) -> str:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
+    if any(hasattr(m, "metavar") for m in getattr(hint, "__metadata__", ())):
+        return ()
     if get_origin(hint) is Literal:
         return tuple(map(str, get_args(hint)))
     return next((found for arg in get_args(hint) if (found := _choices(arg))), ())

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from titans_video.config.fields import (
     AnyPath,
+    AutoDtype,
+    Count,
     Dtype,
     FilePath,
     FolderPath,
@@ -21,6 +23,7 @@ from titans_video.config.fields import (
     Pair,
     PatchSize,
     Range,
+    Switch,
     VaeBackend,
     flag_of,
 )
@@ -75,8 +78,9 @@ class DataOptions:
     """Stop if more than this share of the rows cannot be used."""
     file_timeout: Annotated[float, Range(above=0)] = 60.0
     """Leave out a file if its check makes no progress for this many seconds."""
-    num_workers: Annotated[int, Range(least=0)] = 0
-    """Worker processes that read clips in advance; 0: read in the training process."""
+    num_workers: Annotated[Count, Metavar("auto|N"), Range(least=0)] = "auto"
+    """Worker processes that read clips in advance; 0: read in the training process; auto: 0 on a CPU, and on a GPU one
+    less than the cores for each process, from 1 to 8."""
     ram_cache_mb: Annotated[int, Range(least=0)] = 1024
     """Megabytes of decoded clips that each process keeps in memory. This speeds up small data sets."""
     cache: FolderPath | None = None
@@ -134,8 +138,8 @@ class CodecOptions:
     """Class of the codec in --vae-module."""
     vae_init_json: Json | None = None
     """JSON object with arguments for the codec's constructor."""
-    vae_dtype: Dtype = "fp32"
-    """Precision of the VAE."""
+    vae_dtype: AutoDtype = "auto"
+    """Precision of the VAE. auto: that of the resumed run or of --cache, else bf16 on a GPU with bf16, else fp32."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,9 @@ class ModelOptions:
     """Add fixed sinusoidal embeddings of each token's position in the frame, besides the rotary embeddings."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This saves memory and is about a third slower."""
-    compile: bool = False
-    """Run torch.compile on each block. The first steps of each clip size are slow."""
+    compile: Switch = "auto"
+    """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
+    more, without --deterministic. Just --compile means on, and --no-compile means off."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,11 @@ class TrainOptions:
     """Number of optimizer steps."""
     grad_accum: Annotated[int, Range(least=1)] = 1
     """Micro-batches per optimizer step."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the network's computations (default: the launcher's setting, else no)."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Precision of the network's computations. auto: the launcher's setting, else that of the resumed run, else bf16 on
+    a GPU with bf16, else no."""
+    tf32: bool = True
+    """Round the inputs of float32 products to TF32 on a GPU. This is faster."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for weight matrices and AdamW for all other weights."""
     lr: Annotated[float, Range(above=0)] = 1e-4

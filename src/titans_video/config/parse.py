@@ -17,7 +17,7 @@ from typing import TypeVar, get_args
 
 import tyro
 
-from titans_video.config.fields import OptionGroup, flag_of, is_group, validate
+from titans_video.config.fields import OptionGroup, Switch, flag_of, is_group, validate
 from titans_video.config.help import About, format_help
 from titans_video.errors import ConfigError
 from titans_video.parsing import Malformed, read_lines, read_yaml
@@ -73,7 +73,7 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | N
         raise SystemExit(0)
     if "config" in known and "config" in given:
         argv = _expand_config(argv, known, given)
-    options = _parse(default, argv, prog)
+    options = _parse(default, _spell_out(argv, switches_of(default)), prog)
     validate(options)
     return options
 
@@ -98,6 +98,26 @@ def flags_of(options: OptionGroup) -> dict[str, bool]:
         else:
             known[f.name] = get_args(f.type)[-1:] == (Ellipsis,)
     return known
+
+
+def switches_of(options: OptionGroup) -> set[str]:
+    """Return the field names of the flags of the type `Switch`."""
+    groups = [getattr(options, f.name) for f in fields(options)]
+    own = {f.name for f in fields(options) if f.type == Switch}
+    return own.union(*(switches_of(group) for group in groups if is_group(group)))
+
+
+def _spell_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Return the words with the position of every switch: `--compile on` for `--compile`, off for `--no-compile`."""
+    words: list[str] = []
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        name = word[2:].replace("-", "_") if word.startswith("--") else ""
+        off = name.removeprefix("no_")
+        if name in switches:
+            words += [word] if after in get_args(Switch) else [word, "on"]
+        else:
+            words += [flag_of(off), "off"] if off in switches else [word]
+    return words
 
 
 def given_names(argv: Sequence[str], known: Mapping[str, bool]) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from titans_video.config.fields import Dtype, FilePath, FolderPath, Metavar, Pair, Range
+from titans_video.config.fields import AutoDtype, Dtype, FilePath, FolderPath, Metavar, Pair, Range, Switch
 from titans_video.config.options import (
     BELOW_1,
     SHARE,
@@ -59,10 +59,11 @@ class BaseOptions:
     """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This saves memory and is about a third slower."""
-    compile: bool = False
-    """Run torch.compile on each block. The first steps of each clip size are slow."""
-    vae_dtype: Dtype = "fp32"
-    """Precision of the VAE."""
+    compile: Switch = "auto"
+    """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
+    more, without --deterministic, --layerwise-casting and --offload. Just --compile means on, --no-compile off."""
+    vae_dtype: AutoDtype = "auto"
+    """Precision of the VAE. auto: that of the resumed run or of --cache, else bf16 on a GPU with bf16, else fp32."""
     text_dtype: Dtype = "bf16"
     """Precision of the text encoder."""
     text_offload: Literal["cpu", "none"] = "none"

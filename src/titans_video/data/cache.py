@@ -14,6 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from titans_video.files import save_safetensors
 from titans_video.finite import is_finite
 from titans_video.media.motion import MOTION_VERSION
 from titans_video.parsing import parse_json
-from titans_video.types import CodecSpec, TextCondition
+from titans_video.types import PRECISIONS, CodecSpec, TextCondition
 
 CACHE_VERSION = 1  # raise it when the same clip would give other pixels
 NO_BYTES = hashlib.sha256(b"").hexdigest()
@@ -63,13 +64,24 @@ class PromptError(DataError):
         self.prompt, self.reason, self.detail = prompt, reason, detail
 
 
+def precisions_in(folder: Path, most: int = 16) -> set[str]:
+    """Return the precisions of the codecs that encoded a few clips of a cache."""
+    found: set[str] = set()
+    for path in islice((folder / CLIPS).glob("*/*.safetensors"), most):
+        with contextlib.suppress(SafetensorError, OSError, ValueError, LookupError, TypeError):
+            with safe_open(path, framework="pt") as f:
+                made_from = parse_json(f.metadata()["made_from"])
+            found.add(str(parse_json(made_from["codec"])[2]))
+    return found & PRECISIONS.keys()
+
+
 class EncodingCache:
     """A folder of encodings of codecs and text encoders; any number of them may share it.
 
     The names of its subfolders and the key fields ("known", "picture", ...) are a file format and never change.
 
     Args:
-        codec: identifies the codec: fingerprint of weights and configuration, and its precision.
+        codec: identifies the codec: a JSON list of its name, its fingerprint, its precision, and more for a user's own.
         texts: the same for each text stream; () if text is not cached because the network reads bytes itself.
         cond_images: save conditioning images as pixels instead of moments, because noise is added before encoding, and
             save the motion bucket of each clip (Stable Video Diffusion).

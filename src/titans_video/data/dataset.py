@@ -109,7 +109,8 @@ class VideoDataset:
 
         Unreadable rows are recorded in the `folder` of the run and left out again on resume.
         """
-        workers, reader = self.options.num_workers, self.reader()
+        workers = 0 if self.options.num_workers == "auto" else self.options.num_workers
+        reader = self.reader()
         if workers > 0:  # each worker fills its own cache
             reader.ram = RamCache(self.ram.budget // workers)
         if cache is not None:

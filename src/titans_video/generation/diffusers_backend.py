@@ -22,7 +22,7 @@ from titans_video.errors import ConfigError
 from titans_video.finite import finite_frames
 from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
-from titans_video.generation.model import LoadedModel, PromptEncoder, run_device
+from titans_video.generation.model import LoadedModel, PromptEncoder, choose_defaults, run_device
 from titans_video.generation.request import Request, about, build_request
 from titans_video.generation.windows import Capabilities, WindowPlan
 from titans_video.models import lora, lora_io
@@ -240,6 +240,7 @@ def load_pipeline(
 
     Raises UserError if the pipeline or a file is missing, malformed, or for another model.
     """
+    run, _ = choose_defaults(run)
     device = run_device(run)
     spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
     parsed = [parse_lora(word) for word in loras]
@@ -252,11 +253,12 @@ def load_pipeline(
         trained_on = file.about.get("base", {}).get("fingerprint")
         if trained_on not in (None, spec.fingerprint()):
             notes.append(f"{file.path} was trained on another transformer than the one in {spec.folder}.")
-    codec = spec.codec(overrides.vae_dtype or run.dtype, "cpu", load=True)
+    vae_dtype = run.dtype if overrides.vae_dtype in (None, "auto") else overrides.vae_dtype
+    codec = spec.codec(vae_dtype, "cpu", load=True)
     pipeline = spec.pipeline(network, codec, text=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, run, device)
-    if run.compile:
+    if run.compile == "on":
         compile_blocks(network)
     trained = next((file.about for file, _ in reversed(read) if file.about), {})
     model = PretrainedModel(

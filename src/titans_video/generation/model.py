@@ -16,7 +16,9 @@ from titans_video import checkpoint as checkpoints
 from titans_video.checkpoint import fingerprint_tensors, warn_if_changed
 from titans_video.codecs.base import Codec, codec_from_checkpoint
 from titans_video.codecs.image_encoder import ImageEncoder
+from titans_video.config.fields import Dtype
 from titans_video.config.generation import Overrides, RunOptions
+from titans_video.device import COMPILE_FLAGS, TF32_FLAGS, Choice, compiles, fast_defaults, read_facts
 from titans_video.diffusion.base import SamplingProcess, build_process
 from titans_video.errors import CheckpointError, ConfigError, first_line
 from titans_video.generation.windows import Capabilities, check_flags
@@ -168,6 +170,21 @@ def run_device(run: RunOptions) -> torch.device:
     return device
 
 
+def choose_defaults(run: RunOptions, calls: int = 0) -> tuple[RunOptions, list[Choice]]:
+    """Return the options with a value in place of each `auto`, and the choices to show; raises as `run_device`.
+
+    `calls` is about how often the network will be called, which decides whether `auto` compiles it.
+    """
+    device = run_device(run)
+    best = fast_defaults(read_facts(device))
+    dtype: Dtype = best.dtype if run.dtype == "auto" else run.dtype
+    compiled = compiles(run.compile, best, calls, allowed=run.offload == "none")
+    choices = [Choice("precision", dtype, "--dtype"), Choice("compilation", "on" if compiled else "off", COMPILE_FLAGS)]
+    if device.type == "cuda":
+        choices.insert(1, Choice("float32 products", "in TF32" if run.tf32 else "in float32", TF32_FLAGS))
+    return replace(run, dtype=dtype, compile="on" if compiled else "off"), choices
+
+
 def find_checkpoint(name: str | None) -> Path:
     """Return the path of a checkpoint: a path, `latest`, or None for the package's weights. Raises CheckpointError."""
     if name is None:
@@ -190,10 +207,12 @@ def find_checkpoint(name: str | None) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def load_model(checkpoint: str | None, overrides: Overrides, device: torch.device | str) -> VideoModel:
+def load_model(
+    checkpoint: str | None, overrides: Overrides, device: torch.device | str, *, run_on: torch.device | None = None
+) -> VideoModel:
     """Read a checkpoint (see `find_checkpoint`) and build its model in evaluation mode on `device`.
 
-    `overrides` has new paths of the encoders and the VAE.
+    `overrides` has new paths of the encoders and the VAE. `run_on` is the device of the computation if it is another.
     Raises CheckpointError if it is missing or unreadable, or its parts do not fit; CodecError or TextError if its VAE
     or text encoder is missing.
     """
@@ -211,8 +230,10 @@ def load_model(checkpoint: str | None, overrides: Overrides, device: torch.devic
     model = VideoModel(
         network=network.to(device).eval(),
         codec=_part(
-            path, "codec", lambda: codec_from_checkpoint(config["codec"], read.codec, overrides, device=device)
-        ),
+            path,
+            "codec",
+            lambda: codec_from_checkpoint(config["codec"], read.codec, overrides, device=run_on or device),
+        ).to(device),
         text=_part(path, "text", lambda: text_from_checkpoint(config["text"], overrides, device)),
         process=_part(path, "process", lambda: build_process(config["process"])),
         config=config,
@@ -281,8 +302,9 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
 
     Raises UserError as `load_model`, or if a device or precision is not available.
     """
+    run, _ = choose_defaults(run)
     device = run_device(run)
-    model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu")
+    model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu", run_on=device)
     if run.dtype != "fp32":
         model.network.to(PRECISIONS[run.dtype])
     if run.offload != "none":
@@ -295,7 +317,7 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
             offload_type="leaf_level",
             use_stream=device.type == "cuda",
         )
-    if run.compile:
+    if run.compile == "on":
         model.network.compile_repeated_blocks()  # type: ignore[operator]
     return model
 

@@ -18,13 +18,22 @@ from torch import Tensor
 from titans_video import __version__, console
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.config.parse import read_prompts, read_segment_prompts
+from titans_video.device import format_choices, read_facts, use_tf32
 from titans_video.errors import ConfigError
 from titans_video.files import write_text
 from titans_video.finite import NonFiniteFrames, finite_frames
 from titans_video.generation import diffusers_backend, long_video
 from titans_video.generation.long_video import Generate
-from titans_video.generation.model import LoadedModel, fingerprint, load_for, with_shift
+from titans_video.generation.model import (
+    LoadedModel,
+    choose_defaults,
+    fingerprint,
+    load_for,
+    run_device,
+    with_shift,
+)
 from titans_video.generation.request import (
+    DEFAULT_STEPS,
     Request,
     Timing,
     about,
@@ -70,12 +79,12 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     Beside each video this writes `<name>.json`, all that is needed to generate it again, and contact sheets.
     Raises UserError for wrong flags or inputs, before any denoising; NonFiniteFrames if a video has no finite frame.
     """
-    run = run or RunOptions()
     out = check_options(options)
     texts = None if options.segment_prompts is None else read_segment_prompts(options.segment_prompts)
     if texts is not None:
         length = options.num_frames if options.seconds or options.num_frames else sum(n for n, _ in texts)
         options = replace(options, prompt=texts[0][1], num_frames=length)
+    run = _choose(options, run or RunOptions())
     model, plan_generation, lora_notes = _load(options, overrides, run)
     first, _ = build_request(options, model)
     when = timing(options, model)
@@ -110,6 +119,17 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     records = name_range([f"{place.name}.json" for place in places])
     print(f"Also written: {', '.join([records, *(sheet.name for sheet in sheets), *memory])}")
     return out
+
+
+def _choose(options: GenerateOptions, run: RunOptions) -> RunOptions:
+    """Return the options with a value in place of each `auto`, print the choices, and set the precision of products."""
+    prompts = 1 if options.prompt_file is None else len(read_prompts(options.prompt_file, "--prompt-file"))
+    run, choices = choose_defaults(run, prompts * options.num_videos * (options.steps or DEFAULT_STEPS))
+    device = run_device(run)
+    if device.type == "cuda":
+        use_tf32(run.tf32)
+    console.note(format_choices(read_facts(device), choices))
+    return run
 
 
 def _write_sheets(out: Path, rows: Sequence[tuple[str, Pixels]]) -> list[Path]:

@@ -94,7 +94,7 @@ class VideoPipeline(DiffusionPipeline):
         run = RunOptions(
             device=None if device is None else str(device),
             dtype=names[precision],  # type: ignore[arg-type]
-            compile=compile,
+            compile="on" if compile else "off",
             offload=offload,  # type: ignore[arg-type]
         )
         path = pretrained_model_name_or_path

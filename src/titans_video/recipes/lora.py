@@ -138,7 +138,7 @@ class LoraFiles:
 
 def train_lora(options: CogVideoXLoraOptions) -> TrainResult:
     """Build every part of a run and train; raise UserError for a fault of the flags, the data or the pipeline."""
-    run = start_run(options.data, options.train)
+    options, run = start_run(options)
     accelerator, base = run.accelerator, options.base
     assert base.pretrained_model is not None  # checked with the flags
     spec = open_model_spec(base.pretrained_model)
@@ -365,7 +365,7 @@ def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -
         )
     if options.offload == "group":
         offload_blocks(network, accelerator.device)
-    if options.compile:
+    if options.compile == "on":
         compile_blocks(network)
     return network, dtype
 

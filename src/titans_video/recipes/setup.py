@@ -32,7 +32,7 @@ from titans_video.training.distributed import Accelerator, finish, process_group
 from titans_video.training.init_from import start_from
 from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
-from titans_video.training.setup import RecipeOptions, RunContext, reconcile_resume
+from titans_video.training.setup import RecipeOptions, RunContext, choose_defaults, reconcile_resume
 from titans_video.training.tracking import open_tracker
 from titans_video.training.trainer import Trainer, TrainResult
 from titans_video.training.validation import Monitoring, SamplePrompt, Validator
@@ -51,7 +51,7 @@ class RunParts:
     data: VideoDataset
     held_out: VideoDataset | None  # clips whose loss validation measures
     codec: Codec  # frozen, like `text`; both without weights if everything is cached
-    codec_options: CodecOptions  # as `codec` was opened
+    codec_options: CodecOptions  # of `codec`, for checkpoints
     text: TextEncoder
     cache: EncodingCache | None  # contains all rows; None without `--cache`
 
@@ -84,14 +84,15 @@ def open_parts(
     for rows in (data, held_out if check_held_out else None):
         if check and rows:
             check(rows)
+    stored = replace(codec_options, vae_dtype="auto") if run.vae_auto else codec_options
     if options.data.cache is None:
-        return RunParts(data, held_out, codec, codec_options, text, None)
+        return RunParts(data, held_out, codec, stored, text, None)
     encode = partial(encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition)
     filled = encode(data)
     held_out = encode(held_out).data if held_out else None
     text.release()
     codec.release()
-    return RunParts(filled.data, held_out, codec, codec_options, text, filled.cache)
+    return RunParts(filled.data, held_out, codec, stored, text, filled.cache)
 
 
 def open_encoders(
@@ -331,7 +332,8 @@ def open_monitoring(
 
     def record() -> str:
         environment, about = tracking.environment(accelerator, run.running), describe(recipe, parts)
-        return tracking.write_start(folder, step, options, type(options)(), about, environment)
+        defaults, _ = choose_defaults(type(options)(), accelerator)
+        return tracking.write_start(folder, step, options, defaults, about, environment)
 
     run_id = run_on_main(accelerator, record)
     tracker = open_tracker(accelerator, validation.log_with, folder, step, run_id, tracking.flat(options))

@@ -14,6 +14,7 @@ from titans_video.codecs.base import flags_to_name_again
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.held_out import open_validation
+from titans_video.device import format_choices, read_facts
 from titans_video.diffusion.base import NoisySample, Prepared, PreparedT, SamplingProcess
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.generation.long_video import sample
@@ -39,7 +40,7 @@ from titans_video.recipes.setup import (
 from titans_video.seeding import derive_seed
 from titans_video.training.distributed import finish, process_group, start
 from titans_video.training.recipe import VideoSampler
-from titans_video.training.setup import RunContext, start_run
+from titans_video.training.setup import VAE_FLAG, RunContext, choose_defaults, start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition
 
@@ -102,7 +103,7 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
     Raises:
         UserError: a fault of the flags, the data, the VAE or the encoders.
     """
-    run = start_run(options.data, options.train)
+    options, run = start_run(options)
     device, patch = run.accelerator.device, options.model.patch_size
     options, text, codec = open_encoders(options, run)
     check = partial(check_draft_frames, options)
@@ -115,6 +116,10 @@ def train_sora(options: SoraOptions, notes: Sequence[str] = ()) -> TrainResult:
 def cache_sora(options: SoraOptions) -> None:
     """Fill `--cache` with all that training with the same options would encode; raises as `train_sora`."""
     accelerator = start(options.train)
+    options, choices = choose_defaults(options, accelerator)
+    shown = [choice for choice in choices if choice.flag == VAE_FLAG]
+    if shown:
+        logger.info(format_choices(read_facts(accelerator.device), shown))
     options, text, codec = open_encoders(options, RunContext(accelerator, None, ""))
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
@@ -166,7 +171,7 @@ def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
     network = build_network(config)
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if options.model.compile:
+    if options.model.compile == "on":
         network.compile_repeated_blocks()
     made: nn.Module = network
     return made

@@ -213,7 +213,7 @@ def train_svd(options: SVDOptions) -> TrainResult:
         return train_sora(options, (note,) if surprising else ())
     check_folder(options)
     options = replace(options, model=replace(options.model, patch_size=CLIP_GRID))
-    run = start_run(options.data, options.train)
+    options, run = start_run(options)
     device = run.accelerator.device
     options, text, codec = open_encoders(options, run, needed=False)
     if not text.widths:
@@ -234,7 +234,7 @@ def check_folder(options: SVDOptions) -> None:
     folder = options.codec.pretrained_model
     unet_config(folder)
     assert folder is not None  # unet_config checks it
-    ImageEncoder(folder, options.codec.vae_dtype, weights=False)
+    ImageEncoder(folder, weights=False)
     folder_process(folder, options.tune.sigma_mean, options.tune.sigma_std)
 
 

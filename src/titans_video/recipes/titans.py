@@ -230,7 +230,7 @@ def train_titans(options: TitansOptions) -> TrainResult:
     # Rows are planned in whole segments, of which a clip has fewer than tokens in time.
     budget = budget and max(budget * pt // plan.latents, 1)
     options = replace(options, data=replace(options.data, num_frames=plan.frames, tokens_per_batch=budget))
-    run = start_run(options.data, options.train)
+    options, run = start_run(options)
     options, text, codec = open_encoders(options, run)
     parts = open_parts(options, options.codec, run, codec, text, (plan.latents, ph, pw))
     recipe = build_titans(options, parts, run.accelerator.device, plan)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from titans_video.config.options import TrainOptions
+from titans_video.device import fast_defaults, read_facts, use_tf32
 from titans_video.errors import ConfigError, PeerError, UserError, first_line
+from titans_video.parsing import Malformed, read_yaml
 from titans_video.training.parallelism import (
     FSDP2_FILE,
     Parallelism,
@@ -84,21 +87,62 @@ def _parent_command_line() -> list[str]:
     return [w.decode(errors="replace") for w in words]
 
 
+def _is_accelerate(words: list[str]) -> bool:
+    names = [word.rpartition("/")[2] for word in words[:3]]  # the interpreter, the launcher, its first argument
+    known = {"accelerate-launch", "accelerate.commands.launch"}
+    return bool(known & set(names)) or {"accelerate", "launch"} <= set(names)
+
+
+def _value_of(words: list[str], *flags: str) -> str | None:
+    """Return the value of a flag on a command line, with - or _ in its name; None if it is not there."""
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.replace("-", "_") in flags:
+            return value or next(iter(words[i + 1 : i + 2]), "")
+    return None
+
+
 def _requested_processes(words: list[str]) -> int:
     """Return --num_processes of an `accelerate launch` command line, or 1 for any other command line."""
-    names = [word.rpartition("/")[2] for word in words[:3]]  # the interpreter, the launcher, its first argument
-    if not ({"accelerate-launch", "accelerate.commands.launch"} & set(names) or {"accelerate", "launch"} <= set(names)):
-        return 1
-    for i, word in enumerate(words):
-        name, _, value = word.replace("-", "_").partition("=")
-        if name in ("__num_processes", "__num_process"):
-            number = value or next(iter(words[i + 1 : i + 2]), "")
-            return int(number) if number.isdigit() else 1
-    return 1
+    number = _value_of(words, "__num_processes", "__num_process") if _is_accelerate(words) else None
+    return int(number) if number and number.isdigit() else 1
 
 
-def start(options: TrainOptions) -> Accelerator:
+def launcher_precision() -> str | None:
+    """Return the precision that the launcher was told to use, or None if nobody chose one.
+
+    `accelerate launch` passes on `no` too where neither its flags nor its configuration have a precision.
+    """
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return None if given == "no" and not _names_precision(_parent_command_line()) else given
+
+
+def _names_precision(words: list[str]) -> bool:
+    """Whether `accelerate launch` has a precision in its flags or its configuration; True for other launchers."""
+    if not _is_accelerate(words) or _value_of(words, "__mixed_precision") is not None:
+        return True
+    path = Path(_value_of(words, "__config_file") or default_config_file)
+    try:
+        config = read_yaml(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, Malformed):
+        return True
+    return not isinstance(config, dict) or config.get("mixed_precision") is not None or "fp16" in config
+
+
+def _own_device(cpu: bool) -> torch.device:
+    """Return the device that Accelerate will give this process."""
+    on_cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes", "on", "t", "y")
+    if on_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start(options: TrainOptions, earlier: str | None = None) -> Accelerator:
     """Create the accelerator of this process from the launcher's settings. Processes without a GPU use gloo.
+
+    `earlier` is the precision of the run that is resumed, for `--mixed-precision auto`.
 
     Raises ConfigError if the device lacks the precision, the processes do not see each other, their number is not the
     expected one, or the requested sharding would not happen or is not supported.
@@ -115,36 +159,39 @@ def start(options: TrainOptions) -> Accelerator:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     # Without `cpu`, Accelerate lets each process train a separate model when there is no GPU.
     cpu = world_size() > 1 and not torch.accelerator.is_available()
+    device, precision = _own_device(cpu), options.mixed_precision
+    if precision == "auto":
+        best = fast_defaults(read_facts(device)).mixed_precision
+        precision = launcher_precision() or earlier or best  # type: ignore[assignment]  # Accelerate checks it
+    if device.type == "cuda":
+        use_tf32(options.tf32)
     # Gradients as views of the reduced buckets save a copy.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    plugin = _fsdp_plugin(options) if fsdp_requested() else None
+    plugin = _fsdp_plugin(precision) if fsdp_requested() else None
     # On a CPU Accelerate rejects groups before it knows of FSDP, and without sizes it would read the variables itself.
     sizes = groups and (Parallelism(1) if cpu else groups).for_accelerate()
     try:
         made = Accelerator(
             cpu=cpu,
-            mixed_precision=options.mixed_precision,
+            mixed_precision=precision,
             kwargs_handlers=[ddp],
             fsdp_plugin=plugin,
             parallelism_config=sizes,
         )
     except ValueError as e:
-        raise ConfigError(
-            f"--mixed-precision {options.mixed_precision} does not work on this machine: {e} Use bf16 or no."
-        ) from None
+        raise ConfigError(f"--mixed-precision {precision} does not work on this machine: {e} Use bf16 or no.") from None
     if plugin and made.num_processes > 1 and made.device.type == "cpu":
         _shard_on_cpu(plugin, groups)
     _refuse_silent_changes(made, groups)
     return made
 
 
-def _fsdp_plugin(options: TrainOptions) -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin:
     """Return FSDP2 with the launcher's settings; it wraps the block classes in the network's `_no_split_modules`.
 
     Weights are gathered in the lower precision, and gradients are summed in float32. Inputs are not cast, because a
     timestep rounded to bfloat16 is off by more than a step of the schedule. `prepare` adds autocast.
     """
-    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype = AUTOCAST.get(precision)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

@@ -64,6 +64,20 @@ def open_resume(folder: Path | None, options: TrainOptions) -> Resume | None:
     return resume
 
 
+def precision_of_run(options: TrainOptions) -> str | None:
+    """Return the precision of the run that `--resume` selects, before its checkpoint is checked; None if unknown."""
+    path = Path(options.output_dir if options.resume == "auto" else options.resume)
+    if options.resume == "none":
+        return None
+    try:
+        newest = [folder for _, folder in list_checkpoints(path)[-1:]]
+        folder = newest[0] if options.resume == "auto" and newest else _folder_of(path) or newest[0]
+        found = checkpointing.read_state(folder).get("settings", {}).get("--mixed-precision")
+    except (CheckpointError, OSError, IndexError):  # `find_resume` reports it, or there is nothing to resume
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _folder_of(path: Path) -> Path | None:
     """Return a path's checkpoint folder, or None for a run's folder; raise CheckpointError if it is neither."""
     if not path.exists():

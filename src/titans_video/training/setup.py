@@ -2,24 +2,37 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from accelerate import Accelerator
 
-from titans_video.config.fields import OptionGroup, flag_of
+from titans_video.config.fields import OptionGroup, flag_of, is_group
 from titans_video.config.options import DataOptions, TrainOptions, ValidationOptions
+from titans_video.data.cache import precisions_in
 from titans_video.data.dataset import FILE_PATHS
+from titans_video.device import (
+    COMPILE_FLAGS,
+    TF32_FLAGS,
+    Choice,
+    compiles,
+    fast_defaults,
+    format_choices,
+    read_facts,
+)
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.formats import RESUMED_STATE
 from titans_video.schema import check
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
-from titans_video.training.resume import find_resume, open_resume
+from titans_video.training.resume import find_resume, open_resume, precision_of_run
+from titans_video.training.tracking import flat
 
 logger = logging.getLogger(__name__)
 
 UNCOMPARED = ("generation_defaults", "validation")  # groups of options that do not affect training
+VAE_FLAG = "--vae-dtype"
 MAX_LISTED = 12  # changed settings that an error lists
 FREE = frozenset(
     {
@@ -66,6 +79,9 @@ class RecipeOptions(OptionGroup, Protocol):
     def validation(self) -> ValidationOptions: ...
 
 
+OptionsT = TypeVar("OptionsT", bound=RecipeOptions)
+
+
 @dataclass(frozen=True)
 class RunContext:
     """A run that has started."""
@@ -73,21 +89,76 @@ class RunContext:
     accelerator: Accelerator
     resume: Resume | None  # None starts a new run
     running: str  # first line of the log: processes, devices, batch
+    vae_auto: bool = False  # the flag --vae-dtype is auto, and generation decides again
 
 
-def start_run(data: DataOptions, train: TrainOptions) -> RunContext:
-    """Create the accelerator, find the checkpoint to resume from, and log what runs.
+def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
+    """Create the accelerator, find the checkpoint to resume from, choose the values of `auto`, and log what runs.
 
-    Raises UserError as `distributed.start` and `resume.find_resume`.
+    Returns the options with a value in place of each `auto`. Raises UserError as `distributed.start` and
+    `resume.find_resume`.
     """
-    accelerator = distributed.start(train)
+    data, train = options.data, options.train
+    accelerator = distributed.start(train, precision_of_run(train))
     folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
     if resume:
         check(RESUMED_STATE, resume.state, resume.folder, CheckpointError)
     running = distributed.describe(accelerator, _format_batch(data, train, accelerator.num_processes, resume))
-    logger.info("\n".join([running, *notes]))
-    return RunContext(accelerator, resume, running)
+    chosen, choices = choose_defaults(options, accelerator, resume)
+    logger.info("\n".join([running, *notes, format_choices(read_facts(accelerator.device), choices)]))
+    vae_auto = flat(options)["vae_dtype"] == "auto" and any(choice.flag == VAE_FLAG for choice in choices)
+    return chosen, RunContext(accelerator, resume, running, vae_auto)
+
+
+def choose_defaults(
+    options: OptionsT, accelerator: Accelerator, resume: Resume | None = None
+) -> tuple[OptionsT, list[Choice]]:
+    """Return the options with a value in place of each `auto`, and the choices for the log."""
+    given, best = flat(options), fast_defaults(read_facts(accelerator.device))
+    choices = [Choice("precision", accelerator.mixed_precision, "--mixed-precision")]
+    if accelerator.device.type == "cuda":
+        choices.append(Choice("float32 products", "in TF32" if given["tf32"] else "in float32", TF32_FLAGS))
+    vae_dtype = given["vae_dtype"]
+    if given.get("vae_backend", "diffusers") == "diffusers":
+        vae_dtype = _vae_dtype(given, accelerator, resume, best.dtype)
+        choices.append(Choice("VAE", vae_dtype, VAE_FLAG))
+    elif vae_dtype == "auto":
+        vae_dtype = "fp32"  # the other codecs know no precision
+    plain = given.get("offload", "none") == given.get("layerwise_casting", "none") == "none"
+    compiled = compiles(given["compile"], best, given["max_steps"], allowed=plain and not given["deterministic"])
+    choices.append(Choice("compilation", "on" if compiled else "off", COMPILE_FLAGS))
+    workers = best.num_workers if given["num_workers"] == "auto" else given["num_workers"]
+    choices.append(Choice("data workers", f"{workers} for each process", "--num-workers"))
+    values = {
+        "mixed_precision": accelerator.mixed_precision,
+        "vae_dtype": vae_dtype,
+        "compile": "on" if compiled else "off",
+        "num_workers": workers,
+    }
+    return _with_values(options, values), choices
+
+
+def _vae_dtype(given: Mapping[str, Any], accelerator: Accelerator, resume: Resume | None, best: str) -> str:
+    """Return the precision of the VAE: of the flag, else of the resumed run, else of the cache, else of the device."""
+    if given["vae_dtype"] != "auto":
+        return str(given["vae_dtype"])
+    if resume and (before := resume.state["settings"].get(VAE_FLAG)):
+        return str(before)
+    folder: str | None = given["cache"]
+    found = set() if folder is None else distributed.run_on_main(accelerator, lambda: precisions_in(Path(folder)))
+    return best if best in found or len(found) != 1 else found.pop()
+
+
+def _with_values(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
+    """Return the options with other values of some fields of its groups."""
+    groups = {f.name: getattr(options, f.name) for f in fields(options)}
+    changed = {
+        name: replace(group, **{f.name: values[f.name] for f in fields(group) if f.name in values})
+        for name, group in groups.items()
+        if is_group(group)
+    }
+    return replace(options, **changed)
 
 
 def _format_batch(data: DataOptions, train: TrainOptions, processes: int, resume: Resume | None) -> str:
