@@ -213,24 +213,27 @@ def test_rows_that_training_names_stay_out_as_broken_ones_do(manifest: Path, tmp
 
     first = stream(tmp_path / "a")
     before = take(first, 6)
-    first.leave_out(["row3", "row8"], "not-finite", "its loss is not finite")
+    first.leave_out(["row3", "row8"], "not-finite", "its loss is not finite", first=4)  # it is read one step late
+    following = take(first, 2)
+    assert all(same(a, b) for a, b in zip(following, take(stream(tmp_path / "c", 3), 2), strict=True))
+    before += following
     after, state = take(first, 10), first.state_dict()
     assert {"row3", "row8"} & {i for batch in before for i in batch.ids}
     assert not {"row3", "row8"} & {i for batch in after for i in batch.ids}
-    assert {(b.reason, b.batch) for b in first.bad_rows.records.values()} == {("not-finite", 3)}
+    assert {(b.reason, b.batch) for b in first.bad_rows.records.values()} == {("not-finite", 4)}
     assert "row8" in (tmp_path / "a" / "broken.rank0.jsonl").read_text()
-    for step in (1, 3, 4):
+    for step in (1, 3, 4, 5):
         again = take(stream(tmp_path / "a", step), 6)
         assert all(same(a, b) for a, b in zip(again, [*before, *after][2 * step :], strict=False))
-    elsewhere = take(stream(tmp_path / "b", 8, state), 4)  # another folder: the checkpoint has them too
+    elsewhere = take(stream(tmp_path / "b", 9, state), 4)  # another folder: the checkpoint has them too
     assert all(same(a, b) for a, b in zip(elsewhere, take(first, 4), strict=True))
 
 
 def test_too_many_rows_that_training_names_stop_the_run(manifest: Path) -> None:
     stream = opened(manifest, max_bad=0.3).stream()
-    stream.leave_out(["row0", "row1", "row2"], "not-finite", "")
+    stream.leave_out(["row0", "row1", "row2"], "not-finite", "", first=0)
     with pytest.raises(DataError, match=r"4 of 10 rows became unusable .* --max-bad 0.3"):
-        stream.leave_out(["row5"], "not-finite", "")
+        stream.leave_out(["row5"], "not-finite", "", first=0)
 
 
 def test_a_full_disk_keeps_the_records_of_bad_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

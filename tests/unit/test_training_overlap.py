@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.toy_models import REGISTRY, make_toy
 from tests.unit.test_pretrained_toys import recipe_of as toy_parts
 from tests.unit.test_recipes_draws import PARTS, bytes_of
+from tests.unit.test_training_guards import Sabotaged, events
+from tests.unit.test_training_trainer import lines, no_pictures, options, train
+from tests.unit.training_fakes import ToyRecipe, ToyStream
 from titans_video.pretrained import base
 from titans_video.recipes.base import DiffusionRecipe
-from titans_video.training import overlap
+from titans_video.training import distributed, overlap
 from titans_video.training.overlap import Feeder, LateValues, pack, unpack
+from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
+
+__all__ = ["no_pictures"]
 
 META = torch.device("meta")  # stands for an accelerator: a value on it cannot be read at all
 
@@ -173,3 +179,117 @@ def test_a_fed_batch_has_the_bits_of_the_host(tmp_path: Path) -> None:
     for fed in Feeder(torch.device("cuda"))([drawn] * 3):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(fed.tensors(), drawn.tensors(), strict=True))
     assert LateValues(torch.arange(3.0, device="cuda")).read() == [0.0, 1.0, 2.0]
+
+
+class Reads(TorchDispatchMode):
+    """Count reads of values that a device would have computed. The integers of a batch's rows never leave the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "_local_scalar_dense" and args[0].dtype != torch.int64:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """Return how many values a run of the toy reads; `tolist` is not dispatched, so it is replaced."""
+    with monkeypatch.context() as patch, Reads() as mode:
+        plain = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            mode.count += tensor.dtype != torch.int64
+            return plain(tensor)
+
+        patch.setattr(Tensor, "tolist", tolist)
+        train(options(folder, **changes), ToyStream(2))
+    return mode.count
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_steady_step_reads_once(tmp_path: Path, optimizer: str, clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"optimizer": optimizer, "max_grad_norm": clip, "grad_accum": 2, "save_every": 1000}
+    few, many = (reads_of(tmp_path / str(n), monkeypatch, max_steps=n, **given) for n in (4, 10))
+    assert many - few == 6
+
+
+def order_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
+    """Return when batches are taken, losses computed and results read in a run of four steps."""
+    happened: list[str] = []
+
+    class Noted(ToyStream):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                happened.append("batch")
+                yield batch
+
+    class NotedRecipe(ToyRecipe):
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            happened.append("loss" if torch.is_grad_enabled() else "trial")
+            return super().loss(model, batch)
+
+    read = LateValues.read
+    with monkeypatch.context() as patch:
+        patch.setattr(LateValues, "read", lambda self: (happened.append("read"), read(self))[1])
+        given = options(folder, max_steps=4, **changes)
+        Trainer(NotedRecipe(), Noted(2), given, distributed.start(given)).run()
+    return happened[1:]  # without the trial of the largest bucket
+
+
+def test_a_step_is_read_when_the_next_has_started_and_before_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, late = ["batch", "loss"], ["batch", "loss", "read"]
+    assert order_of(tmp_path / "a", monkeypatch) == [*step, *late, *late, *late, "read", "trial"]
+    saved = [*step, *late, "read", "trial"]
+    assert order_of(tmp_path / "b", monkeypatch, save_every=2) == saved * 2
+
+
+def test_a_bad_row_is_left_out_from_the_same_step_however_often_a_run_saves(tmp_path: Path) -> None:
+    """It is found after the next step has its rows, so that step keeps them, also after a save that finds it early."""
+    for every in (1, 2, 3, 100):
+        stream = ToyStream(2)
+        given = options(tmp_path / str(every), max_steps=6, save_every=every)
+        Trainer(Sabotaged({"5": float("nan")}), stream, given, distributed.start(given)).run()
+        assert (stream.left_out, stream.left_out_at) == (["5"], [4])
+        assert [event["step"] for event in events(tmp_path / str(every))] == [3]
+
+
+def test_the_step_that_follows_a_bad_one_trains_and_is_reported(tmp_path: Path) -> None:
+    """Two bad steps in a row, then a good one: each is recorded under its own number, with its own rows."""
+    given = options(tmp_path, max_steps=5)
+    Trainer(Sabotaged({"3": float("nan"), "5": float("inf")}), ToyStream(2), given, distributed.start(given)).run()
+    assert [(e["step"], e["rows"]) for e in events(tmp_path)] == [(2, ["3"]), (3, ["5"])]
+    assert [line["loss"] is None for line in lines(tmp_path)] == [False, True, True, False, False]
+    alone = ToyRecipe()  # the same good steps, without the others
+    other = options(tmp_path / "alone", max_steps=1)
+    Trainer(alone, ToyStream(2), other, distributed.start(other)).run()
+    assert lines(tmp_path / "alone")[0]["loss"] == lines(tmp_path)[0]["loss"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_steady_step_on_a_gpu_never_synchronises(tmp_path: Path) -> None:
+    """The one wait is for an event, of which CUDA's debug mode does not complain."""
+    given = options(tmp_path, max_steps=8, save_every=1000)
+    accelerator = distributed.start(given)
+    recipe, batch = PARTS[0](tmp_path)
+    recipe.network.to(accelerator.device)
+    recipe.codec.to(accelerator.device)
+    recipe.device, recipe.empty = accelerator.device, recipe.empty.to(accelerator.device)
+
+    class Watched(ToyStream):
+        def __iter__(self) -> Iterator[Batch]:
+            for i in range(99):
+                torch.cuda.set_sync_debug_mode("error" if 3 <= i < 7 else "default")
+                yield recipe.draws()(bytes_of(replace(batch, seeds=[4 * i + k for k in range(4)])))
+
+        def largest(self) -> Batch:
+            return recipe.draws()(bytes_of(batch))
+
+    try:
+        Trainer(recipe, Watched(4), given, accelerator).run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -40,6 +40,7 @@ from titans_video.training.optim import (
     learning_rate_factor,
     orthogonalise,
     set_learning_rates,
+    skips_on_device,
 )
 
 
@@ -253,6 +254,44 @@ def test_gradient_scaling_steps_and_skips_both_optimizers() -> None:
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_the_device_calls_bad_changes_nothing(optimizer: Any) -> None:
+    """A good one is bit for bit that of a plain optimizer; so are the averages."""
+    options = TrainOptions(optimizer=optimizer, weight_decay=0.1)
+    ours, plain = Toy(), Toy()
+    a, b = build_optimizer(ours, options), build_optimizer(plain, options)
+    ema, averages = Ema(ours, 0.9), [p.detach().clone() for p in plain.parameters()]
+    assert skips_on_device(a)
+    for step, good in enumerate((False, True, True, False, True)):
+        before = copy.deepcopy((ours.state_dict(), a.state_dict()["state"], ema.state_dict()))
+        fill_gradients(ours, step)
+        a.found_inf = torch.tensor(float(not good))  # type: ignore[attr-defined]
+        if not good:
+            for p in ours.parameters():
+                assert p.grad is not None
+                p.grad.view(-1)[::2] = float("nan")
+        a.step()
+        ema.update(step, torch.tensor(good))
+        if good:
+            fill_gradients(plain, step)
+            b.step()
+            torch._foreach_lerp_(averages, [p.detach() for p in plain.parameters()], 1 - ema.decay_at(step))
+        elif before[1]:
+            assert_bits((ours.state_dict(), a.state_dict()["state"], ema.state_dict()), before)
+        assert_bits(ours.state_dict(), plain.state_dict())
+        assert_bits(ema.averages, averages)
+    assert_bits(a.state_dict()["state"], b.state_dict()["state"])
+
+
+def assert_bits(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_an_optimizer_that_cannot_skip_is_known() -> None:
+    assert not skips_on_device(torch.optim.AdamW(Toy().parameters(), fused=False))
+    assert not skips_on_device(torch.optim.SGD(Toy().parameters()))
+
+
 def test_learning_rates() -> None:
     def factors(**changes: Any) -> list[float]:
         options = TrainOptions(max_steps=10, lr=1.0, lr_warmup_steps=2, **changes)
@@ -277,7 +316,7 @@ def test_ema_leaves_frozen_parameters_alone_and_loads_back() -> None:
     before = network.last.weight.detach().clone()
     with torch.no_grad():
         network.last.weight.add_(1.0)
-    ema.update(0)
+    ema.update(0, torch.tensor(True))
     assert "first.weight" not in ema.state_dict()
     torch.testing.assert_close(ema.state_dict()["last.weight"], before + 0.1)
     other = Ema(Toy(), 0.9)

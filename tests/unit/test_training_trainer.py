@@ -100,7 +100,7 @@ def test_resume_is_bitwise(tmp_path: Path, optimizer: str, ema: float) -> None:
     broken = options(tmp_path / "b", **shared, save_every=4)
     with pytest.raises(Killed):
         train(broken, FailingStream(2, after=10), dropout=0.2)
-    assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(tmp_path / "b")] == [1, 2, 3, 4]  # step 5 was not read yet
     _, resumed = train(replace(broken, resume="auto"), ToyStream(2), dropout=0.2)
     assert_same(straight, resumed)
     for name in ("model.pt", "training_state.pt", *(["model_ema.pt"] if ema else [])):

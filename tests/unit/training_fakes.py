@@ -114,6 +114,7 @@ class ToyStream:
         self.batch, self.rank, self.world = batch, rank, world
         self.position = 0
         self.left_out: list[str] = []
+        self.left_out_at: list[int] = []
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -133,9 +134,10 @@ class ToyStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
 
-    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str, first: int) -> None:
         """Note the rows; they never come again, because every row comes once."""
         self.left_out += rows
+        self.left_out_at += [first] * len(rows)
 
 
 def toy_batch(rows: range) -> Batch:

@@ -270,10 +270,14 @@ class BatchStream:
         self.bad_rows.load(state.get("left_out", ()))
         self._restore_positions()
 
-    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
-        """Leave rows out from the next optimizer step on, on every process; DataError if that exceeds `--max-bad`."""
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str, first: int) -> None:
+        """Leave rows out from optimizer step `first` on, on every process; DataError if that exceeds `--max-bad`."""
         named = set(rows)
-        found = [self._bad_row(record, reason, detail) for record in self.records if record.row.id in named]
+        found = [
+            replace(self._bad_row(record, reason, detail), batch=first)
+            for record in self.records
+            if record.row.id in named
+        ]
         for bad in found:  # every process has all of them, and one writes them
             self.bad_rows.add(bad, write=self.shard.rank == 0)
         self._record_bad_rows(found)

@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from titans_video.config.options import TrainOptions
@@ -329,6 +330,18 @@ def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Return the elementwise sum over several processes, computed on the device."""
     summed: Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
     return summed
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Clip the norm of all gradients to `limit` unless it is 0; return the norm before that, 0-dim on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if limit or len({isinstance(grad, DTensor) for grad in gradients}) > 1:
+        norm = accelerator.clip_grad_norm_(parameters, limit or float("inf"))
+    else:  # without a limit Accelerate would multiply all gradients by 1
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+    found: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return found
 
 
 def all_gather_object(accelerator: Accelerator, value: T) -> list[T]:

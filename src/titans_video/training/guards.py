@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from titans_video.errors import UserError
@@ -78,6 +79,7 @@ class RowLoss:
 class Guard:
     """Judge each optimizer step by its loss and gradient norm, which are equal on all processes.
 
+    The update of the weights does not wait for this judgement; `Trainer._update` makes the same one on the device.
     `bad_in_a_row` counts steps skipped since the last good one, without those that single rows caused. If it is not 0,
     the weights may be damaged and are not saved. `accused` are rows without a finite loss in those steps. They are the
     cause if the same weights then give a good step.
@@ -238,6 +240,14 @@ class Interrupt:
             return next(iter(self._received))
         self._orphaned = self._orphaned or (self._launched and os.getppid() != self._parent)
         return signal.SIGTERM if self._orphaned else 0
+
+    def reduce(self, accelerator: Accelerator, counts: Sequence[int] = ()) -> tuple[list[int], int]:
+        """Return the sums of `counts`, and the signal that any process received, or 0; the device is not needed."""
+        sums = [*counts, *(int(self.signal == n) for n in STOP_SIGNALS)]
+        if accelerator.num_processes > 1:
+            sums = distributed.all_reduce_sum(accelerator, sums)
+        received = next((n for n, k in zip(STOP_SIGNALS, sums[len(counts) :], strict=True) if k), 0)
+        return sums[: len(counts)], received
 
     def __enter__(self) -> "Interrupt":
         self._handlers.__enter__()

@@ -25,6 +25,7 @@ from titans_video.media.plots import format_loss, format_short, loss_curve
 from titans_video.parsing import Malformed, parse_json
 from titans_video.schema import fits
 from titans_video.training.guards import Event, StepStatus
+from titans_video.training.overlap import LateValues
 from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
 from titans_video.training.tracking import Tracker
@@ -219,6 +220,23 @@ def work_of(recipe: Recipe, micro: Sequence[Batch], count_flops: bool) -> Work:
     return Work(sum(len(b) * b.frames for b in micro), sum(recipe.tokens(b) for b in micro), flops)
 
 
+@dataclass
+class StartedStep:
+    """An optimizer step whose results are not read yet."""
+
+    number: int  # 1 is the first
+    began: float  # time.perf_counter(), like `ended`
+    micro: list[Batch]  # on the CPU
+    losses: list[Tensor]  # (B,) of each
+    values: LateValues  # over all processes: the summed loss, the task sums, the norm of the gradient
+    elements: int
+    data_seconds: float
+    work: Work
+    lr: float
+    settling: bool  # see `Guard.judge`
+    ended: float | None = None  # when the next step began; None: at the read
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step of all processes."""
@@ -228,7 +246,6 @@ class StepResult:
     grad_norm: float  # before clipping
     elements: int  # supervised
     data_seconds: float  # that this process waited for data
-    signal: int  # that any process received, or 0
     work: Work  # of this process
     step_status: StepStatus
     task_sums: list[float]  # added over the processes

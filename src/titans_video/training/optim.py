@@ -60,6 +60,16 @@ def _group(params: Iterable[Tensor], lr: float, weight_decay: float) -> dict[str
     return {"params": list(params), "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
 
 
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether a step changes nothing where the attribute `found_inf`, 0-dim float32 on the device, is 1.
+
+    This is the protocol between torch's gradient scaler and its fused optimizers.
+    """
+    if isinstance(optimizer, MuonWithAdamW):
+        return True
+    return isinstance(optimizer, AdamW) and all(group["fused"] for group in optimizer.param_groups)
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for some groups and AdamW for the others, as one optimizer with one state for scaling and checkpoints."""
 
@@ -86,8 +96,10 @@ class MuonWithAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         if closure is not None:
             raise ValueError("this optimizer takes no closure")
+        self.muon.found_inf = getattr(self, "found_inf", None)
         self.muon.step()
         if self.adamw:
+            self.adamw.found_inf = self.muon.found_inf  # type: ignore[attr-defined]  # read by torch
             self.adamw.step()
 
 
@@ -97,6 +109,8 @@ class BatchedMuon(Muon):
     GPUs orthogonalise in bfloat16, as torch does. CPUs do so in float32. Without bfloat16 units that is about twenty
     times faster, and the result does not depend on the number of processes beyond rounding.
     """
+
+    found_inf: Tensor | None = None  # see `skips_on_device`
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -115,13 +129,19 @@ class BatchedMuon(Muon):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [piece_of(p.grad) for p in params if p.grad is not None]
         buffers = [piece_of(self.state[p]["momentum_buffer"]) for p in params]
+        skips = None if self.found_inf is None else self.found_inf == 1
+        if skips is not None:
+            grads = [torch.where(skips, buffer, grad) for buffer, grad in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         dtype = torch.float32 if params[0].device.type == "cpu" else torch.bfloat16
         pieces = _orthogonal_pieces(torch.stack(updates).to(dtype), params[0], group["ns_steps"])
+        kept: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        if skips is not None:
+            pieces, kept = pieces.masked_fill(skips, 0.0), torch.where(skips, 1.0, kept)
         rows, columns = params[0].shape
         targets = [piece_of(p) for p in params]
-        torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(targets, kept)
         torch._foreach_add_(targets, pieces.unbind(), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
 
@@ -212,10 +232,14 @@ class Ema:
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Add the current weights to the averages; `updates` is the number of earlier updates."""
-        targets = [piece_of(p.detach()).float() for p in self.sources]
-        torch._foreach_lerp_([piece_of(a) for a in self.averages], targets, 1 - self.decay_at(updates))
+    def update(self, updates: int, good: Tensor) -> None:
+        """Add the current weights to the averages if `good`, a 0-dim bool on their device.
+
+        `updates` is the number of earlier updates.
+        """
+        weight = torch.where(good, 1 - self.decay_at(updates), 0.0)
+        for average, source in zip(self.averages, self.sources, strict=True):
+            piece_of(average).lerp_(piece_of(source.detach()).float(), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""

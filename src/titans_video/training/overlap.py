@@ -5,6 +5,8 @@ that it was given. A batch therefore crosses in one copy from pinned memory on i
 are read when the next step has been started. On a CPU nothing is copied, and the results are read just as late.
 """
 
+import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -99,3 +101,13 @@ class LateValues:
             self._copied.synchronize()
         found: list[float] = self._host.tolist()
         return found
+
+
+@contextlib.contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Spare Python's collector the objects that exist now. It would look at each of them again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -92,8 +92,8 @@ class Stream(Protocol):
     def largest(self) -> Batch:
         """Return a micro-batch of the bucket that takes the most memory."""
 
-    def leave_out(self, rows: Sequence[str], reason: str, detail: str) -> None:
-        """Leave rows out from the next optimizer step on, also in a run that resumes; on every process.
+    def leave_out(self, rows: Sequence[str], reason: str, detail: str, first: int) -> None:
+        """Leave rows out from optimizer step `first` on, counted from 0, also in a run that resumes; on every process.
 
         Raises DataError if too few rows are left.
         """

@@ -2,6 +2,10 @@
 
 An optimizer step minimises the mean loss over all supervised elements of all micro-batches on all processes. Each
 process scales its summed loss by the total count, so the gradient does not depend on how the step is divided.
+
+A step is started by `_optimizer_step`, which waits for nothing. `_finish_step` reads, judges and records it after the
+next step was started, and before anything that must know: a validation, a checkpoint, the end. Until then the device
+itself decides whether the weights change.
 """
 
 import contextlib
@@ -17,12 +21,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titans_video.config.options import TrainOptions
 from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.errors import CheckpointError, DataError, PeerError, few
-from titans_video.processes import STOP_SIGNALS
 from titans_video.seeding import derive_seed
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Checkpointer, Resume, load_weights
@@ -39,14 +41,15 @@ from titans_video.training.guards import (
 )
 from titans_video.training.metrics import (
     Recorder,
+    StartedStep,
     StepResult,
     add_task_sums,
     new_task_sums,
     with_row_facts,
     work_of,
 )
-from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates
-from titans_video.training.overlap import Feeder
+from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates, skips_on_device
+from titans_video.training.overlap import Feeder, LateValues, frozen_objects
 from titans_video.training.recipe import Recipe, Stream, generate_command
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
@@ -104,6 +107,8 @@ class Trainer:
         self.step = 0
         self.last_checkpoint: Path | None = None
         self.probe: tuple[Batch, Tensor] | None = None  # rows of the last good step, and their loss in it
+        self.started: StartedStep | None = None  # not finished yet
+        self.result: StepResult | None = None  # of the last finished step
         self.guard = Guard()
         self.feeder = Feeder(accelerator.device)
         network = recipe.network
@@ -135,29 +140,33 @@ class Trainer:
             release_folder(self.run_folder)
 
     def _run(self) -> TrainResult:
-        result: StepResult | None = None
         batches = iter(self.stream)
         started_at = self.step
         received = 0
-        with Interrupt() as interrupt, self._recorder() as recorder:
+        with Interrupt() as interrupt, self._recorder() as recorder, frozen_objects():
             self.stream.stop_waiting_if(lambda: bool(interrupt.signal))
             if self.monitoring.validator:
                 self.monitoring.validator.start(self.step)
-                received = self._validate(interrupt)  # for a run that was stopped during validation
+                received = self._validate(interrupt, recorder)  # for a run that was stopped during validation
             if self.step < self.options.max_steps and not received:
                 self._try_largest_bucket()
             while self.step < self.options.max_steps and not received:
                 began = time.perf_counter()
                 try:
-                    micro, elements = self._next_batches(batches)
+                    micro, elements, received = self._next_batches(batches, interrupt)
                 except BatchError as e:
+                    self._finish_step(recorder)
                     received = self._stop_without_batch(e, interrupt, recorder)
                     break
-                result = self._optimizer_step(micro, elements, time.perf_counter() - began, interrupt, recorder)
+                started = self._optimizer_step(micro, elements, began)
+                if self.started:
+                    self.started.ended = began
+                self._finish_step(recorder)  # the step before
+                self.started = started
                 self.step += 1
-                if recorder:
-                    recorder.step(self.step, result, time.perf_counter() - began)
-                received = result.signal or self._validate(interrupt)
+                if self.accelerator.num_processes == 1:  # several agree on a signal when they count the next batch
+                    received = received or interrupt.signal
+                received = received or self._validate(interrupt, recorder)
                 last = bool(received) or self.step == self.options.max_steps
                 if last or self.step % self.options.save_every == 0:
                     self._save(recorder, last, fatal=last and not received)
@@ -166,10 +175,14 @@ class Trainer:
                 self._save(recorder, last=True, fatal=True)  # no step was left: the output folder gets the weights
         self._log_summary(started_at, received)
         folder = self.last_checkpoint or self.run_folder
-        return TrainResult(self.step, result.loss if result else None, folder, 128 + received if received else 0)
+        loss = self.result.loss if self.result else None
+        return TrainResult(self.step, loss, folder, 128 + received if received else 0)
 
-    def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], int]:
-        """Return the next micro-batches, and their supervised elements on all processes; may raise BatchError."""
+    def _next_batches(self, batches: Iterator[Batch], interrupt: Interrupt) -> tuple[list[Batch], int, int]:
+        """Return the next micro-batches, and of all processes the supervised elements and a received signal, or 0.
+
+        May raise BatchError.
+        """
         micro: list[Batch] = []
         elements, error = 0, None
         try:
@@ -177,9 +190,7 @@ class Trainer:
             elements = sum(int(batch.drawn["elements"].sum()) for batch in micro)
         except Exception as e:
             error = e
-        failed = int(error is not None)
-        if self.accelerator.num_processes > 1:
-            elements, failed = distributed.all_reduce_sum(self.accelerator, [elements, failed])
+        (elements, failed), received = interrupt.reduce(self.accelerator, [elements, int(error is not None)])
         if failed:
             peer = PeerError(distributed.PEER_ENDED)
             peer.is_reported = True  # by the process that has no batch
@@ -189,11 +200,11 @@ class Trainer:
                 f"Step {self.step + 1} has nothing to learn: every latent frame of every clip in it is a conditioning "
                 "frame. Lower --cond-frames, or raise --num-frames."
             )
-        return micro, elements
+        return micro, elements, received
 
     def _stop_without_batch(self, error: BatchError, interrupt: Interrupt, recorder: Recorder | None) -> int:
         """Save, and return the signal if one is why there is no batch, else raise the cause; on every process."""
-        received = self._reduce(torch.zeros(0, device=self.accelerator.device), interrupt)[1]
+        received = interrupt.reduce(self.accelerator)[1]
         saved = self.last_checkpoint is not None and checkpoint_step(self.last_checkpoint) == self.step
         if self.step and not saved:
             self._save(recorder, last=True, fatal=False)
@@ -202,11 +213,10 @@ class Trainer:
             raise error.__cause__
         return received
 
-    def _optimizer_step(
-        self, micro: list[Batch], elements: int, data_seconds: float, interrupt: Interrupt, recorder: Recorder | None
-    ) -> StepResult:
-        """Train on the micro-batches with `elements` on all processes; update the weights unless the step is bad."""
+    def _optimizer_step(self, micro: list[Batch], elements: int, began: float) -> StartedStep:
+        """Start a step on the micro-batches with `elements` on all processes; the weights change unless it is bad."""
         accelerator, options = self.accelerator, self.options
+        data_seconds = time.perf_counter() - began
         # What a network draws in training (dropout) is a function of the step.
         torch.manual_seed(derive_seed(options.seed, "network", self.step, accelerator.process_index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, options))
@@ -223,73 +233,83 @@ class Trainer:
                     accelerator.backward(loss.sum() * (accelerator.num_processes / elements))
                 losses.append(loss.detach())
                 add_task_sums(by_task, batch, losses[-1])
-            norm = accelerator.clip_grad_norm_(self.parameters, options.max_grad_norm or float("inf"))
-            work = work_of(self.recipe, micro, count_flops=self.peak is not None)
+            norm = distributed.clip_gradients(accelerator, self.parameters, options.max_grad_norm)
             total = torch.stack([loss.sum() for loss in losses]).sum()
-            (loss_sum, *task_sums), received = self._reduce(torch.cat([total[None], by_task.flatten()]), interrupt)
-            grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            scaler = accelerator.scaler
-            settling = scaler is not None and scaler.get_scale() > 1
-            status = self.guard.judge(loss_sum / elements, grad_norm, settling)
-            if status == "good":
-                self.probe = micro[-1], losses[-1].sum()
-                self.optimizer.step()
-                if self.ema:
-                    self.ema.update(self.step)
-            elif scaler:  # all processes lower the scale, whichever of them had the values that are not finite
-                scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-            self.optimizer.zero_grad(set_to_none=True)
+            sums = torch.cat([total[None], by_task.flatten()])
+            if accelerator.num_processes > 1:
+                sums = distributed.reduce_sum(accelerator, sums)
+            norm = norm.to(sums)
+            settling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+            self._update(torch.isfinite(sums[0]) & torch.isfinite(norm))
+        values = LateValues(torch.cat([sums, norm[None]]))
+        work = work_of(self.recipe, micro, count_flops=self.peak is not None)
         group = self.optimizer.param_groups[0]
         lr = options.lr * group["lr"] / group["base_lr"]
-        result = StepResult(
-            loss_sum / elements, lr, grad_norm, elements, data_seconds, received, work, status, task_sums
+        number = self.step + 1
+        return StartedStep(number, began, micro, losses, values, elements, data_seconds, work, lr, settling)
+
+    def _update(self, good: Tensor) -> None:
+        """Update the weights and averages if `good`, a 0-dim bool on the device, which decides wherever it can."""
+        optimizer, scaler = self.checkpointer.optimizer, self.accelerator.scaler
+        if scaler is None and skips_on_device(optimizer):
+            optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # read by torch
+            self.optimizer.step()
+        elif bool(good):
+            self.optimizer.step()
+        elif scaler:  # all processes lower the scale, whichever of them had the values that are not finite
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        if self.ema:
+            self.ema.update(self.step, good)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _finish_step(self, recorder: Recorder | None) -> None:
+        """Read, judge and record the step that was started last, if it is not finished; may raise DivergedError."""
+        step, self.started = self.started, None
+        if step is None:
+            return
+        loss_sum, *task_sums, grad_norm = step.values.read()
+        seconds = (step.ended or time.perf_counter()) - step.began
+        status = self.guard.judge(loss_sum / step.elements, grad_norm, step.settling)
+        if status == "good":
+            self.probe = step.micro[-1], step.losses[-1].sum()
+        self.result = StepResult(
+            loss_sum / step.elements, step.lr, grad_norm, step.elements, step.data_seconds, step.work, status, task_sums
         )
-        self._check_step(result, micro, losses, recorder)
-        return result
+        self._check_step(step, self.result, recorder)
+        if recorder:
+            recorder.step(step.number, self.result, seconds)
 
-    def _reduce(self, values: Tensor, interrupt: Interrupt) -> tuple[list[float], int]:
-        """Return the sums over all processes, and the signal that any of them received, or 0."""
-        signals = torch.tensor([float(interrupt.signal == n) for n in STOP_SIGNALS], device=self.accelerator.device)
-        values = torch.cat([values, signals])
-        if self.accelerator.num_processes > 1:
-            values = distributed.reduce_sum(self.accelerator, values)
-        sums: list[float] = values.tolist()
-        counts = sums[-len(STOP_SIGNALS) :]
-        received = next((n for n, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
-        return sums[: -len(STOP_SIGNALS)], received
-
-    def _check_step(
-        self, result: StepResult, micro: list[Batch], losses: list[Tensor], recorder: Recorder | None
-    ) -> None:
+    def _check_step(self, step: StartedStep, result: StepResult, recorder: Recorder | None) -> None:
         """Record a skipped step or a loss spike with its rows; may raise DivergedError, on every process."""
         good, guard = result.step_status == "good", self.guard
         acquitted = guard.acquit(result.loss) if good else []
         spike = good and guard.is_spike(result.loss)
         if acquitted:
-            self._leave_out(acquitted)
+            self._leave_out(acquitted, step.number)
         if not spike and result.step_status != "skipped":
             return
-        own = row_losses(micro, losses, [batch.drawn["elements"] for batch in micro])
+        own = row_losses(step.micro, step.losses, [batch.drawn["elements"] for batch in step.micro])
         rows = [row for part in distributed.all_gather_object(self.accelerator, own) for row in part]
         bad = [] if spike else guard.blame(rows)
         named = bad or [row.id for row in rows]
         event = Event(
-            self.step + 1, "spike" if spike else "skipped", result.loss, result.grad_norm, named, located=bool(bad)
+            step.number, "spike" if spike else "skipped", result.loss, result.grad_norm, named, located=bool(bad)
         )
         if recorder:
             recorder.event(event)
             logger.warning(str(event))
         if bad:
-            self._leave_out(bad)
+            self._leave_out(bad, step.number)
         elif not spike:
             guard.check(event, self.options.max_bad_steps, self.run_folder, self.last_checkpoint)
 
-    def _leave_out(self, rows: Sequence[str]) -> None:
+    def _leave_out(self, rows: Sequence[str], step: int) -> None:
+        """Leave out rows that step number `step` found. Whenever it is read, the next step still has them."""
         detail = (
-            f"Its loss is not finite in step {self.step + 1}, but the loss of other rows is. If the VAE or the text "
+            f"Its loss is not finite in step {step}, but the loss of other rows is. If the VAE or the text "
             "encoder overflows on it, start a new run with --vae-dtype bf16 and --text-dtype bf16."
         )
-        self.stream.leave_out(rows, NOT_FINITE, detail)
+        self.stream.leave_out(rows, NOT_FINITE, detail, first=step + 1)
 
     def _try_largest_bucket(self) -> None:
         """Run forward and backward on the largest bucket once, before the first step.
@@ -306,13 +326,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             del reserved
 
-    def _validate(self, interrupt: Interrupt) -> int:
+    def _validate(self, interrupt: Interrupt, recorder: Recorder | None) -> int:
         """Validate if it is due. Returns the signal that interrupted it, or 0."""
         validator = self.monitoring.validator
         if validator is None or not validator.due(self.step):
             return 0
-        empty = torch.zeros(0, device=self.accelerator.device)
-        received = validator.validate(self.step, self.model, self.ema, lambda: self._reduce(empty, interrupt)[1])
+        self._finish_step(recorder)
+        received = validator.validate(self.step, self.model, self.ema, lambda: interrupt.reduce(self.accelerator)[1])
         reshard(self.network)
         return received
 
@@ -328,6 +348,7 @@ class Trainer:
         The main process's `recorder` first writes its lines. Raises CheckpointError if a `fatal` checkpoint, which no
         later one can replace, could not be written, and DivergedError as `_is_damaged`.
         """
+        self._finish_step(recorder)
         if self._is_damaged(fatal):
             return
         rest = {
