@@ -52,6 +52,11 @@ class Lengths:
     found: list[int]
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor; from pinned memory, so that this process does not wait for a GPU's earlier work."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) -> TextCondition:
     """Replace the captions chosen by `drop` with the empty prompt, of which `empty` is one row.
 

@@ -21,7 +21,7 @@ from titans_video.errors import TextError, few, first_line
 from titans_video.finite import refuse_non_finite
 from titans_video.hub import NON_FINITE_REMEDY, from_folder, reason, without_hub
 from titans_video.tensor_files import BUILDING_ERRORS
-from titans_video.text.base import Lengths, TextEncoder
+from titans_video.text.base import Lengths, TextEncoder, to_device
 from titans_video.types import PRECISIONS
 
 ENCODERS = ("t5", "umt5", "mt5")
@@ -116,12 +116,13 @@ class PretrainedStream:
         """
         rows, cuts = zip(*(self._tokens(p) for p in prompts), strict=True)
         length = max(map(len, rows))
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self._where())
-        ids = torch.tensor([row + [self._spare_token()] * (length - len(row)) for row in rows], device=self._where())
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        ids = torch.tensor([row + [self._spare_token()] * (length - len(row)) for row in rows])
+        ids, mask = (to_device(x, self._where()) for x in (ids, mask))
         states = self._states(ids, mask).to(self.device)
         mask = mask.bool().to(self.device)
         if any(cuts):
-            states, mask = _cut(states, mask, cuts)
+            states, mask = _cut(states, mask, [(cut, len(row)) for cut, row in zip(cuts, rows, strict=True)])
         return states.masked_fill(~mask[..., None], 0.0), mask
 
     def measure(self, prompts: Sequence[str]) -> Lengths:
@@ -301,14 +302,13 @@ class PretrainedStream:
         return Path(cached_file(self.source.path, "config.json", local_files_only=True)).parent
 
 
-def _cut(states: Tensor, mask: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Drop the first cuts[i] tokens of row i and pad again: (B, L, E), (B, L) -> (B, L', E), (B, L')."""
-    lengths = [int(m.sum()) - cut for m, cut in zip(mask, cuts, strict=True)]
-    new_states = states.new_zeros(len(cuts), max(lengths), states.shape[-1])
-    new_mask = mask.new_zeros(len(cuts), max(lengths))
-    for i, (cut, n) in enumerate(zip(cuts, lengths, strict=True)):
-        new_states[i, :n] = states[i, cut : cut + n]
-        new_mask[i, :n] = True
+def _cut(states: Tensor, mask: Tensor, kept: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Keep the tokens [start, stop) of each row and pad again: (B, L, E), (B, L) -> (B, L', E), (B, L')."""
+    length = max(stop - start for start, stop in kept)
+    new_states, new_mask = states.new_zeros(len(kept), length, states.shape[-1]), mask.new_zeros(len(kept), length)
+    for i, (start, stop) in enumerate(kept):
+        new_states[i, : stop - start] = states[i, start:stop]
+        new_mask[i, : stop - start] = True
     return new_states, new_mask
 
 
@@ -384,7 +384,7 @@ class PaddedStream(PretrainedStream):
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        states: Tensor = self.model(ids.to(self._where()))[0].to(self.device)
+        states: Tensor = self.model(to_device(ids, self._where()))[0].to(self.device)
         return states, torch.ones(states.shape[:2], dtype=torch.bool, device=self.device)
 
     @property
