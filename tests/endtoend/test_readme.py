@@ -27,7 +27,7 @@ from accelerate.state import AcceleratorState
 from tests import factories
 from tests.conftest import REPOSITORY
 from titans_video.config.options import DataOptions, ModelOptions
-from titans_video.data.manifest import read_manifest
+from titans_video.data.manifest import read_rows
 from titans_video.models.registry import PRESETS, build_network, sora_config
 from titans_video.types import CodecSpec
 
@@ -225,7 +225,7 @@ def test_manifests_are_read(path: Path, tmp_path: Path) -> None:
         for number, block in enumerate(blocks(path, language)):
             manifest = tmp_path / f"{number}.{language}"
             manifest.write_text(block, encoding="utf-8")
-            rows = read_manifest(DataOptions(manifest=(str(manifest),)))
+            rows = list(read_rows(DataOptions(manifest=(str(manifest),))))
             assert all(row.caption for row in rows)
 
 

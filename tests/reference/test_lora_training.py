@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests import factories
 from tests.conftest import REPOSITORY
+from tests.unit.data_sets import records_of
 from titans_video.config.options import CodecOptions, DataOptions, TrainOptions
 from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.data.buckets import Bucket
@@ -347,10 +348,10 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     first = reader.clip(reader.decide(entry, "i2v", 0))[0]
     expected = torch.from_numpy(first).permute(2, 0, 1).float() / 127.5 - 1
     others = [e for e in data.records if e.row.caption != entry.row.caption]
-    found = first_frame(replace(data, records=[*others, entry]), spec, entry.row.caption)
+    found = first_frame(replace(data, records=records_of([*others, entry])), spec, entry.row.caption)
     assert found is not None
     torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
-    large = replace(data, records=[replace(others[0], bucket=Bucket(9, 16, 80)), *others[1:], entry])
+    large = replace(data, records=records_of([replace(others[0], bucket=Bucket(9, 16, 80)), *others[1:], entry]))
     found = first_frame(large, spec, entry.row.caption, (16, 80))
     assert found is not None
     assert torch.equal(found[0], to_tensor(cover_crop(first[None], 16, 80)))
@@ -358,7 +359,7 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     assert found is not None
     assert found.shape == (1, 3, 1, 16, 80)
     missing = replace(entry, row=replace(entry.row, video=MOCK / "missing.mp4"))
-    found = first_frame(replace(large, records=[missing, *large.records[:-1]]), spec, entry.row.caption)
+    found = first_frame(replace(large, records=records_of([missing, *large.records[:-1]])), spec, entry.row.caption)
     assert found is not None
 
 

@@ -1,12 +1,22 @@
 """A small data set of real files for the tests of data and preparing: row i is grey at its own level."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from titans_video.config.options import DataOptions
+from titans_video.data.buckets import Bucket
+from titans_video.data.columns import Columns
+from titans_video.data.job_cache import squeeze
+from titans_video.data.manifest import Row, read_rows
+from titans_video.data.reader import ClipRecord
+from titans_video.data.records import ClipRecords
+from titans_video.data.row_table import RowTable, TableBuilder, describe, place
+from titans_video.data.sampler import TaskMix
 from titans_video.media.writing import write_video
 from titans_video.types import CodecSpec
 
@@ -36,3 +46,23 @@ def make_set(folder: Path, rows: int = 7, wide: int = 3, **changes: dict[str, An
     path = folder / "manifest.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def read_manifest(options: DataOptions) -> list[Row]:
+    return list(read_rows(options))
+
+
+def records_of(records: Sequence[ClipRecord]) -> ClipRecords:
+    """Return the records over a table in memory. They must not be on the same file with different facts."""
+    builder = TableBuilder(TaskMix())
+    for record in records:
+        builder.add(record.row, False)
+    facts = {f"probe:{e.row.video}": (squeeze(e.packed), e.reading) for e in records}
+    facts |= {f"image:{e.row.cond_image}": (b"", e.image_reading) for e in records}
+    files = [facts[name] for name in builder.files]
+    columns = builder.columns(np.zeros((len(files), 2), np.int64), np.zeros(len(files), np.uint8), files)
+    buckets: dict[Bucket, int] = {}
+    results = [(e.bucket, "", e.upscale, e.fps, e.kept, "") for e in records]
+    columns |= place(results, len(records), buckets)
+    rows = RowTable(Columns(columns, describe(builder.sources, buckets)))
+    return ClipRecords(rows, rows.usable(), rows.columns["bucket"])

@@ -32,7 +32,7 @@ def facts(manifest: Path, digests: bool = False, **changes: Any) -> dict[str, An
     """Return what a checkpoint stores of the data."""
     data = opened(manifest, **changes)
     if digests:
-        data = with_digests(data, {path: str(digest) for path, digest in find_digests(data).items()})
+        data = with_digests(data, find_digests(data).digests)
     return {"the manifest": data.fingerprint(), **data.file_facts()}
 
 

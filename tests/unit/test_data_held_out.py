@@ -1,5 +1,6 @@
 """Held-out rows: their choice, that training never reads them, and that their batches are reproducible."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set
+from tests.unit.data_sets import FRAMES, PATCH, PLAIN, make_set, records_of
 from titans_video.codecs.base import without_noise
 from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable
@@ -18,6 +19,7 @@ from titans_video.data.held_out import HeldOut, open_validation, shared_files, s
 from titans_video.data.manifest import Row
 from titans_video.data.precompute import Encoders, fill_cache
 from titans_video.data.reader import ClipRecord
+from titans_video.data.records import LeftOut
 from titans_video.data.sampler import TaskMix
 from titans_video.errors import DataError
 
@@ -34,7 +36,9 @@ def record(name: str, file: str) -> ClipRecord:
 
 
 def data_of(records: list[ClipRecord]) -> VideoDataset:
-    return VideoDataset(DataOptions(), records, [], BucketTable((BUCKET,), PLAIN, PATCH), TaskMix(), seed=0)
+    rows = records_of(records)
+    left_out = LeftOut(rows.table, rows.table.others())
+    return VideoDataset(DataOptions(), rows, left_out, BucketTable((BUCKET,), PLAIN, PATCH), TaskMix(), seed=0)
 
 
 def opened(manifest: Path, **changes: Any) -> VideoDataset:
@@ -42,8 +46,8 @@ def opened(manifest: Path, **changes: Any) -> VideoDataset:
     return open_data(options, PLAIN, PATCH, seed=3)
 
 
-def ids(records: list[ClipRecord]) -> list[str]:
-    return [e.row.id for e in records]
+def ids(records: Sequence[ClipRecord] | None) -> list[str]:
+    return [e.row.id for e in records or ()]
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.data_sets import read_manifest
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.config.options import DataOptions, ValidationOptions
 from titans_video.data.dataset import open_data
-from titans_video.data.manifest import read_manifest
 from titans_video.errors import DataError
 from titans_video.media.writing import write_video
 from titans_video.recipes.setup import validation_prompts
@@ -97,7 +97,7 @@ def test_a_row_without_a_caption_is_left_out_or_kept(
     (line,) = (tmp_path / "report" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "no-caption"
     data = open_data(DataOptions(manifest=(str(path),), empty_captions="keep"), PIXELS, (1, 1, 1), seed=0)
-    assert [row.caption for row in data.rows] == ["a cat", ""]
+    assert list(data.records.captions()) == ["a cat", ""]
 
 
 def test_a_run_that_kept_blank_captions_resumes_only_with_the_flag(tmp_path: Path) -> None:

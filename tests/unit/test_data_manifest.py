@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data_sets import read_manifest
 from titans_video.config.options import DataOptions
-from titans_video.data.manifest import KEYS, read_manifest
+from titans_video.data.manifest import KEYS
 from titans_video.errors import DataError
 
 

@@ -341,7 +341,7 @@ def test_rows_whose_latents_are_not_finite_are_left_out_with_the_remedy(tmp_path
     assert "2 not-finite" in filled.summary()
     assert "--vae-dtype bf16" in filled.summary()
     assert verify(tmp_path / "cache")[1] == []
-    assert {row.id for row in filled.data.rows} == {f"row{i}" for i in range(7)}
+    assert set(filled.data.records.ids()) == {f"row{i}" for i in range(7)}
     with pytest.raises(DataError, match=r"2 of 9 rows .* --max-bad 0.1 .* --vae-dtype bf16"):
         fill_cache(opened_again(data, 0.1), tmp_path / "cache", encoders(Overflowing(known)), progress=False)
 

@@ -4,12 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_video.data.loader import RankShard
-from titans_video.data.sampler import BucketQueue, GlobalBatch, SampleIndex, Sampler
+from titans_video.data.sampler import BucketQueue, GlobalBatch, Keys, SampleIndex, Sampler, row_key
+
+
+def keys(numbers: Sequence[int]) -> Keys:
+    return np.array([row_key(f"row{k}") for k in numbers], np.uint64)
 
 
 def make(
@@ -18,8 +23,8 @@ def make(
     queues, rows, first = [], [], 0
     for i, (size, batch) in enumerate(zip(sizes, batches, strict=True)):
         index = list(range(first, first + size))
-        given_weights = tuple(weights[k] for k in index) if weights else (1.0,) * size
-        queues.append(BucketQueue(f"lane{i}", tuple(f"row{k}" for k in index), given_weights, batch))
+        given_weights = [weights[k] for k in index] if weights else [1.0] * size
+        queues.append(BucketQueue(f"lane{i}", keys(index), np.array(given_weights), batch))
         rows.append(index)
         first += size
     return Sampler(queues, rows, seed)
@@ -70,8 +75,8 @@ def test_order_changes_with_seed_and_epoch_but_not_with_other_rows() -> None:
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     assert orders(make([20], [2], seed=1))[0] != first
-    lane = BucketQueue("lane0", tuple(f"row{k}" for k in range(20)), (1.0,) * 20, 2)
-    turned = Sampler([BucketQueue(lane.name, lane.ids[::-1], lane.weights, 2)], [list(range(20))[::-1]], 0)
+    lane = BucketQueue("lane0", keys(range(20))[::-1], np.ones(20), 2)
+    turned = Sampler([lane], [list(range(20))[::-1]], 0)
     assert [b.items for b in take(turned, 10)] == [b.items for b in take(make([20], [2]), 10)]
 
 

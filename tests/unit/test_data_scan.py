@@ -17,6 +17,7 @@ from titans_video.data import reader, report, scan
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row
 from titans_video.data.dataset import open_data
 from titans_video.data.report import check
+from titans_video.data.row_scan import make_table
 from titans_video.data.scan import Failed, run_jobs
 from titans_video.errors import ConfigError, DataError
 from titans_video.media.opening import UnreadableMedia
@@ -72,7 +73,7 @@ def test_refuses_when_too_much_is_bad_and_continues_otherwise(tmp_path: Path) ->
     assert "3 empty-file" in str(caught.value)
     assert f"{manifest}, line 1" in str(caught.value)
     data = open_data(options(manifest, max_bad=0.75), PLAIN, PATCH, seed=0)
-    assert len(data.rows) == 1
+    assert len(data.records) == 1
     assert "1 of 4 rows usable" in data.summary()
     (tmp_path / "3.mp4").write_bytes(b"")
     with pytest.raises(DataError, match="None of 4 rows is usable"):
@@ -102,14 +103,14 @@ def test_second_scan_looks_into_changed_files_only(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(scan, "run_jobs", spy)
     for _ in range(2):
-        assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+        assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).records) == 3
     assert sorted(asked) == ["0.mp4", "1.mp4", "2.mp4"]
     write_clip(tmp_path / "1.mp4", 8, frames=FRAMES + 1)
-    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).records) == 3
     assert sorted(asked[3:]) == ["1.mp4"]
     for path in (tmp_path / "cache").rglob("*.json"):
         path.write_text('{"version": 1, "files": {"probe:x": 3}')
-    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).rows) == 3
+    assert len(open_data(options(manifest), PLAIN, PATCH, seed=0).records) == 3
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_plan_equals_decode_on_variable_rate_clips(real_clips: Path, tmp_path: P
     for fps in (4.0, 10.0, 24.0):
         given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
         (record,) = open_data(given, PLAIN, PATCH, seed=0).records
-        plan = plan_row(record.row, record.info(), scan.make_table(given, PLAIN, PATCH, None), given)
+        plan = plan_row(record.row, record.info(), make_table(given, PLAIN, PATCH, None), given)
         assert isinstance(plan, RowPlan)
         right = [max(i for i, t in enumerate(times) if t <= k / fps + 0.1 * usual + 1e-6) for k in range(9)]
         assert list(plan.indices) == right
@@ -224,7 +225,7 @@ def test_every_clip_is_planned_by_its_own_timestamps(real_clips: Path, tmp_path:
         given = options(manifest, data_root=str(real_clips), fps=fps, num_frames=9, height=32, width=32)
         records = open_data(given, PLAIN, PATCH, seed=0).records
         assert {e.row.id for e in records} == set(videos)
-        table = scan.make_table(given, PLAIN, PATCH, None)
+        table = make_table(given, PLAIN, PATCH, None)
         for record in records:
             plan = plan_row(record.row, record.info(), table, given)
             assert isinstance(plan, RowPlan)
@@ -337,7 +338,7 @@ def test_a_timeout_is_remembered_until_more_time_is_given(tmp_path: Path, monkey
         assert len(tries.read_text()) == count
     assert "larger --file-timeout tries the file again" in data.quarantined[0].detail
     monkeypatch.setitem(scan._KINDS, "probe", scan._probe)
-    assert len(open_data(options(manifest, file_timeout=7.0), PLAIN, PATCH, seed=0).rows) == 3
+    assert len(open_data(options(manifest, file_timeout=7.0), PLAIN, PATCH, seed=0).records) == 3
 
 
 def test_the_report_shows_rows_spread_over_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

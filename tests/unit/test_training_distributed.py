@@ -65,7 +65,7 @@ def _work(start: Any, folder: Path) -> dict[str, Any]:
         processes.run_on_main(partial(open_data, DataOptions(manifest=("none.jsonl",)), PLAIN, PATCH, seed=0))
     return {
         "looked": len(looked),
-        "rows": [row.id for row in filled.data.rows],
+        "rows": list(filled.data.records.ids()),
         "left out": [(q.row.id, q.reason) for q in filled.data.quarantined],
         "made": (filled.made, filled.found),
         "said": filled.summary(),

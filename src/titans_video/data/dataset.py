@@ -1,28 +1,27 @@
 """From flags to training data: read the manifest, scan it, refuse unusable settings, and summarize the result."""
 
-import hashlib
 import math
-import os
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from titans_video.config.fields import validate
 from titans_video.config.options import DataOptions
 from titans_video.data.batches import to_floats
 from titans_video.data.buckets import Bucket, BucketTable, grid
 from titans_video.data.cache import EncodingCache
 from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream, Draw
-from titans_video.data.manifest import Row, read_manifest
-from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader
-from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
-from titans_video.data.scan import Scan, scan_rows
+from titans_video.data.manifest import TASKS, Row
+from titans_video.data.reader import BadRowError, RamCache, RowReader
+from titans_video.data.records import ClipRecords, LeftOut
+from titans_video.data.row_scan import ListHash, Scan, make_table, open_scan
+from titans_video.data.row_table import share_table
+from titans_video.data.sampler import TaskMix, parse_task_mix
 from titans_video.errors import ConfigError, DataError
 from titans_video.seeding import derive_seed
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
@@ -46,8 +45,8 @@ class VideoDataset:
     """
 
     options: DataOptions
-    records: list[ClipRecord]
-    quarantined: list[Quarantined]
+    records: ClipRecords
+    quarantined: LeftOut
     table: BucketTable
     mix: TaskMix
     seed: int
@@ -55,35 +54,43 @@ class VideoDataset:
     world: int = 1
     ram: RamCache = field(default_factory=lambda: RamCache(0))
     sizes: Mapping[str, int] = field(default_factory=dict)
-    held_out: list[ClipRecord] = field(default_factory=list)
+    held_out: ClipRecords | None = None
 
     @property
-    def rows(self) -> list[Row]:
-        return [e.row for e in self.records]
+    def row_tasks(self) -> dict[str, int]:
+        """The number of rows of each task of the manifests, the most frequent first."""
+        found, first, counts = np.unique(self.records.column("task"), return_index=True, return_counts=True)
+        order = np.lexsort((first, -counts)).tolist()
+        return {TASKS[int(found[i])]: int(counts[i]) for i in order}
 
     @property
     def tasks(self) -> list[str]:
         """The trained tasks: t2v, i2v, v2v, by `--task-mix` or by the rows themselves."""
-        return sorted({task for task, _ in self.mix.shares} or {row.task for row in self.rows})
+        return sorted({task for task, _ in self.mix.shares} or self.row_tasks)
+
+    def first_row(self, task: str) -> Row:
+        """Return the first usable row of this task."""
+        return self.records[int((self.records.column("task") == TASKS.index(task)).argmax())].row
 
     @property
     def buckets(self) -> list[Bucket]:
         """The buckets with at least one row, the largest first."""
-        used = {e.bucket for e in self.records}
+        used = self.records.bucket_counts()
         return sorted(used, key=lambda b: (b.frames * b.height * b.width, b), reverse=True)
 
     @property
     def main_bucket(self) -> Bucket:
         """The bucket with the most rows, by their weights; of several the largest."""
-        weights: dict[Bucket, float] = {}
-        for e in self.records:
-            weights[e.bucket] = weights.get(e.bucket, 0.0) + e.row.weight
-        return max(self.buckets, key=lambda b: weights[b])  # the first of equals, and the largest is first
+        weights = np.bincount(self.records.bucket_ids, self.records.column("weight"))
+        numbers = {bucket: i for i, bucket in enumerate(self.records.table.buckets)}
+        return max(self.buckets, key=lambda b: weights[numbers[b]])  # the first of equals, and the largest is first
 
     @property
     def fps(self) -> float:
         """The median frames per second of the rows, as read."""
-        return statistics.median(e.fps for e in self.records)
+        rates, count = self.records.column("fps"), len(self.records)
+        middle = np.partition(rates, [(count - 1) // 2, count // 2])
+        return (float(middle[(count - 1) // 2]) + float(middle[count // 2])) / 2
 
     def batch_size(self, bucket: Bucket) -> int:
         """Return the rows of a micro-batch on one process."""
@@ -127,15 +134,14 @@ class VideoDataset:
             folder=None if folder is None else Path(folder),
             max_bad=self.options.max_bad,
             workers=workers,
-            unusable=[(q.row_number, q.row) for q in self.quarantined],
+            unusable=self.quarantined,
             draw=draw,
         )
 
     def without(self, bad: Sequence[Quarantined]) -> "VideoDataset":
         """Return the same data with some usable rows moved to the quarantine."""
-        ids = {q.row.id for q in bad}
-        left = [e for e in self.records if e.row.id not in ids]
-        return replace(self, records=left, quarantined=[*self.quarantined, *bad])
+        left = self.records.without(q.row.id for q in bad)
+        return replace(self, records=left, quarantined=self.quarantined.plus(bad))
 
     def rows_of_step(self, grad_accum: int) -> dict[str, int]:
         """Return the global batch of each bucket: the rows of one optimizer step over all processes."""
@@ -157,15 +163,10 @@ class VideoDataset:
 
     def fingerprint(self) -> str:
         """Return a hash of the manifests' content without paths, for usable rows and others."""
-        rows = self._all_rows()
-        fields = [(r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames) for r in rows]
-        blank = sum(q.reason == "no-caption" for q in self.quarantined)
+        rows = self.records.table
+        blank = int((rows.columns["reason"] == rows.about["reasons"].index("no-caption")).sum())
         left_out = f", {blank} without a caption left out" if blank else ""
-        return f"{len(rows)} rows, {_short_hash(fields)}{left_out}"
-
-    def _all_rows(self) -> list[Row]:
-        rows = [e.row for e in [*self.records, *self.held_out]] + [q.row for q in self.quarantined]
-        return sorted(rows, key=lambda r: r.id)
+        return f"{len(rows)} rows, {rows.about['rows_hash']}{left_out}"
 
     def file_facts(self) -> dict[str, list[str] | str]:
         """Return hashes that identify the rows' files, by a readable name.
@@ -174,18 +175,14 @@ class VideoDataset:
         either is equal. The hash of the contents exists if the digests are known, which a cache needs; its name
         identifies the usable rows, because the contents of other rows cannot be compared.
         """
-        absolute, relative = [], []
-        for row in self._all_rows():
-            image = row.cond_image if row.cond_image and uses_cond_image(row, self.mix) else None
-            root = os.path.abspath(self.options.data_root or Path(row.source[0]).parent)
-            paths = [None if path is None else str(path) for path in (row.video, image)]
-            absolute.append((row.id, *paths))
-            relative.append((row.id, *(path and _relative(path, root) for path in paths)))
-        facts: dict[str, list[str] | str] = {FILE_PATHS: [_short_hash(relative), _short_hash(absolute)]}
-        known = sorted((e.row.id, e.digest, e.image_digest) for e in self.records)
-        if known and all(digest for _, digest, _ in known):
-            ids = _short_hash([row_id for row_id, *_ in known])
-            facts[f"the contents of the videos and images ({len(known)} rows, {ids})"] = _short_hash(known)
+        about = self.records.table.about
+        facts: dict[str, list[str] | str] = {FILE_PATHS: [about["relative_hash"], about["absolute_hash"]]}
+        if len(self.records) and self.records.digests is not None:
+            ids, contents = ListHash(), ListHash()
+            for row_id, digest, image_digest in self.records.contents():
+                ids.add(row_id)
+                contents.add((row_id, digest, image_digest))
+            facts[f"the contents of the videos and images ({len(self.records)} rows, {ids.end()})"] = contents.end()
         return facts
 
     def sample_pixels(self, n: int) -> Tensor:
@@ -193,11 +190,12 @@ class VideoDataset:
 
         They are (n, 3, T, H, W) float32 in [-1, 1]; fewer if the bucket has fewer rows.
         """
-        fullest = max(self.buckets, key=lambda b: sum(e.bucket == b for e in self.records))
-        records = [e for e in self.records if e.bucket == fullest]
-        records.sort(key=lambda e: derive_seed(self.seed, "sample", e.row.id))
+        counts = self.records.bucket_counts()
+        fullest = max(self.buckets, key=lambda b: counts[b])
+        records = self.records.take(self.records.in_bucket(fullest))
         reader, clips = self.reader(), []
-        for record in records:
+        for at in np.argsort(records.seeds(self.seed, "sample"), kind="stable").tolist():
+            record = records[at]
             seed = derive_seed(self.seed, "sample", record.row.id)
             try:
                 clips.append(torch.from_numpy(reader.clip(reader.decide(record, "t2v", seed))))
@@ -211,14 +209,15 @@ class VideoDataset:
 
     def summary(self, grad_accum: int = 1) -> str:
         """Summarize what was found and what was left out, in a few lines for the user."""
-        micro_batches, usable = self.world * grad_accum, len(self.records) + len(self.held_out)
+        held_out = len(self.held_out or ())
+        micro_batches, usable = self.world * grad_accum, len(self.records) + held_out
         rate = f", {self.fps:g} frames per second" if self.records else ""
         lines = [f"Data: {usable} of {usable + len(self.quarantined)} rows usable{rate}."]
-        if self.held_out:
-            lines.append(f"Held out for validation: {len(self.held_out)} rows; {len(self.records)} are trained on.")
+        if held_out:
+            lines.append(f"Held out for validation: {held_out} rows; {len(self.records)} are trained on.")
         if self.quarantined:
             lines.append(f"Left out: {format_reasons(self.quarantined)}.")
-        counts = Counter(e.bucket for e in self.records)
+        counts = self.records.bucket_counts()
         sizes = ", ".join(
             f"{b} ({counts[b]} rows, batches of {self.batch_size(b) * micro_batches})" for b in self.buckets
         )
@@ -231,61 +230,62 @@ class VideoDataset:
         empty = [str(b) for b in self.table.buckets if (b.height, b.width) not in shapes]
         if empty:
             lines.append(f"No clip fits the bucket{'s' * (len(empty) > 1)} {', '.join(empty)}.")
-        counts = Counter(e.bucket for e in self.records)
+        counts = self.records.bucket_counts()
         thin = [str(b) for b in self.buckets if counts[b] < self.batch_size(b) * self.world * grad_accum]
         if thin:
             lines.append(
                 f"Smaller than one batch: {', '.join(thin)}. A batch of such a bucket spans several epochs, so its "
                 "rows repeat."
             )
-        enlarged = [e.upscale for e in self.records if e.upscale > 1.001]
-        if enlarged:
+        upscale = self.records.column("upscale")
+        enlarged = upscale[upscale > 1.001]
+        if len(enlarged):
             lines.append(
-                f"{len(enlarged)} clips are smaller than their bucket and enlarged, {max(enlarged):.2f} times at most "
+                f"{len(enlarged)} clips are smaller than their bucket and enlarged, {enlarged.max():.2f} times at most "
                 "(--max-upscale refuses them)."
             )
         return [*lines, *self._cropped(), *self._short(), *self._copies(), *self._shares()]
 
     def _cropped(self) -> list[str]:
         """Warn of clips that lose much of their picture."""
-        cropped = [e for e in self.records if e.kept < CROPPED]
+        kept = self.records.column("kept")
+        cropped = int((kept < CROPPED).sum())
         if not cropped:
             return []
-        worst = min(cropped, key=lambda e: e.kept)
+        worst = self.records[int(kept.argmin())]
         info, area = worst.info(), worst.bucket.height * worst.bucket.width
         ideal = math.sqrt(area * info.height / info.width), math.sqrt(area * info.width / info.height)
         steps = grid(self.table.spec, self.table.patch_size)
         height, width = (max(round(side / step), 1) * step for side, step in zip(ideal, steps, strict=True))
         return [
-            f"Warning: {len(cropped)} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "
+            f"Warning: {cropped} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "
             f"{worst.row.video.name} keeps {worst.kept:.0%} of it in {worst.bucket}. Give sizes of their shapes with "
             f"--buckets, e.g. --buckets {worst.bucket.height}x{worst.bucket.width},{height}x{width}."
         ]
 
     def _short(self) -> list[str]:
         """Warn if clips below --num-frames end in almost as many buckets as there are clips."""
-        short = [e for e in self.records if e.bucket.shorter and e.bucket.frames < self.options.num_frames]
-        lengths = {e.bucket.frames for e in short}
-        if len(lengths) < MANY_LENGTHS or len(short) >= MANY_LENGTHS * len(lengths):
+        counts = self.records.bucket_counts()
+        short = {b: n for b, n in counts.items() if b.shorter and b.frames < self.options.num_frames}
+        lengths, clips, total = {b.frames for b in short}, sum(short.values()), len(self.records)
+        if len(lengths) < MANY_LENGTHS or clips >= MANY_LENGTHS * len(lengths):
             return []
-        frames = sorted(e.bucket.frames for e in self.records)
+        frames = np.repeat([b.frames for b in counts], list(counts.values()))
         return [
-            f"Warning: --num-frames {self.options.num_frames} is more than {len(short)} of {len(frames)} clips have. "
+            f"Warning: --num-frames {self.options.num_frames} is more than {clips} of {total} clips have. "
             f"They have {len(lengths)} lengths, and only clips of one length share a batch. Most clips have at least "
-            f"{frames[len(frames) // 10]} frames; lower --num-frames to that or less."
+            f"{np.partition(frames, total // 10)[total // 10]} frames; lower --num-frames to that or less."
         ]
 
     def _copies(self) -> list[str]:
         """Tell of rows with the content of an earlier row."""
-        first: dict[tuple[object, ...], Row] = {}
-        copies = []
-        for r in self.rows:
-            content = (r.video, r.caption, r.task, r.cond_image, r.start, r.end, r.fps, r.cond_frames)
-            if first.setdefault(content, r) is not r:
-                copies.append((r, first[content]))
-        if not copies:
+        content = self.records.column("content")
+        found, first, which = np.unique(content, return_index=True, return_inverse=True)
+        if len(found) == len(content):
             return []
-        copy, original = copies[0]
+        originals = first[which]
+        copies = np.flatnonzero(originals != np.arange(len(content)))
+        copy, original = self.records[int(copies[0])].row, self.records[int(originals[copies[0]])].row
         more = f", and {len(copies) - 1} more" if len(copies) > 1 else ""
         return [
             f"{len(copies)} rows repeat an earlier row and are trained on as often: {copy.where()} repeats "
@@ -294,24 +294,15 @@ class VideoDataset:
 
     def _shares(self) -> list[str]:
         """Return the share of the rows that an epoch draws from each manifest, if there are several."""
-        weights: dict[str, float] = {}
-        for r in self.rows:
-            weights[r.source[0]] = weights.get(r.source[0], 0.0) + r.weight
-        if len(weights) < 2:
+        sources, names = self.records.column("source"), self.records.table.sources
+        found, first = np.unique(sources, return_index=True)
+        if len(found) < 2:
             return []
-        total = sum(weights.values())
-        counts = Counter(r.source[0] for r in self.rows)
-        parts = (f"{name} {weight / total:.1%} ({counts[name]} rows)" for name, weight in weights.items())
+        weights, counts = np.bincount(sources, self.records.column("weight")), np.bincount(sources)
+        order = found[np.argsort(first)].tolist()
+        total = sum(weights[i] for i in order)
+        parts = (f"{names[i]} {weights[i] / total:.1%} ({counts[i]} rows)" for i in order)
         return [f"Shares of the manifests: {', '.join(parts)}."]
-
-
-def _relative(path: str, root: str) -> str:
-    inside = os.path.join(root, "")
-    return path.removeprefix(inside) if path.startswith(inside) else os.path.relpath(path, root)
-
-
-def _short_hash(values: Sequence[object]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
 def divide(rows: Mapping[str, int], most: Mapping[str, int], world: int) -> tuple[int, dict[str, int]]:
@@ -353,37 +344,21 @@ def open_data(
         DataError: the manifest is wrong, or too few rows are usable.
     """
 
-    def scan_on_main() -> tuple[Scan, TaskMix]:
-        scan, mix = open_scan(options, spec, patch_size, progress=True)
-        refuse_bad(len(scan.records), scan.quarantined, options)
-        return scan, mix
+    scanned: list[Scan] = []
 
-    scan, mix = processes.run_on_main(scan_on_main)
-    ram = RamCache(options.ram_cache_mb * 2**20)
+    def scan_on_main() -> None:
+        scan, _ = open_scan(options, spec, patch_size, progress=True)
+        refuse_bad(len(scan.records), scan.quarantined, options)
+        scanned.append(scan)
+
+    processes.run_on_main(scan_on_main)
+    own = scanned[0].rows if scanned else None
+    rows = share_table(own, processes)
+    scan = Scan(rows, make_table(options, spec, patch_size, rows.first_size))
+    ram, mix = RamCache(options.ram_cache_mb * 2**20), parse_task_mix(options.task_mix)
     return VideoDataset(options, scan.records, scan.quarantined, scan.table, mix, seed, rank, world, ram)
 
 
-def open_scan(
-    options: DataOptions,
-    spec: CodecSpec,
-    patch_size: tuple[int, int, int],
-    *,
-    progress: bool,
-    workers: int | None = None,
-) -> tuple[Scan, TaskMix]:
-    """Scan the manifests of the options, whatever share of the rows is bad."""
-    validate(options)
-    mix = parse_task_mix(options.task_mix)
-    rows = read_manifest(options)
-    return scan_rows(rows, options, spec, patch_size, mix, workers=workers, progress=progress), mix
-
-
-def with_digests(data: VideoDataset, digests: Mapping[Path, str]) -> VideoDataset:
+def with_digests(data: VideoDataset, digests: NDArray[np.uint8]) -> VideoDataset:
     """Return the same data with the digest of every file that cache keys need: clips, and own images that are used."""
-    records = [
-        replace(
-            e, digest=digests[e.row.video], image_digest=digests.get(e.row.cond_image) if e.row.cond_image else None
-        )
-        for e in data.records
-    ]
-    return replace(data, records=records)
+    return replace(data, records=replace(data.records, digests=digests))

@@ -7,7 +7,6 @@ or with the number of processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,9 @@ from titans_video.data.batches import Example, collate, read_sample, with_text
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
-from titans_video.data.reader import BadRowError, ClipRecord, Sample
+from titans_video.data.manifest import TASKS
+from titans_video.data.reader import BadRowError, Sample
+from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.errors import DataError
 from titans_video.seeding import derive_seed, uniform
 from titans_video.types import SINGLE_PROCESS, Batch, ProcessGroup
@@ -25,18 +26,22 @@ from titans_video.types import SINGLE_PROCESS, Batch, ProcessGroup
 
 def split(data: VideoDataset, share: float) -> VideoDataset:
     """Move about this share of the files, in (0, 1), to `data.held_out`, at least one; DataError if no row remains."""
-    files: dict[Path, list[ClipRecord]] = {}
-    for record in data.records:
-        files.setdefault(record.row.video, []).append(record)
-    drawn = {path: uniform(0, "held-out", min(e.row.id for e in rows)) for path, rows in files.items()}
-    chosen = {path for path, u in drawn.items() if u < share} or {min(drawn, key=lambda path: drawn[path])}
-    left = [e for e in data.records if e.row.video not in chosen]
-    if not left:
+    files, which = np.unique(data.records.column("video"), return_inverse=True)
+    ranks = data.records.ranks()
+    first = np.full(len(files), len(data.records.table), np.int32)
+    np.minimum.at(first, which, ranks)  # the least id of each file
+    ids = data.records.table.ids.of(data.records.table.columns["by_id"][first])
+    drawn = np.fromiter((uniform(0, "held-out", i) for i in ids), np.float64, len(files))
+    chosen = drawn < share
+    if not chosen.any():
+        chosen[drawn.argmin()] = True
+    if chosen.all():
         raise DataError(
             f"--validation-split {share:g} holds out all {len(files)} clips, so none is left to train on. Lower it, "
             "or give separate clips with --validation-manifest."
         )
-    return replace(data, records=left, held_out=[e for e in data.records if e.row.video in chosen])
+    left, held_out = (np.flatnonzero(chosen[which] == is_out) for is_out in (False, True))
+    return replace(data, records=data.records.take(left), held_out=data.records.take(held_out))
 
 
 def open_validation(
@@ -47,7 +52,8 @@ def open_validation(
     They use the buckets of the training data.
     """
     if not manifests:
-        return replace(data, records=data.held_out, held_out=[], quarantined=[]) if data.held_out else None
+        nothing = LeftOut(data.records.table, np.empty(0, np.int32))
+        return replace(data, records=data.held_out, held_out=None, quarantined=nothing) if data.held_out else None
     options = replace(_same_buckets(data), manifest=tuple(manifests), metadata=None)
     spec, patch_size = data.table.spec, data.table.patch_size
     return open_data(options, spec, patch_size, seed=data.seed, rank=data.rank, world=data.world, processes=processes)
@@ -63,7 +69,10 @@ def _same_buckets(data: VideoDataset) -> DataOptions:
 
 def shared_files(data: VideoDataset, held_out: VideoDataset) -> int:
     """Return how many of the held-out clips are also trained on."""
-    return len({row.video for row in data.rows} & {row.video for row in held_out.rows})
+    if data.records.table is held_out.records.table:
+        return len(np.intersect1d(data.records.column("video"), held_out.records.column("video")))
+    unseen = set(held_out.records.videos())
+    return sum(video in unseen for video in data.records.videos())
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Piece:
 
     task: str
     bucket: Bucket
-    records: tuple[ClipRecord, ...]
+    records: ClipRecords
 
 
 @dataclass
@@ -104,15 +113,19 @@ class HeldOut:
         return self._pieces
 
     def _make_pieces(self) -> list[Piece]:
-        by_id = sorted(self.data.records, key=lambda e: (derive_seed(0, "validation", e.row.id), e.row.id))
-        cells: dict[tuple[Bucket, str], list[ClipRecord]] = {}
-        for record in by_id[: self.max_rows]:
-            for task in [task for task, _ in self.data.mix.shares] or [record.row.task]:
-                cells.setdefault((record.bucket, task), []).append(record)
+        records, tasks = self.data.records, [task for task, _ in self.data.mix.shares]
+        chosen = records.take(records.sorted_by(records.seeds(0, "validation"))[: self.max_rows])
+        cells: dict[tuple[Bucket, str], ClipRecords] = {}
+        for bucket in chosen.bucket_counts():
+            inside = chosen.take(chosen.in_bucket(bucket))
+            for task in tasks or TASKS:
+                cell = inside if tasks else inside.take(np.flatnonzero(inside.column("task") == TASKS.index(task)))
+                if cell:
+                    cells[bucket, task] = cell
         found = []
-        for (bucket, task), records in sorted(cells.items()):
+        for (bucket, task), cell in sorted(cells.items(), key=lambda item: item[0]):
             size = self.data.batch_size(bucket)
-            found += [Piece(task, bucket, tuple(records[i : i + size])) for i in range(0, len(records), size)]
+            found += [Piece(task, bucket, cell[i : i + size]) for i in range(0, len(cell), size)]
         return found
 
     def read(self, piece: Piece) -> tuple[Batch, list[bool]]:

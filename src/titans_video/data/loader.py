@@ -13,6 +13,7 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from titans_video.data.bad_rows import BadRow, BadRows
@@ -20,8 +21,8 @@ from titans_video.data.batches import Example, HostBatch, collate, read_sample, 
 from titans_video.data.buckets import Bucket
 from titans_video.data.cache import EncodingCache, NeedsRepair, PromptError
 from titans_video.data.clip_plan import NOT_FINITE
-from titans_video.data.manifest import Row
 from titans_video.data.reader import BadRowError, ClipRecord, RowReader
+from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
 from titans_video.errors import DataError
 from titans_video.processes import ReadAhead, WorkerDied
@@ -59,7 +60,7 @@ class BatchReader:
 
     def __init__(
         self,
-        records: Sequence[ClipRecord],
+        records: ClipRecords,
         sampler: Sampler,
         reader: RowReader,
         shard: RankShard,
@@ -71,8 +72,9 @@ class BatchReader:
     ) -> None:
         self.records, self.sampler, self.reader, self.shard, self.seed = records, sampler, reader, shard, seed
         self.bad_rows, self.max_bad, self.cache, self.draw = bad_rows, max_bad, cache, draw
-        # row -> (its queue, its position there)
-        self.positions = {r: (q, at) for q, rows in enumerate(sampler.rows) for at, r in enumerate(rows.tolist())}
+        self.queues, self.places = (np.zeros(len(records), np.int32) for _ in range(2))  # of each row
+        for queue, rows in enumerate(sampler.rows):
+            self.queues[rows], self.places[rows] = queue, np.arange(len(rows))
 
     def __getitem__(self, number: int) -> HostBatch:
         step, micro = divmod(number, self.shard.grad_accum)
@@ -91,7 +93,7 @@ class BatchReader:
 
     def _row(self, step: int, item: SampleIndex, found: list[BadRow]) -> Example:
         """Read an occurrence; replace an unreadable row by the next readable one of its bucket, in manifest order."""
-        queue, at = self.positions[item.row]
+        queue, at = int(self.queues[item.row]), int(self.places[item.row])
         rows = self.sampler.rows[queue]
         wanted = self.records[item.row].row.id
         for k in range(len(rows)):
@@ -132,13 +134,13 @@ class BatchStream:
         folder: of the run, where unreadable rows are recorded; None records nothing.
         max_bad: stop when more than this share of the rows is unreadable.
         workers: processes that read ahead.
-        unusable: the other rows, with their numbers. A row that failed earlier in a resumed run keeps its position.
+        unusable: the other rows. One of them that failed earlier in a resumed run keeps its position.
         draw: draws what is random about a batch; the workers call it.
     """
 
     def __init__(
         self,
-        records: Sequence[ClipRecord],
+        records: ClipRecords,
         batch_sizes: dict[Bucket, int],
         reader: RowReader,
         *,
@@ -150,12 +152,12 @@ class BatchStream:
         folder: Path | None = None,
         max_bad: float = 0.5,
         workers: int = 0,
-        unusable: Sequence[tuple[int, Row]] = (),
+        unusable: LeftOut,
         draw: Draw | None = None,
     ) -> None:
         self.workers, self.seed, self.cache, self.reader, self.draw = workers, seed, cache, reader, draw
         self.shard = RankShard(rank, world, grad_accum)
-        self.batch_sizes, self.unusable = batch_sizes, list(unusable)
+        self.batch_sizes, self.unusable = batch_sizes, unusable
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
         self._build_sampler(records)
         self.bad_rows = BadRows(folder, rank)
@@ -166,14 +168,15 @@ class BatchStream:
         self._batches: Iterator[HostBatch] | None = None
         self._stop: Callable[[], bool] = lambda: False
 
-    def _build_sampler(self, records: Sequence[ClipRecord]) -> None:
-        self.records = list(records)
-        rows = [[i for i, e in enumerate(self.records) if e.bucket == b] for b in self.buckets]
+    def _build_sampler(self, records: ClipRecords) -> None:
+        self.records = records
+        rows = [records.in_bucket(b) for b in self.buckets]
+        keys, weights = records.column("key"), records.column("weight")
         queues = [
             BucketQueue(
                 str(bucket),
-                tuple(self.records[i].row.id for i in queue),
-                tuple(self.records[i].row.weight for i in queue),
+                keys[queue],
+                weights[queue],
                 self.batch_sizes[bucket] * self.shard.world * self.shard.grad_accum,
             )
             for bucket, queue in zip(self.buckets, rows, strict=True)
@@ -183,18 +186,9 @@ class BatchStream:
     def _restore_positions(self) -> None:
         """Put rows that became unreadable earlier in this run back, so that a new scan does not shift the others."""
         buckets = {str(b): b for b in self.buckets}
-        records = {e.row.id: e for e in self.records}
-        unusable = {row.id: (row_number, row) for row_number, row in self.unusable}
-        for bad in self.bad_rows.records.values():
-            bucket, found = buckets.get(bad.bucket), records.get(bad.id)
-            if bucket is None or (found is not None and found.bucket == bucket):
-                continue
-            if found is not None:
-                records[bad.id] = replace(found, bucket=bucket, packed=b"")
-            elif bad.id in unusable:
-                row_number, row = unusable[bad.id]
-                records[bad.id] = ClipRecord(row, bucket, 1.0, 0.0, b"", row_number)
-        self._build_sampler(sorted(records.values(), key=lambda e: e.row_number))
+        wanted = {bad.id: buckets[bad.bucket] for bad in self.bad_rows.records.values() if bad.bucket in buckets}
+        if wanted:
+            self._build_sampler(self.records.put_back(wanted, self.unusable))
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -227,7 +221,8 @@ class BatchStream:
                 named = {name for name, caption in pairs if caption == e.prompt}
                 if not named:
                     raise
-                self._record_bad_rows([self._bad_row(r, e.reason, e.detail) for r in self.records if r.row.id in named])
+                records = (self.records[i] for i in self.records.find(named))
+                self._record_bad_rows([self._bad_row(record, e.reason, e.detail) for record in records])
                 self._reader(self.bad_rows).refuse_too_many()
                 host_batch = HostBatch(needs_repair=True)
                 continue
@@ -272,12 +267,8 @@ class BatchStream:
 
     def leave_out(self, rows: Sequence[str], reason: str, detail: str, first: int) -> None:
         """Leave rows out from optimizer step `first` on, on every process; DataError if that exceeds `--max-bad`."""
-        named = set(rows)
-        found = [
-            replace(self._bad_row(record, reason, detail), batch=first)
-            for record in self.records
-            if record.row.id in named
-        ]
+        records = [self.records[i] for i in self.records.find(rows)]
+        found = [replace(self._bad_row(record, reason, detail), batch=first) for record in records]
         for bad in found:  # every process has all of them, and one writes them
             self.bad_rows.add(bad, write=self.shard.rank == 0)
         self._record_bad_rows(found)

@@ -7,13 +7,14 @@ opened; symbolic links are resolved to check that paths stay inside the data roo
 
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -63,27 +64,25 @@ class _RowError(Exception):
     """The problem with one line and its fix; the reader adds the file and the line."""
 
 
-def read_manifest(options: DataOptions) -> list[Row]:
-    """Read all rows of `--manifest` (each with its weight) and `--metadata`, in order.
-
-    Raises:
-        DataError: no manifest is given, one is missing or empty, or has wrong lines (the message lists the first).
-    """
+def manifest_files(options: DataOptions) -> list[tuple[Path, float]]:
+    """Return the files of `--manifest`, each with its weight, and of `--metadata`; DataError if there are none."""
     files = [split_weight(m) for m in options.manifest]
     files += [(Path(options.metadata), 1.0)] if options.metadata else []
     if not files:
         raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
+    return files
+
+
+def read_rows(options: DataOptions) -> Iterator[Row]:
+    """Yield all rows of all manifests, in order.
+
+    Raises:
+        DataError: no manifest is given, one is missing or empty, or has wrong lines (the message lists the first).
+    """
     _real_folder.cache_clear()
-    rows: list[Row] = []
     taken = _Taken()
-    for path, weight in files:
-        found = _read_file(path, weight, options, taken)
-        if not found:
-            raise DataError(
-                f'{path} is empty. A row is one line such as {{"video": "clips/0001.mp4", "caption": "a cat running"}}.'
-            )
-        rows += found
-    return rows
+    for path, weight in manifest_files(options):
+        yield from _read_file(path, weight, options, taken)
 
 
 def split_weight(text: str) -> tuple[Path, float]:
@@ -103,7 +102,7 @@ def split_weight(text: str) -> tuple[Path, float]:
     return Path(path), weight
 
 
-def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> list[Row]:
+def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> Iterator[Row]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -113,21 +112,26 @@ def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken")
     root = Path(os.path.abspath(options.data_root or path.parent))
     if not root.is_dir():
         raise DataError(f"--data-root {options.data_root}: there is no such folder.")
-    rows: list[Row] = []
     wrong: list[tuple[int, str]] = []
+    count = bad = 0
     for line, item in _objects(data):
         try:
             if isinstance(item, _RowError):
                 raise item
             row = taken.add(_row(item, root, options.allow_outside_root, (str(path), line)))
         except _RowError as e:
-            wrong.append((line, str(e)))
+            wrong += [(line, str(e))][: SHOWN - len(wrong)]
+            bad += 1
             continue
-        rows.append(replace(row, weight=row.weight * weight))
-    if wrong:
-        more = f" ({len(wrong) - SHOWN} more lines are wrong.)" if len(wrong) > SHOWN else ""
-        raise DataError("\n".join(f"{path}, line {line}: {what}" for line, what in wrong[:SHOWN]) + more)
-    return rows
+        count += 1
+        yield replace(row, weight=row.weight * weight)
+    if bad:
+        more = f" ({bad - SHOWN} more lines are wrong.)" if bad > SHOWN else ""
+        raise DataError("\n".join(f"{path}, line {line}: {what}" for line, what in wrong) + more)
+    if not count:
+        raise DataError(
+            f'{path} is empty. A row is one line such as {{"video": "clips/0001.mp4", "caption": "a cat running"}}.'
+        )
 
 
 def _objects(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -137,7 +141,7 @@ def _objects(data: bytes) -> Iterator[tuple[int, Any]]:
     if data.lstrip()[:1] == b"[":
         yield from _list_items(data)
         return
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(io.BytesIO(data), 1):
         if line.strip():
             yield number, _parse(line)
 
@@ -198,6 +202,7 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
+@cache
 def _decoder() -> json.JSONDecoder:
     def constant(name: str) -> None:
         raise _RowError(f"{name} is not a JSON number; write a finite one or omit the key.")
@@ -346,19 +351,20 @@ class _Taken:
     """The ids of the rows so far."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, tuple[str, int]] = {}  # where each is
         self.numbers: dict[str, int] = {}  # the last number given to a row of the same content
 
     def add(self, row: Row) -> Row:
         """Number rows with identical content; two rows with the same explicit id are an error."""
         if row.id in self.rows:
             if not row.id.startswith(f"{row.video.name[:40]}-"):
-                raise _RowError(f"key 'id': {row.id!r} is taken by {self.rows[row.id].where()}; ids must differ.")
+                path, line = self.rows[row.id]
+                raise _RowError(f"key 'id': {row.id!r} is taken by {path}, line {line}; ids must differ.")
             first = self.numbers.get(row.id, 1) + 1
             number = next(n for n in itertools.count(first) if f"{row.id}-{n}" not in self.rows)
             self.numbers[row.id] = number
             row = replace(row, id=f"{row.id}-{number}")
-        self.rows[row.id] = row
+        self.rows[row.id] = row.source
         return row
 
 

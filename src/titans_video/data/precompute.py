@@ -3,26 +3,33 @@
 The work is divided among the ranks by row and by prompt; a rank loads codec and encoders only if something is missing.
 """
 
+import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from titans_video.console import Progress
 from titans_video.data.batches import to_floats
 from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
 from titans_video.data.clip_plan import NOT_FINITE
+from titans_video.data.columns import Columns, open_columns, pack_columns, share_columns, write_columns
 from titans_video.data.dataset import VideoDataset, with_digests
+from titans_video.data.job_cache import Failed
 from titans_video.data.left_out import Quarantined, format_reasons
 from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader, Sample
+from titans_video.data.records import DIGEST_BYTES
 from titans_video.data.sampler import uses_cond_image
-from titans_video.data.scan import Failed, Job, run_cached_jobs
-from titans_video.errors import DataError, UserError
+from titans_video.data.scan import run_cached_jobs
+from titans_video.errors import DataError, UserError, WriteError
 from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
+from titans_video.parsing import Malformed
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition
 
 OVERFLOW_REMEDY = "In fp16 they overflow: pass --vae-dtype bf16, --text-dtype bf16 and --llm-dtype bf16."
@@ -109,13 +116,12 @@ def fill_cache(
         widths=encoders.text_widths,
     )
     total = len(data.records)
-    digests: dict[Path, str | Failed] = processes.run_on_main(lambda: find_digests(data, progress=progress))
+    digests = find_digests(data, progress=progress, processes=processes)
     lost = _undigested(data, digests)
-    whole = {path: digest for path, digest in digests.items() if isinstance(digest, str)}
-    filled = Filled(with_digests(data.without(lost), whole), cache)
+    filled = Filled(with_digests(data.without(lost), digests.digests), cache)
     reader = RowReader(data.options, data.table, data.mix, cached=True, ram=RamCache(0))
     encoding = cache.repair = _Encoding(cache.texts, reader, encoders)
-    texts = _shard(dict.fromkeys(["", *(e.row.caption for e in filled.data.records), *prompts]), data)
+    texts = _shard(dict.fromkeys(["", *filled.data.records.captions(), *prompts]), data)
     own = range(data.rank, len(filled.data.records), data.world)
     todo = len(texts) + sum(len(_variants(filled.data.records[i], data)) for i in own)
     bar = Progress("filling the cache", "sample", todo, show=progress and data.rank == 0, delay=1.0)
@@ -142,29 +148,87 @@ def fill_cache(
     return filled
 
 
-def find_digests(data: VideoDataset, *, progress: bool = False) -> dict[Path, str | Failed]:
+@dataclass(frozen=True)
+class FileDigests:
+    """SHA-256 of the files of a table, (files, 32), zeros where nobody asked; by file number why there is none."""
+
+    digests: NDArray[np.uint8]
+    failed: Mapping[int, Failed]
+
+
+def find_digests(
+    data: VideoDataset, *, progress: bool = False, processes: ProcessGroup = SINGLE_PROCESS
+) -> FileDigests:
     """Return the SHA-256 of every file that a key needs, remembered by size and modification time."""
-    jobs: list[Job] = [("digest", e.row.video) for e in data.records]
-    jobs += [("digest", path) for e in data.records if (path := _own_image(e, data)) is not None]
-    found = run_cached_jobs(jobs, data.options.file_timeout, progress=progress)
-    return {path: digest if isinstance(digest, Failed) else str(digest) for (_, path), digest in found.items()}
+    columns: list[Columns] = []
+
+    def find() -> dict[int, Failed]:
+        found = _find_digests(data, progress)
+        columns.append(found[0])
+        return found[1]
+
+    failed = processes.run_on_main(find)
+    shared = share_columns(columns[0] if columns else None, processes)
+    return FileDigests(shared["digest"].reshape(-1, DIGEST_BYTES), failed)
 
 
-def _undigested(data: VideoDataset, digests: Mapping[Path, str | Failed]) -> list[Quarantined]:
+def _find_digests(data: VideoDataset, progress: bool) -> tuple[Columns, dict[int, Failed]]:
+    rows = data.records.table
+    path = rows.columns.path and rows.columns.path.with_suffix(".digests")
+    about = {"content": "digests of files", "table": rows.columns.digest}
+    before = _open_digests(path, about, len(rows.columns["state"]))
+    digests = np.zeros(len(rows.columns["state"]) * DIGEST_BYTES, np.uint8) if before is None else before["digest"]
+    known = np.any(digests.reshape(-1, DIGEST_BYTES), axis=1)
+    needed = np.union1d(data.records.column("video"), data.records.own_images(data.mix))
+    if before is not None and not data.options.trust_scan:
+        known[needed] &= ~rows.changed(needed)
+    missing = needed[~known[needed]].tolist()
+    if not missing and before is not None:
+        return before, {}
+    digests, failed = digests.copy(), {}
+    found = run_cached_jobs(
+        [f"digest:{rows.path_of_file(file)}" for file in missing], data.options.file_timeout, progress=progress
+    )
+    for job, file in enumerate(missing):
+        result = found.get(job)
+        if isinstance(result, Failed):
+            failed[file] = result
+        else:
+            value = np.frombuffer(bytes.fromhex(str(result)), np.uint8)
+            digests[file * DIGEST_BYTES : (file + 1) * DIGEST_BYTES] = value
+    if path is not None:
+        with contextlib.suppress(OSError, WriteError, Malformed):
+            write_columns(path, pack_columns({"digest": digests}, about)[1])
+            return open_columns(path), failed
+    return Columns({"digest": digests}, about), failed
+
+
+def _open_digests(path: Path | None, about: Mapping[str, str], files: int) -> Columns | None:
+    try:
+        found = None if path is None else open_columns(path)
+    except (OSError, Malformed):
+        return None
+    if found is None or found.about != about or not found.has({"digest": "U8"}):
+        return None
+    return found if len(found["digest"]) == files * DIGEST_BYTES else None
+
+
+def _undigested(data: VideoDataset, found: FileDigests) -> list[Quarantined]:
     """Return the rows with a file that disappeared, or could not be read completely, after the scan."""
-    lost = []
-    for e in data.records:
-        clip, path = digests[e.row.video], _own_image(e, data)
-        image = digests[path] if path is not None else None
-        if isinstance(clip, Failed):
-            lost.append(Quarantined(e.row, clip.reason, f"{e.row.video}: {clip.detail}", e.row_number))
-        elif isinstance(image, Failed):
-            lost.append(Quarantined(e.row, "cond-image", f"{path}: {image.detail}", e.row_number))
+    if not found.failed:
+        return []
+    lost, failed = [], found.failed
+    files = zip(data.records.column("video").tolist(), data.records.column("image").tolist(), strict=True)
+    for at, (clip, image) in enumerate(files):
+        if clip not in failed and image not in failed:
+            continue
+        e = data.records[at]
+        if clip in failed:
+            lost.append(Quarantined(e.row, failed[clip].reason, f"{e.row.video}: {failed[clip].detail}", e.row_number))
+        elif uses_cond_image(e.row, data.mix):
+            text = f"{e.row.cond_image}: {failed[image].detail}"
+            lost.append(Quarantined(e.row, "cond-image", text, e.row_number))
     return lost
-
-
-def _own_image(record: ClipRecord, data: VideoDataset) -> Path | None:
-    return record.row.cond_image if uses_cond_image(record.row, data.mix) else None
 
 
 def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sample]]:
@@ -280,7 +344,7 @@ def _fill_text(
         except BadRowError as e:
             if prompt in needed:
                 raise DataError(e.detail[0].upper() + e.detail[1:]) from None
-            rows = [r for r in data.records if r.row.caption == prompt]
+            rows = [data.records[at] for at, text in enumerate(data.records.captions()) if text == prompt]
             filled.bad_rows += [Quarantined(r.row, e.reason, f"{r.row.video}: {e.detail}", r.row_number) for r in rows]
             continue
         for i in missing:

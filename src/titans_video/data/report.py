@@ -18,12 +18,14 @@ from titans_video.config.options import DataOptions
 from titans_video.console import Progress
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
-from titans_video.data.dataset import VideoDataset, open_scan
+from titans_video.data.dataset import VideoDataset
 from titans_video.data.left_out import Quarantined, missing_files
 from titans_video.data.reader import ClipRecord
+from titans_video.data.records import ClipRecords
+from titans_video.data.row_scan import open_scan
 from titans_video.data.scan import usable_cores
 from titans_video.errors import ConfigError
-from titans_video.files import make_folder, write_text
+from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.media.colour import Pixels, cover_crop
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.plots import data_url, html_text, numbers, page
@@ -84,20 +86,20 @@ def check(
     scan, mix = open_scan(options, spec, patch_size, progress=progress, workers=workers)
     make_folder(folder)
     data = VideoDataset(options, scan.records, scan.quarantined, scan.table, mix, seed=0)
+    records, left_out = data.records, data.quarantined
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
-    plans = {e.row.id: _plan(e, data) for e in data.records}
-    write_quarantine(quarantine, scan.quarantined)
-    _write_lines(plan, (_plan_line(e, plans[e.row.id]) for e in data.records))
-    total = len(scan.records) + len(scan.quarantined)
-    note = caption_note([e.row.caption for e in data.records])
-    remarks = [*([note] if note else []), *missing_files(scan.quarantined, options)]
-    write_html(html, data, plans, remarks, progress=progress)
+    write_quarantine(quarantine, left_out)
+    _write_lines(plan, (_plan_line(e, _plan(e, data)) for e in records))
+    total = len(records) + len(left_out)
+    note = caption_note(list(records.captions()))
+    remarks = [*([note] if note else []), *missing_files(left_out, options)]
+    write_html(html, data, remarks, progress=progress)
     return Report(
         rows=total,
-        usable=len(scan.records),
-        buckets={str(b): n for b, n in Counter(e.bucket for e in scan.records).most_common()},
-        reasons=dict(Counter(q.reason for q in scan.quarantined).most_common()),
-        passed=bool(scan.records) and len(scan.quarantined) <= options.max_bad * total,
+        usable=len(records),
+        buckets=dict(records.named_counts().most_common()),
+        reasons=dict(Counter(q.reason for q in left_out).most_common()),
+        passed=bool(records) and len(left_out) <= options.max_bad * total,
         html=html,
         quarantine=quarantine,
         plan=plan,
@@ -144,7 +146,8 @@ def _plan_line(record: ClipRecord, plan: RowPlan) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 MAX_LISTED = 2000  # rows that are left out, and dots in a plot; a browser would not open a longer page
@@ -165,28 +168,29 @@ td.reason{white-space:nowrap}td.plan{min-width:14rem}.mark{stroke:#99a3b5;stroke
 def write_html(
     path: Path,
     data: VideoDataset,
-    plans: Mapping[str, RowPlan],
     remarks: Sequence[str] = (),
     *,
     progress: bool = False,
 ) -> None:
-    """Write the report. `plans` are by row id, of every usable row; `remarks` are for the top of the page."""
-    strips = _strips(shown_rows(data.records), plans, progress)
+    """Write the report; `remarks` are for the top of the page."""
+    rows, dots = list(shown_rows(data.records)), list(data.records[:MAX_LISTED])
+    plans = {e.row.id: _plan(e, data) for e in [*rows, *dots]}
+    strips = _strips(rows, plans, progress)
     body = [
         "<h1>Data report</h1>",
         _numbers(data),
         f'<div class="summary">{html_text(chr(10).join([*data.remarks(), *remarks]))}</div>',
         '<div class="plots">',
         _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
-        _scatter(data, plans),
+        _scatter(data, dots, plans),
         "</div>",
         _left_out(data.quarantined),
-        _rows(data.records, plans, strips),
+        _rows(rows, len(data.records), plans, strips),
     ]
     write_text(path, page("Data report", body, STYLE))
 
 
-def shown_rows(records: Sequence[ClipRecord]) -> Sequence[ClipRecord]:
+def shown_rows(records: ClipRecords) -> Sequence[ClipRecord]:
     """Return the usable rows that the report shows: all, or `MAX_SHOWN` spread evenly over the manifest."""
     if len(records) <= MAX_SHOWN:
         return records
@@ -242,7 +246,7 @@ def _as_jpeg(frames: Sequence[Pixels]) -> str:
 
 def _numbers(data: VideoDataset) -> str:
     usable, bad = len(data.records), len(data.quarantined)
-    empty = sum(not e.row.caption for e in data.records)
+    empty = sum(not caption for caption in data.records.captions())
     found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
     return numbers(found)
 
@@ -250,7 +254,7 @@ def _numbers(data: VideoDataset) -> str:
 def _bucket_counts(data: VideoDataset) -> dict[str, int]:
     shapes = {(b.height, b.width) for b in data.buckets}
     empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
-    return dict(Counter(str(e.bucket) for e in data.records)) | empty
+    return dict(data.records.named_counts()) | empty
 
 
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
@@ -269,12 +273,12 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
     )
 
 
-def _scatter(data: VideoDataset, plans: Mapping[str, RowPlan]) -> str:
+def _scatter(data: VideoDataset, records: Sequence[ClipRecord], plans: Mapping[str, RowPlan]) -> str:
     """Plot aspect (width over height, log) against length; clips beyond `WIDEST` are drawn at the edge."""
-    order = [name for name, _ in Counter(str(e.bucket) for e in data.records).most_common()]
+    order = [name for name, _ in data.records.named_counts().most_common()]
     points = [
         (p.source[1] / p.source[0], float(e.info().duration), COLOURS[order.index(str(e.bucket)) % 8], e.row.id)
-        for e in data.records[:MAX_LISTED]
+        for e in records
         for p in [plans[e.row.id]]
     ]
     if not points:
@@ -344,10 +348,9 @@ def _left_out(quarantined: Sequence[Quarantined]) -> str:
     return "".join([*parts, "</table>"])
 
 
-def _rows(records: Sequence[ClipRecord], plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
-    rows = shown_rows(records)
-    shown = f", {len(rows)} of them shown; {PLAN} lists all" if len(rows) < len(records) else ""
-    parts = [f"<h2>Usable ({len(records)}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
+def _rows(rows: Sequence[ClipRecord], total: int, plans: Mapping[str, RowPlan], strips: Mapping[str, str]) -> str:
+    shown = f", {len(rows)} of them shown; {PLAN} lists all" if len(rows) < total else ""
+    parts = [f"<h2>Usable ({total}{shown})</h2><table><tr><th>as read<th>row<th>plan<th>caption</tr>"]
     for e in rows:
         plan, info, strip = plans[e.row.id], e.info(), strips[e.row.id]
         image = f'<img src="{strip}" alt="">' if strip.startswith("data:") else html_text(strip[1:])

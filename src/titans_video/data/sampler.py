@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from titans_video.config.options import DataOptions
 from titans_video.data.manifest import TASKS, Row
@@ -22,7 +22,8 @@ from titans_video.errors import ConfigError
 from titans_video.seeding import derive_seed, uniform
 
 Keys = NDArray[np.uint64]
-MAX_ORDERS, MAX_ENDS = 64, 1000
+MAX_ENDS = 1000
+MAX_ORDER_BYTES = 2**24  # rows of orders that are kept; two orders are kept whatever their size
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,20 @@ class BucketQueue:
 
     Attributes:
         name: stable; part of the order.
-        weights: how often each row of `ids` occurs in an epoch, on average.
+        keys: of each row, `row_key` of its id.
+        weights: how often each row occurs in an epoch, on average.
         batch: G, rows of a global batch.
     """
 
     name: str
-    ids: tuple[str, ...]
-    weights: tuple[float, ...]
+    keys: Keys
+    weights: NDArray[np.float64]
     batch: int
+
+
+def row_key(row_id: str) -> int:
+    """Return what the place of a row in the order of an epoch is computed from."""
+    return derive_seed(0, "row", row_id)
 
 
 class Sampler:
@@ -64,25 +71,33 @@ class Sampler:
     There is one queue per bucket, none empty; `rows` are the caller's indices of the rows of each queue.
     """
 
-    def __init__(self, queues: Sequence[BucketQueue], rows: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(self, queues: Sequence[BucketQueue], rows: Sequence[ArrayLike], seed: int) -> None:
         self.queues, self.rows, self.seed = list(queues), [np.asarray(r) for r in rows], seed
-        self._weights = [np.asarray(queue.weights, dtype=np.float64) for queue in queues]
-        self._keys = [np.asarray([derive_seed(0, "row", i) for i in queue.ids], dtype=np.uint64) for queue in queues]
-        # A row of weight 0.5 occurs in every other epoch; the phase spreads such rows over the epochs.
-        self._phases = [(k >> np.uint64(11)).astype(np.float64) / 2.0**53 for k in self._keys]
+        self._plain = [bool((queue.weights == 1.0).all()) for queue in queues]  # every row once an epoch
         self._ends: dict[int, NDArray[np.int64]] = {}
-        self._orders: OrderedDict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-        self._epoch: tuple[int, list[tuple[int, int]]] | None = None
+        self._orders: OrderedDict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.int32]]] = OrderedDict()
+        self._epoch: tuple[int, NDArray[np.int32], NDArray[np.int64]] | None = None
 
     def batch(self, number: int) -> GlobalBatch:
         """Return global batch `number`, counted from 0."""
         epoch, within = self._locate(number)
-        queue, k = self._batches(epoch)[within]
+        queues, places = self._batches(epoch)
+        queue = int(queues[within])
         size = self.queues[queue].batch
-        return GlobalBatch(queue, tuple(self._part(queue, k * size, size)))
+        return GlobalBatch(queue, tuple(self._part(queue, int(places[within]) * size, size)))
 
     def _counts(self, queue: int, epoch: int) -> NDArray[np.int64]:
-        return np.floor(epoch * self._weights[queue] + self._phases[queue]).astype(np.int64)
+        """Return how often each row occurs before an epoch."""
+        # A row of weight 0.5 occurs in every other epoch; the phase spreads such rows over the epochs.
+        place = (self.queues[queue].keys >> np.uint64(11)).astype(np.float64)
+        place /= 2.0**53
+        place += epoch * self.queues[queue].weights
+        return np.floor(place, out=place).astype(np.int64)
+
+    def _total(self, queue: int, epoch: int) -> int:
+        if self._plain[queue]:
+            return epoch * len(self.queues[queue].keys)
+        return int(self._counts(queue, epoch).sum())
 
     def _queue_end(self, queue: int, epoch: int) -> int:
         return int(self._queue_ends(epoch)[queue])
@@ -91,7 +106,7 @@ class Sampler:
         if epoch not in self._ends:
             if len(self._ends) >= MAX_ENDS:
                 self._ends.clear()
-            self._ends[epoch] = np.asarray([self._counts(queue, epoch).sum() for queue in range(len(self.queues))])
+            self._ends[epoch] = np.asarray([self._total(queue, epoch) for queue in range(len(self.queues))])
         return self._ends[epoch]
 
     def _batches_before(self, epoch: int) -> NDArray[np.int64]:
@@ -101,16 +116,19 @@ class Sampler:
         epoch = _epoch_of(number, lambda e: int(self._batches_before(e).sum()))
         return epoch, number - int(self._batches_before(epoch).sum())
 
-    def _batches(self, epoch: int) -> list[tuple[int, int]]:
-        """Return (queue, k-th batch of it) in the order of the epoch."""
+    def _batches(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the queues of the batches in the order of the epoch, and which batch of its queue each is."""
         if self._epoch is None or self._epoch[0] != epoch:
             first, stop = self._batches_before(epoch), self._batches_before(epoch + 1)
-            found = [
-                (queue, k) for queue in range(len(self.queues)) for k in range(int(first[queue]), int(stop[queue]))
-            ]
-            keys = [derive_seed(self.seed, "batch", self.queues[queue].name, k) for queue, k in found]
-            self._epoch = epoch, [b for _, b in sorted(zip(keys, found, strict=True))]
-        return self._epoch[1]
+            queues = np.repeat(np.arange(len(self.queues), dtype=np.int32), stop - first)
+            places = np.concatenate([np.arange(a, b) for a, b in zip(first, stop, strict=True)])
+            keys = (
+                derive_seed(self.seed, "batch", self.queues[queue].name, int(k))
+                for queue, k in zip(queues, places, strict=True)
+            )
+            order = np.lexsort((places, queues, np.fromiter(keys, np.uint64, len(queues))))
+            self._epoch = epoch, queues[order], places[order]
+        return self._epoch[1:]
 
     def _part(self, queue: int, start: int, length: int) -> list[SampleIndex]:
         """Return positions [start, start + length) of an endless queue."""
@@ -126,21 +144,29 @@ class Sampler:
             epoch += 1
         return found
 
-    def _order(self, queue: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _order(self, queue: int, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the rows of a queue in the order of an epoch, and for each its count: f(seed, epoch)."""
         key = (queue, epoch)
         if key not in self._orders:
-            times = self._counts(queue, epoch + 1) - self._counts(queue, epoch)
-            rows = np.repeat(np.arange(len(times)), times)
-            counts = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
-            salt = np.uint64(derive_seed(self.seed, "order", epoch, self.queues[queue].name))
-            drawn = _mix(_mix(self._keys[queue][rows] ^ salt) + counts.astype(np.uint64))
-            order = np.lexsort((counts, rows, drawn))
-            self._orders[key] = rows[order], counts[order]
-            if len(self._orders) > MAX_ORDERS:
+            self._orders[key] = self._make_order(queue, epoch)
+            while len(self._orders) > 2 and sum(rows.nbytes for rows, _ in self._orders.values()) > MAX_ORDER_BYTES:
                 self._orders.popitem(last=False)
         self._orders.move_to_end(key)
         return self._orders[key]
+
+    def _make_order(self, queue: int, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        keys, salt = self.queues[queue].keys, np.uint64(derive_seed(self.seed, "order", epoch, self.queues[queue].name))
+        if self._plain[queue]:
+            rows = np.arange(len(keys), dtype=np.int32)
+            counts = np.zeros(len(keys), np.int32)
+            drawn = _mix(_mix(keys ^ salt))
+        else:
+            times = self._counts(queue, epoch + 1) - self._counts(queue, epoch)
+            rows = np.repeat(np.arange(len(times), dtype=np.int32), times)
+            counts = (np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)).astype(np.int32)
+            drawn = _mix(_mix(keys[rows] ^ salt) + counts.astype(np.uint64))
+        order = np.argsort(drawn, kind="stable")  # rows and counts rise, so they decide between equal numbers
+        return rows[order], counts[order]
 
 
 def _epoch_of(place: int, before: Callable[[int], int]) -> int:
@@ -157,9 +183,12 @@ def _epoch_of(place: int, before: Callable[[int], int]) -> int:
 def _mix(x: Keys) -> Keys:
     """Apply SplitMix64's finaliser (Steele, Lea, Flood 2014); a library's shuffle may change between versions."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,6 @@ from titans_video.recipes.setup import (
     sample_prompt,
     train_recipe,
 )
-from titans_video.seeding import derive_seed
 from titans_video.training.distributed import AUTOCAST, Accelerator, all_gather_object
 from titans_video.training.recipe import Size, VideoSampler
 from titans_video.training.setup import start_run
@@ -298,7 +298,9 @@ def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | N
         return None
     height, width = size or (data.main_bucket.height, data.main_bucket.width)
     reader = data.reader()
-    for entry in sorted(data.records, key=lambda e: (e.row.caption != prompt, derive_seed(0, "picture", e.row.id))):
+    is_other = np.fromiter((caption != prompt for caption in data.records.captions()), bool, len(data.records))
+    for at in np.lexsort((data.records.seeds(0, "picture"), is_other)).tolist():
+        entry = data.records[at]
         example = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
         try:
             frame = reader.cond_image(example) if example.own_image else reader.clip(example)[0]
@@ -315,7 +317,7 @@ def _notes(options: CogVideoXLoraOptions, parts: RunParts, recipe: LoraRecipe) -
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
     notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
-    others = sorted({row.task for row in parts.data.rows if row.task != spec.task})
+    others = sorted(parts.data.row_tasks.keys() - {spec.task})
     if others and spec.image_to_video:
         notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
     elif others:

@@ -3,13 +3,14 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from torch import nn
 
 from titans_video.codecs.base import Codec, describe_codec
@@ -25,7 +26,6 @@ from titans_video.diffusion.base import NoiseProcess, PreparedT
 from titans_video.errors import TextError
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.recipes.codec import codec_key, codec_spec, fit_codec, open_codec
-from titans_video.seeding import derive_seed
 from titans_video.text.base import TextEncoder, build_text, vocabulary
 from titans_video.training import tracking
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
@@ -116,7 +116,7 @@ def open_encoders(
 
 def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> None:
     """Log how many captions are longer than the encoders read; with a full cache the tokenizer may be missing."""
-    captions = list(islice(dict.fromkeys(row.caption for row in data.rows), MOST_MEASURED + 1))
+    captions = list(islice(_distinct(data.records.captions()), MOST_MEASURED + 1))
     what = "captions" if len(captions) <= MOST_MEASURED else "captions (only these were measured)"
     try:
         note = text.cut_note(captions[:MOST_MEASURED], what)
@@ -126,6 +126,14 @@ def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> 
         note = f"Captions that are too long for the text encoder are not counted: {e}"
     if note:
         logger.info(note)
+
+
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def open_clips(
@@ -191,7 +199,7 @@ def text_keys(text: TextEncoder) -> tuple[str, ...]:
 
 def sample_prompt(data: VideoDataset) -> str | None:
     """Return the first caption of the data, for the command that is printed at the end."""
-    return next((row.caption for row in data.rows if row.caption), None)
+    return next(filter(None, data.records.captions()), None)
 
 
 def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[SamplePrompt]:
@@ -203,11 +211,14 @@ def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[S
     if options.validation_prompt:
         return [SamplePrompt(text) for text in options.validation_prompt]
     chosen: dict[str, SamplePrompt] = {}
-    for record in sorted(data.records, key=lambda e: derive_seed(0, "prompt", e.row.id)):
+    for at in np.argsort(data.records.seeds(0, "prompt"), kind="stable").tolist():
+        record = data.records[at]
         size = (record.bucket.height, record.bucket.width)
         if record.row.caption:
             chosen.setdefault(record.row.caption, SamplePrompt(record.row.caption, size))
-    return list(chosen.values())[:DEFAULT_PROMPTS] or [SamplePrompt("")]
+        if len(chosen) == DEFAULT_PROMPTS:
+            break
+    return list(chosen.values()) or [SamplePrompt("")]
 
 
 def checkpoint_config(
@@ -224,7 +235,7 @@ def checkpoint_config(
     """
     bucket = parts.data.main_bucket
     # Only the built-in encoder knows no other words than those of the captions.
-    words = vocabulary(row.caption for row in parts.data.rows) if parts.text.widths == [0] else None
+    words = vocabulary(parts.data.records.captions()) if parts.text.widths == [0] else None
     return {
         "recipe": recipe,
         "model": model,
@@ -371,8 +382,8 @@ def describe(recipe: DiffusionRecipe[PreparedT], parts: RunParts) -> dict[str, o
             "rows": len(data.records),
             "held_out": len(held_out.records) if held_out else 0,
             "fps": data.fps,
-            "buckets": dict(Counter(str(e.bucket) for e in data.records).most_common()),
-            "tasks": options.task_mix or dict(Counter(row.task for row in data.rows).most_common()),
+            "buckets": dict(data.records.named_counts().most_common()),
+            "tasks": options.task_mix or data.row_tasks,
             "left_out": dict(Counter(q.reason for q in data.quarantined).most_common()),
         },
     }

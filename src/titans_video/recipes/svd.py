@@ -339,14 +339,15 @@ def refuse_tasks(data: VideoDataset, text: TextEncoder) -> None:
             "--text-model builtin"
         )
     for task in (task for task in data.tasks if task in reasons):
-        row = None if drawn else next(row for row in data.rows if row.task == task)
+        row = None if drawn else data.first_row(task)
         where = f"--task-mix {data.options.task_mix}" if row is None else f"{row.where()}"
         raise ConfigError(f"{where}: {task} cannot be trained here, as {reasons[task]}.")
     # The scan leaves out i2v rows of one frame; tasks drawn by --task-mix are not checked there.
-    for entry in data.records if "t2v" not in data.tasks else ():
-        if entry.bucket.frames < 2:
-            raise ConfigError(
-                f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows its image. "
-                f"Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also leaves "
-                "shorter clips out."
-            )
+    single = [bucket for bucket in data.buckets if bucket.frames < 2 and "t2v" not in data.tasks]
+    if single:
+        entry = data.records[min(int(data.records.in_bucket(bucket)[0]) for bucket in single)]
+        raise ConfigError(
+            f"{entry.row.where()}: i2v cannot be trained on a clip of one frame, as nothing follows its image. "
+            f"Give --num-frames 2 or more; --buckets {entry.bucket.height}x{entry.bucket.width}x2 also leaves "
+            "shorter clips out."
+        )
