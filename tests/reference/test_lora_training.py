@@ -16,6 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.unit.data_sets import records_of
 from titans_video.config.options import CodecOptions, DataOptions, TrainOptions
 from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
+from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.media.colour import cover_crop, to_tensor
@@ -105,7 +106,10 @@ def loss_by_hand(pipe: Any, batch: Batch) -> Tensor:
     factor = vae.config.scaling_factor
     assert batch.pixels is not None
     with torch.no_grad():
-        x0 = drawn(vae, batch.pixels, [derive_seed(s, "posterior") for s in batch.seeds]).transpose(1, 2) * factor
+        x0 = (
+            drawn(vae, scaled(batch.pixels), [derive_seed(s, "posterior") for s in batch.seeds]).transpose(1, 2)
+            * factor
+        )
         captions = [
             "" if derive_seed(s, "drop") / 2**63 < 0.5 else c for s, c in zip(batch.seeds, batch.captions, strict=True)
         ]
@@ -119,9 +123,10 @@ def loss_by_hand(pipe: Any, batch: Batch) -> Tensor:
     noisy = pipe.scheduler.add_noise(x0, noise, steps)
     given = noisy
     if config.in_channels == 8:
-        assert batch.cond_pixels is not None
+        frames = cond_pixels(batch)
+        assert frames is not None
         with torch.no_grad():
-            first = drawn(vae, batch.cond_pixels[:, :, :1], [derive_seed(s, "first frame") for s in batch.seeds])
+            first = drawn(vae, frames[:, :, :1], [derive_seed(s, "first frame") for s in batch.seeds])
         first = (first / factor if vae.config.invert_scale_latents else first * factor).transpose(1, 2)
         given = torch.cat([noisy, torch.cat([first, torch.zeros_like(x0[:, 1:])], dim=1)], dim=2)
     height, width, device = batch.height, batch.width, torch.device("cpu")
@@ -156,7 +161,7 @@ def test_loss_and_gradients_of_a_step(
         next(s for s in range(99) if (derive_seed(s, "drop") / 2**63 < 0.5) is dropped) for dropped in (True, False)
     ]
     batch = replace(batch, seeds=seeds)
-    assert (batch.cond_pixels is not None) == kind.endswith("i2v")
+    assert (cond_pixels(batch) is not None) == kind.endswith("i2v")
     pipe = with_peft(recipe, pipelines[kind])
     expected = loss_by_hand(pipe, batch)
     ours = recipe.loss(recipe.network, batch).sum()
