@@ -19,11 +19,14 @@ DATA = {"num_frames": 8, "height": 16, "width": 24, "fps": 8.0}
 
 
 def tiny_model(
-    factor: tuple[int, int, int] = (1, 4, 4), patch: tuple[int, int, int] = (2, 2, 2), prediction: str = "velocity"
+    factor: tuple[int, int, int] = (1, 4, 4),
+    patch: tuple[int, int, int] = (2, 2, 2),
+    prediction: str = "velocity",
+    depth: int = 1,
 ) -> VideoModel:
     """A SoraDiT of random weights (a fresh one says 0 to everything) on pixels folded by `factor`."""
     codec = IdentityCodec(factor)
-    network = SoraDiT(codec.spec.channels, factor[0], patch, model_dim=24, depth=1, heads=2, text_layers=1)
+    network = SoraDiT(codec.spec.channels, factor[0], patch, model_dim=24, depth=depth, heads=2, text_layers=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -100,6 +100,7 @@ def test_a_checkpoint_that_says_little():
         (GenerateOptions(continue_steps=0), "--continue-steps 0"),
         (GenerateOptions(continue_guidance=-2.0), "--continue-guidance -2"),
         (GenerateOptions(guidance_interval=(0.9, 0.2)), "--guidance-interval 0.9,0.2"),
+        (GenerateOptions(step_cache="taylor", sampler="heun"), "--step-cache taylor: --sampler heun"),
         (GenerateOptions(image="absent.png"), r"--image absent\.png"),
         (GenerateOptions(out="x.avi"), r"--out x\.avi"),
     ],

@@ -79,6 +79,9 @@ class GenerateOptions:
     sampler: Literal["euler", "heun", "dpm++", "unipc"] = "euler"
     """Solver of the sampling equation. dpm++ (2M) and unipc need fewer steps for the same result. heun calls the
     network about twice per step."""
+    step_cache: Literal["none", "first-block", "mag", "taylor"] = "none"
+    """Skip most of the network in steps that would change little. Not with heun or --offload group. mag measures the
+    network in the first video or window, which it does not speed up."""
     shift: Annotated[float | None, Range(above=0)] = None
     """Time shift of the denoising steps towards noise (default: as in training)."""
     seed: Annotated[int, Range(least=0)] = 0

@@ -15,6 +15,7 @@ from titans_video.diffusion.samplers import EditState, OnStep, Predict, guided, 
 from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Plan, Request, plan
+from titans_video.generation.step_cache import step_cache
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import Condition, TextCondition, fold_frame_mask
 
@@ -158,12 +159,11 @@ def make_clip(
         request = request.for_continuation(request.cond_pixels.shape[2])
     condition = clip_condition(model, prompts.text, request, made.frames, first)
     guide = image_guidance(model, request, made.latent_shape[1])
-    denoise = guided(
-        make_denoiser(model), condition, prompts.negative, request.guidance_scale, request.guidance_interval, guide
-    )
+    scale, interval = request.guidance_scale, request.guidance_interval
     noise = model.process.init_noise(frame_noise(made.latent_shape, request.seeds, first)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
-    with model.on_device("network"):
+    with model.on_device("network"), step_cache(model.network, request.step_cache, request.steps) as cached:
+        denoise = guided(cached(make_denoiser(model), 0), condition, prompts.negative, scale, interval, guide)
         latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
     return finish(model, latents, made.frames, request)
 

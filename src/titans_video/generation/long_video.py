@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titans_video.config.generation import GenerateOptions
 from titans_video.console import Progress
-from titans_video.diffusion.samplers import Denoise, EditState, guided, sampler_by_name
+from titans_video.diffusion.samplers import Denoise, EditState, Predict, guided, sampler_by_name
 from titans_video.errors import ConfigError
 from titans_video.finite import finite_frames
 from titans_video.generation.denoise import (
@@ -35,6 +35,7 @@ from titans_video.generation.denoise import (
 )
 from titans_video.generation.model import LoadedModel, VideoModel
 from titans_video.generation.request import Plan, Request, about, build_request, plan
+from titans_video.generation.step_cache import step_cache
 from titans_video.generation.stream import StreamPlan, apply_state_flags, plan_stream, stream
 from titans_video.generation.windows import WindowModeFlag, WindowPlan, check_flags, plan_windows, select_window_mode
 from titans_video.types import Condition
@@ -199,23 +200,18 @@ def _blend(
     length = made.latent_shape[1]
     whole = clip_condition(model, prompts.text, request, windows.frames)
     guide = image_guidance(model, request, length)
-    predict = make_denoiser(model)
-    denoisers = [
-        guided(
-            predict,
-            _part(whole, start, length),
-            prompts.negative,
-            request.guidance_scale,
-            request.guidance_interval,
-            None if start else guide,
-        )
-        for start in windows.latent_starts
-    ]
+    scale, interval = request.guidance_scale, request.guidance_interval
+
+    def window(start: int, predict: Predict) -> Denoise:
+        part = _part(whole, start, length)
+        return guided(predict, part, prompts.negative, scale, interval, None if start else guide)
+
     shape = (made.latent_shape[0], windows.latent_starts[-1] + length, *made.latent_shape[2:])
     noise = model.process.init_noise(frame_noise(shape, request.seeds)).to(model.device)
     schedule = model.process.schedule(request.steps, made.tokens)
-    denoise = blend_windows(denoisers, windows.latent_starts, length)
-    with model.on_device("network"):
+    with model.on_device("network"), step_cache(model.network, request.step_cache, request.steps) as cached:
+        denoisers = [window(start, cached(make_denoiser(model), start)) for start in windows.latent_starts]
+        denoise = blend_windows(denoisers, windows.latent_starts, length)
         latents = sampler_by_name(request.sampler)(denoise, noise, schedule, lambda _: bar.update(), edit)
     return finish(model, latents, windows.frames, request)
 

@@ -30,6 +30,7 @@ from titans_video.types import PRECISIONS, TextCondition
 
 PartT = TypeVar("PartT")
 LATEST = "latest"
+ALL_PARTS = frozenset({"text", "codec", "image", "network"})
 
 BUNDLED = {"pretrained_model": "vae", "text_model": "text_encoder", "llm_model": "llm"}
 """Subfolders of an exported folder that hold copies of the frozen parts, by the override that names each part."""
@@ -111,6 +112,8 @@ class VideoModel(LoadedModel):
             text=text,
             image_condition=image,
             segments=self.segments is not None,
+            # With --offload group, a layer fetches the weights of the next one, which a cache may skip.
+            step_cache=bool(getattr(self.network, "step_cache", False)) and self.turns in (frozenset(), ALL_PARTS),
             time_shift="shift" in self.process.config(),
             most_cond_frames=1 if image else None,
             image_required=not text,
@@ -308,8 +311,8 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
     if run.dtype != "fp32":
         model.network.to(PRECISIONS[run.dtype])
     if run.offload != "none":
-        turns = {"text", "codec", "image"} | ({"network"} if run.offload == "model" else set())
-        model = replace(model, run_on=device, turns=frozenset(turns))
+        turns = ALL_PARTS if run.offload == "model" else ALL_PARTS - {"network"}
+        model = replace(model, run_on=device, turns=turns)
     if run.offload == "group":
         model.network.enable_group_offload(  # type: ignore[operator]  # diffusers' ModelMixin
             onload_device=device,

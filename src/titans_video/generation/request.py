@@ -59,6 +59,7 @@ class Request:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "euler"
+    step_cache: str = "none"
     negative_prompt: str = ""
     draft_frames: int = 0
     continue_steps: int | None = None
@@ -274,6 +275,11 @@ def check_options(options: GenerateOptions) -> Path:
         low, high = options.guidance_interval
         if low > high:
             raise ConfigError(f"--guidance-interval {low:g},{high:g}: the first time must not be above the second.")
+    if options.step_cache != "none" and options.sampler == "heun":
+        raise ConfigError(
+            f"--step-cache {options.step_cache}: --sampler heun calls the network twice at different states in a step. "
+            "Use euler, dpm++ or unipc."
+        )
     if options.fps is not None and options.fps > GIF_FASTEST and options.out.lower().endswith(".gif"):
         raise ConfigError(f"--fps {options.fps:g}: a gif shows at most {GIF_FASTEST} frames per second; write an mp4.")
     if options.memory_out is not None and (options.num_videos > 1 or options.prompt_file is not None):
@@ -312,6 +318,7 @@ def build_request(options: GenerateOptions, model: LoadedModel, image_follows: b
         guidance_scale=float(_first(options.guidance_scale, defaults.get("guidance_scale"), 1.0)),
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=options.sampler,
+        step_cache=options.step_cache,
         draft_frames=_first(options.draft_frames, defaults.get("draft_frames"), 0),
         continue_steps=_continuation(options.continue_steps, options.steps, defaults.get("continue_steps")),
         continue_guidance=_continuation(
@@ -381,7 +388,7 @@ def about(request: Request, model: LoadedModel) -> dict[str, Any]:
     """Return the model and the request of one video as plain values."""
     shape = ("frames", "height", "width", "negative_prompt")
     continuation = ("draft_frames", "continue_steps", "continue_guidance")
-    names = (*shape, "steps", "guidance_scale", "guidance_interval", *continuation, "sampler")
+    names = (*shape, "steps", "guidance_scale", "guidance_interval", *continuation, "sampler", "step_cache")
     made = {"prompt": request.prompts[0], "seed": request.seeds[0]} | {n: getattr(request, n) for n in names}
     loras = [f"{path}:{weight:g}" for path, weight in model.loras]
     return made | {"checkpoint": str(model.path), "trained_steps": model.step} | ({"loras": loras} if loras else {})

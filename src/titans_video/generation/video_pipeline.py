@@ -138,6 +138,7 @@ class VideoPipeline(DiffusionPipeline):
         motion_bucket: float | None = None,
         noise_aug: float | None = None,
         sampler: str = "euler",
+        step_cache: str = "none",
         shift: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -189,6 +190,7 @@ class VideoPipeline(DiffusionPipeline):
             motion_bucket=motion_bucket,
             noise_aug=noise_aug,
             sampler=sampler,  # type: ignore[arg-type]  # its names are checked where it is looked up
+            step_cache=step_cache,  # type: ignore[arg-type]
             window=window,
             overlap=overlap,
             window_mode=window_mode,

@@ -27,6 +27,7 @@ class Capabilities:
         image_condition: it receives its first frame as an `ImageCondition`, and generates that frame itself.
         segments: it has a memory and generates a video segment by segment.
         own_sampling: noise process and samplers are those of this project, not those of a diffusers pipeline.
+        step_cache: its blocks can be skipped by a step cache.
         most_cond_frames, image_required: the most conditioning frames (None: any number); a first frame is needed.
     """
 
@@ -37,6 +38,7 @@ class Capabilities:
     segments: bool = False
     own_sampling: bool = True
     time_shift: bool = True
+    step_cache: bool = False
     most_cond_frames: int | None = None
     image_required: bool = False
 
@@ -73,6 +75,7 @@ ALIKE = Need("windows", "a model with a memory generates all segments alike")
 PER_FRAME = Need("per_frame_time", "this network has one timestep for the whole clip and keeps no frames clean")
 SAMPLING = Need("own_sampling", "this model runs in diffusers' own pipeline, which has no such option")
 SHIFT = Need("time_shift", "the noise process of this model has no time shift")
+CACHED = Need("step_cache", "only SoraDiT without --offload group has step caches")
 MEMORY = Need("segments", "the model has no memory (`titans-video train titans` trains one with a memory)")
 TEXT = Need("text", "this model was trained without text; --image-guidance A,B is the guidance by its image")
 IMAGE = Need("image_condition", "only Stable Video Diffusion has this setting")
@@ -85,6 +88,7 @@ FLAG_NEEDS: dict[str, tuple[Need, ...]] = {
     "guidance_scale": (TEXT,),
     "guidance_interval": (SAMPLING,),
     "sampler": (SAMPLING,),
+    "step_cache": (SAMPLING, CACHED),
     "shift": (SAMPLING, SHIFT),
     "image_guidance": (IMAGE,),
     "motion_bucket": (IMAGE,),
@@ -101,6 +105,7 @@ NO_NEED: dict[str, tuple[object, ...]] = {
     "guidance_scale": (1.0,),
     "guidance_interval": ((0.0, 1.0),),
     "sampler": ("euler",),
+    "step_cache": ("none",),
 }
 """Values of these flags that every model accepts."""
 

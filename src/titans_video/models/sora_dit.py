@@ -321,6 +321,9 @@ class SoraDiT(Backbone):
         rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells).
     """
 
+    step_cache: ClassVar[bool] = True
+    """Whether a step cache can skip its blocks: they have no state besides the tokens."""
+
     @register_to_config
     def __init__(
         self,

@@ -1,0 +1,170 @@
+"""Skip most blocks of a network in some denoising steps, with the step caches of diffusers.
+
+`first-block` runs the first block, and reuses the change by all others while that of the first one hardly differs from
+the step before. `mag` reuses the change by all blocks for as long as its magnitude is expected to hold. `taylor`
+extrapolates the output of the last block from earlier steps.
+Source: diffusers.hooks, after ParaAttention's first-block cache, MagCache (Ma et al. 2025) and TaylorSeer (Liu et al.
+2025). Legend: B rows, s p tokens, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+from titans_video.diffusion.samplers import Predict
+from titans_video.errors import ConfigError
+from titans_video.types import Condition
+
+NONE, FIRST_BLOCK, MAG, TAYLOR = KINDS = ("none", "first-block", "mag", "taylor")
+
+Wrap = Callable[[Predict, int], Predict]
+"""Let a prediction use the cache; the number tells the predictions of one step apart, such as those of windows."""
+
+_MAGNITUDES: WeakKeyDictionary[nn.Module, list[float]] = WeakKeyDictionary()
+"""For `mag`: magnitudes of the change relative to the step before, from the first denoising loop of each network."""
+
+
+class CachedBlock(nn.Module):
+    """A block in the form that diffusers' hooks expect: hidden states in, hidden states out."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Tensor, *others: Any) -> Tensor:
+        out: Tensor = self.block(hidden_states, *others)[0]
+        return out
+
+
+class CachedBlocks(nn.Module, CacheMixin):  # type: ignore[misc]
+    """The blocks of a network, with the hooks of a cache around them. The blocks themselves do not change."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(map(CachedBlock, blocks))
+
+
+@contextmanager
+def step_cache(network: Any, kind: str, steps: int) -> Iterator[Wrap]:
+    """Within the block, let the predictions of one denoising loop of `steps` calls skip blocks.
+
+    The first loop of a network with `mag` skips nothing and measures. Raises ConfigError for an unknown cache.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"There is no step cache {kind!r}; use one of {', '.join(KINDS)}.")
+    if kind == NONE:
+        yield lambda predict, number: predict
+        return
+    if len(network.blocks) < 2:
+        raise ConfigError(f"--step-cache {kind}: it needs at least 2 blocks, and this network has 1.")
+    if kind == MAG and network not in _MAGNITUDES:
+        magnitudes = _Magnitudes(network.blocks)
+        with _blocks_run_by(network, magnitudes):
+            yield magnitudes.wrap
+        _MAGNITUDES[network] = magnitudes.ratios or [1.0]
+    else:
+        cache = _Cache(network, kind, steps)
+        with _blocks_run_by(network, cache):
+            yield cache.wrap
+
+
+@contextmanager
+def _blocks_run_by(network: Any, run: Callable[..., Tensor]) -> Iterator[None]:
+    network.run_block = lambda block, x, *others: (run(block, x, *others), None)
+    try:
+        yield
+    finally:
+        del network.run_block
+
+
+class _Cache:
+    """Run blocks with the hooks of a cache."""
+
+    def __init__(self, network: Any, kind: str, steps: int) -> None:
+        self.kind = kind
+        self.cached: Any = CachedBlocks(network.blocks)
+        self.of: dict[nn.Module, Any] = dict(zip(network.blocks, self.cached.blocks, strict=True))
+        self.cached.enable_cache(_config(network, kind, steps))  # type: ignore[operator]  # diffusers' CacheMixin
+
+    def __call__(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        out: Tensor = self.of[block](x, *others)
+        return out
+
+    def wrap(self, predict: Predict, number: int) -> Predict:
+        rows = turn = step = 0
+
+        def cached(x: Tensor, time: float, condition: Condition) -> Tensor:
+            nonlocal rows, turn, step
+            if len(x) != rows:  # guidance begins or ends: the tensors of the step before do not fit
+                rows, turn = len(x), turn + 1
+            with self.cached.cache_context(f"{number}.{turn}"):
+                if self.kind == MAG:
+                    _set_step(self.cached.blocks[0], step)
+                step += 1
+                return predict(x, time, condition)
+
+        return cached
+
+
+class _Magnitudes:
+    """Run blocks, and measure the change by all of them: its magnitude, relative to the step before, averaged."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self.first, self.last = blocks[0], blocks[-1]
+        self.ratios: list[float] = []
+        self.counts = True
+        self.before: Tensor | None = None
+
+    def __call__(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        if block is self.first:
+            self.start = x
+        out: Tensor = block(x, *others)[0]
+        if block is self.last and self.counts:
+            length, before = (out - self.start).float().norm(dim=-1), self.before  # (B, s, p)
+            if before is None or before.shape != length.shape:
+                self.ratios.append(1.0)
+            else:
+                self.ratios.append((length / (before + 1e-8)).mean().item())
+            self.before = length
+        return out
+
+    def wrap(self, predict: Predict, number: int) -> Predict:
+        def measured(x: Tensor, time: float, condition: Condition) -> Tensor:
+            self.counts = number == 0
+            return predict(x, time, condition)
+
+        return measured
+
+
+def _config(network: nn.Module, kind: str, steps: int) -> Any:
+    """Return the settings of a cache, the defaults of diffusers where nothing is given."""
+    try:
+        from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError:
+        raise ConfigError(f"--step-cache {kind} needs a newer diffusers: `pip install -U diffusers`.") from None
+    TransformerBlockRegistry.register(CachedBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    if kind == FIRST_BLOCK:
+        return FirstBlockCacheConfig()
+    if kind == MAG:
+        return MagCacheConfig(num_inference_steps=steps, mag_ratios=_MAGNITUDES[network])
+    last = len(network.blocks) - 1  # type: ignore[arg-type]
+    return TaylorSeerCacheConfig(
+        cache_identifiers=[rf"blocks\.{last}"],
+        skip_predict_identifiers=[rf"blocks\.(?!{last}$)\d+"],
+        taylor_factors_dtype=torch.float32,
+    )
+
+
+def _set_step(first: nn.Module, step: int) -> None:
+    """Set the number of the step, by which diffusers looks up the magnitudes; it counts from 0 in each context."""
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
+
+    hook: Any = HookRegistry.check_if_exists_or_initialize(first).get_hook(_MAG_CACHE_LEADER_BLOCK_HOOK)
+    hook.state_manager.get_state().step_index = step
