@@ -149,6 +149,26 @@ class Meter:
         }
 
 
+class Rows:
+    """The measurements of a section, written as they are made, so that a killed process keeps them."""
+
+    def __init__(self, path: Path, *, small: bool, device: str) -> None:
+        self.path, self.small, self.device = path, small, device
+
+    def add(self, what: str, value: float | str | None, unit: str = "", note: str = "") -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({"what": what, "value": value, "unit": unit, "note": note}) + "\n")
+
+    def attempt(self, what: str, measure: Callable[[], None]) -> bool:
+        """Measure, and record a failure as a row; return whether it worked."""
+        try:
+            measure()
+        except Exception as e:
+            self.add(what, "failed", note=" ".join(f"{type(e).__name__}: {e}".split())[:200])
+            return False
+        return True
+
+
 def show(text: str, out: Path | None) -> None:
     """Print a table, and write it to `out` if given."""
     print(text)

@@ -137,6 +137,12 @@ def synthetic_batch(size: Size, rank: int) -> Batch:
     )
 
 
+def synthetic_data(bucket: Bucket) -> Any:
+    """Return the parts of a data set that recipes read: one bucket, and no captions."""
+    records = SimpleNamespace(captions=lambda: ())
+    return SimpleNamespace(records=records, buckets=(bucket,), main_bucket=bucket, fps=8.0, tasks=("t2v",))
+
+
 def take_steps(a: argparse.Namespace, setup: Setup) -> None:
     """Take a training step of one configuration for each line on stdin, to the end."""
     parent = Parent()
@@ -166,7 +172,7 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
         )
         accelerator = distributed.start(options.train)
         side = a.resolution // STRIDE
-        data: Any = SimpleNamespace(rows=(), buckets=(Bucket(a.frames, side, side),), fps=8.0, tasks=("t2v",))
+        data = synthetic_data(Bucket(a.frames, side, side))
         codec = build_codec(options.codec, device=accelerator.device)
         parts = RunParts(data, None, codec, options.codec, build_text(options.text, accelerator.device), None)
         recipe = build_sora(options, parts, accelerator.device)

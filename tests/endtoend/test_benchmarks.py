@@ -1,5 +1,6 @@
 """The benchmark of training at a tiny size: that it runs, and that what it counts is what there is."""
 
+import json
 import re
 import subprocess
 import sys
@@ -60,3 +61,51 @@ def test_the_lora_of_both_libraries_learns_the_same(tmp_path: Path) -> None:
     found = {name: float(apart) for name, apart in rows if name != "---"}
     assert len(found) == 4
     assert max(found.values()) < 1e-5
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("gpu.py")
+    found, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    command = [sys.executable, str(script), "--small", "--json", str(found), "--out", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sections = {section["name"]: section for section in json.loads(found.read_text())["sections"]}
+    assert {name: section["state"] for name, section in sections.items()} == dict.fromkeys(sections, "done")
+    rows = {(name, row["what"]): row for name, section in sections.items() for row in section["rows"]}
+    assert not [place for place, row in rows.items() if row["value"] == "failed"]
+    assert rows["resume", "weights and averages after a resume"]["value"] == "equal"
+    for attention in ("st", "full"):
+        found_here = sections["correct"]["rows"]
+        near = {row["what"]: row["value"] for row in found_here if row["what"].startswith(f"{attention}, ")}
+        assert near.pop(f"{attention}, --gradient-checkpointing against none, bf16") == 0
+        assert near.pop(f"{attention}, TF32 against float32") == 0  # a CPU has none
+        assert len(near) == 3
+        assert max(near.values()) < 0.03
+    assert "| TFLOP/s |" not in page.read_text().splitlines()[0]
+    assert all(f"**{section['title']}**" in page.read_text() for section in sections.values())
+
+
+def test_a_section_that_crashes_or_hangs_is_reported(tmp_path: Path) -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import gpu
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    (tmp_path / "broken.py").write_text(
+        "import os, time\n"
+        "def raises(rows):\n    rows.add('first', 1.0)\n    raise ValueError('no such kernel')\n"
+        "def crashes(rows):\n    rows.add('first', 1.0)\n    os.kill(os.getpid(), 9)\n"
+        "def hangs(rows):\n    rows.add('first', 1.0)\n    time.sleep(600)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        runner = gpu.Runner(tmp_path, small=True)
+        ended = [runner.run(gpu.Section(n, n, f"broken:{n}", 1, 3)) for n in ("raises", "crashes", "hangs")]
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert [found.state for found in ended] == ["failed", "failed", "out of time"]
+    assert [found.error for found in ended] == ["ValueError: no such kernel", "exit code -9", ""]
+    assert all(found.rows == [{"what": "first", "value": 1.0, "unit": "", "note": ""}] for found in ended)
+    text = gpu.table(runner.machine, ended)
+    assert "**hangs**" in text
+    assert "(failed: ValueError: no such kernel)" in text
