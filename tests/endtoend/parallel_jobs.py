@@ -28,6 +28,7 @@ from tests.endtoend.distributed_jobs import (
 )
 from titans_video.config.options import MemoryOptions
 from titans_video.models import lora
+from titans_video.models.context_parallel import share_tokens
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.pretrained.base import open_model_spec
@@ -37,6 +38,7 @@ from titans_video.recipes.titans import SegmentPlan, TitansRecipe
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
 from titans_video.training import resume as resume_module
+from titans_video.training.parallelism import context_mesh, context_size, data_group
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch, TextCondition
 
@@ -49,6 +51,8 @@ ENGINES: dict[str, Callable[[int], dict[str, str]]] = {
     "one": lambda world: {},
     "fsdp2": lambda world: FSDP,
     "hsdp": lambda world: {**GROUPS, SIZES.format("DP_REPLICATE"): "2", SIZES.format("DP_SHARD"): str(world // 2)},
+    "cp": lambda world: {**GROUPS, SIZES.format("CP"): "2", SIZES.format("DP_SHARD"): str(world // 2)},
+    "hsdp+cp": lambda world: {**GROUPS, SIZES.format("CP"): "2", SIZES.format("DP_REPLICATE"): str(world // 2)},
 }
 
 
@@ -155,7 +159,10 @@ def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
     accelerator = start(given)
     found, _ = distributed.run_on_main(accelerator, lambda: resume_module.find_resume(given))
     recipe = RECIPES[name](folder)
-    stream = OneBucket(accelerator.process_index, accelerator.num_processes, recipe.adapter is not None)
+    if context_size() > 1:
+        share_tokens(recipe.context_plan(), recipe.network, context_mesh(accelerator))
+    group = data_group(accelerator)
+    stream = OneBucket(group.index, group.count, recipe.adapter is not None)
     trainer = Trainer(recipe, stream, given, accelerator, resume_module.open_resume(found, given))
     gradients: list[dict[str, Tensor]] = []
     clip = accelerator.clip_grad_norm_
@@ -179,8 +186,13 @@ def use(engine: str, world: int) -> None:
 
 def in_float64() -> None:
     """Compute in float64 what the package computes in float32 whatever the dtype of its inputs."""
+    plain = Tensor.float
+
+    def wide(x: Tensor) -> Tensor:
+        return plain(x) if x.dtype == torch.bool else x.double()  # a flag of the optimizer must be float32
+
     torch.set_default_dtype(torch.float64)
-    Tensor.float = Tensor.double  # type: ignore[assignment]
+    Tensor.float = wide  # type: ignore[assignment,method-assign]
 
 
 def main(folder: Path, engines: list[str]) -> None:

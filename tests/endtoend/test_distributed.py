@@ -406,7 +406,9 @@ def test_every_configuration_file_is_one_that_accelerate_reads() -> None:
     for path in sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml")):
         read = load_config_from_file(str(path))
         assert read.num_processes >= 1
-        assert str(read.distributed_type).endswith("FSDP") == any(name in path.name for name in ("fsdp2", "hsdp"))
+        assert str(read.distributed_type).endswith("FSDP") == any(
+            name in path.name for name in ("fsdp2", "hsdp", "cp.")
+        )
         sizes = [size for name, size in (read.parallelism_config or {}).items() if name.endswith("_size")]
         assert not sizes or math.prod(sizes) == read.num_processes
 

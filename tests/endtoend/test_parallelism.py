@@ -1,5 +1,6 @@
-"""HSDP on gloo processes against one process: losses, gradients, and runs that change hands."""
+"""HSDP and context parallelism on gloo processes against one process: losses, gradients, and runs that change hands."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from tests import factories
 from tests.endtoend import parallel_jobs
 from tests.endtoend.parallel_jobs import RECIPES
-from tests.endtoend.test_distributed import REPOSITORY
+from tests.endtoend.test_distributed import REPOSITORY, launch_words, small
 from tests.endtoend.test_sora_commands import metrics
 from tests.processes import run
+from titans_video.cli.main import main
 
-ENGINES = {4: ["fsdp2", "hsdp"]}
+ENGINES = {2: ["cp", "fsdp2"], 4: ["fsdp2", "hsdp", "cp", "hsdp+cp"]}
 """By the number of processes, the engines that take turns after one process."""
 
 
@@ -52,3 +54,27 @@ def test_layouts_take_turns_in_a_run(tmp_path: Path, processes: int, float64: No
             for key, gradient in wanted[turn].items():
                 error = (gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-12)
                 assert error < 1e-6, (engine, name, key)
+
+
+def test_processes_share_clips_by_the_documented_command(tmp_path: Path) -> None:
+    """With a cache and validation: the run, its losses and its videos' number are those of one process."""
+    flags: tuple[object, ...] = ("--max-steps", 2, "--preset", "S", "--cache", tmp_path / "cache", "--num-workers", 1)
+    flags += ("--gradient-checkpointing", "--validate-every", 2, "--validation-split", 0.2, "--validation-rows", 3)
+    flags += ("--sample-steps", 1, "--attention-type", "full")
+    said = run(*launch_words("cpu2_cp.yaml", *small(tmp_path / "two", *flags)), cwd=REPOSITORY).stdout
+    assert "(cpu, FSDP2 over gloo, 2 processes share each clip), precision no, global batch 2 clips = 1 x 2" in said
+    assert main(["train", *small(tmp_path / "one", *flags)]) == 0
+    two, one = (metrics(tmp_path / name) for name in ("two", "one"))
+    for a, b in zip(two, one, strict=True):
+        names = [name for name in b if name == "elements" or name.startswith(("loss", "rows"))]
+        assert len(names) >= 5
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-5)
+    (two_held,), (one_held,) = ([json.loads(line) for line in lines_of(tmp_path / name)] for name in ("two", "one"))
+    assert two_held["rows"] == one_held["rows"] == 3
+    assert two_held["losses"] == pytest.approx(one_held["losses"], rel=1e-3)
+    videos = [sorted(p.name for p in (tmp_path / name / "samples").rglob("*.mp4")) for name in ("two", "one")]
+    assert videos[0] == videos[1] != []
+
+
+def lines_of(run: Path) -> list[str]:
+    return (run / "validation.jsonl").read_text().splitlines()

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 
 from titans_video.errors import ConfigError
-from titans_video.training.parallelism import Parallelism, refuse_other_engines
+from titans_video.training.parallelism import DataGroup, Parallelism, data_group, refuse_other_engines
 
 USE = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -26,13 +27,22 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(monkeypatch, {}, 4) is None
     assert ask(monkeypatch, sizes(dp_shard=1, tp=1, sp=1), 4) is None
     assert ask(monkeypatch, {**USE, **FSDP2, **sizes(dp_shard=4)}, 4) == Parallelism(4)
+    assert data_group(Engine(5, 8)) == DataGroup(5, 8, 1, True)
     assert ask(monkeypatch, {**USE, **FSDP2, **sizes(dp_shard=4, dp_replicate=2)}, 8) == Parallelism(4, 2)
 
 
 def test_every_unsupported_size_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No combination of sizes other than those of FSDP2 and HSDP gets through."""
+    """No combination of sizes other than those of FSDP2, HSDP and context parallelism gets through."""
     names = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-    allowed = {(1, 1, 1, 1, 1): Parallelism(1), (1, 2, 1, 1, 1): Parallelism(2), (2, 2, 1, 1, 1): Parallelism(2, 2)}
+    allowed = {
+        (1, 1, 1, 1, 1): Parallelism(1),
+        (1, 2, 1, 1, 1): Parallelism(2),
+        (2, 2, 1, 1, 1): Parallelism(2, 2),
+        (1, 1, 1, 2, 1): Parallelism(1, 1, 2),
+        (1, 2, 1, 2, 1): Parallelism(2, 1, 2),
+        (2, 1, 1, 2, 1): Parallelism(1, 2, 2),
+        (2, 2, 1, 2, 1): Parallelism(2, 2, 2),
+    }
     for values in itertools.product((1, 2), repeat=len(names)):
         environment = {**USE, **FSDP2, **sizes(**dict(zip(names, values, strict=True)))}
         if values in allowed:
@@ -73,3 +83,26 @@ def test_other_engines_are_rejected(monkeypatch: pytest.MonkeyPatch, environment
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         refuse_other_engines()
+
+
+@dataclass
+class Engine:
+    process_index: int
+    num_processes: int
+
+
+def test_groups_read_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(monkeypatch, {**USE, **FSDP2, **sizes(cp=4, dp_shard=2)}, 8)
+    groups = [data_group(Engine(rank, 8)) for rank in range(8)]
+    assert [group.index for group in groups] == [0] * 4 + [1] * 4
+    assert [group.is_first for group in groups] == [True, False, False, False] * 2
+    assert {(group.count, group.size) for group in groups} == {(2, 4)}
+
+
+def test_a_group_with_other_rows_is_noticed() -> None:
+    groups = [DataGroup(rank // 2, 2, 2, rank % 2 == 0) for rank in range(4)]
+    rows = [[1, 2], [1, 2], [3, 4], [3, 4]]
+    assert sum(group.checksum(seeds) for group, seeds in zip(groups, rows, strict=True)) == 0
+    rows[3] = [3, 5]
+    assert sum(group.checksum(seeds) for group, seeds in zip(groups, rows, strict=True)) != 0
+    assert DataGroup(1, 4, 1, True).checksum([1, 2]) == 0

@@ -41,10 +41,13 @@ class BadRow:
 
 
 class BadRows:
-    """The rows left out so far, by row id; without a folder (of the run) the records stay in memory."""
+    """The rows left out so far, by row id; without a folder (of the run) the records stay in memory.
 
-    def __init__(self, folder: Path | None, rank: int = 0) -> None:
-        self.folder, self.rank = folder, rank
+    Of the processes with the rows of one rank, one `writes` the file.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0, writes: bool = True) -> None:
+        self.folder, self.rank, self.writes = folder, rank, writes
         self.records: dict[str, BadRow] = {}
         self._pending = ""
         self._is_reported = False
@@ -52,7 +55,7 @@ class BadRows:
     def reset(self, world: int) -> None:
         """Delete the files of an earlier run: each of `world` ranks its own, the first also those of further ranks."""
         self.records.clear()
-        for path in self._files():
+        for path in self._files() if self.writes else []:
             rank = path.name.split(".")[1].removeprefix("rank")
             if rank == str(self.rank) or (self.rank == 0 and rank.isdigit() and int(rank) >= world):
                 path.unlink(missing_ok=True)
@@ -74,7 +77,7 @@ class BadRows:
         if before is not None and before.batch <= row.batch:
             return False
         self.records[row.id] = row
-        if write and self.folder is not None:
+        if write and self.writes and self.folder is not None:
             self._pending += json.dumps(asdict(row)) + "\n"
             self.flush()
         return True

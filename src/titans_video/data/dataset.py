@@ -111,10 +111,11 @@ class VideoDataset:
         cache: EncodingCache | None = None,
         folder: Path | str | None = None,
         draw: Draw | None = None,
+        writes: bool = True,
     ) -> BatchStream:
         """Return this process's batches, read from a full cache if one is given; see `BatchStream`.
 
-        Unreadable rows are recorded in the `folder` of the run and left out again on resume.
+        Unreadable rows are recorded in the `folder` of the run if this process `writes`, and left out again on resume.
         """
         workers = 0 if self.options.num_workers == "auto" else self.options.num_workers
         reader = self.reader()
@@ -136,6 +137,7 @@ class VideoDataset:
             workers=workers,
             unusable=self.quarantined,
             draw=draw,
+            writes=writes,
         )
 
     def without(self, bad: Sequence[Quarantined]) -> "VideoDataset":

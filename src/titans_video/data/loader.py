@@ -136,6 +136,7 @@ class BatchStream:
         workers: processes that read ahead.
         unusable: the other rows. One of them that failed earlier in a resumed run keeps its position.
         draw: draws what is random about a batch; the workers call it.
+        writes: whether this process records unreadable rows; one of those with the same rank does.
     """
 
     def __init__(
@@ -154,13 +155,14 @@ class BatchStream:
         workers: int = 0,
         unusable: LeftOut,
         draw: Draw | None = None,
+        writes: bool = True,
     ) -> None:
         self.workers, self.seed, self.cache, self.reader, self.draw = workers, seed, cache, reader, draw
         self.shard = RankShard(rank, world, grad_accum)
         self.batch_sizes, self.unusable = batch_sizes, unusable
         self.buckets = sorted(batch_sizes, key=lambda b: b.frames * b.height * b.width, reverse=True)
         self._build_sampler(records)
-        self.bad_rows = BadRows(folder, rank)
+        self.bad_rows = BadRows(folder, rank, writes)
         self._max_bad = max_bad
         self._reported: set[str] = set()
         self._delivered = 0

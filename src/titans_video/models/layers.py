@@ -6,7 +6,7 @@ grid, (pt, ph, pw) patch, s = t / pt slots, p = (h / ph)(w / pw) tokens of a slo
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -164,9 +164,24 @@ class AttentionDispatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q (B, L, H, d), k and v (B, M, H, d), mask (B, 1, 1, M) bool -> (B, L, H, d)."""
+        return self.attend(q, k, v, mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Call the kernel; `models.context_parallel` exchanges tokens for heads around it."""
         return dispatch_attention_fn(
             q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+
+    def with_registers(self, tokens: Sequence[Tensor], registers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Let each group also attend to the registers, and the registers to each other and to all groups.
+
+        Queries, keys and values of tokens (B, G, L, H, d) and registers (B, R, H, d) -> (B G, L, H, d), (B, R, H, d).
+        """
+        (q, k, v), (rq, rk, rv) = tokens, registers
+        G = q.shape[1]
+        own = [torch.cat((r[:, None].expand(-1, G, -1, -1, -1), x), 2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
+        all_groups = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk, k), (rv, v))]
+        return self.attend(q.flatten(0, 1), *own), self.attend(rq, *all_groups)
 
 
 class SelfAttention(AttentionModuleMixin, nn.Module):
@@ -190,13 +205,9 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
 
     def with_registers(self, x_BGLD: Tensor, registers_BRD: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
         """Let each group also attend to the registers, and the registers to each other and to all groups."""
-        G = x_BGLD.shape[1]
-        q, k, v = self._heads(x_BGLD, freqs_cis)  # each (B, G, L, H, d)
-        rq, rk, rv = self._heads(registers_BRD[:, None], None)  # each (B, 1, R, H, d)
-        own = [torch.cat((r.expand(-1, G, -1, -1, -1), x), dim=2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
-        all_groups = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk[:, 0], k), (rv[:, 0], v))]
-        y = self.processor(q.flatten(0, 1), *own)
-        z = self.processor(rq[:, 0], *all_groups)
+        tokens = self._heads(x_BGLD, freqs_cis)  # each (B, G, L, H, d)
+        registers = [r[:, 0] for r in self._heads(registers_BRD[:, None], None)]  # each (B, R, H, d)
+        y, z = self.processor.with_registers(tokens, registers)
         return self.out(y.flatten(2).view(x_BGLD.shape)), self.out(z.flatten(2))
 
     def _heads(self, x_BGLD: Tensor, freqs_cis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

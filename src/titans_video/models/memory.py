@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from titans_video.errors import CheckpointError
 from titans_video.files import save_safetensors
 from titans_video.finite import refuse_non_finite
+from titans_video.models.context_parallel import TokenExchange
 from titans_video.models.layers import NORM_EPS, norm, without_autocast
 from titans_video.parsing import Malformed
 from titans_video.schema import shown
@@ -237,11 +238,12 @@ def update(
     shift: Tensor,
     chunk: int | None = None,
     forget_to: State | None = None,
+    exchange: TokenExchange | None = None,
 ) -> tuple[State, State]:
     """Write n steps of p tokens, k and v (B, H, n, p, d), into the state; return the new weights and momentum.
 
     `chunk` steps have their gradients taken at the same weights (None: all n; 1: the paper's recurrence). Forgetting
-    decays to `forget_to` (None: zero, as in the paper).
+    decays to `forget_to` (None: zero, as in the paper). `exchange` sums over processes that share the tokens of a step.
     """
     n, p = k.shape[2:4]
     chunk = chunk or n
@@ -254,6 +256,8 @@ def update(
         grads = checkpoint(
             surprise, keys, values, shares, weights, scale, shift, use_reentrant=False, preserve_rng_state=False
         )
+        if exchange is not None:
+            grads = [exchange.sum(g) for g in grads]
         keep, carry, persist = (x[..., None, None] for x in (c.keep, c.carry, c.persist))
         new_w = [keep * w + carry * s - g[0] for w, s, g in zip(weights, momentum, grads, strict=True)]
         if forget_to is not None:
@@ -286,6 +290,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         self.heads, self.chunk = heads, chunk
         self.forget_to_start, self.keep_norms = forget_to_start, keep_norms
+        self.exchange: TokenExchange | None = None  # with the processes that share the tokens of a clip
         d = dim // heads
         self.w1 = nn.Parameter(torch.empty(heads, d, EXPANSION * d))
         self.w2 = nn.Parameter(torch.empty(heads, EXPANSION * d, d))
@@ -325,7 +330,10 @@ class NeuralMemory(nn.Module):
         s, p = x.shape[1:3]
         hidden = norm(x)
         k, v = self.kv(hidden.flatten(1, 2)).chunk(2, dim=-1)  # each (B, N, D)
-        logits = self.gates(hidden.mean(dim=2))  # (B, s, 3 H)
+        mean, all_tokens = hidden.mean(dim=2), p
+        if self.exchange is not None:  # equal parts of a slot
+            mean, all_tokens = self.exchange.sum(mean) / self.exchange.size, p * self.exchange.size
+        logits = self.gates(mean)  # (B, s, 3 H)
         with without_autocast(x.device.type):
             k, v = (self._split(y).float().unflatten(2, (s, p)) for y in (k, v))
             theta, eta, alpha = torch.sigmoid(logits.float()).transpose(1, 2).chunk(3, dim=1)  # each (B, H, s)
@@ -335,11 +343,12 @@ class NeuralMemory(nn.Module):
                 momentum,
                 F.normalize(k, dim=-1),
                 v,
-                Gates(theta / p, eta, alpha),
+                Gates(theta / all_tokens, eta, alpha),
                 self.scale.float(),
                 self.shift.float(),
                 self.chunk,
                 initial if self.forget_to_start else None,
+                self.exchange,
             )
             return restore_norms(weights, initial) if self.keep_norms else weights, momentum
 

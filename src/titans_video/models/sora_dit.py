@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.context_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.byte_encoder import check_text, text_embeddings
+from titans_video.models.context_parallel import ContextPlan, TokenExchange, UlyssesDispatch
 from titans_video.models.layers import (
     MLP,
     CrossAttention,
@@ -190,6 +192,8 @@ class Backbone(ModelMixin, ConfigMixin):
         _check_config(c)
         self.patch: Patch = tuple(c.patch_size)  # type: ignore[assignment]  # JSON gives a list back
         cells = self.patch[0] * self.patch[1] * self.patch[2]
+        # Context parallelism divides the blocks' tokens and positions here.
+        self.entry, self.positions = nn.Identity(), nn.Identity()
         self.patch_embed = nn.Linear((2 * c.in_channels + c.time_stride) * cells, dim)
         self.time_embed = TimeEmbedding(dim)
         self.text_embed = text_embeddings(c.text_widths, dim, heads, c.text_layers, c.text_buckets)
@@ -241,7 +245,8 @@ class Backbone(ModelMixin, ConfigMixin):
     def freqs_cis(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
         """Return the rotary positions, complex (s, p, d / 2)."""
         head_dim = self.config.model_dim // self.config.heads
-        return freqs_cis_3d(grid, head_dim, self.config.rope_theta, device, first_slot)
+        freqs: Tensor = self.positions(freqs_cis_3d(grid, head_dim, self.config.rope_theta, device, first_slot))
+        return freqs
 
     def embed_patches(self, latents: Tensor, condition: Condition) -> Tensor:
         """Embed noisy latents, conditioning latents and mask, folded to patches -> (B, s, p, D)."""
@@ -252,9 +257,10 @@ class Backbone(ModelMixin, ConfigMixin):
             channels[:, C : 2 * C] = condition.cond_latents
             channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
-        if not self.config.sine_positions:
-            return x
-        return x + get_2d_sincos_pos_embed(x.shape[-1], self.grid(latents)[1:], device=x.device).to(x.dtype)
+        if self.config.sine_positions:
+            x = x + get_2d_sincos_pos_embed(x.shape[-1], self.grid(latents)[1:], device=x.device).to(x.dtype)
+        embedded: Tensor = self.entry(x)
+        return embedded
 
     def embed_conditioning(
         self, latents: Tensor, time: Tensor, condition: Condition, registers: bool = False
@@ -296,6 +302,35 @@ class Backbone(ModelMixin, ConfigMixin):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
+
+    def context_plan(self) -> ContextPlan:
+        """Return how several processes share the tokens of a clip: each has a part of every slot.
+
+        Temporal attention needs no exchange then, since a process has its tokens of all slots. Raises ConfigError for a
+        network with convolutions, which need the neighbours of a token.
+        """
+        if self.config.conv:
+            raise ConfigError(
+                "Context parallelism does not support convolutions (--preset tiny), which need neighbouring tokens. "
+                "Use another preset."
+            )
+        tokens = ContextParallelInput(split_dim=2, expected_dims=4)  # (B, s, p, _)
+        return ContextPlan(
+            heads=self.config.heads,
+            tokens=lambda grid: grid[1] // self.patch[1] * (grid[2] // self.patch[2]),
+            split={
+                "entry": {"input": tokens},
+                "positions": {"input": ContextParallelInput(split_dim=1, expected_dims=3)},
+                "final": {"noisy_BspV": tokens},
+            },
+            join={"final": ContextParallelOutput(gather_dim=2, expected_dims=4)},
+            attach=self._attach,
+        )
+
+    def _attach(self, exchange: TokenExchange) -> None:
+        for block in self.blocks:
+            attention: Any = block.attn
+            attention.processor = UlyssesDispatch(attention.processor, exchange)
 
     def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
         """Map tokens (B, s, p, D) to the prediction (B, C, t, h, w), in the latents' dtype."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_video.errors import ConfigError
+from titans_video.models.context_parallel import TokenExchange
 from titans_video.models.layers import norm, without_autocast
 from titans_video.models.memory import Memory, NeuralMemory
 from titans_video.models.sora_dit import AttentionType, Backbone
@@ -199,6 +200,11 @@ class TitansVideoDiT(Backbone):
         if write:
             return Prediction(latents, self._write(latents, time, condition, memory))
         return Prediction(self._read(latents, time, condition, memory, overlap), memory)
+
+    def _attach(self, exchange: TokenExchange) -> None:
+        super()._attach(exchange)
+        for memory in self.neural:
+            memory.exchange = exchange
 
     def _read(self, latents: Tensor, time: Tensor, condition: Condition, memory: Memory, overlap: int) -> Tensor:
         x, c, _, _ = self._run(latents, time, condition, memory, overlap, write=False)

@@ -18,6 +18,7 @@ from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.errors import ConfigError, first_line
+from titans_video.models.context_parallel import SIZE_SETTING, ContextPlan
 from titans_video.parsing import read_json
 from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS
@@ -179,6 +180,10 @@ class ModelSpec(ABC):
     @abstractmethod
     def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, object]:
         """Return the network's arguments that depend on the latent grid (t', h, w)."""
+
+    def context_plan(self, network: nn.Module) -> ContextPlan:
+        """Return how several processes share the tokens of a clip; raise ConfigError if they cannot."""
+        raise ConfigError(f"{self.name} does not support context parallelism ({SIZE_SETTING}). Remove it.")
 
     @abstractmethod
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.hooks.context_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
 
 from titans_video.codecs.base import Codec
@@ -18,7 +19,9 @@ from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
+from titans_video.models.context_parallel import ContextPlan, TokenExchange
 from titans_video.models.flops import attention
+from titans_video.models.layers import AttentionDispatch
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.schema import shown
@@ -285,6 +288,24 @@ class CogVideoX(ModelSpec):
         )
         return NoisySample(noise, timesteps, noise, noise.new_ones(())), prepared
 
+    def context_plan(self, network: nn.Module) -> ContextPlan:
+        blocks, rotary = self.blocks[0], ContextParallelInput(split_dim=0, expected_dims=2)
+
+        def attach(exchange: TokenExchange) -> None:
+            for block in network.get_submodule(blocks).children():
+                block.attn1.processor = SharedAttention(exchange)  # type: ignore[union-attr]
+
+        return ContextPlan(
+            heads=int(self.config["num_attention_heads"]),
+            tokens=lambda grid: count_tokens(grid, self.patch_size),
+            split={
+                f"{blocks}.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+                f"{blocks}.*": {"image_rotary_emb": [rotary, rotary]},
+            },
+            join={"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)},
+            attach=attach,
+        )
+
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
         from diffusers import CogVideoXPipeline
 
@@ -294,6 +315,42 @@ class CogVideoX(ModelSpec):
         from diffusers import CogVideoXTransformer3DModel
 
         return CogVideoXTransformer3DModel
+
+
+class SharedAttention:
+    """CogVideoX's joint attention if several processes share a clip. Each has a part of the video, and all the text.
+
+    Source: diffusers' CogVideoXAttnProcessor2_0.
+    """
+
+    def __init__(self, exchange: TokenExchange) -> None:
+        self.exchange, self.dispatch = exchange, AttentionDispatch()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, D) and (B, L, D) -> the same, of all heads."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        L = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        video = [x[:, L:] for x in (q, k, v)]
+        if image_rotary_emb is not None:
+            video[:2] = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in video[:2]]
+        heads = [self.exchange.own_heads(x[:, :L]) for x in (q, k, v)]
+        joint = [torch.cat([a, self.exchange.to_heads(b)], dim=1) for a, b in zip(heads, video, strict=True)]
+        y = self.dispatch(*joint)  # (B, L + n N, H / n, d)
+        y = torch.cat([self.exchange.all_heads(y[:, :L]), self.exchange.to_tokens(y[:, L:])], dim=1)
+        y = attn.to_out[1](attn.to_out[0](y.flatten(2)))
+        return y[:, L:], y[:, :L]
 
 
 class SkippedBlock(nn.Module):

@@ -23,7 +23,9 @@ from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.cache import CachedText, EncodingCache
 from titans_video.data.loader import LAST_STEP
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared, PreparedT, count_tokens
+from titans_video.errors import ConfigError
 from titans_video.generation.model import PromptEncoder
+from titans_video.models.context_parallel import SIZE_SETTING, ContextPlan
 from titans_video.models.flops import CountFlops
 from titans_video.seeding import derive_seed, seeded_randn, uniform
 from titans_video.text.base import TextEncoder, drop_captions
@@ -58,6 +60,11 @@ class ClipGeometry:
         """Return (C, t, h, w)."""
         c, t, h, w = self.codec.latent_shape(batch.frames, batch.height, batch.width)
         return c, self.latent_frames(t, batch.step), h, w
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        """Return the latent grid (t, h, w) of whole clips of this size in pixels."""
+        _, t, h, w = self.codec.latent_shape(frames, height, width)
+        return self.latent_frames(t, LAST_STEP), h, w
 
     def cond_mask(self, batch: Batch) -> Tensor:
         """Return (B, S, t) bool: for each latent frame, which of its pixel frames are given clean."""
@@ -245,6 +252,13 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
             share = self.value(batch, "elements").to(error) / counted.flatten(1).sum(dim=1).clamp(min=1)
             losses = losses + error.flatten(1).sum(dim=1) * share
         return losses
+
+    def context_plan(self) -> ContextPlan:
+        """Return how several processes share the tokens of a clip; raise ConfigError if the network cannot."""
+        plan: Callable[[], ContextPlan] | None = getattr(self.network, "context_plan", None)
+        if plan is None:
+            raise ConfigError(f"{type(self.network).__name__} does not support context parallelism ({SIZE_SETTING}).")
+        return plan()
 
     def encode_latents(self, batch: Batch) -> Tensor:
         """Return clean latents (B, C, t, h, w) float32, sampled from the codec's posterior by each row's seed."""

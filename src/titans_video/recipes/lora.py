@@ -23,6 +23,7 @@ from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
+from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
 from titans_video.pretrained.loading import compile_blocks
@@ -79,6 +80,9 @@ class LoraRecipe(DiffusionRecipe[Prepared]):
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
         predicted = self.spec.predict(model, noisy, prepared, self.dtype)
         return predicted if isinstance(predicted, Tensor) else dict(predicted)
+
+    def context_plan(self) -> ContextPlan:
+        return self.spec.context_plan(self.network)
 
     def _first_frame(self, batch: Batch) -> Tensor:
         """Return the unscaled latents (B, C, 1, h, w) of the first frames, sampled by each row's seed."""

@@ -23,13 +23,15 @@ from titans_video.data.held_out import HeldOut, open_validation, shared_files, s
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
-from titans_video.errors import TextError
+from titans_video.errors import ConfigError, TextError
+from titans_video.models.context_parallel import SIZE_SETTING, check_plan, share_tokens
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.recipes.codec import codec_key, codec_spec, fit_codec, open_codec
 from titans_video.text.base import TextEncoder, build_text, vocabulary
 from titans_video.training import tracking
 from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
+from titans_video.training.parallelism import context_mesh, context_size, data_group
 from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, choose_defaults, reconcile_resume
@@ -144,13 +146,14 @@ def open_clips(
     accelerator: Accelerator,
 ) -> tuple[VideoDataset, Codec]:
     """Return the clips, and the codec on its device, fitted to the clips if it is None."""
+    group = data_group(accelerator)
     data = open_data(
         options.data,
         codec.spec if codec else codec_spec(codec_options),
         clip_grid,
         seed=options.train.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=group.index,
+        world=group.count,
         processes=process_group(accelerator),
     )
     if options.validation.validation_split:
@@ -178,9 +181,11 @@ def encode_cache(
     key, widths = codec_key(codec, codec_options), tuple(text.widths)
     encoders = Encoders(key, lambda: codec, text_keys(text), text, image_condition, widths, release)
     prompts = [prompt.text for prompt in validation_prompts(options.validation, data)]
-    filled = fill_cache(data, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
+    # Every process encodes other rows, also those that will share clips.
+    divided = replace(data, rank=accelerator.process_index, world=accelerator.num_processes)
+    filled = fill_cache(divided, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
     logger.info(filled.summary())
-    return filled
+    return replace(filled, data=replace(filled.data, rank=data.rank, world=data.world))
 
 
 def text_keys(text: TextEncoder) -> tuple[str, ...]:
@@ -302,6 +307,7 @@ def train_recipe(
         UserError: as `reconcile_resume`, `open_tracker` and the trainer.
     """
     accelerator, resume = run.accelerator, run.resume
+    share_clips(options, recipe, parts, accelerator)
     data, train, about = reconcile_resume(options, parts.data, recipe.config, run)
     if train.init_from and resume is None:
         notes = [*notes, *start_from(train.init_from, recipe)]  # before an earlier run in the folder is moved away
@@ -317,11 +323,31 @@ def train_recipe(
         logger.info(f"Rows that are left out, with reasons: {left_out}")
     logger.info("\n".join([*notes, *_warm_up_note(train)]))
     monitoring = open_monitoring(options, run, recipe, parts)
-    draw = recipe.draws()
-    stream = data.stream(grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir, draw=draw)
+    draw, writes = recipe.draws(), data_group(accelerator).is_first
+    stream = data.stream(
+        grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir, draw=draw, writes=writes
+    )
     result = Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
     finish(accelerator)
     return result
+
+
+def share_clips(
+    options: RecipeOptions, recipe: DiffusionRecipe[PreparedT], parts: RunParts, accelerator: Accelerator
+) -> None:
+    """Let groups of processes share the tokens of their clips, if the launcher's configuration asks for it.
+
+    Raises ConfigError if the network, a size of the clips or an option does not allow it.
+    """
+    processes = context_size()
+    if processes == 1:
+        return
+    if tracking.flat(options)["compile"] == "on":
+        raise ConfigError(f"--compile on was not tested with context parallelism ({SIZE_SETTING}). Use --compile off.")
+    plan = recipe.context_plan()
+    buckets = {*parts.data.buckets, *(parts.held_out.buckets if parts.held_out else ())}
+    check_plan(plan, processes, {str(b): recipe.geometry.grid(b.frames, b.height, b.width) for b in buckets})
+    share_tokens(plan, recipe.network, context_mesh(accelerator))
 
 
 def _warm_up_note(train: TrainOptions) -> list[str]:

@@ -32,6 +32,7 @@ from titans_video.parsing import Malformed, read_yaml
 from titans_video.training.parallelism import (
     FSDP2_FILE,
     Parallelism,
+    context_size,
     fsdp_requested,
     refuse_other_engines,
 )
@@ -393,6 +394,8 @@ def describe(accelerator: Accelerator, rows: str) -> str:
     where = f"{accelerator.device.type}{f', {nodes} nodes' if nodes > 1 else ''}"
     if n > 1:
         where += f", {backend_name(accelerator)} over {dist.get_backend()}"
+    if context_size() > 1:
+        where += f", {context_size()} processes share each clip"
     slow = " (slow on a CPU)" if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" else ""
     return (
         f"Running on {n} process{'es' if n > 1 else ''} ({where}), precision {accelerator.mixed_precision}{slow}, "

@@ -12,6 +12,7 @@ from torch import nn
 
 from titans_video.data.held_out import HeldOut, Piece
 from titans_video.training import distributed
+from titans_video.training.parallelism import data_group
 from titans_video.training.recipe import Recipe
 
 Cell = tuple[str, str]  # a task and a bucket
@@ -55,13 +56,14 @@ def measure(
     """
     times, pieces = quantiles(count), rows.pieces()
     found: list[tuple[int, list[float], int, int]] = []
-    for turn in assign(pieces, accelerator.num_processes):
+    group = data_group(accelerator)
+    for turn in assign(pieces, group.count):
         if not on_piece():
             return None
-        number, piece, counts = turn[accelerator.process_index]
+        number, piece, counts = turn[group.index]
         batch, good = rows.read(piece)
         losses, elements = recipe.held_out(model, batch, times)  # (Q, B), (B,)
-        if counts and any(good):
+        if counts and group.is_first and any(good):
             found.append((number, losses[:, good].sum(dim=1).tolist(), int(elements[good].sum()), sum(good)))
     cells: dict[Cell, Sums] = {}
     for number, sums, total, kept in sorted(

@@ -6,11 +6,14 @@ train on different rows.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titans_video.errors import ConfigError
+from titans_video.errors import ConfigError, DataError
+from titans_video.seeding import derive_seed
 
 USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 SIZE = "PARALLELISM_CONFIG_{}_SIZE"
@@ -18,7 +21,6 @@ FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
 UNSUPPORTED = {
     "TP": "tensor parallelism",
     "SP": "DeepSpeed's sequence parallelism",
-    "CP": "context parallelism",
 }
 
 
@@ -26,12 +28,14 @@ UNSUPPORTED = {
 class Parallelism:
     """Sizes of the groups of processes; their product is the number of processes.
 
-    `shard` processes have one copy of the weights together (FSDP2). With several copies (`replicate`), gradients are
-    averaged over the copies too (HSDP).
+    `shard` groups have one copy of the weights together (FSDP2). With several copies (`replicate`), gradients are
+    averaged over the copies too (HSDP). `context` processes form a group that shares the tokens of its clips; the
+    weights are sharded over them too.
     """
 
     shard: int
     replicate: int = 1
+    context: int = 1
 
     @classmethod
     def requested(cls, world: int) -> "Parallelism | None":
@@ -39,7 +43,7 @@ class Parallelism:
 
         Raises ConfigError for a mode that is not supported, or sizes that do not fit the `world` processes.
         """
-        sizes = {name: _size(name) for name in ("DP_SHARD", "DP_REPLICATE", *UNSUPPORTED)}
+        sizes = {name: _size(name) for name in ("DP_SHARD", "DP_REPLICATE", "CP", *UNSUPPORTED)}
         larger = [SIZE.format(name) for name, size in sizes.items() if size > 1]
         if not _is_set(USE):
             if larger:
@@ -59,20 +63,21 @@ class Parallelism:
                 f"The Accelerate configuration has a parallelism_config without FSDP2. Use {FSDP2_FILE}, or remove "
                 "the parallelism_config."
             )
-        found = cls(sizes["DP_SHARD"], sizes["DP_REPLICATE"])
+        found = cls(sizes["DP_SHARD"], sizes["DP_REPLICATE"], sizes["CP"])
         found.check(world)
         return found
 
     def check(self, world: int) -> None:
         """Raise ConfigError if the sizes do not fit the number of processes, or would shard nothing."""
-        if self.replicate * self.shard != world:
+        product = self.replicate * self.shard * self.context
+        if product != world:
             raise ConfigError(
-                "The sizes in the Accelerate configuration's parallelism_config multiply to "
-                f"{self.replicate * self.shard}, but {world} {'process is' if world == 1 else 'processes are'} "
-                "running. Change parallelism_config_dp_replicate_size, parallelism_config_dp_shard_size or "
+                f"The sizes in the Accelerate configuration's parallelism_config multiply to {product}, but "
+                f"{world} {'process is' if world == 1 else 'processes are'} running. Change "
+                "parallelism_config_dp_replicate_size, parallelism_config_dp_shard_size, parallelism_config_cp_size or "
                 "--num_processes."
             )
-        if self.replicate > 1 and self.shard == 1:
+        if self.replicate > 1 and self.shard * self.context == 1:
             raise ConfigError(
                 f"The Accelerate configuration asks for {self.replicate} copies of the weights that are not sharded "
                 "(parallelism_config_dp_shard_size: 1). Use configs/accelerate/ddp.yaml, or raise the shard size."
@@ -81,11 +86,58 @@ class Parallelism:
     def for_accelerate(self) -> ParallelismConfig:
         """Return the sizes from which Accelerate builds the mesh of FSDP2."""
         return ParallelismConfig(
-            self.replicate, self.shard, tp_size=1, cp_size=1, cp_backend="torch", sp_size=1, sp_backend="deepspeed"
+            self.replicate,
+            self.shard * self.context,  # Accelerate's own context parallelism is for language models
+            tp_size=1,
+            cp_size=1,
+            cp_backend="torch",
+            sp_size=1,
+            sp_backend="deepspeed",
         )
 
     def __str__(self) -> str:
-        return f"HSDP {self.replicate}x{self.shard}" if self.replicate > 1 else "FSDP2"
+        return f"HSDP {self.replicate}x{self.shard * self.context}" if self.replicate > 1 else "FSDP2"
+
+
+@dataclass(frozen=True)
+class DataGroup:
+    """The `size` processes that train on the same rows as this one: the `index`-th of `count` groups."""
+
+    index: int
+    count: int
+    size: int
+    is_first: bool  # this process is the first of its group
+
+    def checksum(self, seeds: Sequence[int]) -> int:
+        """Return a number whose sum over a group is 0 if all its processes have rows with the same seeds."""
+        own = derive_seed(0, "rows", *seeds) % 2**31
+        return own * (self.size - 1 if self.is_first else -1) if self.size > 1 else 0
+
+    def different_rows(self, step: int) -> DataError:
+        """Return the error of a step for which the sum of `checksum` is not 0."""
+        return DataError(
+            f"Step {step}: the processes that share a clip read different rows, because a file was readable for some "
+            "of them only. Pass --resume auto to continue."
+        )
+
+
+def context_size() -> int:
+    """Return how many processes share a clip, as the launcher's configuration asks."""
+    return _size("CP") if _is_set(USE) else 1
+
+
+def data_group(accelerator: Accelerator) -> DataGroup:
+    """Return this process's group. Without context parallelism every process is a group."""
+    size = context_size()
+    index, place = divmod(accelerator.process_index, size)
+    return DataGroup(index, accelerator.num_processes // size, size, place == 0)
+
+
+def context_mesh(accelerator: Accelerator) -> DeviceMesh:
+    """Return the mesh whose dimension `ulysses` has the processes that share a clip; on every process."""
+    group = data_group(accelerator)
+    shape = (group.count, 1, group.size)
+    return init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
 
 
 def fsdp_requested() -> bool:

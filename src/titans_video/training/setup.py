@@ -26,6 +26,7 @@ from titans_video.formats import RESUMED_STATE
 from titans_video.schema import check
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
+from titans_video.training.parallelism import context_size, data_group
 from titans_video.training.resume import find_resume, open_resume, precision_of_run
 from titans_video.training.tracking import flat
 
@@ -104,7 +105,7 @@ def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
     resume = open_resume(folder, train)
     if resume:
         check(RESUMED_STATE, resume.state, resume.folder, CheckpointError)
-    running = distributed.describe(accelerator, _format_batch(data, train, accelerator.num_processes, resume))
+    running = distributed.describe(accelerator, _format_batch(data, train, data_group(accelerator).count, resume))
     chosen, choices = choose_defaults(options, accelerator, resume)
     logger.info("\n".join([running, *notes, format_choices(read_facts(accelerator.device), choices)]))
     vae_auto = flat(options)["vae_dtype"] == "auto" and any(choice.flag == VAE_FLAG for choice in choices)
@@ -126,6 +127,7 @@ def choose_defaults(
     elif vae_dtype == "auto":
         vae_dtype = "fp32"  # the other codecs know no precision
     plain = given.get("offload", "none") == given.get("layerwise_casting", "none") == "none"
+    plain = plain and context_size() == 1  # compiled blocks were not tested with shared clips
     compiled = compiles(given["compile"], best, given["max_steps"], allowed=plain and not given["deterministic"])
     choices.append(Choice("compilation", "on" if compiled else "off", COMPILE_FLAGS))
     workers = best.num_workers if given["num_workers"] == "auto" else given["num_workers"]

@@ -50,6 +50,7 @@ from titans_video.training.metrics import (
 )
 from titans_video.training.optim import Ema, build_optimizer, learning_rate_factor, set_learning_rates, skips_on_device
 from titans_video.training.overlap import Feeder, LateValues, frozen_objects
+from titans_video.training.parallelism import data_group
 from titans_video.training.recipe import Recipe, Stream, generate_command
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
@@ -99,6 +100,7 @@ class Trainer:
         self.stream = stream
         self.options = options
         self.accelerator = accelerator
+        self.group = data_group(accelerator)
         self.about = about or {}
         self.run_folder = Path(options.output_dir)
         self.monitoring = monitoring or Monitoring(Tracker(accelerator))
@@ -190,7 +192,11 @@ class Trainer:
             elements = sum(int(batch.drawn["elements"].sum()) for batch in micro)
         except Exception as e:
             error = e
-        (elements, failed), received = interrupt.reduce(self.accelerator, [elements, int(error is not None)])
+        check = self.group.checksum([seed for batch in micro for seed in batch.seeds])
+        counts, received = interrupt.reduce(self.accelerator, [elements, int(error is not None), check])
+        elements, failed, differs = counts[0] // self.group.size, counts[1], counts[2]
+        if differs and not failed:
+            raise BatchError from self.group.different_rows(self.step + 1)
         if failed:
             peer = PeerError(distributed.PEER_ENDED)
             peer.is_reported = True  # by the process that has no batch
@@ -218,7 +224,7 @@ class Trainer:
         accelerator, options = self.accelerator, self.options
         data_seconds = time.perf_counter() - began
         # What a network draws in training (dropout) is a function of the step.
-        torch.manual_seed(derive_seed(options.seed, "network", self.step, accelerator.process_index))
+        torch.manual_seed(derive_seed(options.seed, "network", self.step, self.group.index))
         set_learning_rates(self.optimizer, learning_rate_factor(self.step, options))
         losses: list[Tensor] = []
         by_task = new_task_sums(accelerator.device)
@@ -237,7 +243,7 @@ class Trainer:
             total = torch.stack([loss.sum() for loss in losses]).sum()
             sums = torch.cat([total[None], by_task.flatten()])
             if accelerator.num_processes > 1:
-                sums = distributed.reduce_sum(accelerator, sums)
+                sums = distributed.reduce_sum(accelerator, sums) / self.group.size
             norm = norm.to(sums)
             settling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
             self._update(torch.isfinite(sums[0]) & torch.isfinite(norm))
@@ -289,6 +295,7 @@ class Trainer:
         if not spike and result.step_status != "skipped":
             return
         own = row_losses(step.micro, step.losses, [batch.drawn["elements"] for batch in step.micro])
+        own = own if self.group.is_first else []
         rows = [row for part in distributed.all_gather_object(self.accelerator, own) for row in part]
         bad = [] if spike else guard.blame(rows)
         named = bad or [row.id for row in rows]
@@ -339,8 +346,8 @@ class Trainer:
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
-        tracker, processes = self.monitoring.tracker, self.accelerator.num_processes
-        return Recorder(self.run_folder, self.options, self.step, processes, self.peak, tracker)
+        tracker, peak = self.monitoring.tracker, self.peak and self.peak * self.group.size
+        return Recorder(self.run_folder, self.options, self.step, self.group.count, peak, tracker)
 
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
         """Write a checkpoint on every process, unless the weights may be damaged.
@@ -355,7 +362,7 @@ class Trainer:
             **self.about,
             "stream": self.stream.state_dict(),
             "guard": self.guard.state_dict(),
-            "processes": self.accelerator.num_processes,
+            "processes": self.group.count,
         }
         if recorder:
             recorder.sync()

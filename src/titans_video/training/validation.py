@@ -33,6 +33,7 @@ from titans_video.media.writing import write_video
 from titans_video.training import distributed, loss_table
 from titans_video.training.metrics import MetricsLog, last_line
 from titans_video.training.optim import Ema
+from titans_video.training.parallelism import data_group
 from titans_video.training.recipe import Recipe, Size
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, VALIDATION_LOG, samples_folder, video_name
 from titans_video.training.tracking import Tracker
@@ -73,16 +74,16 @@ def generate_samples(
     often. Every process calls `on_video` before each turn; if it returns False, the result is None.
     """
     videos: list[SampleVideo] = []
-    world = accelerator.num_processes
+    group = data_group(accelerator)
     with recipe.sampler(network, step) as sampler:
-        for start in range(0, len(prompts), world):
+        for start in range(0, len(prompts), group.count):
             if not on_video():
                 return None
-            number = start + accelerator.process_index
+            number = start + group.index
             counts = number < len(prompts)
             seed = number if counts else start
             sampled = sampler(prompts[seed].text, seed, prompts[seed].size)
-            if counts and (video := _encoded(number, sampled)):
+            if counts and group.is_first and (video := _encoded(number, sampled)):
                 videos.append(video)
     gathered = distributed.all_gather_object(accelerator, videos)
     return sorted((video for own in gathered for video in own), key=lambda video: video.number)
@@ -173,7 +174,7 @@ class Validator:
         return line, generate_samples(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
 
     def _count_turns(self) -> int:
-        world = self.accelerator.num_processes
+        world = data_group(self.accelerator).count
         pieces = len(loss_table.assign(self.rows.pieces(), world)) if self.rows else 0
         return pieces + math.ceil(len(self.prompts) / world)
 

@@ -1,0 +1,40 @@
+"""Sizes and networks that context parallelism cannot divide; tests/endtoend/test_parallelism.py computes with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import factories
+from titans_video.errors import ConfigError
+from titans_video.models.context_parallel import check_plan
+from titans_video.models.sora_dit import SoraDiT
+from titans_video.models.titans_dit import TitansVideoDiT
+from titans_video.pretrained.base import open_model_spec
+
+SIZE: dict[str, Any] = {"in_channels": 4, "patch_size": (1, 2, 2), "model_dim": 48, "depth": 1, "heads": 6}
+
+
+@pytest.mark.parametrize("kind", [SoraDiT, TitansVideoDiT])
+def test_tokens_of_a_frame_are_divided(kind: Any) -> None:
+    plan = kind(**SIZE).context_plan()
+    check_plan(plan, 6, {"64x96x9": (3, 8, 12)})  # 24 tokens
+    with pytest.raises(ConfigError, match=r"5 processes .*6 attention heads. Sizes that do: 2, 3, 6"):
+        check_plan(plan, 5, {})
+    with pytest.raises(ConfigError, match=r"6 processes .*8 tokens of clips of 32x64x9. .*for these clips: 2"):
+        check_plan(plan, 6, {"64x96x9": (3, 8, 12), "32x64x9": (3, 4, 8)})
+    with pytest.raises(ConfigError, match="for these clips: none"):
+        check_plan(plan, 2, {"2x10x1": (3, 2, 10)})
+
+
+def test_a_convolution_needs_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match="--preset tiny"):
+        SoraDiT(**SIZE, conv=True).context_plan()
+
+
+def test_all_tokens_of_cogvideox_are_divided(tmp_path: Path) -> None:
+    spec = open_model_spec(factories.make_cogvideox(tmp_path, "1.5"))
+    plan = spec.context_plan(spec.meta_model())
+    check_plan(plan, 2, {"48x48x9": (4, 6, 6)})  # 2 x 3 x 3 tokens
+    with pytest.raises(ConfigError, match="9 tokens"):
+        check_plan(plan, 2, {"48x48x5": (2, 6, 6)})
