@@ -1,5 +1,6 @@
 """Nothing in a training step waits for the device: batches cross in one copy, and nothing is read back."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -268,6 +269,18 @@ def test_the_step_that_follows_a_bad_one_trains_and_is_reported(tmp_path: Path) 
     other = options(tmp_path / "alone", max_steps=1)
     Trainer(alone, ToyStream(2), other, distributed.start(other)).run()
     assert lines(tmp_path / "alone")[0]["loss"] == lines(tmp_path)[0]["loss"]
+
+
+def test_the_allocator_may_grow_its_segments_unless_you_set_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for given, expected in ((None, "expandable_segments:True"), (names[0], "yours"), (names[1], None)):
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.setenv(name, "yours")
+                if name != given:
+                    patch.delenv(name)
+            distributed.start(options(tmp_path))
+            assert os.environ.get(names[0]) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

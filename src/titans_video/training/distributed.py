@@ -152,6 +152,9 @@ def start(options: TrainOptions, earlier: str | None = None) -> Accelerator:
     refuse_other_engines()
     refuse_lost_processes(options)
     groups = Parallelism.requested(world_size())
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
+        # Batches of several sizes leave gaps that blocks of a fixed size cannot use. It is read when CUDA starts.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
