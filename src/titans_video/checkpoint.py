@@ -38,7 +38,7 @@ from torch import Tensor
 from titans_video import parsing
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, first_line
-from titans_video.files import save_safetensors, save_tensors, write_text
+from titans_video.files import FileFacts, save_safetensors, save_tensors, write_text
 from titans_video.finite import refuse_non_finite
 from titans_video.formats import CONFIG, COUNT, TENSORS
 from titans_video.parsing import Malformed
@@ -113,16 +113,19 @@ def as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a `.pt` file; for any other name write a folder with `model.safetensors` and `config.json`."""
+def write(checkpoint: Checkpoint, path: Path) -> FileFacts | None:
+    """Write a `.pt` file, and return its size and checksum.
+
+    For any other name write a folder with `model.safetensors` and `config.json`, and return None.
+    """
     if path.suffix == ".pt":
-        save_tensors(as_dict(checkpoint), path)
-        return
+        return save_tensors(as_dict(checkpoint), path)
     tensors = {f"model.{k}": v.contiguous() for k, v in checkpoint.model.items()}
     tensors |= {f"codec.{k}": v.contiguous() for k, v in checkpoint.codec.items()}
     save_safetensors(tensors, path / "model.safetensors")
     description = {"format": FORMAT, "step": checkpoint.step, "config": checkpoint.config}
     write_text(path / "config.json", json.dumps(description, indent=2) + "\n")
+    return None
 
 
 def read(path: Path | str, mmap: bool = False) -> Checkpoint:

@@ -6,13 +6,14 @@ reports it, becomes a `WriteError`.
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
 
 from titans_video.errors import WriteError, first_line
 
@@ -34,6 +35,40 @@ _PERMISSION = "Choose a folder in which this user may write, or change its permi
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|failed with strerror: (.+)")
 """The number of an error as safetensors, shutil and torch put it into a message."""
 _TORCH = ("PytorchStreamWriter", "inline_container", "iostream", "Parent directory")
+
+
+class FileFacts(TypedDict):
+    """The size and the checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class HashingWriter:
+    """Write a binary file from its start to its end, and hash the same bytes.
+
+    Reading a file back just after writing gives the cache of the operating system and not the disk, so a second pass
+    would not check more. The file must be unbuffered: a forked process would write what is buffered once more.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._bytes += len(view)
+        left = view
+        while left:  # a nearly full disk takes a part, and fails at the rest
+            left = left[self._file.write(left) :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing: the file is unbuffered. `torch.save` calls this."""
+
+    def facts(self) -> FileFacts:
+        """Return the size and the checksum of what was written so far."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 @contextlib.contextmanager
@@ -178,19 +213,22 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_tensors(data: dict[str, Any], path: Path) -> None:
-    """Save a dict of tensors and plain containers with `torch.save`. Raises WriteError."""
+def save_tensors(data: dict[str, Any], path: Path) -> FileFacts:
+    """Save a dict of tensors and plain containers with `torch.save`; return size and checksum. Raises WriteError."""
     import torch
 
     with atomic_path(path) as temporary:
         try:
-            with temporary.open("wb") as f:  # torch would keep it open after a failure, and so its space occupied
-                torch.save(data, f)
+            # torch would keep a file of its own open after a failure, and so its space occupied.
+            with temporary.open("wb", buffering=0) as f:
+                hashing = HashingWriter(f)
+                torch.save(data, hashing)  # type: ignore[arg-type]  # it only needs `write` and `flush`
         except RuntimeError as e:
             if is_write_error(e) and _error_number(e) is None and temporary.exists():
                 with temporary.open("ab") as f:  # gives the operating system's reason, which torch does not tell
                     f.write(bytes(2**16))
             raise
+    return hashing.facts()
 
 
 def save_safetensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import errno
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -9,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +102,24 @@ def test_what_was_there_survives_a_full_disk(tmp_path: Path, name: str) -> None:
         write(out / place)
     after = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file() and ".partial" not in p.name}
     assert after == before
+
+
+class Reluctant(io.BytesIO):
+    """Takes at most seven bytes at once, as a raw file may."""
+
+    def write(self, data: Any) -> int:
+        return super().write(bytes(data[:7]))
+
+
+def test_the_checksum_is_of_what_is_in_the_file(tmp_path: Path) -> None:
+    facts = files.save_tensors(TENSORS, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    file = Reluctant()
+    writer = files.HashingWriter(file)
+    torch.save(TENSORS, writer)
+    assert torch.load(io.BytesIO(file.getvalue()), weights_only=True)["a"].sum() == TENSORS["a"].sum()
+    assert writer.facts()["sha256"] == hashlib.sha256(file.getvalue()).hexdigest()
 
 
 @pytest.mark.parametrize("name", WRITERS)

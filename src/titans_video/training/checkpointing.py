@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from titans_video import checkpoint, files, formats
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
 from titans_video.errors import CheckpointError, WriteError, few
+from titans_video.files import FileFacts
 from titans_video.finite import non_finite
 from titans_video.schema import check as check_schema
 from titans_video.training import manifests, sharded_state
@@ -87,13 +88,13 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-    written: dict[str, manifests.FileFacts] = {}
+    written: dict[str, FileFacts] = {}
 
     def write() -> None:
         if shards is not None:
             written.update({str(p.relative_to(temporary)): manifests.describe(p) for p in shards(temporary / SHARDS)})
         if group.is_main:
-            _write_files(temporary, models, {"format": STATE_FORMAT, "step": step, **state}, export)
+            written.update(_write_files(temporary, models, {"format": STATE_FORMAT, "step": step, **state}, export))
 
     def finish() -> None:
         if group.is_main:
@@ -124,18 +125,17 @@ def _run_stage(stage: Callable[[], None], temporary: Path, folder: Path, group: 
 
 def _write_files(
     folder: Path, models: Mapping[str, Checkpoint], state: dict[str, Any], export: Callable[[Path], None] | None
-) -> None:
+) -> dict[str, FileFacts]:
+    """Write the files of the main process; return what is known of them without reading them."""
     if export is not None:
         (model,) = models.values()
         export(folder)
-        files.save_tensors({**checkpoint.as_dict(model), TRAINING: state}, folder / STATE)
-        return
-    for name, model in models.items():
-        checkpoint.write(model, folder / name)
-    files.save_tensors(state, folder / STATE)
+        return {STATE: files.save_tensors({**checkpoint.as_dict(model), TRAINING: state}, folder / STATE)}
+    written = {name: facts for name, model in models.items() if (facts := checkpoint.write(model, folder / name))}
+    return {**written, STATE: files.save_tensors(state, folder / STATE)}
 
 
-def _publish(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, manifests.FileFacts]]) -> None:
+def _publish(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, FileFacts]]) -> None:
     """Write the manifest of the files that each process wrote, fsync everything, and name the folder."""
     manifests.write(temporary, folder, step, pieces)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:

@@ -4,26 +4,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from titans_video import files, formats, parsing
 from titans_video.checkpoint import MODEL
 from titans_video.errors import CheckpointError, WriteError
+from titans_video.files import FileFacts
 from titans_video.schema import fits
 from titans_video.training.run_folder import ADAPTER, MANIFEST, STATE
 
 _BLOCK = 2**20  # bytes that are read at a time
 
 
-class FileFacts(TypedDict):
-    """The size and the checksum of a file."""
-
-    bytes: int
-    sha256: str
-
-
 def describe(path: Path) -> FileFacts:
-    """Return what the manifest stores of a file."""
+    """Read a file, and return what the manifest stores of it."""
     return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
 
 
@@ -38,8 +31,8 @@ def _checksum(path: Path) -> str:
 def write(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str, FileFacts]]) -> None:
     """Write the manifest of a complete checkpoint, whose `temporary` folder is later named `folder`.
 
-    `pieces` are the files that each process has written, by name; other files are described here. Raises WriteError if
-    another process's file is not in this folder.
+    `pieces` are the files that each process has written and described, by name; others are read and described here.
+    Raises WriteError if another process's file is not in this folder, or has another size than was written.
     """
     described: dict[str, FileFacts] = {}
     for rank, part in enumerate(pieces):
