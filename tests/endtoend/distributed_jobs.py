@@ -5,10 +5,12 @@ Each job runs once with DDP and once with FSDP2, in the same processes, and writ
 
 import contextlib
 import io
+import json
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from titans_video.recipes.base import ClipGeometry
 from titans_video.recipes.sora import SoraRecipe
 from titans_video.seeding import derive_seed
 from titans_video.text.base import build_text
-from titans_video.training import distributed, sharded_state
+from titans_video.training import distributed, run_folder, sharded_state
 from titans_video.training import resume as resume_module
 from titans_video.training.optim import BatchedMuon
 from titans_video.training.recipe import VideoSampler
@@ -150,15 +152,27 @@ def gradients(folder: Path, kind: str) -> dict[str, Any]:
     return found
 
 
+def files_of(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest's size and checksum of each file, except DCP's list of pieces, which has a random name."""
+    described = json.loads((checkpoint / run_folder.MANIFEST).read_text())["files"]
+    return {name: facts for name, facts in described.items() if not name.endswith(".metadata")}
+
+
 def resume(folder: Path, kind: str) -> dict[str, Any]:
-    """Compare four steps at once with two steps and two more after a resume, bit for bit, for both optimizers."""
+    """Compare four steps at once with two steps and two more after a resume, bit for bit, for both optimizers.
+
+    With AdamW there is a checkpoint of every step. The former wait for all of them. The latter write those of steps 1
+    and 3 in the background.
+    """
     same = {}
     for optimizer in ("adamw", "muon"):
         run = folder / f"{kind} {optimizer}"
         pieces = []
         for name, stops in (("straight", [4]), ("broken", [2, 4])):
             for stop in stops:
-                given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer)
+                given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer, save_limit=0)
+                every = 1 if optimizer == "adamw" else given.save_every
+                given = replace(given, save_every=every, async_save=name == "broken")
                 accelerator = start(given)
                 found, _ = distributed.run_on_main(accelerator, lambda given=given: resume_module.find_resume(given))
                 going_on = resume_module.open_resume(found, given)
@@ -178,7 +192,9 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
         assert straight.keys() == broken.keys()
         assert len(straight) > 50
         same[optimizer] = all(torch.equal(straight[n], broken[n]) for n in straight)
-    return same
+    files = [files_of(folder / f"{kind} adamw" / name / "checkpoint-1") for name in ("straight", "broken")]
+    assert len(files[0]) == (5 if kind == "fsdp2" else 3)
+    return {**same, "files": files[0] == files[1]}
 
 
 MATRICES = [(24, 16)] * 5 + [(7, 12)] * 3 + [(3, 5)]
@@ -215,23 +231,29 @@ def logged() -> Iterator[list[str]]:
 
 
 def full_disk(folder: Path, kind: str) -> dict[str, Any]:
-    """Let a save fail on one process: it fails on both, and leaves nothing."""
-    given = options(folder / kind, max_steps=2, save_every=1)
+    """Let a save fail on one process, with and without a thread: it fails on both, and leaves nothing."""
+    found: dict[str, Any] = {}
+    for name, in_background in (("now", False), ("in the background", True)):
+        given = options(folder / kind / name, max_steps=2, save_every=1, async_save=in_background)
 
-    class Full(Stream):
-        def __iter__(self) -> Iterator[Batch]:
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            for place, batch in enumerate(super().__iter__()):
-                if self.rank == (1 if kind == "fsdp2" else 0):
-                    limit = 20_000 if place < ACCUM else soft
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-                yield batch
+        class Full(Stream):
+            def __iter__(self) -> Iterator[Batch]:
+                soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                for place, batch in enumerate(super().__iter__()):
+                    if pending := trainer.checkpointer._pending:  # noqa: B023 (the loop ends this run before the next)
+                        futures.wait([pending.job])
+                    if self.rank == (1 if kind == "fsdp2" else 0):
+                        limit = 20_000 if place < ACCUM else soft
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+                    yield batch
 
-    stream = Full(2, False, dist.get_rank(), 2)
-    with logged() as said:
-        Trainer(make_recipe(), stream, given, start(given)).run()
-    names = sorted(p.name for p in (folder / kind).iterdir() if p.is_dir())
-    return {"said": said, "folders": names}
+        stream = Full(2, False, dist.get_rank(), 2)
+        with logged() as said:
+            trainer = Trainer(make_recipe(), stream, given, start(given))
+            trainer.run()
+        names = sorted(p.name for p in Path(given.output_dir).iterdir() if p.is_dir())
+        found[name] = {"said": said, "folders": names}
+    return found
 
 
 def bf16(folder: Path, kind: str) -> dict[str, Any]:

@@ -3,8 +3,10 @@
     python tests/endtoend/kill_and_resume.py --kills 50
 
 Every kill has its own run. Half of the instants are drawn over the whole run; the others are while a checkpoint is
-written. The comparison covers every byte of weights, averages, optimizer and data position, and the lines of
-metrics.jsonl except times. Runs are forked from a process that has imported everything, so a kill takes one second.
+written in the background. That takes as long as some training steps, because the thread that writes waits before each
+change of the disk. The comparison is with a run that saves without a thread. It covers every byte of weights, averages,
+optimizer and data position, and the lines of metrics.jsonl except times. Runs are forked from a process that has
+imported everything, so a kill takes one second.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 24, 2
 SAMPLES = [f"samples/step-{step:07d}/01.mp4" for step in (STEPS // 2, STEPS)]
+PAUSE = 0.01  # most seconds before each change of the disk in the background, of which a save has about 25
 TIMES = ("seconds", "data_seconds", "frames_per_second", "tokens_per_second", "data_wait", "eta_seconds")
 
 
@@ -50,8 +54,23 @@ def words(folder: Path) -> list[str]:
     ]
 
 
-def start(folder: Path) -> int:
-    """Start a training run in a new process and return its id."""
+def slow_down(rng: random.Random) -> None:
+    """Let threads other than the main one pause before they sync or rename."""
+
+    def slowed(function: Any) -> Any:
+        def paused(*given: Any, **named: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(rng.uniform(0, PAUSE))
+            return function(*given, **named)
+
+        return paused
+
+    for name in ("fsync", "replace", "rename", "rmdir", "unlink", "link"):
+        setattr(os, name, slowed(getattr(os, name)))
+
+
+def start(folder: Path, *more: str, pauses: random.Random | None = None) -> int:
+    """Start a training run in a new process and return its id; with `pauses`, it writes slowly in the background."""
     pid = os.fork()
     if pid:
         return pid
@@ -59,30 +78,32 @@ def start(folder: Path) -> int:
     try:  # after an error this process must not continue as a copy of its parent
         from titans_video.cli.main import main
 
+        if pauses:
+            slow_down(pauses)
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as output:
-            code = main(words(folder))
+            code = main([*words(folder), *more])
         if code:
             (folder.parent / f"{folder.name}.output.txt").write_text(output.getvalue())
     finally:
         os._exit(code)
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, *more: str) -> None:
     """Run to the end."""
-    _, status = os.waitpid(start(folder), 0)
+    _, status = os.waitpid(start(folder, *more), 0)
     if status:
         raise SystemExit(f"{folder}: the run ended with status {status}")
 
 
-def kill_within(folder: Path, rng: random.Random, length: float) -> str:
+def kill_within(folder: Path, rng: random.Random, length: float, saving: bool) -> str:
     """Start a run, kill it at a random instant, and describe when. A run that ended before is started again."""
     while True:
-        pid = start(folder)
-        if rng.random() < 0.5:
-            when, alive = "any time", _sleep(pid, rng.uniform(0.05, length))
-        else:
+        pid = start(folder, pauses=random.Random(rng.random()))
+        if saving:
             when, alive = "in a save", _until_saving(folder, pid, rng.randrange(1, STEPS // SAVE_EVERY + 1))
-            time.sleep(rng.uniform(0, 0.01))
+            time.sleep(rng.uniform(0, 25 * PAUSE / 2))
+        else:
+            when, alive = "any time", _sleep(pid, rng.uniform(0.05, length))
         if alive:
             os.kill(pid, signal.SIGKILL)  # it is waited for below, so its number is still its own
             _, status = os.waitpid(pid, 0)
@@ -90,7 +111,7 @@ def kill_within(folder: Path, rng: random.Random, length: float) -> str:
                 break
         shutil.rmtree(folder)
     steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")) if folder.exists() else []
-    half = [p.name for p in folder.glob(".*")] if folder.exists() else []
+    half = [f"{p.name} ({len(list(p.glob('*')))} files)" for p in folder.glob(".c*")] if folder.exists() else []
     return f"{when}, after checkpoint {steps[-1] if steps else 'none'}{', leaving ' + half[0] if half else ''}"
 
 
@@ -104,6 +125,7 @@ def _until_saving(folder: Path, pid: int, wanted: int) -> bool:
     """Wait until the process writes its checkpoint number `wanted`. Return False if it ended before."""
     seen: set[str] = set()
     while len(seen) < wanted:
+        time.sleep(0.001)
         if os.waitpid(pid, os.WNOHANG)[0]:
             return False
         seen |= {p.name for p in folder.glob(".checkpoint-*.tmp")} if folder.exists() else set()
@@ -148,13 +170,13 @@ def run(folder: Path, kills: int, seed: int) -> list[str]:
     del titans_video  # imported for the forks
     rng = random.Random(seed)
     began = time.monotonic()
-    finish(folder / "unbroken")
+    finish(folder / "unbroken", "--no-async-save")
     length = time.monotonic() - began
     unbroken = state_of(folder / "unbroken")
     report = []
     for i in range(kills):
         broken = folder / f"killed-{i}"
-        where = kill_within(broken, rng, length)
+        where = kill_within(broken, rng, length, saving=i % 2 == 0)
         finish(broken)
         state = state_of(broken)
         differs = [name for name in unbroken if not same(unbroken[name], state[name])]

@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "train" / "videos" / "train_sora_accelerate.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 ENGINES = ("ddp", "fsdp2")
+SAME = {"adamw": True, "muon": True, "files": True}
 
 
 def run_jobs(folder: Path, processes: int, *names: str) -> Callable[[str, str], list[dict[str, Any]]]:
@@ -87,13 +88,13 @@ def test_a_sharded_process_has_only_its_piece(jobs: Callable[[str, str], list[di
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_resume_is_bitwise(jobs: Callable[[str, str], list[dict[str, Any]]], kind: str) -> None:
-    assert jobs("resume", kind) == [{"adamw": True, "muon": True}] * 2
+    assert jobs("resume", kind) == [SAME] * 2
 
 
 def test_resume_is_bitwise_where_the_order_of_sums_counts(tmp_path: Path) -> None:
     """With two processes a sum has only one order. DDP rearranges its messages after its first step."""
     found = run_jobs(tmp_path, 4, "resume", "ddp")
-    assert found("resume", "ddp") == [{"adamw": True, "muon": True}] * 4
+    assert found("resume", "ddp") == [SAME] * 4
 
 
 def test_muon_is_that_of_one_process(jobs: Callable[[str, str], list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -106,8 +107,11 @@ def test_muon_is_that_of_one_process(jobs: Callable[[str, str], list[dict[str, A
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_a_disk_that_is_full_for_one_process(jobs: Callable[[str, str], list[dict[str, Any]]], kind: str) -> None:
-    first, second = jobs("full_disk", kind)
+@pytest.mark.parametrize("name", ["now", "in the background"])
+def test_a_disk_that_is_full_for_one_process(
+    jobs: Callable[[str, str], list[dict[str, Any]]], kind: str, name: str
+) -> None:
+    first, second = (found[name] for found in jobs("full_disk", kind))
     assert sum("CHECKPOINT OF STEP 1 COULD NOT BE WRITTEN" in text for text in first["said"]) == 1
     assert not any("CHECKPOINT" in text for text in second["said"])
     assert first["folders"] == ["checkpoint-2"]

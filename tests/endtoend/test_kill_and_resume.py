@@ -13,3 +13,4 @@ def test_killed_at_random_instants() -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("bitwise the same") == KILLS
+    assert done.stdout.count("in a save") == KILLS // 2

@@ -23,6 +23,7 @@ from titans_video.errors import CheckpointError
 from titans_video.training import checkpointing, distributed, run_folder
 from titans_video.training.guards import SPIKE_WARMUP, DivergedError, Guard, OutOfMemory, RowLoss
 from titans_video.training.metrics import MetricsLog
+from titans_video.training.run_state import Checkpointer
 from titans_video.training.trainer import Trainer
 from titans_video.types import Batch
 
@@ -231,7 +232,7 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, part: str, val
 
 def test_a_checkpoint_with_such_values_is_not_resumed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As versions before this check wrote them."""
-    monkeypatch.setattr(checkpointing.Checkpointer, "non_finite", lambda self: [])
+    monkeypatch.setattr(Checkpointer, "non_finite", lambda self: [])
     given = options(tmp_path, max_steps=2)
     trainer = Trainer(ToyRecipe(), ToyStream(2), given, distributed.start(given))
     trainer.run()
@@ -378,7 +379,7 @@ class FullDuring(ToyStream):
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    given = options(tmp_path, save_every=1, save_limit=2)
+    given = options(tmp_path, save_every=1, save_limit=2, async_save=False)
     stream = FullDuring(range(2, 5))
     try:
         outcome, weights = train(given, stream)
@@ -399,7 +400,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) ->
     stream = FullDuring(range(4, 99))
     try:
         with pytest.raises(CheckpointError, match=r"STEP 6 COULD NOT BE WRITTEN.*checkpoint-3.*--resume auto"):
-            train(options(tmp_path, save_every=3), stream)
+            train(options(tmp_path, save_every=3, async_save=False), stream)
     finally:
         stream.stack.close()
     outcome, _ = train(options(tmp_path, save_every=3, resume="auto"), ToyStream(2))

@@ -255,6 +255,8 @@ class TrainOptions:
     """Steps between checkpoints."""
     save_limit: Annotated[int, Range(least=0)] = 3
     """Number of checkpoint folders to keep; 0: all."""
+    async_save: bool = True
+    """Write checkpoints while training continues, from a copy in main memory. --no-async-save waits instead."""
     log_every: Annotated[int, Range(least=1)] = 10
     """Steps between updates of the loss in the progress bar."""
     resume: Annotated[str, Metavar("auto|none|PATH")] = "none"

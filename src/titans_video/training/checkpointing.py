@@ -24,21 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from titans_video import checkpoint, files, formats
 from titans_video.checkpoint import EMA, MODEL, Checkpoint
-from titans_video.errors import CheckpointError, WriteError, few
+from titans_video.errors import CheckpointError, WriteError
 from titans_video.files import FileFacts
-from titans_video.finite import non_finite
 from titans_video.schema import check as check_schema
-from titans_video.training import manifests, sharded_state
-from titans_video.training.distributed import gloo_group, process_group
-from titans_video.training.optim import Ema
-from titans_video.training.recipe import Recipe
+from titans_video.training import manifests
 from titans_video.training.run_folder import (
     SHARDS,
     STATE,
@@ -54,7 +47,6 @@ logger = logging.getLogger(__name__)
 STATE_FORMAT = "titans-video-training/2"
 TRAINING, OPTIMIZER, TRAINED, SCALER = "training", "optimizer", "trained", "scaler"
 """Keys: of the training state in an adapter's file; of parts of the training state."""
-EARLIER = "Resume from an earlier checkpoint with --resume PATH."
 
 
 def save(
@@ -75,6 +67,7 @@ def save(
         models: by file name; empty on processes other than the main one.
         state: tensors and plain containers that training needs beside the models.
         limit: checkpoints to keep; 0 keeps all. The newest complete one is never removed.
+        group: the processes; in another thread than the main one, with messages of their own.
         shards: writes this process's pieces into a folder and returns their files.
         export: writes an adapter for other programs into a folder; the one model and the state then share a file.
     Raises:
@@ -234,112 +227,3 @@ def load_weights(network: nn.Module, resume: Resume) -> None:
             "--allow-changes cannot change that. Pass the flags of the first run, or start a new run with --resume "
             f"none. ({reason[:300]})"
         ) from None
-
-
-class Checkpointer:
-    """Save the state of a run, and restore it.
-
-    Args:
-        network, optimizer: from `distributed.prepare`; the network without its wrapper.
-    """
-
-    def __init__(
-        self, recipe: Recipe, network: nn.Module, optimizer: Optimizer, ema: Ema | None, accelerator: Accelerator
-    ) -> None:
-        self.recipe, self.network, self.ema, self.accelerator = recipe, network, ema, accelerator
-        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no state
-        self.group = process_group(accelerator)
-
-    def save(self, run: Path, step: int, rest: dict[str, Any], limit: int) -> Path:
-        """Write a checkpoint, on every process, and return its folder; `rest` adds plain values to the state.
-
-        Raises WriteError as `save`, and UserError as `AdapterFiles.check_saved`, which keeps the checkpoint.
-        """
-        sharded_state.reshard(self.network)  # validation may have left gathered parameters
-        adapter = self.recipe.adapter
-        models = self._models(step)
-        tensors = sharded_state.optimizer_tensors(self.optimizer, self.network)
-        is_sharded = sharded_state.is_sharded(self.network) and adapter is None
-        if adapter:
-            tensors = sharded_state.gather(tensors, keep=self.group.is_main)
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        state = {**rest, SCALER: scaler, OPTIMIZER: None if is_sharded else tensors}
-        if adapter and EMA in models:
-            state[TRAINED] = models.pop(MODEL).model
-        model = next(iter(models.values())).model if models else {}
-
-        def write_shards(folder: Path) -> list[Path]:
-            return sharded_state.save_sharded({OPTIMIZER: tensors}, folder, gloo_group(self.accelerator))
-
-        folder = save(
-            run,
-            step,
-            models,
-            state,
-            limit,
-            group=self.group,
-            shards=write_shards if is_sharded else None,
-            export=(lambda path: adapter.export(model, path)) if adapter else None,
-        )
-        if adapter:
-            message = self.group.run_on_main(lambda: adapter.check_saved(model, folder))
-            if message:
-                logger.info(message)
-        return folder
-
-    def non_finite(self) -> list[str]:
-        """Return, on every process, names of weights, averages and optimizer state that are not finite on any."""
-        sharded_state.reshard(self.network)
-        averages = self.ema.state_dict() if self.ema else {}
-        tensors = {
-            **self._weights(),
-            **{f"{name} (average)": x for name, x in averages.items()},
-            **sharded_state.optimizer_tensors(self.optimizer, self.network),
-        }
-        own = non_finite({name: sharded_state.piece_of(x) for name, x in tensors.items()})
-        return list(dict.fromkeys(name for part in self.group.all_gather_object(own) for name in part))
-
-    def _weights(self) -> dict[str, Tensor]:
-        tensors = self.network.state_dict()
-        if self.recipe.adapter:
-            tensors = {name: tensors[name] for name in sharded_state.parameter_names(self.network).values()}
-        return tensors
-
-    def _models(self, step: int) -> dict[str, Checkpoint]:
-        """Return the checkpoints that generation reads; empty on processes other than the main one."""
-        keep = self.group.is_main
-        trained = sharded_state.gather(self._weights(), keep)
-        averaged = sharded_state.gather(self.ema.state_dict(), keep) if self.ema else {}
-        if not keep:
-            return {}
-        models = {MODEL: self.recipe.checkpoint(trained, step)}
-        if averaged:
-            models[EMA] = self.recipe.checkpoint({**trained, **averaged}, step)
-        return models
-
-    def restore(self, resume: Resume, optimizer: bool = True) -> None:
-        """Restore the averages, the gradient scaler and, if `optimizer`, its state; the weights are already loaded.
-
-        Raises CheckpointError if the state is damaged, not finite, or of another network.
-        """
-        if optimizer:
-            sharded_state.load_optimizer_tensors(self.optimizer, self.network, self._optimizer_tensors(resume))
-        resume.state[OPTIMIZER] = None  # frees twice the size of the weights
-        if self.accelerator.scaler and resume.state[SCALER]:
-            self.accelerator.scaler.load_state_dict(resume.state[SCALER])
-        averages = resume.averages()
-        if self.ema and averages:
-            self.ema.load(averages.model)
-        if names := self.non_finite():
-            raise CheckpointError(f"{resume.folder} has values that are not finite: {few(names)}. {EARLIER}")
-
-    def _optimizer_tensors(self, resume: Resume) -> dict[str, Tensor]:
-        if resume.shards is None:
-            tensors: dict[str, Tensor] = resume.state[OPTIMIZER]
-            return tensors
-        parameters = {name: p for p, name in sharded_state.parameter_names(self.network).items()}
-
-        def target(group: str, name: str, shape: torch.Size) -> Tensor:
-            return sharded_state.empty_like(parameters.get(name.rpartition("/")[0]), shape)
-
-        return sharded_state.load_sharded(resume.shards, target, gloo_group(self.accelerator)).get(OPTIMIZER, {})

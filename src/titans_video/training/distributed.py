@@ -47,8 +47,10 @@ PEER_ENDED = (
     "process. To resume from the last checkpoint, pass --resume auto."
 )
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_GLOO_GROUPS: dict[Any, dist.ProcessGroup] = {}
-"""The gloo group of the current world. A key that is not the current world is stale."""
+MAIN, BACKGROUND = "main", "background"
+"""The threads of a process that send messages; each has a group of its own."""
+_GLOO_GROUPS: dict[tuple[Any, str], dist.ProcessGroup] = {}
+"""The gloo groups of the current world, by thread. A key of another world is stale."""
 
 
 def world_size() -> int:
@@ -282,23 +284,23 @@ def explain_peer_loss() -> Iterator[None]:
 class _AcceleratorGroup(ProcessGroup):
     """The processes of a launcher."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, thread: str) -> None:
+        self.accelerator, self.thread = accelerator, thread
         self.is_main = accelerator.is_main_process
 
     def run_on_main(self, function: Callable[[], T]) -> T:
-        return run_on_main(self.accelerator, function)
+        return run_on_main(self.accelerator, function, self.thread)
 
     def all_gather_object(self, value: T) -> list[T]:
-        return all_gather_object(self.accelerator, value)
+        return all_gather_object(self.accelerator, value, self.thread)
 
 
-def process_group(accelerator: Accelerator) -> ProcessGroup:
-    """Return the processes of a run for code that does not know Accelerate, such as `data/`."""
-    return _AcceleratorGroup(accelerator)
+def process_group(accelerator: Accelerator, thread: str = MAIN) -> ProcessGroup:
+    """Return the processes of a run for code that does not know Accelerate, such as `data/`; for one of the threads."""
+    return _AcceleratorGroup(accelerator, thread)
 
 
-def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+def run_on_main(accelerator: Accelerator, function: Callable[[], T], thread: str = MAIN) -> T:
     """Run a function on the main process and return its result on every process, however long it takes.
 
     A UserError is raised on every process. Only the main process reports it.
@@ -312,9 +314,9 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
         except UserError as e:
             message = [(None, e)]
         except Exception:  # the other processes must not wait for ever
-            dist.broadcast_object_list([(None, PeerError(PEER_ENDED))], src=0, group=gloo_group(accelerator))
+            dist.broadcast_object_list([(None, PeerError(PEER_ENDED))], src=0, group=gloo_group(accelerator, thread))
             raise
-    dist.broadcast_object_list(message, src=0, group=gloo_group(accelerator))
+    dist.broadcast_object_list(message, src=0, group=gloo_group(accelerator, thread))
     result, error = message[0]
     if error is not None:
         error.is_reported = not accelerator.is_main_process
@@ -348,24 +350,28 @@ def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter],
     return found
 
 
-def all_gather_object(accelerator: Accelerator, value: T) -> list[T]:
+def all_gather_object(accelerator: Accelerator, value: T, thread: str = MAIN) -> list[T]:
     """Return the values of all processes, by rank, on every process, however long it takes."""
     if accelerator.num_processes == 1:
         return [value]
     values: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(values, value, group=gloo_group(accelerator))
+    dist.all_gather_object(values, value, group=gloo_group(accelerator, thread))
     return values
 
 
-def gloo_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """Return a gloo group of all processes with the timeout `TIMEOUT`, or None for a single process."""
+def gloo_group(accelerator: Accelerator, thread: str = MAIN) -> dist.ProcessGroup | None:
+    """Return a gloo group of all processes with the timeout `TIMEOUT`, or None for a single process.
+
+    Messages of two threads would mix in one group. All processes first ask for a group in the same order.
+    """
     if accelerator.num_processes == 1:
         return None
-    world = dist.group.WORLD
-    if world not in _GLOO_GROUPS:
-        _GLOO_GROUPS.clear()
-        _GLOO_GROUPS[world] = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return _GLOO_GROUPS[world]
+    key = dist.group.WORLD, thread
+    if key not in _GLOO_GROUPS:
+        for stale in [k for k in _GLOO_GROUPS if k[0] is not key[0]]:
+            del _GLOO_GROUPS[stale]
+        _GLOO_GROUPS[key] = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return _GLOO_GROUPS[key]
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -146,13 +146,16 @@ class Guard:
         self.seen += 1
         return spike
 
-    def check(self, event: Event, max_bad_steps: int, run: Path, checkpoint: Path | None) -> None:
-        """Raise DivergedError if `event` is the last of `max_bad_steps` skipped steps in a row."""
+    def check(self, event: Event, max_bad_steps: int, run: Path, checkpoint: Callable[[], Path | None]) -> None:
+        """Raise DivergedError if `event` is the last of `max_bad_steps` skipped steps in a row.
+
+        `checkpoint` returns the last good one.
+        """
         if self.bad_in_a_row < max_bad_steps:
             return
         raise DivergedError(
             f"{event} This was the last of {max_bad_steps} such steps in a row (--max-bad-steps {max_bad_steps}). All "
-            f"of them are in {run / EVENTS}. They did not change the weights and were not saved. {advice(checkpoint)}"
+            f"of them are in {run / EVENTS}. They did not change the weights and were not saved. {advice(checkpoint())}"
         )
 
     def state_dict(self) -> dict[str, Any]:

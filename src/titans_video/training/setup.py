@@ -41,7 +41,7 @@ FREE = frozenset(
         *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
         *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
         # options that do not affect the result
-        *("max_steps", "save_every", "save_limit", "log_every", "resume", "init_from"),
+        *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),
         # compared through the global batch

@@ -1,13 +1,15 @@
-"""The tensors of a run by name: optimizer state, weights and averages, gathered or sharded.
+"""The tensors of a run by name: optimizer state, weights and averages, gathered, sharded, or copied to main memory.
 
 Optimizers number their parameters. A saved state uses the parameters' names, so that a run with another sharding can
 read it. Sharded tensors are torch's DTensors: each process has a piece. `torch.distributed.checkpoint` (DCP) writes
 the pieces in parallel and reads them back for any sharding.
 """
 
+import contextlib
 import pickle
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from titans_video.errors import CheckpointError, WriteError
 from titans_video.files import as_write_error
 
 Named = dict[str, Tensor]
+COPY_AHEAD = 10_000_000  # bytes that are copied from a GPU while others are written
 
 
 def parameter_names(network: nn.Module) -> dict[nn.Parameter, str]:
@@ -89,24 +92,113 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     return value.to(parameter.device, copy=True)
 
 
-def gather(tensors: Named, keep: bool) -> Named:
-    """Gather full tensors on the CPU from pieces, on every process; without `keep` return an empty dict."""
+def gather(tensors: Named, keep: bool, copy: Callable[[str, Tensor], Tensor] | None = None) -> Named:
+    """Gather full tensors on the CPU from pieces, on every process; without `keep` return an empty dict.
+
+    `copy` gives a copy of a named full tensor. Without it, tensors that are on the CPU and not sharded are not copied.
+    """
     gathered: Named = {}
     for name, value in tensors.items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            gathered[name] = full.detach().to("cpu", copy=True) if isinstance(value, DTensor) else full.detach().cpu()
+        full = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        if keep and copy:
+            gathered[name] = copy(name, full)
+        elif keep:
+            gathered[name] = full.to("cpu", copy=True) if isinstance(value, DTensor) else full.cpu()
     return gathered
+
+
+class HostCopies:
+    """Copies of tensors in main memory, by kind and name; pinned for a GPU. The next copies overwrite them.
+
+    They are kept between saves: pinning takes much longer than copying. For pinned memory torch rounds the size of each
+    tensor up to a power of two.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._device: torch.device | None = None  # that has to finish copying
+
+    def copy(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy, sharded like the tensor, that is complete after `finish`."""
+        tensor = tensor.detach()
+        piece = piece_of(tensor)
+        if type(piece) is not Tensor:  # such as a quantised optimizer state: only the tensor knows its parts
+            return tensor.to("cpu", copy=True)
+        kept = self._kept.get((kind, name))
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self._kept[kind, name] = _host_memory(tensor, pinned=piece.is_cuda)
+        piece_of(kept).copy_(piece, non_blocking=piece.is_cuda)
+        if piece.is_cuda:
+            self._device = piece.device
+        return kept
+
+    def finish(self) -> None:
+        """Wait until all copies are complete."""
+        if self._device is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def bytes_missing(self, kind: str, tensors: Named, *, whole: bool) -> int:
+        """Return how much memory `copy` would allocate for tensors by name; `whole` counts all pieces of each."""
+        parts = [x if whole else piece_of(x) for name, x in tensors.items() if (kind, name) not in self._kept]
+        sizes = [x.numel() * x.element_size() for x in parts]
+        pinned = any(x.device.type == "cuda" for x in parts)
+        return sum(1 << (size - 1).bit_length() for size in sizes if size) if pinned else sum(sizes)
+
+
+def _host_memory(tensor: Tensor, pinned: bool) -> Tensor:
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    except RuntimeError:  # the system pins no more; copies are then slower
+        return torch.empty_like(tensor, device="cpu")
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes of main memory that this process may still use, or None if the system does not tell."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, TypeError):
+        found.append(1024 * _number(root / "proc/meminfo", r"MemAvailable:\s+(\d+) kB"))
+    for folder, limit, used in _memory_groups(root):
+        with contextlib.suppress(OSError, TypeError):  # there is no such group, or it has no limit
+            cached = _number(folder / "memory.stat", r"(?m)^inactive_file (\d+)$")
+            found.append(_number(folder / limit, r"(\d+)") - _number(folder / used, r"(\d+)") + cached)
+    return min(found, default=None)
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield the folders of the control groups around this process, with the names of the files of limit and use."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        place = base / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if folder.is_relative_to(base):
+                yield folder, *names
+
+
+def _number(path: Path, pattern: str) -> int:
+    """Return the number that a pattern finds in a file; raise TypeError if it finds none."""
+    match = re.search(pattern, path.read_text())
+    return int(match[1])  # type: ignore[index]
 
 
 def save_sharded(groups: dict[str, Named], folder: Path, group: "dist.ProcessGroup | None") -> list[Path]:
     """Write tensors by group and name; on every process, which writes its pieces and returns its files.
 
-    The main process also writes the list of pieces, which is not returned. Raises WriteError on all if one fails.
+    The main process also writes the list of pieces, which is not returned. A thread may call this with a `group` of its
+    own: no device is used if all pieces are in main memory. Raises WriteError on all processes if one fails.
     """
+    on_cpu = all(piece_of(tensor).is_cpu for tensors in groups.values() for tensor in tensors.values())
+    # One file for each process, fsynced by the writer. Copying ahead would use and synchronise a device in any case.
+    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0 if on_cpu else COPY_AHEAD)
     try:
-        # One file for each process, fsynced by the writer.
-        dcp.save(dict(groups), storage_writer=FileSystemWriter(folder, thread_count=1), process_group=group)
+        dcp.save(dict(groups), storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as e:
         errors = [error for error, _ in e.failures.values()]
         failures = {str(as_write_error(error, folder)) for error in errors if as_write_error(error, folder)}

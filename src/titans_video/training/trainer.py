@@ -24,10 +24,10 @@ from torch import Tensor
 
 from titans_video.config.options import TrainOptions
 from titans_video.data.clip_plan import NOT_FINITE
-from titans_video.errors import CheckpointError, DataError, PeerError, few
+from titans_video.errors import DataError, PeerError, few
 from titans_video.seeding import derive_seed
 from titans_video.training import distributed
-from titans_video.training.checkpointing import Checkpointer, Resume, load_weights
+from titans_video.training.checkpointing import Resume, load_weights
 from titans_video.training.flops import device_peak
 from titans_video.training.guards import (
     EXPLODED,
@@ -54,6 +54,7 @@ from titans_video.training.parallelism import data_group
 from titans_video.training.recipe import Recipe, Stream, generate_command
 from titans_video.training.resume import release_folder
 from titans_video.training.run_folder import checkpoint_step, is_in, list_files, weights_of
+from titans_video.training.run_state import Checkpointer
 from titans_video.training.sharded_state import reshard
 from titans_video.training.tracking import Tracker
 from titans_video.training.validation import Monitoring
@@ -107,7 +108,6 @@ class Trainer:
         precision = accelerator.mixed_precision
         self.peak = device_peak(accelerator.device, precision) if accelerator.is_main_process else None
         self.step = 0
-        self.last_checkpoint: Path | None = None
         self.probe: tuple[Batch, Tensor] | None = None  # rows of the last good step, and their loss in it
         self.started: StartedStep | None = None  # not finished yet
         self.result: StepResult | None = None  # of the last finished step
@@ -122,9 +122,15 @@ class Trainer:
         self.network = network  # the unwrapped network, which `prepare` may change in place
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.ema = Ema(self.network, options.ema_decay) if options.ema_decay else None
-        self.checkpointer = Checkpointer(recipe, self.network, self.optimizer, self.ema, accelerator)
+        self.checkpointer = Checkpointer(recipe, self.network, self.optimizer, self.ema, accelerator, options)
         if resume:
             self._restore(resume)
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint, also one from which the run resumed. Waits for one that is being written."""
+        self.checkpointer.wait()
+        return self.checkpointer.newest
 
     def run(self) -> TrainResult:
         """Train, save checkpoints, and report how the run ended.
@@ -139,6 +145,7 @@ class Trainer:
             with distributed.explain_peer_loss():
                 return self._run()
         finally:
+            self.checkpointer.close()
             release_folder(self.run_folder)
 
     def _run(self) -> TrainResult:
@@ -166,6 +173,7 @@ class Trainer:
                 self._finish_step(recorder)  # the step before
                 self.started = started
                 self.step += 1
+                self.checkpointer.poll()
                 if self.accelerator.num_processes == 1:  # several agree on a signal when they count the next batch
                     received = received or interrupt.signal
                 received = received or self._validate(interrupt, recorder)
@@ -308,7 +316,7 @@ class Trainer:
         if bad:
             self._leave_out(bad, step.number)
         elif not spike:
-            guard.check(event, self.options.max_bad_steps, self.run_folder, self.last_checkpoint)
+            guard.check(event, self.options.max_bad_steps, self.run_folder, lambda: self.last_checkpoint)
 
     def _leave_out(self, rows: Sequence[str], step: int) -> None:
         """Leave out rows that step number `step` found. Whenever it is read, the next step still has them."""
@@ -350,12 +358,13 @@ class Trainer:
         return Recorder(self.run_folder, self.options, self.step, self.group.count, peak, tracker)
 
     def _save(self, recorder: Recorder | None, last: bool, fatal: bool) -> None:
-        """Write a checkpoint on every process, unless the weights may be damaged.
+        """Save a checkpoint on every process, unless the weights may be damaged; the `last` one before it returns.
 
         The main process's `recorder` first writes its lines. Raises CheckpointError if a `fatal` checkpoint, which no
         later one can replace, could not be written, and DivergedError as `_is_damaged`.
         """
         self._finish_step(recorder)
+        began = time.perf_counter()
         if self._is_damaged(fatal):
             return
         rest = {
@@ -366,19 +375,8 @@ class Trainer:
         }
         if recorder:
             recorder.sync()
-        try:
-            limit = self.options.save_limit
-            self.last_checkpoint = self.checkpointer.save(self.run_folder, self.step, rest, limit)
-        except OSError as e:
-            older = f"The last checkpoint is {self.last_checkpoint}." if self.last_checkpoint else "There is none yet."
-            text = f"THE CHECKPOINT OF STEP {self.step} COULD NOT BE WRITTEN: {e} {older}"
-            if fatal:
-                raise CheckpointError(f"{text} To continue from it, pass --resume auto.") from None
-            if recorder:
-                retry = f"Training continues; the next attempt is in {self.options.save_every} steps."
-                logger.warning(f"\n*** {text} {retry} ***\n")
-            return
-        if recorder:
+        saved = self.checkpointer.save(self.step, rest, began, last=last, fatal=fatal)
+        if recorder and saved:
             recorder.draw_curve(always=last)
 
     def _is_damaged(self, fatal: bool) -> bool:
@@ -414,7 +412,7 @@ class Trainer:
         return all(distributed.all_gather_object(self.accelerator, good))
 
     def _restore(self, resume: Resume) -> None:
-        self.step, self.last_checkpoint = resume.step, resume.folder
+        self.step = resume.step
         optimizer = resume.state.get("settings", {}).get("--optimizer", self.options.optimizer)
         if optimizer != self.options.optimizer:
             logger.info(
