@@ -246,7 +246,7 @@ def test_folders_without_a_known_vae_say_so(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match=r"neither vae/config\.json nor config\.json"):
         DiffusersCodec.load(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
-    with pytest.raises(CodecError, match="AutoencoderDC; the supported VAEs are"):
+    with pytest.raises(CodecError, match="AutoencoderDC'; the supported VAEs are"):
         DiffusersCodec.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CodecError, match="cannot be read"):
