@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.svd_parts import svd_model
 from tests.unit.test_models_titans_dit import network as titans
 from tests.unit.training_fakes import Toy
+from titans_video.config import rules
 from titans_video.config.options import TrainOptions
+from titans_video.errors import ConfigError
 from titans_video.models import lora
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.processes import STOP_SIGNALS
@@ -34,6 +37,7 @@ from titans_video.training.optim import (
     BatchedMuon,
     Ema,
     MuonWithAdamW,
+    adamw_8bit,
     build_optimizer,
     decayed_weights,
     hidden_matrices,
@@ -42,6 +46,7 @@ from titans_video.training.optim import (
     set_learning_rates,
     skips_on_device,
 )
+from titans_video.training.sharded_state import load_optimizer_tensors, optimizer_tensors
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:
@@ -212,6 +217,73 @@ def test_the_rest_of_muon_is_adamw() -> None:
     for name in ("first.weight", "last.bias", "blocks.0.bias"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
     assert not torch.allclose(ours.blocks[0].weight, theirs.blocks[0].weight)
+
+
+class Wide(nn.Module):
+    """One weight that torchao stores in 8 bits, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Linear(128, 64, bias=False), nn.Linear(8, 8, bias=False)
+
+
+def test_adamw_with_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It follows AdamW, continues from a saved state to the bit, and has a state of the parameters' shapes."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao compiles its step
+    torch.manual_seed(0)
+    first = Wide()
+    second, exact = copy.deepcopy(first), copy.deepcopy(first)
+    options = TrainOptions(optimizer="adamw8bit", lr=1e-3, weight_decay=0.1)
+    a, reference = build_optimizer(first, options), build_optimizer(exact, replace(options, optimizer="adamw"))
+    for step in range(4):
+        for network, optimizer in ((first, a), (exact, reference)):
+            set_learning_rates(optimizer, 1 / (step + 1))
+            fill_gradients(network, step)
+            optimizer.step()
+    torch.testing.assert_close(first.small.weight, exact.small.weight, rtol=1e-5, atol=1e-7)
+    assert (first.large.weight - exact.large.weight).abs().max() < 0.1 * 2e-3
+    assert a.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+    saved = {name: x.clone() for name, x in optimizer_tensors(a, first).items()}
+    assert {type(x) for x in saved.values()} == {torch.Tensor}
+    assert {name for name, x in saved.items() if x.dtype == torch.uint8} == {
+        f"large.weight/{moment}.codes" for moment in ("exp_avg", "exp_avg_sq")
+    }
+    assert {x.shape for name, x in saved.items() if name.startswith("large")} == {first.large.weight.shape, ()}
+    second.load_state_dict(first.state_dict())
+    b = build_optimizer(second, options)
+    load_optimizer_tensors(b, second, saved)
+    for network, optimizer in ((first, a), (second, b)):
+        fill_gradients(network, 9)
+        set_learning_rates(optimizer, 0.5)
+        optimizer.step()
+    assert torch.equal(first.large.weight, second.large.weight)
+    assert torch.equal(first.small.weight, second.small.weight)
+
+
+def test_moments_of_8_bits_are_read_for_another_sharding() -> None:
+    """The blocks of another process's piece begin elsewhere, or the piece is too small for 8 bits."""
+    create_dynamic_map = pytest.importorskip("torchao.optim.quant_utils").create_dynamic_map
+    network = Wide()
+    optimizer: Any = adamw_8bit([{"params": list(network.parameters()), "lr": 1.0, "base_lr": 1.0}], (0.9, 0.999))
+    codes = torch.randint(0, 256, (65, 128), dtype=torch.uint8)
+    scale = torch.rand(65 * 128 // 256 + 1).repeat_interleave(256)[: 65 * 128].view(65, 128)
+    table = torch.tensor(create_dynamic_map(signed=True))
+    for rows, dtype in ((slice(1, 65), torch.uint8), (slice(0, 8), torch.float32)):
+        parameter = nn.Parameter(torch.zeros(rows.stop - rows.start, 128))
+        entries = {f"{key}.codes": codes[rows] for key in ("exp_avg", "exp_avg_sq")}
+        entries |= {f"{key}.scale": scale[rows] for key in ("exp_avg", "exp_avg_sq")}
+        found = optimizer.unpack(parameter, entries)["exp_avg"]
+        assert getattr(found, "codes", found).dtype == dtype
+        values = found.dequantize() if dtype == torch.uint8 else found
+        expected = table[codes[rows].int()] * scale[rows]
+        assert (values - expected).abs().max() < 0.02
+
+
+def test_the_package_of_an_optimizer_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--optimizer adamw8bit: torchao is not installed; run `pip install"):
+        rules.check_run(TrainOptions(optimizer="adamw8bit"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -227,8 +227,9 @@ class TrainOptions:
     a GPU with bf16, else no."""
     tf32: bool = True
     """Round the inputs of float32 products to TF32 on a GPU. This is faster."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for weight matrices and AdamW for all other weights."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit: AdamW with moments of 8 bits, by torchao (untested on a GPU); muon: Muon for weight matrices and AdamW
+    for all other weights."""
     lr: Annotated[float, Range(above=0)] = 1e-4
     """Learning rate of AdamW."""
     muon_lr: Annotated[float, Range(above=0)] = 0.02

@@ -81,13 +81,15 @@ def check_clips(data: DataOptions) -> None:
 
 
 def check_run(train: TrainOptions) -> None:
-    """Require a folder, a way to resume, and a learning rate that does not rise to its minimum."""
+    """Require a folder, a way to resume, the optimizer's package, and a learning rate that does not rise."""
     if not train.output_dir:
         raise ConfigError("--output-dir is empty; give a folder, e.g. --output-dir outputs.")
     if not train.resume:
         raise ConfigError("--resume is empty; give auto, none, or the path of a checkpoint.")
     if train.init_from is not None:
         check_init_from(train.init_from, train.resume)
+    if train.optimizer == "adamw8bit":
+        _require("--optimizer adamw8bit", "torchao")
     if train.min_lr > train.lr:
         raise ConfigError(f"--min-lr {train.min_lr:g}: it must be at least 0 and at most --lr {train.lr:g}.")
 
@@ -143,11 +145,15 @@ def check_validation_runs(validation: ValidationOptions) -> None:
 
 def check_tracker(validation: ValidationOptions) -> None:
     """Require the package of `--log-with`."""
-    name = validation.log_with
-    if name != "none" and not _is_installed(name):
+    if validation.log_with != "none":
+        _require(f"--log-with {validation.log_with}", validation.log_with)
+
+
+def _require(flag: str, package: str) -> None:
+    if not _is_installed(package):
         raise ConfigError(
-            f"--log-with {name}: not installed; run `pip install {name}` (or, in the repository, "
-            f"`pip install -e .[{name}]`)."
+            f"{flag}: {package} is not installed; run `pip install {package}` (or, in the repository, "
+            f"`pip install -e .[{package}]`)."
         )
 
 

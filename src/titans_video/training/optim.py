@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Muon, Optimizer
 
 from titans_video.config.options import TrainOptions
-from titans_video.training.sharded_state import piece_of, placed_like, reshard
+from titans_video.training.sharded_state import piece_of, placed_like, reshard, spread_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, torch's default
 BATCH_VALUES = 2**27  # most values that are orthogonalised at once: 256 MiB in bfloat16, several times
@@ -41,7 +41,7 @@ def decayed_weights(network: nn.Module) -> set[nn.Parameter]:
 
 
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
-    """Build AdamW, or Muon for the hidden matrices and AdamW for the rest."""
+    """Build AdamW, with its moments in float32 or 8 bits, or Muon for the hidden matrices and AdamW for the rest."""
     matrices = hidden_matrices(network) if options.optimizer == "muon" else []
     in_muon = set(matrices)
     decayed = decayed_weights(network)
@@ -51,6 +51,8 @@ def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
         _group([p for p in rest if p not in decayed], options.lr, 0.0),
     ]
     adamw = [g for g in adamw if g["params"]]
+    if options.optimizer == "adamw8bit":
+        return adamw_8bit(adamw, options.betas)
     if not matrices:
         return AdamW(adamw, betas=options.betas, fused=True)
     return MuonWithAdamW([_group(matrices, options.muon_lr, options.weight_decay)], adamw, options.betas)
@@ -68,6 +70,64 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     if isinstance(optimizer, MuonWithAdamW):
         return True
     return isinstance(optimizer, AdamW) and all(group["fused"] for group in optimizer.param_groups)
+
+
+def adamw_8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
+    """Build torchao's AdamW with moments of 8 bits (Dettmers et al. 2022), behind torch's interface."""
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    class EightBitAdamW(AdamW8bit):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(groups, betas=betas)
+            self.rates = [group["lr"] for group in self.param_groups]  # torchao's tensors; elsewhere they are numbers
+            for group in self.param_groups:
+                group["lr"] = group["base_lr"]
+
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            numbers = [group["lr"] for group in self.param_groups]
+            for group, rate, number in zip(self.param_groups, self.rates, numbers, strict=True):
+                group["lr"] = rate.fill_(number)
+            try:
+                super().step(closure)
+            finally:
+                for group, number in zip(self.param_groups, numbers, strict=True):
+                    group["lr"] = number
+
+        def pack(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Return a parameter's state as plain tensors: codes, and for each value the scale of its block."""
+            packed: dict[str, Tensor] = {}
+            for key, value in entries.items():
+                piece: Any = piece_of(value)
+                if not isinstance(piece, OptimState8bit):
+                    packed[key] = value
+                    continue
+                scale = piece.scale.repeat_interleave(piece.block_size).view(piece.shape)
+                packed |= {f"{key}.codes": spread_like(piece.codes, value), f"{key}.scale": spread_like(scale, value)}
+            return packed
+
+        @torch.no_grad()
+        def unpack(self, parameter: Tensor, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Invert `pack`. Where another sharding moved the limits of the blocks, values are rounded again."""
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                codes, scale = (entries.pop(f"{key}.{part}", None) for part in ("codes", "scale"))
+                stored = self._new_buffer(parameter, signed)
+                piece: Any = piece_of(stored)
+                if codes is None or scale is None:
+                    piece.copy_(piece_of(entries[key]))
+                else:
+                    codes, scale = piece_of(codes), piece_of(scale)
+                    blocks = scale.view(-1, self.block_size) if isinstance(piece, OptimState8bit) else None
+                    if blocks is not None and bool((blocks == blocks[:, :1]).all()):
+                        piece.codes.copy_(codes)
+                        piece.scale.copy_(blocks[:, 0])
+                    else:
+                        table = OptimState8bit.zeros((1,), signed, 1, codes.device).qmap
+                        piece.copy_(table[codes.int()] * scale)
+                entries[key] = stored
+            return entries
+
+    return EightBitAdamW()
 
 
 class MuonWithAdamW(Optimizer):

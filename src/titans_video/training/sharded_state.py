@@ -47,11 +47,15 @@ def reshard(network: nn.Module) -> None:
 
 
 def optimizer_tensors(optimizer: Optimizer, network: nn.Module) -> Named:
-    """Return the optimizer state by `<parameter>/<entry>`; the tensors themselves, not copies."""
+    """Return the optimizer state by `<parameter>/<entry>`; the tensors themselves, not copies.
+
+    An optimizer whose entries are no plain tensors of the parameter's shape makes them with its method `pack`.
+    """
+    pack = getattr(optimizer, "pack", dict)
     return {
         f"{name}/{key}": value
         for parameter, name in parameter_names(network).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in pack(optimizer.state.get(parameter, {})).items()
     }
 
 
@@ -61,6 +65,7 @@ def load_optimizer_tensors(optimizer: Optimizer, network: nn.Module, saved: Name
     Raises CheckpointError if the network has no parameter of this name.
     """
     parameters = {name: p for p, name in parameter_names(network).items()}
+    found: dict[str, Named] = {}
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
@@ -70,12 +75,22 @@ def load_optimizer_tensors(optimizer: Optimizer, network: nn.Module, saved: Name
                 f"The optimizer state is of another network: {full_name} has the shape {tuple(value.shape)} there and "
                 f"{tuple(parameters[name].shape)} here."
             )
-        optimizer.state[parameters[name]][key] = placed_like(value, parameters[name])
+        found.setdefault(name, {})[key] = placed_like(value, parameters[name])
+    unpack = getattr(optimizer, "unpack", lambda parameter, entries: entries)
+    for name, entries in found.items():
+        optimizer.state[parameters[name]].update(unpack(parameters[name], entries))
 
 
 def piece_of(tensor: Tensor) -> Tensor:
     """Return this process's piece of a sharded tensor, which shares its memory, or a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(piece: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor of which every process has a piece, sharded like `like`; a plain tensor is not changed."""
+    if not isinstance(like, DTensor):
+        return piece
+    return DTensor.from_local(piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -336,7 +336,8 @@ class Trainer:
         with explain_out_of_memory(batch, self.network, self.accelerator.device):
             # Reserve the memory of the optimizer state, which does not exist yet: two numbers for each weight.
             new = self.accelerator.device.type != "cpu" and not self.checkpointer.optimizer.state
-            reserved = [torch.empty_like(p) for p in self.parameters for _ in range(2)] if new else []
+            kind = torch.uint8 if self.options.optimizer == "adamw8bit" else None
+            reserved = [torch.empty_like(p, dtype=kind) for p in self.parameters for _ in range(2)] if new else []
             self.accelerator.backward(self.recipe.loss(self.model, self.feeder.one(batch)).sum())
             self.optimizer.zero_grad(set_to_none=True)
             del reserved
