@@ -87,6 +87,30 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
     return made
 
 
+def test_linear_layers_of_8_bits_change_the_loss_a_little_and_no_name() -> None:
+    pytest.importorskip("torchao")
+    run = options()
+    run = replace(run, model=replace(run.model, model_dim=32))
+    plain, fp8 = (recipe_of(replace(run, model=replace(run.model, fp8_linear=on))) for on in (False, True))
+    kinds = {name: type(m).__name__ for name, m in fp8.network.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name for name, kind in kinds.items() if kind == "Float8Linear"} == {
+        name for name in kinds if name.startswith("blocks.")
+    }
+    assert fp8.network.state_dict().keys() == plain.network.state_dict().keys()
+    batch = batch_of([0, 1])
+    losses = []
+    for recipe in (plain, fp8):
+        loss = recipe.loss(recipe.network, batch).sum()
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]
+    for name, p in plain.network.named_parameters():
+        assert p.grad is not None
+        difference = (fp8.network.get_parameter(name).grad - p.grad).norm()
+        assert difference < 0.3 * p.grad.norm() + 1e-6, name
+
+
 def elements(recipe: DiffusionRecipe[Any], batch: Batch) -> int:
     return int(recipe.row_elements(batch).sum())
 

@@ -165,6 +165,9 @@ class ModelOptions:
     """Add fixed sinusoidal embeddings of each token's position in the frame, besides the rotary embeddings."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This saves memory and is about a third slower."""
+    fp8_linear: bool = False
+    """Multiply in 8 bits in the linear layers of the blocks, by torchao. Use it with --mixed-precision bf16 and
+    --compile. Untested on a GPU."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
     more, without --deterministic. Just --compile means on, and --no-compile means off."""

@@ -29,6 +29,8 @@ def check_training(options: SoraOptions | CogVideoXLoraOptions) -> None:
     """
     check_clips(options.data)
     check_run(options.train)
+    if isinstance(options, SoraOptions) and options.model.fp8_linear:
+        _require("--fp8-linear", "torchao")
     check_guidance_interval(options.generation_defaults)
     check_held_out(options.validation)
     check_validation_prompts(options.validation)

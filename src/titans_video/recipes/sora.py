@@ -17,6 +17,7 @@ from titans_video.data.held_out import open_validation
 from titans_video.device import format_choices, read_facts
 from titans_video.diffusion.base import NoisySample, Prepared, PreparedT, SamplingProcess
 from titans_video.diffusion.rectified_flow import RectifiedFlow
+from titans_video.errors import ConfigError
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
@@ -45,6 +46,8 @@ from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition
 
 logger = logging.getLogger(__name__)
+
+FP8_CAPABILITY = 8, 9
 
 
 class SoraRecipe(DiffusionRecipe[Prepared]):
@@ -171,10 +174,30 @@ def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
     network = build_network(config)
     if options.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if options.model.fp8_linear:
+        use_fp8(network.blocks)
     if options.model.compile == "on":
         network.compile_repeated_blocks()
     made: nn.Module = network
     return made
+
+
+def use_fp8(blocks: nn.Module) -> None:
+    """Let torchao multiply in 8 bits in the linear layers of blocks, with a scale for each tensor.
+
+    The weights remain in float32. Raises ConfigError if the GPU cannot.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        raise ConfigError(
+            "--fp8-linear: this GPU does not multiply in 8 bits; it needs compute capability 8.9 or more."
+        )
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        return isinstance(layer, nn.Linear) and layer.in_features % 16 == 0 and layer.out_features % 16 == 0
+
+    convert_to_float8_training(blocks, config=Float8LinearConfig(pad_inner_dim=True), module_filter_fn=fits)
 
 
 def video_sampler(
