@@ -106,10 +106,9 @@ def _has_compiler() -> bool:
 
 
 def use_tf32(wanted: bool) -> None:
-    """Set whether a GPU rounds the inputs of float32 products to TF32; convolutions do it by torch's default."""
+    """Set whether a GPU rounds the inputs of float32 products and convolutions to TF32."""
     torch.set_float32_matmul_precision("high" if wanted else "highest")
-    if not wanted:
-        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = wanted
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from titans_video.device import (
     format_choices,
     read_facts,
     usable_cores,
+    use_tf32,
 )
 from titans_video.generation import model as generation
 from titans_video.training import distributed
@@ -81,6 +82,17 @@ def test_a_cpu_is_described_without_looking_for_a_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     facts = read_facts(torch.device("cpu"))
     assert facts == DeviceFacts("cpu", "CPU", cores=usable_cores(), local_ranks=2)
+
+
+def test_tf32_is_set_for_products_and_convolutions() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for wanted, precision in ((False, "highest"), (True, "high")):
+            use_tf32(wanted)
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, wanted)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_each_choice_has_its_flag() -> None:
