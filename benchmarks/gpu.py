@@ -53,7 +53,7 @@ SECTIONS = (
     Section("attention", "Attention by backend", "common.gpu_hardware:attention", 15, 45),
     Section("step-1b", "Training step, 1B", "common.gpu_models:step_1b", 70, 130),
     Section("kernels", "Kernels of each attention", "common.gpu_models:kernels", 15, 40),
-    Section("trainer", "Steps of the real trainer, 1B st", "common.gpu_trainer:steps", 45, 90),
+    Section("trainer", "Steps of the real trainer, 1B st", "common.gpu_trainer:steps", 55, 110),
     Section("correct", "Correctness", "common.gpu_trainer:agreement", 35, 80),
     Section("resume", "Bitwise resume", "common.gpu_trainer:resume", 15, 45),
     Section("generate", "Generation, 1B st", "common.gpu_models:generation", 40, 80),

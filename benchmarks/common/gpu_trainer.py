@@ -42,8 +42,8 @@ QUIET, PROFILED, SAVED = 8, 3, 3
 """Steps whose time is measured; then steps under the profiler; then steps around a save."""
 
 
-class Enough(Exception):
-    """All steps that are measured were taken."""
+class Enough(BaseException):
+    """All steps that are measured were taken. As no Exception it does not make the trainer save again."""
 
 
 class Clips:
@@ -151,7 +151,7 @@ def steps(rows: Rows) -> None:
     for row in watch.rows():
         rows.add(*row)
     saving = max(seconds for number, seconds in taken.items() if number > QUIET + PROFILED)
-    rows.add("stall of a save", max(saving - quiet, 0.0), "s", f"checkpoint of {size / 2**30:.1f} GiB")
+    rows.add("stall of a save", max(saving - quiet, 0.0), "s", f"checkpoint of {size / 2**30:.3g} GiB")
 
 
 class Watch:
