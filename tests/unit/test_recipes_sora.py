@@ -42,10 +42,16 @@ class Row:
     caption: str
 
 
+class FakeRecords:
+    def captions(self) -> list[str]:
+        return [row.caption for row in FakeData.rows]
+
+
 class FakeData:
     """Five clips of noise in one bucket."""
 
     rows = (Row("a red circle moving right"), Row("a blue square moving up"))
+    records = FakeRecords()
     tasks = ("i2v", "t2v")
     buckets = (Bucket(FRAMES, SIDE, SIDE),)
     main_bucket = buckets[0]
