@@ -31,23 +31,32 @@ from common.measuring import Worker, WorkerFailed, show
 from common.training_step import PATCH, STRIDE, Setup, Size, take_steps
 from tqdm import tqdm
 
+from titans_video.config.options import ActivationOptions
+
 WARM_UP = 3  # steps before time counts; memory is that of the last of them
 QUICK = {"width": 48, "depth": 2, "heads": 2, "frames": 4, "resolution": 64, "repeats": 1}
 MIB = 2**20
 TIMES = {"seconds": "s/step", "cpu_seconds": "CPU s/step"}
 
 
+CHECKPOINTING = ActivationOptions(gradient_checkpointing=True)
+SELECTIVE = ActivationOptions(activation_checkpointing="selective")
 # The first of each number of processes is the baseline of the others.
 SETUPS = (
     Setup("float32"),
-    Setup("--gradient-checkpointing", checkpointing=True),
+    Setup("--gradient-checkpointing", activations=CHECKPOINTING),
+    Setup("--activation-checkpointing selective", activations=SELECTIVE),
+    Setup("--activation-checkpointing 2", activations=ActivationOptions(activation_checkpointing="2")),
+    Setup("--activation-offload", activations=ActivationOptions(activation_offload=True)),
+    Setup("--gradient-checkpointing --activation-offload", activations=ActivationOptions(True, None, True)),
     Setup("--mixed-precision bf16", precision="bf16"),
-    Setup("bf16 and checkpointing", checkpointing=True, precision="bf16"),
+    Setup("bf16 and checkpointing", activations=CHECKPOINTING, precision="bf16"),
     Setup("--compile", compile=True),
+    Setup("--compile and selective", activations=SELECTIVE, compile=True),
     Setup("DDP", 2),
     Setup("FSDP2", 2, shard=True),
     Setup("FSDP2, reshard_after_forward false", 2, shard=False),
-    Setup("FSDP2 and checkpointing", 2, shard=True, checkpointing=True),
+    Setup("FSDP2 and checkpointing", 2, shard=True, activations=CHECKPOINTING),
 )
 
 
@@ -63,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=192, help="pixels of a side, a multiple of 16")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each configuration whose median is taken")
     parser.add_argument("--threads", type=int, default=2, help="of a configuration, over its processes")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of names: measure these and baselines")
     parser.add_argument("--quick", action="store_true", help="use a tiny size, to check that it runs")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -98,6 +108,10 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure every configuration that runs on this machine, by name. A baseline that fails ends the benchmark."""
     most = torch.cuda.device_count() if a.device == "cuda" else 2
     setups = [s for s in SETUPS if s.processes <= most]
+    if a.only:
+        chosen = [s for s in setups if any(word in s.name for word in a.only)]
+        firsts = [next(s for s in setups if s.processes == n) for n in {s.processes for s in chosen}]
+        setups = [s for s in setups if s in chosen or s in firsts]
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="titans-bench-") as folder, tqdm(total=len(setups), unit="setup") as bar:
         for processes in sorted({s.processes for s in setups}):
@@ -171,7 +185,7 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]], load: float
     if "--compile" in results:
         first = [results[name]["trial"] for name in (SETUPS[0].name, "--compile")]
         notes.append(f"The very first pass takes {first[0]:.1f} s, and {first[1]:.1f} s with --compile.")
-    missing = [s.name for s in SETUPS if s.name not in results]
+    missing = [s.name for s in SETUPS if s.name not in results and not a.only]
     if missing:
         notes.append(f"Did not run (two processes need two GPUs; stderr has any other reason): {'; '.join(missing)}.")
     lines += ["", " ".join(notes)]

@@ -18,8 +18,9 @@ from common.measuring import Rows, count_flops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from titans_video.config.options import MemoryOptions, ModelOptions
+from titans_video.config.options import ActivationOptions, MemoryOptions, ModelOptions
 from titans_video.models import lora
+from titans_video.models.activations import limit_activations
 from titans_video.models.flops import sora_flops, titans_flops
 from titans_video.models.registry import build_network, sora_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
@@ -122,7 +123,7 @@ def least_memory_that_fits(rows: Rows, what: str, network: Any, step: Step, flop
     except torch.OutOfMemoryError:
         step.optimizer.zero_grad(set_to_none=True)
         free()
-        network.enable_gradient_checkpointing()
+        limit_activations(network, ActivationOptions(gradient_checkpointing=True))
         report(rows, f"{what}, --gradient-checkpointing (does not fit without it)", step, flops)
 
 
@@ -133,7 +134,7 @@ def measure_sora(rows: Rows, preset: str, attention: str, *, eager: bool = False
     network = on_device(lambda: build_network(config), rows.device).train()
     flops = sora_flops(network)(shapes.latents, (shapes.text,))
     if checkpointing:
-        network.enable_gradient_checkpointing()
+        limit_activations(network, ActivationOptions(gradient_checkpointing=True))
     latents, times, condition = shapes.inputs(rows.device)
     step = Step(network, lambda: network(latents, times, condition).value, rows.device)
     what = f"{preset} {attention}{', --gradient-checkpointing' if checkpointing else ''}"

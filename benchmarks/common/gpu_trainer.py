@@ -23,9 +23,10 @@ from common.training_step import CAPTION, synthetic_data
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from titans_video.codecs.base import build_codec
-from titans_video.config.options import CodecOptions, TextOptions, TrainOptions
+from titans_video.config.options import ActivationOptions, CodecOptions, TextOptions, TrainOptions
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
+from titans_video.models.activations import limit_activations
 from titans_video.models.registry import build_network
 from titans_video.recipes.setup import RunParts
 from titans_video.recipes.sora import build_sora
@@ -282,7 +283,7 @@ def _agree(rows: Rows, attention: str) -> None:
     compiled, recomputed = fresh(), fresh()
     compiled.compile_repeated_blocks(**({"backend": "aot_eager"} if rows.small else {}))
     add("compiled against eager, bf16", gradients(compiled, torch.bfloat16), half)
-    recomputed.enable_gradient_checkpointing()
+    limit_activations(recomputed, ActivationOptions(gradient_checkpointing=True))
     add("--gradient-checkpointing against none, bf16", gradients(recomputed, torch.bfloat16), half)
     rows.attempt(
         f"{attention}, FSDP2",

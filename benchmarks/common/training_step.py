@@ -5,8 +5,8 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.measuring import Meter, Parent, map_large_blocks
-from titans_video.config.options import CodecOptions, ModelOptions, TextOptions, TrainOptions
+from titans_video.config.options import ActivationOptions, CodecOptions, ModelOptions, TextOptions, TrainOptions
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.seeding import derive_seed, seeded_randn
@@ -33,7 +33,7 @@ class Setup:
 
     name: str
     processes: int = 1
-    checkpointing: bool = False
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     precision: Any = "no"
     compile: bool = False
     shard: bool | None = None
@@ -106,6 +106,8 @@ class Turns:
         self.began = time.perf_counter()
         return synthetic_batch(self.size, self.accelerator.process_index)
 
+    def stop_waiting_if(self, stop: Callable[[], bool]) -> None: ...
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -163,9 +165,9 @@ def take_steps(a: argparse.Namespace, setup: Setup) -> None:
                 depth=a.depth,
                 heads=a.heads,
                 patch_size=PATCH,
-                gradient_checkpointing=setup.checkpointing,
                 compile="on" if setup.compile else "off",
             ),
+            activations=setup.activations,
             train=TrainOptions(
                 output_dir=folder, max_steps=10**9, save_every=10**9, mixed_precision=setup.precision, lr=1e-5
             ),

@@ -25,8 +25,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from titans_video.cli.run import configure_logging
 from titans_video.codecs.base import IdentityCodec
-from titans_video.config.options import TextOptions, TrainOptions
+from titans_video.config.options import ActivationOptions, TextOptions, TrainOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
+from titans_video.models import activations
+from titans_video.models.activations import limit_activations
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.recipes.base import ClipGeometry
@@ -132,24 +134,43 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gradients(folder: Path, kind: str) -> dict[str, Any]:
     """Return the gradients that the first step clips, for equal and mixed shapes, and the elements of each process."""
-    found: dict[str, Any] = {}
-    for mixed in (False, True):
-        given = options(folder / f"{kind} {mixed}", max_steps=1)
-        accelerator = start(given)
+    return {
+        "mixed" if mixed else "equal": first_step(folder / f"{kind} {mixed}", make_recipe(), mixed)
+        for mixed in (False, True)
+    }
+
+
+def first_step(folder: Path, recipe: SoraRecipe, mixed: bool) -> dict[str, Any]:
+    given = options(folder, max_steps=1)
+    accelerator = start(given)
+    trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator)
+    kept: dict[str, Tensor] = {}
+    clip = accelerator.clip_grad_norm_
+
+    def spy(parameters: Any, most: float) -> Any:
+        kept.update({n: whole(p.grad).clone() for n, p in trainer.network.named_parameters()})
+        return clip(parameters, most)
+
+    accelerator.clip_grad_norm_ = spy
+    outcome = trainer.run()
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.parameters)
+    return {"loss": outcome.loss, "gradients": kept, "local": local}
+
+
+def recomputed(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the largest relative difference of gradients between stored activations and each way to save memory."""
+    activations.LEAST_BYTES = 0
+    plain = first_step(folder / f"{kind} none", make_recipe(), mixed=True)["gradients"]
+    worst = {}
+    for name, compiled in [("selective", False), ("full", False), ("2", False), ("selective", True), ("none", True)]:
         recipe = make_recipe()
-        trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator)
-        kept: dict[str, Tensor] = {}
-        clip = accelerator.clip_grad_norm_
-
-        def spy(parameters: Any, most: float, trainer: Trainer = trainer, kept: Any = kept, clip: Any = clip) -> Any:
-            kept.update({n: whole(p.grad).clone() for n, p in trainer.network.named_parameters()})
-            return clip(parameters, most)
-
-        accelerator.clip_grad_norm_ = spy
-        outcome = trainer.run()
-        local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.parameters)
-        found["mixed" if mixed else "equal"] = {"loss": outcome.loss, "gradients": kept, "local": local}
-    return found
+        limit_activations(recipe.network, ActivationOptions(False, name, activation_offload=name in ("full", "none")))
+        if compiled:
+            recipe.network.compile_repeated_blocks(backend="aot_eager")
+        found = first_step(folder / f"{kind} {name} {compiled}", recipe, mixed=True)["gradients"]
+        differences = [(found[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in plain.items()]
+        worst[f"{name} compiled" if compiled else name] = float(max(differences))
+    return worst
 
 
 def files_of(checkpoint: Path) -> dict[str, Any]:
@@ -271,6 +292,7 @@ def bf16(folder: Path, kind: str) -> dict[str, Any]:
 
 JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "gradients": gradients,
+    "recomputed": recomputed,
     "resume": resume,
     "muon": muon,
     "full_disk": full_disk,

@@ -70,6 +70,15 @@ def test_gradients_equal_those_of_one_process(
             assert difference < 1e-5, name
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_recomputed_and_moved_activations_have_the_same_gradients(
+    jobs: Callable[[str, str], list[dict[str, Any]]], kind: str
+) -> None:
+    for worst in jobs("recomputed", kind):
+        assert worst.keys() == {"selective", "full", "2", "selective compiled", "none compiled"}
+        assert all(difference <= (1e-5 if "compiled" in name else 0) for name, difference in worst.items()), worst
+
+
 def test_a_mean_of_means_would_be_another_gradient() -> None:
     """The test above distinguishes the two."""
     recipe = make_recipe()

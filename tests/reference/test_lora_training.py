@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests import factories
 from tests.conftest import REPOSITORY
 from tests.unit.data_sets import records_of
-from titans_video.config.options import CodecOptions, DataOptions, TrainOptions
+from titans_video.config.options import ActivationOptions, CodecOptions, DataOptions, TrainOptions
 from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
 from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.buckets import Bucket
@@ -40,7 +40,13 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: factories.make_cogvideox(root / kind, kind) for kind in factories.COGVIDEOX_KINDS}
 
 
-def recipe_and_parts(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, RunParts]:
+def recipe_and_parts(
+    folder: Path,
+    frames: int,
+    size: tuple[int, int],
+    activations: ActivationOptions | None = None,
+    **base: Any,
+) -> tuple[LoraRecipe, RunParts]:
     """Build a recipe on the clips of the mock data, with an adapter that is not at its start."""
     task = open_model_spec(folder).task
     options = CogVideoXLoraOptions(
@@ -53,6 +59,7 @@ def recipe_and_parts(folder: Path, frames: int, size: tuple[int, int], **base: A
             task_mix=f"{task}=1",
         ),
         base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32", **base),
+        activations=activations or ActivationOptions(),
         lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
         train=TrainOptions(cfg_drop_prob=0.5),
     )
@@ -69,9 +76,9 @@ def recipe_and_parts(folder: Path, frames: int, size: tuple[int, int], **base: A
     return recipe, parts
 
 
-def recipe_of(folder: Path, frames: int, size: tuple[int, int], **base: Any) -> tuple[LoraRecipe, Batch]:
+def recipe_of(folder: Path, frames: int, size: tuple[int, int], *args: Any, **base: Any) -> tuple[LoraRecipe, Batch]:
     """Return the recipe and two rows."""
-    recipe, parts = recipe_and_parts(folder, frames, size, **base)
+    recipe, parts = recipe_and_parts(folder, frames, size, *args, **base)
     return recipe, next(iter(parts.data.stream()))
 
 
@@ -185,7 +192,9 @@ def test_loss_and_gradients_of_a_step(
 @pytest.mark.parametrize("kind", ["2b", "1.5-i2v"])
 def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipelines: dict[str, Path]) -> None:
     grads = []
-    for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": "group"}):
+    full: dict[str, Any] = {"activations": ActivationOptions(gradient_checkpointing=True)}
+    selective = {"activations": ActivationOptions(activation_checkpointing="selective")}
+    for flags in ({}, full, {**full, "offload": "group"}, {**selective, "offload": "group"}):
         recipe, batch = recipe_of(pipelines[kind], 9, (32, 32), **flags)
         recipe.network.train()
         recipe.loss(recipe.network, batch).sum().backward()
@@ -196,9 +205,9 @@ def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipel
         assert all(torch.equal(value, grads[0][name]) for name, value in other.items())
 
 
-@pytest.mark.parametrize("kind", ["2b", "5b"])
+@pytest.mark.parametrize(("kind", "mode"), [("2b", "full"), ("5b", "full"), ("5b", "selective")])
 def test_offloaded_weights_are_never_used(
-    kind: str, pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, mode: str, pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where a layer has its weights only while it is used; here they are zeros otherwise."""
     from diffusers.hooks.group_offloading import ModuleGroup
@@ -223,7 +232,8 @@ def test_offloaded_weights_are_never_used(
     wanted = {n: p.grad for n, p in plain.network.named_parameters() if p.grad is not None}
     monkeypatch.setattr(ModuleGroup, "offload_", offload)
     monkeypatch.setattr(ModuleGroup, "onload_", onload)
-    recipe, _ = recipe_of(pipelines[kind], 9, (32, 32), gradient_checkpointing=True, offload="group")
+    activations = ActivationOptions(activation_checkpointing=mode)
+    recipe, _ = recipe_of(pipelines[kind], 9, (32, 32), activations=activations, offload="group")
     recipe.network.train()
     loss = recipe.loss(recipe.network, batch).sum()
     assert len(away) > 20
@@ -235,8 +245,10 @@ def test_offloaded_weights_are_never_used(
     assert len(away) > 20
 
 
-def test_a_base_in_8_bits_trains_as_its_rounded_weights_do(pipelines: dict[str, Path]) -> None:
-    recipe, batch = recipe_of(pipelines["5b"], 9, (32, 32), layerwise_casting="fp8_e4m3", gradient_checkpointing=True)
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_a_base_in_8_bits_trains_as_its_rounded_weights_do(mode: str, pipelines: dict[str, Path]) -> None:
+    activations = ActivationOptions(activation_checkpointing=mode)
+    recipe, batch = recipe_of(pipelines["5b"], 9, (32, 32), activations, layerwise_casting="fp8_e4m3")
     stored = [n for n, p in recipe.network.named_parameters() if p.dtype == torch.float8_e4m3fn]
     assert any("ff.net" in name for name in stored)
     assert any(name.endswith("to_q.base.weight") for name in stored)

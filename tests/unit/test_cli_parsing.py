@@ -167,6 +167,10 @@ def test_numbers_without_meaning_are_rejected_by_their_flag(words: str) -> None:
         ("--validation-split 0.1 --validation-manifest x", "give only one"),
         ("--validation-prompts x --validation-prompt y", "put them all in the file"),
         ("--validation-prompt y", "nothing is validated"),
+        ("--activation-checkpointing some", "--activation-checkpointing some: it is none, selective, full, or"),
+        ("--activation-checkpointing 0", "--activation-checkpointing 0: it is none"),
+        ("--gradient-checkpointing --activation-checkpointing none", "give only one of them"),
+        ("--gradient-checkpointing --activation-checkpointing 2", "give only one of them"),
     ],
 )
 def test_rules_across_flags_of_every_training(words: str, message: str) -> None:
@@ -240,6 +244,26 @@ def test_the_command_line_wins_over_the_file(preset: Path) -> None:
     assert (options.data.manifest, options.data.metadata) == ((), "m.json")
     assert (options.data.height, options.data.width, options.data.resolution) == (None, None, 64)
     assert not options.data.random_crop
+
+
+@pytest.mark.parametrize(
+    ("words", "mode", "every"),
+    [
+        ("", "none", 0),
+        ("--gradient-checkpointing", "full", 1),
+        ("--gradient-checkpointing --activation-checkpointing full", "full", 1),
+        ("--activation-checkpointing selective", "selective", 1),
+        ("--activation-checkpointing 3", "3", 3),
+        ("--config {file}", "full", 1),
+        ("--config {file} --activation-checkpointing selective", "selective", 1),
+        ("--config {file} --no-gradient-checkpointing", "none", 0),
+    ],
+)
+def test_modes_of_checkpointing(tmp_path: Path, words: str, mode: str, every: int) -> None:
+    (tmp_path / "preset.yaml").write_text("gradient_checkpointing: true\n")
+    options = training("--manifest m.jsonl " + words.format(file=tmp_path / "preset.yaml"))
+    check_training(options)
+    assert (options.activations.checkpointing, options.activations.every) == (mode, every)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from titans_video.config.options import ActivationOptions
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models.activations import limit_activations
 from titans_video.models.memory import Memory
 from titans_video.models.registry import build_network, network_config
 from titans_video.models.sora_dit import SoraDiT
@@ -120,27 +122,6 @@ def test_no_parameter_is_without_a_gradient(kind: str, t: int, horizon: int) -> 
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
-@pytest.mark.parametrize("attention_type", ["st", "full"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_equals_plain(attention_type: str, kind: str) -> None:
-    """A state kept on a module would be written twice when activations are recomputed."""
-    net = network(kind, attention_type=attention_type)
-    noisy, clean, time = frames(6), frames(6), torch.rand(B, 6)
-
-    def run() -> tuple[Tensor, list[Tensor]]:
-        net.zero_grad()
-        value = net(noisy, time, CONDITION, rollout=rollout(clean, overlap=1)).value
-        value.square().mean().backward()
-        return value.detach(), [p.grad.clone() for p in net.parameters()]
-
-    value, gradients = run()
-    net.enable_gradient_checkpointing()
-    again, gradients_again = run()
-    assert torch.equal(again, value)
-    for a, b in zip(gradients, gradients_again, strict=True):
-        assert_close(a, b)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
 def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -> None:
@@ -150,7 +131,7 @@ def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -
     plain = network(kind)
     for net in (plain, copy.deepcopy(plain)):
         if net is not plain:
-            net.enable_gradient_checkpointing()
+            limit_activations(net, ActivationOptions(gradient_checkpointing=True))
             net.compile_repeated_blocks(backend=backend)
         value = net(clean, time, CONDITION, rollout=rollout(clean, overlap=1)).value
         value.square().sum().backward()

@@ -12,6 +12,7 @@ from tests.unit.data_sets import make_set
 from titans_video import checkpoint as files
 from titans_video.config.generation import Overrides
 from titans_video.config.options import (
+    ActivationOptions,
     CodecOptions,
     DataOptions,
     GenerationDefaults,
@@ -281,9 +282,11 @@ def test_text_streams_are_dropped_together_or_independently() -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_gradient_checkpointing_follows_its_flag(wanted: bool) -> None:
-    run = options()
-    run = replace(run, model=replace(run.model, gradient_checkpointing=wanted))
-    assert recipe_of(run).network.gradient_checkpointing is wanted
+    recipe = recipe_of(replace(options(), activations=ActivationOptions(gradient_checkpointing=wanted)))
+    calls: list[int] = []
+    recipe.network.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    recipe.loss(recipe.network, batch_of([0])).sum().backward()
+    assert len(calls) == (2 if wanted else 1)
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:

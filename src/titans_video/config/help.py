@@ -27,6 +27,7 @@ NUMBERS = {int: "N", float: "X"}
 EVERYTHING = "General"
 """Title of the options that are in no group."""
 TITLES = {
+    "activations": "Activation memory",
     "base": "Base model",
     "generate": "Video",
     "generation_defaults": "Generation",

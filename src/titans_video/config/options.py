@@ -163,14 +163,37 @@ class ModelOptions:
     """Attention heads (default: the preset's)."""
     sine_positions: bool = False
     """Add fixed sinusoidal embeddings of each token's position in the frame, besides the rotary embeddings."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. This saves memory and is about a third slower."""
     fp8_linear: bool = False
     """Multiply in 8 bits in the linear layers of the blocks, by torchao. Use it with --mixed-precision bf16 and
     --compile. Untested on a GPU."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
     more, without --deterministic. Just --compile means on, and --no-compile means off."""
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """The activations that blocks keep for the backward pass."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass. This saves memory and is about a third slower. It is the same as
+    --activation-checkpointing full."""
+    activation_checkpointing: Annotated[str, Metavar("none|selective|full|N")] | None = None
+    """Recompute activations in the backward pass: none; selective: all except the outputs of attention and of matrix
+    products; full: all; N: all of every N-th block (default: none)."""
+    activation_offload: bool = False
+    """Keep the activations in main memory between the forward and the backward pass."""
+
+    @property
+    def checkpointing(self) -> str:
+        """The mode: none, selective, full or a number of blocks."""
+        return self.activation_checkpointing or ("full" if self.gradient_checkpointing else "none")
+
+    @property
+    def every(self) -> int:
+        """The distance between blocks that are recomputed; 0 if none are."""
+        distances = {"none": 0, "selective": 1, "full": 1}
+        return distances[self.checkpointing] if self.checkpointing in distances else int(self.checkpointing)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ ALTERNATIVES = (
     frozenset({"height", "resolution", "buckets"}),
     frozenset({"width", "resolution", "buckets"}),
     frozenset({"batch_size", "tokens_per_batch"}),
+    frozenset({"gradient_checkpointing", "activation_checkpointing"}),
 )
 """Options that exclude one another: one of them on the command line overrides all of them in the YAML file."""
 

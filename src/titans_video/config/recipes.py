@@ -7,6 +7,7 @@ from titans_video.config.fields import AutoDtype, Dtype, FilePath, FolderPath, M
 from titans_video.config.options import (
     BELOW_1,
     SHARE,
+    ActivationOptions,
     CodecOptions,
     DataOptions,
     GenerationDefaults,
@@ -29,6 +30,7 @@ class SoraOptions:
     codec: CodecOptions = field(default_factory=CodecOptions)
     text: TextOptions = field(default_factory=TextOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     process: ProcessOptions = field(default_factory=ProcessOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -57,8 +59,6 @@ class BaseOptions:
     """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
     offload: Literal["none", "group"] = "none"
     """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. This saves memory and is about a third slower."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
     more, without --deterministic, --layerwise-casting and --offload. Just --compile means on, --no-compile off."""
@@ -94,6 +94,7 @@ class CogVideoXLoraOptions:
     """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
     base: BaseOptions = field(default_factory=BaseOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
     validation: ValidationOptions = field(default_factory=ValidationOptions)

@@ -7,7 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from titans_video.config.fields import Range, check_value
-from titans_video.config.options import DataOptions, GenerationDefaults, MemoryOptions, TrainOptions, ValidationOptions
+from titans_video.config.options import (
+    ActivationOptions,
+    DataOptions,
+    GenerationDefaults,
+    MemoryOptions,
+    TrainOptions,
+    ValidationOptions,
+)
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import (
     BaseOptions,
@@ -29,6 +36,7 @@ def check_training(options: SoraOptions | CogVideoXLoraOptions) -> None:
     """
     check_clips(options.data)
     check_run(options.train)
+    check_activations(options.activations)
     if isinstance(options, SoraOptions) and options.model.fp8_linear:
         _require("--fp8-linear", "torchao")
     check_guidance_interval(options.generation_defaults)
@@ -66,7 +74,7 @@ def check_lora(options: CogVideoXLoraOptions) -> None:
         ConfigError: as `check_training`.
     """
     check_training(options)
-    check_base(options.base)
+    check_base(options.base, options.activations)
     check_target_modules(options.lora)
     if options.generation_defaults.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: diffusers pipelines guide at all times; leave it out.")
@@ -107,6 +115,25 @@ def check_init_from(path: str, resume: str) -> None:
         raise ConfigError(
             f"--init-from {path}: this path does not exist. Pass a checkpoint, a run's folder, an exported folder or "
             "a LoRA."
+        )
+
+
+def check_activations(activations: ActivationOptions) -> None:
+    """Require a known mode, or the number of a block; and no second mode from `--gradient-checkpointing`."""
+    mode = activations.activation_checkpointing
+    if mode is None or mode in ("none", "selective", "full"):
+        is_full = mode == "full"
+    elif mode.isdecimal() and int(mode):
+        is_full = int(mode) == 1
+    else:
+        raise ConfigError(
+            f"--activation-checkpointing {mode}: it is none, selective, full, or a number of blocks such as 2 (every "
+            "second block)."
+        )
+    if activations.gradient_checkpointing and mode is not None and not is_full:
+        raise ConfigError(
+            f"--gradient-checkpointing means --activation-checkpointing full, and --activation-checkpointing {mode} "
+            "contradicts it; give only one of them."
         )
 
 
@@ -186,14 +213,14 @@ def check_motion_bucket(tune: TuneOptions) -> None:
     check_value("--motion-bucket", bucket, Range(least=0, most=255))
 
 
-def check_base(base: BaseOptions) -> None:
+def check_base(base: BaseOptions, activations: ActivationOptions) -> None:
     """Require a pretrained pipeline, and an offload that saves memory."""
     if base.pretrained_model is None:
         raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
-    if base.offload == "group" and not base.gradient_checkpointing:
+    if base.offload == "group" and activations.every != 1:
         raise ConfigError(
             "--offload group without --gradient-checkpointing would keep every layer for the backward pass and save no "
-            "memory; give both."
+            "memory; give both (--activation-checkpointing selective works too)."
         )
 
 

@@ -180,7 +180,6 @@ class Backbone(ModelMixin, ConfigMixin):
     per_frame_time: ClassVar[bool] = True
     """Whether each latent frame has its own time, so conditioning frames can be clean while others are noisy."""
 
-    _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SoraBlock", "EncoderLayer"]
     _repeated_blocks: ClassVar = ["SoraBlock"]
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "time_embed", "norm", "final"]
@@ -204,7 +203,6 @@ class Backbone(ModelMixin, ConfigMixin):
             for _ in range(c.depth)
         )
         self.final = FinalLayer(dim, c.in_channels * cells, c.gated_skip)
-        self.gradient_checkpointing = False
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -286,22 +284,10 @@ class Backbone(ModelMixin, ConfigMixin):
             c = c + pool(masked_mean(x, mask))[:, None]
         return F.silu(c), torch.cat(streams, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
 
-    def run_block(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        c: Tensor,
-        freqs_cis: Tensor,
-        grid_width: int,
-        text: Tensor | None,
-        text_mask: Tensor | None,
-        registers: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run one block. With gradient checkpointing the backward pass recomputes its activations."""
-        arguments = (x, c, freqs_cis, grid_width, text, text_mask, registers)
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *arguments)
-        return block(*arguments)
+    def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
+        """Run one block. A step cache (`generation.step_cache`) replaces this method."""
+        made: tuple[Tensor, Tensor | None] = block(x, *others)
+        return made
 
     def context_plan(self) -> ContextPlan:
         """Return how several processes share the tokens of a clip: each has a part of every slot.

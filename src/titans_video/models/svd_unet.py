@@ -8,7 +8,7 @@ and of the text, D width of an attention, d head dim, N tokens of an attention's
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,7 +20,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from titans_video.errors import ConfigError
 from titans_video.models.byte_encoder import check_text, text_embeddings
@@ -58,17 +57,6 @@ def _text_context(text: EncodedText | None) -> Iterator[None]:
         yield
     finally:
         _TEXT.reset(token)
-
-
-def _checkpointed(module: nn.Module, *arguments: Any) -> Any:
-    """Apply gradient checkpointing and set the text again when the backward pass recomputes the activations."""
-    text = _TEXT.get()
-
-    def run(*inputs: Any) -> Any:
-        with _text_context(text):
-            return module(*inputs)
-
-    return checkpoint(run, *arguments, use_reentrant=False)
 
 
 class TextCrossAttention(nn.Module):
@@ -109,7 +97,6 @@ class SVDUNet(ModelMixin, ConfigMixin):
     per_frame_time: ClassVar[bool] = False
     """One time per clip: the network has an image condition and cannot keep single frames clean."""
 
-    _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["TransformerSpatioTemporalModel", "SpatioTemporalResBlock", "EncoderLayer"]
     _repeated_blocks: ClassVar = ["SpatioTemporalResBlock"]
     _skip_layerwise_casting_patterns: ClassVar = ["conv_in", "time_embedding", "add_embedding", "norm", "conv_out"]
@@ -150,8 +137,9 @@ class SVDUNet(ModelMixin, ConfigMixin):
         for branch in branches:
             nn.init.zeros_(branch.to_out.weight)
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
-        super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpointed)
+    def recompute_context(self) -> AbstractContextManager[None]:
+        """Return a context with the current text, for blocks that the backward pass recomputes."""
+        return _text_context(_TEXT.get())
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition, memory: Any = None) -> Prediction:
         """Predict EDM's v, (B, C, t, h, w), from noisy latents in the scale of `EDM.model_input`.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from titans_video.config.options import CodecOptions, DataOptions
+from titans_video.config.options import ActivationOptions, CodecOptions, DataOptions
 from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.reader import BadRowError
@@ -23,6 +23,7 @@ from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
+from titans_video.models.activations import limit_activations
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
@@ -188,7 +189,7 @@ def build_lora(options: CogVideoXLoraOptions, parts: RunParts, spec: ModelSpec, 
     Raises:
         ConfigError, CheckpointError: as `load_base` and `models.lora.inject`.
     """
-    network, dtype = load_base(options.base, spec, accelerator)
+    network, dtype = load_base(options.base, options.activations, spec, accelerator)
     wanted, process = options.lora, spec.process()
     adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_targets(wanted.target_modules))
     lora.inject(network, adapter, seed=options.train.seed)
@@ -356,15 +357,16 @@ def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
     return dtype
 
 
-def load_base(options: BaseOptions, spec: ModelSpec, accelerator: Accelerator) -> tuple[nn.Module, torch.dtype]:
+def load_base(
+    options: BaseOptions, activations: ActivationOptions, spec: ModelSpec, accelerator: Accelerator
+) -> tuple[nn.Module, torch.dtype]:
     """Load the network as the flags ask, and return it with its precision; raises as `precision_of`.
 
     diffusers' own hooks cast and offload layers. They remain when adapters are injected.
     """
     dtype = precision_of(options, accelerator)
     network = spec.load_network(dtype)
-    if options.gradient_checkpointing:
-        network.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+    limit_activations(network, activations)
     if options.layerwise_casting != "none":
         network.enable_layerwise_casting(  # type: ignore[operator]
             storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype

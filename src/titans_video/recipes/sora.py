@@ -21,6 +21,7 @@ from titans_video.errors import ConfigError
 from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
+from titans_video.models.activations import limit_activations
 from titans_video.models.flops import sora_flops
 from titans_video.models.registry import build_network, network_config, sora_config
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
@@ -172,8 +173,7 @@ def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
     """Build a network with initial weights from the seed, checkpointed and compiled as the flags say."""
     torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     network = build_network(config)
-    if options.model.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+    limit_activations(network, options.activations)
     if options.model.fp8_linear:
         use_fp8(network.blocks)
     if options.model.compile == "on":

@@ -250,7 +250,7 @@ def trains_unet(options: SVDOptions) -> bool:
 def refuse_unused(options: SVDOptions) -> None:
     """Raise ConfigError for flags that the network selected by `--architecture` does not use."""
     unet = trains_unet(options)
-    kept = {"gradient_checkpointing", "compile"} if unet else {"architecture"}
+    kept = {"compile"} if unet else {"architecture"}
     default = SVDOptions()
     unused = [
         flag_of(f.name)

@@ -208,7 +208,7 @@ def _fsdp_plugin(precision: str) -> FullyShardedDataParallelPlugin:
     if plugin.activation_checkpointing:
         raise ConfigError(
             "The Accelerate configuration asks for fsdp_activation_checkpointing, which renames the weights in "
-            "checkpoints. Remove it and pass --gradient-checkpointing, which does the same for each block."
+            "checkpoints. Remove it and pass --activation-checkpointing full, which does the same for each block."
         )
     return plugin
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from titans_video.config.options import ActivationOptions
 from titans_video.errors import UserError
 from titans_video.processes import STOP_SIGNALS, handle_signals
 from titans_video.training import distributed
@@ -200,15 +201,18 @@ def explain_out_of_memory(batch: Batch, network: nn.Module, device: torch.device
     try:
         yield
     except torch.OutOfMemoryError as e:
-        checkpointing = bool(getattr(network, "gradient_checkpointing", False))
-        raise OutOfMemory(_format_out_of_memory(str(e), batch, device, checkpointing)) from None
+        activations = getattr(network, "activations", ActivationOptions())
+        raise OutOfMemory(_format_out_of_memory(str(e), batch, device, activations)) from None
 
 
-def _format_out_of_memory(error: str, batch: Batch, device: torch.device, checkpointing: bool) -> str:
+def _format_out_of_memory(error: str, batch: Batch, device: torch.device, activations: ActivationOptions) -> str:
     allocation = re.search(r"Tried to allocate [\d.]+ \w+", error)
     remedies = [
         f"--batch-size {max(len(batch) // 2, 1)} with a larger --grad-accum" if len(batch) > 1 else "",
-        "" if checkpointing else "--gradient-checkpointing",
+        {
+            "none": "--activation-checkpointing selective, or full (the same as --gradient-checkpointing)",
+            "full": "" if activations.activation_offload else "--activation-offload",
+        }.get(activations.checkpointing, "--activation-checkpointing full"),
         "a smaller --resolution (or --height, --width, --buckets) or --num-frames",
         "--mixed-precision bf16, and --cache so that no VAE or text encoder is loaded",
         "FSDP2 (configs/accelerate/fsdp2.yaml) if the weights and the optimizer state fill the memory",

@@ -32,7 +32,7 @@ from titans_video.training.tracking import flat
 
 logger = logging.getLogger(__name__)
 
-UNCOMPARED = ("generation_defaults", "validation")  # groups of options that do not affect training
+UNCOMPARED = ("generation_defaults", "validation", "activations")  # groups of options that do not affect training
 VAE_FLAG = "--vae-dtype"
 MAX_LISTED = 12  # changed settings that an error lists
 FREE = frozenset(
@@ -43,7 +43,7 @@ FREE = frozenset(
         # options that do not affect the result
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
-        *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "gradient_checkpointing", "compile"),
+        *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "compile"),
         # compared through the global batch
         *("batch_size", "tokens_per_batch", "grad_accum"),
         # compared as the accelerator uses it
