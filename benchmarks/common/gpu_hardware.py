@@ -36,14 +36,16 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], object], device: str, least: float = 0.2, most: int = 50) -> float:
-    """Return the median seconds of a call, after two warm-up calls, from about `least` seconds of calls."""
-    for _ in range(2):
+def seconds(
+    run: Callable[[], object], device: str, least: float = 0.2, most: int = 50, fewest: int = 3, warm_up: int = 2
+) -> float:
+    """Return the median seconds of a call after `warm_up` calls, from `fewest` to `most` calls in `least` seconds."""
+    for _ in range(warm_up):
         run()
     wait(device)
     taken: list[float] = []
     began = time.perf_counter()
-    while len(taken) < 3 or (time.perf_counter() - began < least and len(taken) < most):
+    while len(taken) < fewest or (time.perf_counter() - began < least and len(taken) < most):
         start = time.perf_counter()
         run()
         wait(device)

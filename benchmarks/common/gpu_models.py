@@ -325,7 +325,7 @@ def vae(rows: Rows) -> None:
     ):
         if rows.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        taken = seconds(run, rows.device, least=0.0)
+        taken = seconds(run, rows.device, least=0.0, fewest=2, warm_up=1)
         peak = f"peak {torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if rows.device != "cpu" else ""
         rows.add(f"{what} {clip[0]} frames of {clip[1]}x{clip[2]}", taken, "s", peak)
 

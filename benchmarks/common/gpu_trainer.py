@@ -183,7 +183,11 @@ class Watch:
         seconds = time.perf_counter() - self.began
         warnings.showwarning = self.shown
         self.profile.stop()
-        events = [e for e in self.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [
+            e
+            for e in self.profile.events()
+            if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation  # a range, no kernel
+        ]
         busy = covered([(e.time_range.start, e.time_range.end) for e in events]) / 1e6
         count_of_syncs = sum("synchroniz" in message for message in self.syncs)
         self.found = [

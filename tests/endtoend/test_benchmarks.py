@@ -85,6 +85,14 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(f"**{section['title']}**" in page.read_text() for section in sections.values())
 
 
+def test_the_time_in_which_a_gpu_works_counts_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from common.gpu_trainer import covered
+
+    assert covered([]) == 0
+    assert covered([(5, 6), (0, 2), (1, 3), (1, 2), (3, 4)]) == 5
+
+
 def test_a_section_that_crashes_or_hangs_is_reported(tmp_path: Path) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     try:
