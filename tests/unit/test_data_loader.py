@@ -203,6 +203,17 @@ def test_a_rank_that_starts_afresh_removes_no_file_that_another_may_have_written
     assert [path.name for path in tmp_path.iterdir()] == ["broken.rank1.jsonl"]
 
 
+def test_one_of_the_processes_with_the_same_rows_writes_what_is_broken(tmp_path: Path) -> None:
+    row = BadRow("row", "a.mp4", "missing", "", 3, "16x16x6")
+    first, second = BadRows(tmp_path), BadRows(tmp_path, writes=False)
+    second.add(row)
+    assert not list(tmp_path.iterdir())
+    first.add(row)
+    second.reset(world=1)
+    second.load()
+    assert second.leaves_out("row", 3)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_that_training_names_stay_out_as_broken_ones_do(manifest: Path, tmp_path: Path, workers: int) -> None:
     def stream(folder: Path, step: int | None = None, state: dict[str, Any] | None = None) -> BatchStream:

@@ -3,10 +3,14 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from titans_video.config.options import ModelOptions
+from titans_video.config.recipes import SoraOptions
 from titans_video.errors import ConfigError
+from titans_video.recipes.setup import share_clips
 from titans_video.training.parallelism import DataGroup, Parallelism, data_group, refuse_other_engines
 
 USE = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
@@ -106,3 +110,12 @@ def test_a_group_with_other_rows_is_noticed() -> None:
     rows[3] = [3, 5]
     assert sum(group.checksum(seeds) for group, seeds in zip(groups, rows, strict=True)) != 0
     assert DataGroup(1, 4, 1, True).checksum([1, 2]) == 0
+
+
+@pytest.mark.parametrize("changes", [{"compile": "on"}, {"fp8_linear": True}])
+def test_options_that_were_not_tested_with_shared_clips(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    ask(monkeypatch, {**USE, **FSDP2, **sizes(cp=2)}, 2)
+    with pytest.raises(ConfigError, match="was not tested with context parallelism"):
+        share_clips(SoraOptions(model=ModelOptions(**changes)), *[None] * 3)  # type: ignore[arg-type]

@@ -342,8 +342,12 @@ def share_clips(
     processes = context_size()
     if processes == 1:
         return
-    if tracking.flat(options)["compile"] == "on":
-        raise ConfigError(f"--compile on was not tested with context parallelism ({SIZE_SETTING}). Use --compile off.")
+    given = tracking.flat(options)
+    for flag, is_on in (("--compile on", given["compile"] == "on"), ("--fp8-linear", given.get("fp8_linear"))):
+        if is_on:
+            raise ConfigError(
+                f"{flag} was not tested with context parallelism ({SIZE_SETTING}). Leave one of them out."
+            )
     plan = recipe.context_plan()
     buckets = {*parts.data.buckets, *(parts.held_out.buckets if parts.held_out else ())}
     check_plan(plan, processes, {str(b): recipe.geometry.grid(b.frames, b.height, b.width) for b in buckets})
