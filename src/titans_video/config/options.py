@@ -89,6 +89,8 @@ class DataOptions:
     cache: FolderPath | None = None
     """Folder for latents and text embeddings. Missing ones are encoded first. Training then needs neither a VAE nor a
     text encoder."""
+    cache_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of cached latents. bf16 halves the cache."""
     cache_variants: Annotated[int, Range(least=1)] = 1
     """Variants of each row to cache, if --random-crop or --random-start is given."""
 

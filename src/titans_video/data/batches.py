@@ -21,7 +21,8 @@ class HostBatch:
     """A batch as a worker process sends it.
 
     Attributes:
-        batch: without cached text; its pixels are bytes, a quarter of their size as floats. None if there is none.
+        batch: with cached text, if it could be read; its pixels are bytes, a quarter of their size as floats. None if
+            there is none.
         bad_rows: rows that turned out to be unreadable.
         error: why there is no batch; errors of worker processes are passed on as text.
         needs_repair: there is no batch because a file of the cache is damaged; the process with the encoders reads it.

@@ -1,9 +1,10 @@
 """The content-addressed cache of encodings.
 
-A clip's moments, the moments of its conditioning frames, and each prompt's hidden states are separate safetensors
-files. The name of a file is a hash of everything that its content depends on, so a file is never outdated. It is
-renamed when complete, so any number of processes may fill one cache. The first read of a file in a process checks its
-checksum, type and shape; a damaged file counts as missing and is made again.
+A clip's moments, the moments of its conditioning frames, and each prompt's hidden states are separate encodings, each
+in a safetensors file of its own or in a shard with others (`shards`). The name of an encoding is a hash of everything
+that its content depends on, so it is never outdated. A file is renamed when complete, so any number of processes may
+fill one cache. The first read of an encoding in a process checks its checksum, type and shape; a damaged one counts as
+missing and is made again.
 
 Legend: C latent channels, t h w the latent grid, L tokens, E width of a text stream.
 """
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from titans_video.data.clip_plan import PLAN_VERSION
 from titans_video.data.reader import BadRowError, Sample
+from titans_video.data.shards import FOLDER, Shards, each
 from titans_video.errors import DataError
 from titans_video.files import save_safetensors
 from titans_video.finite import is_finite
@@ -35,7 +37,7 @@ CACHE_VERSION = 1  # raise it when the same clip would give other pixels
 NO_BYTES = hashlib.sha256(b"").hexdigest()
 KINDS = CLIPS, COND_FRAMES, COND_IMAGES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
 NOT_IN_CACHE = "not-in-cache"
-MAX_TEXTS = 4096
+MOST_TEXT_BYTES = 2**28  # of hidden states that a process keeps in memory
 
 
 class Repair(Protocol):
@@ -87,7 +89,9 @@ class EncodingCache:
             save the motion bucket of each clip (Stable Video Diffusion).
         spec: of the codec; moments must have its shapes. None accepts any shape.
         widths: E of each text stream, 0 for byte ids; () accepts any width.
+        dtype: of stored moments, fp32 | bf16; they are read as float32.
     Attributes:
+        sharded: `put` writes shards instead of single files.
         repair: makes damaged files again; None: they count as missing.
         process: the one process that may repair; data workers may not.
     """
@@ -101,13 +105,16 @@ class EncodingCache:
         *,
         spec: CodecSpec | None = None,
         widths: Sequence[int] = (),
+        dtype: str = "fp32",
     ) -> None:
         self.folder, self.codec, self.texts, self.cond_images = folder, codec, tuple(texts), cond_images
-        self.spec, self.widths = spec, tuple(widths)
+        self.spec, self.widths, self.dtype, self.sharded = spec, tuple(widths), dtype, False
+        self.shards = {kind: Shards(folder / kind) for kind in KINDS}
         self.repair: Repair | None = None
         self.process, self._has_repaired = os.getpid(), False
         self._checked: set[Path] = set()
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self._text_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a data worker, which has no encoders."""
@@ -121,6 +128,8 @@ class EncodingCache:
         """Return everything that a clip's moments depend on."""
         plan, record = sample.plan, sample.record
         special = {"reading": record.reading} if record.reading else {}
+        if self.dtype != "fp32":
+            special["dtype"] = self.dtype
         return {
             "kind": CLIPS,
             "version": [CACHE_VERSION, PLAN_VERSION],
@@ -140,7 +149,7 @@ class EncodingCache:
 
     def image_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
         """Return everything that a sample's first frame, or its motion, depends on; the codec is not part of it."""
-        fields = {key: value for key, value in self.clip_fields(sample).items() if key != "codec"} | {"kind": kind}
+        fields = {k: v for k, v in self.clip_fields(sample).items() if k not in ("codec", "dtype")} | {"kind": kind}
         if kind == MOTION:
             return {**fields, "fps": round(sample.plan.fps, 6), "measure": MOTION_VERSION}
         return {**fields, "picture": _image_key(sample)}
@@ -165,10 +174,31 @@ class EncodingCache:
 
     def write(self, fields: Mapping[str, Any], tensor: Tensor) -> None:
         """Write one tensor with its key fields, atomically."""
-        about = {"made_from": json.dumps(fields, sort_keys=True), "sha256": _digest(tensor)}
-        path = self.path(fields)
-        save_safetensors({"data": tensor.contiguous().cpu()}, path, about)
+        path, (stored, notes) = self.path(fields), _stored(fields, tensor)
+        save_safetensors({"data": stored}, path, notes)
         self._checked.add(path)
+
+    def put(self, fields: Mapping[str, Any], tensor: Tensor) -> None:
+        """Write one tensor, or let it wait for its shard; see `flush`."""
+        if not self.sharded:
+            self.write(fields, tensor)
+            return
+        self.shards[fields["kind"]].add(self.path(fields).stem, *_stored(fields, tensor))
+
+    def flush(self) -> None:
+        """Write the tensors that wait for their shards."""
+        for shards in self.shards.values():
+            shards.flush()
+
+    def refresh(self) -> None:
+        """Find the shards that other processes have written."""
+        for shards in self.shards.values():
+            shards.refresh()
+
+    def has(self, fields: Mapping[str, Any]) -> bool:
+        """Check whether there is a tensor with these fields, damaged or not."""
+        path = self.path(fields)
+        return self.shards[fields["kind"]].find(path.stem) is not None or path.exists()
 
     def read(self, fields: Mapping[str, Any], sample: Sample | None = None) -> Tensor:
         """Read what `write` wrote; if it is missing or damaged, try to make it again. `sample` is None for a prompt.
@@ -188,7 +218,7 @@ class EncodingCache:
         tensor = self.repair(fields, sample).cpu()
         with contextlib.suppress(OSError):  # a full disk costs the next run some time, but must not end this one
             self.write(fields, tensor)
-        return tensor
+        return _as_read(fields, _stored(fields, tensor)[0])
 
     def release(self) -> None:
         """Free the encoders if `read` needed them."""
@@ -199,9 +229,7 @@ class EncodingCache:
     def _read(self, fields: Mapping[str, Any]) -> Tensor:
         path = self.path(fields)
         try:
-            with safe_open(path, framework="pt") as f:
-                tensor: Tensor = f.get_tensor("data")
-                notes = {} if path in self._checked else f.metadata() or {}
+            tensor, notes = self._load(path, fields["kind"])
         except FileNotFoundError:
             raise BadRowError(NOT_IN_CACHE, f"{path} is missing; fill the cache again.") from None
         except (SafetensorError, OSError) as e:
@@ -212,11 +240,20 @@ class EncodingCache:
             if problem := other or self._misfit(fields, tensor) or _damage(tensor, notes):
                 raise BadRowError(NOT_IN_CACHE, f"{path} is damaged: {problem}. Fill the cache again.")
             self._checked.add(path)
-        return tensor
+        return _as_read(fields, tensor)
+
+    def _load(self, path: Path, kind: str) -> tuple[Tensor, dict[str, str]]:
+        """Return a tensor and its notes, from its own file or else from a shard."""
+        shard = self.shards[kind].find(path.stem)
+        if shard is not None and not path.exists():
+            return self.shards[kind].read(shard, path.stem)
+        with safe_open(path, framework="pt") as f:
+            return f.get_tensor("data"), {} if path in self._checked else f.metadata() or {}
 
     def _misfit(self, fields: Mapping[str, Any], tensor: Tensor) -> str | None:
         """Return how a tensor's type or shape differs from the one that its key fields describe."""
-        kind, expected, shape = fields["kind"], torch.float32, tuple(tensor.shape)
+        kind, shape = fields["kind"], tuple(tensor.shape)
+        expected = PRECISIONS[fields.get("dtype", "fp32")]
         if kind in (CLIPS, COND_FRAMES):
             if self.spec is None:
                 fits = tensor.dim() == 4
@@ -266,11 +303,14 @@ class EncodingCache:
         if key not in self._texts:
             try:
                 self._texts[key] = self.read(self.text_fields(prompt, stream))
+            except NeedsRepair:
+                raise
             except BadRowError as e:
                 text = f"The prompt {prompt[:80]!r} is not in the cache {self.folder}: {e.detail}"
                 raise PromptError(text, prompt, e.reason, e.detail) from None
-            if len(self._texts) > MAX_TEXTS:
-                self._texts.popitem(last=False)
+            self._text_bytes += self._texts[key].nbytes
+            while self._text_bytes > MOST_TEXT_BYTES and len(self._texts) > 1:
+                self._text_bytes -= self._texts.popitem(last=False)[1].nbytes
         self._texts.move_to_end(key)
         return self._texts[key]
 
@@ -303,27 +343,50 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     if not paths:
         raise DataError(f"{folder}: it contains no cached file. It is not a cache, or nothing has been cached yet.")
     cache = EncodingCache(folder, "")
-    wrong = []
+    intact, wrong = 0, []
     for done, path in enumerate(paths, 1):
-        problem = _problem(cache, path)
-        if problem is not None:
-            wrong.append(f"{path}: {problem}")
+        try:
+            for name, tensor, notes in _encodings(path):
+                problem = _problem(cache, name or path.stem, tensor, notes)
+                intact += problem is None
+                if problem is not None:
+                    wrong.append(f"{path}: {name}{': ' * bool(name)}{problem}")
+        except (SafetensorError, OSError, ValueError) as e:
+            wrong.append(f"{path}: unreadable ({type(e).__name__}: {e})")
         if progress is not None:
             progress(done, len(paths))
-    return len(paths) - len(wrong), wrong
+    return intact, wrong
 
 
-def _problem(cache: EncodingCache, path: Path) -> str | None:
+def _encodings(path: Path) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
+    """Yield the encodings of a file, with their names if it is a shard."""
+    if path.parent.name == FOLDER:
+        yield from each(path)
+        return
+    with safe_open(path, framework="pt") as f:
+        yield "", f.get_tensor("data"), f.metadata() or {}
+
+
+def _problem(cache: EncodingCache, name: str, tensor: Tensor, notes: Mapping[str, str]) -> str | None:
     try:
-        with safe_open(path, framework="pt") as f:
-            tensor, notes = f.get_tensor("data"), f.metadata() or {}
-        fields = parse_json(notes["made_from"])
-        named = cache.path(fields)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        named = cache.path(parse_json(notes["made_from"])).stem
+    except (ValueError, KeyError, TypeError) as e:
         return f"unreadable ({type(e).__name__}: {e})"
-    if named.name != path.name:
-        return f"its name does not match the key fields in it ({named.name} was expected)"
+    if named != name:
+        return f"its name does not match the key fields in it ({named} was expected)"
     return _damage(tensor, notes)
+
+
+def _stored(fields: Mapping[str, Any], tensor: Tensor) -> tuple[Tensor, dict[str, str]]:
+    """Return a tensor as it is stored, and its notes."""
+    stored = tensor.contiguous().cpu()
+    if "dtype" in fields:
+        stored = stored.to(PRECISIONS[fields["dtype"]])
+    return stored, {"made_from": json.dumps(fields, sort_keys=True), "sha256": _digest(stored)}
+
+
+def _as_read(fields: Mapping[str, Any], stored: Tensor) -> Tensor:
+    return stored.float() if "dtype" in fields else stored
 
 
 def _damage(tensor: Tensor, notes: Mapping[str, str]) -> str | None:

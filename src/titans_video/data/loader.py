@@ -5,6 +5,7 @@ random about them. Worker processes only compute that function ahead of time, so
 number.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,8 @@ class BatchReader:
         found: list[BadRow] = []
         try:
             batch = collate([self._row(step, o, found) for o in items], step if shown_at is None else shown_at)
+            with contextlib.suppress(PromptError):  # `BatchStream` meets it again, and names the rows
+                batch = with_text(batch, self.cache)
             return HostBatch(self.draw(batch) if self.draw else batch, tuple(found))
         except NeedsRepair:
             return HostBatch(needs_repair=True)
@@ -217,7 +220,8 @@ class BatchStream:
                 raise DataError(host_batch.error)
             assert host_batch.batch is not None  # there is one without an error
             try:
-                batch = with_text(host_batch.batch, self.cache)
+                batch = host_batch.batch
+                batch = batch if batch.text is not None else with_text(batch, self.cache)
             except PromptError as e:
                 pairs = zip(host_batch.batch.ids, host_batch.batch.captions, strict=True)
                 named = {name for name, caption in pairs if caption == e.prompt}

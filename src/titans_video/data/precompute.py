@@ -4,6 +4,7 @@ The work is divided among the ranks by row and by prompt; a rank loads codec and
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from titans_video.data.columns import Columns, open_columns, pack_columns, share
 from titans_video.data.dataset import VideoDataset, with_digests
 from titans_video.data.job_cache import Failed
 from titans_video.data.left_out import Quarantined, format_reasons
-from titans_video.data.reader import BadRowError, ClipRecord, RamCache, RowReader, Sample
+from titans_video.data.reader import BadRowError, ClipRecord, Frames, RamCache, RowReader, Sample
 from titans_video.data.records import DIGEST_BYTES
 from titans_video.data.sampler import uses_cond_image
 from titans_video.data.scan import run_cached_jobs
@@ -30,8 +31,13 @@ from titans_video.errors import DataError, UserError, WriteError
 from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
 from titans_video.parsing import Malformed
+from titans_video.processes import ReadAhead, WorkerDied
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition
 
+logger = logging.getLogger(__name__)
+
+STALL_SECONDS = 900.0  # after which a process that reads a clip is replaced
+MOST_SINGLE_FILES = 1000  # with more encodings than this, a process writes shards
 OVERFLOW_REMEDY = "In fp16 they overflow: pass --vae-dtype bf16, --text-dtype bf16 and --llm-dtype bf16."
 
 
@@ -114,6 +120,7 @@ def fill_cache(
         encoders.cond_images,
         spec=data.table.spec,
         widths=encoders.text_widths,
+        dtype=data.options.cache_dtype,
     )
     total = len(data.records)
     digests = find_digests(data, progress=progress, processes=processes)
@@ -124,15 +131,18 @@ def fill_cache(
     texts = _shard(dict.fromkeys(["", *filled.data.records.captions(), *prompts]), data)
     own = range(data.rank, len(filled.data.records), data.world)
     todo = len(texts) + sum(len(_variants(filled.data.records[i], data)) for i in own)
+    cache.sharded = todo > MOST_SINGLE_FILES
     bar = Progress("filling the cache", "sample", todo, show=progress and data.rank == 0, delay=1.0)
     try:
         with bar:
             _fill_clips(filled, encoding, bar)
             _fill_text(filled, encoding, texts, {"", *prompts}, bar)
+            cache.flush()
         error = None
     except (UserError, OSError) as e:
         error = str(e)
     parts = processes.all_gather_object((filled.made, filled.found, filled.bad_rows, error))
+    cache.refresh()
     errors = [e for *_, e in parts if e is not None]
     if errors:
         raise DataError(f"The cache {folder} cannot be filled: {errors[0]}")
@@ -231,11 +241,16 @@ def _undigested(data: VideoDataset, found: FileDigests) -> list[Quarantined]:
     return lost
 
 
-def _samples(data: VideoDataset, reader: RowReader) -> Iterator[tuple[int, Sample]]:
+def _parts(data: VideoDataset) -> Iterator[tuple[int, int, str]]:
+    """Yield this rank's part of the work: the position of a row, a variant and a task."""
     for number in range(data.rank, len(data.records), data.world):
-        record = data.records[number]
-        for variant, task in _variants(record, data):
-            yield number, reader.decide(record, task, reader.variant_seed(record.row, variant))
+        for variant, task in _variants(data.records[number], data):
+            yield number, variant, task
+
+
+def _decide(data: VideoDataset, reader: RowReader, number: int, variant: int, task: str) -> Sample:
+    record = data.records[number]
+    return reader.decide(record, task, reader.variant_seed(record.row, variant))
 
 
 def _variants(record: ClipRecord, data: VideoDataset) -> list[tuple[int, str]]:
@@ -256,9 +271,19 @@ class _Encoding:
 
     def sample(self, sample: Sample, wanted: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
         """Yield encodings of a sample with their key fields; BadRowError if its files or an encoding cannot be used."""
+        return self.encode(sample, self.pixels(sample), wanted)
+
+    def pixels(self, sample: Sample) -> tuple[Frames, Frames | None]:
+        """Read the bytes of a sample's clip and of its own image; BadRowError if that is impossible."""
+        return self.reader.clip(sample), self.reader.cond_image(sample) if sample.own_image else None
+
+    def encode(
+        self, sample: Sample, pixels: tuple[Frames, Frames | None], wanted: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+        """Yield encodings of a sample that was read, as `sample` does."""
         self.codec = self.codec or self.encoders.codec()
-        clip = to_floats(torch.from_numpy(self.reader.clip(sample))[None])
-        image = to_floats(torch.from_numpy(self.reader.cond_image(sample))[None, None]) if sample.own_image else None
+        clip = to_floats(torch.from_numpy(pixels[0])[None])
+        image = None if pixels[1] is None else to_floats(torch.from_numpy(pixels[1])[None, None])
         for fields in wanted:
             encoded = _encoding(fields["kind"], sample, clip, image, self.codec)
             if not is_finite(encoded):
@@ -287,21 +312,71 @@ class _Encoding:
 
 
 def _fill_clips(filled: Filled, encoding: _Encoding, bar: Progress) -> None:
-    cache, bad_rows = filled.cache, set[int]()
-    for number, sample in _samples(filled.data, encoding.reader):
-        bar.update()
-        wanted = cache.wanted(sample)
-        missing = [f for f in wanted if not cache.path(f).exists()]
-        filled.found += len(wanted) - len(missing)
-        if not missing or number in bad_rows:
-            continue
+    """Encode the clips that are missing, while other processes read the next ones."""
+    cache, data, bad_rows = filled.cache, filled.data, set[int]()
+    todo: list[tuple[int, int, str]] = []
+    for number, variant, task in _parts(data):
+        wanted = cache.wanted(_decide(data, encoding.reader, number, variant, task))
+        missing = sum(not cache.has(fields) for fields in wanted)
+        filled.found += len(wanted) - missing
+        if missing:
+            todo.append((number, variant, task))
+        else:
+            bar.update()
+    with _reading_ahead(data, encoding, todo) as clips:
+        for (number, variant, task), pixels in zip(todo, clips, strict=False):
+            bar.update()
+            sample = _decide(data, encoding.reader, number, variant, task)
+            missing_fields = [fields for fields in cache.wanted(sample) if not cache.has(fields)]
+            if number in bad_rows or not missing_fields:  # another process may have been faster
+                continue
+            try:
+                if isinstance(pixels, Failed):
+                    raise BadRowError(pixels.reason, pixels.detail)
+                for fields, encoded in encoding.encode(sample, pixels, missing_fields):
+                    cache.put(fields, encoded)
+                    filled.made += 1
+            except BadRowError as e:
+                bad_rows.add(number)
+                filled.bad_rows.append(Quarantined(sample.record.row, e.reason, e.detail, sample.record.row_number))
+
+
+@contextlib.contextmanager
+def _reading_ahead(
+    data: VideoDataset, encoding: _Encoding, todo: Sequence[tuple[int, int, str]]
+) -> Iterator[Iterator[tuple[Frames, Frames | None] | Failed]]:
+    """Give the pixels of each part of the work, read by `--num-workers` processes, or by this one if there are none."""
+
+    def read(at: int) -> tuple[Frames, Frames | None] | Failed:
+        if at >= len(todo):
+            return Failed("missing", "there is no more work.")
         try:
-            for fields, encoded in encoding.sample(sample, missing):
-                cache.write(fields, encoded)
-                filled.made += 1
+            return encoding.pixels(_decide(data, encoding.reader, *todo[at]))
         except BadRowError as e:
-            bad_rows.add(number)
-            filled.bad_rows.append(Quarantined(sample.record.row, e.reason, e.detail, sample.record.row_number))
+            return Failed(e.reason, e.detail)
+
+    asked = data.options.num_workers
+    workers = 0 if asked == "auto" else min(asked, len(todo))
+    if not workers:
+        yield map(read, range(len(todo)))
+        return
+    ahead = ReadAhead(
+        lambda: read,
+        0,
+        workers,
+        seconds=STALL_SECONDS,
+        on_death=lambda death, at: logger.warning(
+            f"A process that reads clips was lost: {death}. A new one replaces it."
+        ),
+        stop=lambda: False,
+    )
+    try:
+        yield ahead
+    except WorkerDied as e:
+        raise DataError(f"Several processes that read clips in a row were lost: {e}. Lower --num-workers.") from None
+    finally:
+        for worker in ahead.workers:
+            worker.kill()
 
 
 def _encoding(kind: str, sample: Sample, clip: Tensor, image: Tensor | None, codec: CodecLike) -> Tensor:
@@ -335,7 +410,7 @@ def _fill_text(
     cache, data = filled.cache, filled.data
     for prompt in prompts:
         bar.update()
-        missing = [i for i in range(len(cache.texts)) if not cache.path(cache.text_fields(prompt, i)).exists()]
+        missing = [i for i in range(len(cache.texts)) if not cache.has(cache.text_fields(prompt, i))]
         filled.found += len(cache.texts) - len(missing)
         if not missing:
             continue
@@ -348,7 +423,7 @@ def _fill_text(
             filled.bad_rows += [Quarantined(r.row, e.reason, f"{r.row.video}: {e.detail}", r.row_number) for r in rows]
             continue
         for i in missing:
-            cache.write(cache.text_fields(prompt, i), states[i])
+            cache.put(cache.text_fields(prompt, i), states[i])
             filled.made += 1
 
 

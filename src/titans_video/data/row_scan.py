@@ -67,7 +67,7 @@ class Scan:
 FREE = frozenset(
     {
         *("batch_size", "tokens_per_batch", "max_bad", "num_workers", "ram_cache_mb", "trust_scan"),
-        *("cache", "cache_variants", "cond_frames", "random_crop"),
+        *("cache", "cache_dtype", "cache_variants", "cond_frames", "random_crop"),
     }
 )
 """Options that change neither the rows nor their buckets."""

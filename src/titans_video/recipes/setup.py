@@ -92,6 +92,7 @@ def open_parts(
     encode = partial(encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition)
     filled = encode(data)
     held_out = encode(held_out).data if held_out else None
+    filled.cache.refresh()  # the held-out clips may be in shards of their own
     text.release()
     codec.release()
     return RunParts(filled.data, held_out, codec, stored, text, filled.cache)
