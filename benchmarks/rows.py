@@ -163,6 +163,7 @@ def measure(folder: Path, phase: str) -> None:
     order = [[stream.records[item.row].row.id for item in stream.sampler.batch(n).items] for n in range(0, epoch, 97)]
     bad = {"id": order[0][0], "video": "x", "reason": "changed", "detail": "", "batch": 3, "bucket": "32x32x8"}
     (folder / "broken.rank0.jsonl").write_text(json.dumps(bad) + "\n")
+    stream = None  # a resumed run has one
 
     def resume() -> None:
         resumed = data.stream(folder=folder)

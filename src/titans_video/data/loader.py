@@ -176,12 +176,12 @@ class BatchStream:
     def _build_sampler(self, records: ClipRecords) -> None:
         self.records = records
         rows = [records.in_bucket(b) for b in self.buckets]
-        keys, weights = records.column("key"), records.column("weight")
+        table = records.table.columns
         queues = [
             BucketQueue(
                 str(bucket),
-                keys[queue],
-                weights[queue],
+                table["key"][records.numbers[queue]],
+                table["weight"][records.numbers[queue]],
                 self.batch_sizes[bucket] * self.shard.world * self.shard.grad_accum,
             )
             for bucket, queue in zip(self.buckets, rows, strict=True)

@@ -74,10 +74,9 @@ class ClipRecords(Sequence[ClipRecord]):
 
     def bucket_counts(self) -> dict[Bucket, int]:
         """Return the number of rows of each bucket, in the order of their first rows."""
-        found, first, counts = np.unique(self.bucket_ids, return_index=True, return_counts=True)
-        order = np.argsort(first)
-        buckets = [self.table.buckets[i] for i in found[order].tolist()]
-        return dict(zip(buckets, counts[order].tolist(), strict=True))
+        counts = np.bincount(self.bucket_ids).tolist()
+        first = {i: int((self.bucket_ids == i).argmax()) for i, count in enumerate(counts) if count}
+        return {self.table.buckets[i]: counts[i] for i in sorted(first, key=lambda i: first[i])}
 
     def named_counts(self) -> Counter[str]:
         """Return the number of rows of each bucket by its name, HxWxT."""
