@@ -120,25 +120,54 @@ class TextCondition:
     """The encoded prompts: one stream per text encoder, never concatenated. A pooled vector is a stream of one token.
 
     `streams` are each (B, L, E) float states of a frozen encoder, or (B, L) int64 byte ids (`builtin`). `masks` are
-    each (B, L) bool, True on real tokens; some networks accept rows without any (see `without`).
+    each (B, L) bool, True on real tokens; some networks accept rows without any (see `without`). `lengths` are the real
+    tokens of each row of each stream, if the host knows them: they decide whether attention needs a mask.
     """
 
     streams: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
+    lengths: tuple[tuple[int, ...], ...] | None = None
 
     def without(self, rows: Tensor) -> "TextCondition":
         """Return a copy in which `rows`, (B,) or (B, number of streams) bool, have no text, not even the empty one."""
         each = rows[:, None].expand(-1, len(self.masks)) if rows.ndim == 1 else rows
-        return TextCondition(self.streams, tuple(m & ~each[:, i, None].to(m.device) for i, m in enumerate(self.masks)))
+        lengths = None
+        if self.lengths is not None and rows.device.type == "cpu":
+            columns = zip(self.lengths, each.T.tolist(), strict=True)
+            lengths = tuple(tuple(0 if gone else n for n, gone in zip(*pair, strict=True)) for pair in columns)
+        masks = tuple(m & ~each[:, i, None].to(m.device) for i, m in enumerate(self.masks))
+        return TextCondition(self.streams, masks, lengths)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextCondition":
         def move(x: Tensor) -> Tensor:
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        return TextCondition(tuple(map(move, self.streams)), tuple(m.to(device) for m in self.masks))
+        lengths = self.lengths or token_counts(self.masks)
+        return TextCondition(tuple(map(move, self.streams)), tuple(m.to(device) for m in self.masks), lengths)
+
+    def unpadded(self) -> "TextCondition | None":
+        """Return the text without padding, or None if rows of a stream differ in length or the host knows no length."""
+        if self.lengths is None or any(len(set(rows)) != 1 or not rows[0] for rows in self.lengths):
+            return None
+        ends = [rows[0] for rows in self.lengths]
+        return TextCondition(
+            tuple(x[:, :end] for x, end in zip(self.streams, ends, strict=True)),
+            tuple(m[:, :end] for m, end in zip(self.masks, ends, strict=True)),
+            self.lengths,
+        )
 
     def __len__(self) -> int:
         return self.masks[0].shape[0]
+
+
+def token_counts(masks: Sequence[Tensor]) -> tuple[tuple[int, ...], ...] | None:
+    """Return the True values of each row, or None if a mask is on a device or does not begin with all of them."""
+    if not all(mask.device.type == "cpu" for mask in masks):
+        return None
+    counts = [mask.sum(dim=1) for mask in masks]
+    if not all(torch.equal(torch.arange(m.shape[1]) < n[:, None], m) for m, n in zip(masks, counts, strict=True)):
+        return None
+    return tuple(tuple(count.tolist()) for count in counts)
 
 
 @dataclass(frozen=True)
@@ -245,7 +274,8 @@ class Batch:
         changes: dict[str, Any] = {name: next(left) for name in DEVICE_FIELDS if getattr(self, name) is not None}
         if self.text is not None:
             streams = tuple(next(left) for _ in self.text.streams)
-            changes["text"] = TextCondition(streams, tuple(next(left) for _ in self.text.masks))
+            lengths = self.text.lengths or token_counts(self.text.masks)
+            changes["text"] = TextCondition(streams, tuple(next(left) for _ in self.text.masks), lengths)
         return replace(self, **changes, drawn={name: next(left) for name in self.drawn})
 
     def cond_frame_mask(self) -> Tensor:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
+from titans_video.diffusion.samplers import join_text
 from titans_video.errors import CheckpointError, TextError
-from titans_video.text.base import ByteStream, build_text, drop_captions, text_from_checkpoint
+from titans_video.text.base import ByteStream, TextEncoder, build_text, drop_captions, text_from_checkpoint
 from titans_video.types import BYTE_VOCABULARY, END_OF_TEXT, TextCondition
 
 
@@ -100,3 +101,16 @@ def test_streams_drop_separately_and_a_longer_empty_prompt_fits() -> None:
     assert dropped.masks[1].tolist() == [[True, True], [True, False]]
     assert dropped.streams[0].sum((1, 2)).tolist() == [0, 3]
     assert dropped.streams[1].sum((1, 2)).tolist() == [10, 0]
+
+
+def test_the_host_knows_the_lengths_without_asking_the_device() -> None:
+    text = TextEncoder([ByteStream(9)], TextOptions())(["abc", "a", ""])
+    assert text.lengths == ((4, 2, 1),)
+    assert text.unpadded() is None
+    empty = TextEncoder([ByteStream(9)], TextOptions()).empty(1)
+    assert drop_captions(text, empty, torch.tensor([True, False, False])).lengths == ((1, 2, 1),)
+    assert drop_captions(text, empty, torch.tensor([True, True, True])).unpadded().streams[0].shape == (3, 1)
+    assert text.without(torch.tensor([True, False, False])).lengths == ((0, 2, 1),)
+    assert join_text(text, empty).lengths == ((4, 2, 1, 1),)
+    gap = torch.tensor([[True, False, True]])
+    assert TextCondition((torch.ones(1, 3, 2),), (gap,)).to("cpu").lengths is None

@@ -269,7 +269,9 @@ def join_text(*conditions: TextCondition) -> TextCondition:
         length = max(mask.shape[1] for mask in of_masks)
         streams.append(torch.cat([lengthen(x, length) for x in parts]))
         masks.append(torch.cat([lengthen(mask, length) for mask in of_masks]))
-    return TextCondition(tuple(streams), tuple(masks))
+    known = [c.lengths for c in conditions if c.lengths is not None]
+    rows = tuple(sum(parts, ()) for parts in zip(*known, strict=True))
+    return TextCondition(tuple(streams), tuple(masks), rows if len(known) == len(conditions) else None)
 
 
 def _repeated(condition: Condition, texts: Sequence[TextCondition | None]) -> Condition:

@@ -42,7 +42,8 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
     def repeat(x: Tensor) -> Tensor:
         return x.expand(len(prompts), *x.shape[1:])
 
-    rows = TextCondition(tuple(map(repeat, negative.streams)), tuple(map(repeat, negative.masks)))
+    lengths = negative.lengths and tuple(n * len(prompts) for n in negative.lengths)
+    rows = TextCondition(tuple(map(repeat, negative.streams)), tuple(map(repeat, negative.masks)), lengths)
     if image_condition:
         rows = rows.without(torch.full((len(prompts),), not negative_prompt))
     return Prompts(text, rows.to(model.device))

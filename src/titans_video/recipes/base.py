@@ -287,7 +287,11 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
     def encode_captions(self, batch: Batch, *, train: bool) -> TextCondition:
         """Return encoded captions; in training some are replaced by the empty prompt."""
         text = self.encode_text(batch)
-        return drop_captions(text, self.empty, self.value(batch, "drop")) if train else text
+        if not train:
+            return text
+        drop = self.value(batch, "drop")
+        on_host = drop if drop.device.type == "cpu" else self.draws().dropped(batch)  # without waiting for a copy
+        return drop_captions(text, self.empty, drop, on_host)
 
     def _text_lengths(self, batch: Batch) -> tuple[int, ...]:
         """Return the tokens of each text stream, in steps of `TEXT_STEP`; unencoded text counts 4 bytes a token."""

@@ -19,7 +19,7 @@ from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
 from titans_video.hub import stored_folder
-from titans_video.types import END_OF_TEXT, TextCondition
+from titans_video.types import END_OF_TEXT, TextCondition, token_counts
 
 
 class Stream(Protocol):
@@ -28,7 +28,10 @@ class Stream(Protocol):
     width: int
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return states (B, L, E) float or ids (B, L) int64, and their mask (B, L) bool, padded on the right."""
+        """Return states (B, L, E) float or ids (B, L) int64, padded on the right, and their mask (B, L) bool.
+
+        The mask stays on the CPU, so that the host knows the lengths without waiting for the device.
+        """
 
     def measure(self, prompts: Sequence[str]) -> "Lengths":
         """Measure prompts before they are cut; needs no weights."""
@@ -57,18 +60,27 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def drop_captions(condition: TextCondition, empty: TextCondition, drop: Tensor) -> TextCondition:
+def drop_captions(
+    condition: TextCondition, empty: TextCondition, drop: Tensor, on_host: Tensor | None = None
+) -> TextCondition:
     """Replace the captions chosen by `drop` with the empty prompt, of which `empty` is one row.
 
-    `drop` is (B,) bool for all streams together, or (B, number of streams) for each separately.
+    `drop` is (B,) bool for all streams together, or (B, number of streams) for each separately. `on_host` is a copy on
+    the CPU if `drop` is on a device, so that the lengths stay known.
     """
-    if drop.dim() == 1:
-        drop = drop[:, None].expand(-1, len(condition.streams))
+    drop, known = (
+        x[:, None].expand(-1, len(condition.streams)) if x.dim() == 1 else x
+        for x in (drop, drop if on_host is None else on_host)
+    )
     pairs = [
         _drop_rows(*parts, drop[:, i])
         for i, parts in enumerate(zip(condition.streams, condition.masks, empty.streams, empty.masks, strict=True))
     ]
-    return TextCondition(tuple(s for s, _ in pairs), tuple(m for _, m in pairs))
+    lengths = None
+    if condition.lengths is not None and empty.lengths is not None and known.device.type == "cpu":
+        columns = zip(condition.lengths, empty.lengths, known.T.tolist(), strict=True)
+        lengths = tuple(tuple(b[0] if d else n for n, d in zip(rows, drops, strict=True)) for rows, b, drops in columns)
+    return TextCondition(tuple(s for s, _ in pairs), tuple(m for _, m in pairs), lengths)
 
 
 def _drop_rows(states: Tensor, mask: Tensor, blank: Tensor, blank_mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +114,8 @@ class ByteStream:
         """Return byte ids; what exceeds `max_length` - 1 bytes is cut, never inside a character."""
         rows = [[byte + 1 for byte in self._cut(text)] + [END_OF_TEXT] for text in prompts]
         length = max((len(row) for row in rows), default=1)
-        ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows], device=self.device)
-        return ids.reshape(len(rows), length), ids.reshape(len(rows), length) != PADDING
+        ids = torch.tensor([row + [PADDING] * (length - len(row)) for row in rows]).reshape(len(rows), length)
+        return to_device(ids, self.device), ids != PADDING
 
     def _cut(self, text: str) -> bytes:
         data = text.encode()
@@ -135,7 +147,8 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str]) -> TextCondition:
         """Encode B prompts: each stream (B, L, E) float or (B, L) ids with its (B, L) mask, L the batch's longest."""
         pairs = [s.encode(prompts) for s in self.streams]
-        return TextCondition(tuple(x for x, _ in pairs), tuple(m for _, m in pairs))
+        masks = tuple(to_device(mask, x.device) for x, mask in pairs)
+        return TextCondition(tuple(x for x, _ in pairs), masks, token_counts([mask for _, mask in pairs]))
 
     def cut_note(self, prompts: Iterable[str], what: str = "captions") -> str | None:
         """Return a line that counts the prompts (named `what`) that are cut off; None if there are none."""

@@ -110,7 +110,7 @@ class PretrainedStream:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return states (B, L, E) in the encoder's precision, 0 on padding, and the mask (B, L), True on real tokens.
+        """Return states (B, L, E) in the encoder's precision, 0 on padding, and the mask (B, L) on the CPU.
 
         Tokens beyond the maximum, and a template's tokens before the prompt, are cut; an empty prompt keeps one token.
         """
@@ -118,12 +118,11 @@ class PretrainedStream:
         length = max(map(len, rows))
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         ids = torch.tensor([row + [self._spare_token()] * (length - len(row)) for row in rows])
-        ids, mask = (to_device(x, self._where()) for x in (ids, mask))
-        states = self._states(ids, mask).to(self.device)
-        mask = mask.bool().to(self.device)
+        states = self._states(*(to_device(x, self._where()) for x in (ids, mask))).to(self.device)
+        mask = mask.bool()
         if any(cuts):
             states, mask = _cut(states, mask, [(cut, len(row)) for cut, row in zip(cuts, rows, strict=True)])
-        return states.masked_fill(~mask[..., None], 0.0), mask
+        return states.masked_fill(~to_device(mask, states.device)[..., None], 0.0), mask
 
     def measure(self, prompts: Sequence[str]) -> Lengths:
         s = self.source
@@ -385,7 +384,7 @@ class PaddedStream(PretrainedStream):
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
         states: Tensor = self.model(to_device(ids, self._where()))[0].to(self.device)
-        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=self.device)
+        return states, torch.ones(states.shape[:2], dtype=torch.bool)
 
     @property
     def _unit(self) -> str:
