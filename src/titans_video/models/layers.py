@@ -25,8 +25,9 @@ TIME_CHANNELS = 256
 
 
 def norm(x: Tensor) -> Tensor:
-    """Apply LayerNorm without weights. Torch's kernels compute its statistics in float32."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    """Apply LayerNorm without weights, in x's dtype. Torch's kernels compute its statistics in float32."""
+    with without_autocast(x.device.type):  # on CUDA, autocast would write a float32 copy of x and of the result
+        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     The backward pass recomputes the normalised x, which saves memory. Forward-mode autodiff is not supported.
     """
     if torch.compiler.is_compiling():  # the compiler fuses this and recomputes it in the backward pass
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype)
-        return torch.addcmul(shift.to(x.dtype), normed, scale.to(x.dtype) + 1)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+        return torch.addcmul(shift.float(), normed, scale.float() + 1).to(x.dtype)
     return _AdaLayerNorm.apply(x, shift.to(x.dtype), scale.to(x.dtype))
 
 
@@ -108,6 +109,18 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device_type):  # the meta device, used to count shapes and FLOPs
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def residual_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the residual stream that begins with x: autocast's on every engine, but float32 for fp16.
+
+    The stream grows with depth, and float16 overflows at 65504. Without autocast it has x's dtype.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    half = torch.get_autocast_dtype(kind)
+    return torch.float32 if half == torch.float16 else half
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ from titans_video.models.layers import (
     masked_mean,
     norm,
     patchify,
+    residual_dtype,
     unpatchify,
     xavier_init,
 )
@@ -109,7 +110,8 @@ class SoraBlock(nn.Module):
         B, s, p, D = x.shape
         ada = c if self.modulation is None else self.modulation(c)
         if self.modulation_table is not None:
-            ada = ada + self.modulation_table
+            ada = ada + self.modulation_table.to(ada.dtype)
+        ada = ada.to(x.dtype)  # a gate of another dtype would change that of the residual stream
         ada = ada.view(B, ada.shape[1], 1, -1, 3, D)
         ada_x = ada[:, :s].unbind(3)  # (B, s, 1, 3, D) for each sub-layer: shift, scale, gate
         ada_r = ada[:, s:].unbind(3)  # (B, 1, 1, 3, D)
@@ -247,7 +249,7 @@ class Backbone(ModelMixin, ConfigMixin):
         return freqs
 
     def embed_patches(self, latents: Tensor, condition: Condition) -> Tensor:
-        """Embed noisy latents, conditioning latents and mask, folded to patches -> (B, s, p, D)."""
+        """Embed noisy latents, conditioning latents and mask, in patches -> (B, s, p, D), the residual stream."""
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
@@ -255,6 +257,7 @@ class Backbone(ModelMixin, ConfigMixin):
             channels[:, C : 2 * C] = condition.cond_latents
             channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
+        x = x.to(residual_dtype(x))
         if self.config.sine_positions:
             x = x + get_2d_sincos_pos_embed(x.shape[-1], self.grid(latents)[1:], device=x.device).to(x.dtype)
         embedded: Tensor = self.entry(x)
