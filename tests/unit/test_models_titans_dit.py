@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from titans_video.config.options import ActivationOptions
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models import compiling
 from titans_video.models.activations import limit_activations
 from titans_video.models.memory import Memory
 from titans_video.models.registry import build_network, network_config
@@ -124,15 +125,16 @@ def test_no_parameter_is_without_a_gradient(kind: str, t: int, horizon: int) -> 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["tokens", "neural"])
-def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str) -> None:
+def test_compiled_and_checkpointed_blocks_equal_plain(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     clean, time = frames(6), torch.rand(B, 6)
     grads, values = [], []
     plain = network(kind)
     for net in (plain, copy.deepcopy(plain)):
         if net is not plain:
             limit_activations(net, ActivationOptions(gradient_checkpointing=True))
-            net.compile_repeated_blocks(backend=backend)
+            compiling.compile_blocks(net, training=True)
         value = net(clean, time, CONDITION, rollout=rollout(clean, overlap=1)).value
         value.square().sum().backward()
         grads.append([p.grad for p in net.parameters()])

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tests.unit.training_fakes import ToyRecipe, ToyStream, going_on
 from titans_video.cli.main import main
 from titans_video.data.dataset import divide
 from titans_video.errors import CheckpointError, ConfigError
-from titans_video.models.sora_dit import SoraDiT
+from titans_video.models import compiling
 from titans_video.training import checkpointing, distributed, run_folder
 from titans_video.training import resume as resume_module
 from titans_video.training.setup import refuse_changes, settings_of
@@ -243,8 +242,7 @@ def test_the_precision_of_a_run_is_known_before_it_resumes(tmp_path: Path) -> No
 def test_compiled_and_checkpointed_blocks_train_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    compile_blocks = SoraDiT.compile_repeated_blocks
-    monkeypatch.setattr(SoraDiT, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     losses, weights = [], []
     for words in ([], ["--compile", "--gradient-checkpointing", "--deterministic"]):
         folder = tmp_path / str(len(losses))

@@ -26,8 +26,8 @@ from titans_video.generation.model import LoadedModel, PromptEncoder, choose_def
 from titans_video.generation.request import Request, about, build_request
 from titans_video.generation.windows import Capabilities, WindowPlan
 from titans_video.models import lora, lora_io
+from titans_video.models.compiling import compile_blocks
 from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
-from titans_video.pretrained.loading import compile_blocks
 from titans_video.seeding import derive_seed
 from titans_video.types import PRECISIONS, TextCondition
 
@@ -259,7 +259,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, run, device)
     if run.compile == "on":
-        compile_blocks(network)
+        compile_blocks(network, training=False)
     trained = next((file.about for file, _ in reversed(read) if file.about), {})
     model = PretrainedModel(
         network=network,

@@ -23,6 +23,7 @@ from titans_video.diffusion.base import SamplingProcess, build_process
 from titans_video.errors import CheckpointError, ConfigError, first_line
 from titans_video.generation.windows import Capabilities, check_flags
 from titans_video.hub import stored_folder
+from titans_video.models.compiling import compile_blocks
 from titans_video.models.registry import load_network
 from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import TextEncoder, text_from_checkpoint
@@ -321,7 +322,7 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
             use_stream=device.type == "cuda",
         )
     if run.compile == "on":
-        model.network.compile_repeated_blocks()  # type: ignore[operator]
+        compile_blocks(model.network, training=False)
     return model
 
 

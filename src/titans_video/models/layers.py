@@ -321,6 +321,19 @@ class TimeEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(waves.to(self.fc1.weight.dtype))))
 
 
+def lengths_for_graphs(text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Lengthen text (B, M, D) for compiled blocks, whose graphs serve every length but 1.
+
+    Under a mask (B, 1, 1, M) lengths become multiples of 64, which kernels read aligned. Without one, a lone token is
+    repeated, which changes no attention.
+    """
+    M = text.shape[1]
+    if mask is None:
+        return text.repeat(1, 2, 1) if M == 1 else text, None
+    extra = -M % 64
+    return F.pad(text, (0, 0, 0, extra)), F.pad(mask, (0, extra))
+
+
 class TextProjection(nn.Module):
     """Project a frozen encoder's states to the width: RMSNorm (encoders differ in scale), Linear, GELU, Linear."""
 

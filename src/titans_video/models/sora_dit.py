@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.models.byte_encoder import check_text, text_embeddings
+from titans_video.models.compiling import is_compiled
 from titans_video.models.context_parallel import ContextPlan, TokenExchange, UlyssesDispatch
 from titans_video.models.layers import (
     MLP,
@@ -29,6 +30,7 @@ from titans_video.models.layers import (
     ada_layer_norm,
     axis_pairs,
     freqs_cis_3d,
+    lengths_for_graphs,
     masked_mean,
     norm,
     patchify,
@@ -184,6 +186,8 @@ class Backbone(ModelMixin, ConfigMixin):
 
     _no_split_modules: ClassVar = ["SoraBlock", "EncoderLayer"]
     _repeated_blocks: ClassVar = ["SoraBlock"]
+    varying_axes: ClassVar = {4: 1, 5: 3}
+    """Of the arguments of a block, by position: the axis whose length varies within a size of clip. Here the text."""
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "time_embed", "norm", "final"]
 
     def build(self) -> None:
@@ -285,7 +289,10 @@ class Backbone(ModelMixin, ConfigMixin):
         streams = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, text.masks, strict=True)]
         for pool, x, mask in zip(self.text_pool, streams, text.masks, strict=True):
             c = c + pool(masked_mean(x, mask))[:, None]
-        return F.silu(c), torch.cat(streams, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
+        tokens, token_mask = torch.cat(streams, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
+        if is_compiled(self.blocks[0]):
+            return F.silu(c), *lengths_for_graphs(tokens, token_mask)
+        return F.silu(c), tokens, token_mask
 
     def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
         """Run one block. A step cache (`generation.step_cache`) replaces this method."""

@@ -10,7 +10,7 @@ tokens of a slot, D width, M memory tokens, P persistent tokens, R = P + M regis
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -116,6 +116,9 @@ class TitansVideoDiT(Backbone):
     Raises ConfigError for sizes that do not fit together. The other arguments are those of `SoraDiT`.
     Source: Titans (Behrouz et al. 2025), memory as a context; the Recurrent Memory Transformer (Bulatov et al. 2022).
     """
+
+    varying_axes: ClassVar = {0: 1, 1: 1, 2: 0, **Backbone.varying_axes}
+    """Also the slots: a segment has more with an overlap."""
 
     @register_to_config
     def __init__(

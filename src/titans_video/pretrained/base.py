@@ -61,6 +61,7 @@ class ModelSpec(ABC):
             compilation and streaming use.
         time_axis: the axis of latent frames in the network's `hidden_states` and prediction, along which long videos
             are cut into windows; None for packed tokens, which cannot be cut.
+        first_layer: name of the layer whose output the first block takes; None if there is no single one.
         lora_prefixes: the prefix in an adapter file for each prefix of the network's module names. A model with two
             networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}.
     """
@@ -78,6 +79,7 @@ class ModelSpec(ABC):
     guidance_scale: float
     blocks: tuple[str, ...]
     time_axis: int | None
+    first_layer: ClassVar[str | None] = None
     lora_prefixes: ClassVar[Mapping[str, str]] = {"": "transformer"}
 
     @property

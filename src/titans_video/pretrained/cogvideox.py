@@ -38,7 +38,7 @@ class CogVideoX(ModelSpec):
     """CogVideoX, from the configurations in its folder; raises ConfigError if one is missing or malformed."""
 
     fps, steps, guidance_scale = 8.0, 50, 6.0
-    blocks, time_axis = ("transformer_blocks",), 1
+    blocks, time_axis, first_layer = ("transformer_blocks",), 1, "patch_embed"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

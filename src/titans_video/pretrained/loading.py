@@ -23,16 +23,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return read_json(folder / name, "is missing; copy the folder of --pretrained-model again.", ConfigError)
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """Compile every block. diffusers' `compile_repeated_blocks` knows the blocks of some classes only."""
-    names = set(getattr(network, "_no_split_modules", None) or ())
-    for part in network.children():
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                if type(block).__name__ in names:
-                    block.compile()
-
-
 def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
     """Load a network's weights from a folder that may contain more; in float32 on the CPU, frozen.
 

@@ -24,10 +24,10 @@ from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
 from titans_video.models.activations import limit_activations
+from titans_video.models.compiling import compile_blocks, share_graphs
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
-from titans_video.pretrained.loading import compile_blocks
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
 from titans_video.recipes.lora_parity import check_parity
 from titans_video.recipes.setup import (
@@ -374,7 +374,9 @@ def load_base(
     if options.offload == "group":
         offload_blocks(network, accelerator.device)
     if options.compile == "on":
-        compile_blocks(network)
+        compile_blocks(network, training=True)
+        if spec.first_layer is not None:
+            share_graphs(network.get_submodule(spec.first_layer))
     return network, dtype
 
 

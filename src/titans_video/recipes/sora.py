@@ -22,6 +22,7 @@ from titans_video.generation.long_video import sample
 from titans_video.generation.model import VideoModel
 from titans_video.generation.windows import Capabilities, check_draft
 from titans_video.models.activations import limit_activations
+from titans_video.models.compiling import compile_blocks
 from titans_video.models.flops import sora_flops
 from titans_video.models.registry import build_network, network_config, sora_config
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, prompt_encoder
@@ -177,7 +178,7 @@ def init_network(options: SoraOptions, config: dict[str, object]) -> nn.Module:
     if options.model.fp8_linear:
         use_fp8(network.blocks)
     if options.model.compile == "on":
-        network.compile_repeated_blocks()
+        compile_blocks(network, training=True)
     made: nn.Module = network
     return made
 
