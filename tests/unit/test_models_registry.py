@@ -7,7 +7,7 @@ import torch
 
 from titans_video.config.options import MemoryOptions, ModelOptions
 from titans_video.errors import ConfigError
-from titans_video.models.registry import PRESETS, build_network, sora_config, titans_config
+from titans_video.models.registry import PRESETS, build_network, network_config, sora_config, titans_config
 from titans_video.types import CodecSpec
 
 WAN = CodecSpec("wan", 16, (4, 8, 8), "causal")
@@ -64,6 +64,17 @@ def test_flags_change_a_preset() -> None:
     options = replace(options, sine_positions=True)
     for changed in (sora_config(options, WAN, (0, 64)), titans_config(MemoryOptions(), options, WAN, (0, 64))):
         assert build_network(changed).config["sine_positions"]
+
+
+def test_heads_are_a_size_of_fast_kernels_and_a_resumed_run_keeps_its_own() -> None:
+    for name, size in PRESETS.items():
+        assert name == "tiny" or size["model_dim"] // size["heads"] in (64, 128)
+    old = {"model_dim": 1152, "heads": 16}
+    assert sora_config(ModelOptions(preset="XL"), WAN, [0], old)["heads"] == 16
+    assert titans_config(MemoryOptions(), ModelOptions(preset="XL", heads=8), WAN, [0], old)["heads"] == 8
+    with torch.device("meta"):
+        old_network = build_network(sora_config(ModelOptions(preset="XL", depth=1, heads=16), WAN, [0]))
+    assert network_config(old_network)["heads"] == 16  # a checkpoint stores its own
 
 
 def test_an_unknown_preset_is_refused_with_the_list() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "S": {"model_dim": 384, "depth": 12, "heads": 6},
     "B": {"model_dim": 768, "depth": 12, "heads": 12},
     "L": {"model_dim": 1024, "depth": 24, "heads": 16},
-    "XL": {"model_dim": 1152, "depth": 28, "heads": 16},
+    "XL": {"model_dim": 1152, "depth": 28, "heads": 9},
     "1B": {"model_dim": 1408, "depth": 25, "heads": 11},
     "3B": {"model_dim": 2048, "depth": 35, "heads": 16},
 }
 """Sizes of SoraDiT. `tiny` is for one CPU and clips of 32 pixels. S to XL have the widths, depths and heads of the DiT
-paper (table 1). Temporal and cross-attention make each block larger than there, and the shared adaLN makes it smaller.
+paper (table 1), but XL has heads of 128 instead of 72: kernels compute 72 at the cost of 80 or more. Temporal and
+cross-attention make each block larger than there, and the shared adaLN makes it smaller.
 1B and 3B are named after their parameter counts with `st` attention."""
 
 
@@ -109,11 +111,20 @@ def network_config(network: Any) -> dict[str, Any]:
     return {"network": type(network).__name__, **arguments}
 
 
-def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]) -> dict[str, Any]:
-    """Return SoraDiT's arguments from a preset and the flags that override it; ConfigError: no such preset."""
+def sora_config(
+    options: ModelOptions,
+    spec: CodecSpec,
+    text_widths: tuple[int, ...] | list[int],
+    resumed: Mapping[str, object] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return SoraDiT's arguments from a preset and the flags that override it; ConfigError: no such preset.
+
+    A run that resumes keeps the heads of its checkpoint, whose config is `resumed`: XL had 16 once.
+    """
     if options.preset not in PRESETS:
         raise ConfigError(f"--preset {options.preset}: there is no such size; choose one of {', '.join(PRESETS)}.")
     overrides = {name: getattr(options, name) for name in ("model_dim", "depth", "heads")}
+    overrides["heads"] = options.heads or resumed.get("heads")
     return {
         **PRESETS[options.preset],
         **{name: value for name, value in overrides.items() if value is not None},
@@ -127,12 +138,16 @@ def sora_config(options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, 
 
 
 def titans_config(
-    memory: MemoryOptions, options: ModelOptions, spec: CodecSpec, text_widths: tuple[int, ...] | list[int]
+    memory: MemoryOptions,
+    options: ModelOptions,
+    spec: CodecSpec,
+    text_widths: tuple[int, ...] | list[int],
+    resumed: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return TitansVideoDiT's arguments: SoraDiT's and those of its memory; errors as in `sora_config`."""
     names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
     return {
         "network": "TitansVideoDiT",
-        **sora_config(options, spec, text_widths),
+        **sora_config(options, spec, text_widths, resumed),
         **{name: getattr(memory, name) for name in names},
     }

@@ -3,8 +3,8 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -56,6 +56,7 @@ class RunParts:
     codec_options: CodecOptions  # of `codec`, for checkpoints
     text: TextEncoder
     cache: EncodingCache | None  # contains all rows; None without `--cache`
+    resumed: Mapping[str, object] = field(default_factory=dict)  # config of the network in the resumed checkpoint
 
 
 def open_parts(
@@ -87,15 +88,16 @@ def open_parts(
         if check and rows:
             check(rows)
     stored = replace(codec_options, vae_dtype="auto") if run.vae_auto else codec_options
+    resumed = run.resume.model().config.get("model", {}) if run.resume else {}
     if options.data.cache is None:
-        return RunParts(data, held_out, codec, stored, text, None)
+        return RunParts(data, held_out, codec, stored, text, None, resumed)
     encode = partial(encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition)
     filled = encode(data)
     held_out = encode(held_out).data if held_out else None
     filled.cache.refresh()  # the held-out clips may be in shards of their own
     text.release()
     codec.release()
-    return RunParts(filled.data, held_out, codec, stored, text, filled.cache)
+    return RunParts(filled.data, held_out, codec, stored, text, filled.cache, resumed)
 
 
 def open_encoders(

@@ -147,7 +147,7 @@ def check_draft_frames(options: SoraOptions, data: VideoDataset) -> None:
 
 def build_sora(options: SoraOptions, parts: RunParts, device: torch.device) -> SoraRecipe:
     """Build the recipe, with freshly initialised weights that are a function of the seed."""
-    network = init_network(options, sora_config(options.model, parts.codec.spec, parts.text.widths))
+    network = init_network(options, sora_config(options.model, parts.codec.spec, parts.text.widths, parts.resumed))
     process = RectifiedFlow.from_options(options.process, parts.codec.spec)
     prompt = sample_prompt(parts.data)
     defaults = generation_defaults(options.generation_defaults, prompt)

@@ -251,7 +251,7 @@ def with_vae(options: TitansOptions) -> TitansOptions:
 def build_titans(options: TitansOptions, parts: RunParts, device: torch.device, plan: SegmentPlan) -> TitansRecipe:
     """Build the recipe; its checkpoints also record how segments are cut, which generation needs."""
     spec, memory, patch = parts.codec.spec, options.memory, options.model.patch_size
-    network = init_network(options, titans_config(memory, options.model, spec, parts.text.widths))
+    network = init_network(options, titans_config(memory, options.model, spec, parts.text.widths, parts.resumed))
     model = network_config(network)
     process = RectifiedFlow.from_options(options.process, spec)
     prompt = sample_prompt(parts.data)
