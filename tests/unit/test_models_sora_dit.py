@@ -239,16 +239,16 @@ def test_bf16_is_close_to_float32(attention_type: str) -> None:
 
 
 def test_attention_goes_through_the_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans_video.models import layers
+    from titans_video.models import attention
 
     net, calls = network(), []
-    original = layers.dispatch_attention_fn
+    original = attention.dispatch_attention_fn
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(str(kwargs["backend"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(layers, "dispatch_attention_fn", counted)
+    monkeypatch.setattr(attention, "dispatch_attention_fn", counted)
     x, time = torch.randn(LATENTS), torch.rand(B)
     expected = net(x, time, Condition(BYTES)).value
     assert len(calls) == 2 * 3 + 1  # spatial, temporal and cross in each block, one in the byte encoder

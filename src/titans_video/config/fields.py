@@ -18,6 +18,7 @@ Switch = Literal["auto", "on", "off"]
 """A switch with a third position. `--compile` is `--compile on`, and `--no-compile` is `--compile off`."""
 Count = int | Literal["auto"]
 VaeBackend = Literal["diffusers", "external", "identity", "patch"]
+AttentionBackend = Literal["auto", "cudnn", "flash", "flash2", "flash3", "sage", "efficient", "math"]
 
 
 class OptionGroup(Protocol):

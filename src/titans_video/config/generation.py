@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from titans_video.config.fields import (
     AnyPath,
+    AttentionBackend,
     AutoDtype,
     FilePath,
     FolderPath,
@@ -139,6 +140,8 @@ class RunOptions:
     compile: Switch = "auto"
     """Run torch.compile on each block. The first window is slow. auto: on a GPU, for 400 denoising steps or more over
     all videos, without --offload. Just --compile means on, and --no-compile means off."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel; auto: torch's choice. flash2, flash3 and sage are separate packages."""
     offload: Literal["none", "model", "group"] = "none"
     """model: encoders, network and VAE take turns on the device; group: the layers of the network too."""
 

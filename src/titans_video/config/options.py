@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from titans_video.config.fields import (
     AnyPath,
+    AttentionBackend,
     AutoDtype,
     Count,
     Dtype,
@@ -255,6 +256,8 @@ class TrainOptions:
     a GPU with bf16, else no."""
     tf32: bool = True
     """Round the inputs of float32 products to TF32 on a GPU. This is faster."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel; auto: torch's choice. flash2, flash3 and sage are separate packages."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit: AdamW with moments of 8 bits, by torchao (untested on a GPU); muon: Muon for weight matrices and AdamW
     for all other weights."""

@@ -26,6 +26,7 @@ from titans_video.generation.model import LoadedModel, PromptEncoder, choose_def
 from titans_video.generation.request import Request, about, build_request
 from titans_video.generation.windows import Capabilities, WindowPlan
 from titans_video.models import lora, lora_io
+from titans_video.models.attention import check_attention_backend, set_attention_backend
 from titans_video.models.compiling import compile_blocks
 from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
 from titans_video.seeding import derive_seed
@@ -245,7 +246,9 @@ def load_pipeline(
     spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
     parsed = [parse_lora(word) for word in loras]
     read = [(lora_io.read(path, spec.lora_prefixes), weight) for path, weight in parsed]
+    check_attention_backend(run.attention_backend, device, training=False)
     network = spec.load_network(dtype)
+    set_attention_backend(network, run.attention_backend, dtype)
     notes: list[str] = []
     for number, (file, weight) in enumerate(read):
         lora.load(network, file.tensors, file.alphas, f"lora{number}", weight=weight)

@@ -23,6 +23,7 @@ from titans_video.diffusion.base import SamplingProcess, build_process
 from titans_video.errors import CheckpointError, ConfigError, first_line
 from titans_video.generation.windows import Capabilities, check_flags
 from titans_video.hub import stored_folder
+from titans_video.models.attention import check_attention_backend, set_attention_backend
 from titans_video.models.compiling import compile_blocks
 from titans_video.models.registry import load_network
 from titans_video.tensor_files import BUILDING_ERRORS
@@ -308,9 +309,11 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
     """
     run, _ = choose_defaults(run)
     device = run_device(run)
+    check_attention_backend(run.attention_backend, device, training=False)
     model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu", run_on=device)
     if run.dtype != "fp32":
         model.network.to(PRECISIONS[run.dtype])
+    set_attention_backend(model.network, run.attention_backend, PRECISIONS[run.dtype])
     if run.offload != "none":
         turns = ALL_PARTS if run.offload == "model" else ALL_PARTS - {"network"}
         model = replace(model, run_on=device, turns=turns)

@@ -47,8 +47,10 @@ from titans_video.media.interpolating import Interpolator
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
 from titans_video.media.writing import Written
+from titans_video.models.attention import kernel_note
 from titans_video.pretrained.base import is_pipeline
 from titans_video.text.base import unknown_words_note
+from titans_video.types import PRECISIONS
 
 SHEET_FRAMES, SHEET_ROWS = 8, 32
 
@@ -86,6 +88,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         options = replace(options, prompt=texts[0][1], num_frames=length)
     run = _choose(options, run or RunOptions())
     model, plan_generation, lora_notes = _load(options, overrides, run)
+    kernel = kernel_note(model.network, run.attention_backend, model.device, PRECISIONS[run.dtype])
     first, _ = build_request(options, model)
     when = timing(options, model)
     generate, notes = plan_generation(first, options, texts)
@@ -97,7 +100,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     every = prompts if texts is None else [text for _, text in texts]
     about_prompts = (unknown_words_note(every, model.trained("words")), model.cut_note([*every, first.negative_prompt]))
     notes += [note for note in about_prompts if note]
-    for note in [*lora_notes, *when.notes, *notes]:
+    for note in [*lora_notes, kernel, *when.notes, *notes]:
         console.note(note)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
     places = [check_out(str(place)) for place in choose_places(out, len(jobs), options.overwrite)]

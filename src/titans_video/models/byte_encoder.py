@@ -53,7 +53,7 @@ class EncoderLayer(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.mlp = MLP(dim, mlp_ratio)
 
-    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         x = x_BLD + self.attn(norm(x_BLD)[:, None], freqs_cis, mask)[:, 0]
         return x + self.mlp(norm(x))
 
@@ -68,12 +68,13 @@ class ByteEncoder(nn.Module):
         self.prefixes = nn.Embedding(buckets, dim)
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, mlp_ratio) for _ in range(layers))
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """(B, L) int64, (B, L) bool -> (B, L, D)."""
+        mask = None if mask is None else mask[:, None, None]
         x = self.bytes(ids) + self.prefixes(prefix_hashes(ids) % self.prefixes.num_embeddings)
         freqs_cis = freqs_cis_1d(ids.shape[1], self.pairs, ROPE_THETA, ids.device)[None]
         for layer in self.layers:
-            x = layer(x, freqs_cis, mask[:, None, None])
+            x = layer(x, freqs_cis, mask)
         return norm(x)
 
 

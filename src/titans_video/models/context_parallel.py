@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from titans_video.errors import ConfigError
-from titans_video.models.layers import AttentionDispatch
+from titans_video.models.attention import AttentionDispatch
 
 SIZE_SETTING = "parallelism_config_cp_size"
 

@@ -6,18 +6,18 @@ grid, (pt, ph, pw) patch, s = t / pt slots, p = (h / ph)(w / pw) tokens of a slo
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titans_video.errors import ConfigError
+from titans_video.models.attention import HALF, AttentionDispatch
 
 Patch = tuple[int, int, int]
 NORM_EPS = 1e-6
@@ -169,34 +169,6 @@ def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
 
 
-class AttentionDispatch:
-    """Choose the attention kernel. Diffusers' `set_attention_backend` and context parallelism set its attributes."""
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q (B, L, H, d), k and v (B, M, H, d), mask (B, 1, 1, M) bool -> (B, L, H, d)."""
-        return self.attend(q, k, v, mask)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Call the kernel; `models.context_parallel` exchanges tokens for heads around it."""
-        return dispatch_attention_fn(
-            q, k, v, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-
-    def with_registers(self, tokens: Sequence[Tensor], registers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Let each group also attend to the registers, and the registers to each other and to all groups.
-
-        Queries, keys and values of tokens (B, G, L, H, d) and registers (B, R, H, d) -> (B G, L, H, d), (B, R, H, d).
-        """
-        (q, k, v), (rq, rk, rv) = tokens, registers
-        G = q.shape[1]
-        own = [torch.cat((r[:, None].expand(-1, G, -1, -1, -1), x), 2).flatten(0, 1) for r, x in ((rk, k), (rv, v))]
-        all_groups = [torch.cat((r, x.flatten(1, 2)), dim=1) for r, x in ((rk, k), (rv, v))]
-        return self.attend(q.flatten(0, 1), *own), self.attend(rq, *all_groups)
-
-
 class SelfAttention(AttentionModuleMixin, nn.Module):
     """Self-attention within each of G groups of L tokens, with RMSNorm on queries and keys and rotary positions."""
 
@@ -226,14 +198,22 @@ class SelfAttention(AttentionModuleMixin, nn.Module):
     def _heads(self, x_BGLD: Tensor, freqs_cis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (B, G, L, H, d)."""
         qkv = self.qkv(x_BGLD).unflatten(-1, (3, self.heads, -1))  # (B, G, L, 3, H, d)
+        freqs = None if freqs_cis is None else freqs_cis[:, :, None]
+        if qkv.dtype in HALF:  # queries and keys are written apart, because fast kernels take contiguous ones
+            q, k, v = qkv.unbind(3)
+            scales = (None, None) if self.qk_scale is None else self.qk_scale.unbind()
+            q, k = (_placed(y, scale, freqs) for y, scale in zip((q, k), scales, strict=True))
+            return q, k, v
         qk, v = qkv.split((2, 1), dim=3)
-        freqs = None if freqs_cis is None else freqs_cis[:, :, None, None]
-        if self.qk_scale is not None:
-            qk = qk_norm_rope(qk, self.qk_scale, freqs)
-        elif freqs is not None:
-            qk = apply_rotary(qk.float(), freqs).to(v.dtype)
-        q, k = qk.unbind(3)
+        q, k = _placed(qk, self.qk_scale, None if freqs is None else freqs[:, :, None]).unbind(3)
         return q, k, v.squeeze(3)
+
+
+def _placed(x: Tensor, scale: Tensor | None, freqs_cis: Tensor | None) -> Tensor:
+    """Apply the norm of queries and keys, if any, and their rotary positions, if any."""
+    if scale is not None:
+        return qk_norm_rope(x, scale, freqs_cis)
+    return x if freqs_cis is None else apply_rotary(x.float(), freqs_cis).to(x.dtype)
 
 
 class CrossAttention(AttentionModuleMixin, nn.Module):
@@ -251,8 +231,8 @@ class CrossAttention(AttentionModuleMixin, nn.Module):
         self.k_scale = nn.Parameter(torch.ones(dim // heads)) if qk_norm else None
         self.processor = AttentionDispatch()
 
-    def forward(self, x_BND: Tensor, text_BMD: Tensor, mask: Tensor) -> Tensor:
-        """Attend to the text tokens where `mask` (B, 1, 1, M) bool is True."""
+    def forward(self, x_BND: Tensor, text_BMD: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend to the text tokens, those where `mask` (B, 1, 1, M) bool is True."""
         q = self.q(x_BND).unflatten(-1, (self.heads, -1))  # (B, N, H, d)
         k, v = self.kv(text_BMD).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each (B, M, H, d)
         if self.q_scale is not None and self.k_scale is not None:
@@ -343,14 +323,17 @@ class TextProjection(nn.Module):
         self.fc1 = nn.Linear(width, dim)
         self.fc2 = nn.Linear(dim, dim)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """(B, L, E), (B, L) bool -> (B, L, D). Padding is zeroed first, so its values have no gradient."""
-        states = states.to(self.fc1.weight.dtype).masked_fill(~mask[..., None], 0)
+        states = states.to(self.fc1.weight.dtype)
+        states = states if mask is None else states.masked_fill(~mask[..., None], 0)
         return self.fc2(F.gelu(self.fc1(self.norm(states)), approximate="tanh"))
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Average (B, L, D) over the tokens where (B, L) is True -> (B, D)."""
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Average (B, L, D) over the tokens, those where (B, L) is True -> (B, D)."""
+    if mask is None:
+        return x.mean(dim=1)
     weights = mask.to(x.dtype)[:, None]  # (B, 1, L)
     return (weights @ x).squeeze(1) / weights.sum(-1).clamp(min=1)
 

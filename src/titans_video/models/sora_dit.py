@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from titans_video.errors import ConfigError, nearest_multiples
+from titans_video.models.attention import HALF
 from titans_video.models.byte_encoder import check_text, text_embeddings
 from titans_video.models.compiling import is_compiled
 from titans_video.models.context_parallel import ContextPlan, TokenExchange, UlyssesDispatch
@@ -38,7 +39,7 @@ from titans_video.models.layers import (
     unpatchify,
     xavier_init,
 )
-from titans_video.types import Condition, Prediction
+from titans_video.types import Condition, Prediction, TextCondition
 
 AttentionType = Literal["st", "full"]
 Grid = tuple[int, int, int]
@@ -105,7 +106,7 @@ class SoraBlock(nn.Module):
         Args:
             c: (B, s, D) for adaLN "block"; (B, s, 9 D or 6 D) for "shared"; one more slot at the end for registers.
             freqs_cis, grid_width: complex (s, p, d / 2), and the tokens of one row of the grid.
-            text, text_mask: (B, M, D), and (B, 1, 1, M) bool.
+            text, text_mask: (B, M, D), and (B, 1, 1, M) bool or None.
             registers: (B, R, D). They skip the temporal attention and the convolution, which depend on positions.
         """
         x, r = x_BspD, None if registers is None else registers[:, None]  # r (B, 1, R, D)
@@ -270,7 +271,7 @@ class Backbone(ModelMixin, ConfigMixin):
     def embed_conditioning(
         self, latents: Tensor, time: Tensor, condition: Condition, registers: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Embed time and text: adaLN's input (B, s, D), text (B, M, D), its mask (B, 1, 1, M).
+        """Embed time and text: adaLN's input (B, s, D), text (B, M, D), its mask (B, 1, 1, M), or None for no padding.
 
         With registers, adaLN's input has one more slot, at time 0.
         """
@@ -284,15 +285,26 @@ class Backbone(ModelMixin, ConfigMixin):
         c = self.time_embed(F.pad(time, (0, 1)) if registers else time)  # (B, s or s + 1, D)
         if not self.text_embed:
             return F.silu(c), None, None
-        text = condition.text
-        assert text is not None  # see check_inputs
-        streams = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, text.masks, strict=True)]
-        for pool, x, mask in zip(self.text_pool, streams, text.masks, strict=True):
+        given = condition.text
+        assert given is not None  # see check_inputs
+        whole = given.unpadded() if self._omits_masks(given, c.dtype) else None
+        text, masks = (given, given.masks) if whole is None else (whole, [None] * len(whole.masks))
+        streams = [embed(x, mask) for embed, x, mask in zip(self.text_embed, text.streams, masks, strict=True)]
+        for pool, x, mask in zip(self.text_pool, streams, masks, strict=True):
             c = c + pool(masked_mean(x, mask))[:, None]
-        tokens, token_mask = torch.cat(streams, dim=1), torch.cat(text.masks, dim=1)[:, None, None]
+        tokens = torch.cat(streams, dim=1)
+        token_mask = torch.cat(given.masks, dim=1)[:, None, None] if whole is None else None
         if is_compiled(self.blocks[0]):
-            return F.silu(c), *lengths_for_graphs(tokens, token_mask)
+            tokens, token_mask = lengths_for_graphs(tokens, token_mask)
         return F.silu(c), tokens, token_mask
+
+    def _omits_masks(self, text: TextCondition, dtype: torch.dtype) -> bool:
+        """Whether text without padding is used without a mask, which FlashAttention does not accept.
+
+        Compiled blocks omit it only for one row, where every batch can: with and without it are two graphs. Float32 has
+        no such kernel, and keeps its bits.
+        """
+        return len(text) == 1 if is_compiled(self.blocks[0]) else dtype in HALF
 
     def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
         """Run one block. A step cache (`generation.step_cache`) replaces this method."""

@@ -15,15 +15,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 
 from titans_video.errors import ConfigError
+from titans_video.models.attention import HALF, DispatchedProcessor, attend, attend_in_diffusers
 from titans_video.models.byte_encoder import check_text, text_embeddings
-from titans_video.models.layers import xavier_init
+from titans_video.models.layers import residual_dtype, xavier_init
 from titans_video.types import Condition, ImageCondition, Prediction
 
 Trainable = Literal["all", "temporal", "attention"]
@@ -38,10 +38,10 @@ HEAD_WIDTH = 64  # of the byte encoder
 
 @dataclass(frozen=True)
 class EncodedText:
-    """`states` (B, M, E), `mask` (B, 1, 1, M) with a True in every row, `has_text` (B, 1, 1), 0 without text."""
+    """`states` (B, M, E), `mask` (B, 1, 1, M) with a True in every row or None, `has_text` (B, 1, 1), 0 without."""
 
     states: Tensor
-    mask: Tensor
+    mask: Tensor | None
     has_text: Tensor
 
 
@@ -62,6 +62,8 @@ def _text_context(text: EncodedText | None) -> Iterator[None]:
 class TextCrossAttention(nn.Module):
     """A diffusers attention processor: the pretrained cross-attention plus one to text of width E (`text_dim`)."""
 
+    _attention_backend: Any = None
+
     def __init__(self, attention: Attention, text_dim: int) -> None:
         super().__init__()
         self.to_k = nn.Linear(text_dim, attention.inner_dim, bias=False)
@@ -73,16 +75,16 @@ class TextCrossAttention(nn.Module):
         attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: None = None,
     ) -> Tensor:
         """(B X, N, D) -> (B X, N, D): all X attention rows of a batch row attend to that row's text."""
-        out: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
+        out = attend_in_diffusers(attn, hidden_states, encoder_hidden_states, self._attention_backend)
         text = _TEXT.get()
         assert text is not None  # see SVDUNet._check_inputs
         B, heads = text.states.shape[0], attn.heads
         q = attn.to_q(hidden_states).reshape(B, -1, heads, attn.inner_dim // heads)  # (B, X N, H, d)
         k, v = (to(text.states).unflatten(-1, (heads, -1)) for to in (self.to_k, self.to_v))  # (B, M, H, d)
-        y = dispatch_attention_fn(q, k, v, attn_mask=text.mask)
+        y = attend(q, k, v, text.mask, self._attention_backend)
         y = self.to_out(y.to(out.dtype).reshape(B, -1, attn.inner_dim)) * text.has_text.to(out.dtype)
         return out + y.reshape(out.shape)
 
@@ -121,6 +123,7 @@ class SVDUNet(ModelMixin, ConfigMixin):
         self.width: int = width if isinstance(width, int) else max(width)
         heads = max(self.width // HEAD_WIDTH, 1)
         self.text_embed = text_embeddings(text_widths, self.width, heads, text_layers, text_buckets)
+        self.unet.set_attn_processor(DispatchedProcessor())
         if text_widths:
             for attention in self.cross_attentions():
                 attention.set_processor(TextCrossAttention(attention, self.width))  # type: ignore[arg-type]
@@ -151,11 +154,11 @@ class SVDUNet(ModelMixin, ConfigMixin):
         self._check_inputs(latents, condition)
         image = condition.image or self._no_image(latents)
         image_latents = image.latents[:, :, None].to(latents).expand_as(latents)
-        sample = torch.cat([latents, image_latents], dim=1).transpose(1, 2)  # (B, t, 2C, h, w)
         dtype = self.unet.dtype
-        with _text_context(self._encode_text(condition)):
+        sample = torch.cat([latents, image_latents], dim=1).transpose(1, 2).to(dtype)  # (B, t, 2C, h, w)
+        with _text_context(self._encode_text(condition, residual_dtype(sample))):
             value = self.unet(
-                sample.to(dtype),
+                sample,
                 torch.logit(time[:, 0] if time.ndim == 2 else time) / 4,
                 image.embedding.to(latents.device, dtype),
                 image.ids.to(latents.device, torch.float32),
@@ -163,12 +166,16 @@ class SVDUNet(ModelMixin, ConfigMixin):
             )[0]
         return Prediction(value.transpose(1, 2).to(latents.dtype), memory)
 
-    def _encode_text(self, condition: Condition) -> EncodedText | None:
-        """Embed all streams and concatenate their tokens."""
+    def _encode_text(self, condition: Condition, dtype: torch.dtype) -> EncodedText | None:
+        """Embed all streams and concatenate their tokens, for attention in `dtype`."""
         if not self.text_embed:
             return None
         text = condition.text
         assert text is not None  # see _check_inputs
+        whole = text.unpadded() if dtype in HALF else None
+        if whole is not None:  # kernels without masks can be used
+            states = [embed(x, None) for embed, x in zip(self.text_embed, whole.streams, strict=True)]
+            return EncodedText(torch.cat(states, dim=1), None, states[0].new_ones(len(text), 1, 1))
         mask = torch.cat(text.masks, dim=1)  # (B, M)
         has_text = mask.any(dim=1)
         # Attention over no tokens is NaN, so a stream without tokens attends to its padding. `has_text` and the mask of

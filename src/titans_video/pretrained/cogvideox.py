@@ -19,9 +19,9 @@ from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
+from titans_video.models.attention import AttentionDispatch, CogVideoXProcessor
 from titans_video.models.context_parallel import ContextPlan, TokenExchange
 from titans_video.models.flops import attention
-from titans_video.models.layers import AttentionDispatch
 from titans_video.pretrained.base import ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
 from titans_video.schema import shown
@@ -93,6 +93,7 @@ class CogVideoX(ModelSpec):
         network: nn.Module = load_pretrained(
             self._kind(), self.folder / "transformer", "transformer", CheckpointError, torch_dtype=dtype
         )
+        network.set_attn_processor(CogVideoXProcessor())  # type: ignore[operator]  # diffusers' AttentionMixin
         return network.eval().requires_grad_(False)
 
     def meta_model(self) -> nn.Module:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from titans_video.codecs.base import Codec, describe_codec
@@ -24,12 +25,13 @@ from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
 from titans_video.errors import ConfigError, TextError
+from titans_video.models.attention import kernel_note, set_attention_backend
 from titans_video.models.context_parallel import SIZE_SETTING, check_plan, share_tokens
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.recipes.codec import codec_key, codec_spec, fit_codec, open_codec
 from titans_video.text.base import TextEncoder, build_text, vocabulary
 from titans_video.training import tracking
-from titans_video.training.distributed import Accelerator, finish, process_group, run_on_main
+from titans_video.training.distributed import AUTOCAST, Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
 from titans_video.training.parallelism import context_mesh, context_size, data_group
 from titans_video.training.resume import check_shared, prepare_folder
@@ -324,7 +326,7 @@ def train_recipe(
     run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         logger.info(f"Rows that are left out, with reasons: {left_out}")
-    logger.info("\n".join([*notes, *_warm_up_note(train)]))
+    logger.info("\n".join([*notes, _choose_attention(recipe, train, accelerator), *_warm_up_note(train)]))
     monitoring = open_monitoring(options, run, recipe, parts)
     draw, writes = recipe.draws(), data_group(accelerator).is_first
     stream = data.stream(
@@ -355,6 +357,13 @@ def share_clips(
     buckets = {*parts.data.buckets, *(parts.held_out.buckets if parts.held_out else ())}
     check_plan(plan, processes, {str(b): recipe.geometry.grid(b.frames, b.height, b.width) for b in buckets})
     share_tokens(plan, recipe.network, context_mesh(accelerator))
+
+
+def _choose_attention(recipe: DiffusionRecipe[PreparedT], train: TrainOptions, accelerator: Accelerator) -> str:
+    """Set the attention kernel, and return a line that names it; raises ConfigError as `set_attention_backend`."""
+    dtype = getattr(recipe, "dtype", AUTOCAST.get(accelerator.mixed_precision, torch.float32))
+    set_attention_backend(recipe.network, train.attention_backend, dtype)
+    return kernel_note(recipe.network, train.attention_backend, accelerator.device, dtype)
 
 
 def _warm_up_note(train: TrainOptions) -> list[str]:

@@ -23,6 +23,7 @@ from titans_video.device import (
 )
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.formats import RESUMED_STATE
+from titans_video.models.attention import check_attention_backend
 from titans_video.schema import check
 from titans_video.training import distributed
 from titans_video.training.checkpointing import Resume
@@ -44,6 +45,7 @@ FREE = frozenset(
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "compile"),
+        "attention_backend",
         # compared through the global batch
         *("batch_size", "tokens_per_batch", "grad_accum"),
         # compared as the accelerator uses it
@@ -101,6 +103,7 @@ def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
     """
     data, train = options.data, options.train
     accelerator = distributed.start(train, precision_of_run(train))
+    check_attention_backend(train.attention_backend, accelerator.device, training=True)
     folder, notes = distributed.run_on_main(accelerator, lambda: find_resume(train))
     resume = open_resume(folder, train)
     if resume:
