@@ -160,10 +160,11 @@ def start(options: TrainOptions, earlier: str | None = None) -> Accelerator:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    # Both are harmless. The first is about axes of one element, whose stride has no meaning. The second is about
-    # changing a network's output in place, which no code here does.
+    # All are harmless. The first is about axes of one element, whose stride has no meaning. The second is about
+    # changing a network's output in place, which no code here does. The third is about diffusers' own code.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    warnings.filterwarnings("ignore", message=r"`torch.distributed._functional_collectives.all_gather_tensor` is")
     # Without `cpu`, Accelerate lets each process train a separate model when there is no GPU.
     cpu = world_size() > 1 and not torch.accelerator.is_available()
     device, precision = _own_device(cpu), options.mixed_precision
