@@ -1,6 +1,7 @@
 """Forward and backward of SoraDiT against diffusers' transformers of the same width, depth and tokens.
 
-    python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 16 ...]
+    python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 9 ...]
+    python benchmarks/model.py --traffic --width 128 --heads 2 --frames 4 --size 64
 
 `st` is compared with LatteTransformer3DModel (one of its layers is a spatial and a temporal block; one block of ours
 has spatial and temporal attention). `full` is compared with WanTransformer3DModel and with CogVideoXTransformer3DModel,
@@ -8,9 +9,15 @@ which joins text and video in one attention and so computes no cross-attention. 
 parent asks them for one step each in turn, so a slow minute of the machine affects all equally. Time is the median
 step. Memory is the process's peak minus the memory before the network was built (on CUDA: torch's peak). Torch counts
 the FLOPs with attention as plain products (a backward pass is twice a forward pass).
+
+--traffic counts instead what one block in bf16 reads and writes, forward and backward, in units of its residual stream:
+eager as the sum over torch's operations, compiled as Inductor counts it on a CPU. It times nothing. Weights count too,
+so the tokens should be many more than the width.
 """
 
 import argparse
+import logging
+import math
 import resource
 import statistics
 import sys
@@ -19,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.measuring import Parent, Worker, count_flops, map_large_blocks, resident, show
+from common.measuring import Parent, Worker, map_large_blocks, resident, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
@@ -41,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--traffic", action="store_true", help="count what a block reads and writes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -144,13 +152,15 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
     return net, run
 
 
-def flops_of(name: str, a: argparse.Namespace) -> int:
+def count_flops(name: str, a: argparse.Namespace) -> int:
     """Count the FLOPs of one forward and backward pass on the meta device."""
     import torch
 
+    from titans_video.training import flops
+
     with torch.device("meta"):
         net, run = build(name, a)
-    return count_flops(lambda: run(net.to("meta"), "meta"))
+    return flops.count_flops(lambda: run(net.to("meta"), "meta"))
 
 
 def worker(a: argparse.Namespace) -> None:
@@ -192,7 +202,7 @@ def worker(a: argparse.Namespace) -> None:
         parent.tell({"seconds": step()})
     report = {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "flops": flops_of(a.worker, a),
+        "flops": count_flops(a.worker, a),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {a.threads} threads",
         "torch": torch.__version__,
     }
@@ -249,8 +259,86 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def block_traffic(a: argparse.Namespace, kind: str) -> tuple[dict[str, float], float, int]:
+    """Return units of eager traffic by kind of operation, Inductor's units, and the number of eager operations."""
+    import torch
+    from torch._inductor import config, metrics
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from titans_video.models.layers import freqs_cis_3d
+    from titans_video.models.sora_dit import SoraBlock, modulation_width
+
+    def size(x: torch.Tensor) -> int:
+        return math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
+
+    class Counter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bytes: dict[str, int] = {}
+            self.operations = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            read = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+            storages = {x.untyped_storage()._cdata for x in read}
+            is_view = not func._schema.is_mutable and any(x.untyped_storage()._cdata in storages for x in made)
+            name = func._schema.name
+            if not is_view and "empty" not in name:
+                heavy = any(word in name for word in ("mm", "attention", "convolution"))
+                where = "matrix products and attention" if heavy else "elementwise"
+                self.bytes[where] = self.bytes.get(where, 0) + sum(map(size, [*read, *made]))
+                self.operations += 1
+            return result
+
+    torch.manual_seed(0)
+    s, side = a.frames, a.size // 2
+    block = SoraBlock(a.width, a.heads, attention_type=kind).to(torch.bfloat16)  # type: ignore[arg-type]
+    c = torch.randn(1, s, modulation_width(kind, a.width)).bfloat16().requires_grad_()  # type: ignore[arg-type]
+    x = torch.randn(1, s, side * side, a.width).bfloat16().requires_grad_()
+    text = torch.randn(1, a.text_tokens, a.width).bfloat16().requires_grad_()
+    freqs_cis = freqs_cis_3d((s, side, side), a.width // a.heads, 256.0)
+
+    def step() -> None:
+        block(x, c, freqs_cis, side, text, None)[0].backward(torch.ones_like(x))
+
+    with Counter() as counter:
+        step()
+    unit = x.numel() * x.element_size()
+    metrics.reset()
+    # Inductor counts only if it may log the result.
+    logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
+    with config.patch(force_disable_caches=True):
+        block.compile(dynamic=False)
+        step()
+    return {k: v / unit for k, v in counter.bytes.items()}, metrics.num_bytes_accessed / unit, counter.operations
+
+
+def traffic_table(a: argparse.Namespace) -> str:
+    """Format the traffic of both kinds of block as Markdown."""
+    tokens = a.frames * (a.size // 2) ** 2
+    lines = [
+        "Reads and writes of a block, forward and backward, in units of its residual stream in bf16: "
+        f"{tokens} tokens of width {a.width}, {a.heads} heads, {a.text_tokens} text tokens.",
+        "",
+        "| | eager: elementwise | eager: products and attention | operations | compiled, all | eager : compiled |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind in ("st", "full"):
+        eager, compiled, operations = block_traffic(a, kind)
+        elementwise, heavy = eager["elementwise"], eager["matrix products and attention"]
+        lines.append(
+            f"| SoraDiT {kind} | {elementwise:.0f} | {heavy:.0f} | {operations} | {compiled:.0f} "
+            f"| {(elementwise + heavy) / compiled:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     a = arguments()
+    if a.traffic:
+        show(traffic_table(a), a.out)
+        return
     if a.worker:
         worker(a)
         return
