@@ -1,12 +1,15 @@
 """Sizes and networks that context parallelism cannot divide; tests/endtoend/test_parallelism.py computes with it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests import factories
 from titans_video.errors import ConfigError
+from titans_video.models.attention import BACKENDS, set_attention_backend
 from titans_video.models.context_parallel import check_plan
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import TitansVideoDiT
@@ -38,3 +41,22 @@ def test_all_tokens_of_cogvideox_are_divided(tmp_path: Path) -> None:
     check_plan(plan, 2, {"48x48x9": (4, 6, 6)})  # 2 x 3 x 3 tokens
     with pytest.raises(ConfigError, match="9 tokens"):
         check_plan(plan, 2, {"48x48x5": (2, 6, 6)})
+
+
+@pytest.mark.parametrize("first", ["kernel", "exchange"])
+@pytest.mark.parametrize("kind", ["SoraDiT", "TitansVideoDiT", "CogVideoX"])
+def test_shared_attention_uses_the_chosen_kernel(kind: str, first: str, tmp_path: Path) -> None:
+    if kind == "CogVideoX":
+        spec = open_model_spec(factories.make_cogvideox(tmp_path, "1.5"))
+        network = spec.load_network(torch.float32)
+        plan = spec.context_plan(network)
+    else:
+        network = {"SoraDiT": SoraDiT, "TitansVideoDiT": TitansVideoDiT}[kind](**SIZE)
+        plan = network.context_plan()
+    exchange: Any = SimpleNamespace(size=2, rank=0)
+    steps = [lambda: set_attention_backend(network, "math", torch.float32), lambda: plan.attach(exchange)]
+    for step in steps if first == "kernel" else steps[::-1]:
+        step()
+    shared = [m.processor for m in network.modules() if hasattr(getattr(m, "processor", None), "exchange")]
+    assert shared
+    assert all(x._attention_backend == BACKENDS["math"] for x in shared)

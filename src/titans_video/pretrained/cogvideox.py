@@ -19,7 +19,7 @@ from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
-from titans_video.models.attention import AttentionDispatch, CogVideoXProcessor
+from titans_video.models.attention import CogVideoXProcessor, attend
 from titans_video.models.context_parallel import ContextPlan, TokenExchange
 from titans_video.models.flops import attention
 from titans_video.pretrained.base import ModelSpec, PipelineCall
@@ -294,7 +294,10 @@ class CogVideoX(ModelSpec):
 
         def attach(exchange: TokenExchange) -> None:
             for block in network.get_submodule(blocks).children():
-                block.attn1.processor = SharedAttention(exchange)  # type: ignore[union-attr]
+                attention: Any = block.attn1
+                attention.processor = SharedAttention(
+                    exchange, getattr(attention.processor, "_attention_backend", None)
+                )
 
         return ContextPlan(
             heads=int(self.config["num_attention_heads"]),
@@ -324,8 +327,8 @@ class SharedAttention:
     Source: diffusers' CogVideoXAttnProcessor2_0.
     """
 
-    def __init__(self, exchange: TokenExchange) -> None:
-        self.exchange, self.dispatch = exchange, AttentionDispatch()
+    def __init__(self, exchange: TokenExchange, backend: Any) -> None:
+        self.exchange, self._attention_backend = exchange, backend
 
     def __call__(
         self,
@@ -348,7 +351,8 @@ class SharedAttention:
             video[:2] = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in video[:2]]
         heads = [self.exchange.own_heads(x[:, :L]) for x in (q, k, v)]
         joint = [torch.cat([a, self.exchange.to_heads(b)], dim=1) for a, b in zip(heads, video, strict=True)]
-        y = self.dispatch(*joint)  # (B, L + n N, H / n, d)
+        q, k, v = joint
+        y = attend(q, k, v, None, self._attention_backend)  # (B, L + n N, H / n, d)
         y = torch.cat([self.exchange.all_heads(y[:, :L]), self.exchange.to_tokens(y[:, L:])], dim=1)
         y = attn.to_out[1](attn.to_out[0](y.flatten(2)))
         return y[:, L:], y[:, :L]
