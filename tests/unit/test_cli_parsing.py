@@ -316,6 +316,15 @@ def test_flags_override_the_defaults_of_the_script(repository: Path) -> None:
     assert added("--config mine.yaml") == set()
 
 
+@pytest.mark.parametrize(("words", "said"), [("", True), ("--metadata m.json", False), ("--config mine.yaml", False)])
+def test_training_on_made_up_clips_is_said(
+    words: str, said: bool, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launchers, "load_entry", lambda _: lambda *_: 0)
+    assert launchers.train_script(repository, ["--mode", "train", *words.split()]) == 0
+    assert ("made-up clips" in "".join(capsys.readouterr())) is said
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="titans-video train"):
         dispatch(["trian"])

@@ -253,3 +253,12 @@ def test_a_warm_up_that_never_ends_is_warned_of(tmp_path: Path, capsys: pytest.C
     assert "--lr-warmup-steps 2 is not below --max-steps 2" in capsys.readouterr().out
     assert main([*words, "1", "--output-dir", str(tmp_path / "short")]) == 0
     assert "Warning" not in capsys.readouterr().out
+
+
+def test_the_suggested_bucket_suits_a_codec_that_the_check_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip(tmp_path / "wide.mp4", height=36, width=64)
+    path = manifest(tmp_path, {"video": "wide.mp4", "caption": "wide"})
+    _, said, _ = check(path, capsys, "--height", "32", "--width", "32")
+    assert "e.g. --buckets 32x32,24x40" in said  # of 24 x 42.7, the nearest multiples of 8

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titans_video.cli.run import at_once, guarded, load_entry
+from titans_video.console import note
 from titans_video.errors import ConfigError
 
 SCRIPT_USAGE = """Titans Video: train and run video diffusion transformers.
@@ -79,9 +80,10 @@ def _train_script(root: Path, words: list[str]) -> int:
         print(SCRIPT_USAGE)
         return 0
     if mode == "train":
-        return load_entry("titans_video.cli.train:train_sora")(
-            with_defaults(rest, root), "python train.py --mode train"
-        )
+        words = with_defaults(rest, root)
+        if "--manifest" in words and "--manifest" not in rest:
+            note("No --metadata or --manifest: training on the made-up clips in train/videos/mock_data.")
+        return load_entry("titans_video.cli.train:train_sora")(words, "python train.py --mode train")
     if mode == "inference":
         return _generate(rest, "python train.py --mode inference")
     problem = "is missing" if mode is None else f"{mode}: there is no such mode"

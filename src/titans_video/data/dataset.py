@@ -238,7 +238,7 @@ class VideoDataset:
         if thin:
             lines.append(
                 f"Smaller than one batch: {', '.join(thin)}. A batch of such a bucket spans several epochs, so its "
-                "rows repeat."
+                "rows repeat. With few clips this is normal."
             )
         upscale = self.records.column("upscale")
         enlarged = upscale[upscale > 1.001]
@@ -258,7 +258,8 @@ class VideoDataset:
         worst = self.records[int(kept.argmin())]
         info, area = worst.info(), worst.bucket.height * worst.bucket.width
         ideal = math.sqrt(area * info.height / info.width), math.sqrt(area * info.width / info.height)
-        steps = grid(self.table.spec, self.table.patch_size)
+        # Multiples of 8 suit most codecs. A check does not know the codec and patch of the training.
+        steps = (math.lcm(step, 8) for step in grid(self.table.spec, self.table.patch_size))
         height, width = (max(round(side / step), 1) * step for side, step in zip(ideal, steps, strict=True))
         return [
             f"Warning: {cropped} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "

@@ -100,6 +100,8 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     every = prompts if texts is None else [text for _, text in texts]
     about_prompts = (unknown_words_note(every, model.trained("words")), model.cut_note([*every, first.negative_prompt]))
     notes += [note for note in about_prompts if note]
+    if about_prompts[0] and options.checkpoint is None:
+        notes.append("The shipped model is used. For a model that you trained, pass --checkpoint with its folder.")
     for note in [*lora_notes, kernel, *when.notes, *notes]:
         console.note(note)
     jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
