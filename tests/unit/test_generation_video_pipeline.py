@@ -1,5 +1,6 @@
 """A checkpoint as a diffusers pipeline: what goes in, what comes out, and that it is the commands' own video."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -168,9 +169,12 @@ def test_offloading_changes_no_bit(checkpoint, offload, monkeypatch):
     assert parts == ([] if offload == "none" else expected)
 
 
-def test_precisions(checkpoint):
+def test_precisions(checkpoint, monkeypatch):
     exact = made_by(load_model(checkpoint, Overrides(), "cpu"))
+    warned = []
+    monkeypatch.setattr(diffusers.models.modeling_utils.logger, "warning", warned.append)
     model = load_for(RunOptions(device="cpu", dtype="bf16"), checkpoint, Overrides())
+    assert warned == []
     assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
     rough = made_by(model)
     assert rough.dtype == torch.float32

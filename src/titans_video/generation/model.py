@@ -312,7 +312,8 @@ def load_for(run: RunOptions, checkpoint: str | None, overrides: Overrides) -> V
     check_attention_backend(run.attention_backend, device, training=False)
     model = load_model(checkpoint, overrides, device if run.offload == "none" else "cpu", run_on=device)
     if run.dtype != "fp32":
-        model.network.to(PRECISIONS[run.dtype])
+        # Not `ModelMixin.to`: it warns of modules to keep in float32 even if there are none.
+        nn.Module.to(model.network, PRECISIONS[run.dtype])
     set_attention_backend(model.network, run.attention_backend, PRECISIONS[run.dtype])
     if run.offload != "none":
         turns = ALL_PARTS if run.offload == "model" else ALL_PARTS - {"network"}
