@@ -275,6 +275,10 @@ def test_modes_of_checkpointing(tmp_path: Path, words: str, mode: str, every: in
         ("batch_size: 0.5", "--batch-size"),
         ("batch_size: [[1]]", "neither a plain value"),
         ("config: other.yaml", "config"),
+        ("mixed_precision: no", r"mixed_precision is not .* write quotes"),
+        ("activation_checkpointing: true", r"activation_checkpointing is not .* write quotes"),
+        ("tf32: 'no'", "tf32 is true or false"),
+        ("compile: 1", "compile is true, false or auto"),
     ],
 )
 def test_messages_about_a_wrong_file(tmp_path: Path, text: str, message: str) -> None:

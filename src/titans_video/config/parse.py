@@ -73,8 +73,8 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | N
         print(format_help(about, default, prog, full=HELP_ALL in given))
         raise SystemExit(0)
     if "config" in known and "config" in given:
-        argv = _expand_config(argv, known, given)
-    options = _parse(default, _spell_out(argv, switches_of(default)), prog)
+        argv = _expand_config(argv, known, given, fields_of(default, bool, bool | None), fields_of(default, Switch))
+    options = _parse(default, _spell_out(argv, fields_of(default, Switch)), prog)
     validate(options)
     return options
 
@@ -101,11 +101,11 @@ def flags_of(options: OptionGroup) -> dict[str, bool]:
     return known
 
 
-def switches_of(options: OptionGroup) -> set[str]:
-    """Return the field names of the flags of the type `Switch`."""
+def fields_of(options: OptionGroup, *types: object) -> set[str]:
+    """Return the field names of the flags of some types."""
     groups = [getattr(options, f.name) for f in fields(options)]
-    own = {f.name for f in fields(options) if f.type == Switch}
-    return own.union(*(switches_of(group) for group in groups if is_group(group)))
+    own = {f.name for f in fields(options) if f.type in types}
+    return own.union(*(fields_of(group, *types) for group in groups if is_group(group)))
 
 
 def _spell_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
@@ -127,7 +127,9 @@ def given_names(argv: Sequence[str], known: Mapping[str, bool]) -> list[str]:
     return [n.removeprefix("no_") if n not in known and n.removeprefix("no_") in known else n for n in names]
 
 
-def _expand_config(argv: list[str], known: Mapping[str, bool], given: list[str]) -> list[str]:
+def _expand_config(
+    argv: list[str], known: Mapping[str, bool], given: list[str], booleans: set[str], switches: set[str]
+) -> list[str]:
     """Return the flags of the file of `--config`, followed by those of the command line."""
     if given.count("config") > 1:
         raise ConfigError(
@@ -138,7 +140,8 @@ def _expand_config(argv: list[str], known: Mapping[str, bool], given: list[str])
     if not path:
         raise ConfigError("--config needs the path of a YAML file.")
     options = {name: repeat for name, repeat in known.items() if name != "config"}
-    return flags_from_yaml(path, options, given=given, alternatives=ALTERNATIVES) + argv
+    found = flags_from_yaml(path, options, given=given, alternatives=ALTERNATIVES, booleans=booleans, switches=switches)
+    return found + argv
 
 
 def _parse(default: OptionsT, argv: list[str], prog: str) -> OptionsT:
@@ -191,6 +194,8 @@ def flags_from_yaml(
     *,
     given: Collection[str] = (),
     alternatives: Iterable[frozenset[str]] = (),
+    booleans: Collection[str] = (),
+    switches: Collection[str] = (),
 ) -> list[str]:
     """Translate a YAML file into flags.
 
@@ -204,6 +209,7 @@ def flags_from_yaml(
         given: field names of the flags on the command line; the file's values for them are dropped.
         alternatives: sets of fields that exclude one another. If the command line sets one, the file's values for the
             others are dropped too.
+        booleans: fields that are true or false; `switches`: those of the type `Switch`. No others may be.
     Raises:
         ConfigError: the file is missing or not a mapping, a key is not a flag, or a value cannot be a flag's.
     """
@@ -217,6 +223,7 @@ def flags_from_yaml(
         if name not in known:
             raise ConfigError(f"{path}: there is no option {str(key)!r}.{_nearest(name, known)}")
         if name not in dropped and value is not None:
+            _check_kind(f"{path}: {name}", value, name in booleans, name in switches)
             flags += _flag(name, value, known[name], path)
     return flags
 
@@ -242,6 +249,19 @@ def _read_mapping(path: Path) -> dict[object, object]:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else " `--help-all` lists all options."
+
+
+def _check_kind(name: str, value: object, boolean: bool, switch: bool) -> None:
+    """Raise ConfigError if a value is or is not true or false, as no flag of this kind can be."""
+    if boolean and not isinstance(value, bool):
+        raise ConfigError(f"{name} is true or false, not {shown(value)}.")
+    if switch and not isinstance(value, bool) and value not in get_args(Switch):
+        raise ConfigError(f"{name} is true, false or auto, not {shown(value)}.")
+    if not boolean and not switch and isinstance(value, bool):
+        raise ConfigError(
+            f"{name} is not an option that is true or false. YAML reads the words no, off, yes and on like that; write "
+            'quotes around them, e.g. "no".'
+        )
 
 
 def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[str]:
