@@ -239,6 +239,8 @@ def test_bf16_is_close_to_float32(attention_type: str) -> None:
 
 
 def test_attention_goes_through_the_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
     from titans_video.models import attention
 
     net, calls = network(), []
@@ -252,6 +254,7 @@ def test_attention_goes_through_the_dispatch(monkeypatch: pytest.MonkeyPatch) ->
     x, time = torch.randn(LATENTS), torch.rand(B)
     expected = net(x, time, Condition(BYTES)).value
     assert len(calls) == 2 * 3 + 1  # spatial, temporal and cross in each block, one in the byte encoder
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)  # restored
     net.set_attention_backend("_native_math")
     calls.clear()
     assert_close(net(x, time, Condition(BYTES)).value, expected, atol=1e-5, rtol=1e-5)

@@ -152,13 +152,13 @@ class Trainer:
         batches = iter(self.stream)
         started_at = self.step
         received = 0
+        if self.step < self.options.max_steps:
+            self._try_largest_bucket()  # it may compile for minutes, and a signal ends it at once: nothing is lost yet
         with Interrupt() as interrupt, self._recorder() as recorder, frozen_objects():
             self.stream.stop_waiting_if(lambda: bool(interrupt.signal))
             if self.monitoring.validator:
                 self.monitoring.validator.start(self.step)
                 received = self._validate(interrupt, recorder)  # for a run that was stopped during validation
-            if self.step < self.options.max_steps and not received:
-                self._try_largest_bucket()
             while self.step < self.options.max_steps and not received:
                 began = time.perf_counter()
                 try:
