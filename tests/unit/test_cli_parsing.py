@@ -167,6 +167,8 @@ def test_numbers_without_meaning_are_rejected_by_their_flag(words: str) -> None:
         ("--validation-split 0.1 --validation-manifest x", "give only one"),
         ("--validation-prompts x --validation-prompt y", "put them all in the file"),
         ("--validation-prompt y", "nothing is validated"),
+        ("--cache-dtype bf16", "nothing is cached; give --cache"),
+        ("--cache-variants 3", "nothing is cached; give --cache"),
         ("--activation-checkpointing some", "--activation-checkpointing some: it is none, selective, full, or"),
         ("--activation-checkpointing 0", "--activation-checkpointing 0: it is none"),
         ("--gradient-checkpointing --activation-checkpointing none", "give only one of them"),

@@ -35,6 +35,7 @@ def check_training(options: SoraOptions | CogVideoXLoraOptions) -> None:
         ConfigError: names the flag, its value and the legal values.
     """
     check_clips(options.data)
+    check_cache(options.data)
     check_run(options.train)
     check_activations(options.activations)
     if isinstance(options, SoraOptions) and options.model.fp8_linear:
@@ -157,6 +158,14 @@ def check_validation_prompts(validation: ValidationOptions) -> None:
     if validation.validation_prompt:
         raise ConfigError("--validation-prompts and --validation-prompt both give prompts; put them all in the file.")
     read_prompts(validation.validation_prompts, "--validation-prompts")
+
+
+def check_cache(data: DataOptions) -> None:
+    """Reject flags of a cache that is not used."""
+    given = {"--cache-dtype": data.cache_dtype != "fp32", "--cache-variants": data.cache_variants > 1}
+    unused = [flag for flag, is_given in given.items() if is_given]
+    if unused and data.cache is None:
+        raise ConfigError(f"{' and '.join(unused)}: nothing is cached; give --cache FOLDER too.")
 
 
 def check_validation_runs(validation: ValidationOptions) -> None:
