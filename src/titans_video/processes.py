@@ -6,6 +6,7 @@ A scheduler or Ctrl-C sends a signal to all processes of a group; only the paren
 import contextlib
 import ctypes
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -157,6 +158,8 @@ def _end(process: BaseProcess) -> None:
 def _serve(
     answer: Callable[[Any], Any], pipe: Connection, inherited: Sequence[Connection], parent: int, kernel: bool
 ) -> None:
+    # Objects that only the parent may destroy, such as process groups with threads, would end this process.
+    gc.freeze()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

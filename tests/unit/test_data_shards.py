@@ -93,7 +93,7 @@ def test_a_damaged_encoding_is_made_again(tmp_path: Path, damage: str) -> None:
     paths = sorted((tmp_path / "cache" / "clips" / "shards").glob("*"))
     path = paths[0]
     key, other = list(load_file(path))[:2]
-    right = load_file(path)[key]
+    right, held = load_file(path)[key], len(load_file(path))
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:100])
     else:
@@ -101,7 +101,7 @@ def test_a_damaged_encoding_is_made_again(tmp_path: Path, damage: str) -> None:
         change(path, key, wrong[damage])
     assert verify(tmp_path / "cache")[1]
     again = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
-    assert again.made == (4 if damage == "cut" else 0)
+    assert again.made == (held if damage == "cut" else 0)
     for a, b in zip(batches(again), expected, strict=True):
         same(a, b)
     for a, b in zip(batches(fill_cache(data, tmp_path / "cache", encoders(), progress=False)), expected, strict=True):

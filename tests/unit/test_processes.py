@@ -1,5 +1,6 @@
 """Workers ignore the signals that stop a run, end with their parent, and are replaced without any change of results."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -106,6 +107,32 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Garbage:
+    """A cycle that writes the process that destroys it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.me = file, self
+
+    def __del__(self) -> None:
+        self.file.write_text(str(os.getpid()))
+
+
+def test_a_worker_does_not_destroy_objects_of_its_parent(tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        Garbage(tmp_path / "destroyed")
+        worker = Worker(lambda _: gc.collect())
+        worker.send(None)
+        worker.receive()
+        assert not (tmp_path / "destroyed").exists()
+        worker.kill()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "destroyed").read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
