@@ -20,7 +20,6 @@ from torch import Tensor
 from titans_video import processes
 from titans_video.processes import STOP_SIGNALS, ReadAhead, StoppedError, Worker, WorkerDied, handle_signals
 
-FORK = multiprocessing.get_context("fork")
 PATIENCE = 30.0
 
 
@@ -89,8 +88,10 @@ def parent(pipe: Connection, thread: bool, kernel: bool, end: str) -> None:
     ],
 )
 def test_a_worker_ends_with_its_parent(thread: bool, kernel: bool, end: str) -> None:
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=parent, args=(theirs, thread, kernel, end))
+    # A fresh interpreter: a fork from a thread destroys what only the main thread holds, such as groups of other tests.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=parent, args=(theirs, thread, kernel, end))
     process.start()
     pid = ours.recv()
     process.join(PATIENCE)
