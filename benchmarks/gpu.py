@@ -39,7 +39,7 @@ FORKED, SPAWNED = "fork", "spawn"
 
 @dataclass(frozen=True)
 class Section:
-    """One measurement: `module:function`, its usual seconds on an H100 with everything compiled anew, and its limit."""
+    """One measurement: `module:function`, its usual seconds on an H100 with an empty compile cache, and its limit."""
 
     name: str
     title: str
@@ -68,7 +68,7 @@ SECTIONS = (
 
 @dataclass
 class Outcome:
-    """What a section measured, and how it ended: done, failed, out of time, or skipped."""
+    """The result of a section, and its status: done, failed, out of time, or skipped."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""What networks cost on one GPU: training steps with their MFU and memory, kernels of attention, VAE, generation.
+"""Measure networks on one GPU: training steps with MFU and memory, attention kernels, VAE, generation.
 
 All weights are random. Shapes are those of 81 frames of 480x832 on the latents of Wan's VAE: 32,760 tokens.
 """

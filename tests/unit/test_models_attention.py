@@ -1,4 +1,4 @@
-"""What reaches attention in every network: the layout, dtype and mask that FlashAttention and cuDNN accept."""
+"""Check the layout, dtype and mask of all attention calls against the rules of FlashAttention and cuDNN."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What data workers draw ahead of time is bit for bit what a step would draw, for every recipe."""
+"""Data workers draw bit for bit the same numbers as a training step, for every recipe."""
 
 import pickle
 from collections.abc import Callable

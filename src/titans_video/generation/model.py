@@ -176,7 +176,7 @@ def run_device(run: RunOptions) -> torch.device:
 
 
 def choose_defaults(run: RunOptions, calls: int = 0) -> tuple[RunOptions, list[Choice]]:
-    """Return the options with a value in place of each `auto`, and the choices to show; raises as `run_device`.
+    """Return the options with each `auto` resolved, and the choices to show; raises as `run_device`.
 
     `calls` is about how often the network will be called, which decides whether `auto` compiles it.
     """

@@ -127,7 +127,7 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
 
 
 def _choose(options: GenerateOptions, run: RunOptions) -> RunOptions:
-    """Return the options with a value in place of each `auto`, print the choices, and set the precision of products."""
+    """Return the options with each `auto` resolved, print the choices, and set the precision of products."""
     prompts = 1 if options.prompt_file is None else len(read_prompts(options.prompt_file, "--prompt-file"))
     run, choices = choose_defaults(run, prompts * options.num_videos * (options.steps or DEFAULT_STEPS))
     device = run_device(run)

@@ -98,7 +98,7 @@ class RunContext:
 def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
     """Create the accelerator, find the checkpoint to resume from, choose the values of `auto`, and log what runs.
 
-    Returns the options with a value in place of each `auto`. Raises UserError as `distributed.start` and
+    Returns the options with each `auto` resolved. Raises UserError as `distributed.start` and
     `resume.find_resume`.
     """
     data, train = options.data, options.train
@@ -118,7 +118,7 @@ def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
 def choose_defaults(
     options: OptionsT, accelerator: Accelerator, resume: Resume | None = None
 ) -> tuple[OptionsT, list[Choice]]:
-    """Return the options with a value in place of each `auto`, and the choices for the log."""
+    """Return the options with each `auto` resolved, and the choices for the log."""
     given, best = flat(options), fast_defaults(read_facts(accelerator.device))
     choices = [Choice("precision", accelerator.mixed_precision, "--mixed-precision")]
     if accelerator.device.type == "cuda":
