@@ -23,6 +23,7 @@ from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import open_model_spec
 from titans_video.recipes import lora as lora_recipe
+from titans_video.recipes.frozen_base import precision_of
 from titans_video.recipes.lora import LoraFiles, LoraRecipe, build_lora, check_sizes, first_frame
 from titans_video.recipes.setup import RunParts, open_clips
 from titans_video.seeding import derive_seed, seeded_randn
@@ -403,4 +404,4 @@ def test_what_an_accelerator_cannot_do_is_rejected_before_loading(
 ) -> None:
     usual = {"mixed_precision": "no", "device": torch.device("cpu"), "is_fsdp2": False, "num_processes": 1}
     with pytest.raises(ConfigError, match=said):
-        lora_recipe.precision_of(BaseOptions(**base), SimpleNamespace(**(usual | accelerator)))  # type: ignore[arg-type]
+        precision_of(BaseOptions(**base), SimpleNamespace(**(usual | accelerator)))  # type: ignore[arg-type]

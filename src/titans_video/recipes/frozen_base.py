@@ -1,0 +1,83 @@
+"""The frozen network of a LoRA run: its precision, and where its weights are."""
+
+import torch
+from torch import nn
+
+from titans_video.config.options import ActivationOptions
+from titans_video.config.recipes import BaseOptions
+from titans_video.errors import ConfigError
+from titans_video.models.activations import limit_activations
+from titans_video.models.compiling import compile_blocks, share_graphs
+from titans_video.pretrained.base import ModelSpec
+from titans_video.training.distributed import AUTOCAST, Accelerator
+from titans_video.types import PRECISIONS
+
+STORAGE = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # torch dtype of each --layerwise-casting
+
+
+def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
+    """Return the network's precision; raise ConfigError if the accelerator or the device cannot follow the flags."""
+    dtype = (
+        PRECISIONS[options.base_dtype]
+        if options.base_dtype
+        else AUTOCAST.get(accelerator.mixed_precision, torch.float32)
+    )
+    if dtype == torch.float16 and accelerator.device.type == "cpu":
+        raise ConfigError("--base-dtype fp16: CPUs compute in fp32 or bf16; use --base-dtype bf16.")
+    if accelerator.is_fsdp2 and (options.layerwise_casting != "none" or options.offload != "none"):
+        raise ConfigError(
+            "--layerwise-casting and --offload move weights layer by layer, and so does FSDP2; use one of them."
+        )
+    if options.offload == "group" and accelerator.num_processes > 1:
+        raise ConfigError(
+            "--offload group is for one process; several processes share the weights with FSDP2 "
+            "(--config_file configs/accelerate/fsdp2.yaml)."
+        )
+    return dtype
+
+
+def load_base(
+    options: BaseOptions, activations: ActivationOptions, spec: ModelSpec, accelerator: Accelerator
+) -> tuple[nn.Module, torch.dtype]:
+    """Load the network as the flags ask, and return it with its precision; raises as `precision_of`.
+
+    diffusers' own hooks cast and offload layers. They remain when adapters are injected.
+    """
+    dtype = precision_of(options, accelerator)
+    network = spec.load_network(dtype)
+    limit_activations(network, activations)
+    if options.layerwise_casting != "none":
+        network.enable_layerwise_casting(  # type: ignore[operator]
+            storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
+        )
+    if options.offload == "group":
+        offload_blocks(network, accelerator.device)
+    if options.compile == "on":
+        compile_blocks(network, training=True)
+        if spec.first_layer is not None:
+            share_graphs(network.get_submodule(spec.first_layer))
+    return network, dtype
+
+
+def offload_blocks(network: nn.Module, device: torch.device) -> None:
+    """Keep the linear layers of the blocks in main memory while they are not used; the rest stays on the device.
+
+    Offloading a layer after its forward removes weights that its backward pass uses. A linear layer's backward pass
+    keeps a view, which checkpointing recreates. A norm's would silently use the norm's later contents, or the wrong
+    device. `use_stream` would prefetch in one order of layers, but the backward pass has another.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
+    for part in network.children():
+        if not isinstance(part, nn.ModuleList):
+            part.to(device)
+            continue
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                apply_group_offloading(
+                    module, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level"
+                )
+            else:
+                for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                    tensor.data = tensor.data.to(device)
