@@ -111,8 +111,10 @@ def make_multimodal(family: str, folder: Path) -> Path:
 
 
 def tiny_vae(kind: str, **changes: Any) -> Any:
-    """A random VAE: kl, svd, cogvideox, wan, hunyuan or ltx, with statistics that are not trivial."""
+    """A random VAE: kl, svd, cogvideox, wan, hunyuan, ltx or titans, with statistics that are not trivial."""
     import diffusers
+
+    from titans_video.models.video_vae import TitansVideoVAE
 
     torch.manual_seed(0)
     blocks4: dict[str, Any] = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "latent_channels": 4}
@@ -157,6 +159,10 @@ def tiny_vae(kind: str, **changes: Any) -> Any:
             },
         ),
     }
+    if kind == "titans":
+        widths = {"encoder_width": 8, "decoder_width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "refine_width": 4}
+        made = {"latent_channels": 4, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 1.5, 2.0]}
+        return TitansVideoVAE(**(widths | made | changes)).eval()
     name, config = configs[kind]
     vae = getattr(diffusers, name)(**(config | changes)).eval()
     if kind == "ltx":
@@ -171,7 +177,7 @@ def make_vae(kind: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-VAE_KINDS = ("kl", "svd", "cogvideox", "wan", "hunyuan", "ltx")
+VAE_KINDS = ("kl", "svd", "cogvideox", "wan", "hunyuan", "ltx", "titans")
 LLM_FAMILIES = ("Qwen2", "Qwen3", "Mistral", "Llama", "Gemma3")
 MULTIMODAL_FAMILIES = ("Gemma3", "Qwen2VL", "Qwen2_5_VL")
 

@@ -13,8 +13,8 @@ from titans_video.codecs import diffusers
 from titans_video.codecs.diffusers import CogVideoXVAEWrapper, DiffusersCodec
 from titans_video.errors import CodecError
 
-SIDE = {"kl": 16, "svd": 16, "cogvideox": 32, "wan": 32, "hunyuan": 32, "ltx": 64}
-FRAMES = {"kl": 3, "svd": 4, "cogvideox": 9, "wan": 9, "hunyuan": 9, "ltx": 17}
+SIDE = {"kl": 16, "svd": 16, "cogvideox": 32, "wan": 32, "hunyuan": 32, "ltx": 64, "titans": 16}
+FRAMES = {"kl": 3, "svd": 4, "cogvideox": 9, "wan": 9, "hunyuan": 9, "ltx": 17, "titans": 9}
 
 LEGAL = {
     "kl": list(range(1, 18)),
@@ -23,6 +23,7 @@ LEGAL = {
     "wan": [1, 5, 9, 13, 17],
     "hunyuan": [1, 5, 9, 13, 17],
     "ltx": [1, 9, 17],
+    "titans": [1, 5, 9, 13, 17],
 }
 
 
@@ -41,7 +42,7 @@ def pipeline_latents(kind: str, vae: Any, x: Tensor) -> Tensor:
         z = torch.stack([vae.encode(x[:, :, i]).latent_dist.mode() for i in range(x.shape[2])], dim=2)
         return (z - vae.config.shift_factor) * vae.config.scaling_factor if kind == "kl" else z * 0.18215
     z = vae.encode(x).latent_dist.mode()
-    if kind == "wan":
+    if kind in ("wan", "titans"):
         return (z - column(vae.config.latents_mean)) / column(vae.config.latents_std)
     if kind == "ltx":
         return (z - column(vae.latents_mean)) * vae.config.scaling_factor / column(vae.latents_std)
@@ -57,7 +58,7 @@ def pipeline_pixels(kind: str, vae: Any, z: Tensor) -> Tensor:
         frames = (z / 0.18215).transpose(1, 2).flatten(0, 1)
         decoded = vae.decode(frames, num_frames=z.shape[2]).sample
         return decoded.unflatten(0, (z.shape[0], z.shape[2])).transpose(1, 2)
-    if kind == "wan":
+    if kind in ("wan", "titans"):
         return vae.decode(z * column(vae.config.latents_std) + column(vae.config.latents_mean)).sample
     if kind == "ltx":
         return vae.decode(z * column(vae.latents_std) / vae.config.scaling_factor + column(vae.latents_mean)).sample

@@ -5,6 +5,7 @@ Samples are processed one by one, and frame-by-frame VAEs in chunks of frames, t
 """
 
 import gc
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,10 @@ def _by_wan_statistics(vae: Any) -> tuple[Any, Any]:
     return vae.config.latents_mean, 1.0 / torch.tensor(vae.config.latents_std)
 
 
+def _by_own_statistics(vae: Any) -> tuple[Any, Any]:
+    return vae.config.latents_mean or 0.0, 1.0 / torch.tensor(vae.config.latents_std or 1.0)
+
+
 def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
     return vae.latents_mean.float(), vae.config.scaling_factor / vae.latents_std.float()
 
@@ -150,7 +155,10 @@ VAE_SPECS = {
     "AutoencoderKLWan": VaeSpec("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
     "AutoencoderKLHunyuanVideo": VaeSpec("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
     "AutoencoderKLLTXVideo": VaeSpec("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
+    "TitansVideoVAE": VaeSpec("causal", _ratio_stride, _by_own_statistics, _moments, _decode_clip),
 }
+OWN = {"TitansVideoVAE": "titans_video.models.video_vae"}
+"""The modules of classes that diffusers does not have."""
 
 
 class DiffusersCodec(Codec):
@@ -304,8 +312,10 @@ def class_name(folder: Path) -> str:
     return str(name)
 
 
-def _class(folder: Path) -> Any:
-    name = class_name(folder)
+def vae_class(name: str) -> Any:
+    """Import the class of a name in `VAE_SPECS`; CodecError without diffusers."""
+    if name in OWN:
+        return getattr(importlib.import_module(OWN[name]), name)
     try:
         import diffusers
     except ImportError:
@@ -315,7 +325,7 @@ def _class(folder: Path) -> Any:
 
 def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
     """Return a VAE without weights, on `meta`; None if its scaling is among weights that are not in one file."""
-    kind = _class(folder)
+    kind = vae_class(class_name(folder))
     try:
         with torch.device("meta"):
             vae = kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))
@@ -334,7 +344,7 @@ def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def load_vae(folder: Path, dtype: torch.dtype) -> Any:
-    kind = _class(folder)
+    kind = vae_class(class_name(folder))
     return load_pretrained(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)
 
 
