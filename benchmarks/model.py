@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import measuring
 from common.measuring import Parent, Worker, map_large_blocks, resident, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -156,11 +157,9 @@ def count_flops(name: str, a: argparse.Namespace) -> int:
     """Count the FLOPs of one forward and backward pass on the meta device."""
     import torch
 
-    from titans_video.training import flops
-
     with torch.device("meta"):
         net, run = build(name, a)
-    return flops.count_flops(lambda: run(net.to("meta"), "meta"))
+    return measuring.count_flops(lambda: run(net.to("meta"), "meta"))
 
 
 def worker(a: argparse.Namespace) -> None:
