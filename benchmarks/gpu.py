@@ -161,9 +161,8 @@ class Runner:
     def run(self, section: Section, limit: float | None = None) -> Outcome:
         path = self.folder / f"{section.name}.jsonl"
         began = time.monotonic()
-        process = multiprocessing.get_context(self.method).Process(
-            target=run_section, args=(section.entry, str(path), self.small, self.device)
-        )
+        context: Any = multiprocessing.get_context(self.method)
+        process = context.Process(target=run_section, args=(section.entry, str(path), self.small, self.device))
         process.start()
         process.join(limit or section.limit)
         state = "out of time" if process.is_alive() else "done" if process.exitcode == 0 else "failed"

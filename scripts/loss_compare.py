@@ -416,7 +416,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--drive"]:
-        drive(*map(Path, sys.argv[2:6]), sys.argv[6])
+        tree, work, results, shared = map(Path, sys.argv[2:6])
+        drive(tree, work, results, shared, sys.argv[6])
     elif sys.argv[1:2] == ["--shared"]:
         make_shared(Path(sys.argv[2]))
     else:
