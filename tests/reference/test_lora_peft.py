@@ -210,8 +210,8 @@ def test_a_file_without_alpha_says_so(tmp_path: Path) -> None:
     ("tensors", "said"),
     [
         ({"transformer.a.lora_A.weight": torch.ones(2, 2), "transformer.norm.weight": torch.ones(2)}, "norm.weight"),
-        ({"a.lora_A.weight": torch.ones(2, 2), "a.lora_magnitude_vector": torch.ones(2)}, "DoRA"),
-        ({"a.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+        ({"a.lora_A.weight": torch.ones(2, 2), "a.hada_w1_a": torch.ones(2, 2)}, "such as a.hada_w1_a"),
+        ({"a.lokr_w1": torch.ones(2, 2), "a.lokr_t2": torch.ones(2, 2, 1, 1)}, "such as a.lokr_t2"),
         (None, "cannot be read"),
     ],
 )

@@ -1,23 +1,28 @@
-"""LoRA on any linear layer of any network: inject, train only A and B, merge, use several adapters at once.
+"""Adapters on any linear layer of any network: inject, train only them, merge, use several at once.
 
-A layer becomes x W^T + scale (dropout(x) A^T) B^T with A (R, I), B (O, R), scale = weight x alpha / R, and B = 0 at
-first. A and B are stored in float32 and computed in the dtype of the layer's output, so nothing is kept in float32 for
-the backward pass of a bfloat16 layer. Legend: N rows, I and O width of a layer's input and output, R rank.
-Source: Hu et al. 2021 (LoRA), section 4.1. Names and initialisation are those of PEFT's `Linear`.
+`models.adapter_layers` has the layer and its kinds of adapters: LoRA, rsLoRA, DoRA and LoKr.
+Legend: I and O width of a layer's input and output, R rank, a b c d the sides of a LoKr's factors.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.models.adapter_layers import (
+    DORA,
+    LOKR,
+    LORA,
+    PARTS,
+    RSLORA,
+    LoraLinear,
+    factorization,
+    layer_of,
+)
 from titans_video.seeding import generator
 
 DEFAULT = "default"
@@ -29,130 +34,33 @@ _STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of an adapter: rank R, alpha (None: the rank), dropout of its input, `targets` as in `find_targets`."""
+    """Settings of an adapter: rank R, alpha (None: the rank), dropout of its input, `targets` as in `find_targets`.
+
+    Attributes:
+        kind: lora, rslora (scaled by alpha / sqrt(R)), dora or lokr.
+        ranks: other ranks of the layers that a word or expression selects, as in `find_targets`; the first one counts.
+        factor: the smaller factor of a LoKr's widths; -1: the divisor nearest to the root.
+        up_ratio: learning rate of B, as a multiple of that of A and m (LoRA+).
+    """
 
     rank: int = 64
     alpha: float | None = None
     dropout: float = 0.0
     targets: Sequence[str] | str = ATTENTION
+    kind: str = LORA
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    factor: int = -1
+    up_ratio: float = 1.0
 
     @property
     def scaling_alpha(self) -> float:
-        return float(self.rank if self.alpha is None else self.alpha)
+        """The alpha with the same alpha / R of a layer of rank `rank`."""
+        return self.alpha_of(self.rank)
 
-
-class _Project(torch.autograd.Function):
-    """x A^T in another dtype than x. It keeps x, which several layers share, and no copy of x for each of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.to(dtype), weight.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs_x else None
-        grad_weight = _rows(grad).mT @ _rows(x).to(grad.dtype) if needs_weight else None
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-class Down(nn.Linear):
-    """A of an adapter: (..., I) -> (..., R) in a given dtype. Hooks of diffusers treat it as a linear layer."""
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        if x.dtype == dtype or torch.compiler.is_compiling():  # the compiler shares and recomputes copies itself
-            return F.linear(x.to(dtype), self.weight.to(dtype))
-        return _Project.apply(x, self.weight, dtype)
-
-
-class Up(nn.Linear):
-    """B of an adapter: adds scale x hidden B^T to a layer's output, in the output's dtype."""
-
-    def forward(self, out: Tensor, hidden: Tensor, scale: float) -> Tensor:  # type: ignore[override]
-        weight = self.weight.to(out.dtype)
-        return torch.addmm(_rows(out), _rows(hidden), weight.mT, alpha=scale).view(out.shape)
-
-
-class LoraLinear(nn.Module):
-    """A linear layer (`base`) with adapters in float32; `active` has the weights of the active ones.
-
-    The layer and its hooks do not change, so diffusers' layerwise casting and group offloading still work on it.
-    """
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.dropouts = nn.ModuleDict()
-        self.alphas: dict[str, float] = {}
-        self.active: dict[str, float] = {}
-        self.original: Tensor | None = None
-        self.merged = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's own weight, for code that expects a linear layer."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
-
-    def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
-        """Add an adapter in float32 on the layer's device. A is not initialised, B is 0."""
-        device = self.base.weight.device
-        a = Down(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        b = Up(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(b.weight)
-        self.lora_A[name], self.lora_B[name] = a, b
-        self.dropouts[name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.alphas[name], self.active[name] = alpha, 1.0
-
-    def discard(self, name: str) -> None:
-        for modules in (self.lora_A, self.lora_B, self.dropouts):
-            del modules[name]
-        del self.alphas[name]
-        self.active.pop(name, None)
-
-    def rank(self, name: str) -> int:
-        return int(self.lora_A[name].weight.shape[0])  # type: ignore[union-attr,index,arg-type]
-
-    def scale(self, name: str) -> float:
-        """Return alpha / R, without the adapter's weight."""
-        return self.alphas[name] / self.rank(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base(x)
-        if self.merged:
-            return out
-        for name, weight in self.active.items():
-            hidden = self.lora_A[name](self.dropouts[name](x), out.dtype)
-            out = self.lora_B[name](out, hidden, weight * self.scale(name))
-        return out
-
-    def delta(self) -> Tensor:
-        """Return the sum that the active adapters add to the layer's weight, (O, I) float32."""
-        total = torch.zeros(self.out_features, self.in_features, device=self.base.weight.device)
-        for name, weight in self.active.items():
-            a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()  # type: ignore[operator,union-attr]
-            total += (b @ a) * (weight * self.scale(name))  # type: ignore[operator]
-        return total
+    def alpha_of(self, rank: int) -> float:
+        """Return the alpha with the same alpha / R of a layer of another rank."""
+        alpha = float(rank if self.alpha is None else self.alpha)
+        return alpha * rank**0.5 if self.kind == RSLORA else alpha
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -208,52 +116,88 @@ def inject(
 ) -> list[str]:
     """Add a new adapter to the layers that `config.targets` selects; return their names.
 
-    A is a function of `seed` and the layer's name (PEFT's uniform distribution). `train` freezes everything else.
+    All but the last factor, which is 0, is a function of `seed` and the layer's name (PEFT's uniform distribution).
+    `train` freezes everything else.
     Raises ConfigError: see `find_targets` and `add_adapter`; or a rank or dropout out of range.
     """
-    if config.rank < 1 or not 0 <= config.dropout < 1:
+    if min([config.rank, *config.ranks.values()]) < 1 or not 0 <= config.dropout < 1:
         raise ConfigError(
             f"a rank of {config.rank} and a dropout of {config.dropout:g}: the rank must be at least 1 and the dropout "
             "in [0, 1)."
         )
     found = find_targets(network, config.targets)
-    add_adapter(network, name, dict.fromkeys(found, (config.rank, config.scaling_alpha)), dropout=config.dropout)
-    modules = dict(layers(network))
-    for target in found:
-        weight: Any = modules[target].lora_A[name].weight
-        drawn = torch.empty(weight.shape)  # on the CPU, to be the same for every device
-        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator(seed, "lora", target))
-        with torch.no_grad():
-            weight.copy_(drawn)
+    ranks = dict.fromkeys(found, config.rank)
+    for word, rank in reversed(list(config.ranks.items())):
+        ranks |= dict.fromkeys(ranks.keys() & set(find_targets(network, word)), rank)
+    sizes = {target: (ranks[target], config.alpha_of(ranks[target])) for target in found}
+    add_adapter(network, name, sizes, dropout=config.dropout, kind=config.kind, factor=config.factor)
+    for target, layer in layers(network):
+        if name in layer.alphas:
+            _initialise(layer, name, generator(seed, "lora", target))
+            if layer.kind(name) != LOKR:
+                layer.modules_of(name)["lora_B"].learning_rate_ratio = config.up_ratio
     if train:
         train_only(network, name)
     return found
 
 
-def add_adapter(network: nn.Module, name: str, sizes: Mapping[str, tuple[int, float]], *, dropout: float = 0.0) -> None:
-    """Add an adapter with a rank and alpha per layer; ConfigError: an illegal name, a layer missing or not linear."""
+def _initialise(layer: LoraLinear, name: str, draws: torch.Generator) -> None:
+    """Draw every factor but the last from the uniform distribution of PEFT and LyCORIS."""
+    factors = [module.weight for part, module in layer.modules_of(name).items() if part != "lora_magnitude_vector"]
+    for weight in factors[:-1]:
+        drawn = torch.empty(weight.shape)  # on the CPU, to be the same for every device
+        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=draws)
+        with torch.no_grad():
+            weight.copy_(drawn)
+
+
+def add_adapter(
+    network: nn.Module,
+    name: str,
+    sizes: Mapping[str, tuple[int, float]],
+    *,
+    dropout: float = 0.0,
+    kind: str = LORA,
+    factor: int = -1,
+) -> None:
+    """Add an adapter with a rank and alpha per layer; ConfigError: an illegal name, a layer missing or not linear.
+
+    A LoKr's w2 is whole, and its scale 1, where R is at least half its larger side, as in PEFT and LyCORIS.
+    """
+    for target, layer in _wrapped(network, name, sizes):
+        rank, alpha = sizes[target]
+        if kind != LOKR:
+            layer.add(name, rank, alpha, dropout, magnitude=kind == DORA)
+            continue
+        outputs, inputs = factorization(layer.out_features, factor), factorization(layer.in_features, factor)
+        larger = max(outputs[1], inputs[1])
+        whole = rank >= larger / 2
+        layer.add_factors(name, outputs, inputs, None if whole else rank, float(larger if whole else alpha), dropout)
+
+
+def _wrapped(network: nn.Module, name: str, targets: Iterable[str]) -> Iterator[tuple[str, LoraLinear]]:
+    """Check the name of a new adapter and its layers; yield the layers, ready to add to."""
     if not name or "." in name or name in adapters(network):
         raise ConfigError(f"an adapter cannot be called {name!r}: the name is taken, is empty, or contains a dot.")
     present = dict(network.named_modules())
-    wrong = [target for target in sizes if not isinstance(present.get(target), nn.Linear | LoraLinear)]
+    wrong = [target for target in targets if not isinstance(present.get(target), nn.Linear | LoraLinear)]
     if wrong:
         raise ConfigError(f"{len(wrong)} layers of the adapter are not in this network, e.g. {wrong[0]}.")
-    for target, (rank, alpha) in sizes.items():
+    for target in targets:
         layer = present[target]
         if not isinstance(layer, LoraLinear):
             layer = LoraLinear(layer)  # type: ignore[arg-type]  # checked above
             layer.train(network.training)
             _replace(network, target, layer)
-        layer.add(name, rank, alpha, dropout)
+        yield target, layer
 
 
 def train_only(network: nn.Module, name: str = DEFAULT) -> None:
     """Freeze everything but one adapter."""
     network.requires_grad_(False)
     for _, layer in layers(network):
-        if name in layer.alphas:
-            layer.lora_A[name].requires_grad_(True)
-            layer.lora_B[name].requires_grad_(True)
+        for module in layer.modules_of(name).values():
+            module.requires_grad_(True)
 
 
 def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
@@ -267,7 +211,7 @@ def set_adapters(network: nn.Module, weights: Mapping[str, float]) -> None:
 
 
 def state_dict(network: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
-    """Return an adapter's tensors, `<layer>.lora_A.weight` and `<layer>.lora_B.weight` as in PEFT and diffusers."""
+    """Return an adapter's tensors, `<layer>.lora_A.weight` and so on, as in PEFT and diffusers."""
     return rename(network.state_dict(), name)
 
 
@@ -276,9 +220,10 @@ def rename(tensors: Mapping[str, Tensor], name: str = DEFAULT) -> dict[str, Tens
     end = f".{name}.weight"
     found = {}
     for key, value in tensors.items():
-        part = key.removesuffix(end)
-        if part != key and part.endswith((".lora_A", ".lora_B")):
-            found[f"{part}.weight"] = value.detach()
+        base = key.removesuffix(end)
+        part = base.rpartition(".")[2]
+        if base != key and part in PARTS:
+            found[f"{base}.weight" if part in ("lora_A", "lora_B") else base] = value.detach()
     return found
 
 
@@ -295,35 +240,72 @@ def load(
     `alphas` is per layer or one for all; None: each layer's rank.
     Raises CheckpointError if the adapter is incomplete, or a layer is missing here or has another width.
     """
-    names = sorted({key.rpartition(".lora_")[0] for key in tensors})
+    parts = by_layer(tensors)
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | LoraLinear)}
-    sizes: dict[str, tuple[int, float]] = {}
-    for layer in names:
-        a, b = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
-        if a is None or b is None:
-            raise CheckpointError(f"the adapter is incomplete: {layer} lacks {'A' if a is None else 'B'}.")
-        found = linear.get(layer)
-        if found is None:
-            raise CheckpointError(f"the adapter is for another network: there is no linear layer {layer} here.")
-        if (b.shape[0], a.shape[1]) != (found.out_features, found.in_features) or a.shape[0] != b.shape[1]:
-            raise CheckpointError(
-                f"the adapter is for another network: {layer} is {found.in_features} to {found.out_features} wide, "
-                f"and A {tuple(a.shape)} with B {tuple(b.shape)} are for {a.shape[1]} to {b.shape[0]}."
-            )
-        alpha = alphas.get(layer) if isinstance(alphas, Mapping) else alphas
-        sizes[layer] = a.shape[0], float(a.shape[0] if alpha is None else alpha)
-    if not sizes:
+    for target, own in parts.items():
+        _check_fit(target, own, linear.get(target))
+    if not parts:
         raise CheckpointError("the adapter has no lora_A and lora_B tensors.")
-    add_adapter(network, name, sizes)
-    modules = dict(layers(network))
-    with torch.no_grad():
-        for layer in names:
-            for part, matrices in (("A", modules[layer].lora_A), ("B", modules[layer].lora_B)):
-                matrices[name].weight.copy_(tensors[f"{layer}.lora_{part}.weight"])  # type: ignore[union-attr,operator]
-            modules[layer].active[name] = weight
-            modules[layer].lora_A[name].requires_grad_(False)
-            modules[layer].lora_B[name].requires_grad_(False)
-    return names
+    for target, layer in _wrapped(network, name, parts):
+        own = parts[target]
+        alpha = alphas.get(target) if isinstance(alphas, Mapping) else alphas
+        if "lora_A" in own:
+            rank = own["lora_A"].shape[0]
+            layer.add(name, rank, float(rank if alpha is None else alpha), magnitude="lora_magnitude_vector" in own)
+        else:
+            ((b, d), _), (a, c) = _sides_of_w2(own), own["lokr_w1"].shape
+            inner = own["lokr_w2_b"].shape[0] if "lokr_w2_b" in own else None
+            whole = float(inner or max(b, d))
+            layer.add_factors(name, (a, b), (c, d), inner, float(whole if alpha is None else alpha), 0.0)
+        layer.active[name] = weight
+        for part, module in layer.modules_of(name).items():
+            with torch.no_grad():
+                module.weight.copy_(own[part])
+            module.requires_grad_(False)
+    return list(parts)
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each layer by their names in `PARTS`, layers in the order of the alphabet."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        target = layer_of(key)
+        parts.setdefault(target, {})[key.removeprefix(f"{target}.").removesuffix(".weight")] = tensors[key]
+    return parts
+
+
+def _sides_of_w2(parts: Mapping[str, Tensor]) -> tuple[tuple[int, int], bool]:
+    """Return b and d of a LoKr's tensors, and whether the inner sides of its factors agree."""
+    if "lokr_w2" in parts:
+        return (parts["lokr_w2"].shape[0], parts["lokr_w2"].shape[1]), True
+    first, last = parts["lokr_w2_a"].shape, parts["lokr_w2_b"].shape
+    return (first[0], last[1]), first[1] == last[0]
+
+
+def _check_fit(target: str, parts: Mapping[str, Tensor], layer: nn.Module | None) -> None:
+    """Raise CheckpointError if tensors are missing, or are not for this layer of the network."""
+    if "lokr_w1" in parts:
+        needed = ["lokr_w1", *(["lokr_w2"] if "lokr_w2" in parts else ["lokr_w2_a", "lokr_w2_b"])]
+    else:
+        needed = ["lora_A", "lora_B"]
+    missing = [part for part in needed if part not in parts]
+    if missing:
+        raise CheckpointError(f"the adapter is incomplete: {target} lacks {missing[0].removeprefix('lora_')}.")
+    if not isinstance(layer, nn.Linear | LoraLinear):
+        raise CheckpointError(f"the adapter is for another network: there is no linear layer {target} here.")
+    shapes = {part: tuple(parts[part].shape) for part in (*needed, "lora_magnitude_vector") if part in parts}
+    if "lora_A" in parts:
+        widths = (shapes["lora_B"][0], shapes["lora_A"][1])
+        agree = shapes["lora_A"][0] == shapes["lora_B"][1] and shapes.get("lora_magnitude_vector") in (None, widths[:1])
+    else:
+        (b, d), agree = _sides_of_w2(parts)
+        widths = (shapes["lokr_w1"][0] * b, shapes["lokr_w1"][1] * d)
+    if not agree or widths != (layer.out_features, layer.in_features):
+        found = " with ".join(f"{part.removeprefix('lora_')} {shape}" for part, shape in shapes.items())
+        raise CheckpointError(
+            f"the adapter is for another network: {target} is {layer.in_features} to {layer.out_features} wide, and "
+            f"{found} are for {widths[1]} to {widths[0]}."
+        )
 
 
 @torch.no_grad()

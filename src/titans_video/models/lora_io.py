@@ -1,14 +1,13 @@
-"""LoRA files: diffusers' safetensors with the adapter's configuration in the header, and the other formats we read.
+"""Adapter files: what diffusers, ComfyUI and kohya's trainers read and write, PEFT's folders, and our checkpoints.
 
 Diffusers loads the written file directly: keys are `transformer.<layer>.lora_A.weight`, and the header
 `lora_adapter_metadata` has rank and alpha. Without it diffusers assumes that alpha is the rank. A file can have the
-adapters of several networks, each with its own key prefix (`Prefixes`).
+adapters of several networks, each with its own key prefix (`Prefixes`). `models.lora_formats` has the other formats.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from titans_video.errors import CheckpointError, few
 from titans_video.files import save_safetensors
 from titans_video.finite import refuse_non_finite
 from titans_video.formats import LORA_NOTES
-from titans_video.models.lora import DEFAULT, LoraLinear, layers, rename
+from titans_video.models import lora_formats
+from titans_video.models.adapter_layers import LOKR, LoraLinear
+from titans_video.models.lora import DEFAULT, by_layer, layers, rename
+from titans_video.models.lora_formats import DIFFUSERS, WEIGHTS, LayerNames, metadata
 from titans_video.parsing import Malformed, parse_json, read_json
 from titans_video.schema import MapOf, Plain, Real, check
 from titans_video.tensor_files import read_safetensors
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
 OWN = "titans_video"
 """This project's key in the header: what the adapter was trained on."""
@@ -38,9 +39,8 @@ Prefixes = Mapping[str, str]
 """Key prefix in the file of each module prefix of the trained network. `{"": "transformer"}` is the whole network;
 `{"transformer.": "transformer", "transformer_2.": "transformer_2"}` are two networks trained together."""
 ONE_NETWORK: Prefixes = {"": "transformer"}
-
-_OLDER = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
-_OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
+EXPERTS = ("high", "low")
+"""The experts of a model with two networks, in the order of its prefixes."""
 
 
 @dataclass
@@ -50,6 +50,7 @@ class LoraFile:
     Attributes:
         tensors: float32, with the names of `models.lora.state_dict`; `alphas`: of each layer.
         notes: messages for the user; `about`: `base`, `data` and `sample` of training, in this project's own files.
+        format: diffusers (also of PEFT's files and of checkpoints), comfyui or kohya.
     """
 
     path: Path
@@ -57,31 +58,22 @@ class LoraFile:
     alphas: dict[str, float]
     notes: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    format: str = DIFFUSERS
+
+    @property
+    def kind(self) -> str:
+        """The kind of adapter: lora, dora or lokr."""
+        return lora_formats.kind_of(self.tensors)
+
+    @property
+    def expert(self) -> str | None:
+        """The expert that the file says it was trained for: high, low, or None."""
+        found: str | None = self.about.get("base", {}).get("expert")
+        return found
 
     def __post_init__(self) -> None:
         alphas = {f"alpha of {name}": torch.tensor(value) for name, value in self.alphas.items()}
         refuse_non_finite({**self.tensors, **alphas}, self.path, CheckpointError, "Use an earlier file.")
-
-
-def metadata(sizes: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Describe an adapter (rank and alpha of each layer) as the arguments of PEFT's LoraConfig.
-
-    Dropout is always 0: diffusers leaves a loaded adapter in training mode, so it would drop values while sampling.
-    """
-    rank, alpha = Counter(sizes.values()).most_common(1)[0][0]
-    ranks = {f"^{name}$": r for name, (r, _) in sizes.items() if r != rank}
-    alphas = {f"^{name}$": a for name, (_, a) in sizes.items() if a != alpha}
-    return {
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(sizes),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "bias": "none",
-        "use_rslora": False,
-        "init_lora_weights": True,
-    }
 
 
 def write(
@@ -99,64 +91,178 @@ def write(
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
-    named = {_file_name(name, prefixes): value.detach().cpu().contiguous() for name, value in tensors.items()}
+    named = {_file_name(name, prefixes): value for name, value in tensors.items()}
     config: dict[str, Any] = {}
     for module_prefix, prefix in prefixes.items():
         own = {n.removeprefix(module_prefix): size for n, size in sizes.items() if n.startswith(module_prefix)}
         if own:
-            config |= {f"{prefix}.{key}": value for key, value in metadata(own).items()}
-    header = {"format": "pt", **(about or {}), HEADER: json.dumps(config, indent=2, sort_keys=True)}
-    save_safetensors(named, path, header)
+            parts = {n.removeprefix(module_prefix): x for n, x in tensors.items() if n.startswith(module_prefix)}
+            config |= {f"{prefix}.{key}": value for key, value in metadata(own, parts).items()}
+    _save(path, named, {**(about or {}), HEADER: json.dumps(config, indent=2, sort_keys=True)})
 
 
-def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK) -> LoraFile:
-    """Read an adapter: ours (`.pt`, folder or safetensors), diffusers' or PEFT's. Raises CheckpointError."""
-    path = _find(Path(path))
+def write_original(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, tuple[int, float]],
+    *,
+    format: str,
+    names: LayerNames | None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write the adapter of one network for ComfyUI or in kohya's format, atomically; `names` is the network's.
+
+    Raises CheckpointError if the format has no name for a layer, or programs that read it compute a DoRA otherwise.
+    """
+    if lora_formats.kind_of(tensors) == lora_formats.DORA:
+        raise CheckpointError(
+            f"{path}: this is a DoRA, and ComfyUI divides its weights by other norms than DoRA's, so a file in this "
+            "format would act otherwise there. Use the diffusers file, or `titans-video lora merge`."
+        )
+    if names is None:
+        raise CheckpointError(f"{path}: the names that this network has in the format {format} are not known here.")
+    try:
+        named = lora_formats.to_file(tensors, sizes, names, format)
+    except KeyError as e:
+        raise CheckpointError(
+            f"{path}: {names.model} has no layer {e.args[0]}, so it has no name in {format}."
+        ) from None
+    _save(path, named, about or {})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_safetensors(ready, path, {"format": "pt", **header})
+
+
+def export(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, tuple[int, float]],
+    *,
+    prefixes: Prefixes = ONE_NETWORK,
+    formats: Sequence[str] = (DIFFUSERS,),
+    names: LayerNames | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[Path, str]:
+    """Write an adapter in several formats into a folder; return the module prefix of the network of each file.
+
+    Two networks get files of their own, each of which names its expert and can be used alone. Its keys for diffusers
+    begin with `transformer.`, as `load_lora_weights(..., load_into_transformer_2=True)` expects.
+
+    Raises CheckpointError: see `write_original`.
+    """
+    made = dict[Path, str]()
+    for number, module_prefix in enumerate(prefixes):
+        parts = {key.removeprefix(module_prefix): x for key, x in tensors.items() if key.startswith(module_prefix)}
+        own = {name.removeprefix(module_prefix): size for name, size in sizes.items() if name.startswith(module_prefix)}
+        expert, notes = None if len(prefixes) == 1 else EXPERTS[number], dict(about or {})
+        if expert is not None:
+            notes["base"] = {**notes.get("base", {}), "expert": expert}
+        header = {OWN: json.dumps(notes)} if notes else {}
+        for format in formats if parts else ():
+            path = folder / lora_formats.file_name(format, expert)
+            if format == DIFFUSERS:
+                write(path, parts, own, about=header)
+            else:
+                write_original(path, parts, own, format=format, names=names, about=header)
+            made[path] = module_prefix
+    return made
+
+
+def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK, *, expert: str | None = None) -> LoraFile:
+    """Read an adapter: ours (`.pt`, folder or safetensors), diffusers', PEFT's, ComfyUI's or kohya's.
+
+    `expert` says for which of two networks a file is that does not say so itself: high or low.
+    Raises CheckpointError.
+    """
+    path = Path(path)
+    experts = [path / lora_formats.file_name(DIFFUSERS, name) for name in EXPERTS]
+    if len(prefixes) > 1 and expert is None and path.is_dir() and any(file.is_file() for file in experts):
+        return _joined(path, [read(file, prefixes) for file in experts if file.is_file()])
+    path = _find(path, expert)
     if path.suffix in (".pt", ".pth"):
         return _from_checkpoint(path)
     try:
         raw, header = read_safetensors(path)
     except (Malformed, OSError) as e:
         raise CheckpointError(f"{path} cannot be read as a LoRA: {e}.") from None
-    tensors, alpha_tensors = _tensors(path, raw, prefixes)
+    format, about = lora_formats.format_of(raw), _about(path, header)
+    own = about.get("base", {}).get("expert")
+    prefixes, notes = _network_of(path, raw, prefixes, own, expert)
+    tensors, alpha_tensors = lora_formats.from_file(
+        path, raw, format, lambda name: _module_name(name, format, prefixes)
+    )
     ranks, config = _ranks(path, tensors), _config(path, header)
-    notes: list[str] = []
-    if alpha_tensors:
-        alphas = {name: alpha_tensors.get(name, float(rank)) for name, rank in ranks.items()}
-    elif config is None:
-        alphas = {name: float(rank) for name, rank in ranks.items()}
-        notes.append(
-            f"{path} has no alpha. It is assumed to be the rank, {_few_values(alphas)}, as in diffusers. "
-            "If the adapter was trained with another alpha, give a weight: FILE:ALPHA/RANK as a number."
-        )
+    if config is not None and format == DIFFUSERS and not alpha_tensors:
+        alphas = _alphas(path, config, ranks, prefixes, lora_formats.kind_of(tensors) == LOKR)
     else:
-        alphas = _alphas(path, config, ranks, prefixes)
+        alphas = {name: alpha_tensors.get(name, float(rank)) for name, rank in ranks.items()}
+        if not alpha_tensors and format == DIFFUSERS:
+            notes.append(
+                f"{path} has no alpha. It is assumed to be the rank, {_few_values(alphas)}, as in diffusers. "
+                "If the adapter was trained with another alpha, give a weight: FILE:ALPHA/RANK as a number."
+            )
     check(_ALPHAS, alphas, path, CheckpointError, "alpha")
-    return LoraFile(path, tensors, alphas, notes, _about(path, header))
+    return LoraFile(path, tensors, alphas, notes, about, format)
+
+
+def _joined(path: Path, files: Sequence[LoraFile]) -> LoraFile:
+    about = {**files[0].about, "base": {k: v for k, v in files[0].about.get("base", {}).items() if k != "expert"}}
+    made = LoraFile(path, {}, {}, [note for file in files for note in file.notes], about)
+    for file in files:
+        made.tensors |= file.tensors
+        made.alphas |= file.alphas
+    return made
+
+
+def _network_of(
+    path: Path, raw: Mapping[str, Tensor], prefixes: Prefixes, own: str | None, given: str | None
+) -> tuple[Prefixes, list[str]]:
+    """Return the prefixes of the network that a file is for, and notes; CheckpointError if that is unknown or wrong."""
+    if len(prefixes) == 1:
+        told = f"{path} was trained on the {own}-noise expert of a model with two, and this model has one network."
+        return prefixes, [told] if own else []
+    if own is not None and given not in (None, own):
+        raise CheckpointError(f"{path} was trained on the {own}-noise expert, not on the {given}-noise one.")
+    expert = own or given
+    if expert is not None:
+        return {list(prefixes)[EXPERTS.index(expert)]: next(iter(prefixes.values()))}, []
+    others = list(prefixes.values())[1:]
+    if lora_formats.format_of(raw) == DIFFUSERS and any(key.startswith(f"{o}.") for key in raw for o in others):
+        return prefixes, []
+    raise CheckpointError(
+        f"{path} does not name the expert that it was trained on, and the model has two. Give it before the file: "
+        f"high={path.name} or low={path.name}."
+    )
 
 
 @torch.no_grad()
 def fill(network: nn.Module, file: LoraFile, name: str = DEFAULT) -> list[str]:
     """Copy a saved adapter into an injected one without changing its function; return lines for the log.
 
-    Missing ranks become zero columns of B, and another scale is moved into B.
-    Raises CheckpointError if the rank is above the injected one's, or no layer fits.
+    Missing ranks become zero columns of B, and another scale is moved into B, or into w1 of a LoKr.
+    Raises CheckpointError if it is of another kind, the rank is above the injected one's, or no layer fits.
     """
     own = {target: layer for target, layer in layers(network) if name in layer.alphas}
-    saved = _ranks(file.path, file.tensors)
+    kind = next(iter(own.values())).kind(name)
+    if file.kind != kind:
+        raise CheckpointError(f"{file.path} is a {file.kind}, and this run trains a {kind}; see --adapter.")
+    saved, ranks = by_layer(file.tensors), _ranks(file.path, file.tensors)
     both = sorted(saved.keys() & own.keys())
-    wide = [target for target in both if not _fits(own[target], file.tensors, target)]
+    wide = [target for target in both if not _fits(own[target], name, saved[target])]
     for target in (target for target in both if target not in wide):
-        layer, rank = own[target], saved[target]
+        layer, rank, values = own[target], ranks[target], saved[target]
         if rank > layer.rank(name):
             raise CheckpointError(
                 f"{file.path}: {target} has rank {rank}, above --rank {layer.rank(name)}; pass --rank {rank} or more."
             )
-        a: Any = layer.lora_A[name].weight
-        b: Any = layer.lora_B[name].weight
-        a[:rank] = file.tensors[f"{target}.lora_A.weight"].to(a)
-        b.zero_()
-        b[:, :rank] = file.tensors[f"{target}.lora_B.weight"].to(b) * (file.alphas[target] / rank / layer.scale(name))
+        for part, module in layer.modules_of(name).items():
+            weight, value = module.weight, values[part].to(module.weight)
+            if part in ("lora_B", "lokr_w1"):
+                value = value * (file.alphas[target] / rank / layer.scale(name))
+            weight.zero_()
+            weight[tuple(slice(side) for side in value.shape)] = value
     kinds = (
         ("of other widths in the file, so they start fresh", wide),
         ("not in the file, so they start fresh", sorted(own.keys() - saved.keys())),
@@ -168,14 +274,19 @@ def fill(network: nn.Module, file: LoraFile, name: str = DEFAULT) -> list[str]:
     return [f"{file.path}: loaded the adapters of {len(both) - len(wide)} of {len(own)} layers.", *lines]
 
 
-def _fits(layer: LoraLinear, tensors: Mapping[str, Tensor], target: str) -> bool:
-    a, b = tensors[f"{target}.lora_A.weight"], tensors.get(f"{target}.lora_B.weight")
-    return b is not None and (*b.shape, a.shape[1]) == (layer.out_features, a.shape[0], layer.in_features)
+def _fits(layer: LoraLinear, name: str, values: Mapping[str, Tensor]) -> bool:
+    """Return whether a layer can take a file's tensors: all of a LoKr's sides agree, or the widths of A and B."""
+    own = {part: module.weight.shape for part, module in layer.modules_of(name).items()}
+    if "lora_A" not in values or "lora_B" not in values:
+        return own == {part: value.shape for part, value in values.items()}
+    a, b = values["lora_A"], values["lora_B"]
+    return own.keys() == values.keys() and (*b.shape, a.shape[1]) == (layer.out_features, a.shape[0], layer.in_features)
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, expert: str | None) -> Path:
     if path.is_dir():
-        for name in (WEIGHTS, PEFT_WEIGHTS, LAST):
+        own = [lora_formats.file_name(DIFFUSERS, expert)] if expert else []
+        for name in (*own, WEIGHTS, PEFT_WEIGHTS, LAST):
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(f"{path} has no LoRA: it must contain {WEIGHTS}, {PEFT_WEIGHTS} or {LAST}.")
@@ -191,7 +302,8 @@ def _from_checkpoint(path: Path) -> LoraFile:
     if "alpha" not in saved.config.get("lora", {}):
         raise CheckpointError(f"{path} contains no LoRA of this project; `--checkpoint` loads whole models.")
     tensors = {name: value.float() for name, value in rename(saved.model).items()}
-    alphas = {name: float(saved.config["lora"]["alpha"]) for name in _ranks(path, tensors)}
+    settings = saved.config["lora"]
+    alphas = {name: float(settings.get("alphas", {}).get(name, settings["alpha"])) for name in _ranks(path, tensors)}
     return LoraFile(path, tensors, alphas, about=saved.config)
 
 
@@ -200,40 +312,16 @@ def _file_name(name: str, prefixes: Prefixes) -> str:
     return f"{prefixes[module_prefix]}.{name.removeprefix(module_prefix)}"
 
 
-def _module_name(key: str, prefixes: Prefixes) -> str:
-    """Invert `_file_name`; a key without a known prefix, as in PEFT's files, is a name already."""
-    key = key.removeprefix(PEFT_PREFIX)
+def _module_name(layer: str, format: str, prefixes: Prefixes) -> str | None:
+    """Return the name in the trained network of a layer in a file; None if no known model has it."""
+    if format != DIFFUSERS:
+        own = lora_formats.own_layer(layer)
+        return None if own is None else next(iter(prefixes)) + own
+    layer = layer.removeprefix(PEFT_PREFIX)
     for module_prefix, prefix in prefixes.items():
-        if key.startswith(f"{prefix}."):
-            return module_prefix + key.removeprefix(f"{prefix}.")
-    return key
-
-
-def _tensors(path: Path, raw: Mapping[str, Tensor], prefixes: Prefixes) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the tensors with our names, and the alphas that older files store as tensors."""
-    for word, kind in _OTHER_KINDS.items():
-        if any(word in key for key in raw):
-            raise CheckpointError(f"{path} is a {kind} adapter; only plain LoRA is supported.")
-    tensors: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    foreign: list[str] = []
-    for key, value in raw.items():
-        name = _module_name(key, prefixes)
-        for old, new in _OLDER.items():
-            name = name.replace(old, new)
-        if name.endswith(".alpha") and value.numel() == 1:
-            alphas[name.removesuffix(".alpha").removesuffix(".lora")] = float(value)
-        elif name.endswith((".lora_A.weight", ".lora_B.weight")) and value.dim() == 2 and value.is_floating_point():
-            tensors[name] = value.to(torch.float32)
-        else:
-            foreign.append(key)
-    if foreign or not tensors:
-        found = f"such as {foreign[0]}" if foreign else "it has no tensors"
-        raise CheckpointError(
-            f"{path} does not consist of linear layers' lora_A and lora_B tensors ({found}). Supported files are "
-            f"diffusers' {WEIGHTS} and PEFT's {PEFT_WEIGHTS}."
-        )
-    return tensors, alphas
+        if layer.startswith(f"{prefix}."):
+            return module_prefix + layer.removeprefix(f"{prefix}.")
+    return layer  # a name already, as in PEFT's files
 
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
@@ -265,50 +353,61 @@ def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return dict(found)
 
 
-def _alphas(path: Path, config: Mapping[str, Any], ranks: Mapping[str, int], prefixes: Prefixes) -> dict[str, float]:
-    """Return alpha of each layer from the arguments of LoraConfig, whose keys may have a network's prefix."""
+def _alphas(
+    path: Path, config: Mapping[str, Any], ranks: Mapping[str, int], prefixes: Prefixes, lokr: bool
+) -> dict[str, float]:
+    """Return alpha of each layer from the arguments of PEFT's config, whose keys may have a network's prefix."""
     alphas = {}
     for module_prefix, prefix in prefixes.items():
         own = {key.removeprefix(f"{prefix}."): value for key, value in config.items()}
         for name, rank in ranks.items():
             if name.startswith(module_prefix):
-                alphas[name] = _alpha(path, own, name.removeprefix(module_prefix), rank)
+                layer = name.removeprefix(module_prefix)
+                alphas[name] = _alpha_of_factors(path, own, layer, rank) if lokr else _alpha(path, own, layer, rank)
     return alphas
 
 
 def _alpha(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
-    if config.get("use_dora"):
-        raise CheckpointError(f"{path} is a DoRA adapter; only plain LoRA is supported.")
-    if "lora_alpha" not in config:
-        raise CheckpointError(f"{path}: its header has no lora_alpha.")
-    default, patterns = config["lora_alpha"], config.get("alpha_pattern") or {}
-    check(Real(), default, path, CheckpointError, "lora_alpha")
-    check(MapOf(Real(), 10_000), patterns, path, CheckpointError, "alpha_pattern")
-    alpha = next((a for pattern, a in patterns.items() if _selects(path, pattern, layer)), default)
+    alpha = _setting(path, config, "lora_alpha", "alpha_pattern", layer)
     # rsLoRA divides by the root of the rank; this is the alpha with the same alpha / rank.
-    return float(alpha) * rank**0.5 if config.get("use_rslora") else float(alpha)
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _alpha_of_factors(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return alpha of a LoKr for `rank`. PEFT divides by the rank in its config, also if w2 is whole and has none."""
+    alpha = _setting(path, config, "alpha", "alpha_pattern", layer)
+    return alpha * rank / max(_setting(path, config, "r", "rank_pattern", layer), 1e-6)
+
+
+def _setting(path: Path, config: Mapping[str, Any], name: str, pattern: str, layer: str) -> float:
+    """Return a layer's value of a setting that has a dict of exceptions; CheckpointError if it is none."""
+    if name not in config:
+        raise CheckpointError(f"{path}: its header has no {name}.")
+    default, patterns = config[name], config.get(pattern) or {}
+    check(Real(), default, path, CheckpointError, name)
+    check(MapOf(Real(), 10_000), patterns, path, CheckpointError, pattern)
+    return float(next((value for key, value in patterns.items() if _selects(path, key, layer, pattern)), default))
 
 
 _NAME = re.compile(r"(?:[A-Za-z0-9_]|\\?\.)+")
 
 
-def _selects(path: Path, pattern: str, layer: str) -> bool:
-    """Check that a key of `alpha_pattern` is the end of the layer's name; CheckpointError for regular expressions."""
+def _selects(path: Path, pattern: str, layer: str, setting: str) -> bool:
+    """Check that a key of a pattern is the end of the layer's name; CheckpointError for regular expressions."""
     name = pattern.removeprefix("^").removesuffix("$")
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{path}: the key {pattern[:60]!r} of its alpha_pattern is a regular expression. Only names of layers are "
-            "supported; write each layer's name with its alpha."
+            f"{path}: the key {pattern[:60]!r} of its {setting} is a regular expression. Only names of layers are "
+            "supported; write each layer's name with its value."
         )
     return f".{layer}".endswith("." + name.replace("\\.", "."))
 
 
 def _ranks(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    end = ".lora_A.weight"
     empty = [name for name, value in tensors.items() if not value.numel()]
     if empty:
         raise CheckpointError(f"{path}: {empty[0]} is empty.")
-    return {name.removesuffix(end): value.shape[0] for name, value in tensors.items() if name.endswith(end)}
+    return lora_formats.ranks_of(tensors)
 
 
 def _few_values(alphas: Mapping[str, float]) -> str:
