@@ -33,7 +33,8 @@ from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.pretrained.base import open_model_spec
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
-from titans_video.recipes.lora import LoraFiles, LoraRecipe
+from titans_video.recipes.lora import LoraFiles
+from titans_video.recipes.pretrained import PretrainedRecipe
 from titans_video.recipes.titans import SegmentPlan, TitansRecipe
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
@@ -97,7 +98,7 @@ def cogvideox(folder: Path) -> DiffusionRecipe[Any]:
     network = spec.load_network(torch.float32)
     lora.inject(network, adapter)
     codec = spec.codec("fp32", "cpu", load=False)
-    return LoraRecipe(
+    return PretrainedRecipe(
         network=perturb(network),
         codec=codec,
         text=spec.text("fp32", "cpu"),

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tests import factories
 from titans_video.cli.main import main
-from titans_video.config.recipes import CogVideoXLoraOptions
+from titans_video.config.recipes import LoraRunOptions
 from titans_video.data.held_out import HeldOut
 from titans_video.models import lora
 from titans_video.recipes import lora as recipes
+from titans_video.recipes.pretrained import PretrainedRecipe
 from titans_video.recipes.setup import RunParts
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -31,11 +32,11 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
     manifest = tmp_path / "four.jsonl"
     manifest.write_text("\n".join(map(json.dumps, rows)))
     pipeline = factories.make_cogvideox(tmp_path / "pipeline", "2b")
-    made: list[tuple[recipes.LoraRecipe, RunParts]] = []
+    made: list[tuple[PretrainedRecipe, RunParts]] = []
     before: dict[str, float] = {}
     build = recipes.build_lora
 
-    def loss_of(recipe: recipes.LoraRecipe, parts: RunParts, model: nn.Module) -> float:
+    def loss_of(recipe: PretrainedRecipe, parts: RunParts, model: nn.Module) -> float:
         """At fixed noise and times, of all four clips."""
         held = HeldOut(parts.data, parts.cache)
         total, elements = 0.0, 0
@@ -45,7 +46,7 @@ def test_four_clips_are_learned_by_heart(real_clips: Path, tmp_path: Path, monke
                 total, elements = total + float(sums.sum()), elements + len(QUANTILES) * int(counts.sum())
         return total / elements
 
-    def watched(options: CogVideoXLoraOptions, parts: RunParts, *more: Any) -> recipes.LoraRecipe:
+    def watched(options: LoraRunOptions, parts: RunParts, *more: Any) -> PretrainedRecipe:
         recipe = build(options, parts, *more)
         before["base"], before["silent"] = (loss_of(recipe, parts, m) for m in (recipe.network, Silent()))
         made.append((recipe, parts))

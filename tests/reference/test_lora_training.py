@@ -15,16 +15,17 @@ from tests import factories
 from tests.conftest import REPOSITORY
 from tests.unit.data_sets import records_of
 from titans_video.config.options import ActivationOptions, CodecOptions, DataOptions, TrainOptions
-from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
+from titans_video.config.recipes import BaseOptions, LoraOptions, LoraRunOptions
 from titans_video.data.batches import cond_pixels, scaled
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import open_model_spec
-from titans_video.recipes import lora as lora_recipe
+from titans_video.recipes import pretrained as pretrained_recipe
 from titans_video.recipes.frozen_base import precision_of
-from titans_video.recipes.lora import LoraFiles, LoraRecipe, build_lora, check_sizes, first_frame
+from titans_video.recipes.lora import LoraFiles, build_lora
+from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes, first_frame
 from titans_video.recipes.setup import RunParts, open_clips
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
@@ -47,10 +48,10 @@ def recipe_and_parts(
     size: tuple[int, int],
     activations: ActivationOptions | None = None,
     **base: Any,
-) -> tuple[LoraRecipe, RunParts]:
+) -> tuple[PretrainedRecipe, RunParts]:
     """Build a recipe on the clips of the mock data, with an adapter that is not at its start."""
     task = open_model_spec(folder).task
-    options = CogVideoXLoraOptions(
+    options = LoraRunOptions(
         data=DataOptions(
             manifest=(str(MOCK / "manifest.jsonl"),),
             height=size[0],
@@ -77,18 +78,20 @@ def recipe_and_parts(
     return recipe, parts
 
 
-def recipe_of(folder: Path, frames: int, size: tuple[int, int], *args: Any, **base: Any) -> tuple[LoraRecipe, Batch]:
+def recipe_of(
+    folder: Path, frames: int, size: tuple[int, int], *args: Any, **base: Any
+) -> tuple[PretrainedRecipe, Batch]:
     """Return the recipe and two rows."""
     recipe, parts = recipe_and_parts(folder, frames, size, *args, **base)
     return recipe, next(iter(parts.data.stream()))
 
 
-def files_of(recipe: LoraRecipe) -> LoraFiles:
+def files_of(recipe: PretrainedRecipe) -> LoraFiles:
     assert isinstance(recipe.adapter, LoraFiles)
     return recipe.adapter
 
 
-def with_peft(recipe: LoraRecipe, folder: Path) -> Any:
+def with_peft(recipe: PretrainedRecipe, folder: Path) -> Any:
     """The stock pipeline, PEFT's own adapter on its transformer."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.transformer.requires_grad_(False)
@@ -385,7 +388,7 @@ def test_processes_with_other_base_weights_are_refused(
     pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process reads the frozen weights itself."""
-    monkeypatch.setattr(lora_recipe, "all_gather_object", lambda accelerator, own: [own, "another"])
+    monkeypatch.setattr(pretrained_recipe, "all_gather_object", lambda accelerator, own: [own, "another"])
     with pytest.raises(ConfigError, match="different networks"):
         recipe_of(pipelines["2b"], 9, (32, 32))
 

@@ -19,7 +19,7 @@ from titans_video.models.svd_unet import choose_trainable
 from titans_video.models.titans_dit import SegmentRollout
 from titans_video.pretrained import base as pretrained
 from titans_video.pretrained.base import open_model_spec
-from titans_video.recipes.lora import lora_flops
+from titans_video.recipes.pretrained import training_flops
 from titans_video.recipes.svd import unet_config
 from titans_video.types import Condition, TextCondition
 
@@ -145,7 +145,7 @@ def test_cogvideox(kind: str, folder: Path) -> None:
     network, knows_one_size = spec.meta_model(), kind not in ("2b", "5b")
     for shape in ((4, 2, 4, 4), (4, 6, 4, 4 if knows_one_size else 12)):
         forward = counted(lambda shape=shape: predicted(spec, network, shape))
-        assert lora_flops(network, spec)(shape, ()) == 3 * forward
+        assert training_flops(network, spec)(shape, ()) == 3 * forward
 
 
 @pytest.mark.parametrize("name", toy_models.TOYS)
@@ -155,7 +155,7 @@ def test_toys(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((48, 2, 2, 2), (48, 5, 2, 6)):
         network = spec.meta_model()
         forward = counted(lambda network=network, shape=shape: predicted(spec, network, shape))
-        assert lora_flops(network, spec)(shape, ()) == 3 * forward
+        assert training_flops(network, spec)(shape, ()) == 3 * forward
 
 
 @pytest.mark.parametrize("targets", [("to_q", "to_out.0", "ff"), ".*"])
@@ -163,7 +163,7 @@ def test_an_adapter(targets: Any, folder: Path) -> None:
     spec = open_model_spec(factories.make_cogvideox(folder / "adapted", "1.5-i2v"))
     network = with_adapter(spec, targets).requires_grad_(True)
     forward = counted(lambda: predicted(spec, network, (4, 6, 4, 4)))
-    assert lora_flops(network, spec)((4, 6, 4, 4), ()) == 3 * forward
+    assert training_flops(network, spec)((4, 6, 4, 4), ()) == 3 * forward
 
 
 def test_an_adapter_on_a_frozen_network(folder: Path) -> None:
@@ -173,4 +173,4 @@ def test_an_adapter_on_a_frozen_network(folder: Path) -> None:
     spec.config = {**spec.config, **sizes}
     network, shape = with_adapter(spec, lora.ATTENTION, rank=64), (4, 13, 60, 90)
     both = counted(lambda: predicted(spec, network, shape), backward=True)
-    assert 1.0 <= lora_flops(network, spec)(shape, ()) / both < 1.004
+    assert 1.0 <= training_flops(network, spec)(shape, ()) / both < 1.004

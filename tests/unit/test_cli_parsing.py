@@ -16,7 +16,7 @@ from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.run import guarded
 from titans_video.config.parse import flags_from_yaml, parse, read_prompts
-from titans_video.config.recipes import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
+from titans_video.config.recipes import LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.errors import ConfigError
 
@@ -25,6 +25,7 @@ TRAINING_SCRIPTS = (
     "train_sora_accelerate",
     "train_titans_video_dit_accelerate",
     "train_cogvideox_lora_accelerate",
+    "train_lora_accelerate",
     "train_video_accelerate",
 )
 DOCUMENTED_TRAINING = [
@@ -181,7 +182,7 @@ def test_rules_across_flags_of_every_training(words: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             check(parse(default, argv, prog="train"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
-        check_lora(parse(CogVideoXLoraOptions(), argv, prog="train"))
+        check_lora(parse(LoraRunOptions(), argv, prog="train"))
 
 
 @pytest.mark.parametrize(
@@ -413,6 +414,7 @@ MISSING = [
     "train --vae-backend identity --manifest {yes}:2 --validate-every 1 --validation-manifest {no}",
     "train titans --vae-backend identity --manifest {yes} --data-root {no}",
     "train svd --manifest {yes} --resume {no}",
+    "train lora --manifest {yes} --pretrained-model {no}",
     "train cogvideox-lora --manifest {yes} --pretrained-model {no}",
     "data check {no}",
     "data cache {no} --cache x",

@@ -14,7 +14,7 @@ from titans_video.codecs import base as codecs
 from titans_video.codecs.base import build_codec, codec_from_checkpoint, describe_codec
 from titans_video.config.generation import Overrides, RunOptions
 from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, TrainOptions
-from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, SoraOptions
+from titans_video.config.recipes import BaseOptions, LoraRunOptions, SoraOptions
 from titans_video.data.cache import CLIPS, EncodingCache, precisions_in
 from titans_video.device import (
     Choice,
@@ -120,7 +120,7 @@ def chosen(options: Any, facts: DeviceFacts, monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_a_training_run_takes_what_suits_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in (SoraOptions(), CogVideoXLoraOptions()):
+    for options in (SoraOptions(), LoraRunOptions()):
         found = chosen(options, H200, monkeypatch)
         assert (found["vae_dtype"], found["compile"], found["num_workers"]) == ("bf16", "on", 8)
         found = chosen(options, CPU, monkeypatch)
@@ -142,8 +142,8 @@ def test_a_given_flag_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         SoraOptions(train=TrainOptions(max_steps=20)),
         SoraOptions(train=TrainOptions(deterministic=True)),
-        CogVideoXLoraOptions(base=BaseOptions(offload="group")),
-        CogVideoXLoraOptions(base=BaseOptions(layerwise_casting="fp8_e4m3")),
+        LoraRunOptions(base=BaseOptions(offload="group")),
+        LoraRunOptions(base=BaseOptions(layerwise_casting="fp8_e4m3")),
     ],
 )
 def test_where_a_gpu_does_not_compile(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:

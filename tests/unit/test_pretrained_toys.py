@@ -16,11 +16,12 @@ from tests import toy_models
 from tests.toy_models import AUDIO, BOUNDARY, CHANNELS, TOYS, make_toy
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import CodecOptions, DataOptions, TrainOptions, ValidationOptions
-from titans_video.config.recipes import BaseOptions, CogVideoXLoraOptions, LoraOptions
+from titans_video.config.recipes import BaseOptions, LoraOptions, LoraRunOptions
 from titans_video.generation.run import run_generate
 from titans_video.models import lora
 from titans_video.pretrained import base
-from titans_video.recipes.lora import LoraRecipe, build_lora, check_sizes, train_lora
+from titans_video.recipes.lora import build_lora, train_lora
+from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes
 from titans_video.recipes.setup import RunParts, open_clips
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
@@ -40,8 +41,8 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return make_toy(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def options_of(folder: Path, **changes: Any) -> CogVideoXLoraOptions:
-    options = CogVideoXLoraOptions(
+def options_of(folder: Path, **changes: Any) -> LoraRunOptions:
+    options = LoraRunOptions(
         data=DataOptions(manifest=(str(MOCK),), height=16, width=16, num_frames=4, batch_size=4),
         base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32"),
         lora=LoraOptions(rank=2),
@@ -50,7 +51,7 @@ def options_of(folder: Path, **changes: Any) -> CogVideoXLoraOptions:
     return replace(options, **changes)
 
 
-def recipe_of(folder: Path) -> tuple[LoraRecipe, Batch]:
+def recipe_of(folder: Path) -> tuple[PretrainedRecipe, Batch]:
     options = options_of(folder)
     accelerator, spec = distributed.start(options.train), base.open_model_spec(folder)
     with_task = replace(options, data=replace(options.data, task_mix="i2v=1"))
@@ -63,7 +64,7 @@ def recipe_of(folder: Path) -> tuple[LoraRecipe, Batch]:
     return recipe, next(iter(data.stream()))
 
 
-def at_both_experts(batch: Batch, recipe: LoraRecipe) -> Batch:
+def at_both_experts(batch: Batch, recipe: PretrainedRecipe) -> Batch:
     """The batch with seeds whose timesteps lie on both sides of the boundary."""
     seeds = list(range(200))
     times = recipe.process.sample_timesteps(seeds, 1).tolist()
@@ -72,7 +73,7 @@ def at_both_experts(batch: Batch, recipe: LoraRecipe) -> Batch:
     return replace(batch, seeds=[high, low, high + 1000, low + 1000])
 
 
-def by_hand(recipe: LoraRecipe, batch: Batch) -> Tensor:
+def by_hand(recipe: PretrainedRecipe, batch: Batch) -> Tensor:
     """(B,): the loss from the formula x_t = (1 - t) x0 + t n and the target n - x0, written out for the toys."""
     prepared = recipe.prepare(batch, train=True)
     rows = []

@@ -15,13 +15,13 @@ from titans_video.diffusion.base import NoisySample, Prepared, expand_dims
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.v_prediction import EDM, VPredictionDDPM
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, squared_error
-from titans_video.recipes.lora import LoraRecipe
+from titans_video.recipes.pretrained import PretrainedRecipe
 from titans_video.recipes.sora import SoraRecipe
 from titans_video.recipes.svd import SVDRecipe
 from titans_video.recipes.titans import TitansRecipe
 from titans_video.types import Batch, CodecSpec, Condition
 
-RECIPES = (SoraRecipe, TitansRecipe, SVDRecipe, LoraRecipe)
+RECIPES = (SoraRecipe, TitansRecipe, SVDRecipe, PretrainedRecipe)
 B, C, T, H, W, N = 3, 4, 5, 2, 3, 6
 """Clips, channels, latent frames, height and width, and tokens of packed latents."""
 

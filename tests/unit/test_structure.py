@@ -25,7 +25,11 @@ import pytest
 
 from tests.unit.test_layers import FILES, GRAPH, PACKAGE, cycles, name_of
 
+<<<<<<< HEAD
 MOST_FILES = 162
+=======
+MOST_FILES = 160
+>>>>>>> 29e21aa (cli: name the LoRA command train lora)
 LEAST_MEDIAN_LINES = 180
 MOST_FILE_LINES = 450
 LONG_FUNCTION_LINES = 60

@@ -44,8 +44,13 @@ def train_titans_video_dit_accelerate() -> int:
     return _train("train_titans", sys.argv[1:], f"{ACCELERATE}/train_titans_video_dit_accelerate.py")
 
 
+def train_lora_accelerate() -> int:
+    """Train a LoRA on a pretrained pipeline on the processes of a launcher; return the exit code."""
+    return _train("train_lora", sys.argv[1:], f"{ACCELERATE}/train_lora_accelerate.py")
+
+
 def train_cogvideox_lora_accelerate() -> int:
-    """Train a LoRA on CogVideoX on the processes of a launcher; return the exit code."""
+    """Do the same under an earlier name."""
     return _train("train_lora", sys.argv[1:], f"{ACCELERATE}/train_cogvideox_lora_accelerate.py")
 
 

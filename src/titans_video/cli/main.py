@@ -25,7 +25,7 @@ PROG = "titans-video"
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titans_video.cli.train:train_sora", "SORA"),
     "train titans": ("titans_video.cli.train:train_titans", "TITANS"),
-    "train cogvideox-lora": ("titans_video.cli.train:train_lora", "LORA"),
+    "train lora": ("titans_video.cli.train:train_lora", "LORA"),
     "train svd": ("titans_video.cli.train:train_svd", "SVD"),
     "report": ("titans_video.cli.train:main_report", "REPORT"),
     "generate": ("titans_video.cli.generate:main", "GENERATE"),
@@ -39,6 +39,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "completion": ("titans_video.cli.main:main_completion", "COMPLETION"),
 }
 """Command: (its entry, `module:function` of argv that returns an exit code; the name of its `About` in that module)."""
+
+ALIASES = {"train cogvideox-lora": "train lora"}
+"""Earlier names of commands, which are not listed."""
 
 MULTI_PROCESS = ("train", "data cache")
 """Commands, or first words of them, that the processes of a launcher run together."""
@@ -61,6 +64,7 @@ def dispatch(words: list[str]) -> int:
     """Call the command that the first one or two words name, with the other words; ConfigError if there is none."""
     for length in (2, 1):
         name = " ".join(words[:length])
+        name = ALIASES.get(name, name)
         if len(words) >= length and name in COMMANDS:
             return load_entry(COMMANDS[name][0])(words[length:])
     if words == ["--version"]:

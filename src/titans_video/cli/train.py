@@ -12,7 +12,7 @@ from titans_video.config.fields import RunPath
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
 from titans_video.config.parse import parse
-from titans_video.config.recipes import CogVideoXLoraOptions, SoraOptions, SVDOptions, TitansOptions
+from titans_video.config.recipes import LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.console import lasting_streams
 from titans_video.errors import ConfigError, DataError
@@ -77,8 +77,8 @@ TITANS = About(
     "memory.\n" + CONFIG,
 )
 LORA = About(
-    CogVideoXLoraOptions,
-    "Train a LoRA on CogVideoX, text-to-video or image-to-video.",
+    LoraRunOptions,
+    "Train a LoRA on a pretrained video model, from text or from images.",
     (
         (
             "Tune CogVideoX-5b on your own clips",
@@ -186,9 +186,9 @@ def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -
         return titans.train_titans(options).exit_code
 
 
-def train_lora(argv: Sequence[str], prog: str = "titans-video train cogvideox-lora") -> int:
-    """Train a LoRA on CogVideoX; return the exit code."""
-    options = parse(CogVideoXLoraOptions(), argv, prog=prog, about=LORA)
+def train_lora(argv: Sequence[str], prog: str = "titans-video train lora") -> int:
+    """Train a LoRA on a pretrained pipeline; return the exit code."""
+    options = parse(LoraRunOptions(), argv, prog=prog, about=LORA)
     check_lora(options)
     check_training_inputs(options)
     from titans_video.recipes import lora

@@ -87,18 +87,24 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class CogVideoXLoraOptions:
-    """All options of a run that trains a LoRA on CogVideoX."""
+class PretrainedOptions:
+    """The options that all recipes for a pretrained pipeline share."""
 
     config: FilePath | None = None
     """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
     base: BaseOptions = field(default_factory=BaseOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
-    lora: LoraOptions = field(default_factory=LoraOptions)
     train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+
+@dataclass(frozen=True)
+class LoraRunOptions(PretrainedOptions):
+    """All options of a run that trains a LoRA on a pretrained pipeline."""
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
 
 @dataclass(frozen=True)

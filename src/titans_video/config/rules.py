@@ -18,8 +18,9 @@ from titans_video.config.options import (
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import (
     BaseOptions,
-    CogVideoXLoraOptions,
     LoraOptions,
+    LoraRunOptions,
+    PretrainedOptions,
     SoraOptions,
     SVDOptions,
     TitansOptions,
@@ -28,7 +29,7 @@ from titans_video.config.recipes import (
 from titans_video.errors import ConfigError
 
 
-def check_training(options: SoraOptions | CogVideoXLoraOptions) -> None:
+def check_training(options: SoraOptions | PretrainedOptions) -> None:
     """Check the options that all training commands share.
 
     Raises:
@@ -68,8 +69,8 @@ def check_svd(options: SVDOptions) -> None:
     check_motion_bucket(options.tune)
 
 
-def check_lora(options: CogVideoXLoraOptions) -> None:
-    """Check the options of `train cogvideox-lora`.
+def check_lora(options: LoraRunOptions) -> None:
+    """Check the options of `train lora`.
 
     Raises:
         ConfigError: as `check_training`.

@@ -85,7 +85,7 @@ def read_weights(path: Path) -> Checkpoint:
 
 def _adapter_message(path: Path) -> str:
     return (
-        f"{path} is a LoRA. Only a run that trains a LoRA can start from one (`titans-video train cogvideox-lora`); "
+        f"{path} is a LoRA. Only a run that trains a LoRA can start from one (`titans-video train lora`); "
         "give a checkpoint of a whole network here."
     )
 

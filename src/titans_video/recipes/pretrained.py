@@ -1,0 +1,237 @@
+"""Train a pretrained pipeline: the spec says what its network expects. `lora` and `finetune` choose what is trained.
+
+Legend: B batch, C latent channels, t h w the latent grid, T H W pixel frames, height and width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from titans_video.config.options import CodecOptions, DataOptions
+from titans_video.config.recipes import PretrainedOptions
+from titans_video.data.dataset import VideoDataset
+from titans_video.data.reader import BadRowError
+from titans_video.diffusion.base import NoisySample, Prepared
+from titans_video.errors import ConfigError, DataError
+from titans_video.generation.diffusers_backend import PretrainedModel, sampled
+from titans_video.generation.long_video import Sampled
+from titans_video.media.colour import cover_crop, to_tensor
+from titans_video.models.context_parallel import ContextPlan
+from titans_video.models.flops import CountFlops, cost_of, layers_of
+from titans_video.pretrained.base import ModelSpec
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
+from titans_video.recipes.setup import (
+    RunParts,
+    checkpoint_config,
+    frame_count_notes,
+    generation_defaults,
+    open_parts,
+    sample_prompt,
+)
+from titans_video.training.distributed import Accelerator, all_gather_object
+from titans_video.training.recipe import AdapterFiles, Size, VideoSampler
+from titans_video.training.setup import RunContext
+from titans_video.types import Batch
+
+
+@dataclass(frozen=True)
+class FirstFrameDraws(Draws):
+    """The first frame's latents are sampled with their own noise."""
+
+    def makers(self, batch: Batch) -> Makers:
+        c, _, h, w = self.geometry.latent_shape(batch)
+        return {**super().makers(batch), "first frame": partial(noise_of, (c, 1, h, w), batch, "first frame")}
+
+
+def padded_frames(spec: ModelSpec, frames: int, step: int) -> int:
+    return spec.padded_frames(frames)
+
+
+@dataclass
+class PretrainedRecipe(DiffusionRecipe[Prepared]):
+    """A pretrained network, with or without an adapter, on that model's own latents, conditioning and noise."""
+
+    spec: ModelSpec = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)  # of the network's inputs
+
+    def prepare(self, batch: Batch, *, train: bool) -> Prepared:
+        latents = self.encode_latents(batch)
+        text = self.encode_captions(batch, train=train)
+        first = self._first_frame(batch) if self.spec.image_to_video else None
+        return self.spec.prepare(latents, text, first, self.value(batch, "time"))
+
+    def draws(self) -> FirstFrameDraws | Draws:
+        plain = super().draws()
+        return FirstFrameDraws(**vars(plain)) if self.spec.image_to_video else plain
+
+    def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
+        predicted = self.spec.predict(model, noisy, prepared, self.dtype)
+        return predicted if isinstance(predicted, Tensor) else dict(predicted)
+
+    def context_plan(self) -> ContextPlan:
+        return self.spec.context_plan(self.network)
+
+    def _first_frame(self, batch: Batch) -> Tensor:
+        """Return the unscaled latents (B, C, 1, h, w) of the first frames, sampled by each row's seed."""
+        moments = batch.cond_moments
+        if moments is None:
+            pixels = self.cond_pixels(batch)
+            assert pixels is not None  # every row is i2v
+            moments = self.codec.encode_cond_frames(pixels)
+        first = moments[:, :, :1].to(self.device, torch.float32)
+        return self.codec.unscale(self.sample_moments(batch, first, "first frame"))
+
+
+def open_pretrained_parts(options: PretrainedOptions, run: RunContext, spec: ModelSpec) -> RunParts:
+    """Open the clips with the pipeline's own VAE and text encoders; raise UserError as `setup.open_parts`."""
+    base, device = options.base, run.accelerator.device
+    spec.process()  # faults of the pipeline's small files are reported before anything slow is done
+    text = spec.text(base.text_dtype, device, offload=base.text_offload == "cpu")
+    codec = spec.codec(base.vae_dtype, device, load=options.data.cache is None)
+    with_task = replace(options, data=_with_task(options.data, spec))
+    codec_options = CodecOptions(pretrained_model=base.pretrained_model, vae_dtype=base.vae_dtype)
+    return open_parts(
+        with_task, codec_options, run, codec, text, spec.clip_grid, check=lambda data: check_sizes(spec, data)
+    )
+
+
+def check_sizes(spec: ModelSpec, data: VideoDataset) -> None:
+    """Check every bucket that has rows with `ModelSpec.check_size`, which may raise ConfigError."""
+    for bucket in data.buckets:
+        spec.check_size(bucket.frames, bucket.height, bucket.width)
+
+
+def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
+    if options.task_mix is not None:
+        raise ConfigError(
+            f"--task-mix {options.task_mix}: {spec.name} trains {spec.task} only, whatever the rows say; leave it out."
+        )
+    return replace(options, task_mix=f"{spec.task}=1")
+
+
+def pretrained_config(
+    recipe: str, options: PretrainedOptions, parts: RunParts, spec: ModelSpec, accelerator: Accelerator
+) -> dict[str, object]:
+    """Return the config of checkpoints; `base` describes the pretrained pipeline.
+
+    Raises ConfigError if processes read different networks.
+    """
+    defaults: dict[str, object] = {"steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    defaults |= generation_defaults(options.generation_defaults, sample_prompt(parts.data))
+    model: dict[str, object] = {"patch_size": list(spec.patch_size)}
+    fingerprint = spec.fingerprint()
+    if len(set(all_gather_object(accelerator, fingerprint))) > 1:
+        raise ConfigError("--pretrained-model: the machines of this run have different networks in this folder.")
+    base = {"pipeline": str(spec.folder), "family": spec.name, "fingerprint": fingerprint}
+    return checkpoint_config(recipe, model, parts, spec.process(), defaults, [spec.task]) | {"base": base}
+
+
+def build_pretrained(
+    options: PretrainedOptions,
+    parts: RunParts,
+    spec: ModelSpec,
+    network: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: dict[str, object],
+    adapter: AdapterFiles | None = None,
+) -> PretrainedRecipe:
+    """Build the recipe around a network whose trained parameters need gradients, and whose inputs are of `dtype`."""
+    return PretrainedRecipe(
+        network=network,
+        codec=parts.codec,
+        text=parts.text,
+        process=spec.process(),
+        config=config,
+        device=device,
+        geometry=ClipGeometry(
+            parts.codec.spec, spec.patch_size, partial(padded_frames, spec), spec.cond_frames_have_loss
+        ),
+        count_flops=training_flops(network, spec),
+        make_sampler=pipeline_sampler(parts, spec, config, dtype, device),
+        cfg_drop_prob=options.train.cfg_drop_prob,
+        sample_prompt=sample_prompt(parts.data),
+        cache=parts.cache,
+        adapter=adapter,
+        spec=spec,
+        dtype=dtype,
+    )
+
+
+def training_flops(network: nn.Module, spec: ModelSpec) -> CountFlops:
+    """Return a function that counts a clip's training FLOPs, of what is trained; its text has one length."""
+    layers = layers_of(network)
+
+    def count(latent_shape: Sequence[int], text_lengths: Sequence[int]) -> int:
+        products = spec.attention_flops(latent_shape)
+        return cost_of(layers, lambda name: spec.layer_rows(name, latent_shape), products).training
+
+    return count
+
+
+def pipeline_sampler(
+    parts: RunParts, spec: ModelSpec, config: dict[str, object], dtype: torch.dtype, device: torch.device
+) -> Callable[[nn.Module, int], VideoSampler]:
+    """Return a function that opens the pipeline around the network for validation videos."""
+
+    def open_sampler(network: nn.Module, step: int) -> VideoSampler:
+        pipeline = spec.pipeline(network, parts.codec, text=False, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        model = PretrainedModel(
+            network=network,
+            codec=parts.codec,
+            text=prompt_encoder(parts.text, parts.cache),
+            config=config,
+            step=step,
+            path=spec.folder,
+            run_on=device,
+            spec=spec,
+            pipeline=pipeline,
+            dtype=dtype,
+        )
+
+        def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
+            return sampled(model, prompt, seed, size, first_frame(parts.data, spec, prompt, size))
+
+        return make
+
+    return open_sampler
+
+
+def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
+    """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row.
+
+    None for a text-to-video model. Without `size` (height, width) it has that of the main bucket.
+
+    Raises:
+        DataError: no clip can be read.
+    """
+    if not spec.image_to_video:
+        return None
+    height, width = size or (data.main_bucket.height, data.main_bucket.width)
+    reader = data.reader()
+    is_other = np.fromiter((caption != prompt for caption in data.records.captions()), bool, len(data.records))
+    for at in np.lexsort((data.records.seeds(0, "picture"), is_other)).tolist():
+        entry = data.records[at]
+        example = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
+        try:
+            frame = reader.cond_image(example) if example.own_image else reader.clip(example)[0]
+        except BadRowError:
+            continue  # training reads it too, and records it
+        return to_tensor(cover_crop(frame[None], height, width))[None]
+    raise DataError("No clip can be read any more, and a validation video needs a first frame.")
+
+
+def pretrained_notes(options: PretrainedOptions, parts: RunParts, spec: ModelSpec) -> list[str]:
+    """Return lines for the log: lengths and tasks of the clips."""
+    notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
+    others = sorted(parts.data.row_tasks.keys() - {spec.task})
+    if others and spec.image_to_video:
+        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
+    elif others:
+        notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} has no image condition.")
+    return notes
