@@ -26,6 +26,7 @@ TRAINING_SCRIPTS = (
     "train_titans_video_dit_accelerate",
     "train_cogvideox_lora_accelerate",
     "train_lora_accelerate",
+    "train_finetune_accelerate",
     "train_video_accelerate",
 )
 DOCUMENTED_TRAINING = [

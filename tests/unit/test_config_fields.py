@@ -16,7 +16,14 @@ from titans_video.cli.train import ReportFlags
 from titans_video.config.fields import OptionGroup, Range, flag_of, is_group, validate
 from titans_video.config.generation import DemoOptions, MockOptions, ScoreOptions
 from titans_video.config.options import DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
-from titans_video.config.recipes import LoraRunOptions, SoraOptions, SVDOptions, TitansOptions, TuneOptions
+from titans_video.config.recipes import (
+    FinetuneOptions,
+    LoraRunOptions,
+    SoraOptions,
+    SVDOptions,
+    TitansOptions,
+    TuneOptions,
+)
 from titans_video.errors import ConfigError
 
 EVERY_COMMAND: tuple[OptionGroup, ...] = (
@@ -24,6 +31,7 @@ EVERY_COMMAND: tuple[OptionGroup, ...] = (
     TitansOptions(),
     SVDOptions(),
     LoraRunOptions(),
+    FinetuneOptions(),
     CheckFlags(),
     VerifyFlags(),
     GenerateFlags(),

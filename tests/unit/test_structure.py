@@ -25,11 +25,7 @@ import pytest
 
 from tests.unit.test_layers import FILES, GRAPH, PACKAGE, cycles, name_of
 
-<<<<<<< HEAD
-MOST_FILES = 162
-=======
-MOST_FILES = 160
->>>>>>> 29e21aa (cli: name the LoRA command train lora)
+MOST_FILES = 164
 LEAST_MEDIAN_LINES = 180
 MOST_FILE_LINES = 450
 LONG_FUNCTION_LINES = 60

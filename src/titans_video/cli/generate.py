@@ -69,7 +69,7 @@ EXPORT = About(
     positionals=("checkpoint", "out"),
     notes="`VideoPipeline.from_pretrained(FOLDER)` and `--checkpoint FOLDER` load it.\n"
     "A fine-tuned Stable Video Diffusion is written for diffusers' StableVideoDiffusionPipeline, without its text "
-    "layers.",
+    "layers. A checkpoint of `train finetune` becomes a whole diffusers pipeline.",
 )
 DEMO = About(
     DemoOptions,
@@ -110,16 +110,19 @@ def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
         raise ConfigError(f"The model or the folder to write is missing. Use `{prog} RUN FOLDER`.")
     check_checkpoint(flags.checkpoint)
     check_pretrained(flags.overrides.pretrained_model)
-    from titans_video.generation.export import LEFT_OUT, export
+    from titans_video.generation.export import LEFT_OUT, export, export_checkpoint
     from titans_video.generation.model import load_model
 
-    model = load_model(flags.checkpoint, flags.overrides, "cpu")
-    folder = export(model, Path(flags.out), encoders=flags.encoders)
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
-    if not model.capabilities.image_condition:
-        reader = f"VideoPipeline.from_pretrained({str(folder)!r}) or --checkpoint {shlex.quote(str(folder))}"
+    folder = export_checkpoint(flags.checkpoint, flags.overrides, Path(flags.out), encoders=flags.encoders)
+    if folder is not None:
+        reader = f"DiffusionPipeline.from_pretrained({str(folder)!r}) or --pretrained-model {shlex.quote(str(folder))}"
     else:
-        reader = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
+        model = load_model(flags.checkpoint, flags.overrides, "cpu")
+        folder = export(model, Path(flags.out), encoders=flags.encoders)
+        reader = f"VideoPipeline.from_pretrained({str(folder)!r}) or --checkpoint {shlex.quote(str(folder))}"
+        if model.capabilities.image_condition:
+            reader = f"diffusers' StableVideoDiffusionPipeline.from_pretrained({str(folder)!r}). {LEFT_OUT}"
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
     print(f"{folder}: {size:.1f} MB; load it with {reader}")
     return 0
 

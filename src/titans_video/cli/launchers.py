@@ -49,6 +49,11 @@ def train_lora_accelerate() -> int:
     return _train("train_lora", sys.argv[1:], f"{ACCELERATE}/train_lora_accelerate.py")
 
 
+def train_finetune_accelerate() -> int:
+    """Fine-tune the network of a pretrained pipeline on the processes of a launcher; return the exit code."""
+    return _train("train_finetune", sys.argv[1:], f"{ACCELERATE}/train_finetune_accelerate.py")
+
+
 def train_cogvideox_lora_accelerate() -> int:
     """Do the same under an earlier name."""
     return _train("train_lora", sys.argv[1:], f"{ACCELERATE}/train_cogvideox_lora_accelerate.py")

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("titans_video.cli.train:train_sora", "SORA"),
     "train titans": ("titans_video.cli.train:train_titans", "TITANS"),
     "train lora": ("titans_video.cli.train:train_lora", "LORA"),
+    "train finetune": ("titans_video.cli.train:train_finetune", "FINETUNE"),
     "train svd": ("titans_video.cli.train:train_svd", "SVD"),
     "report": ("titans_video.cli.train:main_report", "REPORT"),
     "generate": ("titans_video.cli.generate:main", "GENERATE"),

@@ -12,8 +12,8 @@ from titans_video.config.fields import RunPath
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
 from titans_video.config.parse import parse
-from titans_video.config.recipes import LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
-from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
+from titans_video.config.recipes import FinetuneOptions, LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
+from titans_video.config.rules import check_finetune, check_lora, check_svd, check_titans, check_training
 from titans_video.console import lasting_streams
 from titans_video.errors import ConfigError, DataError
 
@@ -106,6 +106,36 @@ LORA = About(
     notes="A checkpoint is lora_<step>.pt, to resume from, and lora_<step>/pytorch_lora_weights.safetensors, for "
     "diffusers.\n" + CONFIG,
 )
+FINETUNE = About(
+    FinetuneOptions,
+    "Fine-tune the network of a pretrained video model, all of its weights or some.",
+    (
+        (
+            "Tune all weights of CogVideoX-2b on your own clips, on one GPU",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-2b --mixed-precision bf16 "
+            "--gradient-checkpointing --ema-decay 0.999",
+        ),
+        (
+            "Tune only the attention layers",
+            "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-2b --mixed-precision bf16 "
+            "--gradient-checkpointing --trainable attn1",
+        ),
+    ),
+    (
+        "manifest",
+        "pretrained_model",
+        "trainable",
+        "resolution",
+        "num_frames",
+        "lr",
+        "max_steps",
+        "mixed_precision",
+        "output_dir",
+        "resume",
+    ),
+    notes="A finished run writes OUTPUT_DIR/pipeline, a folder for diffusers and for `titans-video generate "
+    "--pretrained-model`; with --ema-decay also pipeline_ema, with the averaged weights.\n" + CONFIG,
+)
 SVD = About(
     SVDOptions,
     "Fine-tune Stable Video Diffusion on captioned clips, from images, from text or from both.",
@@ -195,6 +225,17 @@ def train_lora(argv: Sequence[str], prog: str = "titans-video train lora") -> in
 
     with lasting_streams():
         return lora.train_lora(options).exit_code
+
+
+def train_finetune(argv: Sequence[str], prog: str = "titans-video train finetune") -> int:
+    """Fine-tune the network of a pretrained pipeline; return the exit code."""
+    options = parse(FinetuneOptions(), argv, prog=prog, about=FINETUNE)
+    check_finetune(options)
+    check_training_inputs(options)
+    from titans_video.recipes import finetune
+
+    with lasting_streams():
+        return finetune.train_finetune(options).exit_code
 
 
 def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:

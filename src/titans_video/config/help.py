@@ -37,6 +37,7 @@ TITLES = {
     "run": "Device",
     "train": "Training",
     "tune": "Fine-tuning",
+    "weights": "Trained weights",
 }
 """Titles of groups that are not the name of their field."""
 

@@ -48,17 +48,11 @@ class TitansOptions(SoraOptions):
 
 
 @dataclass(frozen=True)
-class BaseOptions:
-    """The pretrained pipeline, which stays frozen."""
+class PipelineOptions:
+    """The pretrained pipeline."""
 
     pretrained_model: FolderPath | None = None
     """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
-    base_dtype: Dtype | None = None
-    """Precision of the frozen transformer (default: the one of --mixed-precision)."""
-    layerwise_casting: Literal["fp8_e4m3", "fp8_e5m2", "none"] = "none"
-    """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
-    offload: Literal["none", "group"] = "none"
-    """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
     more, without --deterministic, --layerwise-casting and --offload. Just --compile means on, --no-compile off."""
@@ -68,6 +62,18 @@ class BaseOptions:
     """Precision of the text encoder."""
     text_offload: Literal["cpu", "none"] = "none"
     """cpu: run the text encoder on the CPU and move only its hidden states to the GPU."""
+
+
+@dataclass(frozen=True)
+class BaseOptions(PipelineOptions):
+    """The pretrained pipeline, which stays frozen."""
+
+    base_dtype: Dtype | None = None
+    """Precision of the frozen transformer (default: the one of --mixed-precision)."""
+    layerwise_casting: Literal["fp8_e4m3", "fp8_e5m2", "none"] = "none"
+    """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
+    offload: Literal["none", "group"] = "none"
+    """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,9 @@ class PretrainedOptions:
     config: FilePath | None = None
     """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
-    base: BaseOptions = field(default_factory=BaseOptions)
+    base: PipelineOptions = field(default_factory=PipelineOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
-    train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
+    train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
@@ -104,7 +110,26 @@ class PretrainedOptions:
 class LoraRunOptions(PretrainedOptions):
     """All options of a run that trains a LoRA on a pretrained pipeline."""
 
+    base: BaseOptions = field(default_factory=BaseOptions)
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(save_every=500))
     lora: LoraOptions = field(default_factory=LoraOptions)
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """The weights of the pretrained network that are trained."""
+
+    trainable: Annotated[str, Metavar("NAME,...")] = "all"
+    """Modules whose weights are trained: ends of their names or parts such as attn1; or one regular expression. all:
+    the whole network."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(PretrainedOptions):
+    """All options of a run that fine-tunes the network of a pretrained pipeline."""
+
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(lr=1e-5))
+    weights: WeightsOptions = field(default_factory=WeightsOptions)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from titans_video.config.options import (
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import (
     BaseOptions,
-    LoraOptions,
+    FinetuneOptions,
     LoraRunOptions,
     PretrainedOptions,
     SoraOptions,
@@ -75,9 +75,30 @@ def check_lora(options: LoraRunOptions) -> None:
     Raises:
         ConfigError: as `check_training`.
     """
-    check_training(options)
+    check_pretrained(options)
     check_base(options.base, options.activations)
-    check_target_modules(options.lora)
+    check_names("--target-modules", options.lora.target_modules, "layer, e.g. to_q")
+
+
+def check_finetune(options: FinetuneOptions) -> None:
+    """Check the options of `train finetune`.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    check_pretrained(options)
+    check_names("--trainable", options.weights.trainable, "module, e.g. attn1, or all")
+
+
+def check_pretrained(options: PretrainedOptions) -> None:
+    """Check the options of all recipes for a pretrained pipeline.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    check_training(options)
+    if options.base.pretrained_model is None:
+        raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
     if options.generation_defaults.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: diffusers pipelines guide at all times; leave it out.")
     reject_continuation(options.generation_defaults, "the diffusers pipelines sample all windows alike")
@@ -224,9 +245,7 @@ def check_motion_bucket(tune: TuneOptions) -> None:
 
 
 def check_base(base: BaseOptions, activations: ActivationOptions) -> None:
-    """Require a pretrained pipeline, and an offload that saves memory."""
-    if base.pretrained_model is None:
-        raise ConfigError("--pretrained-model is missing: the folder of a diffusers pipeline, such as CogVideoX-5b.")
+    """Require an offload that saves memory."""
     if base.offload == "group" and activations.every != 1:
         raise ConfigError(
             "--offload group without --gradient-checkpointing would keep every layer for the backward pass and save no "
@@ -234,10 +253,10 @@ def check_base(base: BaseOptions, activations: ActivationOptions) -> None:
         )
 
 
-def check_target_modules(lora: LoraOptions) -> None:
-    """Require at least one layer."""
-    if not lora.target_modules.strip(", "):
-        raise ConfigError("--target-modules is empty; name at least one layer, e.g. to_q.")
+def check_names(flag: str, words: str, what: str) -> None:
+    """Require at least one name in a list of them."""
+    if not words.strip(", "):
+        raise ConfigError(f"{flag} is empty; name at least one {what}.")
 
 
 def reject_continuation(defaults: GenerationDefaults, why: str) -> None:

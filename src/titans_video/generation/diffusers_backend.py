@@ -14,25 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titans_video import checkpoint as checkpoints
+from titans_video import formats
+from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import TILE_ABOVE
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.console import Progress
-from titans_video.errors import ConfigError
+from titans_video.errors import CheckpointError, ConfigError
 from titans_video.finite import finite_frames
 from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
-from titans_video.generation.model import LoadedModel, PromptEncoder, choose_defaults, run_device
+from titans_video.generation.model import LoadedModel, PromptEncoder, choose_defaults, find_checkpoint, run_device
 from titans_video.generation.request import Request, about, build_request
 from titans_video.generation.windows import Capabilities, WindowPlan
 from titans_video.models import lora, lora_io
 from titans_video.models.attention import check_attention_backend, set_attention_backend
 from titans_video.models.compiling import compile_blocks
 from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
+from titans_video.pretrained.loading import load_finetuned
+from titans_video.schema import check
 from titans_video.seeding import derive_seed
 from titans_video.types import PRECISIONS, TextCondition
 
 logger = logging.getLogger(__name__)
+
+NOTES = "titans_video.json"
+"""In an exported pipeline: the data of its training, and the options for generation that it recommends."""
 
 
 @dataclass
@@ -234,12 +242,21 @@ def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length:
         network.forward = whole  # type: ignore[method-assign]
 
 
+def find_finetuned(name: str | None) -> Checkpoint | None:
+    """Return a checkpoint of `train finetune`; None for no checkpoint or any other one. Raises CheckpointError."""
+    if name is None:
+        return None
+    read = checkpoints.read(find_checkpoint(name), mmap=True)
+    return read if "base" in read.config and "lora" not in read.config else None
+
+
 def load_pipeline(
-    run: RunOptions, folder: str, loras: Sequence[str], overrides: Overrides
+    run: RunOptions, folder: str, loras: Sequence[str], overrides: Overrides, trained: Checkpoint | None = None
 ) -> tuple[PretrainedModel, list[str]]:
     """Load a pipeline with adapters (FILE or FILE:WEIGHT), and notes about them; `overrides` may set `vae_dtype`.
 
-    Raises UserError if the pipeline or a file is missing, malformed, or for another model.
+    `trained` has the weights of a fine-tuned network. Raises UserError if the pipeline or a file is missing, malformed,
+    or for another model.
     """
     run, _ = choose_defaults(run)
     device = run_device(run)
@@ -250,12 +267,16 @@ def load_pipeline(
     network = spec.load_network(dtype)
     set_attention_backend(network, run.attention_backend, dtype)
     notes: list[str] = []
+    if trained is not None:
+        load_finetuned(network, trained)
     for number, (file, weight) in enumerate(read):
         lora.load(network, file.tensors, file.alphas, f"lora{number}", weight=weight)
         notes += file.notes
-        trained_on = file.about.get("base", {}).get("fingerprint")
+    abouts = [(file.path, file.about) for file, _ in read] + ([(trained.path, trained.config)] if trained else [])
+    for path, about_file in abouts:
+        trained_on = about_file.get("base", {}).get("fingerprint")
         if trained_on not in (None, spec.fingerprint()):
-            notes.append(f"{file.path} was trained on another transformer than the one in {spec.folder}.")
+            notes.append(f"{path} was trained on another transformer than the one in {spec.folder}.")
     vae_dtype = run.dtype if overrides.vae_dtype in (None, "auto") else overrides.vae_dtype
     codec = spec.codec(vae_dtype, "cpu", load=True)
     pipeline = spec.pipeline(network, codec, text=True, dtype=dtype)
@@ -263,12 +284,14 @@ def load_pipeline(
     _place(pipeline, run, device)
     if run.compile == "on":
         compile_blocks(network, training=False)
-    trained = next((file.about for file, _ in reversed(read) if file.about), {})
+    own = trained.config if trained else _read_notes(spec.folder)
+    described = next((file.about for file, _ in reversed(read) if file.about), own)
     model = PretrainedModel(
         network=network,
         codec=codec,
-        config=_config(spec, trained),
-        path=spec.folder,
+        config=_config(spec, described),
+        step=trained.step if trained else 0,
+        path=trained.path if trained else spec.folder,
         run_on=device,
         spec=spec,
         pipeline=pipeline,
@@ -276,6 +299,15 @@ def load_pipeline(
         loras=parsed,
     )
     return model, notes
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    """Return what an exported pipeline says of its training; {} for any other one."""
+    if not (folder / NOTES).is_file():
+        return {}
+    notes = checkpoints.read_json(folder / NOTES, "is missing.", CheckpointError)
+    check(formats.LORA_NOTES, notes, folder / NOTES, CheckpointError)
+    return notes
 
 
 def parse_lora(word: str) -> tuple[Path, float]:

@@ -1,6 +1,7 @@
 """Export a model as one self-contained folder: weights, configuration, VAE, text encoders and a model card."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 import diffusers
 
 from titans_video import checkpoint as checkpoints
-from titans_video.checkpoint import Checkpoint, restore_options
+from titans_video.checkpoint import Checkpoint, read_json, restore_options
 from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ENCODER, EXTRACTOR
+from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CheckpointError, ConfigError, printable
 from titans_video.files import atomic_folder, write_text
+from titans_video.generation.diffusers_backend import NOTES, find_finetuned
 from titans_video.generation.model import BUNDLED, VideoModel
+from titans_video.hub import stored_folder
 from titans_video.models.svd_unet import plain_unet
+from titans_video.pretrained.base import INDEX, ModelSpec, open_model_spec
+from titans_video.pretrained.loading import stored_dtypes
 
 CARD = """# {name}
 
@@ -47,16 +53,20 @@ def export(model: VideoModel, folder: Path, *, encoders: bool = True) -> Path:
     Raises CheckpointError if the folder is not empty or a part of Stable Video Diffusion is missing, ConfigError for
     Stable Video Diffusion without `encoders`, WriteError if the disk is full.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not an empty folder; name a new one.")
     if model.capabilities.image_condition and not encoders:
         raise ConfigError("--no-encoders: the pipeline of Stable Video Diffusion needs all of its parts; leave it out.")
+    _require_empty(folder)
     with atomic_folder(folder.absolute()) as temporary:
         if model.capabilities.image_condition:
             write_pipeline(model, temporary, folder.name)
         else:
             _write(model, temporary, folder.name, encoders)
     return folder
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not an empty folder; name a new one.")
 
 
 def _write(model: VideoModel, temporary: Path, name: str, encoders: bool) -> None:
@@ -161,3 +171,91 @@ def _index() -> dict[str, Any]:
         "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
         "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
     }
+
+
+FINETUNED_CARD = """# {name}
+
+{model}, fine-tuned by Titans Video: {step} optimizer steps on clips of {data}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({name!r})
+```
+
+```text
+{command}
+```
+"""
+
+
+def export_checkpoint(name: str | None, overrides: Overrides, folder: Path, *, encoders: bool = True) -> Path | None:
+    """Write a checkpoint of `train finetune` as a new or empty folder; return None for any other checkpoint.
+
+    Raises as `export` and `export_finetuned`.
+    """
+    read = find_finetuned(name)
+    if read is None:
+        return None
+    if not encoders:
+        raise ConfigError("--no-encoders: a diffusers pipeline needs all of its parts; leave it out.")
+    _require_empty(folder)
+    base = overrides.pretrained_model or stored_folder(
+        read.config["base"].get("pipeline"), "--pretrained-model", "pipeline"
+    )
+    return export_finetuned(read, open_model_spec(base), folder)
+
+
+def export_finetuned(read: Checkpoint, spec: ModelSpec, folder: Path) -> Path:
+    """Write a fine-tuned network as a whole diffusers pipeline, atomically; an existing folder is replaced.
+
+    The network's files have the precision of the pretrained ones. The other parts are hard links to the files of the
+    pretrained pipeline, or copies where links are impossible.
+    Raises CheckpointError if the checkpoint is of another network, WriteError if the disk is full.
+    """
+    index = read_json(spec.folder / INDEX, "is missing.", ConfigError)
+    with atomic_folder(folder.absolute()) as temporary:
+        trained = _write_networks(read, spec, temporary)
+        for part, value in index.items():
+            if isinstance(value, list) and any(value) and part not in trained:
+                shutil.copytree(spec.folder / part, temporary / part, ignore=_IGNORED, copy_function=_link)
+        _link(spec.folder / INDEX, temporary / INDEX)
+        data = read.config.get("data", {})
+        notes = {key: read.config[key] for key in ("base", "data", "sample") if key in read.config}
+        write_text(temporary / NOTES, json.dumps(notes, indent=1) + "\n")
+        card = FINETUNED_CARD.format(
+            name=folder.name,
+            model=spec.name,
+            step=read.step,
+            data=f"{data.get('num_frames', '?')} frames of {data.get('height', '?')}x{data.get('width', '?')}",
+            command=shlex.join(["titans-video", "generate", "--pretrained-model", folder.name]),
+        )
+        write_text(temporary / "README.md", card)
+    return folder
+
+
+def _write_networks(read: Checkpoint, spec: ModelSpec, folder: Path) -> list[str]:
+    """Write each network of which the checkpoint has weights, as diffusers does; return the names of their folders."""
+    network, written = spec.meta_model(), list[str]()
+    for prefix, part in spec.lora_prefixes.items():
+        weights = {key.removeprefix(prefix): value for key, value in read.model.items() if key.startswith(prefix)}
+        if not weights:
+            continue
+        dtypes = stored_dtypes(spec.folder / part)
+        module: Any = network.get_submodule(prefix.rstrip(".")) if prefix else network
+        try:
+            module.load_state_dict({k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}, assign=True)
+        except RuntimeError as e:
+            reason = " ".join(str(e).split())[:200]
+            raise CheckpointError(f"{read.path} is not of the network in {spec.folder / part}: {reason}") from None
+        module.save_pretrained(folder / part)
+        written.append(part)
+    return written
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    file = Path(source).resolve()  # not the link to it that a download cache has
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

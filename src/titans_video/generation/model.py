@@ -230,6 +230,11 @@ def load_model(
             f"{path} is a LoRA, not a whole model. Use "
             f"{shlex.join(['--pretrained-model', str(base), '--lora', str(path)])} instead of --checkpoint."
         )
+    if "base" in config:
+        base = shlex.quote(str(config["base"].get("pipeline", "DIR")))
+        raise CheckpointError(
+            f"{path} is the network of a fine-tuned pipeline. Give that pipeline too: --pretrained-model {base}."
+        )
     overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: load_network(config["model"], read.model))
     model = VideoModel(

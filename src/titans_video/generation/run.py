@@ -159,10 +159,12 @@ def name_range(names: Sequence[str]) -> str:
 def _load(
     options: GenerateOptions, overrides: Overrides, run: RunOptions
 ) -> tuple[LoadedModel, PlanGeneration, list[str]]:
-    """Load a checkpoint or the pipeline of --pretrained-model; return it, its `plan_generation`, and notes."""
+    """Load a checkpoint, the pipeline of --pretrained-model or both; return it, its `plan_generation`, and notes."""
     folder = overrides.pretrained_model
-    if options.checkpoint is None and folder is not None and (options.lora or is_pipeline(folder)):
-        pretrained, notes = diffusers_backend.load_pipeline(run, folder, options.lora, overrides)
+    finetuned = diffusers_backend.find_finetuned(options.checkpoint) if is_pipeline(folder) else None
+    alone = options.checkpoint is None and (options.lora or is_pipeline(folder))
+    if folder is not None and (alone or finetuned):
+        pretrained, notes = diffusers_backend.load_pipeline(run, folder, options.lora, overrides, finetuned)
         return pretrained, partial(diffusers_backend.plan_generation, pretrained), notes
     if options.lora:
         raise ConfigError(

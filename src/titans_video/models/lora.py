@@ -76,34 +76,36 @@ def adapters(network: nn.Module) -> list[str]:
 
 
 def find_targets(network: nn.Module, targets: Sequence[str] | str) -> list[str]:
-    """Find the linear layers that `targets` selects; return their names in the network's order.
+    """Find the linear layers that `targets` selects, as `select_names`; return their names in the network's order."""
+    return select_names(list(_linear_names(network)), targets, "--target-modules", "linear layer")
 
-    A word is the end of a layer's name (`to_q`, `to_out.0`) or the name of a module whose linear layers are all
-    selected (`ff`). A single string with any of \\*+?[](){}|^$ is a regular expression that must match the full name.
+
+def select_names(names: Sequence[str], targets: Sequence[str] | str, flag: str, kind: str) -> list[str]:
+    """Return the names of modules of a `kind` that the words or the expression of a `flag` select.
+
+    A word is the end of a name (`to_q`, `to_out.0`) or the name of a module around selected ones (`ff`). A single
+    string with any of \\*+?[](){}|^$ is a regular expression that must match the full name.
     Raises ConfigError if a word matches nothing or the expression is invalid.
     """
-    linear = list(_linear_names(network))
     if isinstance(targets, str) and is_expression(targets):
         try:
             pattern = re.compile(targets)
         except re.error as e:
-            raise ConfigError(f"--target-modules {targets} is not a regular expression: {e}.") from None
-        found = [name for name in linear if pattern.fullmatch(name)]
+            raise ConfigError(f"{flag} {targets} is not a regular expression: {e}.") from None
+        found = [name for name in names if pattern.fullmatch(name)]
         if not found:
-            raise ConfigError(f"--target-modules {targets}: no linear layer has a matching name; {_some(linear)}.")
+            raise ConfigError(f"{flag} {targets}: no {kind} has a matching name; {_some(names, kind)}.")
         return found
     chosen: set[str] = set()
     for word in [targets] if isinstance(targets, str) else targets:
-        matches = [name for name in linear if f".{name}".endswith(f".{word}") or f".{word}." in f".{name}"]
+        matches = [name for name in names if f".{name}".endswith(f".{word}") or f".{word}." in f".{name}"]
         if not matches:
-            ends = {end for name in linear for end in (name.rpartition(".")[2], ".".join(name.split(".")[-2:]))}
+            ends = {end for name in names for end in (name.rpartition(".")[2], ".".join(name.split(".")[-2:]))}
             near = difflib.get_close_matches(word, sorted(ends), n=3)
-            hint = f"the nearest are {', '.join(near)}" if near else _some(linear)
-            raise ConfigError(
-                f"--target-modules {word}: no linear layer, and no module with one, has this name; {hint}."
-            )
+            hint = f"the nearest are {', '.join(near)}" if near else _some(names, kind)
+            raise ConfigError(f"{flag} {word}: no {kind}, and no module with one, has this name; {hint}.")
         chosen.update(matches)
-    return [name for name in linear if name in chosen]
+    return [name for name in names if name in chosen]
 
 
 def is_expression(word: str) -> bool:
@@ -372,5 +374,5 @@ def _refuse_merged(network: nn.Module) -> None:
         raise ConfigError("adapters are merged into the weights; unmerge them first.")
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"linear layers are {', '.join(names[:3])}, ... ({len(names)})" if names else "there are no linear layers"
+def _some(names: Sequence[str], kind: str) -> str:
+    return f"{kind}s are {', '.join(names[:3])}, ... ({len(names)})" if names else f"there are no {kind}s"

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from titans_video.checkpoint import load_tensors, read_json
+from titans_video.checkpoint import Checkpoint, load_tensors, read_json
 from titans_video.errors import CheckpointError, ConfigError, few, first_line
 from titans_video.parsing import Malformed
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
@@ -50,6 +50,33 @@ def fill(network: nn.Module, folder: Path, lacking: set[str]) -> nn.Module:
             f"The weights in {folder} are not those of its config.json: {' '.join(str(e).split())[:200]}"
         ) from None
     return network.eval().requires_grad_(False)
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the precision of each tensor in a folder's safetensors files, if it is fp32, bf16 or fp16."""
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    found: dict[str, torch.dtype] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as f:
+            stored = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118  # not a mapping
+        found |= {key: kinds[kind] for key, kind in stored.items() if kind in kinds}
+    return found
+
+
+def load_finetuned(network: nn.Module, read: Checkpoint) -> None:
+    """Copy the weights of a fine-tuning's checkpoint into the pretrained network, in its precision.
+
+    Raises CheckpointError if they are of another network. A checkpoint of one of several networks leaves the others.
+    """
+    try:
+        missing, unexpected = network.load_state_dict(read.model, strict=False)
+        parts = {name.partition(".")[0] for name in read.model}
+        wrong = [*unexpected, *(name for name in missing if name.partition(".")[0] in parts)]
+        if wrong:
+            raise RuntimeError(f"missing or unexpected: {few(wrong)}")
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise CheckpointError(f"{read.path} is not of the network of --pretrained-model: {reason}") from None
 
 
 def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:

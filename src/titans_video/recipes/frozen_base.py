@@ -7,8 +7,8 @@ from titans_video.config.options import ActivationOptions
 from titans_video.config.recipes import BaseOptions
 from titans_video.errors import ConfigError
 from titans_video.models.activations import limit_activations
-from titans_video.models.compiling import compile_blocks, share_graphs
 from titans_video.pretrained.base import ModelSpec
+from titans_video.recipes.pretrained import compile_network
 from titans_video.training.distributed import AUTOCAST, Accelerator
 from titans_video.types import PRECISIONS
 
@@ -53,9 +53,7 @@ def load_base(
     if options.offload == "group":
         offload_blocks(network, accelerator.device)
     if options.compile == "on":
-        compile_blocks(network, training=True)
-        if spec.first_layer is not None:
-            share_graphs(network.get_submodule(spec.first_layer))
+        compile_network(network, spec)
     return network, dtype
 
 

@@ -78,15 +78,15 @@ def train_lora(options: LoraRunOptions) -> TrainResult:
     spec = open_model_spec(base.pretrained_model)
     # Faults of the flags are reported before anything slow is done.
     precision_of(base, accelerator)
-    lora.find_targets(spec.meta_model(), parse_targets(options.lora.target_modules))
+    lora.find_targets(spec.meta_model(), parse_names(options.lora.target_modules))
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_lora(options, parts, spec, accelerator)
     notes = [*pretrained_notes(options, parts, spec), _size_note(recipe)]
     return train_recipe(options, run, recipe, parts, notes)
 
 
-def parse_targets(words: str) -> tuple[str, ...] | str:
-    """Return `--target-modules` as words, or as the regular expression that it is."""
+def parse_names(words: str) -> tuple[str, ...] | str:
+    """Return the words of a flag that names modules, or the regular expression that it is."""
     if lora.is_expression(words):
         return words
     return tuple(part.strip() for part in words.split(",") if part.strip())
@@ -100,7 +100,7 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     """
     network, dtype = load_base(options.base, options.activations, spec, accelerator)
     wanted = options.lora
-    adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_targets(wanted.target_modules))
+    adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_names(wanted.target_modules))
     lora.inject(network, adapter, seed=options.train.seed)
     move_adapter(network, accelerator.device)
     config = pretrained_config("lora", options, parts, spec, accelerator)
@@ -113,7 +113,7 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     share_adapter_only(network)
     about = {key: config[key] for key in ("recipe", "base", "lora", "data", "sample")}
     files = LoraFiles(spec, adapter, about, wanted.parity_gate)
-    return build_pretrained(options, parts, spec, network, dtype, accelerator.device, config, files)
+    return build_pretrained(options, parts, spec, network, dtype, accelerator.device, config, adapter=files)
 
 
 def _size_note(recipe: PretrainedRecipe) -> str:

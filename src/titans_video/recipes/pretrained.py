@@ -20,6 +20,7 @@ from titans_video.errors import ConfigError, DataError
 from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import cover_crop, to_tensor
+from titans_video.models.compiling import compile_blocks, share_graphs
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import ModelSpec
@@ -86,6 +87,13 @@ class PretrainedRecipe(DiffusionRecipe[Prepared]):
         return self.codec.unscale(self.sample_moments(batch, first, "first frame"))
 
 
+def compile_network(network: nn.Module, spec: ModelSpec) -> None:
+    """Compile the blocks for training; clips of other sizes reuse the graphs where they can."""
+    compile_blocks(network, training=True)
+    if spec.first_layer is not None:
+        share_graphs(network.get_submodule(spec.first_layer))
+
+
 def open_pretrained_parts(options: PretrainedOptions, run: RunContext, spec: ModelSpec) -> RunParts:
     """Open the clips with the pipeline's own VAE and text encoders; raise UserError as `setup.open_parts`."""
     base, device = options.base, run.accelerator.device
@@ -138,9 +146,14 @@ def build_pretrained(
     dtype: torch.dtype,
     device: torch.device,
     config: dict[str, object],
+    *,
     adapter: AdapterFiles | None = None,
+    flags: tuple[str, ...] = (),
 ) -> PretrainedRecipe:
-    """Build the recipe around a network whose trained parameters need gradients, and whose inputs are of `dtype`."""
+    """Build the recipe around a network whose trained parameters need gradients, and whose inputs are of `dtype`.
+
+    `flags` are those that the generate command needs beside the checkpoint.
+    """
     return PretrainedRecipe(
         network=network,
         codec=parts.codec,
@@ -155,6 +168,7 @@ def build_pretrained(
         make_sampler=pipeline_sampler(parts, spec, config, dtype, device),
         cfg_drop_prob=options.train.cfg_drop_prob,
         sample_prompt=sample_prompt(parts.data),
+        sample_flags=flags,
         cache=parts.cache,
         adapter=adapter,
         spec=spec,

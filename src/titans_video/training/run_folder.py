@@ -28,6 +28,7 @@ QUARANTINE = "quarantine.jsonl"
 BAD_ROWS = PATTERN.format(rank="*")
 VALIDATION_LOG = "validation.jsonl"
 SAMPLES = "samples"
+PIPELINE, PIPELINE_EMA = "pipeline", "pipeline_ema"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 
@@ -37,7 +38,7 @@ PROMPTS = "prompts.json"
 
 REPLACED = (
     *(METRICS, EVENTS, LAST, LOSS_CURVE, QUARANTINE, BAD_ROWS),
-    *(RUN_RECORD, VALIDATION_LOG, SAMPLES, REPORT, TENSORBOARD, WANDB),
+    *(RUN_RECORD, VALIDATION_LOG, SAMPLES, REPORT, TENSORBOARD, WANDB, PIPELINE, PIPELINE_EMA),
 )
 """Patterns of what a new run in the same folder would overwrite, beside the checkpoints."""
 

@@ -1,0 +1,95 @@
+"""Fine-tune the network of a pretrained pipeline: all of its weights, or those of some modules."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from titans_video import checkpoint
+from titans_video.checkpoint import EMA, MODEL
+from titans_video.config.recipes import FinetuneOptions
+from titans_video.generation.export import export_finetuned
+from titans_video.models import lora
+from titans_video.models.activations import limit_activations
+from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.recipes.lora import parse_names
+from titans_video.recipes.pretrained import (
+    PretrainedRecipe,
+    build_pretrained,
+    compile_network,
+    open_pretrained_parts,
+    pretrained_config,
+    pretrained_notes,
+)
+from titans_video.recipes.setup import RunParts, network_note, train_recipe
+from titans_video.training.distributed import AUTOCAST, Accelerator
+from titans_video.training.run_folder import PIPELINE, PIPELINE_EMA
+from titans_video.training.setup import start_run
+from titans_video.training.trainer import TrainResult
+
+logger = logging.getLogger(__name__)
+
+
+def train_finetune(options: FinetuneOptions) -> TrainResult:
+    """Build every part of a run, train, and export a finished training as a diffusers folder.
+
+    Raises:
+        UserError: a fault of the flags, the data or the pipeline.
+    """
+    options, run = start_run(options)
+    assert options.base.pretrained_model is not None  # checked with the flags
+    spec = open_model_spec(options.base.pretrained_model)
+    choose_trainable(spec.meta_model(), options.weights.trainable)  # a fault is reported before anything slow is done
+    parts = open_pretrained_parts(options, run, spec)
+    recipe = build_finetune(options, parts, spec, run.accelerator)
+    notes = [*pretrained_notes(options, parts, spec), network_note(recipe.network)]
+    result = train_recipe(options, run, recipe, parts, notes)
+    if result.step >= options.train.max_steps and run.accelerator.is_main_process:
+        export_run(spec, Path(options.train.output_dir), result.folder)
+    return result
+
+
+def choose_trainable(network: nn.Module, trainable: str) -> None:
+    """Let the parameters of the modules that `--trainable` names need gradients, and freeze the others.
+
+    Raises ConfigError if a name is that of no module.
+    """
+    chosen = network.requires_grad_(trainable == "all")
+    if trainable == "all":
+        return
+    with_parameters = [name for name, module in chosen.named_modules() if [*module.parameters(recurse=False)]]
+    for name in lora.select_names(with_parameters, parse_names(trainable), "--trainable", "layer"):
+        for parameter in network.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(True)
+
+
+def build_finetune(
+    options: FinetuneOptions, parts: RunParts, spec: ModelSpec, accelerator: Accelerator
+) -> PretrainedRecipe:
+    """Build the recipe with the pretrained weights in float32; they are computed in the accelerator's precision.
+
+    Raises:
+        ConfigError, CheckpointError: as `choose_trainable`, and if the weights cannot be read.
+    """
+    network = spec.load_network(torch.float32)
+    limit_activations(network, options.activations)
+    choose_trainable(network, options.weights.trainable)
+    if options.base.compile == "on":
+        compile_network(network, spec)
+    config = pretrained_config("finetune", options, parts, spec, accelerator)
+    dtype = AUTOCAST.get(accelerator.mixed_precision, torch.float32)
+    flags = ("--pretrained-model", str(spec.folder.absolute()))
+    return build_pretrained(options, parts, spec, network, dtype, accelerator.device, config, flags=flags)
+
+
+def export_run(spec: ModelSpec, run: Path, folder: Path) -> None:
+    """Export the checkpoint in `folder`: PIPELINE and, with averages, PIPELINE_EMA in the run's folder."""
+    places = {MODEL: run / PIPELINE, EMA: run / PIPELINE_EMA}
+    written = [
+        export_finetuned(checkpoint.read(folder / name, mmap=True), spec, place)
+        for name, place in places.items()
+        if (folder / name).exists()
+    ]
+    for place in written:
+        logger.info(f"Pipeline    {place}, for diffusers and for `titans-video generate --pretrained-model`")
