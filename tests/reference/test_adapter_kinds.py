@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tests.reference.test_lora_formats import assert_same_effect, make_network, output, with_adapter, write
 from tests.reference.test_lora_peft import TARGETS, Net
+from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_io
 from titans_video.models.adapter_layers import LoraLinear, factorization
 from titans_video.models.lora_formats import COMFYUI, DIFFUSERS, KOHYA
+from titans_video.training.optim import build_optimizer
 
 peft = pytest.importorskip("peft")
 
@@ -233,3 +235,37 @@ def test_kinds_are_told_apart(base: Net) -> None:
         kinds[kind] = torch.tensor(layer.scale(lora.DEFAULT))
     assert (kinds["lora"], kinds["dora"]) == (2, 2)
     assert kinds["rslora"] == pytest.approx(4 / 2**0.5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_step_of_lora_plus_is_pefts(base: Net, kind: str) -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    ours = copy.deepcopy(base)
+    lora.inject(ours, lora.LoraConfig(3, 5.0, targets=TARGETS, kind=kind, up_ratio=8.0))
+    values = {key: torch.randn_like(value) for key, value in lora.state_dict(ours).items()}
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, use_dora=kind == "dora", target_modules=[n for n, _ in lora.layers(ours)]
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    peft.set_peft_model_state_dict(theirs, {f"base_model.model.{key}": value for key, value in values.items()})
+    with torch.no_grad():
+        for target, layer in lora.layers(ours):
+            for part, module in layer.modules_of(lora.DEFAULT).items():
+                key = f"{target}.{part}"
+                module.weight.copy_(values[key if key in values else f"{key}.weight"])
+    first = build_optimizer(ours, TrainOptions(lr=1e-2, weight_decay=0.0))
+    # PEFT trains the magnitude of a DoRA as fast as B, and we as fast as A; their paper has no DoRA.
+    second = create_loraplus_optimizer(model=theirs, optimizer_cls=torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0)
+    x = torch.randn(5, 6)
+    for network, optimizer in ((ours, first), (theirs, second)):
+        network(x).square().sum().backward()
+        optimizer.step()
+    wanted = peft.get_peft_model_state_dict(theirs)
+    for key, value in lora.state_dict(ours).items():
+        if key.endswith(".weight"):
+            torch.testing.assert_close(value, wanted[f"base_model.model.{key}"], rtol=1e-4, atol=1e-5)
+    rates = {group["lr"] for group in first.param_groups}
+    assert rates == {1e-2, 8e-2}
+    muon = build_optimizer(nn.Sequential(ours), TrainOptions(lr=1e-2, muon_lr=0.02, optimizer="muon"))
+    assert sorted({group["lr"] for group in muon.param_groups if group["muon"]}) == pytest.approx([0.02, 0.16])

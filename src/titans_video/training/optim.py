@@ -1,7 +1,7 @@
 """Optimizers with one interface, and averaged weights (EMA)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -40,26 +40,38 @@ def decayed_weights(network: nn.Module) -> set[nn.Parameter]:
     return {cast(nn.Parameter, weight) for weight in maps - embeddings}
 
 
+def rate_ratios(network: nn.Module) -> dict[Tensor, float]:
+    """Return the learning rates of weights as multiples of the run's, where a module has a `learning_rate_ratio`."""
+    found = ((m.weight, getattr(m, "learning_rate_ratio", 1.0)) for m in network.modules() if hasattr(m, "weight"))
+    return {weight: ratio for weight, ratio in found if ratio != 1.0 and isinstance(weight, Tensor)}
+
+
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
     """Build AdamW, with its moments in float32 or 8 bits, or Muon for the hidden matrices and AdamW for the rest."""
     matrices = hidden_matrices(network) if options.optimizer == "muon" else []
-    in_muon = set(matrices)
+    in_muon, ratios = set(matrices), rate_ratios(network)
     decayed = decayed_weights(network)
     rest = [p for p in network.parameters() if p.requires_grad and p not in in_muon]
     adamw = [
-        _group([p for p in rest if p in decayed], options.lr, options.weight_decay),
-        _group([p for p in rest if p not in decayed], options.lr, 0.0),
+        *_groups([p for p in rest if p in decayed], options.lr, options.weight_decay, ratios),
+        *_groups([p for p in rest if p not in decayed], options.lr, 0.0, ratios),
     ]
-    adamw = [g for g in adamw if g["params"]]
     if options.optimizer == "adamw8bit":
         return adamw_8bit(adamw, options.betas)
     if not matrices:
         return AdamW(adamw, betas=options.betas, fused=True)
-    return MuonWithAdamW([_group(matrices, options.muon_lr, options.weight_decay)], adamw, options.betas)
+    muon = _groups(matrices, options.muon_lr, options.weight_decay, ratios)
+    return MuonWithAdamW(muon, adamw, options.betas)
 
 
-def _group(params: Iterable[Tensor], lr: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": list(params), "lr": lr, "base_lr": lr, "weight_decay": weight_decay}
+def _groups(
+    params: Sequence[Tensor], lr: float, weight_decay: float, ratios: Mapping[Tensor, float]
+) -> list[dict[str, Any]]:
+    """Return a group of parameters for each learning rate."""
+    alike: dict[float, list[Tensor]] = {}
+    for p in params:
+        alike.setdefault(lr * ratios.get(p, 1.0), []).append(p)
+    return [{"params": p, "lr": rate, "base_lr": rate, "weight_decay": weight_decay} for rate, p in alike.items()]
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
