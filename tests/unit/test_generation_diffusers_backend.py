@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from tests import factories
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.diffusion.base import NoisySample, Prepared
+from titans_video.generation.adapters import parse_lora
 from titans_video.generation.denoise import frame_noise
 from titans_video.generation.diffusers_backend import (
     PretrainedModel,
     PretrainedPipeline,
     load_pipeline,
-    parse_lora,
     plan_pretrained,
     windowed,
 )
@@ -136,6 +136,7 @@ def test_a_pipeline_in_bf16(overrides: Overrides, pipelines: dict[str, Path], ad
 
 def test_words_of_the_lora_flag(tmp_path: Path) -> None:
     (tmp_path / "odd:name").mkdir()
-    assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
-    assert parse_lora("a/b.safetensors:-0.5") == (Path("a/b.safetensors"), -0.5)
-    assert parse_lora(str(tmp_path / "odd:name")) == (tmp_path / "odd:name", 1.0)
+    assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0, None)
+    assert parse_lora("a/b.safetensors:-0.5") == (Path("a/b.safetensors"), -0.5, None)
+    assert parse_lora("low=a/b.safetensors:0.5") == (Path("a/b.safetensors"), 0.5, "low")
+    assert parse_lora(str(tmp_path / "odd:name")) == (tmp_path / "odd:name", 1.0, None)

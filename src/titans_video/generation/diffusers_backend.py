@@ -23,12 +23,13 @@ from titans_video.config.generation import GenerateOptions, Overrides, RunOption
 from titans_video.console import Progress
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.finite import finite_frames
+from titans_video.generation.adapters import parse_lora, read_loras
 from titans_video.generation.denoise import eval_mode, frame_noise
 from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
 from titans_video.generation.model import LoadedModel, PromptEncoder, choose_defaults, find_checkpoint, run_device
 from titans_video.generation.request import Request, about, build_request
 from titans_video.generation.windows import Capabilities, WindowPlan
-from titans_video.models import lora, lora_io
+from titans_video.models import lora
 from titans_video.models.attention import check_attention_backend, set_attention_backend
 from titans_video.models.compiling import compile_blocks
 from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
@@ -261,8 +262,7 @@ def load_pipeline(
     run, _ = choose_defaults(run)
     device = run_device(run)
     spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
-    parsed = [parse_lora(word) for word in loras]
-    read = [(lora_io.read(path, spec.lora_prefixes), weight) for path, weight in parsed]
+    read = read_loras(spec, loras)
     check_attention_backend(run.attention_backend, device, training=False)
     network = spec.load_network(dtype)
     set_attention_backend(network, run.attention_backend, dtype)
@@ -296,7 +296,7 @@ def load_pipeline(
         spec=spec,
         pipeline=pipeline,
         dtype=dtype,
-        loras=parsed,
+        loras=[parse_lora(word)[:2] for word in loras],
     )
     return model, notes
 
@@ -308,17 +308,6 @@ def _read_notes(folder: Path) -> dict[str, Any]:
     notes = checkpoints.read_json(folder / NOTES, "is missing.", CheckpointError)
     check(formats.LORA_NOTES, notes, folder / NOTES, CheckpointError)
     return notes
-
-
-def parse_lora(word: str) -> tuple[Path, float]:
-    """Parse FILE or FILE:WEIGHT; ConfigError if the weight is not a number."""
-    path, colon, weight = word.rpartition(":")
-    if not colon or Path(word).exists():
-        return Path(word), 1.0
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise ConfigError(f"--lora {word}: {weight!r} is not a weight; expected FILE or FILE:WEIGHT.") from None
 
 
 def _place(pipeline: Any, run: RunOptions, device: torch.device) -> None:

@@ -12,6 +12,7 @@ Names and initialisation are those of PEFT's `Linear`, and for LoKr those of LyC
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -274,7 +275,7 @@ class LoraLinear(nn.Module):
         for name, weight in self.active.items():
             parts = {part: module.weight.float() for part, module in self.modules_of(name).items()}
             scale = weight * self.scale(name)
-            added = _product(parts) * scale
+            added = product(parts) * scale
             total += added
             if "lora_magnitude_vector" in parts:
                 base = plain_weight(self.base)
@@ -283,8 +284,8 @@ class LoraLinear(nn.Module):
         return total
 
 
-def _product(parts: dict[str, Tensor]) -> Tensor:
-    """Return the (O, I) matrix of an adapter's factors, without its scale."""
+def product(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the (O, I) matrix of an adapter's factors, by their names in `PARTS`, without scale and magnitude."""
     if "lora_A" in parts:
         return parts["lora_B"] @ parts["lora_A"]
     w2 = parts["lokr_w2"] if "lokr_w2" in parts else parts["lokr_w2_a"] @ parts["lokr_w2_b"]
