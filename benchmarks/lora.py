@@ -1,12 +1,14 @@
 """Time and memory of training steps: our LoRA against PEFT's on the same transformer, in one run.
 
     python benchmarks/lora.py
+    python benchmarks/lora.py --model wan
     python benchmarks/lora.py --device cuda --heads 48 --head-dim 64 --layers 42
 
-CogVideoX's transformer with random weights, the same for both, gets the same adapter (A and B included) from
-`titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Each has its own process. Steps (forward, backward,
-clipping, AdamW) alternate, so a slow minute of the machine affects both equally. The losses of all steps are compared
-too, since both compute the same function. Needs the package peft.
+The transformer of CogVideoX or Wan with random weights, the same for both, gets the same adapter (A and B included)
+from `titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Ours has the attention processors of our
+training, and PEFT's has diffusers' own. Each has its own process. Steps (forward, backward, clipping, AdamW) alternate,
+so a slow minute of the machine affects both equally. The losses of all steps are compared too, since both compute the
+same function. Needs the package peft.
 
 "Growth" is the memory of a step beyond what remains between steps: activations and gradients. It comes from torch's
 allocator on CUDA and from the peak of the process's resident memory elsewhere, without malloc's free lists. "CPU s" is
@@ -36,6 +38,7 @@ MIB = 2**20
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["cogvideox", "wan"], default="cogvideox")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -54,23 +57,48 @@ def arguments() -> argparse.Namespace:
     return a
 
 
+def transformer(a: argparse.Namespace):
+    """Return the transformer, with diffusers' attention processors."""
+    from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
+
+    sizes = {"num_attention_heads": a.heads, "attention_head_dim": a.head_dim, "num_layers": a.layers}
+    if a.model == "wan":
+        return WanTransformer3DModel(**sizes, text_dim=256, ffn_dim=4 * a.heads * a.head_dim)
+    return CogVideoXTransformer3DModel(
+        **sizes, text_embed_dim=256, max_text_seq_length=64, use_rotary_positional_embeddings=True
+    )
+
+
+def inputs(a: argparse.Namespace, kind: Any) -> tuple[dict[str, Any], Any]:
+    """Return the arguments of a call, in the dtype of the weights, and the target of its output."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    shape = (1, 16, a.frames, a.side, a.side) if a.model == "wan" else (1, a.frames, 16, a.side, a.side)
+    x, target = (torch.randn(shape, generator=g).to(a.device) for _ in range(2))
+    given = {
+        "hidden_states": x.to(kind),
+        "encoder_hidden_states": torch.randn(1, 64, 256, generator=g).to(a.device, kind),
+        "timestep": torch.tensor([500], device=a.device),
+    }
+    if a.model == "cogvideox":
+        table = torch.ones(a.frames * (a.side // 2) ** 2, a.head_dim, device=a.device)
+        given["image_rotary_emb"] = table, torch.zeros_like(table)
+    return given, target
+
+
 def build(a: argparse.Namespace, library: str, checkpointing: bool = False, dtype: str = "float32", fp8: bool = False):
     """Return the transformer with an adapter, and the trained parameters."""
     import torch
-    from diffusers import CogVideoXTransformer3DModel
 
     from titans_video.models import lora
+    from titans_video.models.attention import CogVideoXProcessor, WanProcessor
 
     torch.manual_seed(0)
-    network = CogVideoXTransformer3DModel(
-        num_attention_heads=a.heads,
-        attention_head_dim=a.head_dim,
-        num_layers=a.layers,
-        text_embed_dim=256,
-        max_text_seq_length=64,
-        use_rotary_positional_embeddings=True,
-    ).to(a.device, getattr(torch, dtype))
+    network = transformer(a).to(a.device, getattr(torch, dtype))
     network.requires_grad_(False)
+    if library == "ours":
+        network.set_attn_processor(WanProcessor() if a.model == "wan" else CogVideoXProcessor())
     if checkpointing:
         network.enable_gradient_checkpointing()
     if fp8:
@@ -99,20 +127,15 @@ def work(a: argparse.Namespace) -> None:
     library, _, name = a.worker.partition(":")
     network, trained = build(a, library, **SETUPS[name])
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    kind, cuda = next(network.parameters()).dtype, a.device == "cuda"
-    g = torch.Generator().manual_seed(0)
-    x, target = (torch.randn(1, a.frames, 16, a.side, a.side, generator=g).to(a.device) for _ in range(2))
-    text = torch.randn(1, 64, 256, generator=g).to(a.device, kind)
-    shape = (a.frames * (a.side // 2) ** 2, a.head_dim)
-    rotary = torch.ones(shape, device=a.device), torch.zeros(shape, device=a.device)
-    time = torch.tensor([500], device=a.device)
+    cuda = a.device == "cuda"
+    given, target = inputs(a, next(network.parameters()).dtype)
     parent.tell({"trained": sum(p.numel() for p in trained), "frozen": sum(p.numel() for p in network.parameters())})
     while order := parent.order():
         if not cuda:
             map_large_blocks(order == "memory")
         meter = Meter(cuda)
         meter.start()
-        value = network(x.to(kind), text, time, image_rotary_emb=rotary, return_dict=False)[0]
+        value = network(**given, return_dict=False)[0]
         loss = (value.float() - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -148,10 +171,11 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, dict[str, Any]]], 
 
     millions = {k: next(iter(results.values()))["ours"][k] / 1e6 for k in ("frozen", "trained")}
     where = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU, {a.threads} threads, load {load:.1f} before"
-    tokens = a.frames * (a.side // 2) ** 2 + 64
+    tokens = f"{a.frames * (a.side // 2) ** 2} tokens of the clip and 64 of the text"
     lines = [
-        f"CogVideoX transformer of {a.layers} blocks, {a.heads} heads of {a.head_dim}, {millions['frozen']:.1f} "
-        f"million parameters, {tokens} tokens; LoRA of rank {a.rank} on attention, {millions['trained']:.2f} million; "
+        f"{'Wan' if a.model == 'wan' else 'CogVideoX'} transformer of {a.layers} blocks, {a.heads} heads of "
+        f"{a.head_dim}, {millions['frozen']:.1f} million parameters, {tokens}; LoRA of rank {a.rank} on attention, "
+        f"{millions['trained']:.2f} million; "
         f"{where}, torch {torch.__version__}, peft {peft.__version__}; median of {a.repeats} steps taken in turn.",
         "",
         "| | s/step, ours | PEFT | ratio | CPU s, ratio | growth MiB, ours | PEFT | ratio | losses apart by |",

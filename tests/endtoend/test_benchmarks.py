@@ -53,8 +53,10 @@ def test_every_size_has_its_tokens() -> None:
 
 
 @pytest.mark.long
-def test_the_lora_of_both_libraries_learns_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT.with_name("lora.py")), "--quick", "--out", str(tmp_path / "table.md")]
+@pytest.mark.parametrize("model", ["cogvideox", "wan"])
+def test_the_lora_of_both_libraries_learns_the_same(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("lora.py")), "--quick", "--model", model]
+    command += ["--out", str(tmp_path / "table.md")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = re.findall(r"^\| ([^|]+) \|.*\| ([\d.e+-]+) \|$", (tmp_path / "table.md").read_text(), re.MULTILINE)

@@ -44,6 +44,8 @@ INSTALL = {
     "sage": "pip install sageattention",
 }
 NO_MASK = tuple(BACKENDS[name] for name in ("flash", "flash2", "flash3", "sage"))
+WAN_TEXT = 512
+"""Text tokens of Wan's models with an image encoder, as diffusers counts them."""
 IN_TORCH = {
     SDPBackend.CUDNN_ATTENTION: "torch's cuDNN attention",
     SDPBackend.FLASH_ATTENTION: "torch's FlashAttention",
@@ -145,6 +147,53 @@ class CogVideoXProcessor(AttentionDispatch):
         y = attend(q, k, v, None, self._attention_backend, self._parallel_config)
         out = attn.to_out[1](attn.to_out[0](y.flatten(2)))
         return out[:, text:], out[:, :text]
+
+
+class WanProcessor(AttentionDispatch):
+    """Diffusers' `WanAttnProcessor`, whose rotation writes into parts of a tensor, which is slow to differentiate."""
+
+    def __call__(  # type: ignore[override]  # diffusers' signature of a processor
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend from tokens (B, L, D) to themselves, or to a text (B, M, D), with an image's tokens before it."""
+        context, image = hidden_states if encoder_hidden_states is None else encoder_hidden_states, None
+        if attn.add_k_proj is not None:
+            image, context = context.tensor_split([context.shape[1] - WAN_TEXT], dim=1)
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(context))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(context)))
+        if rotary_emb is not None:
+            cos, sin = (table[..., 0::2].float() for table in rotary_emb)  # (1, L, 1, d) with every angle twice
+            if torch.compiler.is_compiling():
+                q, k = (rotate_pairs(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+            else:
+                turns = torch.complex(cos, sin)
+                q, k = (apply_rotary(x.float(), turns).to(x.dtype) for x in (q, k))
+        parallel = self._parallel_config if encoder_hidden_states is None else None
+        y = attend(q, k, v, None, self._attention_backend, parallel).flatten(2)
+        if image is not None:
+            added = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+            k, v = (x.unflatten(2, (attn.heads, -1)) for x in added)
+            y = y + attend(q, k, v, None, self._attention_backend).flatten(2)
+        out: Tensor = attn.to_out[1](attn.to_out[0](y))
+        return out
+
+
+def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts."""
+    if torch.compiler.is_compiling():
+        return rotate_pairs(x, *torch.view_as_real(freqs_cis).unbind(-1))
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Compute `apply_rotary` with real numbers, for the compiler, which does not support complex ones."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 def check_attention_backend(name: AttentionBackend, device: torch.device, *, training: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titans_video.errors import ConfigError
-from titans_video.models.attention import HALF, AttentionDispatch
+from titans_video.models.attention import HALF, AttentionDispatch, apply_rotary
 
 Patch = tuple[int, int, int]
 NORM_EPS = 1e-6
@@ -159,14 +159,6 @@ def freqs_cis_3d(
     )
     axes = (time[:, None, None], height[None, :, None], width[None, None])
     return torch.cat([axis.expand(*grid, -1) for axis in axes], dim=-1).flatten(1, 2)
-
-
-def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of float32 `x` (..., d) by `freqs_cis` (..., d / 2), which broadcasts."""
-    if torch.compiler.is_compiling():  # the compiler fuses the real form and does not support complex numbers
-        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(freqs_cis).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs_cis).flatten(-2)
 
 
 class SelfAttention(AttentionModuleMixin, nn.Module):
