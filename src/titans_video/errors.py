@@ -56,6 +56,11 @@ def few(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
+def counted(count: int, unit: str) -> str:
+    """Return a number and its unit: "1 clip", "2 clips"."""
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 MOST_REASON = 500
 """Characters of a library's message."""
 

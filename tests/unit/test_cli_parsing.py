@@ -131,11 +131,17 @@ def test_a_switch_with_three_positions(words: str, position: str, tmp_path: Path
         assert training(from_file).model.compile == (position if words else other)
 
 
+@pytest.mark.parametrize("words", ["--compile maybe", "--compile=maybe --preset tiny", "--compile="])
+def test_a_switch_without_such_a_position(words: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--compile (maybe|''): it is auto, on or off\.$"):
+        training(words)
+
+
 def test_a_number_or_auto() -> None:
     assert training("").data.num_workers == "auto"
     assert training("--num-workers auto").data.num_workers == "auto"
     assert training("--num-workers 3").data.num_workers == 3
-    with pytest.raises(ConfigError, match="--num-workers"):
+    with pytest.raises(ConfigError, match=r"--num-workers.*expected auto or a whole number; got 'many'"):
         training("--num-workers many")
 
 

@@ -23,7 +23,7 @@ from titans_video.codecs.base import codec_from_checkpoint
 from titans_video.config.generation import Overrides
 from titans_video.config.options import CodecOptions
 from titans_video.console import Progress, SafeStream, note
-from titans_video.errors import CheckpointError, ConfigError, few, first_line, printable
+from titans_video.errors import CheckpointError, ConfigError, counted, few, first_line, printable
 from titans_video.generation.export import export
 from titans_video.generation.model import load_model
 
@@ -55,6 +55,10 @@ def test_control_characters_become_visible_and_legal_text_stays() -> None:
     assert printable("a\nError: b", lines=False) == r"a\nError: b"
     assert few(["b\x1b", "a\n"]) == r"a\n, b\x1b"
     assert first_line(ValueError("bad \x1b[1m name\nmore")) == r"bad \x1b[1m name"
+
+
+def test_a_number_has_its_unit() -> None:
+    assert [counted(n, "clip") for n in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
 
 
 def fail(text: str) -> int:

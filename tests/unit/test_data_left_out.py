@@ -158,7 +158,7 @@ def test_the_shares_of_weighted_manifests_are_printed(tmp_path: Path) -> None:
     one = manifest(tmp_path, {"video": "a.mp4", "caption": "a"}, name="one.jsonl")
     two = manifest(tmp_path, {"video": "a.mp4", "caption": "b"}, {"video": "a.mp4", "caption": "c", "weight": 2})
     data = open_data(DataOptions(manifest=(f"{one}:6", str(two)), num_frames=4), PIXELS, (1, 1, 1), seed=0)
-    assert data.remarks()[-1] == f"Shares of the manifests: {one} 66.7% (1 rows), {two} 33.3% (2 rows)."
+    assert data.remarks()[-1] == f"Shares of the manifests: {one} 66.7% (1 row), {two} 33.3% (2 rows)."
     assert not any("Shares" in line for line in opened(two).remarks())
 
 
@@ -178,7 +178,7 @@ def test_the_share_that_cropping_keeps_is_reported(tmp_path: Path, capsys: pytes
     path = manifest(tmp_path, *[{"video": f"{name}.mp4", "caption": name} for name in ("wide", "tall")])
     _, said, page = check(path, capsys, "--resolution", "16")
     # A clip of 1:2 in a bucket of 2:1 keeps the quarter of its height that has the bucket's shape.
-    assert "1 clips lose more than 20% of their picture" in said
+    assert "1 clip loses more than 20% of its picture" in said
     assert "tall.mp4 keeps 25% of it in 16x32x4" in said
     assert "e.g. --buckets 16x32,32x16" in said
     assert "25% of the picture kept" in page

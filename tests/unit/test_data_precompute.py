@@ -398,7 +398,7 @@ def test_a_row_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     (tmp_path / "set" / "2.mp4").write_bytes(b"gone")
     filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)
     assert [(q.row.id, q.reason) for q in filled.bad_rows] == [("row2", "changed")]
-    assert "1 rows could not be read or encoded and are left out: 1 changed" in filled.summary()
+    assert "1 row left out, unreadable or not encodable: 1 changed" in filled.summary()
     assert [q.row.id for q in filled.data.quarantined] == ["row2"]
     (tmp_path / "set" / "3.mp4").unlink()
     filled = fill_cache(data, tmp_path / "cache", encoders(), progress=False)

@@ -95,5 +95,5 @@ def test_processes_share_what_one_finds(tmp_path: Path, monkeypatch: pytest.Monk
     assert first["rows"] == ["row0", "row2", "row4"]
     assert first["left out"] == [("row3", "missing"), ("row1", "changed")]
     assert first["made"] == (3, 0)
-    assert "1 rows could not be read" in first["said"]
+    assert "1 row left out, unreadable" in first["said"]
     assert verify(tmp_path / "cache") == (3, [])

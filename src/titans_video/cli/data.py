@@ -15,7 +15,7 @@ from titans_video.config.parse import parse
 from titans_video.config.recipes import SoraOptions
 from titans_video.config.rules import check_training
 from titans_video.console import Progress
-from titans_video.errors import ConfigError, DataError
+from titans_video.errors import ConfigError, DataError, counted
 
 FOUND_FAULTS = 1
 """Exit code of a check that worked and found faults."""
@@ -118,7 +118,7 @@ def main_mock(argv: Sequence[str], prog: str = "titans-video data mock") -> int:
 
     arguments: dict[str, Any] = asdict(options)
     manifest = make_dataset(arguments.pop("out"), **arguments)
-    print(f"{options.clips} clips in {manifest.parent}: train with --manifest {shlex.quote(str(manifest))}")
+    print(f"{counted(options.clips, 'clip')} in {manifest.parent}: train with --manifest {shlex.quote(str(manifest))}")
     return 0
 
 

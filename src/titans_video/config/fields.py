@@ -16,7 +16,6 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 AutoDtype = Literal["auto", "fp32", "bf16", "fp16"]
 Switch = Literal["auto", "on", "off"]
 """A switch with a third position. `--compile` is `--compile on`, and `--no-compile` is `--compile off`."""
-Count = int | Literal["auto"]
 VaeBackend = Literal["diffusers", "external", "identity", "patch"]
 AttentionBackend = Literal["auto", "cudnn", "flash", "flash2", "flash3", "sage", "efficient", "math"]
 
@@ -143,6 +142,14 @@ def _integers(args: list[str]) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
+def _count(args: list[str]) -> int | Literal["auto"]:
+    if args[0] == "auto":
+        return "auto"
+    if not args[0].strip().removeprefix("-").isdecimal():
+        raise ValueError(f"expected auto or a whole number; got {args[0]!r}")
+    return int(args[0])
+
+
 def _comma_separated(
     metavar: str, parse: Callable[[list[str]], ValueT], length: int | None
 ) -> tyro.constructors.PrimitiveConstructorSpec[ValueT]:
@@ -163,3 +170,13 @@ def _comma_separated(
 PatchSize = Annotated[tuple[int, int, int], _comma_separated("T,H,W", _triple, 3), Range(least=1)]
 Pair = Annotated[tuple[float, float], _comma_separated("A,B", _pair, 2)]
 Integers = Annotated[tuple[int, ...], _comma_separated("N,N,...", _integers, None)]
+Count = Annotated[
+    int | Literal["auto"],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="auto|N",
+        instance_from_str=_count,
+        is_instance=lambda x: isinstance(x, int) or x == "auto",
+        str_from_instance=lambda x: [str(x)],
+    ),
+]

@@ -82,7 +82,7 @@ class DataOptions:
     trust_scan: bool = False
     """If the manifests and options were scanned before, do not look whether clips have changed since. A clip that was
     changed is left out when it is read."""
-    num_workers: Annotated[Count, Metavar("auto|N"), Range(least=0)] = "auto"
+    num_workers: Annotated[Count, Range(least=0)] = "auto"
     """Worker processes that read clips in advance; 0: read in the training process; auto: 0 on a CPU, and on a GPU one
     less than the cores for each process, from 1 to 8."""
     ram_cache_mb: Annotated[int, Range(least=0)] = 1024

@@ -109,13 +109,23 @@ def fields_of(options: OptionGroup, *types: object) -> set[str]:
 
 
 def _spell_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
-    """Return the words with the position of every switch: `--compile on` for `--compile`, off for `--no-compile`."""
+    """Return the words with the position of every switch: `--compile on` for `--compile`, off for `--no-compile`.
+
+    Raises ConfigError for a switch with another position.
+    """
+    positions = get_args(Switch)
     words: list[str] = []
     for word, after in zip(argv, [*argv, ""][1:], strict=True):
-        name = word[2:].replace("-", "_") if word.startswith("--") else ""
+        flag, is_given, position = word.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         off = name.removeprefix("no_")
         if name in switches:
-            words += [word] if after in get_args(Switch) else [word, "on"]
+            position = position if is_given else "" if after.startswith("-") else after
+            if (is_given or position) and position not in positions:
+                raise ConfigError(
+                    f"{flag} {position or repr(position)}: it is {', '.join(positions[:-1])} or {positions[-1]}."
+                )
+            words += [word] if position else [flag, "on"]
         else:
             words += [flag_of(off), "off"] if off in switches else [word]
     return words

@@ -22,7 +22,7 @@ from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.data.row_scan import ListHash, Scan, make_table, open_scan
 from titans_video.data.row_table import share_table
 from titans_video.data.sampler import TaskMix, parse_task_mix
-from titans_video.errors import ConfigError, DataError
+from titans_video.errors import ConfigError, DataError, counted
 from titans_video.seeding import derive_seed
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
 
@@ -215,14 +215,14 @@ class VideoDataset:
         held_out = len(self.held_out or ())
         micro_batches, usable = self.world * grad_accum, len(self.records) + held_out
         rate = f", {self.fps:g} frames per second" if self.records else ""
-        lines = [f"Data: {usable} of {usable + len(self.quarantined)} rows usable{rate}."]
+        lines = [f"Data: {usable} of {counted(usable + len(self.quarantined), 'row')} usable{rate}."]
         if held_out:
-            lines.append(f"Held out for validation: {held_out} rows; {len(self.records)} are trained on.")
+            lines.append(f"Held out for validation: {counted(held_out, 'row')}; {len(self.records)} are trained on.")
         if self.quarantined:
             lines.append(f"Left out: {format_reasons(self.quarantined)}.")
         counts = self.records.bucket_counts()
         sizes = ", ".join(
-            f"{b} ({counts[b]} rows, batches of {self.batch_size(b) * micro_batches})" for b in self.buckets
+            f"{b} ({counted(counts[b], 'row')}, batches of {self.batch_size(b) * micro_batches})" for b in self.buckets
         )
         return "\n".join([*lines, *([f"Buckets HxWxT: {sizes}."] if sizes else []), *self.remarks(grad_accum)])
 
@@ -243,10 +243,9 @@ class VideoDataset:
         upscale = self.records.column("upscale")
         enlarged = upscale[upscale > 1.001]
         if len(enlarged):
-            lines.append(
-                f"{len(enlarged)} clips are smaller than their bucket and enlarged, {enlarged.max():.2f} times at most "
-                "(--max-upscale refuses them)."
-            )
+            one, many = "1 clip is smaller than its", f"{len(enlarged)} clips are smaller than their"
+            which = one if len(enlarged) == 1 else many
+            lines.append(f"{which} bucket and enlarged, {enlarged.max():.2f} times at most (--max-upscale refuses it).")
         return [*lines, *self._cropped(), *self._short(), *self._copies(), *self._shares()]
 
     def _cropped(self) -> list[str]:
@@ -258,11 +257,12 @@ class VideoDataset:
         worst = self.records[int(kept.argmin())]
         info, area = worst.info(), worst.bucket.height * worst.bucket.width
         ideal = math.sqrt(area * info.height / info.width), math.sqrt(area * info.width / info.height)
+        which, whose = ("1 clip loses", "its") if cropped == 1 else (f"{cropped} clips lose", "their")
         # Multiples of 8 suit most codecs. A check does not know the codec and patch of the training.
         steps = (math.lcm(step, 8) for step in grid(self.table.spec, self.table.patch_size))
         height, width = (max(round(side / step), 1) * step for side, step in zip(ideal, steps, strict=True))
         return [
-            f"Warning: {cropped} clips lose more than {1 - CROPPED:.0%} of their picture to cropping; "
+            f"Warning: {which} more than {1 - CROPPED:.0%} of {whose} picture to cropping; "
             f"{worst.row.video.name} keeps {worst.kept:.0%} of it in {worst.bucket}. Give sizes of their shapes with "
             f"--buckets, e.g. --buckets {worst.bucket.height}x{worst.bucket.width},{height}x{width}."
         ]
@@ -293,10 +293,8 @@ class VideoDataset:
         copies = np.flatnonzero(originals != np.arange(len(content)))
         copy, original = self.records[int(copies[0])].row, self.records[int(originals[copies[0]])].row
         more = f", and {len(copies) - 1} more" if len(copies) > 1 else ""
-        return [
-            f"{len(copies)} rows repeat an earlier row and are trained on as often: {copy.where()} repeats "
-            f"{original.where()}{more}."
-        ]
+        said = f"{len(copies)} rows repeat an earlier row and are" if more else "1 row repeats an earlier row and is"
+        return [f"{said} trained on as often: {copy.where()} repeats {original.where()}{more}."]
 
     def _shares(self) -> list[str]:
         """Return the share of the rows that an epoch draws from each manifest, if there are several."""
@@ -307,7 +305,7 @@ class VideoDataset:
         weights, counts = np.bincount(sources, self.records.column("weight")), np.bincount(sources)
         order = found[np.argsort(first)].tolist()
         total = sum(weights[i] for i in order)
-        parts = (f"{names[i]} {weights[i] / total:.1%} ({counts[i]} rows)" for i in order)
+        parts = (f"{names[i]} {weights[i] / total:.1%} ({counted(counts[i], 'row')})" for i in order)
         return [f"Shares of the manifests: {', '.join(parts)}."]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from titans_video.config.options import DataOptions
 from titans_video.data.clip_plan import REASONS
 from titans_video.data.manifest import Row
-from titans_video.errors import DataError
+from titans_video.errors import DataError, counted
 
 HINTED = 50  # missing files that are searched for hints
 
@@ -31,7 +31,7 @@ def refuse_bad(usable: int, quarantined: Sequence[Quarantined], options: DataOpt
     if usable and bad <= options.max_bad * total:
         return
     what = (
-        f"None of {total} rows is usable."
+        f"None of {counted(total, 'row')} is usable."
         if not usable
         else f"{bad} of {total} rows are unusable, more than --max-bad {options.max_bad:g} allows."
     )

@@ -27,7 +27,7 @@ from titans_video.data.reader import BadRowError, ClipRecord, Frames, RamCache, 
 from titans_video.data.records import DIGEST_BYTES
 from titans_video.data.sampler import uses_cond_image
 from titans_video.data.scan import run_cached_jobs
-from titans_video.errors import DataError, UserError, WriteError
+from titans_video.errors import DataError, UserError, WriteError, counted
 from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
 from titans_video.parsing import Malformed
@@ -87,9 +87,9 @@ class Filled:
     bad_rows: list[Quarantined] = field(default_factory=list)
 
     def summary(self) -> str:
-        text = f"Cache {self.cache.folder}: {self.made} encodings made, {self.found} found."
+        text = f"Cache {self.cache.folder}: {counted(self.made, 'encoding')} made, {self.found} found."
         if self.bad_rows:
-            text += f"\n{len(self.bad_rows)} rows could not be read or encoded and are left out: "
+            text += f"\n{counted(len(self.bad_rows), 'row')} left out, unreadable or not encodable: "
             text += f"{format_reasons(self.bad_rows)}. The last: {self.bad_rows[-1].detail}"
         return text
 

@@ -24,7 +24,7 @@ from titans_video.data.held_out import HeldOut, open_validation, shared_files, s
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
-from titans_video.errors import ConfigError, TextError
+from titans_video.errors import ConfigError, TextError, counted
 from titans_video.models.attention import kernel_note, set_attention_backend
 from titans_video.models.context_parallel import SIZE_SETTING, check_plan, share_tokens
 from titans_video.recipes.base import DiffusionRecipe, Grid
@@ -400,15 +400,16 @@ def open_monitoring(
 
 
 def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Sequence[SamplePrompt]) -> str:
-    videos = f"{len(prompts)} video{'s' * (len(prompts) != 1)}"
+    videos = counted(len(prompts), "video")
+    every = "Validation every " + ("step" if options.validate_every == 1 else f"{options.validate_every} steps")
     held_out = parts.held_out
     if held_out is None:
         return (
-            f"Validation every {options.validate_every} steps: {videos}. No clips are held out, so no loss is "
+            f"{every}: {videos}. No clips are held out, so no loss is "
             "measured; use --validation-split 0.05 or --validation-manifest FILE to hold some out."
         )
     rows = min(len(held_out.records), options.validation_rows or len(held_out.records))
-    note = f"Validation every {options.validate_every} steps: {videos}, and the loss of {rows} held-out rows."
+    note = f"{every}: {videos}, and the loss of {counted(rows, 'held-out row')}."
     both = shared_files(parts.data, held_out)
     return note + (f" {both} of their clips are also trained on, so their loss says little." if both else "")
 

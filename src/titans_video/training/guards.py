@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from titans_video.config.options import ActivationOptions
-from titans_video.errors import UserError
+from titans_video.errors import UserError, counted
 from titans_video.processes import STOP_SIGNALS, handle_signals
 from titans_video.training import distributed
 from titans_video.training.run_folder import EVENTS
@@ -217,11 +217,10 @@ def _format_out_of_memory(error: str, batch: Batch, device: torch.device, activa
         "--mixed-precision bf16, and --cache so that no VAE or text encoder is loaded",
         "FSDP2 (configs/accelerate/fsdp2.yaml) if the weights and the optimizer state fill the memory",
     ]
+    bucket = f"{batch.height}x{batch.width}x{batch.frames} ({counted(len(batch), 'clip')} at once)"
     return (
-        f"Out of memory on {device} with the bucket {batch.height}x{batch.width}x{batch.frames} "
-        f"({len(batch)} clips at once). {allocation[0] + '. ' if allocation else ''}Remedies, the cheapest first: "
-        + "; ".join(r for r in remedies if r)
-        + "."
+        f"Out of memory on {device} with the bucket {bucket}. {allocation[0] + '. ' if allocation else ''}"
+        "Remedies, the cheapest first: " + "; ".join(r for r in remedies if r) + "."
     )
 
 

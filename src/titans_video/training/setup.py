@@ -21,7 +21,7 @@ from titans_video.device import (
     format_choices,
     read_facts,
 )
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError, ConfigError, counted
 from titans_video.formats import RESUMED_STATE
 from titans_video.models.attention import check_attention_backend
 from titans_video.schema import check
@@ -170,11 +170,11 @@ def _format_batch(data: DataOptions, train: TrainOptions, processes: int, resume
     """Return the rows of an optimizer step as text. A resumed run keeps them on any number of processes."""
     if resume and resume.state["batching"] == _batching(data, train):
         rows = sorted(set(resume.state["stream"]["rows"].values()), reverse=True)
-        return f"{' or '.join(map(str, rows))} clips as before"
+        return f"{' or '.join(map(str, rows))} clip{'s' * (rows != [1])} as before"
     parts = f"{processes} x {{}} x {train.grad_accum} accumulated"
     if data.tokens_per_batch:
         return parts.format(f"{data.tokens_per_batch} tokens")
-    return f"{processes * data.batch_size * train.grad_accum} clips = " + parts.format(data.batch_size)
+    return f"{counted(processes * data.batch_size * train.grad_accum, 'clip')} = " + parts.format(data.batch_size)
 
 
 def _batching(data: DataOptions, train: TrainOptions) -> dict[str, int | None]:
@@ -221,9 +221,12 @@ def reconcile_resume(
         return data, train, about
     data, accum = data.divided(before)
     clips = " or ".join(str(n) for n in sorted({n // (data.world * accum) for n in before.values()}))
+    before_now = (
+        f"{resume.state['processes']} process{'es' * (resume.state['processes'] != 1)} before, {data.world} now"
+    )
     logger.info(
-        f"{resume.state['processes']} processes before, {data.world} now: each takes {clips} clips at once, {accum} "
-        "times a step, so that optimizer steps keep their rows."
+        f"{before_now}: each takes {clips} clip{'s' * (clips != '1')} at once, {counted(accum, 'time')} a step, so "
+        "that optimizer steps keep their rows."
     )
     # `about` keeps the flags as given: the next resume may use any number of processes again.
     return data, replace(train, grad_accum=accum), about
