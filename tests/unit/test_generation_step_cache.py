@@ -1,6 +1,7 @@
 """Step caches against plain loops that follow the papers, on a network of a few functions, and in generation."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,7 +136,8 @@ def test_it_computes_what_a_plain_loop_computes(kind: str, reference: Callable[[
     assert network.blocks[-1].calls < 2 * 2 * steps  # some steps skipped it
 
 
-def test_mag_measures_in_the_first_loop_and_skips_in_the_next() -> None:
+def test_mag_measures_in_the_first_loop_and_skips_in_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "titans_video")
     network, steps = Network(), 10
     changes = [(plain(network, x) - x).detach() for x in states(steps, 2)]
     lengths = [change.norm(dim=-1) for change in changes]
@@ -151,6 +153,7 @@ def test_mag_measures_in_the_first_loop_and_skips_in_the_next() -> None:
                 calls += network.blocks[0].calls - before
                 torch.testing.assert_close(found, reference(x) if loop else plain(network, x))
         assert (calls == steps) == (loop == 0)
+    assert caplog.text.count("For one alone, use first-block or taylor") == 1
     # The magnitudes belong to the step, also when guidance ends and the cache begins again.
     reference = mag(network, steps, ratios, begin=5)
     with step_cache(network, "mag", steps) as cached:

@@ -7,6 +7,7 @@ Source: diffusers.hooks, after ParaAttention's first-block cache, MagCache (Ma e
 2025). Legend: B rows, s p tokens, D width.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from titans_video.diffusion.samplers import Predict
 from titans_video.errors import ConfigError
 from titans_video.types import Condition
+
+logger = logging.getLogger(__name__)
 
 NONE, FIRST_BLOCK, MAG, TAYLOR = KINDS = ("none", "first-block", "mag", "taylor")
 
@@ -63,6 +66,10 @@ def step_cache(network: Any, kind: str, steps: int) -> Iterator[Wrap]:
     if len(network.blocks) < 2:
         raise ConfigError(f"--step-cache {kind}: it needs at least 2 blocks, and this network has 1.")
     if kind == MAG and network not in _MAGNITUDES:
+        logger.info(
+            "--step-cache mag measures in the first video or window, and does not speed it up. For one alone, use "
+            "first-block or taylor."
+        )
         magnitudes = _Magnitudes(network.blocks)
         with _blocks_run_by(network, magnitudes):
             yield magnitudes.wrap
