@@ -59,6 +59,7 @@ SECTIONS = (
     Section("generate", "Generation, 1B st", "common.gpu_models:generation", 40, 80),
     Section("step-3b", "Training step, 3B", "common.gpu_models:step_3b", 60, 120),
     Section("lora-cogvideox", "LoRA step, shape of CogVideoX-5B", "common.gpu_models:lora_cogvideox", 30, 70),
+    Section("choices", "Attention kernels and activations, 4 blocks of 1B full", "common.gpu_models:choices", 45, 90),
     Section("titans", "Training step, Titans", "common.gpu_models:step_titans", 40, 90),
     Section("vae", "VAE of Wan", "common.gpu_models:vae", 20, 60),
     Section("lora-wan", "LoRA step, shape of Wan-14B", "common.gpu_models:lora_wan", 60, 110),

@@ -8,19 +8,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.gpu_hardware import SdpaCalls, chosen_backend, kernel_of, seconds, wait
-from common.measuring import Rows, count_flops
+from common.measuring import Rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+from titans_video.config.fields import AttentionBackend
 from titans_video.config.options import ActivationOptions, MemoryOptions, ModelOptions
+from titans_video.errors import ConfigError
 from titans_video.models import lora
 from titans_video.models.activations import limit_activations
+from titans_video.models.attention import check_attention_backend, set_attention_backend
+from titans_video.models.compiling import compile_blocks
 from titans_video.models.flops import sora_flops, titans_flops
 from titans_video.models.registry import build_network, sora_config, titans_config
 from titans_video.models.titans_dit import SegmentRollout
@@ -31,6 +37,8 @@ SPEC = CodecSpec("wan", 16, (4, 8, 8), "causal")
 PATCH = (1, 2, 2)
 SMALL_MODEL = {"model_dim": 48, "depth": 2, "heads": 2}
 WARM_UP, STEPS = 2, 3
+FEW_BLOCKS = 4
+"""Blocks on which choices are compared; the others would give the same ratios."""
 GIB = 2**30
 
 
@@ -63,10 +71,10 @@ def on_device(build: Callable[[], Any], device: str) -> Any:
         return build().to(device)
 
 
-def compile_network(network: Any, small: bool) -> None:
+def compile_network(network: nn.Module, small: bool, training: bool = True) -> None:
     """Compile each block, except in a small run, where that would take longer than everything else."""
     if not small:
-        network.compile_repeated_blocks()
+        compile_blocks(network, training=training)
 
 
 def free() -> None:
@@ -127,16 +135,22 @@ def least_memory_that_fits(rows: Rows, what: str, network: Any, step: Step, flop
         report(rows, f"{what}, --gradient-checkpointing (does not fit without it)", step, flops)
 
 
-def measure_sora(rows: Rows, preset: str, attention: str, *, eager: bool = False, checkpointing: bool = False) -> None:
-    """Measure SoraDiT, first `eager` if asked, then compiled."""
+def sora_step(rows: Rows, preset: str, attention: str, depth: int | None = None) -> tuple[Any, Step, int]:
+    """Return a SoraDiT, its training step, and the FLOPs of that."""
     shapes = Shapes(rows.small)
     config = shapes.sora(preset, attention)
+    config["depth"] = depth or config["depth"]
     network = on_device(lambda: build_network(config), rows.device).train()
-    flops = sora_flops(network)(shapes.latents, (shapes.text,))
-    if checkpointing:
-        limit_activations(network, ActivationOptions(gradient_checkpointing=True))
     latents, times, condition = shapes.inputs(rows.device)
     step = Step(network, lambda: network(latents, times, condition).value, rows.device)
+    return network, step, sora_flops(network)(shapes.latents, (shapes.text,))
+
+
+def measure_sora(rows: Rows, preset: str, attention: str, *, eager: bool = False, checkpointing: bool = False) -> None:
+    """Measure SoraDiT, first `eager` if asked, then compiled."""
+    network, step, flops = sora_step(rows, preset, attention)
+    if checkpointing:
+        limit_activations(network, ActivationOptions(gradient_checkpointing=True))
     what = f"{preset} {attention}{', --gradient-checkpointing' if checkpointing else ''}"
     if eager:
         least_memory_that_fits(rows, f"{what}, --no-compile", network, step, flops)
@@ -154,6 +168,32 @@ def step_3b(rows: Rows) -> None:
     for attention in ("st", "full"):
         rows.attempt(f"3B {attention}", lambda a=attention: measure_sora(rows, "3B", a, checkpointing=True))
         free()
+
+
+def choices(rows: Rows) -> None:
+    """Measure a few blocks of 1B full: each attention kernel, and compiled what is kept of the activations."""
+    for name in get_args(AttentionBackend):
+        what = f"--attention-backend {name}"
+        try:
+            check_attention_backend(name, torch.device(rows.device), training=True)
+        except ConfigError as e:
+            rows.add(what, "not available", "", str(e))
+        else:
+            if name != "math" or rows.small:  # it stores all scores
+                rows.attempt(what, lambda w=what, n=name: measure_choice(rows, w, n))
+    for mode in ("none", "selective", "full"):
+        what = f"--activation-checkpointing {mode}, --compile"
+        rows.attempt(what, lambda w=what, m=mode: measure_choice(rows, w, "auto", m))
+
+
+def measure_choice(rows: Rows, what: str, backend: AttentionBackend, activations: str | None = None) -> None:
+    network, step, flops = sora_step(rows, "1B", "full", FEW_BLOCKS)
+    set_attention_backend(network, backend, torch.bfloat16)
+    if activations:
+        limit_activations(network, ActivationOptions(activation_checkpointing=activations))
+        compile_network(network, rows.small)
+    report(rows, what, step, flops)
+    free()
 
 
 def titans(shapes: Shapes, preset: str, device: str) -> tuple[Any, Callable[..., Any], Any]:
@@ -236,16 +276,25 @@ def wan(small: bool, depth: int | None = None) -> tuple[Callable[[], Any], Calla
     return build, run
 
 
+def count_step(network: Any, run: Callable[[Any, str], Tensor]) -> int:
+    """Count the FLOPs of a training step on the meta device; frozen weights have no gradient."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run(network, "meta").sum().backward()
+    return int(counter.get_total_flops())
+
+
 def measure_lora(rows: Rows, what: str, model: Callable[[bool], Any]) -> None:
     """Measure a step of a LoRA of rank 64 on attention, on a frozen base in bf16 with gradient checkpointing."""
     build, run = model(rows.small)
-    with torch.device("meta"):
-        outline = build().to("meta", torch.bfloat16)
-        flops = count_flops(lambda: run(outline, "meta")) * 2 // 3  # frozen weights have no gradient
-    network = on_device(build, rows.device).to(torch.bfloat16).requires_grad_(False)
+
+    def adapted(device: str) -> Any:
+        network = on_device(build, device).to(torch.bfloat16).requires_grad_(False)
+        lora.inject(network, lora.LoraConfig(4 if rows.small else 64))
+        return network.to(device).train()
+
+    flops = count_step(adapted("meta"), run)
+    network = adapted(rows.device)
     network.enable_gradient_checkpointing()
-    lora.inject(network, lora.LoraConfig(4 if rows.small else 64))
-    network.to(rows.device).train()
     report(
         rows,
         f"{what}, rank 64, --gradient-checkpointing",
@@ -360,7 +409,7 @@ def generation(rows: Rows) -> None:
     about = {"model": config, "data": data, "text": {"widths": [shapes.text_width]}, "sample": {"guidance_scale": 5.0}}
     codec, text = wan_vae(rows.small, rows.device), RandomText(shapes, rows.device)
     model = VideoModel(network, codec, text, RectifiedFlow(), about)
-    compile_network(network, rows.small)
+    compile_network(network, rows.small, training=False)
 
     def video(steps: int) -> float:
         about["sample"] = {"guidance_scale": 5.0, "steps": steps}

@@ -26,6 +26,7 @@ from titans_video.codecs.base import build_codec
 from titans_video.config.options import ActivationOptions, CodecOptions, TextOptions, TrainOptions
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
+from titans_video.models import compiling
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import build_network
 from titans_video.recipes.setup import RunParts
@@ -285,7 +286,8 @@ def _agree(rows: Rows, attention: str) -> None:
     half = gradients(fresh(), torch.bfloat16)
     add("bf16 against float32", half, exact)
     compiled, recomputed = fresh(), fresh()
-    compiled.compile_repeated_blocks(**({"backend": "aot_eager"} if rows.small else {}))
+    compiling.BACKEND = "aot_eager" if rows.small else compiling.BACKEND
+    compiling.compile_blocks(compiled, training=True)
     add("compiled against eager, bf16", gradients(compiled, torch.bfloat16), half)
     limit_activations(recomputed, ActivationOptions(gradient_checkpointing=True))
     add("--gradient-checkpointing against none, bf16", gradients(recomputed, torch.bfloat16), half)

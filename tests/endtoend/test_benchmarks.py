@@ -76,6 +76,8 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     rows = {(name, row["what"]): row for name, section in sections.items() for row in section["rows"]}
     assert not [place for place, row in rows.items() if row["value"] == "failed"]
     assert rows["resume", "weights and averages after a resume"]["value"] == "equal"
+    assert rows["choices", "--attention-backend cudnn"]["value"] == "not available"
+    assert rows["choices", "--activation-checkpointing selective, --compile"]["value"] > 0
     for attention in ("st", "full"):
         found_here = sections["correct"]["rows"]
         near = {row["what"]: row["value"] for row in found_here if row["what"].startswith(f"{attention}, ")}
