@@ -27,7 +27,7 @@ from titans_video.cli.run import configure_logging
 from titans_video.codecs.base import IdentityCodec
 from titans_video.config.options import ActivationOptions, TextOptions, TrainOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
-from titans_video.models import activations
+from titans_video.models import activations, compiling
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
@@ -166,7 +166,8 @@ def recomputed(folder: Path, kind: str) -> dict[str, Any]:
         recipe = make_recipe()
         limit_activations(recipe.network, ActivationOptions(False, name, activation_offload=name in ("full", "none")))
         if compiled:
-            recipe.network.compile_repeated_blocks(backend="aot_eager")
+            compiling.BACKEND = "aot_eager"
+            compiling.compile_blocks(recipe.network, training=True)
         found = first_step(folder / f"{kind} {name} {compiled}", recipe, mixed=True)["gradients"]
         differences = [(found[n] - g).norm() / g.norm().clamp(min=1e-12) for n, g in plain.items()]
         worst[f"{name} compiled" if compiled else name] = float(max(differences))

@@ -26,8 +26,9 @@ from tests.endtoend.distributed_jobs import (
     start,
     whole,
 )
-from titans_video.config.options import MemoryOptions
-from titans_video.models import lora
+from titans_video.config.options import ActivationOptions, MemoryOptions
+from titans_video.models import activations, lora
+from titans_video.models.activations import limit_activations
 from titans_video.models.context_parallel import share_tokens
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import TitansVideoDiT
@@ -122,6 +123,12 @@ RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
 }
 
 
+SELECTIVE = ActivationOptions(activation_checkpointing="selective", activation_offload=True)
+FULL = ActivationOptions(gradient_checkpointing=True)
+ACTIVATIONS = {2: {"full": SELECTIVE, "titans": FULL, "lora": SELECTIVE}, 4: {"st": SELECTIVE, "lora": FULL}}
+"""What is kept of the activations, by the number of processes and the recipe; one process keeps all."""
+
+
 def encoded_batch(rows: range) -> Batch:
     """Return rows of latents and text for the pipeline."""
     seeds = [derive_seed(0, "row", i) for i in rows]
@@ -160,6 +167,7 @@ def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
     accelerator = start(given)
     found, _ = distributed.run_on_main(accelerator, lambda: resume_module.find_resume(given))
     recipe = RECIPES[name](folder)
+    limit_activations(recipe.network, ACTIVATIONS.get(accelerator.num_processes, {}).get(name, ActivationOptions()))
     if context_size() > 1:
         share_tokens(recipe.context_plan(), recipe.network, context_mesh(accelerator))
     group = data_group(accelerator)
@@ -198,6 +206,7 @@ def in_float64() -> None:
 
 def main(folder: Path, engines: list[str]) -> None:
     torch.set_num_threads(1)
+    activations.LEAST_BYTES = 0
     in_float64()
     dist.init_process_group("gloo")
     for turn, engine in enumerate(engines, start=2):

@@ -17,7 +17,7 @@ from tests.unit import test_models_titans_dit as titans
 from tests.unit.svd_parts import svd_model
 from titans_video.config.options import ActivationOptions
 from titans_video.models import activations, compiling, lora
-from titans_video.models.activations import blocks_of, limit_activations
+from titans_video.models.activations import MainMemory, blocks_of, limit_activations
 from titans_video.models.svd_unet import TextCrossAttention
 from titans_video.pretrained.base import open_model_spec
 from titans_video.types import Condition, TextCondition
@@ -182,6 +182,14 @@ def test_every_nth_block_is_recomputed() -> None:
     with torch.no_grad():
         run(network)
     assert sorted(calls) == ["0", "1", "2", "3", "4"]
+
+
+def test_main_memory_keeps_strides() -> None:
+    x, memory = torch.arange(120.0).view(4, 5, 6), MainMemory()
+    for part in (x, x[:, 1:3], x.transpose(0, 1), x[::2].mT, x[:1].expand(3, 5, 6)):
+        again = memory.unpack(memory.pack(part))
+        assert torch.equal(again, part)
+        assert again.stride() == part.stride()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

@@ -2,16 +2,23 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.unit.svd_parts import svd_model
 from titans_video.config.options import ModelOptions
 from titans_video.config.recipes import SoraOptions
+from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
+from titans_video.models.sora_dit import SoraDiT
+from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
 from titans_video.recipes.setup import share_clips
 from titans_video.training.parallelism import DataGroup, Parallelism, data_group, refuse_other_engines
+from titans_video.types import CodecSpec
 
 USE = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -119,3 +126,35 @@ def test_options_that_were_not_tested_with_shared_clips(
     ask(monkeypatch, {**USE, **FSDP2, **sizes(cp=2)}, 2)
     with pytest.raises(ConfigError, match="was not tested with context parallelism"):
         share_clips(SoraOptions(model=ModelOptions(**changes)), *[None] * 3)  # type: ignore[arg-type]
+
+
+class Recipe:
+    """The parts of a recipe that say how its network divides the tokens of clips."""
+
+    geometry = ClipGeometry(CodecSpec("wan", 4, (4, 8, 8), "causal"), (1, 2, 2))
+    context_plan = DiffusionRecipe.context_plan
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+
+SIZE: dict[str, Any] = {"in_channels": 4, "patch_size": (1, 2, 2), "model_dim": 48, "depth": 1, "heads": 6}
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (lambda: SoraDiT(**SIZE), r"3 processes .*8 tokens of clips of 32x64x9\. .*for these clips: 2\."),
+        (lambda: SoraDiT(**SIZE, conv=True), "does not support convolutions"),
+        (lambda: svd_model().network, "SVDUNet does not support context parallelism"),
+    ],
+)
+def test_networks_and_sizes_that_cannot_be_shared(
+    monkeypatch: pytest.MonkeyPatch, network: Callable[[], Any], said: str
+) -> None:
+    """The size that does not fit is one of held-out clips."""
+    ask(monkeypatch, {**USE, **FSDP2, **sizes(cp=3)}, 3)
+    trained, held_out = (SimpleNamespace(buckets=[Bucket(9, *size)]) for size in ((96, 64), (32, 64)))
+    parts: Any = SimpleNamespace(data=trained, held_out=held_out)
+    with pytest.raises(ConfigError, match=said):
+        share_clips(SoraOptions(), Recipe(network()), parts, None)  # type: ignore[arg-type]

@@ -159,22 +159,27 @@ class MainMemory:
     def pack(self, x: Tensor) -> Any:
         if x.numel() * x.element_size() < LEAST_BYTES or x.untyped_storage().data_ptr() in self.weights:
             return x
+        if 0 in x.stride():  # expanded, so there is less of it than its shape says
+            return x
         cuda = x.device.type == "cuda"
         packed = torch.empty_like(x, device="cpu", pin_memory=cuda)
         if not cuda:
-            return x.device, packed.copy_(x), None
+            return x.device, x.stride(), packed.copy_(x), None
         self.stream = self.stream or torch.cuda.Stream(x.device)
         self.stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self.stream):
             packed.copy_(x, non_blocking=True)
         x.record_stream(self.stream)  # its memory is not reused before the copy is made
-        return x.device, packed, self.stream.record_event()
+        return x.device, x.stride(), packed, self.stream.record_event()
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        device, kept, copied = packed
+        device, stride, kept, copied = packed
         if copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)
         moved: Tensor = kept.to(device, non_blocking=True)
-        return moved
+        if moved.stride() == stride:
+            return moved
+        # A part of a larger tensor: with other strides, recomputation would run other operations.
+        return torch.empty_strided(moved.shape, stride, dtype=moved.dtype, device=device).copy_(moved)
