@@ -165,6 +165,7 @@ CONFIG = Record(
         "sample": optional(SAMPLE),
         "segments": optional(Record({"latents": WIDTH, "overlap": Whole(0, 2**16)})),
         "image": optional(Record({"pretrained_model": NAME, "dtype": Text(100), "fingerprint": optional(NAME)})),
+        "vae": Record({"class": Text(100), "config": MapOf(Plain(depth=4, nodes=10_000), 1000)}),
         "base": BASE,
         "lora": Record(
             optional={
@@ -232,9 +233,10 @@ LOSS = optional(Real())
 
 
 def _is_complete(line: Mapping[str, Any]) -> str | None:
-    if line.get("cells") and not {"loss", "quantiles", "losses", "rows"} <= line.keys():
+    names = "measures" if "measures" in line else "quantiles"
+    if line.get("cells") and not {"loss", names, "losses", "rows"} <= line.keys():
         return "its total is missing"
-    count = len(line.get("quantiles", ()))
+    count = len(line.get(names, ()))
     losses = [line.get("losses", ()), *(cell["losses"] for cell in line.get("cells", ()))]
     return "losses and quantiles have other lengths" if any(len(x) != count for x in losses) else None
 
@@ -244,6 +246,7 @@ VALIDATION_LINE = Record(
     {
         "loss": LOSS,
         "quantiles": ListOf(Real(Range(above=0, below=1)), 1, 1000),
+        "measures": ListOf(Text(100), 1, 100),
         "losses": ListOf(LOSS, 1, 1000),
         "rows": COUNT,
         "cells": ListOf(

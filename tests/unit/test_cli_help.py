@@ -219,7 +219,7 @@ def test_usage_lists_every_command(printed: Printed) -> None:
     ("line", "expected"),
     [
         ("tr", "train"),
-        ("train ", "titans lora finetune svd"),
+        ("train ", "titans lora finetune svd vae"),
         ("data ", "mock check cache"),
         ("train --vae-b", "--vae-backend"),
         ("train --vae-backend ", "diffusers external identity patch"),

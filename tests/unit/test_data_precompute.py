@@ -29,8 +29,7 @@ from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.reader import RowReader
 from titans_video.errors import DataError
 from titans_video.recipes.codec import codec_key
-from titans_video.recipes.setup import text_keys
-from titans_video.text.base import TextEncoder, build_text
+from titans_video.text.base import TextEncoder, build_text, text_keys
 from titans_video.types import TextCondition
 
 

@@ -51,6 +51,7 @@ class ToyRecipe:
         self.sample_prompt = prompt
         self.sample_flags: tuple[str, ...] = ()
         self.adapter: AdapterFiles | None = None
+        self.measures: tuple[str, ...] = ()
 
     def row_elements(self, batch: Batch) -> Tensor:
         return self._mask(batch).sum(1).long()

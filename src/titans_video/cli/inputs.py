@@ -4,14 +4,14 @@ from pathlib import Path
 
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import DataOptions
-from titans_video.config.recipes import PretrainedOptions, SoraOptions
+from titans_video.config.recipes import PretrainedOptions, SoraOptions, TrainVaeOptions
 from titans_video.data.manifest import split_weight
 from titans_video.errors import CheckpointError, ConfigError, DataError
 
 LATEST = "latest"
 
 
-def check_training_inputs(options: SoraOptions | PretrainedOptions) -> None:
+def check_training_inputs(options: SoraOptions | PretrainedOptions | TrainVaeOptions) -> None:
     """Raise a UserError if a manifest, a model folder or the checkpoint of a training is missing."""
     check_manifests(options.data, options.validation.validation_manifest)
     resume = options.train.resume
@@ -19,7 +19,10 @@ def check_training_inputs(options: SoraOptions | PretrainedOptions) -> None:
         raise CheckpointError(
             f"--resume {resume}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
         )
-    if isinstance(options, PretrainedOptions):
+    if isinstance(options, TrainVaeOptions):
+        if options.losses.lpips is not None and not Path(options.losses.lpips).is_file():
+            raise ConfigError(f"--lpips {options.losses.lpips}: there is no such file.")
+    elif isinstance(options, PretrainedOptions):
         check_pretrained(options.base.pretrained_model)
     elif options.codec.vae_backend == "diffusers":
         check_pretrained(options.codec.pretrained_model)

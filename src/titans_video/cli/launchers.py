@@ -64,6 +64,11 @@ def train_video_accelerate() -> int:
     return _train("train_svd", sys.argv[1:], f"{ACCELERATE}/train_video_accelerate.py")
 
 
+def train_vae_accelerate() -> int:
+    """Train a video VAE on the processes of a launcher; return the exit code."""
+    return _train("train_vae", sys.argv[1:], f"{ACCELERATE}/train_vae_accelerate.py")
+
+
 def infer_sora() -> int:
     """Generate; return the exit code."""
     return guarded(lambda: _generate(sys.argv[1:], "python train/videos/infer_sora.py"))

@@ -12,8 +12,15 @@ from titans_video.config.fields import RunPath
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
 from titans_video.config.parse import parse
-from titans_video.config.recipes import FinetuneOptions, LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
-from titans_video.config.rules import check_finetune, check_lora, check_svd, check_titans, check_training
+from titans_video.config.recipes import (
+    FinetuneOptions,
+    LoraRunOptions,
+    SoraOptions,
+    SVDOptions,
+    TitansOptions,
+    TrainVaeOptions,
+)
+from titans_video.config.rules import check_finetune, check_lora, check_svd, check_titans, check_training, check_vae
 from titans_video.console import lasting_streams
 from titans_video.errors import ConfigError, DataError
 
@@ -165,6 +172,36 @@ SVD = About(
     ),
     notes="--pretrained-model is a folder with unet, vae, image_encoder, feature_extractor and scheduler.\n" + CONFIG,
 )
+VAE = About(
+    TrainVaeOptions,
+    "Train a causal video VAE, or fine-tune one, on clips and images without captions.",
+    (
+        (
+            "Train a small VAE on a CPU, on crops of 64 pixels at several sizes",
+            "--manifest clips/manifest.jsonl --resolution 192 --num-frames 9 --crop-size 64 --crop-scale 1,3 "
+            "--spatial-stride 4 --batch-size 6 --lr 2e-3 --max-steps 2000",
+        ),
+        (
+            "Fine-tune the decoder of a pretrained VAE, so that its latents do not change",
+            "--manifest clips/manifest.jsonl --init-from weights/Wan2.1-T2V-1.3B-Diffusers --trainable decoder "
+            "--resolution 256 --lr 1e-5 --mixed-precision bf16",
+        ),
+    ),
+    (
+        "manifest",
+        "init_from",
+        "latent_channels",
+        "spatial_stride",
+        "resolution",
+        "num_frames",
+        "crop_size",
+        "max_steps",
+        "output_dir",
+        "resume",
+    ),
+    notes="The finished VAE is the folder vae/ in --output-dir. Every command takes it as --pretrained-model.\n"
+    + CONFIG,
+)
 FRAMEWORK_TEXT_MODEL = "google/umt5-xxl"
 
 
@@ -249,6 +286,17 @@ def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
         options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, about=SVD)
     with lasting_streams():
         return svd.train_svd(options).exit_code
+
+
+def train_vae(argv: Sequence[str], prog: str = "titans-video train vae") -> int:
+    """Train or fine-tune a VAE; return the exit code."""
+    options = parse(TrainVaeOptions(), argv, prog=prog, about=VAE)
+    check_vae(options)
+    check_training_inputs(options)
+    from titans_video.recipes import vae
+
+    with lasting_streams():
+        return vae.train_vae(options).exit_code
 
 
 def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:

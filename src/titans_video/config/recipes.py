@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from titans_video.config.fields import AutoDtype, Dtype, FilePath, FolderPath, Metavar, Pair, Range, Switch
+from titans_video.config.fields import AutoDtype, Dtype, FilePath, FolderPath, Integers, Metavar, Pair, Range, Switch
 from titans_video.config.options import (
     BELOW_1,
     SHARE,
@@ -158,3 +158,77 @@ class SVDOptions(SoraOptions):
 
     train: TrainOptions = field(default_factory=lambda: TrainOptions(lr=1e-5))
     tune: TuneOptions = field(default_factory=TuneOptions)
+
+
+@dataclass(frozen=True)
+class VaeOptions:
+    """The VAE, and the parts of clips that it is trained on."""
+
+    latent_channels: Annotated[int, Range(least=1)] = 16
+    """Channels of the latents."""
+    spatial_stride: Annotated[int, Range(least=4, most=32)] = 8
+    """Pixels of a latent cell along height and width."""
+    temporal_stride: Annotated[int, Range(least=1, most=8)] = 4
+    """Frames of a latent frame. The first frame of a clip has a latent frame of its own."""
+    vae_width: Annotated[int, Range(least=1)] = 128
+    """Channels of the blocks."""
+    encoder_blocks: Annotated[int, Range(least=1)] = 3
+    """Blocks of the encoder."""
+    decoder_blocks: Annotated[int, Range(least=1)] = 5
+    """Blocks of the decoder."""
+    refine_width: Annotated[int, Range(least=0)] = 16
+    """Channels of the last convolutions, on full frames; 0: none."""
+    linear_start: bool = True
+    """Start as the linear codec of the clips' principal components. --no-linear-start begins at random."""
+    trainable: Literal["all", "decoder"] = "all"
+    """decoder: leave the encoder, and so the latents, as --init-from has them."""
+    crop_size: Annotated[int | None, Range(least=1)] = None
+    """Train on square crops of this many pixels at random places (default: whole frames)."""
+    crop_scale: Annotated[Pair, Range(above=0)] = (1.0, 1.0)
+    """Sizes of the crops before they are resized to --crop-size, as multiples of it. Each clip draws its own."""
+    frame_counts: Annotated[Integers | None, Range(least=1)] = None
+    """Numbers of frames, such as 1,5,17, of which each step draws one (default: all frames of the clips)."""
+
+
+@dataclass(frozen=True)
+class VaeLossOptions:
+    """The losses of the VAE; each is a mean over pixels or latents."""
+
+    pixel_loss: Literal["charbonnier", "l1"] = "charbonnier"
+    """Distance of pixels."""
+    gradient_weight: Annotated[float, Range(least=0)] = 0.3
+    """Weight of the distance of gradients at three scales, which keeps edges sharp."""
+    temporal_weight: Annotated[float, Range(least=0)] = 0.1
+    """Weight of the change of the error from frame to frame, which is seen as flicker."""
+    kl_weight: Annotated[float, Range(least=0)] = 5e-5
+    """Weight of the KL divergence of the latents from a normal distribution."""
+    lpips: FilePath | None = None
+    """State dict of lpips.LPIPS(net="vgg"), .pt or .safetensors; nothing is downloaded."""
+    lpips_weight: Annotated[float, Range(least=0)] = 0.1
+    """Weight of LPIPS."""
+    gan_start: Annotated[int | None, Range(least=0)] = None
+    """Optimizer step at which a discriminator of patches starts (default: none is trained)."""
+    gan_weight: Annotated[float, Range(least=0)] = 0.1
+    """Size of the discriminator's gradient at each clip's pixels, relative to the gradient of the other losses."""
+    gan_lr: Annotated[float, Range(above=0)] = 2e-4
+    """Learning rate of the discriminator, which has an optimizer of its own."""
+    gan_width: Annotated[int, Range(least=1)] = 32
+    """Channels of the discriminator's first layer."""
+
+
+def _vae_data() -> DataOptions:
+    return DataOptions(num_frames=17, random_start=True, empty_captions="keep")
+
+
+@dataclass(frozen=True)
+class TrainVaeOptions:
+    """All options of a run that trains a VAE."""
+
+    config: FilePath | None = None
+    """YAML file that sets any of these options. Command-line flags override it."""
+    data: DataOptions = field(default_factory=_vae_data)
+    vae: VaeOptions = field(default_factory=VaeOptions)
+    losses: VaeLossOptions = field(default_factory=VaeLossOptions)
+    activations: ActivationOptions = field(default_factory=ActivationOptions)
+    train: TrainOptions = field(default_factory=lambda: TrainOptions(lr=1e-3, lr_schedule="cosine", ema_decay=0.999))
+    validation: ValidationOptions = field(default_factory=ValidationOptions)

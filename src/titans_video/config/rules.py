@@ -24,7 +24,9 @@ from titans_video.config.recipes import (
     SoraOptions,
     SVDOptions,
     TitansOptions,
+    TrainVaeOptions,
     TuneOptions,
+    VaeOptions,
 )
 from titans_video.errors import ConfigError
 
@@ -102,6 +104,38 @@ def check_pretrained(options: PretrainedOptions) -> None:
     if options.generation_defaults.sample_guidance_interval is not None:
         raise ConfigError("--sample-guidance-interval: diffusers pipelines guide at all times; leave it out.")
     reject_continuation(options.generation_defaults, "the diffusers pipelines sample all windows alike")
+
+
+def check_vae(options: TrainVaeOptions) -> None:
+    """Check the options of `train vae`.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
+    check_clips(options.data)
+    check_run(options.train)
+    check_activations(options.activations)
+    check_held_out(options.validation)
+    check_validation_runs(options.validation)
+    check_tracker(options.validation)
+    check_crops(options.vae)
+    for flag, given in (
+        ("--cache", options.data.cache),
+        ("--validation-prompts", options.validation.validation_prompts),
+    ):
+        if given is not None:
+            raise ConfigError(f"{flag}: a VAE is trained on pixels, without captions; leave it out.")
+    if options.vae.trainable == "decoder" and options.train.init_from is None:
+        raise ConfigError("--trainable decoder needs the VAE whose encoder stays as it is; give --init-from FOLDER.")
+
+
+def check_crops(vae: VaeOptions) -> None:
+    """Require LO <= HI, a crop to resize, and a crop that the strides divide."""
+    low, high = vae.crop_scale
+    if low > high:
+        raise ConfigError(f"--crop-scale {low:g},{high:g}: the first size must not be above the second.")
+    if vae.crop_size is None and (low, high) != (1.0, 1.0):
+        raise ConfigError(f"--crop-scale {low:g},{high:g}: whole frames are used; give --crop-size too.")
 
 
 def check_clips(data: DataOptions) -> None:

@@ -152,6 +152,7 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
     cache: EncodingCache | None = None  # that batches carry encodings from; None: they carry pixels and captions
     codec_in_use: bool = False  # training needs it even with a cache, so validation does not release it
     adapter: AdapterFiles | None = None  # None for a recipe that trains whole networks
+    measures: tuple[str, ...] = ()  # losses are measured at quantiles of the training times
 
     def __post_init__(self) -> None:
         self.empty = prompt_encoder(self.text, self.cache).empty(1).to(self.device)

@@ -1,6 +1,5 @@
 """The parts of a run that every recipe needs: clips, codec, cache, validation; and training with them."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from titans_video.config.recipes import SoraOptions
 from titans_video.data.cache import EncodingCache
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, open_validation, shared_files, split
+from titans_video.data.loader import Draw
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
@@ -29,11 +29,12 @@ from titans_video.models.attention import kernel_note, set_attention_backend
 from titans_video.models.context_parallel import SIZE_SETTING, check_plan, share_tokens
 from titans_video.recipes.base import DiffusionRecipe, Grid
 from titans_video.recipes.codec import codec_key, codec_spec, fit_codec, open_codec
-from titans_video.text.base import TextEncoder, build_text, vocabulary
+from titans_video.text.base import TextEncoder, build_text, text_keys, vocabulary
 from titans_video.training import tracking
 from titans_video.training.distributed import AUTOCAST, Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
 from titans_video.training.parallelism import context_mesh, context_size, data_group
+from titans_video.training.recipe import ConfiguredRecipe, Recipe
 from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, choose_defaults, reconcile_resume
@@ -49,11 +50,17 @@ DEFAULT_PROMPTS = 4  # captions of the data that validation uses if no prompts a
 
 
 @dataclass(frozen=True)
-class RunParts:
-    """The parts that a recipe is built from."""
+class ClipParts:
+    """The clips of a run."""
 
     data: VideoDataset
     held_out: VideoDataset | None  # clips whose loss validation measures
+
+
+@dataclass(frozen=True)
+class RunParts(ClipParts):
+    """The parts that a recipe is built from."""
+
     codec: Codec  # frozen, like `text`; both without weights if everything is cached
     codec_options: CodecOptions  # of `codec`, for checkpoints
     text: TextEncoder
@@ -193,20 +200,6 @@ def encode_cache(
     return replace(filled, data=replace(filled.data, rank=data.rank, world=data.world))
 
 
-def text_keys(text: TextEncoder) -> tuple[str, ...]:
-    """Return what distinguishes each stream's states from any other's; () if no stream is frozen."""
-    prints, options = text.fingerprints(), text.options
-    if all(p is None for p in prints):
-        return ()
-    settings: list[list[object]] = [
-        [options.text_dtype, options.text_max_length],
-        [options.llm_dtype, options.llm_max_length, options.llm_layer, options.llm_template],
-    ]
-    if options.text_model == "none":
-        settings = settings[1:]
-    return tuple(json.dumps([p or "builtin", *s]) for p, s in zip(prints, settings, strict=False))
-
-
 def sample_prompt(data: VideoDataset) -> str | None:
     """Return the first caption of the data, for the command that is printed at the end."""
     return next(filter(None, data.records.captions()), None)
@@ -311,11 +304,29 @@ def train_recipe(
     Raises:
         UserError: as `reconcile_resume`, `open_tracker` and the trainer.
     """
+    share_clips(options, recipe, parts, run.accelerator)
+    if options.train.init_from and run.resume is None:
+        notes = [*notes, *start_from(options.train.init_from, recipe)]
+    notes = [*notes, _choose_attention(recipe, options.train, run.accelerator)]
+    prompts = validation_prompts(options.validation, parts.data)
+    result = run_trainer(options, run, recipe, parts, notes, prompts, parts.cache, recipe.draws())
+    finish(run.accelerator)
+    return result
+
+
+def run_trainer(
+    options: RecipeOptions,
+    run: RunContext,
+    recipe: ConfiguredRecipe,
+    parts: ClipParts,
+    notes: Sequence[str],
+    prompts: Sequence[SamplePrompt],
+    cache: EncodingCache | None = None,
+    draw: Draw | None = None,
+) -> TrainResult:
+    """Train as `train_recipe` does, with `prompts` for the validation videos; raises as it."""
     accelerator, resume = run.accelerator, run.resume
-    share_clips(options, recipe, parts, accelerator)
     data, train, about = reconcile_resume(options, parts.data, recipe.config, run)
-    if train.init_from and resume is None:
-        notes = [*notes, *start_from(train.init_from, recipe)]  # before an earlier run in the folder is moved away
     moved = run_on_main(accelerator, lambda: prepare_folder(options.train, resume))
     if moved:
         logger.info(f"Earlier checkpoints of {options.train.output_dir} were moved to {moved}.")
@@ -326,15 +337,11 @@ def train_recipe(
     run_on_main(accelerator, lambda: write_quarantine(left_out, data.quarantined))
     if data.quarantined:
         logger.info(f"Rows that are left out, with reasons: {left_out}")
-    logger.info("\n".join([*notes, _choose_attention(recipe, train, accelerator), *_warm_up_note(train)]))
-    monitoring = open_monitoring(options, run, recipe, parts)
-    draw, writes = recipe.draws(), data_group(accelerator).is_first
-    stream = data.stream(
-        grad_accum=train.grad_accum, cache=parts.cache, folder=train.output_dir, draw=draw, writes=writes
-    )
-    result = Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
-    finish(accelerator)
-    return result
+    logger.info("\n".join([*notes, *_warm_up_note(train)]))
+    monitoring = open_monitoring(options, run, recipe, parts, prompts, cache)
+    writes = data_group(accelerator).is_first
+    stream = data.stream(grad_accum=train.grad_accum, cache=cache, folder=train.output_dir, draw=draw, writes=writes)
+    return Trainer(recipe, stream, train, accelerator, resume, about, monitoring).run()
 
 
 def share_clips(
@@ -377,7 +384,12 @@ def _warm_up_note(train: TrainOptions) -> list[str]:
 
 
 def open_monitoring(
-    options: RecipeOptions, run: RunContext, recipe: DiffusionRecipe[PreparedT], parts: RunParts
+    options: RecipeOptions,
+    run: RunContext,
+    recipe: Recipe,
+    parts: ClipParts,
+    prompts: Sequence[SamplePrompt],
+    cache: EncodingCache | None,
 ) -> Monitoring:
     """Write run.json, start the tracker, and prepare validation; raises ConfigError as `open_tracker`."""
     train, validation, accelerator = options.train, options.validation, run.accelerator
@@ -392,14 +404,13 @@ def open_monitoring(
     tracker = open_tracker(accelerator, validation.log_with, folder, step, run_id, tracking.flat(options))
     if not validation.validate_every:
         return Monitoring(tracker)
-    prompts = validation_prompts(validation, parts.data)
-    rows = None if parts.held_out is None else HeldOut(parts.held_out, parts.cache, validation.validation_rows or None)
+    rows = None if parts.held_out is None else HeldOut(parts.held_out, cache, validation.validation_rows or None)
     logger.info(_validation_note(validation, parts, prompts))
     validator = Validator(recipe, accelerator, folder, validation, train.max_steps, prompts, rows, tracker)
     return Monitoring(tracker, validator)
 
 
-def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Sequence[SamplePrompt]) -> str:
+def _validation_note(options: ValidationOptions, parts: ClipParts, prompts: Sequence[SamplePrompt]) -> str:
     videos = counted(len(prompts), "video")
     every = "Validation every " + ("step" if options.validate_every == 1 else f"{options.validate_every} steps")
     held_out = parts.held_out
@@ -414,7 +425,7 @@ def _validation_note(options: ValidationOptions, parts: RunParts, prompts: Seque
     return note + (f" {both} of their clips are also trained on, so their loss says little." if both else "")
 
 
-def describe(recipe: DiffusionRecipe[PreparedT], parts: RunParts) -> dict[str, object]:
+def describe(recipe: Recipe, parts: ClipParts) -> dict[str, object]:
     """Return what run.json says about the model and the data."""
     data, held_out, options = parts.data, parts.held_out, parts.data.options
     return {

@@ -46,7 +46,7 @@ from titans_video.media.reading import read_indices
 from titans_video.parsing import Malformed, read_json, read_json_lines
 from titans_video.schema import Schema, fits
 from titans_video.training import run_folder, tracking
-from titans_video.training.loss_table import as_table, format_cell
+from titans_video.training.loss_table import as_table, columns, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, video_name
 
 
@@ -322,18 +322,25 @@ def _validation(run: Run) -> str:
         return ""
     last = validations[-1]
     head, *rows = [[format_cell(x) for x in row] for row in as_table(last)]
-    same = [v for v in validations if v["quantiles"] == last["quantiles"]]
+    names = columns(last)
+    same = [v for v in validations if columns(v) == names]
     step = _numbers(same, "step")
     times = [
         Line(
-            f"{q:g}",
+            name,
             step,
             np.array([np.nan if (x := v["losses"][i]) is None else x for v in same]),
             colour,
             dots=True,
         )
-        for i, (q, colour) in enumerate(zip(last["quantiles"], ramp(len(last["quantiles"])), strict=True))
+        for i, (name, colour) in enumerate(zip(names, ramp(len(names)), strict=True))
     ]
+    if "measures" in last:
+        charts = "".join(chart(line.name, [line], wide=False) for line in times)
+        return (
+            "<h2>Held-out clips</h2><p class=small>Measures of the reconstruction of clips that are not trained on.</p>"
+            f'<div class="charts">{charts}</div><div class="scroll">{table(head, rows, "losses")}</div>'
+        )
     cells = [
         Line(f"{task} {bucket}", step, _cell_losses(same, task, bucket), COLOURS[i % len(COLOURS)], dots=True)
         for i, (task, bucket) in enumerate((c["task"], c["bucket"]) for c in last["cells"])

@@ -4,6 +4,7 @@ Legend: B prompts, L tokens, E width of a stream.
 """
 
 import importlib
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -301,3 +302,17 @@ def unknown_words_note(prompts: Sequence[str], known: Collection[str] | None) ->
     more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
     shown = ", ".join(repr(word[:MOST_LETTERS]) for word in unknown[:_SHOWN])
     return f"Note: the model does not know {shown}{more}: no caption of its training has such words."
+
+
+def text_keys(text: TextEncoder) -> tuple[str, ...]:
+    """Return what distinguishes each stream's states from any other's; () if no stream is frozen."""
+    prints, options = text.fingerprints(), text.options
+    if all(p is None for p in prints):
+        return ()
+    settings: list[list[object]] = [
+        [options.text_dtype, options.text_max_length],
+        [options.llm_dtype, options.llm_max_length, options.llm_layer, options.llm_template],
+    ]
+    if options.text_model == "none":
+        settings = settings[1:]
+    return tuple(json.dumps([p or "builtin", *s]) for p, s in zip(prints, settings, strict=False))

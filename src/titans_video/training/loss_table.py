@@ -1,6 +1,6 @@
-"""Held-out loss as a table: task x bucket x quantile of the training times.
+"""Held-out loss as a table: task x bucket x quantile of the training times, or measure of a recipe that has its own.
 
-Legend: Q quantiles, B rows of a piece.
+Legend: Q quantiles or measures, B rows of a piece.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +55,7 @@ def measure(
     The sums are added in the order of the pieces, so they do not depend on the number of processes.
     """
     times, pieces = quantiles(count), rows.pieces()
+    columns = len(recipe.measures) or count
     found: list[tuple[int, list[float], int, int]] = []
     group = data_group(accelerator)
     for turn in assign(pieces, group.count):
@@ -70,7 +71,7 @@ def measure(
         part for own in distributed.all_gather_object(accelerator, found) for part in own
     ):
         cell = pieces[number].task, str(pieces[number].bucket)
-        cells.setdefault(cell, Sums([0.0] * count)).add(sums, total, kept)
+        cells.setdefault(cell, Sums([0.0] * columns)).add(sums, total, kept)
     return cells
 
 
@@ -86,12 +87,19 @@ def assign(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, b
     return turns
 
 
-def as_line(cells: dict[Cell, Sums], count: int) -> dict[str, Any]:
-    """Return the values for validation.jsonl; losses are means over the supervised elements."""
-    total = sum_cells(cells, count)
+def as_line(cells: dict[Cell, Sums], count: int, measures: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the values for validation.jsonl; losses are means over the supervised elements.
+
+    `measures` are those of the recipe; with them, the first one is the loss.
+    """
+    total = sum_cells(cells, len(measures) or count)
+
+    def loss(sums: Sums) -> float | None:
+        return sums.means()[0] if measures else _mean(sums)
+
     return {
-        "loss": _mean(total),
-        "quantiles": quantiles(count),
+        "loss": loss(total),
+        **({"measures": list(measures)} if measures else {"quantiles": quantiles(count)}),
         "losses": total.means(),
         "rows": total.rows,
         "cells": [
@@ -100,7 +108,7 @@ def as_line(cells: dict[Cell, Sums], count: int) -> dict[str, Any]:
                 "bucket": bucket,
                 "rows": s.rows,
                 "elements": s.elements,
-                "loss": _mean(s),
+                "loss": loss(s),
                 "losses": s.means(),
             }
             for (task, bucket), s in sorted(cells.items())
@@ -120,12 +128,18 @@ def _mean(sums: Sums) -> float | None:
     return sum(sums.losses) / (sums.elements * len(sums.losses)) if sums.elements else None
 
 
+def columns(line: Mapping[str, Any]) -> list[str]:
+    """Return the names of a line's `losses`: the measures, or the quantiles."""
+    return list(line.get("measures", ())) or [f"{q:g}" for q in line["quantiles"]]
+
+
 def as_table(line: Mapping[str, Any]) -> list[list[Any]]:
     """Return the table of a line of validation.jsonl: a header, a row for each cell, and the total of several cells."""
-    rows = [[c["task"], c["bucket"], c["rows"], *c["losses"], c["loss"]] for c in line["cells"]]
+    mean = () if line.get("measures") else ("mean",)  # of different measures there is none
+    rows = [[c["task"], c["bucket"], c["rows"], *c["losses"], *[c["loss"] for _ in mean]] for c in line["cells"]]
     if len(rows) > 1:
-        rows.append(["all", "", line["rows"], *line["losses"], line["loss"]])
-    return [["task", "bucket", "rows", *(f"{q:g}" for q in line["quantiles"]), "mean"], *rows]
+        rows.append(["all", "", line["rows"], *line["losses"], *[line["loss"] for _ in mean]])
+    return [["task", "bucket", "rows", *columns(line), *mean], *rows]
 
 
 def format_cell(value: Any) -> str:

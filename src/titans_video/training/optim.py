@@ -47,15 +47,23 @@ def rate_ratios(network: nn.Module) -> dict[Tensor, float]:
 
 
 def build_optimizer(network: nn.Module, options: TrainOptions) -> Optimizer:
-    """Build AdamW, with its moments in float32 or 8 bits, or Muon for the hidden matrices and AdamW for the rest."""
-    matrices = hidden_matrices(network) if options.optimizer == "muon" else []
-    in_muon, ratios = set(matrices), rate_ratios(network)
+    """Build AdamW, with its moments in float32 or 8 bits, or Muon for the hidden matrices and AdamW for the rest.
+
+    A network's method `optimizer_groups` returns parameters with an AdamW of their own: `params`, `lr` and `betas`.
+    """
+    own: list[dict[str, Any]] = getattr(network, "optimizer_groups", list)()
+    apart = {p for group in own for p in group["params"]}
+    matrices = [p for p in hidden_matrices(network) if p not in apart] if options.optimizer == "muon" else []
+    apart.update(matrices)
+    ratios = rate_ratios(network)
     decayed = decayed_weights(network)
-    rest = [p for p in network.parameters() if p.requires_grad and p not in in_muon]
+    rest = [p for p in network.parameters() if p.requires_grad and p not in apart]
     adamw = [
         *_groups([p for p in rest if p in decayed], options.lr, options.weight_decay, ratios),
         *_groups([p for p in rest if p not in decayed], options.lr, 0.0, ratios),
     ]
+    for group in own:
+        adamw += [g | {"betas": group["betas"]} for g in _groups(group["params"], group["lr"], 0.0, {})]
     if options.optimizer == "adamw8bit":
         return adamw_8bit(adamw, options.betas)
     if not matrices:

@@ -52,6 +52,7 @@ class Recipe(Protocol):
     sample_prompt: str | None  # for the command that is printed at the end
     sample_flags: tuple[str, ...]  # further words of that command
     adapter: AdapterFiles | None  # None: trains whole networks
+    measures: tuple[str, ...]  # of `held_out`; empty: losses at quantiles of the training times
 
     def row_elements(self, batch: Batch) -> Tensor:
         """Return (B,) int64: how many elements of each row carry loss, known without encoding anything."""
@@ -71,6 +72,8 @@ class Recipe(Protocol):
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of each row at each quantile, (Q, B) float64, and its elements, (B,) int64.
 
+        With `measures`, return each of them times the elements instead; the first is a loss.
+
         The wrapped `model` is in evaluation mode, without gradients. Noise depends on `batch.seeds` only: no global
         generator, no step, so the same weights give the same loss at any time. How often the model is called may depend
         on the batch's size and the options only, because all processes of a sharded model call it together.
@@ -78,6 +81,12 @@ class Recipe(Protocol):
 
     def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[VideoSampler]:
         """Open a sampler around the unwrapped network, like `generate` at this step; release its parts on exit."""
+
+
+class ConfiguredRecipe(Recipe, Protocol):
+    """A recipe with the config of its checkpoints, as `titans_video.checkpoint` lists it."""
+
+    config: dict[str, object]
 
 
 class Stream(Protocol):

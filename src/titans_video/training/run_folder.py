@@ -29,6 +29,7 @@ BAD_ROWS = PATTERN.format(rank="*")
 VALIDATION_LOG = "validation.jsonl"
 SAMPLES = "samples"
 PIPELINE, PIPELINE_EMA = "pipeline", "pipeline_ema"
+VAE = "vae"  # the finished VAE of a run that trains one
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 
@@ -38,7 +39,7 @@ PROMPTS = "prompts.json"
 
 REPLACED = (
     *(METRICS, EVENTS, LAST, LOSS_CURVE, QUARANTINE, BAD_ROWS),
-    *(RUN_RECORD, VALIDATION_LOG, SAMPLES, REPORT, TENSORBOARD, WANDB, PIPELINE, PIPELINE_EMA),
+    *(RUN_RECORD, VALIDATION_LOG, SAMPLES, REPORT, TENSORBOARD, WANDB, PIPELINE, PIPELINE_EMA, VAE),
 )
 """Patterns of what a new run in the same folder would overwrite, beside the checkpoints."""
 

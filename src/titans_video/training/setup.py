@@ -111,7 +111,7 @@ def start_run(options: OptionsT) -> tuple[OptionsT, RunContext]:
     running = distributed.describe(accelerator, _format_batch(data, train, data_group(accelerator).count, resume))
     chosen, choices = choose_defaults(options, accelerator, resume)
     logger.info("\n".join([running, *notes, format_choices(read_facts(accelerator.device), choices)]))
-    vae_auto = flat(options)["vae_dtype"] == "auto" and any(choice.flag == VAE_FLAG for choice in choices)
+    vae_auto = flat(options).get("vae_dtype") == "auto" and any(choice.flag == VAE_FLAG for choice in choices)
     return chosen, RunContext(accelerator, resume, running, vae_auto)
 
 
@@ -123,16 +123,19 @@ def choose_defaults(
     choices = [Choice("precision", accelerator.mixed_precision, "--mixed-precision")]
     if accelerator.device.type == "cuda":
         choices.append(Choice("float32 products", "in TF32" if given["tf32"] else "in float32", TF32_FLAGS))
-    vae_dtype = given["vae_dtype"]
-    if given.get("vae_backend", "diffusers") == "diffusers":
+    vae_dtype = given.get("vae_dtype")
+    if vae_dtype and given.get("vae_backend", "diffusers") == "diffusers":
         vae_dtype = _vae_dtype(given, accelerator, resume, best.dtype)
         choices.append(Choice("VAE", vae_dtype, VAE_FLAG))
     elif vae_dtype == "auto":
         vae_dtype = "fp32"  # the other codecs know no precision
     plain = given.get("offload", "none") == given.get("layerwise_casting", "none") == "none"
     plain = plain and context_size() == 1  # compiled blocks were not tested with shared clips
-    compiled = compiles(given["compile"], best, given["max_steps"], allowed=plain and not given["deterministic"])
-    choices.append(Choice("compilation", "on" if compiled else "off", COMPILE_FLAGS))
+    compiled = compiles(
+        given.get("compile", "off"), best, given["max_steps"], allowed=plain and not given["deterministic"]
+    )
+    if "compile" in given:
+        choices.append(Choice("compilation", "on" if compiled else "off", COMPILE_FLAGS))
     workers = best.num_workers if given["num_workers"] == "auto" else given["num_workers"]
     choices.append(Choice("data workers", f"{workers} for each process", "--num-workers"))
     values = {

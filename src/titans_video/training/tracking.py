@@ -34,7 +34,7 @@ from titans_video.media.writing import GIF_FASTEST, write_video
 from titans_video.parsing import Malformed, read_json
 from titans_video.schema import fits
 from titans_video.training.distributed import run_on_main
-from titans_video.training.loss_table import as_table, format_cell
+from titans_video.training.loss_table import as_table, columns, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, RUN_RECORD, TENSORBOARD, video_name
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,8 @@ class Tracker:
     def _log_validation(self, step: int, line: Mapping[str, Any], folder: Path | None, prompts: Sequence[str]) -> None:
         if line.get("cells"):
             values = {"loss": line["loss"]}
-            values |= {f"quantile {q:g}": x for q, x in zip(line["quantiles"], line["losses"], strict=True)}
+            kind = "" if "measures" in line else "quantile "
+            values |= {f"{kind}{name}": x for name, x in zip(columns(line), line["losses"], strict=True)}
             values |= {f"{c['task']} {c['bucket']}": c["loss"] for c in line["cells"]}
             self._log_scalars(step, values, "validation")
         show = {"tensorboard": self._to_tensorboard, "wandb": self._to_wandb}[self.kind]

@@ -442,5 +442,5 @@ class Trainer:
             logger.info(f"Trained to step {self.step}.")
         logger.info("\n".join(list_files(self.run_folder, newest)))
         logger.info(f"Report      {shlex.join(['titans-video', 'report', str(self.run_folder)])}")
-        if last := weights_of(self.run_folder, newest):
+        if (last := weights_of(self.run_folder, newest)) and not self.recipe.measures:
             logger.info(f"Generate a video:\n  {shlex.join(generate_command(self.recipe, last.absolute()))}")

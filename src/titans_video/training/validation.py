@@ -169,7 +169,7 @@ class Validator:
                 logger.warning(f"Left out of validation: {self.rows.bad_rows[name]}")
             if cells is None:
                 return {}, None
-            line = loss_table.as_line(cells, self.options.validation_times)
+            line = loss_table.as_line(cells, self.options.validation_times, self.recipe.measures)
         network = self.accelerator.unwrap_model(model)
         return line, generate_samples(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
 
@@ -182,7 +182,8 @@ class Validator:
         """Write, log and track the results; on the main process."""
         message = [f"Validation at step {step} ({line['weights']} weights)"]
         if "cells" in line:
-            message[0] += ", held-out loss by quantile of the training times:"
+            what = "held-out clips:" if "measures" in line else "held-out loss by quantile of the training times:"
+            message[0] += f", {what}"
             message.append(loss_table.format_table(line))
         texts = [prompt.text for prompt in self.prompts]
         folder = self._write_samples(step, texts, videos)
