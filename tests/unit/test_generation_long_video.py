@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.factories import tiny_vae
 from tests.unit.generation_parts import Oracle, tiny_model
+from titans_video.codecs.diffusers import DiffusersCodec
 from titans_video.errors import ConfigError
 from titans_video.generation.denoise import frame_noise, generate
 from titans_video.generation.long_video import blend_windows, generate_long, plan_video, ramp
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Request
 from titans_video.generation.windows import Capabilities, check_draft
+from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import CodecSpec
@@ -183,6 +186,27 @@ def test_drafts_of_a_batch_are_those_of_its_rows():
     both = replace(REQUEST, prompts=["a", "b"], seeds=[1, 2], draft_frames=2, continue_steps=1, sampler="heun")
     alone = replace(both, prompts=["b"], seeds=[2])
     torch.testing.assert_close(make(model, both, **LAST)[1:], make(model, alone, **LAST), rtol=1e-4, atol=1e-4)
+
+
+def test_windows_of_a_codec_that_streams_are_decoded_once(monkeypatch):
+    vae = tiny_vae("titans")
+    for parameter in vae.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    codec = DiffusersCodec(vae)
+    base = tiny_model(patch=(1, 1, 1))
+    network = SoraDiT(4, 4, (1, 1, 1), model_dim=24, depth=1, heads=2, text_layers=1)
+    model = replace(base, network=network, codec=codec, config=base.config | {"model": network_config(network)})
+    decoded, step = [], codec.decode_chunk
+
+    def spy(latents, state):
+        decoded.append(latents)
+        return step(latents, state)
+
+    monkeypatch.setattr(codec, "decode_chunk", spy)
+    made = make(model, replace(REQUEST, frames=41), window=17, overlap=5)
+    latents = torch.cat(decoded, dim=2)
+    assert [x.shape[2] for x in decoded] == [5, 3, 3]
+    torch.testing.assert_close(made, codec.decode(latents, 41).clamp(-1, 1), rtol=0, atol=1e-5)
 
 
 def test_noise_is_a_function_of_seed_and_frame():

@@ -104,7 +104,7 @@ def test_stopped_and_gone_on_with_is_the_unbroken_video(memory: str, scale: floa
     assert torch.equal(torch.cat((a, b, c), 2), made(model, request(14, guidance_scale=scale)))
 
 
-@pytest.mark.parametrize("kind", ["kl", "svd", "wan", "cogvideox"])
+@pytest.mark.parametrize("kind", ["kl", "svd", "wan", "cogvideox", "titans"])
 def test_every_kind_of_codec_streams_and_goes_on(kind: str, tmp_path: Path) -> None:
     codec = DiffusersCodec(tiny_vae(kind))
     model, path = streaming_model(codec=codec, patch=(1, 1, 1)), tmp_path / "m.safetensors"
@@ -118,7 +118,8 @@ def test_every_kind_of_codec_streams_and_goes_on(kind: str, tmp_path: Path) -> N
     state, _ = load_stream_state(path)
     b = made(model, request(frames - stop, **size), replace(rest, start=state))
     assert torch.equal(torch.cat((a, b), 2), unbroken)
-    assert (state.context is None) == (kind == "kl")
+    assert (state.context is None) == (kind in ("kl", "titans"))
+    assert bool(state.codec) == (kind == "titans")
 
 
 @pytest.mark.parametrize("kind", ["wan", "cogvideox", "svd"])
@@ -133,12 +134,32 @@ def test_segments_are_decoded_nearly_as_the_whole(kind: str) -> None:
         state = StreamState(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
         pieces = []
         for i in range(0, 8, 2):
-            pixels, context = _decode(model, state, latents[:, :, i : i + 2])
+            pixels, context, _ = _decode(model, state, latents[:, :, i : i + 2])
             pieces.append(pixels)
             context = context if keep or context is None else torch.zeros_like(context)
             state = replace(state, latents=i + 2, context=context)
         errors[keep] = float((torch.cat(pieces, 2) - whole).abs().mean())
     assert errors[True] < 0.6 * errors[False]
+
+
+def test_segments_of_a_codec_that_streams_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = tiny_vae("titans")
+    for parameter in vae.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    model = streaming_model(codec=DiffusersCodec(vae), patch=(1, 1, 1))
+    decoded: list[Tensor] = []
+    step = model.codec.decode_chunk
+
+    def spy(latents: Tensor, state: Any) -> Any:
+        decoded.append(latents)
+        return step(latents, state)
+
+    monkeypatch.setattr(model.codec, "decode_chunk", spy)
+    video = made(model, request(29, height=16, width=16))
+    latents = torch.cat(decoded, dim=2)
+    assert latents.shape[2] == 8  # each of them once
+    whole = model.codec.decode(latents, 29).clamp(-1, 1)
+    torch.testing.assert_close(video, whole, rtol=0, atol=1e-5)
 
 
 def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
@@ -149,7 +170,7 @@ def test_segments_of_joined_blocks_are_decoded_as_the_whole() -> None:
     state = StreamState(model.network.start(1), None, None, torch.zeros(1, 3, 0, 16, 16), 0, 0, (0,))
     pieces = []
     for i in range(0, 8, 2):
-        frames, context = _decode(model, state, latents[:, :, i : i + 2])
+        frames, context, _ = _decode(model, state, latents[:, :, i : i + 2])
         pieces.append(frames)
         state = replace(state, latents=i + 2, context=context)
     torch.testing.assert_close(torch.cat(pieces, 2), codec.decode(latents, 16).clamp(-1, 1), rtol=0, atol=1e-6)

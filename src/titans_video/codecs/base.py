@@ -78,6 +78,18 @@ class Codec(ABC):
         """How many latent frames before a chunk are decoded together with it, so that a stream has no codec seams."""
         return 0 if self.spec.frame_rule in ("each", "blocks") else CONTEXT
 
+    @property
+    def streams(self) -> bool:
+        """Whether `decode_chunk` decodes a video chunk by chunk; then no latent frame has to be decoded again."""
+        return False
+
+    def decode_chunk(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decode the next scaled latents (B, C, m, h, w) of a video; return pixels (B, 3, n, H, W) and the new state.
+
+        `state` is that after the latents before them, empty at first. Only for a codec that `streams`.
+        """
+        raise NotImplementedError
+
     def scale(self, unscaled: Tensor) -> Tensor:
         """Turn unscaled latents into the network's latents."""
         return unscaled

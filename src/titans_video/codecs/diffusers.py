@@ -155,7 +155,7 @@ VAE_SPECS = {
     "AutoencoderKLWan": VaeSpec("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
     "AutoencoderKLHunyuanVideo": VaeSpec("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
     "AutoencoderKLLTXVideo": VaeSpec("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
-    "TitansVideoVAE": VaeSpec("causal", _ratio_stride, _by_own_statistics, _moments, _decode_clip),
+    "TitansVideoVAE": VaeSpec("causal", _ratio_stride, _by_own_statistics, _moments, _decode_clip, 0),
 }
 OWN = {"TitansVideoVAE": "titans_video.models.video_vae"}
 """The modules of classes that diffusers does not have."""
@@ -249,6 +249,18 @@ class DiffusersCodec(Codec):
         _, sh, sw = self.spec.stride
         self._bound_memory(unscaled.shape[-2] * sh * unscaled.shape[-1] * sw, frames)
         return torch.cat([self.vae_spec.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
+
+    @property
+    def streams(self) -> bool:
+        return self.spec.name in OWN
+
+    @torch.no_grad()
+    def decode_chunk(self, latents: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        _, sh, sw = self.spec.stride
+        self._bound_memory(latents.shape[-2] * sh * latents.shape[-1] * sw, latents.shape[2])
+        kept = {name: value.to(self.device) for name, value in state.items()}
+        pixels, after = self.vae.decode_chunk(self.unscale(latents.to(self.device)).to(self.vae.dtype), kept)
+        return pixels.float(), after
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video import console
+from titans_video.codecs.base import Codec
 from titans_video.diffusion.samplers import EditState, OnStep, Predict, guided, sampler_by_name
 from titans_video.generation.image_conditioning import encode_image_condition, image_scale
 from titans_video.generation.model import VideoModel
@@ -47,6 +48,22 @@ def encode_prompts(model: VideoModel, prompts: Sequence[str], negative_prompt: s
     if image_condition:
         rows = rows.without(torch.full((len(prompts),), not negative_prompt))
     return Prompts(text, rows.to(model.device))
+
+
+class WindowDecoder:
+    """Decode windows that continue one another. A codec that streams decodes each latent frame once."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.state: dict[str, Tensor] = {}
+
+    def __call__(self, latents: Tensor, request: Request) -> Tensor:
+        """Return the frames (B, 3, n, H, W) of a window's latents (B, C, t, h, w), after the frames that it shares."""
+        shared = request.cond_pixels if self.state else None
+        if shared is not None:
+            latents = latents[:, :, len(self.codec.spec.frame_groups(shared.shape[2])) :]
+        fresh, self.state = self.codec.decode_chunk(latents, self.state)
+        return fresh if shared is None else torch.cat((shared.to(fresh), fresh), dim=2)
 
 
 def frame_noise(shape: Sequence[int], seeds: Sequence[int], first: int = 0) -> Tensor:
@@ -148,10 +165,12 @@ def make_clip(
     first: int = 0,
     on_step: OnStep | None = None,
     edit: EditState | None = None,
+    decoder: WindowDecoder | None = None,
 ) -> Tensor:
     """Denoise and decode one clip or window (with a draft, twice), as `generate`. Call it within `eval_mode`.
 
     `first`, the first latent frame in the video, keys the noise. `on_step` and `edit` count from 1 again after a draft.
+    `decoder` continues from the window before.
     """
     if request.has_draft:
         draft = make_clip(model, replace(request, draft_frames=0), made, prompts, first, on_step, edit)
@@ -166,13 +185,16 @@ def make_clip(
     with model.on_device("network"), step_cache(model.network, request.step_cache, request.steps) as cached:
         denoise = guided(cached(make_denoiser(model), 0), condition, prompts.negative, scale, interval, guide)
         latents = sampler_by_name(request.sampler)(denoise, noise, schedule, on_step, edit)
-    return finish(model, latents, made.frames, request)
+    return finish(model, latents, made.frames, request, decoder)
 
 
-def finish(model: VideoModel, latents: Tensor, frames: int, request: Request) -> Tensor:
+def finish(
+    model: VideoModel, latents: Tensor, frames: int, request: Request, decoder: WindowDecoder | None = None
+) -> Tensor:
     """Decode latents, cut them to the request, and restore conditioning frames, except for an image condition."""
     with model.on_device("codec"):
-        video = model.codec.decode(latents, frames).float().clamp(-1, 1).cpu()
+        video = decoder(latents, request) if decoder else model.codec.decode(latents, frames)
+    video = video.float().clamp(-1, 1).cpu()
     video = video[:, :, : request.frames].clone()
     if request.cond_pixels is not None and not model.capabilities.image_condition:
         video[:, :, : request.cond_pixels.shape[2]] = request.cond_pixels.to(video)

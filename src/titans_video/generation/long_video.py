@@ -24,6 +24,7 @@ from titans_video.errors import ConfigError
 from titans_video.finite import finite_frames
 from titans_video.generation.denoise import (
     Prompts,
+    WindowDecoder,
     clip_condition,
     encode_prompts,
     eval_mode,
@@ -141,13 +142,14 @@ def generate_long(
             yield video
             return
         cond_pixels, left = request.cond_pixels, request.frames
+        decoder = WindowDecoder(model.codec) if model.codec.streams and not single else None
         for number, overlap in zip(windows.latent_starts, windows.overlap_frames, strict=True):
             if overlap:
                 assert cond_pixels is not None  # of the previous window
                 cond_pixels = cond_pixels[:, :, -overlap:]
             piece = replace(request, frames=request.frames if single else windows.window, cond_pixels=cond_pixels)
             with eval_mode(model.network):  # never around a yield: it changes the state of the calling thread
-                cond_pixels = make_clip(model, piece, made, prompts, number, lambda _: bar.update(), edit)
+                cond_pixels = make_clip(model, piece, made, prompts, number, lambda _: bar.update(), edit, decoder)
             fresh = cond_pixels[:, :, overlap:][:, :, :left]
             left -= fresh.shape[2]
             yield fresh

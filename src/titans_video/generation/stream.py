@@ -6,7 +6,7 @@ frames of a segment, o of the overlap, k of the codec's context, p frames not ye
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from titans_video.models.memory import Memory, load_state, save_state
 from titans_video.models.titans_dit import part_of
 from titans_video.types import Condition
 
+CODEC = "stream.codec."  # begins the names of the codec's tensors in a file
+
 
 @dataclass(frozen=True)
 class StreamState:
@@ -37,6 +39,7 @@ class StreamState:
         context: (B, C, k, h, w), the latent frames that the codec decodes again with the next segment; None: none.
         pending: (B, 3, p, H, W) in [-1, 1], generated frames that were not requested yet: fewer than a segment's.
         latents, frames: latent frames generated so far, which key the noise, and pixel frames yielded so far.
+        codec: the state of a codec that streams, by name.
     """
 
     memory: Memory
@@ -46,11 +49,12 @@ class StreamState:
     latents: int
     frames: int
     seeds: tuple[int, ...]
+    codec: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        parts = [x for x in (self.overlap, self.context, self.pending) if x is not None]
+        parts = [x for x in (self.overlap, self.context, self.pending, *self.codec.values()) if x is not None]
         return self.memory.bytes + sum(x.numel() * x.element_size() for x in parts)
 
 
@@ -108,6 +112,7 @@ def save_stream_state(path: Path, state: StreamState, weights: str) -> None:
     """Save a state, of constant size, with the fingerprint `weights` of its network."""
     parts = {"overlap": state.overlap, "context": state.context, "pending": state.pending}
     tensors = state.memory.tensors() | {f"stream.{k}": v for k, v in parts.items() if v is not None}
+    tensors |= {f"{CODEC}{name}": value for name, value in state.codec.items()}
     numbers = {"latents": state.latents, "frames": state.frames, "seeds": ",".join(map(str, state.seeds))}
     save_state(path, tensors, {"weights": weights, **{k: str(v) for k, v in numbers.items()}})
 
@@ -124,6 +129,7 @@ def load_stream_state(path: Path | str) -> tuple[StreamState, str]:
             int(about["latents"]),
             int(about["frames"]),
             tuple(int(seed) for seed in about["seeds"].split(",")),
+            {name.removeprefix(CODEC): value for name, value in tensors.items() if name.startswith(CODEC)},
         )
         _check_content(state)
     except (KeyError, ValueError) as e:
@@ -136,7 +142,8 @@ def _check_content(state: StreamState) -> None:
     if not (0 <= state.latents < 2**53 and 0 <= state.frames < 2**53):
         raise ValueError("the count of frames")
     videos = {len(state.seeds), *(len(x) for x in state.memory.tensors().values())}
-    for name, x in (("overlap", state.overlap), ("context", state.context), ("pending", state.pending)):
+    parts = (("overlap", state.overlap), ("context", state.context), ("pending", state.pending), *state.codec.items())
+    for name, x in parts:
         if x is not None:
             if x.dim() != 5 or not x.is_floating_point() or (name != "pending" and not x.numel()):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}")
@@ -200,6 +207,8 @@ def _check_state(model: VideoModel, plan: StreamPlan, start: StreamState, path: 
             f"--memory-in {path}: its segments overlap by {shared} frames, not {plan.overlap * stride}; give --overlap "
             f"{shared}."
         )
+    if start.latents and bool(start.codec) != model.codec.streams:
+        raise CheckpointError(f"--memory-in {path}: its video was decoded by another kind of VAE. Give the same one.")
     if len(start.seeds) != 1:
         raise CheckpointError(f"--memory-in {path}: it has {len(start.seeds)} videos, but one is generated at a time.")
 
@@ -325,7 +334,7 @@ def next_segment(
         time = latents.new_zeros(len(latents))
         clean = model.process.model_input(latents, time)
         memory = model.network(clean, time, Condition(prompts.text), state.memory, write=True).memory
-    pixels, context = _decode(model, state, latents)
+    pixels, context, codec = _decode(model, state, latents)
     if cond_pixels is not None:
         pixels[:, :, : cond_pixels.shape[2]] = cond_pixels.to(pixels)
     return replace(
@@ -335,6 +344,7 @@ def next_segment(
         context=context,
         pending=pixels,
         latents=state.latents + how.segment,
+        codec=codec,
     )
 
 
@@ -370,13 +380,17 @@ def _make_denoiser(model: VideoModel, state: StreamState, batch: int) -> Predict
     return predict
 
 
-def _decode(model: VideoModel, state: StreamState, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Decode a segment: its frames (B, 3, T, H, W) on the CPU, and the codec's context for the next one."""
+def _decode(model: VideoModel, state: StreamState, latents: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Decode a segment: frames (B, 3, T, H, W) on the CPU; the codec's context and its state for the next one."""
     spec, keep = model.codec.spec, model.codec.decode_context
+    if model.codec.streams:
+        with model.on_device("codec"):
+            pixels, after = model.codec.decode_chunk(latents, state.codec)
+        return pixels.clamp(-1, 1).cpu(), None, after
     before = latents[:, :, :0] if state.context is None else state.context.to(latents)
     whole = torch.cat((before, latents), dim=2)
     with model.on_device("codec"):
         pixels = model.codec.decode(whole, spec.frames_of(whole.shape[2])).float().clamp(-1, 1).cpu()
     if state.latents:
         pixels = pixels[:, :, -latents.shape[2] * spec.stride[0] :]
-    return pixels.clone(), whole[:, :, -keep:].clone() if keep else None
+    return pixels.clone(), whole[:, :, -keep:].clone() if keep else None, {}
