@@ -28,7 +28,7 @@ from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.diffusion.samplers import euler, guided
 from titans_video.errors import ConfigError
 from titans_video.models.flops import attention
-from titans_video.pretrained.base import ModelSpec, PipelineCall
+from titans_video.pretrained.base import Conditioning, ModelSpec, PipelineCall
 from titans_video.seeding import derive_seed, generator, seeded_randn
 from titans_video.text.base import Lengths, TextEncoder
 from titans_video.types import Condition, TextCondition
@@ -135,7 +135,7 @@ class ToySpec(ModelSpec):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, type(self).__name__
-        self.image_to_video = True
+        self.tasks = ("i2v",)
         self.codec_spec = IdentityCodec(FACTOR).spec
         self.clip_grid = self.patch_size = (1, 1, 1)
         self.text_length, self.trained = 3, (4, 16, 16)
@@ -150,7 +150,7 @@ class ToySpec(ModelSpec):
         if frames < 2:
             raise ConfigError("a toy continues a first frame: give --num-frames 2 or more.")
 
-    def load_network(self, dtype: torch.dtype) -> nn.Module:
+    def load_network(self, dtype: torch.dtype, experts: Sequence[str] = ()) -> nn.Module:
         parts = [ToyTransformer.from_pretrained(self.folder / name, torch_dtype=dtype) for name in self.folders]
         return self.joined([part.eval().requires_grad_(False) for part in parts])
 
@@ -177,8 +177,8 @@ class ToySpec(ModelSpec):
         )
         return TextEncoder([HashStream(*sizes) for sizes in self.streams], options).to(device)
 
-    def process(self) -> RectifiedFlow:
-        return RectifiedFlow(shift=3.0)
+    def process(self, frame: tuple[int, int] | None = None, shift: float | None = None) -> RectifiedFlow:
+        return RectifiedFlow(shift=shift or 3.0)
 
     def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> Any:
         quiet = lambda **_: None  # noqa: E731
@@ -202,7 +202,8 @@ class ToySpec(ModelSpec):
         shape = call.noise.shape
 
         def predict(x: Tensor, time: float, condition: Condition) -> Tensor:
-            prepared = self.prepare(x, condition.text, first.expand(len(x), -1, -1, -1, -1), x.new_zeros(len(x)))
+            given = first_frame(first.expand(len(x), -1, -1, -1, -1))
+            prepared = self.prepare(x, condition.text, given, x.new_zeros(len(x)))
             prepared = prepared.at(time)
             noisy = process.add_noise(prepared.latents, torch.zeros_like(prepared.latents), prepared.timesteps)
             state = NoisySample(prepared.latents, noisy.timesteps, noisy.target, noisy.weight, noisy_others(prepared))
@@ -251,6 +252,11 @@ class ToySpec(ModelSpec):
         return "file"
 
 
+def first_frame(latents: Tensor) -> Conditioning:
+    """The condition of first frames (B, C, 1, h, w)."""
+    return Conditioning(latents, torch.ones(len(latents), 1, 1, dtype=torch.bool, device=latents.device))
+
+
 def noisy_others(prepared: Prepared) -> dict[str, NoisySample]:
     return {
         name: NoisySample(part.latents, part.timesteps, part.latents, part.latents.new_ones(()))
@@ -264,17 +270,18 @@ class Frames(ToySpec):
     blocks, time_axis = ("blocks",), 2
 
     def prepare(
-        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, timesteps: Tensor
+        self, latents: Tensor, text: TextCondition | None, given: Conditioning | None, timesteps: Tensor
     ) -> Prepared:
-        assert first_frame is not None
+        assert given is not None
+        first_frame = given.latents[:, :, :1]
         b, c, t, h, w = latents.shape
         clean = torch.arange(t, device=latents.device).expand(b, t) == 0
-        given = torch.cat([first_frame, first_frame.new_zeros(b, c, t - 1, h, w)], dim=2)
+        shown = torch.cat([first_frame, first_frame.new_zeros(b, c, t - 1, h, w)], dim=2)
         timesteps = timesteps[:, None].expand(b, t)
         cells = clean[:, None, :, None, None]
-        condition = Condition(text=text, cond_latents=given, cond_mask=clean[:, None])
+        condition = Condition(text=text, cond_latents=shown, cond_mask=clean[:, None])
         return Prepared(
-            torch.where(cells, given, latents), timesteps.masked_fill(clean, 0.0), condition, t * h * w, clean, ~cells
+            torch.where(cells, shown, latents), timesteps.masked_fill(clean, 0.0), condition, t * h * w, clean, ~cells
         )
 
     def predict(self, model: nn.Module, noisy: NoisySample, prepared: Prepared, dtype: torch.dtype) -> Tensor:
@@ -290,7 +297,11 @@ class Frames(ToySpec):
         return value.mT.unflatten(2, (t, h, w)).float()
 
     def example(
-        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        latent_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        expert: str | None = None,
     ) -> tuple[NoisySample, Prepared]:
         return example(self, latent_shape or (CHANNELS, 2, 2, 2), device, seed)
 
@@ -301,15 +312,16 @@ class Duet(ToySpec):
     folders = ("transformer", "transformer_2")
     streams = ((WORDS, 3), (POOLED, 1))
     blocks, time_axis = ("high.blocks", "low.blocks"), None
-    lora_prefixes: ClassVar[Mapping[str, str]] = {"high.": "transformer", "low.": "transformer_2"}
+    lora_prefixes = {"high.": "transformer", "low.": "transformer_2"}  # noqa: RUF012 - as the base class
 
     def joined(self, parts: list[nn.Module]) -> nn.Module:
         return ToyExperts(*parts)
 
     def prepare(
-        self, latents: Tensor, text: TextCondition | None, first_frame: Tensor | None, timesteps: Tensor
+        self, latents: Tensor, text: TextCondition | None, given: Conditioning | None, timesteps: Tensor
     ) -> Prepared:
-        assert first_frame is not None
+        assert given is not None
+        first_frame = given.latents[:, :, :1]
         b, _, t, h, w = latents.shape
         tokens = torch.cat([first_frame, latents[:, :, 1:]], dim=2).flatten(2).mT  # (B, N, C)
         clean = (torch.arange(t * h * w, device=latents.device) < h * w).expand(b, -1)
@@ -340,7 +352,11 @@ class Duet(ToySpec):
         return latents.mT.unflatten(2, shape[2:])
 
     def example(
-        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        latent_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        expert: str | None = None,
     ) -> tuple[NoisySample, Prepared]:
         return example(self, latent_shape or (CHANNELS, 2, 2, 2), device, seed)
 
@@ -352,7 +368,7 @@ def example(
     g = generator(seed, "toy example")
     latents = torch.randn(1, *latent_shape, generator=g)
     times = spec.process().sample_timesteps([seed], latents[0, 0].numel())
-    prepared = spec.prepare(latents, spec.text("fp32", "cpu")(["a"]), latents[:, :, :1], times)
+    prepared = spec.prepare(latents, spec.text("fp32", "cpu")(["a"]), first_frame(latents[:, :, :1]), times)
     noisy = NoisySample(
         prepared.latents, prepared.timesteps, prepared.latents, latents.new_ones(()), noisy_others(prepared)
     )

@@ -196,12 +196,14 @@ class Condition:
 
     `cond_latents` (B, C, t, h, w) are latents of the conditioning frames, 0 elsewhere; None if no row has any.
     `cond_mask` (B, S, t) bool: for each latent frame, which of its pixel frames are conditioning frames.
+    `image_states` (B, N, E) are an image encoder's states of them.
     """
 
     text: TextCondition | None = None
     cond_latents: Tensor | None = None
     cond_mask: Tensor | None = None
     image: ImageCondition | None = None
+    image_states: Tensor | None = None
 
     def clean_mask(self) -> Tensor | None:
         """Return (B, t) bool: True for latent frames whose pixel frames are all given. They have time 0 and no loss."""
@@ -216,7 +218,7 @@ class Prediction:
     memory: Any = None
 
 
-DEVICE_FIELDS = ("pixels", "images", "cond_pixels", "moments", "cond_moments", "motion")
+DEVICE_FIELDS = ("pixels", "images", "cond_pixels", "moments", "cond_moments", "image_states", "motion")
 
 
 @dataclass
@@ -235,6 +237,8 @@ class Batch:
         cond_pixels: (B, 3, T, H, W) float32, the conditioning frames, 0 elsewhere; with cached latents T may be 1. None
             if they follow from `pixels` and `images` (`data.batches.cond_pixels`).
         moments, cond_moments: (B, 2C, t, h, w) cached mean and log-variance of the codec, instead of pixels.
+        image_states: (B, N, E) cached states of an image encoder for the conditioning frames.
+        last_frame: the last frame is a conditioning frame too, of rows that have leading ones.
         motion, text: (B,) cached motion buckets (`media.motion`); cached hidden states of the frozen encoders.
         step: the optimizer step of this batch, starting at 0.
     """
@@ -254,10 +258,12 @@ class Batch:
     cond_pixels: Tensor | None = None
     moments: Tensor | None = None
     cond_moments: Tensor | None = None
+    image_states: Tensor | None = None
     motion: Tensor | None = None
     text: TextCondition | None = None
     drawn: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    last_frame: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -280,7 +286,10 @@ class Batch:
 
     def cond_frame_mask(self) -> Tensor:
         """Return (B, T) bool, True on conditioning frames."""
-        return torch.arange(self.frames)[None] < self.num_cond_frames[:, None]
+        given = torch.arange(self.frames)[None] < self.num_cond_frames[:, None]
+        if self.last_frame:
+            given[:, -1] |= self.num_cond_frames > 0
+        return given
 
 
 def fold_frame_mask(given: Tensor, spec: CodecSpec) -> Tensor:

@@ -50,7 +50,7 @@ def recipe_and_parts(
     **base: Any,
 ) -> tuple[PretrainedRecipe, RunParts]:
     """Build a recipe on the clips of the mock data, with an adapter that is not at its start."""
-    task = open_model_spec(folder).task
+    (task,) = open_model_spec(folder).tasks
     options = LoraRunOptions(
         data=DataOptions(
             manifest=(str(MOCK / "manifest.jsonl"),),
@@ -291,7 +291,7 @@ def test_the_stock_pipeline_makes_our_video_with_the_saved_file(
     trained = {n: p for n, p in recipe.network.named_parameters() if p.requires_grad}
     files_of(recipe).export(trained, tmp_path)
     t = recipe.spec.padded_frames(3)
-    image = {"image": torch.rand(1, 3, 32, 32)} if recipe.spec.image_to_video else {}
+    image = {"image": torch.rand(1, 3, 32, 32)} if recipe.spec.needs_image else {}
     noise = torch.randn(1, t, 4, 4, 4)
 
     def video(pipe: Any) -> Tensor:

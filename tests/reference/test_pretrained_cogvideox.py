@@ -29,8 +29,8 @@ def stock(folder: Path) -> Any:
 @pytest.mark.parametrize("kind", factories.COGVIDEOX_KINDS)
 def test_a_pipeline_is_described_by_its_configuration(kind: str, pipelines: dict[str, Path]) -> None:
     spec = open_model_spec(pipelines[kind])
-    assert spec.image_to_video == kind.endswith("i2v")
-    assert spec.task == ("i2v" if kind.endswith("i2v") else "t2v")
+    assert spec.tasks == (("i2v",) if kind.endswith("i2v") else ("t2v",))
+    assert spec.takes_image == spec.needs_image == kind.endswith("i2v")
     assert spec.patch_size == (2 if kind.startswith("1.5") else 1, 2, 2)
     assert spec.clip_grid == (1, 2, 2)
     assert (spec.text_length, spec.trained) == (12, (9, 32, 32))
@@ -153,7 +153,7 @@ def test_sizes_without_learned_positions_are_rejected(pipelines: dict[str, Path]
 def test_image_to_video_clips_of_one_frame_are_rejected(pipelines: dict[str, Path]) -> None:
     for kind in factories.COGVIDEOX_KINDS:
         spec = open_model_spec(pipelines[kind])
-        if not spec.image_to_video:
+        if not spec.takes_image:
             spec.check_size(1, 32, 32)
             continue
         with pytest.raises(ConfigError, match=r"--num-frames 8 or more.*--buckets 32x32x8"):
@@ -166,7 +166,7 @@ def test_calls_are_the_stock_pipelines(kind: str, pipelines: dict[str, Path]) ->
     spec, pipe = open_model_spec(pipelines[kind]), stock(pipelines[kind])
     t = spec.padded_frames(3)
     noise = torch.randn(1, 4, t, 4, 4)
-    image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if spec.image_to_video else None
+    image = torch.rand(1, 3, 1, 32, 32) * 2 - 1 if spec.takes_image else None
     first = {} if image is None else {"image": (image[:, :, 0] + 1) / 2}
     expected = pipe(
         prompt="a red circle", **first, height=32, width=32, num_frames=9, num_inference_steps=3, guidance_scale=3.0,
@@ -193,9 +193,9 @@ def test_folders_that_are_no_known_pipeline(pipelines: dict[str, Path], tmp_path
         open_model_spec(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
         open_model_spec(tmp_path / "nowhere")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
     with pytest.raises(
-        ConfigError, match="describes the class 'WanPipeline'; the supported pipelines are CogVideoXPipeline"
+        ConfigError, match="describes the class 'MochiPipeline'; the supported pipelines are CogVideoXPipeline"
     ):
         open_model_spec(tmp_path)
 

@@ -1,9 +1,10 @@
-"""Encode images to the CLIP embedding of Stable Video Diffusion's image condition, prepared as its pipeline does.
+"""Encode images with CLIP as the pipelines of Stable Video Diffusion and Wan 2.1 do.
 
-Legend: B batch, H W pixel size, E width of the embedding.
+Legend: B batch, N images of a clip, H W pixel size, E width of the embedding.
 """
 
 import gc
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,43 +17,22 @@ from titans_video.codecs.diffusers import parse_dtype
 from titans_video.errors import CodecError
 from titans_video.hub import load_pretrained
 
-ENCODER, EXTRACTOR = "image_encoder", "feature_extractor"
+ENCODER, EXTRACTOR, PROCESSOR = "image_encoder", "feature_extractor", "image_processor"
 
 
-class ImageEncoder:
-    """A frozen CLIPVisionModelWithProjection; like a codec, not an `nn.Module`.
+class FrozenEncoder(ABC):
+    """A frozen image encoder of a pipeline's folder; like a codec, not an `nn.Module`. Raises CodecError.
 
-    `folder` is a pipeline's. `weights` reads them now, otherwise at first use. Raises CodecError.
+    `weights` reads them now, otherwise at first use.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = True) -> None:
+    def __init__(self, folder: str | Path, dtype: str, weights: bool) -> None:
         self.pipeline = Path(folder).expanduser()
         self.folder = self.pipeline / ENCODER
         self.dtype = parse_dtype(dtype)
         self.device = torch.device("cpu")
-        config = _read(self.folder / "config.json")
-        prepared = _read(self.pipeline / EXTRACTOR / "preprocessor_config.json")
-        try:
-            self.width = int(config["projection_dim"])
-            side = prepared["crop_size"]
-            self.side = int(side["height"] if isinstance(side, dict) else side)
-            mean, std = torch.tensor(prepared["image_mean"]), torch.tensor(prepared["image_std"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise CodecError(f"{self.pipeline}: its image encoder or feature extractor lacks a setting: {e}.") from None
-        self.mean, self.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
         self._fingerprint: str | None = None
         self._model: Any = self._load() if weights else None
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Encode images: (B, 3, H, W) float in [-1, 1] -> (B, 1, E) float32.
-
-        Source: StableVideoDiffusionPipeline._encode_image of diffusers.
-        """
-        small = (resized(images.to(self.device, torch.float32), self.side) + 1) / 2
-        normal = (small - self.mean.to(small)) / self.std.to(small)
-        embedding: Tensor = self.model(normal.to(self.dtype)).image_embeds
-        return embedding.float()[:, None]
 
     @property
     def model(self) -> Any:
@@ -67,15 +47,9 @@ class ImageEncoder:
             self._fingerprint = fingerprint_folder(self.folder)
         return self._fingerprint
 
-    def describe(self) -> dict[str, Any]:
-        """Return the value that a checkpoint stores as config["image"]."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"pretrained_model": str(self.pipeline), "dtype": dtype, "fingerprint": self.fingerprint()}
-
     def to(self, device: torch.device | str) -> Self:
         """Move to `device`, in place."""
         self.device = torch.device(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
         if self._model is not None:
             self._model.to(self.device)
         return self
@@ -85,13 +59,105 @@ class ImageEncoder:
         self._model = None
         gc.collect()
 
+    @abstractmethod
+    def _kind(self) -> Any: ...
+
     def _load(self) -> Any:
+        model = load_pretrained(self._kind(), self.folder, "image encoder", CodecError, dtype=self.dtype)
+        return model.eval().requires_grad_(False).to(self.device)
+
+
+class ImageEncoder(FrozenEncoder):
+    """A CLIPVisionModelWithProjection whose embedding conditions Stable Video Diffusion."""
+
+    def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = True) -> None:
+        pipeline = Path(folder).expanduser()
+        config = _read(pipeline / ENCODER / "config.json")
+        prepared = _read(pipeline / EXTRACTOR / "preprocessor_config.json")
+        try:
+            self.width = int(config["projection_dim"])
+            side = prepared["crop_size"]
+            self.side = int(side["height"] if isinstance(side, dict) else side)
+            mean, std = torch.tensor(prepared["image_mean"]), torch.tensor(prepared["image_std"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise CodecError(f"{pipeline}: its image encoder or feature extractor lacks a setting: {e}.") from None
+        self.mean, self.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+        super().__init__(folder, dtype, weights)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode images: (B, 3, H, W) float in [-1, 1] -> (B, 1, E) float32.
+
+        Source: StableVideoDiffusionPipeline._encode_image of diffusers.
+        """
+        small = (resized(images.to(self.device, torch.float32), self.side) + 1) / 2
+        normal = (small - self.mean.to(small)) / self.std.to(small)
+        embedding: Tensor = self.model(normal.to(self.dtype)).image_embeds
+        return embedding.float()[:, None]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the value that a checkpoint stores as config["image"]."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"pretrained_model": str(self.pipeline), "dtype": dtype, "fingerprint": self.fingerprint()}
+
+    def to(self, device: torch.device | str) -> Self:
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return super().to(device)
+
+    def _kind(self) -> Any:
         from transformers import CLIPVisionModelWithProjection
 
-        model = load_pretrained(
-            CLIPVisionModelWithProjection, self.folder, "image encoder", CodecError, dtype=self.dtype
-        )
-        return model.eval().requires_grad_(False).to(self.device)
+        return CLIPVisionModelWithProjection
+
+
+class VisionEncoder(FrozenEncoder):
+    """A CLIPVisionModel whose last hidden states but one condition Wan 2.1 image to video."""
+
+    def __init__(self, folder: str | Path, dtype: str = "fp32", *, weights: bool = False) -> None:
+        pipeline = Path(folder).expanduser()
+        config = _read(pipeline / ENCODER / "config.json")
+        self.settings = _read(pipeline / PROCESSOR / "preprocessor_config.json")
+        try:
+            self.width = int(config["hidden_size"])
+            self.tokens = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
+        except (KeyError, TypeError, ValueError) as e:
+            raise CodecError(f"{pipeline / ENCODER / 'config.json'} lacks a setting: {e}.") from None
+        super().__init__(folder, dtype, weights)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode N images of each clip: (B, 3, N, H, W) float in [-1, 1] -> (B, N tokens, E) float32.
+
+        Source: WanImageToVideoPipeline.encode_image of diffusers, which gets images of bytes.
+        """
+        pixels = self.processor(images=to_pictures(images), return_tensors="pt").pixel_values
+        states = self.model(pixels.to(self.device), output_hidden_states=True).hidden_states[-2]
+        return states.float().unflatten(0, (len(images), -1)).flatten(1, 2)
+
+    @property
+    def processor(self) -> Any:
+        """The processor of the pipeline."""
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor.from_dict(self.settings)
+
+    def key(self) -> str:
+        """Return what its states depend on: weights, settings of the processor, precision."""
+        processor = fingerprint_folder(self.pipeline / PROCESSOR)
+        return f"{self.fingerprint()} {processor[:8]} {type(self.processor).__name__} {self.dtype}"
+
+    def _kind(self) -> Any:
+        from transformers import CLIPVisionModel
+
+        return CLIPVisionModel
+
+
+def to_pictures(images: Tensor) -> list[Any]:
+    """Return PIL images of (B, 3, N, H, W) floats in [-1, 1], clip by clip."""
+    from PIL import Image
+
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels.permute(0, 2, 3, 4, 1).flatten(0, 1)]
 
 
 def resized(images: Tensor, side: int) -> Tensor:
@@ -113,7 +179,7 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 def _read(path: Path) -> dict[str, Any]:
     missing = (
-        f"is missing: the image condition of Stable Video Diffusion needs {path.parent.name}/. Copy it beside unet/ "
-        "and vae/ into the folder of --pretrained-model."
+        f"is missing: the image condition of this model needs {path.parent.name}/. Copy it beside vae/ into the folder "
+        "of --pretrained-model."
     )
     return read_json(path, missing, CodecError)

@@ -44,6 +44,7 @@ class Example:
     cond_image: Frames | None = None
     moments: Tensor | None = None
     cond_moments: Tensor | None = None
+    image_states: Tensor | None = None
     motion: Tensor | None = None
 
 
@@ -52,8 +53,8 @@ def read_sample(seed: int, sample: Sample, reader: RowReader, cache: EncodingCac
     if cache is not None:
         moments, cond = cache.read_clip(sample)
         image, motion = cache.read_image_fields(sample)
-        pixels = None if image is None else image.numpy()
-        return Example(seed, sample, cond_image=pixels, moments=moments, cond_moments=cond, motion=motion)
+        pixels, states = None if image is None else image.numpy(), cache.read_image_states(sample)
+        return Example(seed, sample, None, pixels, moments, cond, states, motion)
     return Example(seed, sample, reader.clip(sample), reader.cond_image(sample) if sample.own_image else None)
 
 
@@ -72,6 +73,7 @@ def collate(read: Sequence[Example], step: int = 0) -> Batch:
         fps=torch.tensor([s.plan.fps for s in samples], dtype=torch.float32),
         num_cond_frames=torch.tensor([s.num_cond_frames for s in samples], dtype=torch.int64),
         step=step,
+        last_frame=any(s.last_frame for s in samples),
     )
     frames = [r.frames for r in read if r.frames is not None]
     moments = [r.moments for r in read if r.moments is not None]
@@ -89,6 +91,10 @@ def collate(read: Sequence[Example], step: int = 0) -> Batch:
         if any(r.cond_moments is not None for r in read):
             blank = torch.zeros_like(moments[0])
             batch.cond_moments = torch.stack([blank if r.cond_moments is None else r.cond_moments for r in read])
+    states = [r.image_states for r in read if r.image_states is not None]
+    if states:
+        blank = torch.zeros_like(states[0])
+        batch.image_states = torch.stack([blank if r.image_states is None else r.image_states for r in read])
     return batch
 
 
@@ -119,6 +125,8 @@ def cond_pixels(batch: Batch) -> Tensor | None:
         cond = torch.zeros(batch.pixels.shape, device=batch.pixels.device)
         for i, count in enumerate(counts):
             cond[i, :, :count] = scaled(batch.pixels[i, :, :count])
+            if batch.last_frame and count:
+                cond[i, :, -1] = scaled(batch.pixels[i, :, -1])
     elif batch.images is not None:
         cond = torch.zeros(len(batch), 3, 1, batch.height, batch.width, device=batch.images.device)
     else:
@@ -127,6 +135,11 @@ def cond_pixels(batch: Batch) -> Tensor | None:
         for i, image in zip(batch.image_rows, scaled(batch.images), strict=True):
             cond[i, :, 0] = image
     return cond
+
+
+def end_frames(cond: Tensor, last: bool) -> Tensor:
+    """Return the first frame of conditioning frames (B, 3, T, H, W), or the first and the `last`, (B, 3, 2, H, W)."""
+    return torch.cat([cond[:, :, :1], cond[:, :, -1:]], dim=2) if last else cond[:, :, :1]
 
 
 def _channels_first(frames: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,9 @@ from titans_video.types import PRECISIONS, CodecSpec, TextCondition
 
 CACHE_VERSION = 1  # raise it when the same clip would give other pixels
 NO_BYTES = hashlib.sha256(b"").hexdigest()
-KINDS = CLIPS, COND_FRAMES, COND_IMAGES, MOTION, TEXT = "clips", "known", "pictures", "motion", "text"
+KINDS = CLIPS, COND_FRAMES, COND_IMAGES, IMAGE_STATES, MOTION, TEXT = (
+    "clips", "known", "pictures", "image-states", "motion", "text"
+)  # fmt: skip
 NOT_IN_CACHE = "not-in-cache"
 MOST_TEXT_BYTES = 2**28  # of hidden states that a process keeps in memory
 
@@ -77,6 +80,14 @@ def precisions_in(folder: Path, most: int = 16) -> set[str]:
     return found & PRECISIONS.keys()
 
 
+@dataclass(frozen=True)
+class ImageKey:
+    """The identity of an image encoder, and the shape (M, E) of its states for the conditioning images of a clip."""
+
+    encoder: str
+    shape: tuple[int, int]
+
+
 class EncodingCache:
     """A folder of encodings of codecs and text encoders; any number of them may share it.
 
@@ -89,7 +100,8 @@ class EncodingCache:
             save the motion bucket of each clip (Stable Video Diffusion).
         spec: of the codec; moments must have its shapes. None accepts any shape.
         widths: E of each text stream, 0 for byte ids; () accepts any width.
-        dtype: of stored moments, fp32 | bf16; they are read as float32.
+        dtype: of stored moments and image states, fp32 | bf16; they are read as float32.
+        image: of the image encoder whose states of the conditioning images are cached; None: there is none.
     Attributes:
         sharded: `put` writes shards instead of single files.
         repair: makes damaged files again; None: they count as missing.
@@ -106,9 +118,10 @@ class EncodingCache:
         spec: CodecSpec | None = None,
         widths: Sequence[int] = (),
         dtype: str = "fp32",
+        image: ImageKey | None = None,
     ) -> None:
         self.folder, self.codec, self.texts, self.cond_images = folder, codec, tuple(texts), cond_images
-        self.spec, self.widths, self.dtype, self.sharded = spec, tuple(widths), dtype, False
+        self.spec, self.widths, self.dtype, self.image, self.sharded = spec, tuple(widths), dtype, image, False
         self.shards = {kind: Shards(folder / kind) for kind in KINDS}
         self.repair: Repair | None = None
         self.process, self._has_repaired = os.getpid(), False
@@ -144,8 +157,14 @@ class EncodingCache:
 
     def cond_fields(self, sample: Sample) -> dict[str, Any]:
         """Return everything that the moments of a sample's conditioning frames depend on."""
-        image = _image_key(sample)
-        return {**self.clip_fields(sample), "kind": COND_FRAMES, "known": sample.num_cond_frames, "picture": image}
+        fields = {**self.clip_fields(sample), "kind": COND_FRAMES, "known": sample.num_cond_frames}
+        return {**fields, "picture": _image_key(sample), **_last(sample)}
+
+    def state_fields(self, sample: Sample) -> dict[str, Any]:
+        """Return everything that the image encoder's states of a sample's conditioning images depend on."""
+        assert self.image is not None  # callers check
+        fields = {k: v for k, v in self.clip_fields(sample).items() if k != "codec"} | {"kind": IMAGE_STATES}
+        return {**fields, "encoder": self.image.encoder, "picture": _image_key(sample), **_last(sample)}
 
     def image_fields(self, sample: Sample, kind: str) -> dict[str, Any]:
         """Return everything that a sample's first frame, or its motion, depends on; the codec is not part of it."""
@@ -161,6 +180,8 @@ class EncodingCache:
             found.append(self.image_fields(sample, MOTION))
         if sample.num_cond_frames:
             found.append(self.image_fields(sample, COND_IMAGES) if self.cond_images else self.cond_fields(sample))
+            if self.image is not None:
+                found.append(self.state_fields(sample))
         return found
 
     def text_fields(self, prompt: str, stream: int) -> dict[str, Any]:
@@ -264,6 +285,8 @@ class EncodingCache:
             expected, fits = torch.uint8, shape == (*fields["size"], 3)
         elif kind == MOTION:
             fits = shape == ()
+        elif kind == IMAGE_STATES:
+            fits = self.image is None or shape == self.image.shape
         else:
             width = self.widths[self.texts.index(fields["encoder"])] if self.widths else shape[-1] if shape[1:] else 0
             expected = torch.int64 if not width else tensor.dtype if tensor.is_floating_point() else torch.float32
@@ -287,6 +310,12 @@ class EncodingCache:
             return None, None
         image = self.read(self.image_fields(sample, COND_IMAGES), sample) if sample.num_cond_frames else None
         return image, self.read(self.image_fields(sample, MOTION), sample)
+
+    def read_image_states(self, sample: Sample) -> Tensor | None:
+        """Read the image encoder's states (M, E), if there are any; BadRowError as `read`."""
+        if self.image is None or not sample.num_cond_frames:
+            return None
+        return self.read(self.state_fields(sample), sample)
 
     def text(self, prompts: Sequence[str]) -> TextCondition:
         """Read prompts' hidden states, padded to the longest; PromptError if one cannot be read or made again."""
@@ -401,6 +430,10 @@ def _image_key(sample: Sample) -> str | None:
         return None
     record = sample.record
     return f"{record.image_digest} {record.image_reading}" if record.image_reading else record.image_digest
+
+
+def _last(sample: Sample) -> dict[str, bool]:
+    return {"last": True} if sample.last_frame else {}
 
 
 def _digest(tensor: Tensor) -> str:

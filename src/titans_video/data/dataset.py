@@ -366,3 +366,8 @@ def open_data(
 def with_digests(data: VideoDataset, digests: NDArray[np.uint8]) -> VideoDataset:
     """Return the same data with the digest of every file that cache keys need: clips, and own images that are used."""
     return replace(data, records=replace(data.records, digests=digests))
+
+
+def with_last_frame(data: VideoDataset) -> VideoDataset:
+    """Return the same data whose clips with conditioning frames also have their last frame as one."""
+    return replace(data, mix=replace(data.mix, last_frame=True))

@@ -154,6 +154,9 @@ class HeldOut:
         c, t, h, w = self.data.table.spec.latent_shape(bucket.frames, bucket.height, bucket.width)
         moments = torch.zeros(2 * c, t, h, w)
         if not self.cache.cond_images:
-            return Example(seed, sample, moments=moments, cond_moments=moments if sample.num_cond_frames else None)
+            blank = Example(seed, sample, moments=moments, cond_moments=moments if sample.num_cond_frames else None)
+            if self.cache.image is not None and sample.num_cond_frames:
+                blank.image_states = torch.zeros(self.cache.image.shape)
+            return blank
         image = np.zeros((bucket.height, bucket.width, 3), np.uint8) if sample.num_cond_frames else None
         return Example(seed, sample, cond_image=image, moments=moments, motion=torch.zeros(()))

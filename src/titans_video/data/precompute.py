@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from titans_video.console import Progress
-from titans_video.data.batches import to_floats
-from titans_video.data.cache import CLIPS, COND_IMAGES, MOTION, EncodingCache
+from titans_video.data.batches import end_frames, to_floats
+from titans_video.data.cache import CLIPS, COND_IMAGES, IMAGE_STATES, MOTION, EncodingCache, ImageKey
 from titans_video.data.clip_plan import NOT_FINITE
 from titans_video.data.columns import Columns, open_columns, pack_columns, share_columns, write_columns
 from titans_video.data.dataset import VideoDataset, with_digests
@@ -58,7 +58,8 @@ class Encoders:
         text_keys: the same for each text stream; () if the network reads bytes itself and nothing is cached.
         text: encodes prompts; called only if one is missing.
         cond_images, text_widths: as `EncodingCache`.
-        release: frees the weights of codec and text encoders.
+        image, image_states: as `EncodingCache`, and its states: (1, 3, N, H, W) -> (1, M, E).
+        release: frees the weights of all encoders.
     """
 
     codec_key: str
@@ -68,6 +69,8 @@ class Encoders:
     cond_images: bool = False
     text_widths: tuple[int, ...] = ()
     release: Callable[[], None] = lambda: None
+    image: ImageKey | None = None
+    image_states: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -121,6 +124,7 @@ def fill_cache(
         spec=data.table.spec,
         widths=encoders.text_widths,
         dtype=data.options.cache_dtype,
+        image=encoders.image,
     )
     total = len(data.records)
     digests = find_digests(data, progress=progress, processes=processes)
@@ -285,11 +289,27 @@ class _Encoding:
         clip = to_floats(torch.from_numpy(pixels[0])[None])
         image = None if pixels[1] is None else to_floats(torch.from_numpy(pixels[1])[None, None])
         for fields in wanted:
-            encoded = _encoding(fields["kind"], sample, clip, image, self.codec)
+            encoded = self._encoding(fields["kind"], sample, clip, image)
             if not is_finite(encoded):
                 video = sample.record.row.video
                 raise BadRowError(NOT_FINITE, f"{video}: the VAE gives values that are not finite. {OVERFLOW_REMEDY}")
             yield fields, encoded
+
+    def _encoding(self, kind: str, sample: Sample, clip: Tensor, image: Tensor | None) -> Tensor:
+        """Return what is cached of a sample, by kind; `clip` and `image` as for `cond_clip`."""
+        assert self.codec is not None  # from `encode`
+        if kind == MOTION:
+            return motion_bucket(clip, torch.tensor([sample.plan.fps]))[0]
+        if kind == COND_IMAGES:
+            first = (clip if image is None else image)[0, :, 0]
+            return ((first.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
+        if kind == CLIPS:
+            return self.codec.encode_moments(clip)[0]
+        cond = cond_clip(clip, image, sample)
+        if kind == IMAGE_STATES:
+            assert self.encoders.image_states is not None  # as there is a key
+            return self.encoders.image_states(end_frames(cond, sample.last_frame))[0]
+        return self.codec.encode_cond_frames(cond)[0]
 
     def prompt(self, prompt: str) -> list[Tensor]:
         """Return the hidden states of a prompt from each stream, (L, E); BadRowError if they are not finite."""
@@ -379,27 +399,17 @@ def _reading_ahead(
             worker.kill()
 
 
-def _encoding(kind: str, sample: Sample, clip: Tensor, image: Tensor | None, codec: CodecLike) -> Tensor:
-    """Return what is cached of a sample, by kind; `clip` and `image` as for `cond_clip`."""
-    if kind == MOTION:
-        return motion_bucket(clip, torch.tensor([sample.plan.fps]))[0]
-    if kind == COND_IMAGES:
-        first = (clip if image is None else image)[0, :, 0]
-        return ((first.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
-    if kind == CLIPS:
-        return codec.encode_moments(clip)[0]
-    return codec.encode_cond_frames(cond_clip(clip, image, sample.num_cond_frames))[0]
-
-
-def cond_clip(clip: Tensor, image: Tensor | None, num_cond_frames: int) -> Tensor:
+def cond_clip(clip: Tensor, image: Tensor | None, sample: Sample) -> Tensor:
     """Return the conditioning frames of a clip (1, 3, T, H, W) with the other frames 0.
 
     `image` (1, 3, 1, H, W), if given, replaces the first frame.
     """
     cond = torch.zeros_like(clip)
-    cond[:, :, :num_cond_frames] = clip[:, :, :num_cond_frames]
+    cond[:, :, : sample.num_cond_frames] = clip[:, :, : sample.num_cond_frames]
     if image is not None:
         cond[:, :, :1] = image
+    if sample.last_frame:
+        cond[:, :, -1] = clip[:, :, -1]
     return cond
 
 

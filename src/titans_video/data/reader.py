@@ -73,7 +73,7 @@ class ClipRecord:
 class Sample:
     """One occurrence of a row with every decision made: all that reading and caching it depends on.
 
-    With `own_image` the conditioning frame is the row's own image.
+    With `own_image` the conditioning frame is the row's own image; with `last_frame` the last frame is one too.
     """
 
     record: ClipRecord
@@ -81,6 +81,7 @@ class Sample:
     num_cond_frames: int
     own_image: bool
     plan: RowPlan
+    last_frame: bool = False
 
 
 @dataclass
@@ -131,7 +132,7 @@ class RowReader:
         plan = self._plan(record, seed)
         count = num_cond_frames(task, record.row, self.options, plan.bucket.frames, seed)
         own_image = task == "i2v" and count > 0 and record.row.cond_image is not None
-        return Sample(record, task, count, own_image, plan)
+        return Sample(record, task, count, own_image, plan, self.mix.last_frame and count > 0)
 
     def clip(self, sample: Sample) -> Frames:
         """Read a sample's frames (T, H, W, 3) uint8; raise BadRowError if unreadable or changed since the scan."""

@@ -193,9 +193,13 @@ def _mix(x: Keys) -> Keys:
 
 @dataclass(frozen=True)
 class TaskMix:
-    """Shares of t2v, i2v and v2v that sum to 1; if empty, each row keeps its own task."""
+    """Shares of t2v, i2v and v2v that sum to 1; if empty, each row keeps its own task.
+
+    With `last_frame` a clip that has conditioning frames also has its last frame as one.
+    """
 
     shares: tuple[tuple[str, float], ...] = ()
+    last_frame: bool = False
 
     def draw(self, row: Row, seed: int) -> str:
         """Draw the task of one occurrence; `seed` belongs to the occurrence."""

@@ -36,6 +36,7 @@ class Prepared:
         clean_mask: bool, as `timesteps`: True where the sample stays clean, at timestep 0; None: nowhere.
         loss_mask: bool, broadcasts against `latents`: True where there is loss; None: everywhere.
         others: further modalities by name, e.g. `audio`, each with its own latents, timesteps and loss.
+        expert: the network that predicts all rows, of a model that has one for each range of timesteps.
     """
 
     latents: Tensor
@@ -45,6 +46,7 @@ class Prepared:
     clean_mask: Tensor | None = None
     loss_mask: Tensor | None = None
     others: "Mapping[str, Prepared]" = field(default_factory=dict)
+    expert: str | None = None
 
     def at(self: PreparedT, timestep: float) -> PreparedT:
         """Return the same batch with one timestep for everything that is not clean."""

@@ -62,14 +62,13 @@ class PretrainedModel(LoadedModel):
 
     @property
     def capabilities(self) -> Capabilities:
-        image = self.spec.image_to_video
         return Capabilities(
             per_frame_time=False,
-            tasks=frozenset({self.spec.task}),
+            tasks=frozenset(self.spec.tasks),
             own_sampling=False,
             time_shift=False,
-            most_cond_frames=int(image),
-            image_required=image,
+            most_cond_frames=int(self.spec.takes_image),
+            image_required=self.spec.needs_image,
         )
 
     def cut_note(self, prompts: Sequence[str]) -> str | None:
@@ -168,7 +167,7 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
             f"{spec.name} packs the tokens of a clip, so its windows cannot be blended. Use --num-frames "
             f"{windows.window} or less."
         )
-    if blended and spec.image_to_video:
+    if blended and spec.needs_image:
         raise ConfigError(
             f"--window-mode blend: {spec.name} is conditioned on a first frame, and only the first window has one. "
             "Use --window-mode continue, which chains windows on their last frame."
@@ -327,6 +326,6 @@ def _config(spec: ModelSpec, trained: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": "pretrained",
         "base": {"family": spec.name},
-        "data": json.loads(json.dumps(data)) | {"tasks": [spec.task]},
+        "data": json.loads(json.dumps(data)) | {"tasks": list(spec.tasks)},
         "sample": sample,
     }

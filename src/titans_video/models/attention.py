@@ -243,5 +243,5 @@ def kernel_note(network: nn.Module, name: AttentionBackend, device: torch.device
 
 
 def _head_dim(attention: Any) -> int:
-    width = attention.inner_dim if isinstance(attention, Attention) else attention.out.in_features
+    width = getattr(attention, "inner_dim", None) or attention.out.in_features  # of diffusers, or our own
     return int(width) // int(attention.heads)

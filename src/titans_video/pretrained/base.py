@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec
+from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.errors import ConfigError, first_line
 from titans_video.models.context_parallel import SIZE_SETTING, ContextPlan
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 MODEL_SPECS = {
     "CogVideoXPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
     "CogVideoXImageToVideoPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
+    "WanPipeline": "titans_video.pretrained.wan:Wan",
+    "WanImageToVideoPipeline": "titans_video.pretrained.wan:Wan",
 }
 """The spec, `module:Class`, for each class of diffusers pipeline."""
 INDEX = "model_index.json"
@@ -48,27 +52,53 @@ class PipelineCall:
     noise: Tensor  # of the shape of the network's latents
     text: TextCondition  # one row, in the dtype of the VAE and the latents; `negative` likewise
     negative: TextCondition
-    image: Tensor | None = None  # (1, 3, 1, H, W) in [-1, 1], the first frame; None for a text-to-video model
+    image: Tensor | None = None  # (1, 3, 1, H, W) in [-1, 1], the first frame; None for a video from text alone
+    last_image: Tensor | None = None  # the same for the last frame
+    guidance_scale_2: float | None = None  # of the low-noise expert; None: `guidance_scale`
     seed: int = 0  # of everything random except the noise
     on_step: Callable[[int], object] | None = None  # called after each denoising step with the number of steps done
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The frames of clips that are given, for `ModelSpec.prepare`.
+
+    Attributes:
+        latents: unscaled, of clips without their other frames: (B, C, t, h, w), or (B, C, 1, h, w) of first frames
+            alone if `samples_first_frame`. Rows without given frames have any values.
+        mask: (B, S, t) bool: for each latent frame, which of its pixel frames are given.
+        image: (B, N, E) states of the image encoder for the given frames; None: the model has no image encoder.
+    """
+
+    latents: Tensor
+    mask: Tensor
+    image: Tensor | None = None
 
 
 class ModelSpec(ABC):
     """Everything that distinguishes one pretrained model from another; loads nothing large before it is needed.
 
     Attributes:
+        tasks: what rows can train: t2v, i2v, v2v. With a single one, every row trains it.
+        experts: names of the networks for parts of the timesteps, the part with more noise first; () for one network.
+            Each row of a batch is for one of them (`Prepared.expert`).
+        boundary: the share of the time range from which the first expert predicts; None without experts.
+        end_frame: whether the last frame can be given too; if it is required, it is also given in training.
+        samples_first_frame: the first frame's latents are drawn from the posterior; otherwise its mean is used.
+        guidance_scale_2: default of generation for the second expert.
         blocks: names of the lists of blocks. Their classes are the network's `_no_split_modules`, which sharding,
             compilation and streaming use.
         time_axis: the axis of latent frames in the network's `hidden_states` and prediction, along which long videos
             are cut into windows; None for packed tokens, which cannot be cut.
-        first_layer: name of the layer whose output the first block takes; None if there is no single one.
+        first_layer: name of the layer, in each network, whose output the first block takes; None: no single one.
         lora_prefixes: the prefix in an adapter file for each prefix of the network's module names. A model with two
-            networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}.
+            networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}. Its module has a child for
+            each of them that is loaded.
     """
 
     name: str
     folder: Path
-    image_to_video: bool  # needs a first frame
+    tasks: tuple[str, ...]
     codec_spec: CodecSpec
     clip_grid: tuple[int, int, int]  # latent cells that clips must be multiples of
     patch_size: tuple[int, int, int]  # latent cells of a token
@@ -80,16 +110,26 @@ class ModelSpec(ABC):
     blocks: tuple[str, ...]
     time_axis: int | None
     first_layer: ClassVar[str | None] = None
-    lora_prefixes: ClassVar[Mapping[str, str]] = {"": "transformer"}
+    lora_prefixes: Mapping[str, str] = MappingProxyType({"": "transformer"})
+    experts: tuple[str, ...] = ()
+    boundary: float | None = None
+    end_frame: Literal["no", "optional", "required"] = "no"
+    samples_first_frame: ClassVar[bool] = False
+    guidance_scale_2: float | None = None
 
     @property
-    def task(self) -> str:
-        """The task that every clip trains."""
-        return "i2v" if self.image_to_video else "t2v"
+    def takes_image(self) -> bool:
+        """Whether a first frame can be given."""
+        return "i2v" in self.tasks
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether a first frame must be given."""
+        return "t2v" not in self.tasks
 
     @property
     def cond_frames_have_loss(self) -> bool:
-        """Whether a first frame is denoised like the rest; otherwise it stays clean, without loss."""
+        """Whether given frames are denoised like the rest; otherwise they stay clean, without loss."""
         return True
 
     @abstractmethod
@@ -97,8 +137,15 @@ class ModelSpec(ABC):
         """Raise ConfigError, with sizes that work, for clips whose positions the network does not know."""
 
     @abstractmethod
-    def load_network(self, dtype: torch.dtype) -> nn.Module:
-        """Load the pretrained network, frozen. A model with several networks returns one module that routes to them."""
+    def load_network(self, dtype: torch.dtype, experts: Sequence[str] = ()) -> nn.Module:
+        """Load the pretrained network, frozen. A model with several networks returns one module that routes to them.
+
+        Only these `experts` are loaded; (): all.
+        """
+
+    def networks(self, network: nn.Module) -> dict[str, nn.Module]:
+        """Return the networks that a pipeline calls, by expert; the key of a single network is ""."""
+        return {"": network}
 
     @abstractmethod
     def meta_model(self) -> nn.Module:
@@ -117,8 +164,19 @@ class ModelSpec(ABC):
         """Return the text encoders; their weights are read at first use."""
 
     @abstractmethod
-    def process(self) -> NoiseProcess:
-        """Return the noise process of training, in the model's own timesteps and shift."""
+    def process(self, frame: tuple[int, int] | None = None, shift: float | None = None) -> NoiseProcess:
+        """Return the noise process of training, in the model's own timesteps.
+
+        Args:
+            frame: height and width of most clips, which may decide the shift; None: those of the pretraining.
+            shift: of the times towards noise; None: the model's own.
+        Raises:
+            ConfigError: the model's times cannot be shifted.
+        """
+
+    def image_encoder(self, dtype: str, device: torch.device | str) -> VisionEncoder | None:
+        """Return the encoder of `Conditioning.image`; its weights are read at first use."""
+        return None
 
     def padded_frames(self, t: int) -> int:
         """Return t' for t latent frames."""
@@ -129,14 +187,14 @@ class ModelSpec(ABC):
         self,
         latents: Tensor,
         text: TextCondition,
-        first_frame: Tensor | None,
+        given: Conditioning | None,
         timesteps: Tensor,
     ) -> Prepared:
         """Turn clips into the network's training inputs: layout, padding, conditioning, the timestep of each part.
 
         Args:
             latents: (B, C, t, h, w), clean.
-            first_frame: (B, C, 1, h, w) unscaled latents of the first frames; None for a text-to-video model.
+            given: the given frames; None if no row has any.
             timesteps: (B,), drawn by the noise process for each row, on the device of the latents.
         """
 
@@ -151,9 +209,16 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def example(
-        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        latent_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        expert: str | None = None,
     ) -> tuple[NoisySample, Prepared]:
-        """Return random inputs of `predict` for (C, t', h, w) latents (None: tiny ones); on `meta` without values."""
+        """Return random inputs of `predict` for (C, t', h, w) latents (None: tiny ones); on `meta` without values.
+
+        `expert` is of `experts`; None: the first one.
+        """
 
     @abstractmethod
     def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> "DiffusionPipeline":

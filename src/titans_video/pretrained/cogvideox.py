@@ -19,15 +19,16 @@ from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.hub import from_folder, load_pretrained
-from titans_video.models.attention import CogVideoXProcessor, attend
-from titans_video.models.context_parallel import ContextPlan, TokenExchange
+from titans_video.models.attention import CogVideoXProcessor
+from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import attention
-from titans_video.pretrained.base import ModelSpec, PipelineCall
+from titans_video.pretrained.base import Conditioning, ModelSpec, PipelineCall
 from titans_video.pretrained.loading import fill, lora_of, read_config
+from titans_video.pretrained.sharing import JointAttention, share_attention
 from titans_video.schema import shown
 from titans_video.seeding import generator
 from titans_video.text.base import TextEncoder
-from titans_video.text.huggingface import padded_text
+from titans_video.text.pipelines import PaddedStream, pipeline_text
 from titans_video.types import PRECISIONS, Condition, TextCondition
 
 MOST_TABLES = 16  # rotary tables to keep: one for each size of clips
@@ -39,14 +40,15 @@ class CogVideoX(ModelSpec):
 
     fps, steps, guidance_scale = 8.0, 50, 6.0
     blocks, time_axis, first_layer = ("transformer_blocks",), 1, "patch_embed"
+    samples_first_frame = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder / "transformer")
         c = self.config
-        self.image_to_video = c["in_channels"] != c["out_channels"]
+        self.tasks = ("i2v",) if c["in_channels"] != c["out_channels"] else ("t2v",)
         self.p_t = c.get("patch_size_t")
-        self.name = f"CogVideoX {'1.5' if self.p_t else '1.0'}{' I2V' if self.image_to_video else ''}"
+        self.name = f"CogVideoX {'1.5' if self.p_t else '1.0'}{' I2V' if self.takes_image else ''}"
         self.fps = 16.0 if self.p_t else 8.0
         p = int(c["patch_size"])
         self.clip_grid, self.patch_size = (1, p, p), (self.p_t or 1, p, p)
@@ -62,7 +64,7 @@ class CogVideoX(ModelSpec):
 
         Learned positions have one size, and diffusers silently uses others elsewhere. Version 1.5 has a finite table.
         """
-        if self.image_to_video and frames < 2:
+        if self.takes_image and frames < 2:
             least = self.codec_spec.frames_at_least(2)
             raise ConfigError(
                 f"{self.folder} continues a first frame, so a clip of 1 frame has nothing to train on. Give "
@@ -89,7 +91,7 @@ class CogVideoX(ModelSpec):
             "leaves shorter clips out."
         )
 
-    def load_network(self, dtype: torch.dtype) -> nn.Module:
+    def load_network(self, dtype: torch.dtype, experts: Sequence[str] = ()) -> nn.Module:
         network: nn.Module = load_pretrained(
             self._kind(), self.folder / "transformer", "transformer", CheckpointError, torch_dtype=dtype
         )
@@ -114,7 +116,7 @@ class CogVideoX(ModelSpec):
         return FirstFrameCodec.load(self.folder, dtype, weights=load).to(device)
 
     def text(self, dtype: str, device: torch.device | str, *, offload: bool = False) -> TextEncoder:
-        return padded_text(self.folder, dtype, self.text_length, device, offload=offload)
+        return pipeline_text(PaddedStream, self.folder, dtype, self.text_length, device, offload=offload)
 
     def scheduler(self) -> Any:
         import diffusers
@@ -126,7 +128,9 @@ class CogVideoX(ModelSpec):
             )
         return from_folder(getattr(diffusers, name), self.folder / "scheduler")
 
-    def process(self) -> VPredictionDDPM:
+    def process(self, frame: tuple[int, int] | None = None, shift: float | None = None) -> VPredictionDDPM:
+        if shift is not None:
+            raise ConfigError(f"--shift {shift:g}: the timesteps of {self.name} are even and cannot be shifted.")
         return VPredictionDDPM.from_scheduler(self.scheduler())
 
     def padded_frames(self, t: int) -> int:
@@ -137,11 +141,11 @@ class CogVideoX(ModelSpec):
         self,
         latents: Tensor,
         text: TextCondition,
-        first_frame: Tensor | None,
+        given: Conditioning | None,
         timesteps: Tensor,
     ) -> Prepared:
         latents = self.pad(latents)
-        image = None if first_frame is None else self.image_latents(first_frame, latents.shape[2])
+        image = None if given is None else self.image_latents(given.latents, latents.shape[2])
         tokens = count_tokens(latents.shape[2:], self.patch_size)
         return Prepared(latents, timesteps, Condition(text=text, cond_latents=image), tokens)
 
@@ -230,7 +234,7 @@ class CogVideoX(ModelSpec):
         from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
         assert isinstance(codec, FirstFrameCodec)  # from `self.codec`
-        kind = CogVideoXImageToVideoPipeline if self.image_to_video else CogVideoXPipeline
+        kind = CogVideoXImageToVideoPipeline if self.takes_image else CogVideoXPipeline
         tokenizer, encoder = None, None
         if text:
             (stream,) = self.text(next(name for name, kind in PRECISIONS.items() if kind == dtype), "cpu").streams
@@ -271,7 +275,11 @@ class CogVideoX(ModelSpec):
         return frames.transpose(1, 2).float().cpu() * 2 - 1
 
     def example(
-        self, latent_shape: Sequence[int] | None = None, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        latent_shape: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        expert: str | None = None,
     ) -> tuple[NoisySample, Prepared]:
         side = 2 * self.patch_size[1]
         shape = latent_shape or (self.config["out_channels"], 2 * self.patch_size[0], side, side)
@@ -283,7 +291,7 @@ class CogVideoX(ModelSpec):
 
         noise, timesteps = normal(1, *shape), torch.full((1,), 500, device=device)
         text = TextCondition((normal(*states),), (torch.ones(states[:2], dtype=torch.bool, device=device),))
-        image = normal(1, *shape) if self.image_to_video else None
+        image = normal(1, *shape) if self.takes_image else None
         prepared = Prepared(
             noise, timesteps, Condition(text=text, cond_latents=image), count_tokens(shape[1:], self.patch_size)
         )
@@ -291,14 +299,6 @@ class CogVideoX(ModelSpec):
 
     def context_plan(self, network: nn.Module) -> ContextPlan:
         blocks, rotary = self.blocks[0], ContextParallelInput(split_dim=0, expected_dims=2)
-
-        def attach(exchange: TokenExchange) -> None:
-            for block in network.get_submodule(blocks).children():
-                attention: Any = block.attn1
-                attention.processor = SharedAttention(
-                    exchange, getattr(attention.processor, "_attention_backend", None)
-                )
-
         return ContextPlan(
             heads=int(self.config["num_attention_heads"]),
             tokens=lambda grid: count_tokens(grid, self.patch_size),
@@ -307,7 +307,7 @@ class CogVideoX(ModelSpec):
                 f"{blocks}.*": {"image_rotary_emb": [rotary, rotary]},
             },
             join={"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)},
-            attach=attach,
+            attach=lambda exchange: share_attention(network, self.blocks, JointAttention, exchange),
         )
 
     def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
@@ -319,43 +319,6 @@ class CogVideoX(ModelSpec):
         from diffusers import CogVideoXTransformer3DModel
 
         return CogVideoXTransformer3DModel
-
-
-class SharedAttention:
-    """CogVideoX's joint attention if several processes share a clip. Each has a part of the video, and all the text.
-
-    Source: diffusers' CogVideoXAttnProcessor2_0.
-    """
-
-    def __init__(self, exchange: TokenExchange, backend: Any) -> None:
-        self.exchange, self._attention_backend = exchange, backend
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, N, D) and (B, L, D) -> the same, of all heads."""
-        from diffusers.models.embeddings import apply_rotary_emb
-
-        L = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        video = [x[:, L:] for x in (q, k, v)]
-        if image_rotary_emb is not None:
-            video[:2] = [apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in video[:2]]
-        heads = [self.exchange.own_heads(x[:, :L]) for x in (q, k, v)]
-        joint = [torch.cat([a, self.exchange.to_heads(b)], dim=1) for a, b in zip(heads, video, strict=True)]
-        q, k, v = joint
-        y = attend(q, k, v, None, self._attention_backend)  # (B, L + n N, H / n, d)
-        y = torch.cat([self.exchange.all_heads(y[:, :L]), self.exchange.to_tokens(y[:, L:])], dim=1)
-        y = attn.to_out[1](attn.to_out[0](y.flatten(2)))
-        return y[:, L:], y[:, :L]
 
 
 class SkippedBlock(nn.Module):

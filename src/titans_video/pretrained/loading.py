@@ -1,5 +1,6 @@
 """Load parts of a diffusers pipeline's folder, for every pretrained model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -77,6 +78,28 @@ def load_finetuned(network: nn.Module, read: Checkpoint) -> None:
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise CheckpointError(f"{read.path} is not of the network of --pretrained-model: {reason}") from None
+
+
+class Router(nn.Module):
+    """Networks of one kind in one module, each under its name in the pipeline; every call is for one of them.
+
+    All rows of a batch go to one network, so a step computes and keeps nothing of the others.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        first = next(iter(parts.values()))
+        self._no_split_modules: Any = getattr(first, "_no_split_modules", None)  # read by sharding and recomputation
+        self._repeated_blocks: Any = getattr(first, "_repeated_blocks", None)  # and by compilation
+
+    def forward(self, part: str | None, **inputs: Any) -> Any:
+        """Call the network of this name; None: the only one."""
+        if part is None:
+            (network,) = self.children()
+            return network(**inputs)
+        return self.get_submodule(part)(**inputs)
 
 
 def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:

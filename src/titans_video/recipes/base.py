@@ -68,10 +68,13 @@ class ClipGeometry:
 
     def cond_mask(self, batch: Batch) -> Tensor:
         """Return (B, S, t) bool: for each latent frame, which of its pixel frames are given clean."""
-        frames = self.latent_shape(batch)[1]
         if self.cond_frames_have_loss:
-            return torch.zeros(len(batch), self.codec.stride[0], frames, dtype=torch.bool)
-        return fold_frame_mask(batch.cond_frame_mask(), self.codec)[..., :frames]
+            return torch.zeros(len(batch), self.codec.stride[0], self.latent_shape(batch)[1], dtype=torch.bool)
+        return self.given_mask(batch)
+
+    def given_mask(self, batch: Batch) -> Tensor:
+        """Return (B, S, t) bool: for each latent frame, which of its pixel frames are given, with loss or without."""
+        return fold_frame_mask(batch.cond_frame_mask(), self.codec)[..., : self.latent_shape(batch)[1]]
 
     def row_elements(self, batch: Batch) -> Tensor:
         """Return (B,) int64: latent elements of frames that are not given clean."""

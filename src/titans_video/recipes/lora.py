@@ -63,7 +63,7 @@ class LoraFiles:
     def sample_command(self, last: Path) -> list[str]:
         pipeline = str(self.spec.folder.absolute())
         words = ["titans-video", "generate", "--pretrained-model", pipeline, "--lora", str(last)]
-        return words + (["--image", "FIRST_FRAME.png"] if self.spec.image_to_video else [])
+        return words + (["--image", "FIRST_FRAME.png"] if self.spec.needs_image else [])
 
     def _sizes(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
         names = sorted({name.rpartition(".lora_")[0] for name in tensors})

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.config.options import CodecOptions, DataOptions
 from titans_video.config.recipes import PretrainedOptions
+from titans_video.data.batches import end_frames
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.reader import BadRowError
 from titans_video.diffusion.base import NoisySample, Prepared
@@ -23,7 +25,7 @@ from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models.compiling import compile_blocks, share_graphs
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
-from titans_video.pretrained.base import ModelSpec
+from titans_video.pretrained.base import Conditioning, ModelSpec
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
 from titans_video.recipes.setup import (
     RunParts,
@@ -40,12 +42,17 @@ from titans_video.types import Batch
 
 
 @dataclass(frozen=True)
-class FirstFrameDraws(Draws):
-    """The first frame's latents are sampled with their own noise."""
+class GivenFrameDraws(Draws):
+    """Which frames are given; and if the first frame's latents are sampled, their own noise."""
+
+    sampled: bool = field(kw_only=True)
 
     def makers(self, batch: Batch) -> Makers:
         c, _, h, w = self.geometry.latent_shape(batch)
-        return {**super().makers(batch), "first frame": partial(noise_of, (c, 1, h, w), batch, "first frame")}
+        made: Makers = {**super().makers(batch), "given": partial(self.geometry.given_mask, batch)}
+        if self.sampled:
+            made["first frame"] = partial(noise_of, (c, 1, h, w), batch, "first frame")
+        return made
 
 
 def padded_frames(spec: ModelSpec, frames: int, step: int) -> int:
@@ -58,16 +65,18 @@ class PretrainedRecipe(DiffusionRecipe[Prepared]):
 
     spec: ModelSpec = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)  # of the network's inputs
+    image: VisionEncoder | None = field(default=None, kw_only=True)  # encodes batches without cached states
 
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         latents = self.encode_latents(batch)
         text = self.encode_captions(batch, train=train)
-        first = self._first_frame(batch) if self.spec.image_to_video else None
-        return self.spec.prepare(latents, text, first, self.value(batch, "time"))
+        return self.spec.prepare(latents, text, self._given_frames(batch), self.value(batch, "time"))
 
-    def draws(self) -> FirstFrameDraws | Draws:
+    def draws(self) -> GivenFrameDraws | Draws:
         plain = super().draws()
-        return FirstFrameDraws(**vars(plain)) if self.spec.image_to_video else plain
+        if not self.spec.takes_image:
+            return plain
+        return GivenFrameDraws(**vars(plain), sampled=self.spec.samples_first_frame)
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
         predicted = self.spec.predict(model, noisy, prepared, self.dtype)
@@ -76,22 +85,30 @@ class PretrainedRecipe(DiffusionRecipe[Prepared]):
     def context_plan(self) -> ContextPlan:
         return self.spec.context_plan(self.network)
 
-    def _first_frame(self, batch: Batch) -> Tensor:
-        """Return the unscaled latents (B, C, 1, h, w) of the first frames, sampled by each row's seed."""
-        moments = batch.cond_moments
+    def _given_frames(self, batch: Batch) -> Conditioning | None:
+        """Return the given frames of a batch; None if no row has any."""
+        if not batch.num_cond_frames.any():
+            return None
+        moments, states = batch.cond_moments, batch.image_states
         if moments is None:
             pixels = self.cond_pixels(batch)
-            assert pixels is not None  # every row is i2v
+            assert pixels is not None  # some row has given frames
             moments = self.codec.encode_cond_frames(pixels)
-        first = moments[:, :, :1].to(self.device, torch.float32)
-        return self.codec.unscale(self.sample_moments(batch, first, "first frame"))
+            states = None if self.image is None else self.image(end_frames(pixels, batch.last_frame))
+        moments = moments.to(self.device, torch.float32)
+        if self.spec.samples_first_frame:
+            latents = self.codec.unscale(self.sample_moments(batch, moments[:, :, :1], "first frame"))
+        else:
+            latents = moments.chunk(2, dim=1)[0]
+        return Conditioning(latents, self.value(batch, "given"), states)
 
 
 def compile_network(network: nn.Module, spec: ModelSpec) -> None:
     """Compile the blocks for training; clips of other sizes reuse the graphs where they can."""
     compile_blocks(network, training=True)
     if spec.first_layer is not None:
-        share_graphs(network.get_submodule(spec.first_layer))
+        for part in spec.networks(network).values():
+            share_graphs(part.get_submodule(spec.first_layer))
 
 
 def open_pretrained_parts(options: PretrainedOptions, run: RunContext, spec: ModelSpec) -> RunParts:
@@ -102,9 +119,11 @@ def open_pretrained_parts(options: PretrainedOptions, run: RunContext, spec: Mod
     codec = spec.codec(base.vae_dtype, device, load=options.data.cache is None)
     with_task = replace(options, data=_with_task(options.data, spec))
     codec_options = CodecOptions(pretrained_model=base.pretrained_model, vae_dtype=base.vae_dtype)
+    image, last_frame = spec.image_encoder(base.vae_dtype, device), spec.end_frame == "required"
     return open_parts(
-        with_task, codec_options, run, codec, text, spec.clip_grid, check=lambda data: check_sizes(spec, data)
-    )
+        with_task, codec_options, run, codec, text, spec.clip_grid, check=lambda data: check_sizes(spec, data),
+        image=image, last_frame=last_frame,
+    )  # fmt: skip
 
 
 def check_sizes(spec: ModelSpec, data: VideoDataset) -> None:
@@ -114,11 +133,14 @@ def check_sizes(spec: ModelSpec, data: VideoDataset) -> None:
 
 
 def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
+    if len(spec.tasks) > 1:
+        return options  # every row trains its own task
     if options.task_mix is not None:
         raise ConfigError(
-            f"--task-mix {options.task_mix}: {spec.name} trains {spec.task} only, whatever the rows say; leave it out."
+            f"--task-mix {options.task_mix}: {spec.name} trains {spec.tasks[0]} only, whatever the rows say; leave it "
+            "out."
         )
-    return replace(options, task_mix=f"{spec.task}=1")
+    return replace(options, task_mix=f"{spec.tasks[0]}=1")
 
 
 def pretrained_config(
@@ -135,7 +157,8 @@ def pretrained_config(
     if len(set(all_gather_object(accelerator, fingerprint))) > 1:
         raise ConfigError("--pretrained-model: the machines of this run have different networks in this folder.")
     base = {"pipeline": str(spec.folder), "family": spec.name, "fingerprint": fingerprint}
-    return checkpoint_config(recipe, model, parts, spec.process(), defaults, [spec.task]) | {"base": base}
+    tasks = spec.tasks if len(spec.tasks) == 1 else None  # None: those of the rows
+    return checkpoint_config(recipe, model, parts, spec.process(), defaults, tasks) | {"base": base}
 
 
 def build_pretrained(
@@ -173,12 +196,13 @@ def build_pretrained(
         adapter=adapter,
         spec=spec,
         dtype=dtype,
+        image=parts.image,
     )
 
 
 def training_flops(network: nn.Module, spec: ModelSpec) -> CountFlops:
     """Return a function that counts a clip's training FLOPs, of what is trained; its text has one length."""
-    layers = layers_of(network)
+    layers = layers_of(next(iter(spec.networks(network).values())))  # a row is for one network, and all are alike
 
     def count(latent_shape: Sequence[int], text_lengths: Sequence[int]) -> int:
         products = spec.attention_flops(latent_shape)
@@ -224,7 +248,7 @@ def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | N
     Raises:
         DataError: no clip can be read.
     """
-    if not spec.image_to_video:
+    if not spec.needs_image:
         return None
     height, width = size or (data.main_bucket.height, data.main_bucket.width)
     reader = data.reader()
@@ -243,8 +267,8 @@ def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | N
 def pretrained_notes(options: PretrainedOptions, parts: RunParts, spec: ModelSpec) -> list[str]:
     """Return lines for the log: lengths and tasks of the clips."""
     notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
-    others = sorted(parts.data.row_tasks.keys() - {spec.task})
-    if others and spec.image_to_video:
+    others = sorted(parts.data.row_tasks.keys() - set(spec.tasks))
+    if others and spec.takes_image:
         notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
     elif others:
         notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} has no image condition.")

@@ -2,10 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,17 +13,18 @@ import torch
 from torch import nn
 
 from titans_video.codecs.base import Codec, describe_codec
+from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import SoraOptions
-from titans_video.data.cache import EncodingCache
-from titans_video.data.dataset import VideoDataset, open_data
+from titans_video.data.cache import EncodingCache, ImageKey
+from titans_video.data.dataset import VideoDataset, open_data, with_last_frame
 from titans_video.data.held_out import HeldOut, open_validation, shared_files, split
 from titans_video.data.loader import Draw
 from titans_video.data.precompute import Encoders, Filled, fill_cache
 from titans_video.data.report import write_quarantine
 from titans_video.diffusion.base import NoiseProcess, PreparedT
-from titans_video.errors import ConfigError, TextError, counted
+from titans_video.errors import ConfigError, counted
 from titans_video.models.attention import kernel_note, set_attention_backend
 from titans_video.models.context_parallel import SIZE_SETTING, check_plan, share_tokens
 from titans_video.recipes.base import DiffusionRecipe, Grid
@@ -45,7 +45,6 @@ from titans_video.training.validation import Monitoring, SamplePrompt, Validator
 logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=SoraOptions)
-MOST_MEASURED = 50_000  # captions whose length is measured at the start of a run
 DEFAULT_PROMPTS = 4  # captions of the data that validation uses if no prompts are given
 
 
@@ -66,6 +65,7 @@ class RunParts(ClipParts):
     text: TextEncoder
     cache: EncodingCache | None  # contains all rows; None without `--cache`
     resumed: Mapping[str, object] = field(default_factory=dict)  # config of the network in the resumed checkpoint
+    image: VisionEncoder | None = None  # of conditioning images
 
 
 def open_parts(
@@ -79,6 +79,8 @@ def open_parts(
     check: Callable[[VideoDataset], None] | None = None,
     check_held_out: bool = True,
     image_condition: bool = False,
+    image: VisionEncoder | None = None,
+    last_frame: bool = False,
 ) -> RunParts:
     """Open the clips, fit the codec to them if it is None, and fill the cache.
 
@@ -86,27 +88,32 @@ def open_parts(
         clip_grid: latent cells that every clip's frames, height and width are multiples of.
         check: rejects clips, and with `check_held_out` held-out clips, before anything is encoded.
         image_condition: cache first frames as pixels, see `data.cache.EncodingCache`.
+        image, last_frame: encoder of conditioning images; the last frame conditions too, see `data.sampler.TaskMix`.
     Raises:
         UserError: a fault of the data, the codec or the cache.
     """
     accelerator = run.accelerator
     data, codec = open_clips(options, codec_options, codec, clip_grid, accelerator)
-    log_cut_captions(text, data, options.data.cache is not None)
+    if note := text.cut_captions_note(data.records.captions(), options.data.cache is not None):
+        logger.info(note)
     held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
+    if last_frame:
+        data, held_out = with_last_frame(data), held_out and with_last_frame(held_out)
     for rows in (data, held_out if check_held_out else None):
         if check and rows:
             check(rows)
     stored = replace(codec_options, vae_dtype="auto") if run.vae_auto else codec_options
     resumed = run.resume.model().config.get("model", {}) if run.resume else {}
     if options.data.cache is None:
-        return RunParts(data, held_out, codec, stored, text, None, resumed)
-    encode = partial(encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition)
+        return RunParts(data, held_out, codec, stored, text, None, resumed, image)
+    encode = partial(
+        encode_cache, options, codec_options, codec, text, accelerator, image_condition=image_condition, image=image
+    )
     filled = encode(data)
     held_out = encode(held_out).data if held_out else None
     filled.cache.refresh()  # the held-out clips may be in shards of their own
-    text.release()
-    codec.release()
-    return RunParts(filled.data, held_out, codec, stored, text, filled.cache, resumed)
+    release(text, codec, image)
+    return RunParts(filled.data, held_out, codec, stored, text, filled.cache, resumed, image)
 
 
 def open_encoders(
@@ -126,28 +133,6 @@ def open_encoders(
     load, init_from = options.data.cache is None, options.train.init_from
     codec = open_codec(options.codec, run.accelerator, run.resume, init_from=init_from, load=load)
     return options, text, codec
-
-
-def log_cut_captions(text: TextEncoder, data: VideoDataset, is_cached: bool) -> None:
-    """Log how many captions are longer than the encoders read; with a full cache the tokenizer may be missing."""
-    captions = list(islice(_distinct(data.records.captions()), MOST_MEASURED + 1))
-    what = "captions" if len(captions) <= MOST_MEASURED else "captions (only these were measured)"
-    try:
-        note = text.cut_note(captions[:MOST_MEASURED], what)
-    except TextError as e:
-        if not is_cached:
-            raise
-        note = f"Captions that are too long for the text encoder are not counted: {e}"
-    if note:
-        logger.info(note)
-
-
-def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    seen: set[str] = set()
-    for text in texts:
-        if text not in seen:
-            seen.add(text)
-            yield text
 
 
 def open_clips(
@@ -182,22 +167,28 @@ def encode_cache(
     data: VideoDataset,
     *,
     image_condition: bool = False,
+    image: VisionEncoder | None = None,
 ) -> Filled:
     """Encode what the cache lacks, including validation prompts, divided among the processes."""
     assert options.data.cache is not None  # callers check
 
-    def release() -> None:
-        codec.release()
-        text.release()
-
-    key, widths = codec_key(codec, codec_options), tuple(text.widths)
-    encoders = Encoders(key, lambda: codec, text_keys(text), text, image_condition, widths, release)
+    key, widths, free = codec_key(codec, codec_options), tuple(text.widths), partial(release, codec, text, image)
+    encoders = Encoders(key, lambda: codec, text_keys(text), text, image_condition, widths, free)
+    if image is not None:
+        about = ImageKey(image.key(), ((2 if data.mix.last_frame else 1) * image.tokens, image.width))
+        encoders = replace(encoders, image=about, image_states=image)
     prompts = [prompt.text for prompt in validation_prompts(options.validation, data)]
     # Every process encodes other rows, also those that will share clips.
     divided = replace(data, rank=accelerator.process_index, world=accelerator.num_processes)
     filled = fill_cache(divided, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
     logger.info(filled.summary())
     return replace(filled, data=replace(filled.data, rank=data.rank, world=data.world))
+
+
+def release(*encoders: Codec | TextEncoder | VisionEncoder | None) -> None:
+    for encoder in encoders:
+        if encoder is not None:
+            encoder.release()
 
 
 def sample_prompt(data: VideoDataset) -> str | None:

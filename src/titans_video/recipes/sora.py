@@ -32,7 +32,6 @@ from titans_video.recipes.setup import (
     encode_cache,
     frame_count_notes,
     generation_defaults,
-    log_cut_captions,
     network_note,
     open_clips,
     open_encoders,
@@ -128,7 +127,8 @@ def cache_sora(options: SoraOptions) -> None:
     options, text, codec = open_encoders(options, RunContext(accelerator, None, ""))
     data, codec = open_clips(options, options.codec, codec, options.model.patch_size, accelerator)
     logger.info(data.summary())
-    log_cut_captions(text, data, is_cached=True)
+    if note := text.cut_captions_note(data.records.captions(), is_cached=True):
+        logger.info(note)
     encode_cache(options, options.codec, codec, text, accelerator, data)
     held_out = open_validation(data, options.validation.validation_manifest, process_group(accelerator))
     if held_out:

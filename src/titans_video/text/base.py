@@ -6,8 +6,9 @@ Legend: B prompts, L tokens, E width of a stream.
 import importlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
 from titans_video.hub import stored_folder
 from titans_video.types import END_OF_TEXT, TextCondition, token_counts
+
+MOST_MEASURED = 50_000  # captions whose length is measured at the start of a run
 
 
 class Stream(Protocol):
@@ -166,6 +169,17 @@ class TextEncoder:
                 )
         return "\n".join(lines) or None
 
+    def cut_captions_note(self, captions: Iterable[str], is_cached: bool) -> str | None:
+        """Return `cut_note` of a run's captions; if they are cached, it may also be that the tokenizer is missing."""
+        different = list(islice(_distinct(captions), MOST_MEASURED + 1))
+        what = "captions" if len(different) <= MOST_MEASURED else "captions (only these were measured)"
+        try:
+            return self.cut_note(different[:MOST_MEASURED], what)
+        except TextError as e:
+            if not is_cached:
+                raise
+            return f"Captions that are too long for the text encoder are not counted: {e}"
+
     def empty(self, n: int) -> TextCondition:
         """Return the empty prompt n times, for dropped captions and unconditional guidance."""
         return self([""] * n)
@@ -195,6 +209,14 @@ class TextEncoder:
         """Free all frozen weights, e.g. once the captions are cached."""
         for s in self.streams:
             s.release()
+
+
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for text in texts:
+        if text not in seen:
+            seen.add(text)
+            yield text
 
 
 def build_text(

@@ -7,7 +7,7 @@ positions 0, 1, ... for every tokenizer, and a causal model never sees padding.
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from titans_video.errors import TextError, few, first_line
 from titans_video.finite import refuse_non_finite
 from titans_video.hub import NON_FINITE_REMEDY, from_folder, reason, without_hub
 from titans_video.tensor_files import BUILDING_ERRORS
-from titans_video.text.base import Lengths, TextEncoder, to_device
+from titans_video.text.base import Lengths, to_device
 from titans_video.types import PRECISIONS
 
 ENCODERS = ("t5", "umt5", "mt5")
@@ -356,64 +356,3 @@ def _missing(source: Source, why: str) -> str:
     return (
         f"{source.flag} {source.path}: {why}. Give the path of a folder with config.json, weights and tokenizer{other}."
     )
-
-
-ENCODER, TOKENIZER = "text_encoder", "tokenizer"
-"""Their folders in a diffusers pipeline."""
-
-
-class PaddedStream(PretrainedStream):
-    """The text encoder of a diffusers pipeline that pads to `max_length` and attends to the padding.
-
-    Source: `_get_t5_prompt_embeds` of CogVideoXPipeline in diffusers.
-    """
-
-    def __init__(self, pipeline: Path, dtype: str, max_length: int, device: torch.device | str, offload: bool) -> None:
-        source = Source(
-            "--pretrained-model", str(pipeline / ENCODER), PRECISIONS[dtype], max_length, local_files_only=True,
-            offload=offload,
-        )  # fmt: skip
-        self.tokenizer_folder = pipeline / TOKENIZER
-        super().__init__(source, device, load=False)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return (B, L, E) states of exactly `max_length` tokens, and a mask that is True everywhere."""
-        length = self.source.max_length
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        states: Tensor = self.model(to_device(ids, self._where()))[0].to(self.device)
-        return states, torch.ones(states.shape[:2], dtype=torch.bool)
-
-    @property
-    def _unit(self) -> str:
-        return "tokens, the length of this pipeline's prompts"
-
-    def fingerprint(self) -> str:
-        """Return a hash with a suffix, because a cache must separate these states from states with a mask."""
-        return f"{super().fingerprint()} {fingerprint_folder(self.tokenizer_folder)[:8]} padded"
-
-    def _load_tokenizer(self) -> Any:
-        original, self.source = self.source, replace(self.source, path=str(self.tokenizer_folder))
-        try:
-            return super()._load_tokenizer()
-        finally:
-            self.source = original
-
-
-def padded_text(
-    pipeline: Path, dtype: str, max_length: int, device: torch.device | str = "cpu", *, offload: bool = False
-) -> TextEncoder:
-    """Return the text encoder in a diffusers pipeline's folder, loaded at the first prompt. Raises TextError.
-
-    Every prompt has `max_length` tokens. `offload` keeps the encoder on the CPU and moves only the states.
-    """
-    options = TextOptions(
-        text_model=str(pipeline / ENCODER),
-        text_dtype=dtype,  # type: ignore[arg-type]
-        text_max_length=max_length,
-        local_files_only=True,
-        text_offload="cpu" if offload else "none",
-    )
-    return TextEncoder([PaddedStream(pipeline, dtype, max_length, device, offload)], options)
