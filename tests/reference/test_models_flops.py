@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests import factories, toy_models
+from tests import factories, toy_models, wan_pipelines
 from tests.unit.svd_parts import svd_folder
 from titans_video.models import lora
 from titans_video.models.flops import sora_flops, svd_flops, titans_flops
@@ -145,6 +145,16 @@ def test_cogvideox(kind: str, folder: Path) -> None:
     network, knows_one_size = spec.meta_model(), kind not in ("2b", "5b")
     for shape in ((4, 2, 4, 4), (4, 6, 4, 4 if knows_one_size else 12)):
         forward = counted(lambda shape=shape: predicted(spec, network, shape))
+        assert training_flops(network, spec)(shape, ()) == 3 * forward
+
+
+@pytest.mark.parametrize("variant", wan_pipelines.WAN_VARIANTS)
+def test_wan(variant: str, folder: Path) -> None:
+    """One of two experts predicts a clip."""
+    spec = open_model_spec(wan_pipelines.make_wan(folder / variant, variant))
+    for shape in ((spec.codec_spec.channels, 2, 4, 4), (spec.codec_spec.channels, 3, 6, 4)):
+        network = spec.meta_model()
+        forward = counted(lambda network=network, shape=shape: predicted(spec, network, shape))
         assert training_flops(network, spec)(shape, ()) == 3 * forward
 
 
