@@ -8,10 +8,9 @@ solvers `dpmpp_2m` and `unipc` approximate x0 by a line over log u, the logarith
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +28,22 @@ EditState = Callable[[int, Tensor, float], Tensor]
 """Called after each step with the number of steps done, the state and its time; returns the state to continue with."""
 
 
-class Sampler(Protocol):
-    """Integrate `noise` (B, C, t, h, w) from `schedule[0]` to the state at `schedule[-1]`."""
+Solving = Generator[tuple[Tensor, float], Tensor, Tensor]
+"""A solver at work: yields each state and time whose x0 it needs, is sent that x0, and returns the last state."""
+
+Solve = Callable[[Tensor, Tensor, EditState], Solving]
+"""Start a solver from `noise` (B, C, t, h, w) and `schedule`, with a function that it calls after each step."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Integrate `noise` (B, C, t, h, w) from `schedule[0]` to the state at `schedule[-1]`.
+
+    `schedule` has (steps + 1,) falling times; `edit` may change the state after each step. Whoever runs the loop
+    themselves uses `solve`.
+    """
+
+    solve: Solve
 
     def __call__(
         self,
@@ -39,101 +52,77 @@ class Sampler(Protocol):
         schedule: Tensor,
         on_step: OnStep | None = None,
         edit: EditState | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        def after_step(done: int, x: Tensor, time: float) -> Tensor:
+            x = x if edit is None else edit(done, x, time)
+            if on_step is not None:
+                on_step(done)
+            return x
+
+        solving = self.solve(noise, schedule, after_step)
+        try:
+            x, time = next(solving)
+            while True:
+                x, time = solving.send(denoise(x, time))
+        except StopIteration as end:
+            last: Tensor = end.value
+            return last
 
 
-def euler(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: Tensor,
-    on_step: OnStep | None = None,
-    edit: EditState | None = None,
-) -> Tensor:
+@Sampler
+def euler(noise: Tensor, schedule: Tensor, edit: EditState) -> Solving:
     """Integrate with first order and one forward per step; if the last time is 0, the result is the last x0 itself.
 
-    `schedule` has (steps + 1,) falling times; `edit` may change the state after each step.
     Source: Euler's method, in the interpolating form of DDIM (Song et al. 2020, equation 12 with sigma = 0).
     """
     x = noise
     for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
-        x0 = denoise(x, time)
-        x = x0 + (after / time) * (x - x0)
-        if edit is not None:
-            x = edit(done, x, after)
-        if on_step is not None:
-            on_step(done)
+        x0 = yield x, time
+        x = edit(done, x0 + (after / time) * (x - x0), after)
     return x
 
 
-def heun(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: Tensor,
-    on_step: OnStep | None = None,
-    edit: EditState | None = None,
-) -> Tensor:
+@Sampler
+def heun(noise: Tensor, schedule: Tensor, edit: EditState) -> Solving:
     """Integrate with second order and two forwards per step. Source: Karras et al. 2022 (EDM), algorithm 1."""
     x = noise
     for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
-        slope = (x - denoise(x, time)) / time
+        x0 = yield x, time
+        slope = (x - x0) / time
         guess = x + (after - time) * slope
         if after > 0:
-            end_slope = (guess - denoise(guess, after)) / after
+            x0 = yield guess, after
+            end_slope = (guess - x0) / after
             guess = x + (after - time) * (slope + end_slope) / 2
-        x = guess
-        if edit is not None:
-            x = edit(done, x, after)
-        if on_step is not None:
-            on_step(done)
+        x = edit(done, guess, after)
     return x
 
 
-def dpmpp_2m(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: Tensor,
-    on_step: OnStep | None = None,
-    edit: EditState | None = None,
-) -> Tensor:
+@Sampler
+def dpmpp_2m(noise: Tensor, schedule: Tensor, edit: EditState) -> Solving:
     """Integrate with second order and one forward per step. Source: Lu et al. 2022 (DPM-Solver++), algorithm 2."""
-    return _multistep(denoise, noise, schedule, on_step, edit, corrected=False)
+    return _multistep(noise, schedule, edit, corrected=False)
 
 
-def unipc(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: Tensor,
-    on_step: OnStep | None = None,
-    edit: EditState | None = None,
-) -> Tensor:
+@Sampler
+def unipc(noise: Tensor, schedule: Tensor, edit: EditState) -> Solving:
     """Integrate with third order and one forward per step; as `dpmpp_2m`, but each prediction corrects the last step.
 
     Source: Zhao et al. 2023 (UniPC), algorithms 5 and 7 with p = 2 and B2(h).
     """
-    return _multistep(denoise, noise, schedule, on_step, edit, corrected=True)
+    return _multistep(noise, schedule, edit, corrected=True)
 
 
-def _multistep(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: Tensor,
-    on_step: OnStep | None,
-    edit: EditState | None,
-    corrected: bool,
-) -> Tensor:
+def _multistep(noise: Tensor, schedule: Tensor, edit: EditState, corrected: bool) -> Solving:
     x = noise
     step: _Step | None = None
     for done, (time, after) in enumerate(pairwise(schedule.tolist()), start=1):
-        x0 = denoise(x, time)
+        x0 = yield x, time
         if corrected and step is not None:
             x = x + step.correction(x0)
         step = _Step(x0, step, time, after)
         target = step.target()
-        x = target + (after / time) * (x - target)
-        if edit is not None:
-            x = edit(done, x, after)
-        if on_step is not None:
-            on_step(done)
+        x = edit(done, target + (after / time) * (x - target), after)
     return x
 
 
@@ -173,7 +162,7 @@ def _log_ratio(time: float) -> float:
     return -math.inf if time >= 1 else math.log1p(-time) - math.log(time)
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpm++": dpmpp_2m, "unipc": unipc}
+SAMPLERS = {"euler": euler, "heun": heun, "dpm++": dpmpp_2m, "unipc": unipc}
 
 
 def sampler_by_name(name: str) -> Sampler:
