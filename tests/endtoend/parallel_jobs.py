@@ -1,8 +1,7 @@
 """The processes of test_parallelism.py: `torchrun parallel_jobs.py FOLDER ENGINE ...`.
 
 Each engine in turn resumes the runs that the one before has left, of every kind of recipe, and trains one more step.
-Everything is computed in float64, so that an error of a millionth would show. If the first word is `8-bits`, only the
-recipe of this name runs, with torchao's optimizer, and in float32.
+Everything is computed in float64, so that an error of a millionth would show.
 """
 
 import os
@@ -116,16 +115,6 @@ def cogvideox(folder: Path) -> DiffusionRecipe[Any]:
     )
 
 
-EIGHT_BITS = "8-bits"
-
-
-def eight_bits(folder: Path) -> DiffusionRecipe[Any]:
-    """Return a recipe with matrices that torchao's optimizer keeps in 8 bits, also in four pieces."""
-    torch.manual_seed(0)
-    network = SoraDiT(in_channels=3, **{**SIZE, "model_dim": 128})
-    return replace(make_recipe(), network=perturb(network).float())
-
-
 RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
     "st": lambda folder: sora(folder, "st"),
     "full": lambda folder: sora(folder, "full"),
@@ -175,11 +164,9 @@ class OneBucket(Stream):
 def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
     """Resume a run, train it up to step `steps`, and return the gradients of each step, whole."""
     given = options(folder / name, max_steps=steps, resume="auto", grad_accum=1, ema_decay=0.0, lr=1e-2)
-    if name == EIGHT_BITS:
-        given = replace(given, optimizer="adamw8bit", lr=1e-3)
     accelerator = start(given)
     found, _ = distributed.run_on_main(accelerator, lambda: resume_module.find_resume(given))
-    recipe = eight_bits(folder) if name == EIGHT_BITS else RECIPES[name](folder)
+    recipe = RECIPES[name](folder)
     limit_activations(recipe.network, ACTIVATIONS.get(accelerator.num_processes, {}).get(name, ActivationOptions()))
     if context_size() > 1:
         share_tokens(recipe.context_plan(), recipe.network, context_mesh(accelerator))
@@ -220,16 +207,11 @@ def in_float64() -> None:
 def main(folder: Path, engines: list[str]) -> None:
     torch.set_num_threads(1)
     activations.LEAST_BYTES = 0
-    names = list(RECIPES)
-    if engines[0] == EIGHT_BITS:
-        names = [engines.pop(0)]
-        torch.compile = lambda function, **_: function  # type: ignore[assignment,misc]  # torchao compiles its step
-    else:
-        in_float64()
+    in_float64()
     dist.init_process_group("gloo")
     for turn, engine in enumerate(engines, start=2):
         use(engine, dist.get_world_size())
-        found = {name: train(folder, name, turn) for name in names}
+        found = {name: train(folder, name, turn) for name in RECIPES}
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{turn}.pt")
         dist.barrier()

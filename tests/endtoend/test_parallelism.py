@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import factories
 from tests.endtoend import parallel_jobs
-from tests.endtoend.parallel_jobs import EIGHT_BITS, RECIPES
+from tests.endtoend.parallel_jobs import RECIPES
 from tests.endtoend.test_distributed import REPOSITORY, launch_words, small
 from tests.endtoend.test_sora_commands import metrics
 from tests.processes import run
@@ -54,20 +54,6 @@ def test_layouts_take_turns_in_a_run(tmp_path: Path, processes: int, float64: No
             for key, gradient in wanted[turn].items():
                 error = (gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-12)
                 assert error < 1e-6, (engine, name, key)
-
-
-def test_moments_of_8_bits_in_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are rounded again where pieces begin elsewhere, so losses are only close."""
-    pytest.importorskip("torchao")
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao compiles its step
-    engines, (turns, straight) = ENGINES[4], (tmp_path / "turns", tmp_path / "straight")
-    parallel_jobs.train(straight, EIGHT_BITS, len(engines) + 1)
-    parallel_jobs.train(turns, EIGHT_BITS, 1)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(Path(parallel_jobs.__file__))]
-    run(*words, str(turns), EIGHT_BITS, *engines, cwd=REPOSITORY)
-    losses = [[line["loss"] for line in metrics(folder / EIGHT_BITS)] for folder in (turns, straight)]
-    assert len(losses[0]) == len(engines) + 1
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_processes_share_clips_by_the_documented_command(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests import factories
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.diffusion.base import NoisySample, Prepared
+from titans_video.errors import ConfigError
 from titans_video.generation.adapters import parse_lora
 from titans_video.generation.denoise import frame_noise
 from titans_video.generation.diffusers_backend import (
@@ -19,9 +20,10 @@ from titans_video.generation.diffusers_backend import (
     PretrainedPipeline,
     load_pipeline,
     plan_pretrained,
-    windowed,
 )
+from titans_video.generation.pipeline_parts import windowed
 from titans_video.generation.request import build_request
+from titans_video.generation.step_cache import pipeline_cache
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import open_model_spec
 from titans_video.seeding import derive_seed
@@ -97,7 +99,7 @@ def test_blended_windows_are_weighted_averages(
         return value
 
     with torch.no_grad():
-        with windowed(spec, network, starts, length):
+        with windowed(spec, [network], starts, length):
             ours = predicted(x)
         expected, weight = torch.zeros_like(x), torch.zeros(total)
         for i, start in enumerate(starts):
@@ -134,9 +136,44 @@ def test_a_pipeline_in_bf16(overrides: Overrides, pipelines: dict[str, Path], ad
     assert (video - made(whole, options)).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["first-block", "mag", "taylor"])
+def test_each_window_of_a_pipeline_has_its_own_step_cache(kind: str, pipelines: dict[str, Path]) -> None:
+    """With nothing to blend, two windows are two videos; what one keeps must not reach the other."""
+    model, _ = load_pipeline(RunOptions(), str(pipelines["2b"]), [], Overrides())
+    (network,) = model.networks
+    g = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 12, 16, generator=g)
+    begin, move = torch.randn(2, 12, 4, 4, 4, generator=g)
+    ours: list[Tensor] = []
+    alone: list[Tensor] = []
+
+    def predict(x: Tensor) -> Tensor:
+        with network.cache_context("cond_uncond"):
+            return network(
+                hidden_states=x, encoder_hidden_states=states, timestep=torch.tensor([900]),
+                image_rotary_emb=None, return_dict=False,
+            )[0]  # fmt: skip
+
+    clips = [(begin + 0.002 * i * move)[None] for i in range(12)]
+    with torch.no_grad():
+        for _ in range(2 if kind == "mag" else 1):  # the first time only measures
+            ours.clear()
+            with pipeline_cache([network], model.spec.blocks, kind, 12), windowed(model.spec, [network], (0, 6), 6):
+                ours += [predict(clip) for clip in clips]
+        for part in (slice(0, 6), slice(6, 12)):
+            with pipeline_cache([network], model.spec.blocks, kind, 12):
+                alone += [predict(clip[:, part]) for clip in clips]
+        plain = predict(clips[-1][:, :6])
+    expected = [torch.cat(pair, dim=1) for pair in zip(alone[:12], alone[12:], strict=True)]
+    torch.testing.assert_close(torch.stack(ours), torch.stack(expected), rtol=0, atol=1e-5)
+    assert not torch.equal(alone[11], plain)  # steps were skipped
+
+
 def test_words_of_the_lora_flag(tmp_path: Path) -> None:
     (tmp_path / "odd:name").mkdir()
     assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0, None)
     assert parse_lora("a/b.safetensors:-0.5") == (Path("a/b.safetensors"), -0.5, None)
     assert parse_lora("low=a/b.safetensors:0.5") == (Path("a/b.safetensors"), 0.5, "low")
     assert parse_lora(str(tmp_path / "odd:name")) == (tmp_path / "odd:name", 1.0, None)
+    with pytest.raises(ConfigError, match=r"--lora high=a:b: 'b' is not a weight"):
+        parse_lora("high=a:b")

@@ -153,7 +153,7 @@ def test_mag_measures_in_the_first_loop_and_skips_in_the_next(caplog: pytest.Log
                 calls += network.blocks[0].calls - before
                 torch.testing.assert_close(found, reference(x) if loop else plain(network, x))
         assert (calls == steps) == (loop == 0)
-    assert caplog.text.count("For one alone, use first-block or taylor") == 1
+    assert caplog.text.count("For a single one, use first-block or taylor") == 1
     # The magnitudes belong to the step, also when guidance ends and the cache begins again.
     reference = mag(network, steps, ratios, begin=5)
     with step_cache(network, "mag", steps) as cached:

@@ -57,6 +57,7 @@ def check_generation_inputs(options: GenerateOptions, overrides: Overrides) -> N
     """Raise ConfigError or CheckpointError if a file that a generation reads is missing."""
     given = {
         "--image": options.image,
+        "--last-image": options.last_image,
         "--video": options.video,
         "--prompt-file": options.prompt_file,
         "--memory-in": options.memory_in,

@@ -26,7 +26,8 @@ class GenerateOptions:
     checkpoint: AnyPath | None = None
     """A .pt file, a run's folder, an exported folder or `latest` (default: the weights of the package)."""
     lora: tuple[FilePath, ...] = ()
-    """LoRA for the pipeline in --pretrained-model. Append :WEIGHT to scale it."""
+    """LoRA for the pipeline in --pretrained-model: FILE or FILE:WEIGHT; high=FILE or low=FILE for one of two experts,
+    if the file does not name it."""
     prompt: str | None = None
     """Text that describes the video."""
     prompt_file: FilePath | None = None
@@ -35,6 +36,8 @@ class GenerateOptions:
     """Text that describes things to avoid. It has no effect at a guidance scale of 1."""
     image: FilePath | None = None
     """Image that becomes the first frame."""
+    last_image: FilePath | None = None
+    """Image that becomes the last frame. Only for pretrained models that take one."""
     video: FilePath | None = None
     """Clip to continue. Its last frames become the first frames of the video."""
     height: Annotated[int | None, Range(least=1)] = None
@@ -62,6 +65,9 @@ class GenerateOptions:
     """Denoising steps (default: the checkpoint's recommendation, else 50)."""
     guidance_scale: Annotated[float | None, Range(least=0)] = None
     """Classifier-free guidance scale; 1.0: no guidance (default: the checkpoint's recommendation, else 1.0)."""
+    guidance_scale_2: Annotated[float | None, Range(least=0)] = None
+    """Guidance scale of the second expert, for low noise. Only for pipelines with two (default: the pipeline's, or
+    --guidance-scale if you give it)."""
     guidance_interval: Annotated[Pair | None, SHARE] = None
     """Apply guidance only between these times; 0 is clean, 1 is noise (default: the checkpoint's, else 0,1)."""
     draft_frames: Annotated[int | None, Range(least=0)] = None
@@ -77,14 +83,14 @@ class GenerateOptions:
     """Amount of motion, from 0 to 255. Only for Stable Video Diffusion (default: 127)."""
     noise_aug: Annotated[float | None, Range(least=0)] = None
     """Strength of the noise on the image. Only for Stable Video Diffusion (default: 0.02)."""
-    sampler: Literal["euler", "heun", "dpm++", "unipc"] = "euler"
+    sampler: Literal["auto", "euler", "heun", "dpm++", "unipc"] = "auto"
     """Solver of the sampling equation. dpm++ (2M) and unipc need fewer steps for the same result. heun calls the
-    network about twice per step."""
+    network about twice per step. auto: the scheduler of a pretrained pipeline, euler for other models."""
     step_cache: Literal["none", "first-block", "mag", "taylor"] = "none"
     """Skip most of the network in steps that would change little. Not with heun or --offload group. mag measures the
     network in the first video or window, which it does not speed up."""
     shift: Annotated[float | None, Range(above=0)] = None
-    """Time shift of the denoising steps towards noise (default: as in training)."""
+    """Time shift of the denoising steps towards noise (default: as in training, or the pipeline's)."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the noise."""
     memory_out: FilePath | None = None

@@ -5,8 +5,8 @@ Legend: B videos of one batch, C latent channels, T H W pixel frames, height and
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from titans_video.errors import CheckpointError, ConfigError
 from titans_video.finite import finite_frames
 from titans_video.generation.adapters import parse_lora, read_loras
 from titans_video.generation.denoise import eval_mode, frame_noise
-from titans_video.generation.long_video import Generate, Sampled, plan_window_video, window_weights
+from titans_video.generation.long_video import Generate, Sampled, plan_window_video
 from titans_video.generation.model import LoadedModel, PromptEncoder, choose_defaults, find_checkpoint, run_device
+from titans_video.generation.pipeline_parts import cast_inputs, shift_key, solved_by, windowed, with_flow_shift
 from titans_video.generation.request import Request, about, build_request
-from titans_video.generation.windows import Capabilities, WindowPlan
+from titans_video.generation.step_cache import pipeline_cache
+from titans_video.generation.windows import PIPELINE, Capabilities, WindowPlan, check_flags
 from titans_video.models import lora
 from titans_video.models.attention import check_attention_backend, set_attention_backend
 from titans_video.models.compiling import compile_blocks
@@ -59,17 +61,30 @@ class PretrainedModel(LoadedModel):
     dtype: torch.dtype = torch.float32
     text: PromptEncoder | None = None
     loras: Sequence[tuple[Path, float]] = ()
+    offload: str = "none"
 
     @property
     def capabilities(self) -> Capabilities:
+        spec, flow = self.spec, shift_key(self.pipeline.scheduler) is not None
         return Capabilities(
             per_frame_time=False,
-            tasks=frozenset(self.spec.tasks),
+            tasks=frozenset(spec.tasks),
             own_sampling=False,
-            time_shift=False,
-            most_cond_frames=int(self.spec.takes_image),
-            image_required=self.spec.needs_image,
+            solvers=flow,
+            time_shift=flow,
+            # With --offload group, a layer fetches the weights of the next one, which a cache may skip.
+            step_cache=self.offload != "group",
+            experts=bool(spec.experts),
+            most_cond_frames=int(spec.takes_image),
+            image_required=spec.needs_image,
+            last_image=spec.end_frame != "no",
+            last_image_required=spec.end_frame == "required",
         )
+
+    @property
+    def networks(self) -> list[Any]:
+        """The pipeline's networks: one, or an expert for high and one for low noise."""
+        return list(self.spec.networks(self.network).values())
 
     def cut_note(self, prompts: Sequence[str]) -> str | None:
         return self.spec.text("fp32", "cpu").cut_note(prompts, "prompts")
@@ -91,51 +106,71 @@ class PretrainedPipeline:
         model, spec = self.model, self.model.spec
         if request.height * request.width > TILE_ABOVE:
             model.pipeline.vae.enable_tiling()
-        single = len(windows.starts) == 1
-        blended = windows.mode == "blend" and not single
+        blended = windows.mode == "blend" and len(windows.starts) > 1
         steps = request.steps * (1 if blended else len(windows.starts))
         with Progress("denoising", "step", steps, show=progress) as bar:
+            with eval_mode(model.network):
+                texts = self._prompts(request.prompts[0], request.negative_prompt)
             if blended:
                 length = spec.padded_frames(len(spec.codec_spec.frame_groups(windows.window)))
-                with eval_mode(model.network), windowed(spec, model.network, windows.latent_starts, length):
-                    video = self._call(request, windows.frames, None, 0, bar)
-                yield video[:, :, : request.frames]
+                cut = windows.latent_starts, length
+                yield self._call(request, windows.frames, texts, None, 0, bar, cut)[:, :, : request.frames]
                 return
             cond_pixels, left = request.cond_pixels, request.frames
             for number, (first, overlap) in enumerate(zip(windows.latent_starts, windows.overlap_frames, strict=True)):
                 if number:
                     assert cond_pixels is not None  # of the previous window
                     cond_pixels = cond_pixels[:, :, -1:]
-                with eval_mode(model.network):
-                    clip = self._call(request, windows.window, cond_pixels, first, bar)
+                clip = self._call(request, windows.window, texts, cond_pixels, first, bar)
                 if cond_pixels is not None:
                     clip[:, :, :1] = cond_pixels  # unchanged
+                if request.last_pixels is not None:
+                    clip[:, :, -1:] = request.last_pixels
                 cond_pixels = clip
                 fresh = clip[:, :, overlap:][:, :, :left]
                 left -= fresh.shape[2]
                 yield fresh
 
-    def _call(self, request: Request, frames: int, image: Tensor | None, first: int, bar: Progress) -> Tensor:
-        """Call the pipeline once; `first` is the number of its first latent frame, which keys its noise."""
-        model, spec = self.model, self.model.spec
-        (seed,), (prompt,) = request.seeds, request.prompts
+    def _call(
+        self,
+        request: Request,
+        frames: int,
+        texts: tuple[TextCondition, TextCondition],
+        image: Tensor | None,
+        first: int,
+        bar: Progress,
+        cut: tuple[Sequence[int], int] | None = None,
+    ) -> Tensor:
+        """Call the pipeline once, within the windows `cut` (first latent frames, length) if they are given.
+
+        `first` is the number of its first latent frame, which keys its noise.
+        """
+        model, spec, networks = self.model, self.model.spec, self.model.networks
+        (seed,), own_sampler = request.seeds, request.sampler != PIPELINE
         c, t, h, w = spec.codec_spec.latent_shape(frames, request.height, request.width)
-        noise = frame_noise((c, spec.padded_frames(t), h, w), [seed], first)
-        text, negative = self._prompts(prompt, request.negative_prompt)
         call = PipelineCall(
             frames=frames,
             height=request.height,
             width=request.width,
             steps=request.steps,
             guidance_scale=request.guidance_scale,
-            noise=noise,
-            text=text,
-            negative=negative,
+            guidance_scale_2=request.guidance_scale_2,
+            noise=frame_noise((c, spec.padded_frames(t), h, w), [seed], first),
+            text=texts[0],
+            negative=texts[1],
             image=image,
+            last_image=request.last_pixels,
             seed=derive_seed(seed, "pipeline", first),
-            on_step=lambda _: bar.update(),
+            on_step=None if own_sampler else lambda _: bar.update(),
         )
-        with cast_inputs(model.network, model.dtype):
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(model.network))
+            stack.enter_context(pipeline_cache(networks, spec.blocks, request.step_cache, request.steps))
+            if cut is not None:
+                stack.enter_context(windowed(spec, networks, *cut))
+            stack.enter_context(cast_inputs(networks, model.dtype))
+            if own_sampler:
+                stack.enter_context(solved_by(model.pipeline, request.sampler, lambda _: bar.update()))
             return spec.run(model.pipeline, call)
 
     def _prompts(self, prompt: str, negative: str) -> tuple[TextCondition, TextCondition]:
@@ -161,19 +196,63 @@ def plan_pretrained(model: PretrainedModel, request: Request, options: GenerateO
     """Plan the windows of a request, as `long_video.plan_video`; ConfigError if the pipeline cannot generate it."""
     spec = model.spec
     windows, notes = plan_window_video(model, request, options.window, options.overlap, options.window_mode)
-    blended = len(windows.starts) > 1 and windows.mode == "blend"
+    several = len(windows.starts) > 1
+    blended = several and windows.mode == "blend"
     if blended and spec.time_axis is None:
         raise ConfigError(
             f"{spec.name} packs the tokens of a clip, so its windows cannot be blended. Use --num-frames "
             f"{windows.window} or less."
         )
-    if blended and spec.needs_image:
+    if blended and (request.cond_pixels is not None or model.capabilities.image_required):
         raise ConfigError(
             f"--window-mode blend: {spec.name} is conditioned on a first frame, and only the first window has one. "
             "Use --window-mode continue, which chains windows on their last frame."
         )
+    _check_last_image(model, request, windows)
     spec.check_size(windows.window, request.height, request.width)
-    return windows, notes
+    return windows, [*notes, *_rate_notes(model, options)]
+
+
+def _rate_notes(model: PretrainedModel, options: GenerateOptions) -> list[str]:
+    """Return a line if the file has another frame rate than the model's motion."""
+    rate, asked = float(model.trained("fps")), options.gen_fps or options.fps
+    if asked is None or asked == rate:
+        return []
+    hint = f" Add --gen-fps {rate:g} to interpolate instead." if asked > rate else ""
+    return [
+        f"{model.spec.name} is made for {rate:g} frames per second; at {asked:g} it plays {asked / rate:.2g} times as "
+        f"fast.{hint}"
+    ]
+
+
+def _check_last_image(model: PretrainedModel, request: Request, windows: WindowPlan) -> None:
+    """Raise ConfigError if the last frame is missing, or the pipeline would put it elsewhere."""
+    spec = model.spec
+    if request.last_pixels is None:
+        if model.capabilities.last_image_required:
+            raise ConfigError(f"{spec.name} generates what is between two frames: give --last-image too.")
+        return
+    if request.cond_pixels is None:
+        raise ConfigError("--last-image: give the first frame too, with --image.")
+    if len(windows.starts) > 1:
+        raise ConfigError(
+            f"--last-image: {request.frames} frames take {len(windows.starts)} windows, and a last frame is given to a "
+            f"video in one. Use --num-frames {windows.window} or less, or a longer --window."
+        )
+    if windows.frames != request.frames:
+        near = spec.codec_spec.format_nearest_frames(request.frames, spec.clip_grid[0])
+        raise ConfigError(
+            f"--last-image: {windows.frames} frames are generated together, so the last of {request.frames} would not "
+            f"be your image. The nearest lengths that work: {near}."
+        )
+
+
+def with_scheduler_shift(model: PretrainedModel, shift: float | None) -> PretrainedModel:
+    """Give the pipeline's scheduler another time shift (None: its own); ConfigError if it has none."""
+    if shift is not None:
+        check_flags({"shift": shift}, model.capabilities)
+        model.pipeline.scheduler = with_flow_shift(model.pipeline.scheduler, shift)
+    return model
 
 
 def sampled(
@@ -189,57 +268,6 @@ def sampled(
     chunks = PretrainedPipeline(model).stream(request, windows, progress=False)
     video = torch.cat(list(finite_frames(chunks, logger.warning, required=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))
-
-
-@contextmanager
-def cast_inputs(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the transformer's input tensors to its precision, except those inside tuples (rotary positions)."""
-    whole: Callable[..., Any] = network.forward
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    def forward(*given: Any, **named: Any) -> Any:
-        return whole(*map(cast, given), **{name: cast(value) for name, value in named.items()})
-
-    network.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        network.forward = whole  # type: ignore[method-assign]
-
-
-@contextmanager
-def windowed(spec: ModelSpec, network: nn.Module, starts: Sequence[int], length: int) -> Iterator[None]:
-    """Within the block, call the transformer on windows and average its predictions on shared frames.
-
-    `starts` are the first latent frames of the windows, rising; `length` is t of a window. The scheduler's step is
-    affine in the prediction, so this is MultiDiffusion (Bar-Tal et al. 2023, equation 5, along time).
-    """
-    whole: Callable[..., Any] = network.forward
-    weights, axis = window_weights(starts, length), spec.time_axis
-    assert axis is not None, "packed tokens cannot be cut into windows"
-
-    def forward(*, hidden_states: Tensor, return_dict: bool = True, **others: Any) -> tuple[Tensor]:
-        height, width = hidden_states.shape[3:]
-        own = spec.positions(length, height, width, hidden_states.device)
-        mean: Tensor | None = None
-        for start, weight in zip(starts, weights, strict=True):
-            part = hidden_states.narrow(axis, start, length)
-            (value,) = whole(hidden_states=part, return_dict=False, **{**others, **own})
-            if mean is None:
-                shape = (*value.shape[:axis], hidden_states.shape[axis], *value.shape[axis + 1 :])
-                mean = torch.zeros(shape, device=value.device)
-            column = weight.to(value.device).view(-1, *[1] * (value.ndim - axis - 1))
-            mean.narrow(axis, start, length).add_(column * value.float())
-        assert mean is not None  # there is at least one window
-        return (mean.to(hidden_states.dtype),)
-
-    network.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        network.forward = whole  # type: ignore[method-assign]
 
 
 def find_finetuned(name: str | None) -> Checkpoint | None:
@@ -282,7 +310,8 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     _place(pipeline, run, device)
     if run.compile == "on":
-        compile_blocks(network, training=False)
+        for one in spec.networks(network).values():
+            compile_blocks(one, training=False)
     own = trained.config if trained else _read_notes(spec.folder)
     described = next((file.about for file, _ in reversed(read) if file.about), own)
     model = PretrainedModel(
@@ -296,6 +325,7 @@ def load_pipeline(
         pipeline=pipeline,
         dtype=dtype,
         loras=[parse_lora(word)[:2] for word in loras],
+        offload=run.offload,
     )
     return model, notes
 
@@ -321,8 +351,11 @@ def _place(pipeline: Any, run: RunOptions, device: torch.device) -> None:
 def _config(spec: ModelSpec, trained: dict[str, Any]) -> dict[str, Any]:
     """Return a config as of a checkpoint: of the adapter's training if recorded, else of the pretraining."""
     frames, height, width = spec.trained
-    data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **trained.get("data", {})}
-    sample = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **trained.get("sample", {})}
+    recorded = {name: value for name, value in trained.get("data", {}).items() if value is not None}
+    data = {"num_frames": frames, "height": height, "width": width, "fps": spec.fps, **recorded}
+    sample = {"steps": spec.steps, **trained.get("sample", {})}
+    if "guidance_scale" not in sample:
+        sample |= {"guidance_scale": spec.guidance_scale, "guidance_scale_2": spec.guidance_scale_2}
     return {
         "recipe": "pretrained",
         "base": {"family": spec.name},

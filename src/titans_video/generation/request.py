@@ -23,6 +23,7 @@ from titans_video.generation.model import LoadedModel
 from titans_video.generation.windows import (
     FLAG_NEEDS,
     PER_FRAME,
+    PIPELINE,
     Capabilities,
     asked_flags,
     check_draft,
@@ -43,10 +44,12 @@ class Request:
 
     Attributes:
         guidance_scale, guidance_interval: 1: no guidance; (lo, hi) times between which it acts, None: all.
+        guidance_scale_2: of a pipeline's expert for low noise; None: as `guidance_scale`.
         draft_frames: leading frames that a first window without conditioning frames keeps of its draft; the rest is
             generated again from them. 0: there is no draft.
         continue_steps, continue_guidance: of windows with several conditioning frames; None: as the others.
         cond_pixels: (B, 3, k, H, W) in [-1, 1], the first k frames of each video; None: there are none.
+        last_pixels: (B, 3, 1, H, W) in [-1, 1], the last frame of each video; None: it is generated.
         svd: settings of a network with an image condition.
     """
 
@@ -57,6 +60,7 @@ class Request:
     seeds: list[int]
     steps: int = 50
     guidance_scale: float = 1.0
+    guidance_scale_2: float | None = None
     guidance_interval: tuple[float, float] | None = None
     sampler: str = "euler"
     step_cache: str = "none"
@@ -65,6 +69,7 @@ class Request:
     continue_steps: int | None = None
     continue_guidance: float | None = None
     cond_pixels: Tensor | None = None
+    last_pixels: Tensor | None = None
     svd: SVDSettings = field(default_factory=SVDSettings)
 
     @property
@@ -122,7 +127,8 @@ def plan(model: LoadedModel, request: Request, longest: int | None = None) -> Pl
     Raises ConfigError for a size off the grid, too many frames, lists that do not match, or a missing capability.
     """
     _check_lists(request)
-    sampler_by_name(request.sampler)
+    if request.sampler != PIPELINE:
+        sampler_by_name(request.sampler)
     capabilities, spec, patch = model.capabilities, model.codec.spec, model.patch_size
     _check_cond_frames(request, capabilities)
     check_flags(vars(request), capabilities)
@@ -278,13 +284,13 @@ def check_options(options: GenerateOptions) -> Path:
     if options.step_cache != "none" and options.sampler == "heun":
         raise ConfigError(
             f"--step-cache {options.step_cache}: --sampler heun calls the network twice at different states in a step. "
-            "Use euler, dpm++ or unipc."
+            "Use another sampler."
         )
     if options.fps is not None and options.fps > GIF_FASTEST and options.out.lower().endswith(".gif"):
         raise ConfigError(f"--fps {options.fps:g}: a gif shows at most {GIF_FASTEST} frames per second; write an mp4.")
     if options.memory_out is not None and (options.num_videos > 1 or options.prompt_file is not None):
         raise ConfigError("--memory-out saves the state of one video: give one prompt and --num-videos 1.")
-    for flag in ("--image", "--video", "--prompt-file", "--memory-in", "--segment-prompts"):
+    for flag in ("--image", "--last-image", "--video", "--prompt-file", "--memory-in", "--segment-prompts"):
         path = _value(options, flag)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"{flag} {path}: there is no such file.")
@@ -316,8 +322,11 @@ def build_request(options: GenerateOptions, model: LoadedModel, image_follows: b
         seeds=[options.seed],
         steps=_first(options.steps, defaults.get("steps"), DEFAULT_STEPS),
         guidance_scale=float(_first(options.guidance_scale, defaults.get("guidance_scale"), 1.0)),
+        guidance_scale_2=_continuation(
+            options.guidance_scale_2, options.guidance_scale, defaults.get("guidance_scale_2")
+        ),
         guidance_interval=(float(interval[0]), float(interval[1])),
-        sampler=options.sampler,
+        sampler=_sampler(options.sampler, model.capabilities),
         step_cache=options.step_cache,
         draft_frames=_first(options.draft_frames, defaults.get("draft_frames"), 0),
         continue_steps=_continuation(options.continue_steps, options.steps, defaults.get("continue_steps")),
@@ -325,9 +334,16 @@ def build_request(options: GenerateOptions, model: LoadedModel, image_follows: b
             options.continue_guidance, options.guidance_scale, defaults.get("continue_guidance")
         ),
         cond_pixels=_load_cond_frames(options, model, when.made, when.gen_fps, height, width),
+        last_pixels=None if options.last_image is None else load_first_frame(options.last_image, height, width),
         svd=_svd_settings(options, when.gen_fps),
     )
     return request, when.fps
+
+
+def _sampler(name: str, model: Capabilities) -> str:
+    if name != "auto":
+        return name
+    return "euler" if model.own_sampling else PIPELINE
 
 
 def _svd_settings(options: GenerateOptions, fps: float) -> SVDSettings:
@@ -388,7 +404,8 @@ def about(request: Request, model: LoadedModel) -> dict[str, Any]:
     """Return the model and the request of one video as plain values."""
     shape = ("frames", "height", "width", "negative_prompt")
     continuation = ("draft_frames", "continue_steps", "continue_guidance")
-    names = (*shape, "steps", "guidance_scale", "guidance_interval", *continuation, "sampler", "step_cache")
+    scales = ("guidance_scale", *(("guidance_scale_2",) if model.capabilities.experts else ()), "guidance_interval")
+    names = (*shape, "steps", *scales, *continuation, "sampler", "step_cache")
     made = {"prompt": request.prompts[0], "seed": request.seeds[0]} | {n: getattr(request, n) for n in names}
     loras = [f"{path}:{weight:g}" for path, weight in model.loras]
     return made | {"checkpoint": str(model.path), "trained_steps": model.step} | ({"loras": loras} if loras else {})

@@ -8,8 +8,9 @@ Source: diffusers.hooks, after ParaAttention's first-block cache, MagCache (Ma e
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,11 +26,20 @@ logger = logging.getLogger(__name__)
 
 NONE, FIRST_BLOCK, MAG, TAYLOR = KINDS = ("none", "first-block", "mag", "taylor")
 
+ENDLESS = 10**9
+"""Steps of a loop in which diffusers measures: at the last one it would print and forget what it found."""
+
+MEASURING = (
+    "--step-cache mag measures in the first video or window, and does not speed it up. For a single one, use "
+    "first-block or taylor."
+)
+
 Wrap = Callable[[Predict, int], Predict]
 """Let a prediction use the cache; the number tells the predictions of one step apart, such as those of windows."""
 
-_MAGNITUDES: WeakKeyDictionary[nn.Module, list[float]] = WeakKeyDictionary()
-"""For `mag`: magnitudes of the change relative to the step before, from the first denoising loop of each network."""
+_MAGNITUDES: WeakKeyDictionary[nn.Module, tuple[list[float], int]] = WeakKeyDictionary()
+"""For `mag`: magnitudes of the change relative to the step before, from the first denoising loop of each network, and
+the steps of that loop, of which one of several networks takes a part."""
 
 
 class CachedBlock(nn.Module):
@@ -58,26 +68,69 @@ def step_cache(network: Any, kind: str, steps: int) -> Iterator[Wrap]:
 
     The first loop of a network with `mag` skips nothing and measures. Raises ConfigError for an unknown cache.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"There is no step cache {kind!r}; use one of {', '.join(KINDS)}.")
+    _check_kind(kind)
     if kind == NONE:
         yield lambda predict, number: predict
         return
-    if len(network.blocks) < 2:
-        raise ConfigError(f"--step-cache {kind}: it needs at least 2 blocks, and this network has 1.")
+    _check_depth(kind, len(network.blocks))
     if kind == MAG and network not in _MAGNITUDES:
-        logger.info(
-            "--step-cache mag measures in the first video or window, and does not speed it up. For one alone, use "
-            "first-block or taylor."
-        )
+        logger.info(MEASURING)
         magnitudes = _Magnitudes(network.blocks)
         with _blocks_run_by(network, magnitudes):
             yield magnitudes.wrap
-        _MAGNITUDES[network] = magnitudes.ratios or [1.0]
+        _MAGNITUDES[network] = magnitudes.ratios or [1.0] * steps, steps
     else:
         cache = _Cache(network, kind, steps)
         with _blocks_run_by(network, cache):
             yield cache.wrap
+
+
+@contextmanager
+def pipeline_cache(networks: Sequence[nn.Module], blocks: Sequence[str], kind: str, steps: int) -> Iterator[None]:
+    """Within the block, let one call of a diffusers pipeline skip blocks of its networks.
+
+    `blocks` are the names of their lists of blocks. Each of several networks measures for itself with `mag`, in the
+    first call that uses it. Raises ConfigError for an unknown cache.
+    """
+    _check_kind(kind)
+    if kind == NONE:
+        yield
+        return
+    if kind == MAG and any(network not in _MAGNITUDES for network in networks):
+        logger.info(MEASURING)
+    own = dict.fromkeys(name.rpartition(".")[2] for name in blocks)
+    with ExitStack() as stack:
+        for network in networks:
+            names = [f"{part}.{i}" for part in own for i, _ in enumerate(network.get_submodule(part).children())]
+            _check_depth(kind, len(names))
+            stack.enter_context(_hooked(network, names, kind, steps))
+        yield
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"There is no step cache {kind!r}; use one of {', '.join(KINDS)}.")
+
+
+def _check_depth(kind: str, blocks: int) -> None:
+    if blocks < 2:
+        raise ConfigError(f"--step-cache {kind}: it needs at least 2 blocks, and this network has 1.")
+
+
+@contextmanager
+def _hooked(network: Any, names: Sequence[str], kind: str, steps: int) -> Iterator[None]:
+    """Put diffusers' hooks on the blocks of a pretrained network, and take them off again with all that they keep."""
+    measures = kind == MAG and network not in _MAGNITUDES
+    network.enable_cache(_config(network, names, kind, steps, measures))
+    if measures:  # a pipeline calls this at its end, and would erase what was measured
+        network._reset_stateful_cache = lambda recurse=True: None
+    try:
+        yield
+        if measures and (ratios := _measured(network.get_submodule(names[0]))):
+            _MAGNITUDES[network] = ratios, steps
+    finally:
+        vars(network).pop("_reset_stateful_cache", None)
+        network.disable_cache()
 
 
 @contextmanager
@@ -89,6 +142,13 @@ def _blocks_run_by(network: Any, run: Callable[..., Tensor]) -> Iterator[None]:
         del network.run_block
 
 
+def _register() -> None:
+    """Tell diffusers what a `CachedBlock` returns."""
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    TransformerBlockRegistry.register(CachedBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
 class _Cache:
     """Run blocks with the hooks of a cache."""
 
@@ -96,7 +156,10 @@ class _Cache:
         self.kind = kind
         self.cached: Any = CachedBlocks(network.blocks)
         self.of: dict[nn.Module, Any] = dict(zip(network.blocks, self.cached.blocks, strict=True))
-        self.cached.enable_cache(_config(network, kind, steps))  # type: ignore[operator]  # diffusers' CacheMixin
+        names = [f"blocks.{i}" for i in range(len(network.blocks))]
+        config = _config(network, names, kind, steps)
+        _register()
+        self.cached.enable_cache(config)  # type: ignore[operator]  # diffusers' CacheMixin
 
     def __call__(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
         out: Tensor = self.of[block](x, *others)
@@ -148,30 +211,39 @@ class _Magnitudes:
         return measured
 
 
-def _config(network: nn.Module, kind: str, steps: int) -> Any:
-    """Return the settings of a cache, the defaults of diffusers where nothing is given."""
+def _config(network: nn.Module, names: Sequence[str], kind: str, steps: int, measures: bool = False) -> Any:
+    """Return the settings of a cache for the blocks `names`, the defaults of diffusers where nothing is given."""
     try:
         from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError:
         raise ConfigError(f"--step-cache {kind} needs a newer diffusers: `pip install -U diffusers`.") from None
-    TransformerBlockRegistry.register(CachedBlock, TransformerBlockMetadata(return_hidden_states_index=0))
     if kind == FIRST_BLOCK:
         return FirstBlockCacheConfig()
+    if measures:
+        return MagCacheConfig(num_inference_steps=ENDLESS, calibrate=True)
     if kind == MAG:
-        return MagCacheConfig(num_inference_steps=steps, mag_ratios=_MAGNITUDES[network])
-    last = len(network.blocks) - 1  # type: ignore[arg-type]
+        ratios, measured = _MAGNITUDES[network]
+        return MagCacheConfig(num_inference_steps=max(1, round(len(ratios) * steps / measured)), mag_ratios=ratios)
+    *others, last = map(re.escape, names)
     return TaylorSeerCacheConfig(
-        cache_identifiers=[rf"blocks\.{last}"],
-        skip_predict_identifiers=[rf"blocks\.(?!{last}$)\d+"],
-        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[last], skip_predict_identifiers=others, taylor_factors_dtype=torch.float32
     )
 
 
-def _set_step(first: nn.Module, step: int) -> None:
-    """Set the number of the step, by which diffusers looks up the magnitudes; it counts from 0 in each context."""
+def _measured(first: nn.Module) -> list[float]:
+    """Return the magnitudes of the first kind of call, e.g. those with the prompt."""
+    states = _mag_states(first)._state_cache
+    return list(next(iter(states.values())).calibration_ratios) if states else []
+
+
+def _mag_states(first: nn.Module) -> Any:
     from diffusers.hooks import HookRegistry
     from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 
     hook: Any = HookRegistry.check_if_exists_or_initialize(first).get_hook(_MAG_CACHE_LEADER_BLOCK_HOOK)
-    hook.state_manager.get_state().step_index = step
+    return hook.state_manager
+
+
+def _set_step(first: nn.Module, step: int) -> None:
+    """Set the number of the step, by which diffusers looks up the magnitudes; it counts from 0 in each context."""
+    _mag_states(first).get_state().step_index = step

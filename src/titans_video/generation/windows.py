@@ -12,6 +12,9 @@ from titans_video.config.fields import flag_of
 from titans_video.errors import ConfigError
 from titans_video.types import CodecSpec
 
+PIPELINE = "pipeline"
+"""The name of a pretrained pipeline's own scheduler among samplers."""
+
 Mode = Literal["continue", "blend"]
 WindowModeFlag = Literal["auto", "continue", "blend"]
 
@@ -26,9 +29,12 @@ class Capabilities:
         tasks: the tasks of its training (t2v, i2v, v2v); None: the checkpoint does not record them.
         image_condition: it receives its first frame as an `ImageCondition`, and generates that frame itself.
         segments: it has a memory and generates a video segment by segment.
-        own_sampling: noise process and samplers are those of this project, not those of a diffusers pipeline.
+        own_sampling: the noise process is that of this project, not that of a diffusers pipeline.
+        solvers: our samplers can solve its sampling equation.
         step_cache: its blocks can be skipped by a step cache.
+        experts: it has a second network, for low noise.
         most_cond_frames, image_required: the most conditioning frames (None: any number); a first frame is needed.
+        last_image, last_image_required: a last frame can be given; it must be.
     """
 
     per_frame_time: bool
@@ -37,10 +43,14 @@ class Capabilities:
     image_condition: bool = False
     segments: bool = False
     own_sampling: bool = True
+    solvers: bool = True
     time_shift: bool = True
     step_cache: bool = False
+    experts: bool = False
     most_cond_frames: int | None = None
     image_required: bool = False
+    last_image: bool = False
+    last_image_required: bool = False
 
     @property
     def windows(self) -> bool:
@@ -75,7 +85,10 @@ ALIKE = Need("windows", "a model with a memory generates all segments alike")
 PER_FRAME = Need("per_frame_time", "this network has one timestep for the whole clip and keeps no frames clean")
 SAMPLING = Need("own_sampling", "this model runs in diffusers' own pipeline, which has no such option")
 SHIFT = Need("time_shift", "the noise process of this model has no time shift")
-CACHED = Need("step_cache", "only SoraDiT without --offload group has step caches")
+SOLVED = Need("solvers", "this pipeline's scheduler is not that of a rectified flow, which our samplers solve")
+CACHED = Need("step_cache", "only SoraDiT and pretrained pipelines have step caches, and not with --offload group")
+EXPERTS = Need("experts", "this model has one network, whose scale is --guidance-scale")
+LAST = Need("last_image", "this model takes no last frame")
 MEMORY = Need("segments", "the model has no memory (`titans-video train titans` trains one with a memory)")
 TEXT = Need("text", "this model was trained without text; --image-guidance A,B is the guidance by its image")
 IMAGE = Need("image_condition", "only Stable Video Diffusion has this setting")
@@ -87,9 +100,11 @@ FLAG_NEEDS: dict[str, tuple[Need, ...]] = {
     "window_mode": (ALIKE,),
     "guidance_scale": (TEXT,),
     "guidance_interval": (SAMPLING,),
-    "sampler": (SAMPLING,),
-    "step_cache": (SAMPLING, CACHED),
-    "shift": (SAMPLING, SHIFT),
+    "guidance_scale_2": (EXPERTS,),
+    "last_image": (LAST,),
+    "sampler": (SOLVED,),
+    "step_cache": (CACHED,),
+    "shift": (SHIFT,),
     "image_guidance": (IMAGE,),
     "motion_bucket": (IMAGE,),
     "noise_aug": (IMAGE,),
@@ -104,7 +119,7 @@ NO_NEED: dict[str, tuple[object, ...]] = {
     "window_mode": ("auto", "continue"),
     "guidance_scale": (1.0,),
     "guidance_interval": ((0.0, 1.0),),
-    "sampler": ("euler",),
+    "sampler": ("auto", PIPELINE),
     "step_cache": ("none",),
 }
 """Values of these flags that every model accepts."""
