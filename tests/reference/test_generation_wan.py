@@ -25,6 +25,7 @@ from titans_video.generation.diffusers_backend import (
     PretrainedPipeline,
     load_pipeline,
     plan_pretrained,
+    sampled,
     with_scheduler_shift,
 )
 from titans_video.generation.pipeline_parts import windowed
@@ -338,6 +339,14 @@ def test_image_windows_are_chained_on_their_last_frame(variant: str, pipelines: 
     second = stock(pipe, one, {"first": first[:, :, -1:]}, first=2)
     torch.testing.assert_close(ours[:, :, :9], first, rtol=0, atol=2e-5)
     torch.testing.assert_close(ours[:, :, 9:], second[:, :, 1:7], rtol=0, atol=1e-4)
+
+
+def test_a_validation_video_between_two_frames(pipelines: dict[str, Path]) -> None:
+    model, images = load(pipelines["flf-2.1"]), given("flf-2.1", "first", "last")
+    model.config["data"]["num_frames"] = 9
+    model.config["sample"]["steps"] = 2
+    video = sampled(model, PROMPT, 7, (32, 32), torch.cat([images["first"], images["last"]], dim=2)).video
+    close(video[None], stock(open_stock(pipelines["flf-2.1"], True), options("flf-2.1", steps=2), images), images)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from titans_video.pretrained.base import open_model_spec
 from titans_video.recipes import pretrained as pretrained_recipe
 from titans_video.recipes.frozen_base import precision_of
 from titans_video.recipes.lora import LoraFiles, build_lora
-from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes, first_frame
+from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes, given_frames
 from titans_video.recipes.setup import RunParts, open_clips
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import distributed
@@ -363,24 +363,30 @@ def test_a_validation_video_begins_with_the_frame_of_its_caption(pipelines: dict
     """In the size of the videos, whatever bucket the row is in; rows that cannot be read are skipped."""
     recipe, parts = recipe_and_parts(pipelines["1.5-i2v"], 9, (32, 32))
     data, spec = parts.data, recipe.spec
-    assert first_frame(data, open_model_spec(pipelines["1.5"]), "x") is None
+    assert given_frames(data, open_model_spec(pipelines["1.5"]), "x") is None
+    both = open_model_spec(pipelines["1.5-i2v"])
+    both.end_frame = "required"
     entry = next(e for e in data.records if e.row.cond_image is None)
     reader = data.reader()
     first = reader.clip(reader.decide(entry, "i2v", 0))[0]
     expected = torch.from_numpy(first).permute(2, 0, 1).float() / 127.5 - 1
     others = [e for e in data.records if e.row.caption != entry.row.caption]
-    found = first_frame(replace(data, records=records_of([*others, entry])), spec, entry.row.caption)
+    found = given_frames(replace(data, records=records_of([*others, entry])), spec, entry.row.caption)
     assert found is not None
     torch.testing.assert_close(found[0, :, 0], expected, rtol=0, atol=1e-6)
+    ends = given_frames(replace(data, records=records_of([*others, entry])), both, entry.row.caption)
+    assert ends is not None
+    assert torch.equal(ends[:, :, :1], found)
+    assert torch.equal(ends[0, :, 1:], to_tensor(reader.clip(reader.decide(entry, "i2v", 0))[-1:]))
     large = replace(data, records=records_of([replace(others[0], bucket=Bucket(9, 16, 80)), *others[1:], entry]))
-    found = first_frame(large, spec, entry.row.caption, (16, 80))
+    found = given_frames(large, spec, entry.row.caption, (16, 80))
     assert found is not None
     assert torch.equal(found[0], to_tensor(cover_crop(first[None], 16, 80)))
-    found = first_frame(large, spec, "nothing of the kind", (16, 80))
+    found = given_frames(large, spec, "nothing of the kind", (16, 80))
     assert found is not None
     assert found.shape == (1, 3, 1, 16, 80)
     missing = replace(entry, row=replace(entry.row, video=MOCK / "missing.mp4"))
-    found = first_frame(replace(large, records=records_of([missing, *large.records[:-1]])), spec, entry.row.caption)
+    found = given_frames(replace(large, records=records_of([missing, *large.records[:-1]])), spec, entry.row.caption)
     assert found is not None
 
 

@@ -258,12 +258,17 @@ def with_scheduler_shift(model: PretrainedModel, shift: float | None) -> Pretrai
 def sampled(
     model: PretrainedModel, prompt: str, seed: int, size: tuple[int, int] | None, image: Tensor | None
 ) -> Sampled:
-    """Generate a video without a file; `size` is (height, width) or the model's, `image` (1, 3, 1, H, W) in [-1, 1]."""
+    """Generate a video without a file; `size` is (height, width) or the model's.
+
+    `image` (1, 3, k, H, W) in [-1, 1] has its first frame, or its first and its last one.
+    """
     height, width = size or (None, None)
     options = GenerateOptions(prompt=prompt, seed=seed, height=height, width=width)
     request, fps = build_request(options, model)
     if image is not None:
-        request = replace(request, cond_pixels=image)
+        request = replace(
+            request, cond_pixels=image[:, :, :1], last_pixels=image[:, :, 1:] if image.shape[2] > 1 else None
+        )
     windows, _ = plan_pretrained(model, request, options)
     chunks = PretrainedPipeline(model).stream(request, windows, progress=False)
     video = torch.cat(list(finite_frames(chunks, logger.warning, required=False)), dim=2)

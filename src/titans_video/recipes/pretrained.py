@@ -233,15 +233,15 @@ def pipeline_sampler(
         )
 
         def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
-            return sampled(model, prompt, seed, size, first_frame(parts.data, spec, prompt, size))
+            return sampled(model, prompt, seed, size, given_frames(parts.data, spec, prompt, size))
 
         return make
 
     return open_sampler
 
 
-def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
-    """Return (1, 3, 1, H, W): the first frame of a row with this caption, or of another row.
+def given_frames(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
+    """Return (1, 3, k, H, W): the first frame of a row with this caption, or of another row; with its last if needed.
 
     None for a text-to-video model. Without `size` (height, width) it has that of the main bucket.
 
@@ -251,16 +251,19 @@ def first_frame(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | N
     if not spec.needs_image:
         return None
     height, width = size or (data.main_bucket.height, data.main_bucket.width)
-    reader = data.reader()
+    reader, both = data.reader(), spec.end_frame == "required"
     is_other = np.fromiter((caption != prompt for caption in data.records.captions()), bool, len(data.records))
     for at in np.lexsort((data.records.seeds(0, "picture"), is_other)).tolist():
         entry = data.records[at]
         example = reader.decide(entry, "i2v", reader.variant_seed(entry.row, 0))
         try:
-            frame = reader.cond_image(example) if example.own_image else reader.clip(example)[0]
+            own = [reader.cond_image(example)] if example.own_image else []
+            clip = reader.clip(example) if both or not own else None
         except BadRowError:
             continue  # training reads it too, and records it
-        return to_tensor(cover_crop(frame[None], height, width))[None]
+        frames = [*own, *([] if clip is None else [clip[0], clip[-1]])]  # the image, if any, is instead of clip[0]
+        shown = np.stack([frames[0], frames[-1]] if both else frames[:1])
+        return to_tensor(cover_crop(shown, height, width))[None]
     raise DataError("No clip can be read any more, and a validation video needs a first frame.")
 
 
