@@ -93,9 +93,9 @@ def titans(folder: Path) -> DiffusionRecipe[Any]:
     )
 
 
-def cogvideox(folder: Path) -> DiffusionRecipe[Any]:
-    """Return a LoRA on the pipeline in `folder`, with rotary positions."""
-    spec, adapter = open_model_spec(folder / "pipeline"), lora.LoraConfig(3, 6.0)
+def pretrained(pipeline: Path) -> DiffusionRecipe[Any]:
+    """Return a LoRA on a pipeline."""
+    spec, adapter = open_model_spec(pipeline), lora.LoraConfig(3, 6.0)
     network = spec.load_network(torch.float32)
     lora.inject(network, adapter)
     codec = spec.codec("fp32", "cpu", load=False)
@@ -106,7 +106,7 @@ def cogvideox(folder: Path) -> DiffusionRecipe[Any]:
         process=spec.process(),
         config={"recipe": "cogvideox-lora", "model": {"patch_size": list(spec.patch_size)}},
         device=torch.device("cpu"),
-        geometry=ClipGeometry(codec.spec, spec.patch_size, cond_frames_have_loss=True),
+        geometry=ClipGeometry(codec.spec, spec.patch_size, cond_frames_have_loss=spec.cond_frames_have_loss),
         count_flops=lambda latent_shape, text_lengths: 0,
         make_sampler=no_sampler,
         adapter=LoraFiles(spec, adapter, {}, "none"),
@@ -119,7 +119,8 @@ RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
     "st": lambda folder: sora(folder, "st"),
     "full": lambda folder: sora(folder, "full"),
     "titans": titans,
-    "lora": cogvideox,
+    "lora": lambda folder: pretrained(folder / "pipeline"),  # CogVideoX with rotary positions
+    "wan": lambda folder: pretrained(folder / "wan"),  # TI2V-5B, which has a timestep for each token
 }
 
 
@@ -129,23 +130,29 @@ ACTIVATIONS = {2: {"full": SELECTIVE, "titans": FULL, "lora": SELECTIVE}, 4: {"s
 """What is kept of the activations, by the number of processes and the recipe; one process keeps all."""
 
 
-def encoded_batch(rows: range) -> Batch:
-    """Return rows of latents and text for the pipeline."""
+def encoded_batch(rows: range, spec: Any) -> Batch:
+    """Return rows of latents and text for a pipeline, with a first frame if it can be given."""
     seeds = [derive_seed(0, "row", i) for i in rows]
-    text = seeded_randn((12, 16), [derive_seed(seed, "text") for seed in seeds])
-    return replace(
-        make_batch(rows, (9, 32, 32)),
-        moments=seeded_randn((8, 3, 4, 4), seeds),
+    stride, c = spec.codec_spec.stride, spec.codec_spec.channels
+    length, width = (512, 48) if spec.takes_image else (12, 16)
+    text = seeded_randn((length, width), [derive_seed(seed, "text") for seed in seeds])
+    moments = seeded_randn((2 * c, 3, 4, 4), seeds)
+    batch = replace(
+        make_batch(rows, (9, 4 * stride[1], 4 * stride[2])),
+        moments=moments,
         text=TextCondition((text,), (torch.ones(text.shape[:2], dtype=torch.bool),)),
     )
+    if not spec.takes_image:
+        return batch
+    return replace(batch, num_cond_frames=torch.ones(len(rows), dtype=torch.int64), cond_moments=moments)
 
 
 class OneBucket(Stream):
     """All rows of an optimizer step have one shape, as buckets have; the next step has another."""
 
-    def __init__(self, rank: int, world: int, encoded: bool) -> None:
+    def __init__(self, rank: int, world: int, spec: Any) -> None:
         super().__init__(ROWS // world, False, rank, world, accum=1)
-        self.encoded = encoded
+        self.spec = spec  # of a pipeline, whose clips are encoded
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -158,7 +165,7 @@ class OneBucket(Stream):
         return self._rows(range(self.size), SHAPES[1])
 
     def _rows(self, rows: range, shape: tuple[int, int, int]) -> Batch:
-        return encoded_batch(rows) if self.encoded else make_batch(rows, shape)
+        return make_batch(rows, shape) if self.spec is None else encoded_batch(rows, self.spec)
 
 
 def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
@@ -171,7 +178,7 @@ def train(folder: Path, name: str, steps: int) -> list[dict[str, Tensor]]:
     if context_size() > 1:
         share_tokens(recipe.context_plan(), recipe.network, context_mesh(accelerator))
     group = data_group(accelerator)
-    stream = OneBucket(group.index, group.count, recipe.adapter is not None)
+    stream = OneBucket(group.index, group.count, getattr(recipe, "spec", None))
     trainer = Trainer(recipe, stream, given, accelerator, resume_module.open_resume(found, given))
     gradients: list[dict[str, Tensor]] = []
     clip = accelerator.clip_grad_norm_

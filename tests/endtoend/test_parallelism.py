@@ -14,6 +14,7 @@ from tests.endtoend.parallel_jobs import RECIPES
 from tests.endtoend.test_distributed import REPOSITORY, launch_words, small
 from tests.endtoend.test_sora_commands import metrics
 from tests.processes import run
+from tests.wan_pipelines import make_wan
 from titans_video.cli.main import main
 
 ENGINES = {2: ["cp", "fsdp2"], 4: ["fsdp2", "hsdp", "cp", "hsdp+cp"]}
@@ -37,6 +38,7 @@ def test_layouts_take_turns_in_a_run(tmp_path: Path, processes: int, float64: No
     turns, straight = tmp_path / "turns", tmp_path / "straight"
     for folder in (turns, straight):
         factories.make_cogvideox(folder / "pipeline", "5b")
+        make_wan(folder / "wan", "ti2v-5b")
     expected = {name: parallel_jobs.train(straight, name, len(engines) + 2) for name in RECIPES}
     for name in RECIPES:
         parallel_jobs.train(turns, name, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import factories
+from tests.wan_pipelines import make_wan
 from titans_video.errors import ConfigError
 from titans_video.models.attention import BACKENDS, set_attention_backend
 from titans_video.models.context_parallel import check_plan
@@ -44,10 +45,11 @@ def test_all_tokens_of_cogvideox_are_divided(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["kernel", "exchange"])
-@pytest.mark.parametrize("kind", ["SoraDiT", "TitansVideoDiT", "CogVideoX"])
+@pytest.mark.parametrize("kind", ["SoraDiT", "TitansVideoDiT", "CogVideoX", "Wan"])
 def test_shared_attention_uses_the_chosen_kernel(kind: str, first: str, tmp_path: Path) -> None:
-    if kind == "CogVideoX":
-        spec = open_model_spec(factories.make_cogvideox(tmp_path, "1.5"))
+    if kind in ("CogVideoX", "Wan"):
+        make = make_wan if kind == "Wan" else factories.make_cogvideox
+        spec = open_model_spec(make(tmp_path, "i2v-a14b" if kind == "Wan" else "1.5"))
         network = spec.load_network(torch.float32)
         plan = spec.context_plan(network)
     else:

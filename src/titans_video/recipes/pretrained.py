@@ -86,8 +86,8 @@ class PretrainedRecipe(DiffusionRecipe[Prepared]):
         return self.spec.context_plan(self.network)
 
     def _given_frames(self, batch: Batch) -> Conditioning | None:
-        """Return the given frames of a batch; None if no row has any."""
-        if not batch.num_cond_frames.any():
+        """Return the given frames of a batch; None if no row has any, or the model takes none."""
+        if not self.spec.takes_image or not batch.num_cond_frames.any():
             return None
         moments, states = batch.cond_moments, batch.image_states
         if moments is None:
