@@ -238,6 +238,7 @@ def _is_complete(line: Mapping[str, Any]) -> str | None:
         return "its total is missing"
     count = len(line.get(names, ()))
     losses = [line.get("losses", ()), *(cell["losses"] for cell in line.get("cells", ()))]
+    losses += [line["expert_of"]] if "expert_of" in line else []
     return "losses and quantiles have other lengths" if any(len(x) != count for x in losses) else None
 
 
@@ -249,6 +250,8 @@ VALIDATION_LINE = Record(
         "measures": ListOf(Text(100), 1, 100),
         "losses": ListOf(LOSS, 1, 1000),
         "rows": COUNT,
+        "expert_of": ListOf(Text(100), 1, 1000),
+        "experts": MapOf(LOSS, 16),
         "cells": ListOf(
             Record({"task": Text(100), "bucket": Text(100), "rows": COUNT, "loss": LOSS, "losses": ListOf(LOSS)}),
             0,

@@ -173,7 +173,7 @@ def test_held_out_loss_is_at_fixed_times(toy: Path) -> None:
     assert sums.shape == (2, 4)
     assert not torch.equal(sums[0], sums[1])
     assert elements.tolist() == recipe.row_elements(batch).tolist()
-    at = recipe._at_quantile(recipe.prepare(batch, train=False), 0.5)
+    at = recipe.at_quantile(recipe.prepare(batch, train=False), 0.5)
     expected = recipe.process.timestep_quantile(0.5, at.tokens)
     assert at.clean_mask is not None
     torch.testing.assert_close(at.timesteps[~at.clean_mask], torch.full_like(at.timesteps[~at.clean_mask], expected))

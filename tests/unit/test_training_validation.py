@@ -21,9 +21,13 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.unit.training_fakes import WIDTH, Killed, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
 from titans_video.config.options import TrainOptions, ValidationOptions
+from titans_video.errors import DataError
+from titans_video.formats import VALIDATION_LINE
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
+from titans_video.schema import check
 from titans_video.training import distributed, loss_table, run_folder, validation
+from titans_video.training.loss_table import Sums
 from titans_video.training.metrics import Recorder
 from titans_video.training.optim import Ema
 from titans_video.training.run_folder import VALIDATION_LOG
@@ -353,3 +357,16 @@ def test_processes_share_the_work_and_call_the_model_equally_often(tmp_path: Pat
         assert videos == alone[1]
         assert (calls, asked) == found[0][2:]
     assert found[0][2] < alone[2]
+
+
+def test_the_table_of_two_experts() -> None:
+    """Each quantile is of one of them, and each has a mean."""
+    cells = {("t2v", "a"): Sums([2.0, 4.0, 12.0], 2, 1), ("i2v", "a"): Sums([1.0, 2.0, 9.0], 1, 1)}
+    line = json.loads(json.dumps(loss_table.as_line(cells, 3, experts=["low", "low", "high"])))
+    check(VALIDATION_LINE, {"step": 1, **line}, "line", DataError)
+    assert line["experts"] == {"low": pytest.approx((1 + 2) / 2), "high": pytest.approx(7.0)}
+    head, *rows = loss_table.as_table(line)
+    assert head == ["task", "bucket", "rows", "0.25 low", "0.5 low", "0.75 high", "mean", "mean low", "mean high"]
+    assert rows[0][-2:] == [1.5, 9.0]
+    assert rows[-1][-2:] == [1.5, 7.0]
+    assert "expert_of" not in loss_table.as_line(cells, 3)

@@ -69,6 +69,9 @@ class ToyRecipe:
     def flops(self, batch: Batch) -> float:
         return 1000.0 * len(batch)
 
+    def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
+        return None
+
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Careless with the global generator, as a library may be: validation must put it back."""
         torch.randn(7)

@@ -53,6 +53,8 @@ class PipelineOptions:
 
     pretrained_model: FolderPath | None = None
     """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
+    shift: Annotated[float | None, Range(above=0)] = None
+    """Shift of the training times towards noise, for models with shifted times (default: the model's own)."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
     more, without --deterministic, --layerwise-casting and --offload. Just --compile means on, --no-compile off."""
@@ -93,6 +95,20 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
+class ExpertOptions:
+    """Models with two networks, one for much noise and one for little."""
+
+    experts: Literal["high", "low", "both"] = "both"
+    """Networks to train: high (more noise), low or both. Each optimizer step trains one of both, in proportion to their
+    shares of the training times."""
+    expert_steps: Annotated[int, Range(least=1)] = 1
+    """Consecutive steps that train the same network."""
+    idle_expert: Literal["device", "cpu"] = "device"
+    """cpu: keep the frozen weights of the network that a step does not train in main memory. With --expert-steps they
+    move rarely."""
+
+
+@dataclass(frozen=True)
 class PretrainedOptions:
     """The options that all recipes for a pretrained pipeline share."""
 
@@ -100,6 +116,7 @@ class PretrainedOptions:
     """YAML file that sets any of these options. Command-line flags override it."""
     data: DataOptions = field(default_factory=DataOptions)
     base: PipelineOptions = field(default_factory=PipelineOptions)
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
     activations: ActivationOptions = field(default_factory=ActivationOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)

@@ -79,6 +79,10 @@ def check_lora(options: LoraRunOptions) -> None:
     """
     check_pretrained(options)
     check_base(options.base, options.activations)
+    if options.experts.idle_expert == "cpu" and options.base.offload != "none":
+        raise ConfigError(
+            f"--idle-expert cpu: --offload {options.base.offload} keeps both networks in main memory; leave one out."
+        )
     check_names("--target-modules", options.lora.target_modules, "layer, e.g. to_q")
 
 
@@ -90,6 +94,8 @@ def check_finetune(options: FinetuneOptions) -> None:
     """
     check_pretrained(options)
     check_names("--trainable", options.weights.trainable, "module, e.g. attn1, or all")
+    if options.experts.idle_expert == "cpu":
+        raise ConfigError("--idle-expert cpu: only frozen weights can wait in main memory; leave it out.")
 
 
 def check_pretrained(options: PretrainedOptions) -> None:

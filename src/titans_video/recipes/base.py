@@ -187,10 +187,13 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
         prepared = self.prepare(batch, train=False)
         sums = torch.zeros(len(quantiles), len(batch), dtype=torch.float64)
         for i, quantile in enumerate(quantiles):
-            at = self._at_quantile(prepared, quantile)
+            at = self.at_quantile(prepared, quantile)
             noisy = self._add_noise(batch, at, "noise", f"{quantile:g}")
             sums[i] = self._row_losses(model, batch, noisy, at).double()
         return sums, self.row_elements(batch)
+
+    def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
+        return None
 
     def row_elements(self, batch: Batch) -> Tensor:
         return self.geometry.row_elements(batch)
@@ -237,7 +240,8 @@ class DiffusionRecipe(ABC, Generic[PreparedT]):
         others = {name: self._add_noise(batch, part, *key, name) for name, part in prepared.others.items()}
         return replace(noisy, others=others) if others else noisy
 
-    def _at_quantile(self, prepared: PreparedT, quantile: float) -> PreparedT:
+    def at_quantile(self, prepared: PreparedT, quantile: float) -> PreparedT:
+        """Return the same batch at one quantile of the training times."""
         at = prepared.at(self.process.timestep_quantile(quantile, prepared.tokens))
         if not prepared.others:
             return at

@@ -13,6 +13,7 @@ from titans_video.generation.export import export_finetuned
 from titans_video.models import lora
 from titans_video.models.activations import limit_activations
 from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.recipes.experts import expert_schedule
 from titans_video.recipes.lora import parse_names
 from titans_video.recipes.pretrained import (
     PretrainedRecipe,
@@ -21,8 +22,9 @@ from titans_video.recipes.pretrained import (
     open_pretrained_parts,
     pretrained_config,
     pretrained_notes,
+    training_process,
 )
-from titans_video.recipes.setup import RunParts, network_note, train_recipe
+from titans_video.recipes.setup import RunParts, train_recipe
 from titans_video.training.distributed import AUTOCAST, Accelerator
 from titans_video.training.run_folder import PIPELINE, PIPELINE_EMA
 from titans_video.training.setup import start_run
@@ -40,28 +42,35 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     options, run = start_run(options)
     assert options.base.pretrained_model is not None  # checked with the flags
     spec = open_model_spec(options.base.pretrained_model)
-    choose_trainable(spec.meta_model(), options.weights.trainable)  # a fault is reported before anything slow is done
+    choose_trainable(spec.meta_model(), options.weights.trainable, spec)  # reports a fault before anything slow
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_finetune(options, parts, spec, run.accelerator)
-    notes = [*pretrained_notes(options, parts, spec), network_note(recipe.network)]
+    notes = [*pretrained_notes(options, parts, recipe), _size_note(recipe)]
     result = train_recipe(options, run, recipe, parts, notes)
     if result.step >= options.train.max_steps and run.accelerator.is_main_process:
         export_run(spec, Path(options.train.output_dir), result.folder)
     return result
 
 
-def choose_trainable(network: nn.Module, trainable: str) -> None:
+def _size_note(recipe: PretrainedRecipe) -> str:
+    """Return a line for the log: the size of the network, and of what is trained."""
+    size, trained = (
+        sum(p.numel() for p in recipe.network.parameters() if p.requires_grad or not only) / 1e6 for only in (0, 1)
+    )
+    return f"{recipe.spec.name}, {size:.1f} million parameters, of which {trained:.1f} million are trained."
+
+
+def choose_trainable(network: nn.Module, trainable: str, spec: ModelSpec) -> None:
     """Let the parameters of the modules that `--trainable` names need gradients, and freeze the others.
 
-    Raises ConfigError if a name is that of no module.
+    Names are those in each of the model's networks. Raises ConfigError if a name is that of no module.
     """
-    chosen = network.requires_grad_(trainable == "all")
-    if trainable == "all":
-        return
-    with_parameters = [name for name, module in chosen.named_modules() if [*module.parameters(recurse=False)]]
-    for name in lora.select_names(with_parameters, parse_names(trainable), "--trainable", "layer"):
-        for parameter in network.get_submodule(name).parameters(recurse=False):
-            parameter.requires_grad_(True)
+    network.requires_grad_(trainable == "all")
+    for part in spec.networks(network).values() if trainable != "all" else ():
+        names = [name for name, module in part.named_modules() if [*module.parameters(recurse=False)]]
+        for name in lora.select_names(names, parse_names(trainable), "--trainable", "layer"):
+            for parameter in part.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(True)
 
 
 def build_finetune(
@@ -72,15 +81,18 @@ def build_finetune(
     Raises:
         ConfigError, CheckpointError: as `choose_trainable`, and if the weights cannot be read.
     """
-    network = spec.load_network(torch.float32)
+    process = training_process(options, parts, spec)
+    experts = expert_schedule(options.experts, spec, process, options.train.seed)
+    network = spec.load_network(torch.float32, experts.trained if experts else ())
     limit_activations(network, options.activations)
-    choose_trainable(network, options.weights.trainable)
+    choose_trainable(network, options.weights.trainable, spec)
     if options.base.compile == "on":
         compile_network(network, spec)
-    config = pretrained_config("finetune", options, parts, spec, accelerator)
+    config = pretrained_config("finetune", options, parts, spec, process, accelerator)
     dtype = AUTOCAST.get(accelerator.mixed_precision, torch.float32)
     flags = ("--pretrained-model", str(spec.folder.absolute()))
-    return build_pretrained(options, parts, spec, network, dtype, accelerator.device, config, flags=flags)
+    device = accelerator.device
+    return build_pretrained(options, parts, spec, process, network, dtype, device, config, experts=experts, flags=flags)
 
 
 def export_run(spec: ModelSpec, run: Path, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The frozen network of a LoRA run: its precision, and where its weights are."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -37,21 +39,29 @@ def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
 
 
 def load_base(
-    options: BaseOptions, activations: ActivationOptions, spec: ModelSpec, accelerator: Accelerator
+    options: BaseOptions,
+    activations: ActivationOptions,
+    spec: ModelSpec,
+    accelerator: Accelerator,
+    experts: Sequence[str] = (),
 ) -> tuple[nn.Module, torch.dtype]:
     """Load the network as the flags ask, and return it with its precision; raises as `precision_of`.
 
-    diffusers' own hooks cast and offload layers. They remain when adapters are injected.
+    diffusers' own hooks cast and offload layers. They remain when adapters are injected. Only the `experts` of a model
+    that has several networks are loaded.
     """
     dtype = precision_of(options, accelerator)
-    network = spec.load_network(dtype)
+    network = spec.load_network(dtype, experts)
     limit_activations(network, activations)
     if options.layerwise_casting != "none":
-        network.enable_layerwise_casting(  # type: ignore[operator]
-            storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
-        )
+        for part in spec.networks(network).values():
+            part.enable_layerwise_casting(  # type: ignore[operator]
+                storage_dtype=STORAGE[options.layerwise_casting], compute_dtype=dtype
+            )
     if options.offload == "group":
-        offload_blocks(network, accelerator.device)
+        for part in spec.networks(network).values():
+            offload_blocks(part, accelerator.device)
+        network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
     if options.compile == "on":
         compile_network(network, spec)
     return network, dtype
@@ -66,7 +76,6 @@ def offload_blocks(network: nn.Module, device: torch.device) -> None:
     """
     from diffusers.hooks import apply_group_offloading
 
-    network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
     for part in network.children():
         if not isinstance(part, nn.ModuleList):
             part.to(device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from titans_video.config.recipes import LoraRunOptions
 from titans_video.models import lora, lora_io
 from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.recipes.experts import expert_schedule, keep_idle_on_cpu
 from titans_video.recipes.frozen_base import load_base, precision_of
 from titans_video.recipes.lora_parity import check_parity
 from titans_video.recipes.pretrained import (
@@ -18,6 +19,7 @@ from titans_video.recipes.pretrained import (
     open_pretrained_parts,
     pretrained_config,
     pretrained_notes,
+    training_process,
 )
 from titans_video.recipes.setup import RunParts, train_recipe
 from titans_video.training.distributed import Accelerator
@@ -81,7 +83,7 @@ def train_lora(options: LoraRunOptions) -> TrainResult:
     lora.find_targets(spec.meta_model(), parse_names(options.lora.target_modules))
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_lora(options, parts, spec, accelerator)
-    notes = [*pretrained_notes(options, parts, spec), _size_note(recipe)]
+    notes = [*pretrained_notes(options, parts, recipe), _size_note(recipe)]
     return train_recipe(options, run, recipe, parts, notes)
 
 
@@ -98,12 +100,17 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     Raises:
         ConfigError, CheckpointError: as `load_base` and `models.lora.inject`.
     """
-    network, dtype = load_base(options.base, options.activations, spec, accelerator)
-    wanted = options.lora
+    process = training_process(options, parts, spec)
+    experts = expert_schedule(options.experts, spec, process, options.train.seed)
+    trained = experts.trained if experts else ()
+    network, dtype = load_base(options.base, options.activations, spec, accelerator, trained)
+    wanted, device = options.lora, accelerator.device
     adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_names(wanted.target_modules))
     lora.inject(network, adapter, seed=options.train.seed)
-    move_adapter(network, accelerator.device)
-    config = pretrained_config("lora", options, parts, spec, accelerator)
+    move_adapter(network, device)
+    if options.experts.idle_expert == "cpu":
+        keep_idle_on_cpu(network, spec, accelerator)
+    config = pretrained_config("lora", options, parts, spec, process, accelerator)
     config["lora"] = {
         "rank": adapter.rank,
         "alpha": adapter.scaling_alpha,
@@ -113,7 +120,9 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     share_adapter_only(network)
     about = {key: config[key] for key in ("recipe", "base", "lora", "data", "sample")}
     files = LoraFiles(spec, adapter, about, wanted.parity_gate)
-    return build_pretrained(options, parts, spec, network, dtype, accelerator.device, config, adapter=files)
+    return build_pretrained(
+        options, parts, spec, process, network, dtype, device, config, experts=experts, adapter=files
+    )
 
 
 def _size_note(recipe: PretrainedRecipe) -> str:

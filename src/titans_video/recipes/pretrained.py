@@ -17,7 +17,7 @@ from titans_video.config.recipes import PretrainedOptions
 from titans_video.data.batches import end_frames
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.reader import BadRowError
-from titans_video.diffusion.base import NoisySample, Prepared
+from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.errors import ConfigError, DataError
 from titans_video.generation.diffusers_backend import PretrainedModel, sampled
 from titans_video.generation.long_video import Sampled
@@ -27,6 +27,7 @@ from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import CountFlops, cost_of, layers_of
 from titans_video.pretrained.base import Conditioning, ModelSpec
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe, Draws, Makers, noise_of, prompt_encoder
+from titans_video.recipes.experts import ExpertSchedule, with_all_experts
 from titans_video.recipes.setup import (
     RunParts,
     checkpoint_config,
@@ -42,16 +43,23 @@ from titans_video.types import Batch
 
 
 @dataclass(frozen=True)
-class GivenFrameDraws(Draws):
-    """Which frames are given; and if the first frame's latents are sampled, their own noise."""
+class PretrainedDraws(Draws):
+    """Which frames are given; the noise of the first frame's latents, if they are sampled; the times of one expert."""
 
-    sampled: bool = field(kw_only=True)
+    is_given: bool = field(kw_only=True)  # some frames
+    is_sampled: bool = field(kw_only=True)  # the first one of them
+    experts: ExpertSchedule | None = field(kw_only=True)
 
     def makers(self, batch: Batch) -> Makers:
         c, _, h, w = self.geometry.latent_shape(batch)
-        made: Makers = {**super().makers(batch), "given": partial(self.geometry.given_mask, batch)}
-        if self.sampled:
+        made, experts = super().makers(batch), self.experts
+        if self.is_given:
+            made["given"] = partial(self.geometry.given_mask, batch)
+        if self.is_given and self.is_sampled:
             made["first frame"] = partial(noise_of, (c, 1, h, w), batch, "first frame")
+        if experts is not None:
+            tokens = self.geometry.row_tokens(batch)
+            made["time"] = partial(experts.sample_timesteps, self.process, batch.seeds, tokens, batch.step)
         return made
 
 
@@ -66,17 +74,31 @@ class PretrainedRecipe(DiffusionRecipe[Prepared]):
     spec: ModelSpec = field(kw_only=True)
     dtype: torch.dtype = field(kw_only=True)  # of the network's inputs
     image: VisionEncoder | None = field(default=None, kw_only=True)  # encodes batches without cached states
+    experts: ExpertSchedule | None = field(default=None, kw_only=True)  # of a model with several networks
 
     def prepare(self, batch: Batch, *, train: bool) -> Prepared:
         latents = self.encode_latents(batch)
         text = self.encode_captions(batch, train=train)
-        return self.spec.prepare(latents, text, self._given_frames(batch), self.value(batch, "time"))
+        prepared = self.spec.prepare(latents, text, self._given_frames(batch), self.value(batch, "time"))
+        return prepared if self.experts is None else replace(prepared, expert=self.experts.at_step(batch.step))
 
-    def draws(self) -> GivenFrameDraws | Draws:
-        plain = super().draws()
-        if not self.spec.takes_image:
-            return plain
-        return GivenFrameDraws(**vars(plain), sampled=self.spec.samples_first_frame)
+    def draws(self) -> PretrainedDraws:
+        spec = self.spec
+        return PretrainedDraws(
+            **vars(super().draws()),
+            is_given=spec.takes_image,
+            is_sampled=spec.samples_first_frame,
+            experts=self.experts,
+        )
+
+    def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
+        return None if self.experts is None else [self.experts.place(quantile)[0] for quantile in quantiles]
+
+    def at_quantile(self, prepared: Prepared, quantile: float) -> Prepared:
+        if self.experts is None:
+            return super().at_quantile(prepared, quantile)
+        expert, quantile = self.experts.place(quantile)
+        return replace(super().at_quantile(prepared, quantile), expert=expert)
 
     def forward(self, model: nn.Module, noisy: NoisySample, prepared: Prepared) -> Tensor | dict[str, Tensor]:
         predicted = self.spec.predict(model, noisy, prepared, self.dtype)
@@ -114,7 +136,7 @@ def compile_network(network: nn.Module, spec: ModelSpec) -> None:
 def open_pretrained_parts(options: PretrainedOptions, run: RunContext, spec: ModelSpec) -> RunParts:
     """Open the clips with the pipeline's own VAE and text encoders; raise UserError as `setup.open_parts`."""
     base, device = options.base, run.accelerator.device
-    spec.process()  # faults of the pipeline's small files are reported before anything slow is done
+    spec.process(shift=base.shift)  # faults of flags and small files are reported before anything slow is done
     text = spec.text(base.text_dtype, device, offload=base.text_offload == "cpu")
     codec = spec.codec(base.vae_dtype, device, load=options.data.cache is None)
     with_task = replace(options, data=_with_task(options.data, spec))
@@ -143,8 +165,19 @@ def _with_task(options: DataOptions, spec: ModelSpec) -> DataOptions:
     return replace(options, task_mix=f"{spec.tasks[0]}=1")
 
 
+def training_process(options: PretrainedOptions, parts: RunParts, spec: ModelSpec) -> NoiseProcess:
+    """Return the noise process for the size of most clips; raise ConfigError as `ModelSpec.process`."""
+    bucket = parts.data.main_bucket
+    return spec.process((bucket.height, bucket.width), options.base.shift)
+
+
 def pretrained_config(
-    recipe: str, options: PretrainedOptions, parts: RunParts, spec: ModelSpec, accelerator: Accelerator
+    recipe: str,
+    options: PretrainedOptions,
+    parts: RunParts,
+    spec: ModelSpec,
+    process: NoiseProcess,
+    accelerator: Accelerator,
 ) -> dict[str, object]:
     """Return the config of checkpoints; `base` describes the pretrained pipeline.
 
@@ -158,18 +191,20 @@ def pretrained_config(
         raise ConfigError("--pretrained-model: the machines of this run have different networks in this folder.")
     base = {"pipeline": str(spec.folder), "family": spec.name, "fingerprint": fingerprint}
     tasks = spec.tasks if len(spec.tasks) == 1 else None  # None: those of the rows
-    return checkpoint_config(recipe, model, parts, spec.process(), defaults, tasks) | {"base": base}
+    return checkpoint_config(recipe, model, parts, process, defaults, tasks) | {"base": base}
 
 
 def build_pretrained(
     options: PretrainedOptions,
     parts: RunParts,
     spec: ModelSpec,
+    process: NoiseProcess,
     network: nn.Module,
     dtype: torch.dtype,
     device: torch.device,
     config: dict[str, object],
     *,
+    experts: ExpertSchedule | None = None,
     adapter: AdapterFiles | None = None,
     flags: tuple[str, ...] = (),
 ) -> PretrainedRecipe:
@@ -177,11 +212,12 @@ def build_pretrained(
 
     `flags` are those that the generate command needs beside the checkpoint.
     """
+    network.trains_in_parts = experts is not None and experts.is_mixed  # type: ignore[assignment]  # see `prepare`
     return PretrainedRecipe(
         network=network,
         codec=parts.codec,
         text=parts.text,
-        process=spec.process(),
+        process=process,
         config=config,
         device=device,
         geometry=ClipGeometry(
@@ -197,6 +233,7 @@ def build_pretrained(
         spec=spec,
         dtype=dtype,
         image=parts.image,
+        experts=experts,
     )
 
 
@@ -217,6 +254,7 @@ def pipeline_sampler(
     """Return a function that opens the pipeline around the network for validation videos."""
 
     def open_sampler(network: nn.Module, step: int) -> VideoSampler:
+        network = with_all_experts(network, spec, dtype)
         pipeline = spec.pipeline(network, parts.codec, text=False, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         model = PretrainedModel(
@@ -267,12 +305,15 @@ def given_frames(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | 
     raise DataError("No clip can be read any more, and a validation video needs a first frame.")
 
 
-def pretrained_notes(options: PretrainedOptions, parts: RunParts, spec: ModelSpec) -> list[str]:
-    """Return lines for the log: lengths and tasks of the clips."""
+def pretrained_notes(options: PretrainedOptions, parts: RunParts, recipe: PretrainedRecipe) -> list[str]:
+    """Return lines for the log: lengths and tasks of the clips, and which expert is trained."""
+    spec = recipe.spec
     notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
     others = sorted(parts.data.row_tasks.keys() - set(spec.tasks))
     if others and spec.takes_image:
         notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
     elif others:
         notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} has no image condition.")
+    if recipe.experts is not None:
+        notes.append(recipe.experts.note(spec.name))
     return notes

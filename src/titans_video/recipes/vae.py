@@ -100,6 +100,9 @@ class VaeRecipe:
         found: Reconstructed = model(*self.prepare(batch), adversarial=start is not None and batch.step >= start)
         return found.loss * self.row_elements(batch).to(found.loss)
 
+    def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
+        return None
+
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return `MEASURES` of whole clips, decoded from the latents' means, (M, B) times their elements."""
         made, pixels = self._reconstruct(model, batch)

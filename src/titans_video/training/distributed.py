@@ -226,6 +226,8 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) 
         network.forward = torch.autocast(accelerator.device.type, AUTOCAST[accelerator.mixed_precision])(
             network.forward
         )
+    if accelerator.ddp_handler is not None and getattr(network, "trains_in_parts", False):
+        accelerator.ddp_handler.find_unused_parameters = True  # a step trains one of several experts
     # A network whose layers are offloaded stays where it is.
     placement = [False, None] if getattr(network, "offloaded", False) else None
     model, wrapped = accelerator.prepare(network, optimizer, device_placement=placement)

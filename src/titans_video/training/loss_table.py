@@ -87,10 +87,13 @@ def assign(pieces: Sequence[Piece], world: int) -> list[list[tuple[int, Piece, b
     return turns
 
 
-def as_line(cells: dict[Cell, Sums], count: int, measures: Sequence[str] = ()) -> dict[str, Any]:
+def as_line(
+    cells: dict[Cell, Sums], count: int, measures: Sequence[str] = (), experts: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Return the values for validation.jsonl; losses are means over the supervised elements.
 
-    `measures` are those of the recipe; with them, the first one is the loss.
+    `measures` are those of the recipe; with them, the first one is the loss. `experts` has the network that predicts at
+    each quantile, of a model with several.
     """
     total = sum_cells(cells, len(measures) or count)
 
@@ -102,6 +105,7 @@ def as_line(cells: dict[Cell, Sums], count: int, measures: Sequence[str] = ()) -
         **({"measures": list(measures)} if measures else {"quantiles": quantiles(count)}),
         "losses": total.means(),
         "rows": total.rows,
+        **({} if experts is None else {"expert_of": list(experts), "experts": by_expert(total.means(), experts)}),
         "cells": [
             {
                 "task": task,
@@ -128,18 +132,39 @@ def _mean(sums: Sums) -> float | None:
     return sum(sums.losses) / (sums.elements * len(sums.losses)) if sums.elements else None
 
 
+def by_expert(losses: Sequence[float | None], experts: Sequence[str]) -> dict[str, float | None]:
+    """Return the mean loss of each expert over its quantiles; None if there was no loss."""
+    found: dict[str, list[float]] = {name: [] for name in experts}
+    for loss, name in zip(losses, experts, strict=True):
+        if loss is not None:
+            found[name].append(loss)
+    return {name: sum(own) / len(own) if own else None for name, own in found.items()}
+
+
 def columns(line: Mapping[str, Any]) -> list[str]:
-    """Return the names of a line's `losses`: the measures, or the quantiles."""
-    return list(line.get("measures", ())) or [f"{q:g}" for q in line["quantiles"]]
+    """Return the names of a line's `losses`: the measures, or the quantiles, each with its expert if there are any."""
+    experts = line.get("expert_of")
+    measures = list(line.get("measures", ()))
+    return measures or [f"{q:g}{f' {experts[i]}' if experts else ''}" for i, q in enumerate(line["quantiles"])]
 
 
 def as_table(line: Mapping[str, Any]) -> list[list[Any]]:
-    """Return the table of a line of validation.jsonl: a header, a row for each cell, and the total of several cells."""
+    """Return the table of a line of validation.jsonl: a header, a row for each cell, and the total of several cells.
+
+    With experts, the last columns have the mean of each over its quantiles.
+    """
     mean = () if line.get("measures") else ("mean",)  # of different measures there is none
-    rows = [[c["task"], c["bucket"], c["rows"], *c["losses"], *[c["loss"] for _ in mean]] for c in line["cells"]]
+    experts: Sequence[str] = line.get("expert_of", ())
+    means = list(dict.fromkeys(experts))
+
+    def row(*first: Any, part: Mapping[str, Any]) -> list[Any]:
+        own = by_expert(part["losses"], experts) if experts else {}
+        return [*first, *part["losses"], *[part["loss"] for _ in mean], *[own[name] for name in means]]
+
+    rows = [row(c["task"], c["bucket"], c["rows"], part=c) for c in line["cells"]]
     if len(rows) > 1:
-        rows.append(["all", "", line["rows"], *line["losses"], *[line["loss"] for _ in mean]])
-    return [["task", "bucket", "rows", *columns(line), *mean], *rows]
+        rows.append(row("all", "", line["rows"], part=line))
+    return [["task", "bucket", "rows", *columns(line), *mean, *(f"mean {name}" for name in means)], *rows]
 
 
 def format_cell(value: Any) -> str:

@@ -304,6 +304,7 @@ class Ema:
         self.network = network
         self.decay = decay
         self.warmup = warmup
+        self.in_parts: bool = getattr(network, "trains_in_parts", False)
         self.names = list(trained)
         self.sources = list(trained.values())
         self.averages = [p.detach().float().clone() for p in self.sources]
@@ -315,11 +316,13 @@ class Ema:
     def update(self, updates: int, good: Tensor) -> None:
         """Add the current weights to the averages if `good`, a 0-dim bool on their device.
 
-        `updates` is the number of earlier updates.
+        `updates` is the number of earlier updates. A network of which a step trains only a part has no gradients
+        elsewhere, and there the averages stay.
         """
         weight = torch.where(good, 1 - self.decay_at(updates), 0.0)
         for average, source in zip(self.averages, self.sources, strict=True):
-            piece_of(average).lerp_(piece_of(source.detach()).float(), weight)
+            if source.grad is not None or not self.in_parts:
+                piece_of(average).lerp_(piece_of(source.detach()).float(), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""

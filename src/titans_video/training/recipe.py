@@ -79,6 +79,9 @@ class Recipe(Protocol):
         on the batch's size and the options only, because all processes of a sharded model call it together.
         """
 
+    def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
+        """Return the network that predicts at each quantile of the training times; None for a single network."""
+
     def sampler(self, network: nn.Module, step: int) -> AbstractContextManager[VideoSampler]:
         """Open a sampler around the unwrapped network, like `generate` at this step; release its parts on exit."""
 

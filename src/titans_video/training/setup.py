@@ -45,7 +45,7 @@ FREE = frozenset(
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "compile"),
-        "attention_backend",
+        *("attention_backend", "idle_expert"),
         # compared through the global batch
         *("batch_size", "tokens_per_batch", "grad_accum"),
         # compared as the accelerator uses it

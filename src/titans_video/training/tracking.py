@@ -227,6 +227,7 @@ class Tracker:
             kind = "" if "measures" in line else "quantile "
             values |= {f"{kind}{name}": x for name, x in zip(columns(line), line["losses"], strict=True)}
             values |= {f"{c['task']} {c['bucket']}": c["loss"] for c in line["cells"]}
+            values |= {f"expert {name}": loss for name, loss in line.get("experts", {}).items()}
             self._log_scalars(step, values, "validation")
         show = {"tensorboard": self._to_tensorboard, "wandb": self._to_wandb}[self.kind]
         show(step, line, folder, prompts)

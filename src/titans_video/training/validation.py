@@ -169,7 +169,9 @@ class Validator:
                 logger.warning(f"Left out of validation: {self.rows.bad_rows[name]}")
             if cells is None:
                 return {}, None
-            line = loss_table.as_line(cells, self.options.validation_times, self.recipe.measures)
+            times, measures = self.options.validation_times, self.recipe.measures
+            experts = None if measures else self.recipe.experts_at(loss_table.quantiles(times))
+            line = loss_table.as_line(cells, times, measures, experts)
         network = self.accelerator.unwrap_model(model)
         return line, generate_samples(self.recipe, network, step, self.prompts, self.accelerator, on_turn)
 
