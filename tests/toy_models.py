@@ -240,9 +240,9 @@ class ToySpec(ModelSpec):
         _, t, h, w = latent_shape
         return t * h * w, t if self.configs[0]["audio"] else 0, sum(length for _, length in self.streams)
 
-    def load_with_diffusers(self, network: Any, folder: Path, only: set[str] | None) -> str:
+    def load_with_diffusers(self, network: Any, file: Path, only: set[str] | None) -> str:
         """Load as diffusers does: one network at a time, each by its prefix."""
-        tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+        tensors = load_file(file)
         for module, prefix in self.lora_prefixes.items():
             part = network.get_submodule(module.rstrip(".")) if module else network
             part.load_lora_adapter(dict(tensors), prefix=prefix, adapter_name="file")

@@ -151,8 +151,13 @@ SAMPLE = Record(
 )
 """Options for generation that a checkpoint recommends."""
 
-BASE = Record(optional={name: optional(NAME) for name in ("pipeline", "family", "fingerprint")})
-"""The pretrained pipeline of an adapter."""
+BASE = Record(
+    optional={
+        **{name: optional(NAME) for name in ("pipeline", "family", "fingerprint")},
+        "expert": optional(OneOf(("high", "low"))),
+    }
+)
+"""The pretrained pipeline of an adapter, and which of its two networks the adapter is for."""
 
 CONFIG = Record(
     optional={
@@ -171,6 +176,8 @@ CONFIG = Record(
             optional={
                 "rank": WIDTH,
                 "alpha": Real(Range(least=-1e6, most=1e6)),
+                "alphas": MapOf(Real(Range(least=-1e6, most=1e6)), 100_000),
+                "kind": Text(100),
                 "dropout": SHARE,
                 "targets": Either((NAME, ListOf(NAME, 1, 4096))),
             }

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests import factories, processes
 from tests.endtoend.kill_and_resume import same
 from tests.endtoend.test_sora_commands import ONE_THREAD, frames_of, metrics
+from tests.wan_pipelines import make_wan
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.models import lora_io
@@ -449,3 +450,92 @@ def test_the_documented_command_word_for_word(repository: Path, pipelines: dict[
     finally:
         running.terminate()
         running.wait()
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "said"),
+    [
+        ("--adapter rslora --rank-pattern to_q=1,attn1=2 --lora-plus-ratio 4", "lora", "rsLoRA of rank 3, alpha 6"),
+        ("--adapter dora", "dora", "DoRA of rank 3"),
+        ("--adapter lokr --lokr-factor 4 --target-modules to_q,ff", "lokr", "LoKr of rank 3"),
+    ],
+)
+def test_other_kinds_of_adapters(
+    flags: str,
+    kind: str,
+    said: str,
+    repository: Path,
+    pipelines: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They train, resume to the bit, start another run, and diffusers loads their files."""
+    given = words(repository, pipelines["2b"], f"{SIZE} --lr 0.02 --save-every 1 {flags}")
+    whole = tmp_path / "whole"
+    assert main(["train", "lora", *given, "--max-steps", "2", "--output-dir", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "stock diffusers loads it and computes the same" in printed
+    assert f"LoRA file   {whole / 'lora_0000002' / lora_io.WEIGHTS}, for diffusers" in printed
+    from_file, from_checkpoint = lora_io.read(whole / "lora_0000002"), lora_io.read(whole / "last.pt")
+    assert (from_file.kind, from_checkpoint.kind) == (kind, kind)
+    assert from_file.alphas == pytest.approx(from_checkpoint.alphas)
+    assert all(torch.equal(from_file.tensors[key], value) for key, value in from_checkpoint.tensors.items())
+    if kind != "dora":
+        return
+    start = ["--init-from", str(whole), "--max-steps", "1", "--output-dir", str(tmp_path / "next")]
+    assert main(["train", "lora", *given, *start]) == 0
+    assert "loaded the adapters of" in capsys.readouterr().out
+    shutil.rmtree(whole / "lora_0000002")
+    (whole / "lora_0000002.pt").unlink()
+    ended = files.load_tensors(whole / "last.pt")
+    assert main(["train", "lora", *given, "--max-steps", "2", "--output-dir", str(whole), "--resume", "auto"]) == 0
+    again = files.load_tensors(whole / "last.pt")
+    assert same(ended["model"], again["model"])
+    assert same(ended["training"]["optimizer"], again["training"]["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--adapter-formats comfyui", "the names of this model's layers in other formats than diffusers"),
+        ("--adapter-formats comfy", "it is auto, or some of diffusers, comfyui, kohya"),
+        ("--adapter dora --adapter-formats diffusers,comfyui", "compute a DoRA otherwise"),
+        ("--rank-pattern to_q", "'to_q' is not NAME=RANK"),
+        ("--rank-pattern to_x=3", "--rank-pattern to_x: no layer with an adapter"),
+        ("--lokr-factor 4", "--lokr-factor is for --adapter lokr"),
+        ("--adapter lokr --lora-plus-ratio 2", "a LoKr has no A and B"),
+    ],
+)
+def test_mistakes_in_adapter_flags(
+    flags: str, said: str, repository: Path, pipelines: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "lora", *words(repository, pipelines["2b"], f"{SIZE} {flags}")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_both_experts_of_wan_get_files_for_every_program(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file is compared with stock diffusers, and generates the same video as the checkpoint."""
+    pipeline = make_wan(tmp_path / "wan", "t2v-a14b")
+    flags = (
+        "--height 32 --width 32 --num-frames 5 --rank 2 --text-dtype fp32 --target-modules to_q,to_k,to_v,to_out.0,ffn"
+    )
+    flags += f" --max-steps 6 --lr 0.05 --adapter-formats diffusers,comfyui,kohya --output-dir {tmp_path / 'out'}"
+    assert main(["train", "lora", *words(repository, pipeline, flags)]) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "out" / "lora_0000006"
+    names = [f"{start}{expert}_noise.safetensors" for start in ("", "comfyui_", "kohya_") for expert in ("high", "low")]
+    assert {path.name for path in folder.glob("*.safetensors")} == set(names)
+    for name in names:
+        assert f"{folder / name}, for " in printed
+    assert printed.count("stock diffusers loads it and computes the same") == 6
+    made = {}
+    for files_of_run in (["last.pt"], ["lora_0000006"], [f"lora_0000006/{n}" for n in names[2:4]]):
+        out = tmp_path / f"{len(made)}.mp4"
+        given = [word for name in files_of_run for word in ("--lora", str(tmp_path / "out" / name))]
+        size = shlex.split("--height 32 --width 32 --num-frames 5 --steps 2 --seed 3 --prompt x")
+        assert main(["generate", "--pretrained-model", str(pipeline), *given, *size, "--out", str(out)]) == 0
+        made[files_of_run[0]] = out.read_bytes()
+    assert len(set(made.values())) == 1

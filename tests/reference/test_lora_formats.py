@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,17 @@ def with_adapter(network: nn.Module, **config: Any) -> dict[str, Tensor]:
     return lora.state_dict(network)
 
 
-def write(folder: Path, network: nn.Module, formats: tuple[str, ...] = FORMATS, **more: Any) -> list[Path]:
+def write(
+    folder: Path,
+    network: nn.Module,
+    formats: Sequence[str] = FORMATS,
+    prefixes: Any = lora_formats.ONE_NETWORK,
+    **more: Any,
+) -> list[Path]:
     tensors, sizes, names = lora.state_dict(network), lora.layer_sizes(network), lora_formats.names_of(network)
-    return list(lora_io.export(folder, tensors, sizes, formats=formats, names=names, **more))
+    files = lora_formats.files_of(folder, sizes, prefixes, formats, lora_formats.EXPERTS if len(prefixes) > 1 else ())
+    lora_io.export(files, tensors, sizes, names=names, **more)
+    return [file.path for file in files]
 
 
 def assert_same_effect(found: Tensor, expected: Tensor, base: Tensor) -> None:

@@ -10,13 +10,14 @@ import torch
 from titans_video import checkpoint as files
 from titans_video.checkpoint import LAST, MODEL, Checkpoint
 from titans_video.config.options import TrainOptions
+from titans_video.models.lora_formats import WEIGHTS
 from titans_video.training import checkpointing, manifests, run_folder
 from titans_video.training import resume as resume_module
-from titans_video.training.run_folder import ADAPTER, STATE
+from titans_video.training.run_folder import STATE
 
 
 def export(folder: Path) -> None:
-    (folder / ADAPTER).write_bytes(b"an adapter")
+    (folder / WEIGHTS).write_bytes(b"an adapter")
 
 
 def save(run: Path, step: int, limit: int = 0, averaged: bool = False) -> Path:
@@ -41,7 +42,7 @@ def names(run: Path) -> list[str]:
 def test_a_checkpoint_is_one_file_with_a_folder_beside_it(tmp_path: Path) -> None:
     folder = save(tmp_path, 500)
     assert names(tmp_path) == [LAST, "lora_0000500", "lora_0000500.pt"]
-    assert names(folder) == ["manifest.json", ADAPTER, STATE]
+    assert names(folder) == ["manifest.json", WEIGHTS, STATE]
     assert (tmp_path / "lora_0000500.pt").samefile(folder / STATE)
     assert (tmp_path / LAST).samefile(folder / STATE)
     read = files.read(tmp_path / LAST)
@@ -72,7 +73,7 @@ def test_trained_and_averaged_weights_come_back(averaged: bool, tmp_path: Path) 
     assert averages is None or averages.model["a"].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("lost", [ADAPTER, STATE, "manifest.json"])
+@pytest.mark.parametrize("lost", [WEIGHTS, STATE, "manifest.json"])
 def test_a_damaged_one_is_passed_over(lost: str, tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = save(tmp_path, 2)

@@ -82,14 +82,27 @@ class BaseOptions(PipelineOptions):
 class LoraOptions:
     """The adapter that is trained."""
 
+    adapter: Literal["lora", "rslora", "dora", "lokr"] = "lora"
+    """lora; rslora: scaled by alpha / sqrt(rank); dora: also trains the length of each row of the weights; lokr: a
+    Kronecker product, with the fewest parameters."""
     rank: Annotated[int, Range(least=1)] = 64
     """Rank of the adapter's matrices."""
+    rank_pattern: Annotated[str | None, Metavar("NAME=RANK,...")] = None
+    """Other ranks for some layers, e.g. attn2=8,ff=16. Names are as in --target-modules; the first one counts."""
     lora_alpha: Annotated[float | None, Range(above=0)] = None
     """Alpha: the adapter's output is multiplied by alpha / rank (default: the rank)."""
+    lokr_factor: Annotated[int, Range(least=-1)] = -1
+    """Side of the smaller factor of a LoKr, where it divides a layer's width; -1: near the root of the width. A larger
+    one means fewer parameters."""
+    lora_plus_ratio: Annotated[float, Range(above=0)] = 1.0
+    """LoRA+: learning rate of B, as a multiple of that of A, e.g. 16."""
     lora_dropout: Annotated[float, BELOW_1] = 0.0
     """Dropout of the adapter's input."""
     target_modules: Annotated[str, Metavar("NAME,...")] = "to_q,to_k,to_v,to_out.0"
     """Layers with an adapter: ends of their names or parts such as ff; or one regular expression."""
+    adapter_formats: Annotated[str, Metavar("auto|FORMAT,...")] = "auto"
+    """Files to write with each checkpoint: diffusers, comfyui, kohya (musubi-tuner). auto: diffusers, and comfyui where
+    it can hold the adapter."""
     parity_gate: Literal["first", "each", "none"] = "first"
     """Load the first or each saved file with diffusers and compare the outputs. Needs the package peft."""
 

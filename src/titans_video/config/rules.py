@@ -19,6 +19,7 @@ from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import (
     BaseOptions,
     FinetuneOptions,
+    LoraOptions,
     LoraRunOptions,
     PretrainedOptions,
     SoraOptions,
@@ -29,6 +30,9 @@ from titans_video.config.recipes import (
     VaeOptions,
 )
 from titans_video.errors import ConfigError
+
+ADAPTER_FORMATS = ("diffusers", "comfyui", "kohya")
+"""The values of `--adapter-formats`, beside auto."""
 
 
 def check_training(options: SoraOptions | PretrainedOptions) -> None:
@@ -84,6 +88,7 @@ def check_lora(options: LoraRunOptions) -> None:
             f"--idle-expert cpu: --offload {options.base.offload} keeps both networks in main memory; leave one out."
         )
     check_names("--target-modules", options.lora.target_modules, "layer, e.g. to_q")
+    check_adapter(options.lora)
 
 
 def check_finetune(options: FinetuneOptions) -> None:
@@ -291,6 +296,48 @@ def check_base(base: BaseOptions, activations: ActivationOptions) -> None:
             "--offload group without --gradient-checkpointing would keep every layer for the backward pass and save no "
             "memory; give both (--activation-checkpointing selective works too)."
         )
+
+
+def check_adapter(lora: LoraOptions) -> None:
+    """Require ranks that are numbers, known formats, and flags that the kind of adapter has."""
+    rank_pattern(lora)
+    formats = adapter_formats(lora)
+    if lora.adapter == "dora" and {"comfyui", "kohya"} & set(formats):
+        raise ConfigError(
+            f"--adapter-formats {lora.adapter_formats}: programs that read comfyui and kohya compute a DoRA otherwise; "
+            "use --adapter-formats diffusers."
+        )
+    if lora.adapter != "lokr" and lora.lokr_factor != -1:
+        raise ConfigError(f"--lokr-factor is for --adapter lokr; leave it out with --adapter {lora.adapter}.")
+    if lora.adapter == "lokr" and lora.lora_plus_ratio != 1:
+        raise ConfigError("--lora-plus-ratio: a LoKr has no A and B; leave it out.")
+    if lora.lokr_factor == 0:
+        raise ConfigError("--lokr-factor 0: it is -1, or at least 1.")
+
+
+def rank_pattern(lora: LoraOptions) -> dict[str, int]:
+    """Return `--rank-pattern` as ranks by name; raise ConfigError if it is malformed."""
+    ranks = {}
+    for part in (lora.rank_pattern or "").split(","):
+        name, equals, rank = (piece.strip() for piece in part.rpartition("="))
+        if not part.strip():
+            continue
+        if not equals or not name or not rank.isdecimal() or int(rank) < 1:
+            raise ConfigError(f"--rank-pattern: {part.strip()!r} is not NAME=RANK, such as attn2=8.")
+        ranks[name] = int(rank)
+    return ranks
+
+
+def adapter_formats(lora: LoraOptions) -> tuple[str, ...]:
+    """Return `--adapter-formats` as names, () for auto; raise ConfigError if one is unknown."""
+    if lora.adapter_formats == "auto":
+        return ()
+    found = tuple(dict.fromkeys(part.strip() for part in lora.adapter_formats.split(",") if part.strip()))
+    wrong = [name for name in found if name not in ADAPTER_FORMATS]
+    if wrong or not found:
+        known = ", ".join(ADAPTER_FORMATS)
+        raise ConfigError(f"--adapter-formats {lora.adapter_formats}: it is auto, or some of {known}.")
+    return found
 
 
 def check_names(flag: str, words: str, what: str) -> None:

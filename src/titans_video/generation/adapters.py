@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from titans_video.errors import CheckpointError, ConfigError, UserError, few
 from titans_video.files import atomic_folder
 from titans_video.models import lora, lora_formats, lora_io
 from titans_video.models.adapter_layers import LoraLinear, product
-from titans_video.models.lora_io import EXPERTS, LoraFile, Prefixes
+from titans_video.models.lora_formats import EXPERTS, Prefixes
+from titans_video.models.lora_io import LoraFile
 from titans_video.pretrained.base import ModelSpec
 
 TWO_NETWORKS: Prefixes = {"transformer.": "transformer", "transformer_2.": "transformer_2"}
@@ -67,7 +69,7 @@ def open_adapter(path: Path) -> tuple[LoraFile, Prefixes]:
         return file, TWO_NETWORKS
     if any(key.startswith("transformer_2.") for key in file.tensors):
         return lora_io.read(path, TWO_NETWORKS), TWO_NETWORKS
-    return file, lora_io.ONE_NETWORK
+    return file, lora_formats.ONE_NETWORK
 
 
 def convert(path: Path, format: str, out: Path, expert: str | None) -> list[Path]:
@@ -83,22 +85,17 @@ def convert(path: Path, format: str, out: Path, expert: str | None) -> list[Path
         raise CheckpointError(f"--out {out} exists already; name a new file or folder.")
     names = next((t for t in lora_formats.TABLES.values() if _has_all(t, file, prefixes)), None)
     about: dict[str, Any] = {key: file.about[key] for key in ("base", "data", "sample") if key in file.about}
-    sizes = sizes_of(file)
-    if len(prefixes) > 1 and expert is None:
-        made = lora_io.export(out, file.tensors, sizes, prefixes=prefixes, formats=[format], names=names, about=about)
-        return list(made)
-    chosen = list(prefixes)[EXPERTS.index(expert)] if len(prefixes) > 1 and expert else next(iter(prefixes))
-    if expert is not None:
-        about["base"] = {**about.get("base", {}), "expert": expert}
-    parts = {key.removeprefix(chosen): x for key, x in file.tensors.items() if key.startswith(chosen)}
-    own = {key.removeprefix(chosen): size for key, size in sizes.items() if key.startswith(chosen)}
-    target = out if out.suffix == ".safetensors" else out / lora_formats.file_name(format, expert)
-    header = {lora_io.OWN: json.dumps(about)} if about else {}
-    if format == lora_formats.DIFFUSERS:
-        lora_io.write(target, parts, own, about=header)
-    else:
-        lora_io.write_original(target, parts, own, format=format, names=names, about=header)
-    return [target]
+    files = lora_formats.files_of(out, file.alphas, prefixes, [format], EXPERTS if len(prefixes) > 1 else ())
+    if expert is not None or len(prefixes) == 1:
+        chosen = [made for made in files if expert in (None, made.expert) or len(prefixes) == 1]
+        target = out if out.suffix == ".safetensors" else out / lora_formats.file_name(format, expert)
+        files = [replace(made, path=target, expert=expert or file.expert) for made in chosen]
+    elif out.suffix == ".safetensors":
+        raise CheckpointError(
+            f"--out {out}: the adapter has two experts, which need a folder; or choose one: --expert."
+        )
+    lora_io.export(files, file.tensors, sizes_of(file), names=names, about=about)
+    return [made.path for made in files]
 
 
 def _has_all(names: lora_formats.LayerNames, file: LoraFile, prefixes: Prefixes) -> bool:

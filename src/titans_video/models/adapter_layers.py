@@ -122,6 +122,8 @@ class LoraLinear(nn.Module):
         for part in PARTS:
             setattr(self, part, nn.ModuleDict())
         self.dropouts = nn.ModuleDict()
+        self.kinds: dict[str, str] = {}
+        self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
         self.active: dict[str, float] = {}
         self.original: Tensor | None = None
@@ -155,7 +157,7 @@ class LoraLinear(nn.Module):
             self.row_squares = plain_weight(self.base).square().sum(dim=1)
             self.lora_magnitude_vector[name] = Magnitude(self.row_squares.sqrt())
         self.lora_A[name], self.lora_B[name] = a, b
-        self._switch_on(name, alpha, dropout)
+        self._switch_on(name, DORA if magnitude else LORA, rank, alpha, dropout)
 
     def add_factors(
         self,
@@ -179,11 +181,11 @@ class LoraLinear(nn.Module):
             made[part] = Factor(columns, rows, bias=False, device=self.base.weight.device, dtype=torch.float32)
             self.parts(part)[name] = made[part]
         nn.init.zeros_(list(made.values())[-1].weight)
-        self._switch_on(name, alpha, dropout)
+        self._switch_on(name, LOKR, max(b, d) if rank is None else rank, alpha, dropout)
 
-    def _switch_on(self, name: str, alpha: float, dropout: float) -> None:
+    def _switch_on(self, name: str, kind: str, rank: int, alpha: float, dropout: float) -> None:
         self.dropouts[name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.alphas[name], self.active[name] = alpha, 1.0
+        self.kinds[name], self.ranks[name], self.alphas[name], self.active[name] = kind, rank, alpha, 1.0
 
     def parts(self, part: str) -> nn.ModuleDict:
         """Return the modules of all adapters that hold the tensor of this name."""
@@ -194,25 +196,28 @@ class LoraLinear(nn.Module):
         """Return the modules of an adapter, each with one `weight`, by the name of the tensor."""
         return {part: self.parts(part)[name] for part in PARTS if name in self.parts(part)}
 
+    def move_adapters(self, device: torch.device) -> None:
+        """Move the adapters to a device, wherever the base is."""
+        for part in PARTS:
+            self.parts(part).to(device)
+        if self.row_squares is not None:
+            self.row_squares = self.row_squares.to(device)
+
     def discard(self, name: str) -> None:
         for modules in (*(self.parts(part) for part in PARTS), self.dropouts):
             if name in modules:
                 del modules[name]
-        del self.alphas[name]
+        for values in (self.kinds, self.ranks, self.alphas):
+            del values[name]
         self.active.pop(name, None)
 
     def kind(self, name: str) -> str:
         """Return lora, dora or lokr; an rsLoRA is a LoRA with another alpha."""
-        if name in self.lokr_w1:
-            return LOKR
-        return DORA if name in self.lora_magnitude_vector else LORA
+        return self.kinds[name]
 
     def rank(self, name: str) -> int:
         """Return R; of a LoKr whose w2 is whole the larger side of w2."""
-        parts = {part: module.weight.shape for part, module in self.modules_of(name).items()}
-        if "lokr_w2" in parts:
-            return int(max(parts["lokr_w2"]))
-        return int(parts["lora_A" if "lora_A" in parts else "lokr_w2_b"][0])
+        return self.ranks[name]
 
     def scale(self, name: str) -> float:
         """Return alpha / R, without the adapter's weight."""
@@ -223,15 +228,12 @@ class LoraLinear(nn.Module):
         if self.merged:
             return out
         for name, weight in self.active.items():
-            scale = weight * self.scale(name)
-            if name in self.lokr_w1:
+            kind, scale = self.kinds[name], weight * self.scale(name)
+            if kind == LOKR:
                 out = out + scale * self._kronecker(name, self.dropouts[name](x).to(out.dtype))
                 continue
             hidden = self.lora_A[name](self.dropouts[name](x), out.dtype)
-            if name in self.lora_magnitude_vector:
-                out = self._decomposed(name, out, hidden, scale)
-            else:
-                out = self.lora_B[name](out, hidden, scale)
+            out = self.lora_B[name](out, hidden, scale) if kind == LORA else self._decomposed(name, out, hidden, scale)
         return out
 
     def _decomposed(self, name: str, out: Tensor, hidden: Tensor, scale: float) -> Tensor:

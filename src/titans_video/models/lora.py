@@ -127,11 +127,8 @@ def inject(
             f"a rank of {config.rank} and a dropout of {config.dropout:g}: the rank must be at least 1 and the dropout "
             "in [0, 1)."
         )
-    found = find_targets(network, config.targets)
-    ranks = dict.fromkeys(found, config.rank)
-    for word, rank in reversed(list(config.ranks.items())):
-        ranks |= dict.fromkeys(ranks.keys() & set(find_targets(network, word)), rank)
-    sizes = {target: (ranks[target], config.alpha_of(ranks[target])) for target in found}
+    ranks = ranks_of_targets(network, config)
+    sizes = {target: (rank, config.alpha_of(rank)) for target, rank in ranks.items()}
     add_adapter(network, name, sizes, dropout=config.dropout, kind=config.kind, factor=config.factor)
     for target, layer in layers(network):
         if name in layer.alphas:
@@ -140,7 +137,16 @@ def inject(
                 layer.modules_of(name)["lora_B"].learning_rate_ratio = config.up_ratio
     if train:
         train_only(network, name)
-    return found
+    return list(ranks)
+
+
+def ranks_of_targets(network: nn.Module, config: LoraConfig) -> dict[str, int]:
+    """Return the rank of each layer that `config` selects; raise ConfigError as `select_names`."""
+    ranks = dict.fromkeys(find_targets(network, config.targets), config.rank)
+    for word, rank in reversed(list(config.ranks.items())):
+        chosen = select_names(list(ranks), word, "--rank-pattern", "layer with an adapter")
+        ranks |= dict.fromkeys(chosen, rank)
+    return ranks
 
 
 def _initialise(layer: LoraLinear, name: str, draws: torch.Generator) -> None:

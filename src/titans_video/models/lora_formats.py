@@ -12,11 +12,11 @@ Source: `lora_conversion_utils` and `single_file_utils` in diffusers; `model_lor
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,19 @@ from torch import Tensor, nn
 from titans_video.errors import CheckpointError
 from titans_video.models.adapter_layers import DORA, LOKR, LORA, factorization, layer_of
 
+T = TypeVar("T")
 DIFFUSERS, COMFYUI, KOHYA = "diffusers", "comfyui", "kohya"
 FORMATS = (DIFFUSERS, COMFYUI, KOHYA)
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The adapter of a model with one network for diffusers; `file_name` has the others."""
 PREFIXES = {COMFYUI: "diffusion_model.", KOHYA: "lora_unet_"}
+
+Prefixes = Mapping[str, str]
+"""Key prefix in the file of each module prefix of the trained network. `{"": "transformer"}` is the whole network;
+`{"transformer.": "transformer", "transformer_2.": "transformer_2"}` are two networks trained together."""
+ONE_NETWORK: Prefixes = {"": "transformer"}
+EXPERTS = ("high", "low")
+"""The experts of a model with two networks, in the order of its prefixes."""
 
 ALPHA, DORA_SCALE = "alpha", "dora_scale"
 _ENDS = {
@@ -106,6 +114,48 @@ def file_name(format: str, expert: str | None = None) -> str:
     if expert is None:
         return WEIGHTS if format == DIFFUSERS else f"{format}.safetensors"
     return f"{'' if format == DIFFUSERS else format + '_'}{expert}_noise.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file of an adapter: its format, the networks in it, and its expert, if each expert has files of its own."""
+
+    path: Path
+    format: str
+    prefixes: Prefixes
+    expert: str | None
+
+    def own(self, named: Mapping[str, T]) -> dict[str, T]:
+        """Return the entries of this file's networks."""
+        return {name: value for name, value in named.items() if name.startswith(tuple(self.prefixes))}
+
+    def without_prefix(self, name: str) -> str:
+        """Return the name of a layer or tensor in its own network."""
+        return name.removeprefix(next(prefix for prefix in self.prefixes if name.startswith(prefix)))
+
+
+def files_of(
+    folder: Path,
+    layers: Iterable[str],
+    prefixes: Prefixes = ONE_NETWORK,
+    formats: Sequence[str] = (DIFFUSERS,),
+    experts: Sequence[str] = (),
+) -> list[AdapterFile]:
+    """Return the files into which `export` writes an adapter of these layers: with experts, one set for each.
+
+    The keys of either expert begin with `transformer.`, as `load_lora_weights(..., load_into_transformer_2=True)`
+    expects.
+    """
+    first, names = next(iter(prefixes.values())), list(layers)
+    groups: list[tuple[Prefixes, str | None]] = [(prefixes, None)]
+    if experts:
+        groups = [({module: first}, expert) for module, expert in zip(prefixes, experts, strict=True)]
+    return [
+        AdapterFile(folder / file_name(format, expert), format, own, expert)
+        for own, expert in groups
+        if any(name.startswith(tuple(own)) for name in names)
+        for format in formats
+    ]
 
 
 def format_of(keys: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ adapters of several networks, each with its own key prefix (`Prefixes`). `models
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from titans_video.formats import LORA_NOTES
 from titans_video.models import lora_formats
 from titans_video.models.adapter_layers import LOKR, LoraLinear
 from titans_video.models.lora import DEFAULT, by_layer, layers, rename
-from titans_video.models.lora_formats import DIFFUSERS, WEIGHTS, LayerNames, metadata
+from titans_video.models.lora_formats import (
+    DIFFUSERS,
+    EXPERTS,
+    ONE_NETWORK,
+    WEIGHTS,
+    AdapterFile,
+    LayerNames,
+    Prefixes,
+    metadata,
+)
 from titans_video.parsing import Malformed, parse_json, read_json
 from titans_video.schema import MapOf, Plain, Real, check
 from titans_video.tensor_files import read_safetensors
@@ -34,13 +43,6 @@ HEADER = "lora_adapter_metadata"
 OWN = "titans_video"
 """This project's key in the header: what the adapter was trained on."""
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-
-Prefixes = Mapping[str, str]
-"""Key prefix in the file of each module prefix of the trained network. `{"": "transformer"}` is the whole network;
-`{"transformer.": "transformer", "transformer_2.": "transformer_2"}` are two networks trained together."""
-ONE_NETWORK: Prefixes = {"": "transformer"}
-EXPERTS = ("high", "low")
-"""The experts of a model with two networks, in the order of its prefixes."""
 
 
 @dataclass
@@ -136,38 +138,29 @@ def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
 
 
 def export(
-    folder: Path,
+    files: Iterable[AdapterFile],
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, tuple[int, float]],
     *,
-    prefixes: Prefixes = ONE_NETWORK,
-    formats: Sequence[str] = (DIFFUSERS,),
     names: LayerNames | None = None,
     about: Mapping[str, Any] | None = None,
-) -> dict[Path, str]:
-    """Write an adapter in several formats into a folder; return the module prefix of the network of each file.
-
-    Two networks get files of their own, each of which names its expert and can be used alone. Its keys for diffusers
-    begin with `transformer.`, as `load_lora_weights(..., load_into_transformer_2=True)` expects.
+) -> None:
+    """Write an adapter to files; each names its expert in the header, and can be used alone.
 
     Raises CheckpointError: see `write_original`.
     """
-    made = dict[Path, str]()
-    for number, module_prefix in enumerate(prefixes):
-        parts = {key.removeprefix(module_prefix): x for key, x in tensors.items() if key.startswith(module_prefix)}
-        own = {name.removeprefix(module_prefix): size for name, size in sizes.items() if name.startswith(module_prefix)}
-        expert, notes = None if len(prefixes) == 1 else EXPERTS[number], dict(about or {})
-        if expert is not None:
-            notes["base"] = {**notes.get("base", {}), "expert": expert}
+    for file in files:
+        notes = dict(about or {})
+        if file.expert is not None:
+            notes["base"] = {**notes.get("base", {}), "expert": file.expert}
         header = {OWN: json.dumps(notes)} if notes else {}
-        for format in formats if parts else ():
-            path = folder / lora_formats.file_name(format, expert)
-            if format == DIFFUSERS:
-                write(path, parts, own, about=header)
-            else:
-                write_original(path, parts, own, format=format, names=names, about=header)
-            made[path] = module_prefix
-    return made
+        own, own_sizes = file.own(tensors), file.own(sizes)
+        if file.format == DIFFUSERS:
+            write(file.path, own, own_sizes, prefixes=file.prefixes, about=header)
+        else:
+            plain = {file.without_prefix(name): value for name, value in own.items()}
+            plain_sizes = {file.without_prefix(name): size for name, size in own_sizes.items()}
+            write_original(file.path, plain, plain_sizes, format=file.format, names=names, about=header)
 
 
 def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK, *, expert: str | None = None) -> LoraFile:
@@ -286,7 +279,8 @@ def _fits(layer: LoraLinear, name: str, values: Mapping[str, Tensor]) -> bool:
 def _find(path: Path, expert: str | None) -> Path:
     if path.is_dir():
         own = [lora_formats.file_name(DIFFUSERS, expert)] if expert else []
-        for name in (*own, WEIGHTS, PEFT_WEIGHTS, LAST):
+        others = (lora_formats.file_name(format) for format in lora_formats.PREFIXES)
+        for name in (*own, WEIGHTS, PEFT_WEIGHTS, LAST, *others):
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(f"{path} has no LoRA: it must contain {WEIGHTS}, {PEFT_WEIGHTS} or {LAST}.")

@@ -253,8 +253,8 @@ class ModelSpec(ABC):
         raise ConfigError(f"{self.name} does not support context parallelism ({SIZE_SETTING}). Remove it.")
 
     @abstractmethod
-    def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-        """Load a folder's LoRA (only these layers) as diffusers does; return the adapter's name."""
+    def load_with_diffusers(self, network: nn.Module, file: Path, only: set[str] | None) -> str:
+        """Load a LoRA's file (only these layers) into one network as diffusers does; return the adapter's name."""
 
 
 def is_pipeline(folder: str | Path | None) -> bool:

@@ -310,10 +310,10 @@ class CogVideoX(ModelSpec):
             attach=lambda exchange: share_attention(network, self.blocks, JointAttention, exchange),
         )
 
-    def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
+    def load_with_diffusers(self, network: nn.Module, file: Path, only: set[str] | None) -> str:
         from diffusers import CogVideoXPipeline
 
-        return lora_of(CogVideoXPipeline, network, folder, only)
+        return lora_of(CogVideoXPipeline, network, file, only)
 
     def _kind(self) -> Any:
         from diffusers import CogVideoXTransformer3DModel

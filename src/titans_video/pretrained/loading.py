@@ -11,6 +11,7 @@ from torch import nn
 
 from titans_video.checkpoint import Checkpoint, load_tensors, read_json
 from titans_video.errors import CheckpointError, ConfigError, few, first_line
+from titans_video.models.adapter_layers import layer_of
 from titans_video.parsing import Malformed
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
 
@@ -102,15 +103,14 @@ class Router(nn.Module):
         return self.get_submodule(part)(**inputs)
 
 
-def lora_of(pipeline: Any, network: nn.Module, folder: Path, only: set[str] | None) -> str:
-    """Load a folder's LoRA (`only` these layers; None: all) as the pipeline class does; return the adapter's name."""
+def lora_of(pipeline: Any, network: nn.Module, file: Path, only: set[str] | None) -> str:
+    """Load a LoRA's file (`only` these layers; None: all) as the pipeline class does; return the adapter's name."""
     name = "file"
     tensors, metadata = pipeline.lora_state_dict(
-        str(folder), weight_name="pytorch_lora_weights.safetensors", local_files_only=True, return_lora_metadata=True
+        str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True
     )
     if only is not None:
         prefix = f"{pipeline.transformer_name}."
-        layer_of = {key: key.removeprefix(prefix).rpartition(".lora_")[0] for key in tensors}
-        tensors = {key: value for key, value in tensors.items() if layer_of[key] in only}
+        tensors = {key: value for key, value in tensors.items() if layer_of(key.removeprefix(prefix)) in only}
     pipeline.load_lora_into_transformer(tensors, transformer=network, adapter_name=name, metadata=metadata)
     return name

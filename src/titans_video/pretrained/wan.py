@@ -400,10 +400,10 @@ class Wan(ModelSpec):
             attach=lambda exchange: share_attention(network, blocks, SelfAttention, exchange),
         )
 
-    def load_with_diffusers(self, network: nn.Module, folder: Path, only: set[str] | None) -> str:
+    def load_with_diffusers(self, network: nn.Module, file: Path, only: set[str] | None) -> str:
         from diffusers import WanPipeline
 
-        return lora_of(WanPipeline, network, folder, only)
+        return lora_of(WanPipeline, network, file, only)
 
     def _kind(self) -> Any:
         from diffusers import WanTransformer3DModel

@@ -1,14 +1,18 @@
 """LoRA on a pretrained pipeline: only A and B of an adapter are trained."""
 
-import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from titans_video.config.recipes import LoraRunOptions
-from titans_video.models import lora, lora_io
+from titans_video.config.recipes import LoraOptions, LoraRunOptions
+from titans_video.config.rules import adapter_formats, rank_pattern
+from titans_video.errors import ConfigError
+from titans_video.models import lora, lora_formats, lora_io
+from titans_video.models.adapter_layers import DORA, LOKR, LORA, RSLORA
+from titans_video.models.lora_formats import COMFYUI, DIFFUSERS, AdapterFile, LayerNames, names_of
 from titans_video.pretrained.base import ModelSpec, open_model_spec
 from titans_video.recipes.experts import expert_schedule, keep_idle_on_cpu
 from titans_video.recipes.frozen_base import load_base, precision_of
@@ -26,33 +30,33 @@ from titans_video.training.distributed import Accelerator
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 
+TITLES = {LORA: "LoRA", RSLORA: "rsLoRA", DORA: "DoRA", LOKR: "LoKr"}
+
 
 @dataclass
 class LoraFiles:
     """The files of an adapter; see `training.recipe.AdapterFiles`."""
 
     spec: ModelSpec
-    config: lora.LoraConfig
+    sizes: dict[str, tuple[int, float]]  # rank and alpha of each layer
     about: dict[str, object]  # the training, for the file's header
+    formats: tuple[str, ...] = (DIFFUSERS,)
+    names: LayerNames | None = None  # of the network's layers in other formats
     gate: str = "first"  # which saves are compared with diffusers: first, each or none
     checked: bool = False
 
     def export(self, model: dict[str, Tensor], folder: Path) -> None:
-        tensors = lora.rename(model)
-        lora_io.write(
-            folder,
-            tensors,
-            self._sizes(tensors),
-            prefixes=self.spec.lora_prefixes,
-            about={lora_io.OWN: json.dumps(self.about)},
-        )
+        lora_io.export(self._files(folder), lora.rename(model), self.sizes, names=self.names, about=self.about)
 
     def check_saved(self, model: dict[str, Tensor], folder: Path) -> str | None:
         if self.gate == "none" or (self.gate == "first" and self.checked):
             return None
         self.checked = True
-        tensors = lora.rename(model)
-        return check_parity(self.spec, tensors, self._sizes(tensors), folder)
+        return check_parity(self.spec, lora.rename(model), self.sizes, self._files(folder))
+
+    def _files(self, folder: Path) -> list[AdapterFile]:
+        spec = self.spec
+        return lora_formats.files_of(folder, self.sizes, spec.lora_prefixes, self.formats, spec.experts)
 
     def start_from(self, path: Path, network: nn.Module) -> list[str]:
         found = lora_io.read(path, self.spec.lora_prefixes)
@@ -67,10 +71,6 @@ class LoraFiles:
         words = ["titans-video", "generate", "--pretrained-model", pipeline, "--lora", str(last)]
         return words + (["--image", "FIRST_FRAME.png"] if self.spec.needs_image else [])
 
-    def _sizes(self, tensors: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
-        names = sorted({name.rpartition(".lora_")[0] for name in tensors})
-        return dict.fromkeys(names, (self.config.rank, self.config.scaling_alpha))
-
 
 def train_lora(options: LoraRunOptions) -> TrainResult:
     """Build every part of a run and train; raise UserError for a fault of the flags, the data or the pipeline."""
@@ -80,10 +80,10 @@ def train_lora(options: LoraRunOptions) -> TrainResult:
     spec = open_model_spec(base.pretrained_model)
     # Faults of the flags are reported before anything slow is done.
     precision_of(base, accelerator)
-    lora.find_targets(spec.meta_model(), parse_names(options.lora.target_modules))
+    choose_formats(options.lora, spec.meta_model(), adapter_config(options.lora), spec.lora_prefixes)
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_lora(options, parts, spec, accelerator)
-    notes = [*pretrained_notes(options, parts, recipe), _size_note(recipe)]
+    notes = [*pretrained_notes(options, parts, recipe), _size_note(recipe, options.lora)]
     return train_recipe(options, run, recipe, parts, notes)
 
 
@@ -104,28 +104,69 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     experts = expert_schedule(options.experts, spec, process, options.train.seed)
     trained = experts.trained if experts else ()
     network, dtype = load_base(options.base, options.activations, spec, accelerator, trained)
-    wanted, device = options.lora, accelerator.device
-    adapter = lora.LoraConfig(wanted.rank, wanted.lora_alpha, wanted.lora_dropout, parse_names(wanted.target_modules))
+    adapter, device = adapter_config(options.lora), accelerator.device
+    formats = choose_formats(options.lora, network, adapter, spec.lora_prefixes)
     lora.inject(network, adapter, seed=options.train.seed)
     move_adapter(network, device)
     if options.experts.idle_expert == "cpu":
         keep_idle_on_cpu(network, spec, accelerator)
+    sizes = lora.layer_sizes(network)
     config = pretrained_config("lora", options, parts, spec, process, accelerator)
-    config["lora"] = {
-        "rank": adapter.rank,
-        "alpha": adapter.scaling_alpha,
-        "dropout": adapter.dropout,
-        "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
-    }
+    config["lora"] = describe_adapter(adapter, sizes)
     share_adapter_only(network)
     about = {key: config[key] for key in ("recipe", "base", "lora", "data", "sample")}
-    files = LoraFiles(spec, adapter, about, wanted.parity_gate)
+    files = LoraFiles(spec, sizes, about, formats, names_of(network), options.lora.parity_gate)
     return build_pretrained(
         options, parts, spec, process, network, dtype, device, config, experts=experts, adapter=files
     )
 
 
-def _size_note(recipe: PretrainedRecipe) -> str:
+def adapter_config(options: LoraOptions) -> lora.LoraConfig:
+    """Return the settings of the adapter that the flags describe."""
+    return lora.LoraConfig(
+        options.rank,
+        options.lora_alpha,
+        options.lora_dropout,
+        parse_names(options.target_modules),
+        options.adapter,
+        rank_pattern(options),
+        options.lokr_factor,
+        options.lora_plus_ratio,
+    )
+
+
+def choose_formats(
+    options: LoraOptions, network: nn.Module, adapter: lora.LoraConfig, prefixes: Iterable[str]
+) -> tuple[str, ...]:
+    """Return the formats of the files; raise ConfigError if one cannot hold the adapter, or a name matches no layer."""
+    layers, names = lora.ranks_of_targets(network, adapter), names_of(network)
+    given = adapter_formats(options)
+    own = [layer.removeprefix(next((p for p in prefixes if p and layer.startswith(p)), "")) for layer in layers]
+    named = names is not None and all(names.original(layer) is not None for layer in own)
+    if not given:
+        return (DIFFUSERS, COMFYUI) if named and adapter.kind != DORA else (DIFFUSERS,)
+    if not named and set(given) != {DIFFUSERS}:
+        raise ConfigError(
+            f"--adapter-formats {options.adapter_formats}: the names of this model's layers in other formats than "
+            "diffusers are not known here; leave it out."
+        )
+    return given
+
+
+def describe_adapter(adapter: lora.LoraConfig, sizes: Mapping[str, tuple[int, float]]) -> dict[str, object]:
+    """Return an adapter's settings for checkpoints: alpha is the one with the same alpha / rank as the adapter."""
+    others = {layer: alpha for layer, (_, alpha) in sizes.items() if alpha != adapter.scaling_alpha}
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.scaling_alpha,
+        "dropout": adapter.dropout,
+        "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
+        **({"kind": adapter.kind} if adapter.kind != LORA else {}),
+        **({"alphas": others} if others else {}),
+    }
+
+
+def _size_note(recipe: PretrainedRecipe, wanted: LoraOptions) -> str:
     """Return a line for the log: the sizes of the frozen network and of the adapter."""
     spec, network, adapter = recipe.spec, recipe.network, recipe.adapter
     assert isinstance(adapter, LoraFiles)
@@ -134,19 +175,19 @@ def _size_note(recipe: PretrainedRecipe) -> str:
     kind = str(recipe.dtype).removeprefix("torch.")
     return (
         f"{spec.name}, {(total - trained) / 1e6:.1f} million frozen parameters ({kind}); "
-        f"LoRA of rank {adapter.config.rank}, alpha {adapter.config.scaling_alpha:g}, on "
-        f"{len(list(lora.layers(network)))} layers, {trained:,} trained parameters."
+        f"{TITLES[wanted.adapter]} of rank {wanted.rank}, alpha {wanted.lora_alpha or wanted.rank:g}, on "
+        f"{len(adapter.sizes)} layers, {trained:,} trained parameters."
     )
 
 
 def move_adapter(network: nn.Module, device: torch.device) -> None:
     """Move the adapter to the device, wherever the frozen weights are."""
     for _, layer in lora.layers(network):
-        layer.lora_A.to(device)
-        layer.lora_B.to(device)
+        layer.move_adapters(device)
 
 
 def share_adapter_only(network: nn.Module) -> None:
     """Exclude frozen weights from DDP's exchange: each process reads them, and Gloo cannot send 8-bit weights."""
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+    frozen += [name for name, _ in network.named_buffers() if name.endswith("row_squares")]
     network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them

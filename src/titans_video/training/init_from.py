@@ -18,7 +18,8 @@ from titans_video.codecs.base import Codec, codec_from_checkpoint
 from titans_video.config.generation import Overrides
 from titans_video.errors import CheckpointError, UserError, few
 from titans_video.hub import load_pretrained
-from titans_video.models.lora_io import PEFT_WEIGHTS, WEIGHTS
+from titans_video.models.lora_formats import DIFFUSERS, EXPERTS, WEIGHTS, file_name
+from titans_video.models.lora_io import PEFT_WEIGHTS
 from titans_video.training.recipe import Recipe
 from titans_video.types import CodecSpec
 
@@ -73,7 +74,8 @@ def read_weights(path: Path) -> Checkpoint:
     `path` is a checkpoint, a run's folder, an exported folder, or a diffusers pipeline of Stable Video Diffusion.
     Raises CheckpointError if it cannot be read, or is a LoRA.
     """
-    if path.suffix == ".safetensors" or any((path / name).is_file() for name in (WEIGHTS, PEFT_WEIGHTS)):
+    names = (WEIGHTS, PEFT_WEIGHTS, *(file_name(DIFFUSERS, expert) for expert in EXPERTS))
+    if path.suffix == ".safetensors" or any((path / name).is_file() for name in names):
         raise CheckpointError(_adapter_message(path))
     if (path / UNET / "config.json").is_file():
         return _read_unet(path)

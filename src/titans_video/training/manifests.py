@@ -10,7 +10,7 @@ from titans_video.checkpoint import MODEL
 from titans_video.errors import CheckpointError, WriteError
 from titans_video.files import FileFacts
 from titans_video.schema import fits
-from titans_video.training.run_folder import ADAPTER, MANIFEST, STATE
+from titans_video.training.run_folder import MANIFEST, STATE
 
 _BLOCK = 2**20  # bytes that are read at a time
 
@@ -65,7 +65,8 @@ def check(folder: Path, *, contents: bool) -> None:
     expected = {name: (value["bytes"], value["sha256"]) for name, value in manifest["files"].items()}
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
         raise CheckpointError(f"its {MANIFEST} names files outside the folder")
-    lacking = [name for name in (ADAPTER if ADAPTER in expected else MODEL, STATE) if name not in expected]
+    is_adapter = any(name.endswith(".safetensors") and "/" not in name for name in expected)
+    lacking = [name for name in (*([] if is_adapter else [MODEL]), STATE) if name not in expected]
     if lacking:
         raise CheckpointError(f"its {MANIFEST} does not name {' and '.join(lacking)}")
     for name, (size, checksum) in expected.items():

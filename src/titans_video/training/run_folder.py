@@ -9,13 +9,11 @@ from pathlib import Path
 from titans_video import files
 from titans_video.checkpoint import EMA, LAST, MODEL
 from titans_video.data.bad_rows import PATTERN
-from titans_video.models.lora_io import WEIGHTS
 
 # In a checkpoint folder, beside MODEL and EMA of `titans_video.checkpoint`.
 STATE = "training_state.pt"
 SHARDS = "shards"
 MANIFEST = "manifest.json"
-ADAPTER = WEIGHTS
 
 # In the run's folder, beside LAST.
 LOCK = "run.lock"
@@ -99,14 +97,16 @@ def weights_of(run: Path, checkpoint: Path | None) -> Path | None:
 
 def list_files(run: Path, checkpoint: Path | None) -> list[str]:
     """Return a line for each existing file that a user may want; `checkpoint` may be of another run."""
-    places = {
-        "Checkpoint": weights_of(run, checkpoint),
-        "Metrics": run / METRICS,
-        "Loss curve": run / LOSS_CURVE,
-        "LoRA file": checkpoint and checkpoint / ADAPTER,
-    }
-    notes = {"LoRA file": ", for diffusers and other programs"}
-    return [f"{name:12}{path}{notes.get(name, '')}" for name, path in places.items() if path and path.exists()]
+    places = {"Checkpoint": weights_of(run, checkpoint), "Metrics": run / METRICS, "Loss curve": run / LOSS_CURVE}
+    lines = [f"{name:12}{path}" for name, path in places.items() if path and path.exists()]
+    adapters = sorted(checkpoint.glob("*.safetensors"), key=_reader) if checkpoint else []
+    return [*lines, *(f"{'LoRA file':12}{path}, for {_reader(path)}" for path in adapters)]
+
+
+def _reader(adapter: Path) -> str:
+    """Return the programs that read an adapter's file."""
+    first = adapter.name.partition(".")[0].partition("_")[0]
+    return {"comfyui": "ComfyUI", "kohya": "kohya's trainers"}.get(first, "diffusers and other programs")
 
 
 def _link(file: Path, place: Path) -> None:

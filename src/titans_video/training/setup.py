@@ -41,6 +41,7 @@ FREE = frozenset(
         # paths: the content of these files is compared
         *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
         *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
+        "adapter_formats",
         # options that do not affect the result
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
