@@ -122,6 +122,7 @@ class VisionEncoder(FrozenEncoder):
             self.tokens = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
         except (KeyError, TypeError, ValueError) as e:
             raise CodecError(f"{pipeline / ENCODER / 'config.json'} lacks a setting: {e}.") from None
+        self._processor: Any = None
         super().__init__(folder, dtype, weights)
 
     @torch.no_grad()
@@ -136,10 +137,12 @@ class VisionEncoder(FrozenEncoder):
 
     @property
     def processor(self) -> Any:
-        """The processor of the pipeline."""
-        from transformers import CLIPImageProcessor
+        """The processor of the pipeline, made at first use."""
+        if self._processor is None:
+            from transformers import CLIPImageProcessor
 
-        return CLIPImageProcessor.from_dict(self.settings)
+            self._processor = CLIPImageProcessor.from_dict(self.settings)
+        return self._processor
 
     def key(self) -> str:
         """Return what its states depend on: weights, settings of the processor, precision."""

@@ -86,8 +86,8 @@ class ModelSpec(ABC):
         end_frame: whether the last frame can be given too; if it is required, it is also given in training.
         samples_first_frame: the first frame's latents are drawn from the posterior; otherwise its mean is used.
         guidance_scale_2: default of generation for the second expert.
-        blocks: names of the lists of blocks. Their classes are the network's `_no_split_modules`, which sharding,
-            compilation and streaming use.
+        blocks: names of the lists of blocks in each of `networks`. Their classes are the network's `_no_split_modules`,
+            which sharding, compilation and streaming use.
         time_axis: the axis of latent frames in the network's `hidden_states` and prediction, along which long videos
             are cut into windows; None for packed tokens, which cannot be cut.
         first_layer: name of the layer, in each network, whose output the first block takes; None: no single one.

@@ -46,7 +46,7 @@ SCHEDULERS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 class Wan(ModelSpec):
     """Any Wan model, told apart by the configurations in its folder; raises ConfigError if they do not fit together."""
 
-    time_axis, first_layer, text_length = 2, "patch_embedding", TEXT_LENGTH
+    blocks, time_axis, first_layer, text_length = ("blocks",), 2, "patch_embedding", TEXT_LENGTH
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +61,6 @@ class Wan(ModelSpec):
         self.config = read_config(folder / self.parts[0])
         self.patch_size = self.clip_grid = tuple(self.config["patch_size"])
         self.lora_prefixes = {f"{part}.": part for part in self.parts} if self.experts else {"": self.parts[0]}
-        self.blocks = tuple(f"{part}.blocks" for part in self.parts) if self.experts else ("blocks",)
         codec = self.codec("fp32", "cpu", load=False)
         self.codec_spec, self.mean, self.factor = codec.spec, Constant(codec.shift), Constant(codec.factor)
         self._describe()

@@ -135,7 +135,7 @@ def _blocks_of(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> list[int]:
     """Return the numbers of the blocks that the adapter has layers in; the first block if it has none."""
     lists = "|".join(map(re.escape, spec.blocks))
     starts = "|".join(map(re.escape, spec.lora_prefixes))
-    found = (re.match(rf"(?:{starts})(?:{lists})\.(\d+)\.", name) for name in tensors)
+    found = (re.match(rf"(?:{starts})?(?:{lists})\.(\d+)\.", name) for name in tensors)
     return sorted({int(match[1]) for match in found if match}) or [0]
 
 
