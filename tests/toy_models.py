@@ -186,6 +186,7 @@ class ToySpec(ModelSpec):
             transformer=network,
             codec=codec,
             vae=SimpleNamespace(dtype=torch.float32),
+            scheduler=SimpleNamespace(config={}),
             text_encoder=self.text("fp32", "cpu") if text else None,
             set_progress_bar_config=quiet,
             to=lambda device: None,

@@ -306,14 +306,21 @@ def given_frames(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | 
 
 
 def pretrained_notes(options: PretrainedOptions, parts: RunParts, recipe: PretrainedRecipe) -> list[str]:
-    """Return lines for the log: lengths and tasks of the clips, and which expert is trained."""
+    """Return lines for the log: lengths, tasks and frame rate of the clips, and which expert is trained."""
     spec = recipe.spec
     notes = frame_count_notes(options.data, spec.clip_grid[0], parts)
     others = sorted(parts.data.row_tasks.keys() - set(spec.tasks))
     if others and spec.takes_image:
-        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the first frame of every clip.")
+        frames = "first and the last frame" if spec.end_frame == "required" else "first frame"
+        notes.append(f"Rows of {' and '.join(others)} train as i2v: {spec.name} gets the {frames} of every clip.")
     elif others:
         notes.append(f"Rows of {' and '.join(others)} train as t2v: {spec.name} has no image condition.")
+    rate = parts.data.fps
+    if round(rate, 2) != spec.fps:
+        notes.append(
+            f"The clips have {rate:g} frames per second, and {spec.name} was trained on {spec.fps:g}, so it learns "
+            f"another speed of motion. --fps {spec.fps:g} reads them at its own rate."
+        )
     if recipe.experts is not None:
         notes.append(recipe.experts.note(spec.name))
     return notes
