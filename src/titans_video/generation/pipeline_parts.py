@@ -24,7 +24,10 @@ def cast_inputs(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[N
             is_input = isinstance(value, Tensor) and value.is_floating_point() and name != "timestep"
             return value.to(dtype) if is_input else value
 
-        return lambda **named: whole(**{name: cast(name, value) for name, value in named.items()})
+        def forward(*given: Any, **named: Any) -> Any:
+            return whole(*(cast("", value) for value in given), **{name: cast(name, named[name]) for name in named})
+
+        return forward
 
     with ExitStack() as stack:
         for network in networks:
