@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from tests.conftest import REPOSITORY
 from tests.wan_pipelines import WAN_VARIANTS, make_wan
 from titans_video.config.options import CodecOptions, DataOptions, TrainOptions
-from titans_video.config.recipes import BaseOptions, LoraOptions, LoraRunOptions
+from titans_video.config.recipes import BaseOptions, FinetuneOptions, LoraOptions, LoraRunOptions
 from titans_video.data.batches import scaled
 from titans_video.data.buckets import Bucket
 from titans_video.data.dataset import with_last_frame
 from titans_video.errors import CodecError, ConfigError
 from titans_video.models import lora
 from titans_video.pretrained.base import ModelSpec, PipelineCall, open_model_spec
+from titans_video.recipes.finetune import build_finetune
 from titans_video.recipes.lora import build_lora
 from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes, pretrained_notes
 from titans_video.recipes.setup import RunParts, encode_cache, open_clips
@@ -53,15 +54,18 @@ def side_of(spec: ModelSpec) -> int:
     return 2 * spec.codec_spec.stride[1] * spec.patch_size[1]
 
 
-def recipe_of(folder: Path, cached: Path | None = None, **train: Any) -> tuple[PretrainedRecipe, Batch]:
+def recipe_of(
+    folder: Path, cached: Path | None = None, *, whole: bool = False, **train: Any
+) -> tuple[PretrainedRecipe, Batch]:
     """A recipe on the mock data with an adapter that is not at its start, and a batch, of `cached` encodings if given.
 
-    Rows of TI2V-5B are t2v, i2v with a first frame, and v2v with five frames.
+    With `whole` all weights are trained, without an adapter. Rows of TI2V-5B are t2v, i2v with a first frame, and v2v
+    with five frames.
     """
     spec = open_model_spec(folder)
     side = side_of(spec)
-    options = LoraRunOptions(
-        data=DataOptions(
+    groups: dict[str, Any] = {
+        "data": DataOptions(
             manifest=(str(MOCK / "manifest.jsonl"),),
             height=side,
             width=side,
@@ -71,10 +75,10 @@ def recipe_of(folder: Path, cached: Path | None = None, **train: Any) -> tuple[P
             cache=None if cached is None else str(cached),
             task_mix=f"{spec.tasks[0]}=1" if len(spec.tasks) == 1 else "t2v=0.3,i2v=0.3,v2v=0.4",
         ),
-        base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32"),
-        lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="attn1,attn2,ffn"),
-        train=TrainOptions(cfg_drop_prob=0.5, **train),
-    )
+        "base": BaseOptions(pretrained_model=str(folder), text_dtype="fp32"),
+        "train": TrainOptions(cfg_drop_prob=0.5, **train),
+    }
+    options = LoraRunOptions(**groups, lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="attn1,attn2,ffn"))
     accelerator = distributed.start(options.train)
     codec, text = spec.codec("fp32", "cpu", load=True), spec.text("fp32", "cpu")
     image, codec_options = spec.image_encoder("fp32", "cpu"), CodecOptions(pretrained_model=str(folder))
@@ -87,7 +91,10 @@ def recipe_of(folder: Path, cached: Path | None = None, **train: Any) -> tuple[P
         filled = encode_cache(options, codec_options, codec, text, accelerator, data, image=image)
         data = filled.data
     parts = RunParts(data, None, codec, codec_options, text, filled and filled.cache, image=image)
-    recipe = build_lora(options, parts, spec, accelerator)
+    if whole:
+        recipe = build_finetune(FinetuneOptions(**groups), parts, spec, accelerator)
+    else:
+        recipe = build_lora(options, parts, spec, accelerator)
     torch.manual_seed(2)
     for _, layer in lora.layers(recipe.network):
         nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.2)  # type: ignore[arg-type,union-attr]
@@ -211,9 +218,10 @@ def seeds_at(spec: ModelSpec, shift: float, expert: str | None) -> list[int]:
     return [found[True][0], *found[False][:2]]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "finetune"])
 @pytest.mark.parametrize(("variant", "expert"), CASES)
-def test_loss_and_gradients_of_a_step(variant: str, expert: str | None, folders: Any) -> None:
-    recipe, batch = recipe_of(folders(variant))
+def test_loss_and_gradients_of_a_step(variant: str, expert: str | None, whole: bool, folders: Any) -> None:
+    recipe, batch = recipe_of(folders(variant), whole=whole)
     spec, shift = recipe.spec, 3.0
     batch = replace(batch, seeds=seeds_at(spec, shift, expert))
     if expert is not None:  # a step draws the times of its own expert alone
@@ -222,7 +230,7 @@ def test_loss_and_gradients_of_a_step(variant: str, expert: str | None, folders:
         batch = replace(batch, num_cond_frames=torch.tensor([0, 1, 5]), images=None, image_rows=())
     else:
         assert batch.num_cond_frames.tolist() == [int(spec.needs_image)] * 3
-    pipe = with_peft(recipe, folders(variant))
+    pipe = stock(folders(variant)) if whole else with_peft(recipe, folders(variant))
     expected = loss_by_hand(pipe, batch, expert, shift)
     prepared = replace(recipe.prepare(batch, train=True), expert=expert)
     noisy = recipe._add_noise(batch, prepared, "noise")

@@ -279,3 +279,18 @@ def test_dropout_applies_only_in_training(network: Net) -> None:
 def test_the_documented_module_is_this_one() -> None:
     assert lora_utils.inject is lora.inject
     assert lora_utils.read is lora_io.read
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (r"blocks\.0\..*", ["transformer.blocks.0.to_q", "transformer_2.blocks.0.to_q"]),
+        (r"transformer_2\.blocks\..*", ["transformer_2.blocks.0.to_q", "transformer_2.blocks.1.to_q"]),
+        (("blocks.0.to_q",), ["transformer.blocks.0.to_q", "transformer_2.blocks.0.to_q"]),
+        (("transformer",), ["transformer.blocks.0.to_q", "transformer.blocks.1.to_q"]),
+    ],
+)
+def test_names_in_a_pipeline_with_two_networks(targets: str | tuple[str, ...], found: list[str]) -> None:
+    """The same words and expressions as for one network mean both."""
+    names = [f"{network}.blocks.{i}.to_q" for network in ("transformer", "transformer_2") for i in range(2)]
+    assert lora.select_names(names, targets, "--target-modules", "linear layer") == found

@@ -28,6 +28,8 @@ from titans_video.seeding import generator
 DEFAULT = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of attention, as diffusers names them."""
+_NETWORK = re.compile(r"^transformer(_\d)?\.")
+"""The start of a name in a module that has several networks of a pipeline."""
 _REGEX = re.compile(r"[\\*+?\[\](){}|^$]")
 _STORAGE = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -84,7 +86,8 @@ def select_names(names: Sequence[str], targets: Sequence[str] | str, flag: str, 
     """Return the names of modules of a `kind` that the words or the expression of a `flag` select.
 
     A word is the end of a name (`to_q`, `to_out.0`) or the name of a module around selected ones (`ff`). A single
-    string with any of \\*+?[](){}|^$ is a regular expression that must match the full name.
+    string with any of \\*+?[](){}|^$ is a regular expression for full names. Where a pipeline has several networks,
+    it may leave out the network's name.
     Raises ConfigError if a word matches nothing or the expression is invalid.
     """
     if isinstance(targets, str) and is_expression(targets):
@@ -92,7 +95,7 @@ def select_names(names: Sequence[str], targets: Sequence[str] | str, flag: str, 
             pattern = re.compile(targets)
         except re.error as e:
             raise ConfigError(f"{flag} {targets} is not a regular expression: {e}.") from None
-        found = [name for name in names if pattern.fullmatch(name)]
+        found = [name for name in names if pattern.fullmatch(name) or pattern.fullmatch(_NETWORK.sub("", name))]
         if not found:
             raise ConfigError(f"{flag} {targets}: no {kind} has a matching name; {_some(names, kind)}.")
         return found
