@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titans_video.models.quantized import QuantizedLinear
+
 LORA, RSLORA, DORA, LOKR = "lora", "rslora", "dora", "lokr"
 KINDS = (LORA, RSLORA, DORA, LOKR)
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
@@ -296,6 +298,5 @@ def product(parts: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Tensor:
-    """Return a layer's weight (O, I) in float32, also that of a tensor class that stores it in fewer bits."""
-    weight: Any = layer.weight.data
-    return (weight if type(weight) is Tensor else weight.dequantize()).float()
+    """Return a layer's weight (O, I) in float32."""
+    return (layer.dequantize() if isinstance(layer, QuantizedLinear) else layer.weight.data).float()

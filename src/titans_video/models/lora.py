@@ -23,6 +23,7 @@ from titans_video.models.adapter_layers import (
     factorization,
     layer_of,
 )
+from titans_video.models.quantized import QuantizedLinear
 from titans_video.seeding import generator
 
 DEFAULT = "default"
@@ -326,8 +327,12 @@ def merge(network: nn.Module, *, keep: bool = True) -> None:
         if layer.merged:
             continue
         weight = layer.base.weight
-        if weight.dtype in _STORAGE:
-            raise ConfigError(f"{name} is stored as {weight.dtype}, too coarse for an adapter; merge before casting.")
+        if weight.dtype in _STORAGE or isinstance(layer.base, QuantizedLinear):
+            bits = 8 * weight.numel() * weight.itemsize // (layer.in_features * layer.out_features)
+            raise ConfigError(
+                f"{name} is stored in {bits} bits, too coarse for an adapter; merge into weights that are not cast or "
+                "quantized."
+            )
         layer.original = weight.detach().to("cpu", copy=True) if keep else None
         weight.copy_(weight.float() + layer.delta())
         layer.merged = True
