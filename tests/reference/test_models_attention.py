@@ -41,7 +41,7 @@ def test_cross_attention_skips_masked_keys() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wan_attention_is_that_of_diffusers(dtype: torch.dtype) -> None:
-    """Output and gradients, of self-attention with rotation and of cross-attention with an image's tokens."""
+    """Output, to the bit, and gradients: of self-attention with rotation, and of cross-attention with an image."""
     torch.manual_seed(0)
     rope = WanRotaryPosEmbed(12, (1, 2, 2), 16)
     for added in (None, 24):
@@ -57,6 +57,7 @@ def test_wan_attention_is_that_of_diffusers(dtype: torch.dtype) -> None:
             y = attn(leaf, text, None, None if added else rope(torch.empty(1, 4, 2, 4, 4)))
             y.square().sum().backward()
             results.append([y, leaf.grad, *(p.grad for p in attn.parameters())])
+        assert torch.equal(results[0][0], results[1][0])
         for ours, theirs in zip(*results, strict=True):
             limit = 1e-6 if dtype == torch.float32 else 1e-2
             assert ours is None or (ours - theirs).norm() <= limit * theirs.norm()
