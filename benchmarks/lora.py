@@ -2,6 +2,7 @@
 
     python benchmarks/lora.py
     python benchmarks/lora.py --model wan
+    python benchmarks/lora.py --weights
     python benchmarks/lora.py --device cuda --heads 48 --head-dim 64 --layers 42
 
 The transformer of CogVideoX or Wan with random weights, the same for both, gets the same adapter (A and B included)
@@ -9,6 +10,8 @@ from `titans_video.models.lora` or from PEFT's `inject_adapter_in_model`. Ours h
 training, and PEFT's has diffusers' own. Each has its own process. Steps (forward, backward, clipping, AdamW) alternate,
 so a slow minute of the machine affects both equally. The losses of all steps are compared too, since both compute the
 same function. Needs the package peft.
+
+With --weights nothing is measured: the memory of Wan's frozen weights with each option is counted from their shapes.
 
 "Growth" is the memory of a step beyond what remains between steps: activations and gradients. It comes from torch's
 allocator on CUDA and from the peak of the process's resident memory elsewhere, without malloc's free lists. "CPU s" is
@@ -33,6 +36,12 @@ SETUPS = {
 LIBRARIES = ("ours", "peft")
 WARM_UP = 2
 QUICK = {"heads": 2, "head_dim": 16, "layers": 2, "frames": 2, "side": 8, "repeats": 2, "rank": 4}
+WANS = (
+    {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+    {},
+)
+"""The sizes of Wan's models of 1.3, 5 and 14 billion parameters, as far as they differ from diffusers' defaults."""
 MIB = 2**20
 
 
@@ -48,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7, help="steps of each whose median is taken")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", action="store_true", help="only count the memory of frozen weights")
     parser.add_argument("--quick", action="store_true", help="use a tiny size, to check that it runs")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -55,6 +65,38 @@ def arguments() -> argparse.Namespace:
     if a.quick:
         vars(a).update(QUICK)
     return a
+
+
+def count_weights() -> str:
+    """Format as Markdown: GiB on the device for the frozen weights of each Wan model, by the options of a run."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from titans_video.models.quantized import quantize
+
+    def size(module: Any, kind: str | None = None) -> int:
+        layers = [m for m in module.modules() if kind and isinstance(m, torch.nn.Linear)]
+        small = [quantize(layer.weight, kind, torch.bfloat16) for layer in layers]
+        stored = {layer.weight for layer in layers}
+        rest = [*(p for p in module.parameters() if p not in stored), *(x for m in small for x in (m.weight, m.scale))]
+        return sum(x.numel() * x.element_size() for x in rest)
+
+    torch.set_default_dtype(torch.bfloat16)
+    lines = ["| | Blocks on the device | Wan 1.3B | 5B | 14B |", "| --- | --- | --- | --- | --- |"]
+    networks = []
+    for sizes in WANS:
+        with torch.device("meta"):
+            networks.append(WanTransformer3DModel(**sizes))
+    for kind in (None, "fp8", "int8", "int4", "nf4"):
+        for share in (1, 0.5, 0):
+            row = []
+            for network in networks:
+                kept, block = int(share * len(network.blocks)), size(network.blocks[0], kind)
+                outside = size(network) - size(network.blocks)
+                row.append((outside + block * (kept + 2 * (kept < len(network.blocks)))) / 2**30)
+            where = {1: "all", 0.5: "half", 0: "two"}[share]
+            lines.append(f"| {kind or 'bf16'} | {where} | {' | '.join(f'{gib:.1f}' for gib in row)} |")
+    return "\n".join(lines)
 
 
 def transformer(a: argparse.Namespace):
@@ -196,6 +238,9 @@ def main() -> None:
     a = arguments()
     if a.worker:
         work(a)
+        return
+    if a.weights:
+        show(count_weights(), a.out)
         return
     load = os.getloadavg()[0]
     show(table(a, {name: measure(a, name) for name in SETUPS}, load), a.out)

@@ -224,8 +224,11 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 
 
-def fingerprint_folder(folder: Path) -> str:
-    """Return a hash of a model folder's weights, config without names and versions, and tokenizer."""
+def fingerprint_folder(folder: Path, weights: Path | None = None) -> str:
+    """Return a hash of a model folder's weights, config without names and versions, and tokenizer.
+
+    `weights` is a file that is used instead of those in the folder.
+    """
     digest = hashlib.sha256()
     config = folder / "config.json"
     if config.is_file():
@@ -235,7 +238,8 @@ def fingerprint_folder(folder: Path) -> str:
             if not k.startswith("_") and k not in ("transformers_version", "architectures")
         }
         digest.update(json.dumps(values, sort_keys=True).encode())
-    for path in sorted(p for pattern in (*_WEIGHTS, *_TOKENIZER) for p in folder.glob(pattern)):
+    found = sorted(p for pattern in (*_WEIGHTS, *_TOKENIZER) for p in folder.glob(pattern))
+    for path in found if weights is None else [weights]:
         digest.update(f"\0{path.stat().st_size}\0".encode())
         with path.open("rb") as f:
             for block in _blocks(f, path.stat().st_size, path.suffix == ".safetensors"):

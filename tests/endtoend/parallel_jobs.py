@@ -30,9 +30,11 @@ from titans_video.config.options import ActivationOptions, MemoryOptions
 from titans_video.models import activations, lora
 from titans_video.models.activations import limit_activations
 from titans_video.models.context_parallel import share_tokens
+from titans_video.models.quantized import Kind
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import TitansVideoDiT
 from titans_video.pretrained.base import open_model_spec
+from titans_video.pretrained.loading import Loading
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
 from titans_video.recipes.lora import LoraFiles
 from titans_video.recipes.pretrained import PretrainedRecipe
@@ -93,9 +95,10 @@ def titans(folder: Path) -> DiffusionRecipe[Any]:
     )
 
 
-def pretrained(pipeline: Path) -> DiffusionRecipe[Any]:
-    """Return a LoRA on a pipeline."""
+def pretrained(pipeline: Path, kind: Kind | None = None) -> DiffusionRecipe[Any]:
+    """Return a LoRA on a pipeline, whose blocks may be quantized."""
     spec, adapter = open_model_spec(pipeline), lora.LoraConfig(3, 6.0)
+    spec.loading = Loading(quantize=kind)
     network = spec.load_network(torch.float32)
     lora.inject(network, adapter)
     codec = spec.codec("fp32", "cpu", load=False)
@@ -121,6 +124,7 @@ RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
     "titans": titans,
     "lora": lambda folder: pretrained(folder / "pipeline"),  # CogVideoX with rotary positions
     "wan": lambda folder: pretrained(folder / "wan"),  # TI2V-5B, which has a timestep for each token
+    "quantized": lambda folder: pretrained(folder / "pipeline", "nf4"),
 }
 
 

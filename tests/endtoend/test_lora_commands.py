@@ -73,8 +73,12 @@ def test_what_a_run_leaves(trained: dict[str, Path], capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("sharded", "more"),
-    [(False, ""), (True, ""), (False, "--layerwise-casting fp8_e4m3")],
-    ids=["ddp", "fsdp2", "ddp-8-bits"],
+    [
+        (False, "--quantize int8 --offload blocks --gradient-checkpointing"),
+        (True, ""),
+        (False, "--layerwise-casting fp8_e4m3"),
+    ],
+    ids=["ddp-quantized", "fsdp2", "ddp-8-bits"],
 )
 def test_two_processes_equal_one(
     sharded: bool, more: str, repository: Path, pipelines: dict[str, Path], tmp_path: Path
@@ -292,6 +296,12 @@ def test_a_lora_for_another_model_or_without_one(
         ("--target-modules attn[", "not a regular expression"),
         ("--base-dtype fp16", "CPUs compute in fp32 or bf16"),
         ("--offload group", "give both"),
+        ("--offload blocks", "give both"),
+        ("--offload blocks --gradient-checkpointing --compile", "does not work with --compile"),
+        ("--offload-keep 2", "give --offload blocks too"),
+        ("--quantize int8 --layerwise-casting fp8_e4m3", "give only one of them"),
+        ("--base-file a.safetensors b.safetensors", "needs one file"),
+        ("--base-file a.safetensors", "no such file"),
         ("--task-mix t2v=1", "leave it out"),
         ("--sample-guidance-interval 0,1", "guide at all times"),
         ("--sample-draft-frames 8 --sample-continue-steps 2", "--sample-draft-frames and --sample-continue-steps: the"),

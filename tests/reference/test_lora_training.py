@@ -21,9 +21,10 @@ from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.models import lora, lora_io
+from titans_video.models.quantized import QuantizedLinear
 from titans_video.pretrained.base import open_model_spec
 from titans_video.recipes import pretrained as pretrained_recipe
-from titans_video.recipes.frozen_base import precision_of
+from titans_video.recipes.frozen_base import open_base, precision_of
 from titans_video.recipes.lora import LoraFiles, build_lora
 from titans_video.recipes.pretrained import PretrainedRecipe, check_sizes, given_frames
 from titans_video.recipes.setup import RunParts, open_clips
@@ -66,7 +67,7 @@ def recipe_and_parts(
         train=TrainOptions(cfg_drop_prob=0.5),
     )
     accelerator = distributed.start(options.train)
-    spec, codec_options = open_model_spec(folder), CodecOptions(pretrained_model=str(folder))
+    spec, codec_options = open_base(options.base, accelerator), CodecOptions(pretrained_model=str(folder))
     codec, text = spec.codec("fp32", "cpu", load=True), spec.text("fp32", "cpu")
     data, _ = open_clips(options, codec_options, codec, spec.clip_grid, accelerator)
     check_sizes(spec, data)
@@ -198,7 +199,8 @@ def test_checkpointing_and_an_offloaded_base_change_no_gradient(kind: str, pipel
     grads = []
     full: dict[str, Any] = {"activations": ActivationOptions(gradient_checkpointing=True)}
     selective = {"activations": ActivationOptions(activation_checkpointing="selective")}
-    for flags in ({}, full, {**full, "offload": "group"}, {**selective, "offload": "group"}):
+    blocks = ({**full, "offload": "blocks"}, {**selective, "offload": "blocks", "offload_keep": 1})
+    for flags in ({}, full, {**full, "offload": "group"}, {**selective, "offload": "group"}, *blocks):
         recipe, batch = recipe_of(pipelines[kind], 9, (32, 32), **flags)
         recipe.network.train()
         recipe.loss(recipe.network, batch).sum().backward()
@@ -247,6 +249,34 @@ def test_offloaded_weights_are_never_used(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
     assert len(away) > 20
+
+
+def test_a_quantized_base_trains_as_its_dequantized_weights_do(pipelines: dict[str, Path]) -> None:
+    """By the flags of a run, streamed from main memory too; and the base in the files is what was rounded."""
+    flags: dict[str, Any] = {
+        "quantize": "int8",
+        "offload": "blocks",
+        "activations": ActivationOptions(gradient_checkpointing=True),
+    }
+    recipe, batch = recipe_of(pipelines["5b"], 9, (32, 32), **flags)
+    small = {n: m for n, m in recipe.network.named_modules() if isinstance(m, QuantizedLinear)}
+    codes = {n: m.weight.clone() for n, m in small.items()}
+    assert any(name.endswith("attn1.to_q.base") for name in small)
+    whole, _ = recipe_of(pipelines["5b"], 9, (32, 32))
+    losses, gradients = [], []
+    for name, layer in small.items():
+        weight: Any = whole.network.get_submodule(name).weight
+        assert (layer.dequantize() - weight).norm() < 0.01 * weight.norm()
+        weight.data = layer.dequantize()
+    for made in (recipe, whole):
+        made.network.train()
+        losses.append(made.loss(made.network, batch).sum())
+        losses[-1].backward()
+        gradients.append({n: p.grad for n, p in made.network.named_parameters() if p.grad is not None})
+    assert torch.equal(*losses)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    assert all(torch.equal(layer.weight, codes[name]) for name, layer in small.items())
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

@@ -53,6 +53,9 @@ class PipelineOptions:
 
     pretrained_model: FolderPath | None = None
     """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
+    base_file: tuple[FilePath, ...] = ()
+    """Safetensors file with the transformer's weights, as ComfyUI uses them, instead of those in the folder. With two
+    experts: the file of high noise, then that of low noise."""
     shift: Annotated[float | None, Range(above=0)] = None
     """Shift of the training times towards noise, for models with shifted times (default: the model's own)."""
     compile: Switch = "auto"
@@ -72,10 +75,15 @@ class BaseOptions(PipelineOptions):
 
     base_dtype: Dtype | None = None
     """Precision of the frozen transformer (default: the one of --mixed-precision)."""
+    quantize: Literal["int8", "int4", "nf4", "fp8", "none"] = "none"
+    """Store the linear layers of the frozen blocks in 8 or 4 bits. They multiply in --base-dtype."""
     layerwise_casting: Literal["fp8_e4m3", "fp8_e5m2", "none"] = "none"
-    """Store the transformer's linear layers in 8 bits and cast each one for its computation."""
-    offload: Literal["none", "group"] = "none"
-    """group: keep the transformer's layers in main memory, except those in use. Works with one process."""
+    """Store the transformer's linear layers in 8 bits without scales, and cast each one for its computation."""
+    offload: Literal["none", "group", "blocks"] = "none"
+    """blocks: keep the frozen blocks in main memory, and copy each to the device while the one before computes. group:
+    the same for single layers, one after the other, with one process."""
+    offload_keep: Annotated[int, Range(least=0)] = 0
+    """Number of blocks that --offload blocks leaves on the device."""
 
 
 @dataclass(frozen=True)

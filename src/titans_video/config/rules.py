@@ -290,12 +290,23 @@ def check_motion_bucket(tune: TuneOptions) -> None:
 
 
 def check_base(base: BaseOptions, activations: ActivationOptions) -> None:
-    """Require an offload that saves memory."""
-    if base.offload == "group" and activations.every != 1:
+    """Require an offload that saves memory, and one way to store and place the weights."""
+    if base.offload != "none" and activations.every != 1:
         raise ConfigError(
-            "--offload group without --gradient-checkpointing would keep every layer for the backward pass and save no "
-            "memory; give both (--activation-checkpointing selective works too)."
+            f"--offload {base.offload} without --gradient-checkpointing would keep every layer for the backward pass "
+            "and save no memory; give both (--activation-checkpointing selective works too)."
         )
+    if base.quantize != "none" and base.layerwise_casting != "none":
+        raise ConfigError(
+            f"--quantize {base.quantize} and --layerwise-casting {base.layerwise_casting} both store the layers in "
+            "fewer bits; give only one of them (--quantize is more exact, as it has scales)."
+        )
+    if base.offload == "blocks":
+        unfit = {"--layerwise-casting": base.layerwise_casting != "none", "--compile": base.compile == "on"}
+        for flag in (flag for flag, given in unfit.items() if given):
+            raise ConfigError(f"--offload blocks does not work with {flag}; leave one of them out.")
+    elif base.offload_keep:
+        raise ConfigError(f"--offload-keep {base.offload_keep}: give --offload blocks too.")
 
 
 def check_adapter(lora: LoraOptions) -> None:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec
 from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.diffusion.base import NoiseProcess, NoisySample, Prepared
 from titans_video.errors import ConfigError, first_line
 from titans_video.models.context_parallel import SIZE_SETTING, ContextPlan
 from titans_video.parsing import read_json
+from titans_video.pretrained.loading import Loading, base_files
 from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS
 from titans_video.text.base import TextEncoder
@@ -94,6 +94,7 @@ class ModelSpec(ABC):
         lora_prefixes: the prefix in an adapter file for each prefix of the network's module names. A model with two
             networks has two entries, e.g. {"high.": "transformer", "low.": "transformer_2"}. Its module has a child for
             each of them that is loaded.
+        loading: where the weights are read from, and how they are stored; set it before the network is loaded.
     """
 
     name: str
@@ -116,6 +117,7 @@ class ModelSpec(ABC):
     end_frame: Literal["no", "optional", "required"] = "no"
     samples_first_frame: ClassVar[bool] = False
     guidance_scale_2: float | None = None
+    loading: Loading = Loading()
 
     @property
     def takes_image(self) -> bool:
@@ -241,8 +243,8 @@ class ModelSpec(ABC):
         """Return the FLOPs of all attention products in a forward pass over one clip of (C, t', h, w)."""
 
     def fingerprint(self) -> str:
-        """Return a hash of the network's files."""
-        return fingerprint_folder(self.folder / "transformer")
+        """Return a hash of the networks' files."""
+        return "-".join(self.loading.fingerprint(self.folder, part) for part in self.lora_prefixes.values())
 
     @abstractmethod
     def positions(self, t: int, h: int, w: int, device: torch.device) -> dict[str, object]:
@@ -262,8 +264,23 @@ def is_pipeline(folder: str | Path | None) -> bool:
     return folder is not None and (Path(folder).expanduser() / INDEX).is_file()
 
 
-def open_model_spec(folder: str | Path) -> ModelSpec:
-    """Return the spec of a diffusers pipeline; raise ConfigError if the folder is none or of an unknown class."""
+def open_model_spec(folder: str | Path, files: Sequence[str] = (), expert: str | None = None) -> ModelSpec:
+    """Return the spec of a diffusers pipeline whose networks are in the folder, or in single `files` (`--base-file`).
+
+    A single file may be that of one `expert`.
+
+    Raises:
+        ConfigError: the folder is no pipeline or of an unknown class, or the files do not fit its networks.
+    """
+    spec = _open(folder)
+    if files:
+        parts = list(spec.lora_prefixes.values())
+        own = [part for name, part in zip(spec.experts, parts, strict=False) if name == expert]
+        spec.loading = Loading(base_files(files, own if len(files) == len(own) else parts))
+    return spec
+
+
+def _open(folder: str | Path) -> ModelSpec:
     path = Path(folder).expanduser()
     try:
         name = read_json(path / INDEX, strict=False).get("_class_name")

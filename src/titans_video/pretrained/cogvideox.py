@@ -17,13 +17,13 @@ from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import FirstFrameCodec
 from titans_video.diffusion.base import NoisySample, Prepared, count_tokens
 from titans_video.diffusion.v_prediction import VPredictionDDPM
-from titans_video.errors import CheckpointError, ConfigError
-from titans_video.hub import from_folder, load_pretrained
+from titans_video.errors import ConfigError
+from titans_video.hub import from_folder
 from titans_video.models.attention import CogVideoXProcessor
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import attention
 from titans_video.pretrained.base import Conditioning, ModelSpec, PipelineCall
-from titans_video.pretrained.loading import fill, lora_of, read_config
+from titans_video.pretrained.loading import fill, load_part, lora_of, read_config
 from titans_video.pretrained.sharing import JointAttention, share_attention
 from titans_video.schema import shown
 from titans_video.seeding import generator
@@ -92,11 +92,9 @@ class CogVideoX(ModelSpec):
         )
 
     def load_network(self, dtype: torch.dtype, experts: Sequence[str] = ()) -> nn.Module:
-        network: nn.Module = load_pretrained(
-            self._kind(), self.folder / "transformer", "transformer", CheckpointError, torch_dtype=dtype
-        )
+        network = load_part(self._kind(), self.folder, "transformer", dtype, self.loading)
         network.set_attn_processor(CogVideoXProcessor())  # type: ignore[operator]  # diffusers' AttentionMixin
-        return network.eval().requires_grad_(False)
+        return network
 
     def meta_model(self) -> nn.Module:
         with torch.device("meta"):
@@ -110,7 +108,7 @@ class CogVideoX(ModelSpec):
         network: nn.Module = self._kind().from_config({**self.config, **changes})
         made = dict(zip(kept, network.get_submodule(self.blocks[0]).children(), strict=True))
         setattr(network, self.blocks[0], nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers)))
-        return fill(network, self.folder / "transformer", lacking={"patch_embed.pos_embedding"})
+        return fill(network, self.loading.weights(self.folder, "transformer"), lacking={"patch_embed.pos_embedding"})
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
         return FirstFrameCodec.load(self.folder, dtype, weights=load).to(device)

@@ -16,18 +16,18 @@ import torch
 from diffusers.hooks.context_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
 
-from titans_video.checkpoint import fingerprint_folder
 from titans_video.codecs.base import Codec
 from titans_video.codecs.diffusers import DiffusersCodec
 from titans_video.codecs.image_encoder import VisionEncoder, to_pictures
 from titans_video.diffusion.base import Constant, NoisySample, Prepared, count_tokens
 from titans_video.diffusion.rectified_flow import RectifiedFlow
-from titans_video.errors import CheckpointError, ConfigError, nearest_multiples
-from titans_video.hub import from_folder, load_pretrained
+from titans_video.errors import ConfigError, nearest_multiples
+from titans_video.hub import from_folder
+from titans_video.models.attention import WanProcessor
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import attention
 from titans_video.pretrained.base import INDEX, Conditioning, ModelSpec, PipelineCall
-from titans_video.pretrained.loading import Router, fill, lora_of, read_config
+from titans_video.pretrained.loading import Router, fill, load_part, lora_of, read_config
 from titans_video.pretrained.sharing import SelfAttention, share_attention
 from titans_video.schema import shown
 from titans_video.seeding import generator
@@ -134,10 +134,9 @@ class Wan(ModelSpec):
         return self._joined({part: self._load(part, dtype) for part in self._chosen(experts)})
 
     def _load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        network: nn.Module = load_pretrained(
-            self._kind(), self.folder / part, "transformer", CheckpointError, torch_dtype=dtype
-        )
-        return network.eval().requires_grad_(False)
+        network = load_part(self._kind(), self.folder, part, dtype, self.loading)
+        network.set_attn_processor(WanProcessor())  # type: ignore[operator]  # diffusers' AttentionMixin
+        return network
 
     def _chosen(self, experts: Sequence[str]) -> list[str]:
         missing = [name for name in experts if name not in self.experts]
@@ -168,7 +167,7 @@ class Wan(ModelSpec):
         network: Any = self._kind().from_config({**self.config, "num_layers": len(kept)})
         made = dict(zip(kept, network.blocks.children(), strict=True))
         network.blocks = nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers))
-        return fill(network, self.folder / part, lacking=set())
+        return fill(network, self.loading.weights(self.folder, part), lacking=set())
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> DiffusersCodec:
         return DiffusersCodec.load(self.folder, dtype, weights=load).to(device)
@@ -196,9 +195,6 @@ class Wan(ModelSpec):
         self.scheduler()
         area = frame or self.trained[1:]
         return RectifiedFlow(shift=shift or next(s for most, s in SHIFTS if area[0] * area[1] <= most))
-
-    def fingerprint(self) -> str:
-        return "-".join(fingerprint_folder(self.folder / part) for part in self.parts)
 
     def prepare(self, latents: Tensor, text: TextCondition, given: Conditioning | None, timesteps: Tensor) -> Prepared:
         condition = Condition(text=self._padded(text))

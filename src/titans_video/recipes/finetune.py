@@ -41,7 +41,7 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     """
     options, run = start_run(options)
     assert options.base.pretrained_model is not None  # checked with the flags
-    spec = open_model_spec(options.base.pretrained_model)
+    spec = open_model_spec(options.base.pretrained_model, options.base.base_file, options.experts.experts)
     choose_trainable(spec.meta_model(), options.weights.trainable, spec)  # reports a fault before anything slow
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_finetune(options, parts, spec, run.accelerator)

@@ -1,15 +1,18 @@
 """The frozen network of a LoRA run: its precision, and where its weights are."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from titans_video.config.options import ActivationOptions
-from titans_video.config.recipes import BaseOptions
+from titans_video.config.recipes import BaseOptions, ExpertOptions
 from titans_video.errors import ConfigError
+from titans_video.models import lora
 from titans_video.models.activations import limit_activations
-from titans_video.pretrained.base import ModelSpec
+from titans_video.models.streaming import stream_blocks
+from titans_video.pretrained.base import ModelSpec, open_model_spec
 from titans_video.recipes.pretrained import compile_network
 from titans_video.training.distributed import AUTOCAST, Accelerator
 from titans_video.types import PRECISIONS
@@ -36,6 +39,23 @@ def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
             "(--config_file configs/accelerate/fsdp2.yaml)."
         )
     return dtype
+
+
+def open_base(options: BaseOptions, accelerator: Accelerator, experts: ExpertOptions | None = None) -> ModelSpec:
+    """Return the spec of `--pretrained-model`, which quantizes the blocks as it loads them if the flags ask for it.
+
+    Raises ConfigError as `open_model_spec` and `precision_of`.
+    """
+    precision_of(options, accelerator)
+    assert options.pretrained_model is not None  # checked with the flags
+    experts = experts or ExpertOptions()
+    spec = open_model_spec(options.pretrained_model, options.base_file, experts.experts)
+    if options.quantize != "none":
+        stays = options.offload == "none" and experts.idle_expert == "device" and not accelerator.is_fsdp2
+        spec.loading = replace(
+            spec.loading, quantize=options.quantize, device=accelerator.device if stays else torch.device("cpu")
+        )
+    return spec
 
 
 def load_base(
@@ -88,3 +108,11 @@ def offload_blocks(network: nn.Module, device: torch.device) -> None:
             else:
                 for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
                     tensor.data = tensor.data.to(device)
+
+
+def place(network: nn.Module, options: BaseOptions, device: torch.device) -> None:
+    """Move adapters to the device, wherever the frozen weights are, and the frozen blocks to where they wait."""
+    for _, layer in lora.layers(network):
+        layer.move_adapters(device)
+    if options.offload == "blocks":
+        stream_blocks(network, device, options.offload_keep)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from titans_video.config.recipes import LoraOptions, LoraRunOptions
@@ -13,9 +12,10 @@ from titans_video.errors import ConfigError
 from titans_video.models import lora, lora_formats, lora_io
 from titans_video.models.adapter_layers import DORA, LOKR, LORA, RSLORA
 from titans_video.models.lora_formats import COMFYUI, DIFFUSERS, AdapterFile, LayerNames, names_of
-from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.models.quantized import QuantizedLinear
+from titans_video.pretrained.base import ModelSpec
 from titans_video.recipes.experts import expert_schedule, keep_idle_on_cpu
-from titans_video.recipes.frozen_base import load_base, precision_of
+from titans_video.recipes.frozen_base import load_base, open_base, place
 from titans_video.recipes.lora_parity import check_parity
 from titans_video.recipes.pretrained import (
     PretrainedRecipe,
@@ -75,11 +75,9 @@ class LoraFiles:
 def train_lora(options: LoraRunOptions) -> TrainResult:
     """Build every part of a run and train; raise UserError for a fault of the flags, the data or the pipeline."""
     options, run = start_run(options)
-    accelerator, base = run.accelerator, options.base
-    assert base.pretrained_model is not None  # checked with the flags
-    spec = open_model_spec(base.pretrained_model)
+    accelerator = run.accelerator
     # Faults of the flags are reported before anything slow is done.
-    precision_of(base, accelerator)
+    spec = open_base(options.base, accelerator, options.experts)
     choose_formats(options.lora, spec.meta_model(), adapter_config(options.lora), spec.lora_prefixes)
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_lora(options, parts, spec, accelerator)
@@ -107,7 +105,7 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     adapter, device = adapter_config(options.lora), accelerator.device
     formats = choose_formats(options.lora, network, adapter, spec.lora_prefixes)
     lora.inject(network, adapter, seed=options.train.seed)
-    move_adapter(network, device)
+    place(network, options.base, device)
     if options.experts.idle_expert == "cpu":
         keep_idle_on_cpu(network, spec, accelerator)
     sizes = lora.layer_sizes(network)
@@ -171,8 +169,14 @@ def _size_note(recipe: PretrainedRecipe, wanted: LoraOptions) -> str:
     spec, network, adapter = recipe.spec, recipe.network, recipe.adapter
     assert isinstance(adapter, LoraFiles)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in network.parameters())
-    kind = str(recipe.dtype).removeprefix("torch.")
+    total = sum(p.numel() for p in network.parameters()) + sum(
+        layer.in_features * layer.out_features - layer.weight.numel()
+        for layer in network.modules()
+        if isinstance(layer, QuantizedLinear)
+    )
+    kind = str(recipe.dtype).removeprefix("torch.") + (
+        f", blocks in {spec.loading.quantize}" * bool(spec.loading.quantize)
+    )
     return (
         f"{spec.name}, {(total - trained) / 1e6:.1f} million frozen parameters ({kind}); "
         f"{TITLES[wanted.adapter]} of rank {wanted.rank}, alpha {wanted.lora_alpha or wanted.rank:g}, on "
@@ -180,14 +184,8 @@ def _size_note(recipe: PretrainedRecipe, wanted: LoraOptions) -> str:
     )
 
 
-def move_adapter(network: nn.Module, device: torch.device) -> None:
-    """Move the adapter to the device, wherever the frozen weights are."""
-    for _, layer in lora.layers(network):
-        layer.move_adapters(device)
-
-
 def share_adapter_only(network: nn.Module) -> None:
-    """Exclude frozen weights from DDP's exchange: each process reads them, and Gloo cannot send 8-bit weights."""
+    """Exclude what is frozen from DDP's exchange: each process reads it, and Gloo cannot send 8-bit weights."""
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in network.named_buffers() if name.endswith("row_squares")]
     network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them

@@ -41,12 +41,12 @@ FREE = frozenset(
         # paths: the content of these files is compared
         *("config", "output_dir", "manifest", "metadata", "data_root", "allow_outside_root", "cache"),
         *("pretrained_model", "text_model", "llm_model", "local_files_only", "text_offload", "offload", "parity_gate"),
-        "adapter_formats",
+        *("adapter_formats", "base_file"),
         # options that do not affect the result
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "compile"),
-        *("attention_backend", "idle_expert"),
+        *("attention_backend", "idle_expert", "offload_keep"),
         # compared through the global batch
         *("batch_size", "tokens_per_batch", "grad_accum"),
         # compared as the accelerator uses it
