@@ -25,14 +25,18 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from titans_video.cli.run import configure_logging
 from titans_video.codecs.base import IdentityCodec
+from titans_video.codecs.diffusers import DiffusersCodec
 from titans_video.config.options import ActivationOptions, TextOptions, TrainOptions
+from titans_video.config.recipes import TrainVaeOptions, VaeLossOptions, VaeOptions
 from titans_video.diffusion.rectified_flow import RectifiedFlow
 from titans_video.models import activations, compiling
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import network_config
 from titans_video.models.sora_dit import SoraDiT
+from titans_video.models.video_vae import TitansVideoVAE
 from titans_video.recipes.base import ClipGeometry
 from titans_video.recipes.sora import SoraRecipe
+from titans_video.recipes.vae import VaeRecipe
 from titans_video.seeding import derive_seed
 from titans_video.text.base import build_text
 from titans_video.training import distributed, run_folder, sharded_state
@@ -40,8 +44,10 @@ from titans_video.training import resume as resume_module
 from titans_video.training.optim import BatchedMuon
 from titans_video.training.recipe import VideoSampler
 from titans_video.training.trainer import Trainer
+from titans_video.training.vae_network import VaeNetwork, describe_vae
 from titans_video.types import Batch
 
+AnyRecipe = SoraRecipe | VaeRecipe
 ACCUM = 2
 SHAPES = [(4, 8, 8), (8, 8, 8), (4, 8, 12), (2, 16, 8)]
 """Frames, height, width of the four micro-batches of a mixed step."""
@@ -140,7 +146,27 @@ def gradients(folder: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def first_step(folder: Path, recipe: SoraRecipe, mixed: bool) -> dict[str, Any]:
+def make_vae_recipe() -> VaeRecipe:
+    """Return a small VAE with a discriminator. No layer is zero."""
+    torch.manual_seed(1)
+    vae = TitansVideoVAE(4, 4, 1, 8, 8, 2, 2, 4)
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    given = TrainVaeOptions(losses=VaeLossOptions(gan_start=0, gan_width=4), vae=VaeOptions(crop_size=8))
+    codec = DiffusersCodec(vae)
+    network = VaeNetwork(vae, codec.vae_spec, given.losses)
+    return VaeRecipe(network, codec.spec, given, {"recipe": "vae", "vae": describe_vae(vae)}, torch.device("cpu"))
+
+
+def vae(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the first step of a VAE with a discriminator, and whether a resumed run is the same bit for bit."""
+    first = first_step(folder / f"{kind} first", make_vae_recipe(), mixed=False)
+    same = is_same_after_resume(folder / kind, make_vae_recipe, {})
+    return {**first, "same": same}
+
+
+def first_step(folder: Path, recipe: AnyRecipe, mixed: bool) -> dict[str, Any]:
     given = options(folder, max_steps=1)
     accelerator = start(given)
     trainer = Trainer(recipe, Stream(2, mixed, dist.get_rank(), dist.get_world_size()), given, accelerator)
@@ -188,35 +214,34 @@ def resume(folder: Path, kind: str) -> dict[str, Any]:
     """
     same = {}
     for optimizer in ("adamw", "muon"):
-        run = folder / f"{kind} {optimizer}"
-        pieces = []
-        for name, stops in (("straight", [4]), ("broken", [2, 4])):
-            for stop in stops:
-                given = options(run / name, max_steps=stop, resume="auto", optimizer=optimizer, save_limit=0)
-                every = 1 if optimizer == "adamw" else given.save_every
-                given = replace(given, save_every=every, async_save=name == "broken")
-                accelerator = start(given)
-                found, _ = distributed.run_on_main(accelerator, lambda given=given: resume_module.find_resume(given))
-                going_on = resume_module.open_resume(found, given)
-                trainer = Trainer(
-                    make_recipe(),
-                    Stream(2, True, dist.get_rank(), dist.get_world_size()),
-                    given,
-                    accelerator,
-                    going_on,
-                )
-                trainer.run()
-            named = sharded_state.optimizer_tensors(trainer.checkpointer.optimizer, trainer.network)
-            named |= {f"{n}/weight": t for n, t in trainer.network.state_dict().items()}
-            named |= {f"{n}/average": t for n, t in trainer.ema.state_dict().items()} if trainer.ema else {}
-            pieces.append({n: t.to_local().clone() if isinstance(t, DTensor) else t.clone() for n, t in named.items()})
-        straight, broken = pieces
-        assert straight.keys() == broken.keys()
-        assert len(straight) > 50
-        same[optimizer] = all(torch.equal(straight[n], broken[n]) for n in straight)
+        changes = {"optimizer": optimizer, **({"save_every": 1} if optimizer == "adamw" else {})}
+        same[optimizer] = is_same_after_resume(folder / f"{kind} {optimizer}", make_recipe, changes)
     files = [files_of(folder / f"{kind} adamw" / name / "checkpoint-1") for name in ("straight", "broken")]
     assert len(files[0]) == (5 if kind == "fsdp2" else 3)
     return {**same, "files": files[0] == files[1]}
+
+
+def is_same_after_resume(run: Path, make: Callable[[], AnyRecipe], changes: dict[str, Any]) -> bool:
+    """Train four steps at once, and two and two more after a resume, and compare weights, averages and optimizer."""
+    pieces = []
+    for name, stops in (("straight", [4]), ("broken", [2, 4])):
+        for stop in stops:
+            given = options(run / name, max_steps=stop, resume="auto", save_limit=0, **changes)
+            given = replace(given, async_save=name == "broken")
+            accelerator = start(given)
+            found, _ = distributed.run_on_main(accelerator, lambda given=given: resume_module.find_resume(given))
+            going_on = resume_module.open_resume(found, given)
+            stream = Stream(2, True, dist.get_rank(), dist.get_world_size())
+            trainer = Trainer(make(), stream, given, accelerator, going_on)
+            trainer.run()
+        named = sharded_state.optimizer_tensors(trainer.checkpointer.optimizer, trainer.network)
+        named |= {f"{n}/weight": t for n, t in trainer.network.state_dict().items()}
+        named |= {f"{n}/average": t for n, t in trainer.ema.state_dict().items()} if trainer.ema else {}
+        pieces.append({n: t.to_local().clone() if isinstance(t, DTensor) else t.clone() for n, t in named.items()})
+    straight, broken = pieces
+    assert straight.keys() == broken.keys()
+    assert len(straight) > 50
+    return all(torch.equal(straight[n], broken[n]) for n in straight)
 
 
 MATRICES = [(24, 16)] * 5 + [(7, 12)] * 3 + [(3, 5)]
@@ -296,6 +321,7 @@ JOBS: dict[str, Callable[[Path, str], dict[str, Any]]] = {
     "recomputed": recomputed,
     "resume": resume,
     "muon": muon,
+    "vae": vae,
     "full_disk": full_disk,
     "bf16": bf16,
 }

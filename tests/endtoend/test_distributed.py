@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.endtoend.distributed_jobs import SHAPES, make_batch, make_recipe, muon_steps
+from tests.endtoend.distributed_jobs import SHAPES, make_batch, make_recipe, make_vae_recipe, muon_steps
 from tests.endtoend.test_sora_commands import frames_of, metrics
 from tests.processes import run
 from titans_video import checkpoint as files
@@ -98,6 +98,24 @@ def test_a_sharded_process_has_only_its_piece(jobs: Callable[[str, str], list[di
 @pytest.mark.parametrize("kind", ENGINES)
 def test_resume_is_bitwise(jobs: Callable[[str, str], list[dict[str, Any]]], kind: str) -> None:
     assert jobs("resume", kind) == [SAME] * 2
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_vae_with_a_discriminator_is_that_of_one_process(
+    jobs: Callable[[str, str], list[dict[str, Any]]], kind: str
+) -> None:
+    recipe = make_vae_recipe()
+    recipe.network.train()
+    batch = make_batch(range(8), SHAPES[0])
+    loss = recipe.loss(recipe.network, batch).sum() / recipe.row_elements(batch).sum()
+    loss.backward()
+    expected = {n: p.grad for n, p in recipe.network.named_parameters() if p.grad is not None}
+    for found in jobs("vae", kind):
+        assert found["same"]
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert found["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm().clamp(min=1e-9), name
 
 
 def test_resume_is_bitwise_where_the_order_of_sums_counts(tmp_path: Path) -> None:
