@@ -146,7 +146,7 @@ def test_diffusers_loads_the_file(kind: str, tmp_path: Path) -> None:
     (file,) = write(tmp_path, network, (DIFFUSERS,))
     if kind == "dora":
         pipeline = WanPipeline(None, None, None, UniPCMultistepScheduler(), transformer=stock)  # type: ignore[arg-type]
-        pipeline.load_lora_weights(tmp_path)
+        pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     else:
         stock.load_lora_adapter(tmp_path, weight_name=file.name)
     assert_same_effect(output(stock, stock.config), output(network, stock.config), plain)

@@ -335,7 +335,7 @@ def test_the_stock_pipeline_makes_our_video_with_the_saved_file(
 
     stock = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
     without = video(stock)
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     theirs = video(stock)
     assert (theirs - without).abs().max() > 0.01  # it does something
     spec = recipe.spec
@@ -365,7 +365,7 @@ def test_dropout_of_training_is_not_in_the_file(pipelines: dict[str, Path], tmp_
     files = replace(files, config=replace(files.config, dropout=0.5))
     files.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
     stock = diffusers.DiffusionPipeline.from_pretrained(pipelines["2b"])
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     x, states, time = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])
     first, second = (stock.transformer(x, states, time, return_dict=False)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -67,7 +67,7 @@ def test_it_is_the_stock_pipeline_with_its_own_loader(
     ours = made(model, options, image)
     pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(adapters[kind], adapter_name="x")
+    pipe.load_lora_weights(adapters[kind], weight_name="pytorch_lora_weights.safetensors", adapter_name="x")
     pipe.set_adapters("x", 0.6)
     noise = frame_noise((4, model.spec.padded_frames(3), 4, 4), [7])
     first: dict[str, Any] = {} if image is None else {"image": (image[:, :, 0] + 1) / 2}
