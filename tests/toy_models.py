@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ class ToyBlock(nn.Module):
         everything = torch.cat([x, text], dim=1)
         q, k, v = self.to_q(x), self.to_k(everything), self.to_v(everything)
         return x + self.to_out[0](nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+_SET_ADAPTER_SCALE_FN_MAPPING["ToyTransformer"] = lambda network, weights: weights  # diffusers 0.37 has no default
 
 
 class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):

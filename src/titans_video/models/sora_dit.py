@@ -264,7 +264,9 @@ class Backbone(ModelMixin, ConfigMixin):
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         x = x.to(residual_dtype(x))
         if self.config.sine_positions:
-            x = x + get_2d_sincos_pos_embed(x.shape[-1], self.grid(latents)[1:], device=x.device).to(x.dtype)
+            grid = self.grid(latents)[1:]
+            positions = get_2d_sincos_pos_embed(x.shape[-1], grid, device=x.device, output_type="pt")
+            x = x + positions.to(x.dtype)
         embedded: Tensor = self.entry(x)
         return embedded
 
