@@ -6,10 +6,10 @@ export PYTHON TORCH_INDEX
 LOOSE := $(addprefix --disable-error-code=,arg-type assignment call-overload dict-item misc no-untyped-def union-attr var-annotated)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check docs bench clean
+.PHONY: help setup demo test test-all test-lowest check docs bench clean
 
 help: ## what can be made
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.ready ## a virtual environment in .venv with everything in it; PYTHON=python3.12 chooses the interpreter
 
@@ -27,6 +27,10 @@ test: check ## lint, types and every test that is not long, in two processes
 
 test-all: check ## the long tests too
 	@$(BIN)/python -m pytest -m "long or not long"
+
+test-lowest: ## the unit and reference tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	@VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt scripts/setup.sh
+	@.venv-lowest/bin/python -m pytest tests/unit tests/reference
 
 check: setup ## formatting, lint, types and the import layers
 	@$(BIN)/ruff format --check .

@@ -3,9 +3,11 @@
 #
 #   PYTHON       the interpreter to build on (default: the first of python3, python3.14 ... that is 3.11 or newer)
 #   TORCH_INDEX  where pip takes torch from, for a build that your default package index does not carry
+#   VENV         the environment (default: .venv)
+#   CONSTRAINTS  pip's file of constraints (default: constraints-cpu.txt where no NVIDIA GPU is found)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=.venv
+venv=${VENV:-.venv}
 installing=$venv/.installing # holds the process that is at it; left behind only by an interruption
 
 fresh_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
@@ -54,10 +56,10 @@ pip_install() {
 # torch goes first and alone: left to the resolver, a machine without a GPU would get gigabytes of CUDA libraries.
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     echo "setup: an NVIDIA GPU is here: installing torch with CUDA."
-    pins=()
+    pins=(${CONSTRAINTS:+-c "$CONSTRAINTS"})
 else
     echo "setup: no NVIDIA GPU is here: installing torch for the CPU."
-    pins=(-c constraints-cpu.txt)
+    pins=(-c "${CONSTRAINTS:-constraints-cpu.txt}")
 fi
 pip_install ${pins[@]+"${pins[@]}"} ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 echo "setup: installing the rest (about two minutes)."

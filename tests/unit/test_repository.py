@@ -49,6 +49,45 @@ def test_the_patterns_see_what_they_forbid() -> None:
     assert UNFINISHED.search("# TODO: later")
 
 
+OPTIONAL = ("peft", "tensorboard", "torchao", "wandb")
+"""Packages of extras that users install; the others are for development."""
+
+
+def lower_bounds() -> dict[str, str]:
+    """The lowest version of each package that users install, by pyproject.toml."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = {name: version for found in project["optional-dependencies"].values() for name, version in split(found)}
+    return dict(split(project["dependencies"])) | {name: extras[name] for name in OPTIONAL}
+
+
+def split(requirements: list[str]) -> list[tuple[str, str]]:
+    return [(name, version) for name, _, version in (text.partition(">=") for text in requirements)]
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+@pytest.mark.parametrize("page", ["docs/start.md", "docs/zh/start.md"])
+def test_the_pages_tell_which_versions_work(page: str) -> None:
+    rows = rows_of(page)
+    assert {name: lowest for name, lowest, _ in rows} == lower_bounds()
+    assert all(numbers(lowest) <= numbers(newest) for _, lowest, newest in rows)
+    assert [row[::2] for row in rows] == [row[::2] for row in rows_of("docs/start.md")]
+
+
+def rows_of(page: str) -> list[tuple[str, str, str]]:
+    """The package, lowest and newest version of each row of a page's table."""
+    return re.findall(r"^\| ([a-z]+) \| ([\d.]+) \| ([\d.]+) \|", (REPOSITORY / page).read_text(), re.MULTILINE)
+
+
+def test_the_lowest_versions_are_those_that_are_tested() -> None:
+    lines = (REPOSITORY / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins == {name: version for name, version in lower_bounds().items() if name in pins}
+    assert lower_bounds().keys() - pins.keys() == {"tensorboard", "torchao", "wandb"}, "not lowered, so not pinned"
+
+
 def test_files_stay_readable_in_one_sitting() -> None:
     long = {str(p.relative_to(REPOSITORY)): n for p in (REPOSITORY / "src").rglob("*.py") if (n := _lines(p)) > 450}
     assert not long
