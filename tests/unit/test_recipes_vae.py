@@ -25,6 +25,7 @@ from titans_video.models import reconstruction as measures
 from titans_video.models.reconstruction import LPIPS, VGG16, hinge
 from titans_video.models.video_vae import TitansVideoVAE
 from titans_video.recipes.vae import MEASURES, crop_clips
+from titans_video.training.optim import build_optimizer
 from titans_video.training.vae_network import VaeNetwork, latent_statistics, principal_components, set_statistics
 
 SMALL = "--vae-width 8 --encoder-blocks 1 --decoder-blocks 1 --refine-width 4 --latent-channels 4 --spatial-stride 4"
@@ -262,13 +263,24 @@ def test_a_run_is_the_same_in_one_piece_and_resumed_and_leaves_a_vae(clips: Path
     assert len(vae.config.latents_std) == 4
 
 
-def test_the_first_step_is_the_linear_codec(clips: Path, tmp_path: Path) -> None:
+def test_the_first_step_is_the_linear_codec(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it learns anything, the VAE reconstructs as principal components do, and every recipe takes its folder."""
-    run = tmp_path / "run"
+    run, rates = tmp_path / "run", {}
+
+    def spy(network: Any, options: Any) -> Any:
+        made = build_optimizer(network, options)
+        names = {p: name for name, p in network.named_parameters()}
+        rates.update({names[p]: group["base_lr"] for group in made.param_groups for p in group["params"]})
+        return made
+
+    monkeypatch.setattr("titans_video.training.trainer.build_optimizer", spy)
     train(clips, run, f"{SMALL} --max-steps 1 --lr 1e-9 --validate-every 1 --validation-manifest {clips}")
     line = json.loads((run / "validation.jsonl").read_text())
     found = dict(zip(line["measures"], line["cells"][-1]["losses"], strict=True))
     assert found["PSNR dB"] > 25
+    assert rates["vae.encoder.linear.weight"] == rates["vae.decoder.linear.weight"] == pytest.approx(1e-10)
+    assert rates["vae.encoder.conv_in.weight"] == 1e-9
+    monkeypatch.undo()
     words = f"train --manifest {clips} --pretrained-model {run} --empty-captions keep --resolution 32 --num-frames 9"
     more = f"--preset tiny --patch-size 1,2,2 --max-steps 1 --output-dir {tmp_path / 'sora'}"
     assert main(f"{words} {more}".split()) == 0
@@ -293,6 +305,7 @@ def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: 
     for more, words in (
         ("--cache c", "--cache: a VAE is trained on pixels"),
         ("--trainable decoder", "give --init-from"),
+        ("--trainable decoder --resume auto", "there is no run to resume from"),
         ("--crop-scale 1,2", "give --crop-size"),
         ("--crop-size 16 --crop-scale 3,2", "must not be above"),
         ("--crop-size 20", "must be a multiple of the VAE's stride"),

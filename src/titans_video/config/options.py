@@ -294,7 +294,8 @@ class TrainOptions:
     resume: Annotated[str, Metavar("auto|none|PATH")] = "none"
     """auto: resume from the newest good checkpoint in --output-dir, if there is one; PATH: from this checkpoint."""
     init_from: AnyPath | None = None
-    """Start at step 0 with the weights of a checkpoint, run, exported folder or LoRA. Ignored if the run resumes."""
+    """Start at step 0 with the weights of a checkpoint, run, exported folder, LoRA or (`train vae`) VAE. Ignored if the
+    run resumes."""
     allow_changes: bool = False
     """Resume even if data, model or settings differ from those of the checkpoint."""
     max_bad_steps: Annotated[int, Range(least=1)] = 10

@@ -136,7 +136,7 @@ def check_vae(options: TrainVaeOptions) -> None:
     ):
         if given is not None:
             raise ConfigError(f"{flag}: a VAE is trained on pixels, without captions; leave it out.")
-    if options.vae.trainable == "decoder" and options.train.init_from is None:
+    if options.vae.trainable == "decoder" and options.train.init_from is None and options.train.resume == "none":
         raise ConfigError("--trainable decoder needs the VAE whose encoder stays as it is; give --init-from FOLDER.")
 
 

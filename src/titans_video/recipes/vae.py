@@ -56,6 +56,9 @@ FIT_CLIPS = 64  # to which the linear start is fitted
 STATISTICS_CLIPS = 256  # from which the statistics of latents are measured
 SHEETS = 4  # held-out clips that validation shows
 EACH = (1, 1, 1)
+LINEAR_RATE = 0.1
+"""Learning rate of a linear codec that is already fitted, as a multiple of that of the other layers. At the full rate,
+the first steps of AdamW would undo the fit."""
 
 
 @dataclass
@@ -190,9 +193,11 @@ def train_vae(options: TrainVaeOptions) -> TrainResult:
     check_sizes(options.vae, codec.spec, parts.data)
     decoder_only = options.vae.trainable == "decoder"
     network = VaeNetwork(vae, codec.vae_spec, options.losses, decoder_only=decoder_only)
-    is_new = run.resume is None and options.train.init_from is None
-    if is_new and options.vae.linear_start and isinstance(vae, TitansVideoVAE):
-        start_linear(vae, options, parts.data, run)
+    if options.vae.linear_start and isinstance(vae, TitansVideoVAE):
+        for layer in (vae.encoder.linear, vae.decoder.linear):
+            layer.learning_rate_ratio = LINEAR_RATE  # read by `training.optim`
+        if run.resume is None and options.train.init_from is None:
+            start_linear(vae, options, parts.data, run)
     limit_activations(network, options.activations)
     if options.activations.every:
         network.recompute_activations()
@@ -270,6 +275,8 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
         if found is None:
             raise ConfigError(f"--init-from {init_from} is neither a VAE nor a run of `train vae`.")
         return found
+    if o.trainable == "decoder":
+        raise ConfigError("--trainable decoder: there is no run to resume from; give --init-from FOLDER too.")
     torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     return TitansVideoVAE(
         latent_channels=o.latent_channels,
