@@ -1,6 +1,7 @@
 """Wan as we train it against the parts of its own pipelines and PEFT: prompts, latents, conditions, a step, videos."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -230,6 +231,7 @@ def test_loss_and_gradients_of_a_step(variant: str, expert: str | None, whole: b
         batch = replace(batch, num_cond_frames=torch.tensor([0, 1, 5]), images=None, image_rows=())
     else:
         assert batch.num_cond_frames.tolist() == [int(spec.needs_image)] * 3
+        assert bool(batch.image_rows) == spec.needs_image  # a row with an image of its own is among them
     pipe = stock(folders(variant)) if whole else with_peft(recipe, folders(variant))
     expected = loss_by_hand(pipe, batch, expert, shift)
     prepared = replace(recipe.prepare(batch, train=True), expert=expert)
@@ -302,12 +304,12 @@ def test_prompts_are_the_pipelines(folders: Any) -> None:
     assert text.fingerprints()[0].endswith("cleaned")  # type: ignore[union-attr]
 
 
-def call_of(spec: ModelSpec, *, image: bool, guidance: float = 3.0) -> tuple[PipelineCall, dict[str, Any]]:
-    """A call, and the same call of the stock pipeline without prompts."""
+def call_of(spec: ModelSpec, images: int, guidance: float = 3.0) -> tuple[PipelineCall, dict[str, Any]]:
+    """A call with so many images, and the same call of the stock pipeline, without prompts."""
     side = side_of(spec)
     noise = torch.randn((1, *spec.codec_spec.latent_shape(9, side, side)), generator=torch.Generator().manual_seed(1))
     frames = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    given = [image, image and spec.end_frame == "required"]
+    given = [images > 0, images > 1]
     first, last = (scaled(x[None, :, None]) if use else None for x, use in zip(frames, given, strict=True))
     text = TextCondition((torch.zeros(1, 1, 48),), (torch.ones(1, 1, dtype=torch.bool),))
     second = 2.0 if len(spec.experts) == 2 else None
@@ -318,7 +320,11 @@ def call_of(spec: ModelSpec, *, image: bool, guidance: float = 3.0) -> tuple[Pip
     return call, plain | ({} if second is None else {"guidance_scale_2": second}) | {"latents": noise}
 
 
-VIDEOS = [*((variant, not variant.startswith("t")) for variant in WAN_VARIANTS), ("ti2v-5b", True)]
+VIDEOS = [
+    *(("t2v-2.1", 0), ("i2v-2.1", 1), ("flf-2.1", 2), ("t2v-a14b", 0), ("i2v-a14b", 1), ("i2v-a14b", 2)),
+    *(("ti2v-5b", 0), ("ti2v-5b", 1)),
+]
+"""Every variant, and the images that are given: the first frame, and the last one."""
 
 
 def encoded(pipe: Any, call: PipelineCall, plain: dict[str, Any]) -> tuple[PipelineCall, dict[str, Any]]:
@@ -329,13 +335,13 @@ def encoded(pipe: Any, call: PipelineCall, plain: dict[str, Any]) -> tuple[Pipel
     return replace(call, text=first, negative=second), plain
 
 
-@pytest.mark.parametrize(("variant", "image"), VIDEOS)
-def test_videos_are_the_stock_pipelines(variant: str, image: bool, folders: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "images"), VIDEOS)
+def test_videos_are_the_stock_pipelines(variant: str, images: int, folders: Any) -> None:
     """Without an adapter and with one that is at its start, to the bit; with a trained one, to 1e-5."""
     recipe, _ = recipe_of(folders(variant))
-    spec, kind = recipe.spec, diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
+    spec, kind = recipe.spec, diffusers.WanImageToVideoPipeline if images else diffusers.WanPipeline
     pipe = stock(folders(variant), kind)
-    call, plain = encoded(pipe, *call_of(spec, image=image))
+    call, plain = encoded(pipe, *call_of(spec, images))
 
     def theirs() -> Tensor:
         frames: Tensor = pipe(**plain, output_type="pt").frames
@@ -381,7 +387,7 @@ def test_one_expert_alone(folders: Any) -> None:
     pipe = spec.pipeline(low, codec, text=False, dtype=torch.float32)
     assert (pipe.transformer, pipe.transformer_2) == (low.transformer_2, None)
     pipe.set_progress_bar_config(disable=True)
-    assert spec.run(pipe, call_of(spec, image=False)[0]).shape == (1, 3, 9, 32, 32)
+    assert spec.run(pipe, call_of(spec, 0)[0]).shape == (1, 3, 9, 32, 32)
     with pytest.raises(ConfigError, match="no expert 'middle'; its experts are high, low"):
         spec.load_network(torch.float32, ["middle"])
 
@@ -456,6 +462,16 @@ def test_folders_that_do_not_fit_together(
     folder = edited(folders(variant), tmp_path / "wrong", file, **changes)
     with pytest.raises(ConfigError, match=said):
         open_model_spec(folder).process()
+
+
+def test_folders_beside_the_right_one(folders: Any, tmp_path: Path) -> None:
+    """A part of a pipeline, and Wan's original files."""
+    folder = folders("t2v-2.1")
+    with pytest.raises(ConfigError, match=f"has no model_index.json.*Perhaps you mean {re.escape(str(folder))}"):
+        open_model_spec(folder / "transformer")
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "model_type": "t2v"}')
+    with pytest.raises(ConfigError, match=r"has no model_index\.json.*then end in -Diffusers"):
+        open_model_spec(tmp_path)
 
 
 def test_sizes_off_the_grid_are_rejected(folders: Any) -> None:

@@ -286,9 +286,17 @@ def _open(folder: str | Path) -> ModelSpec:
         name = read_json(path / INDEX, strict=False).get("_class_name")
     except FileNotFoundError:
         what = f"has no {INDEX}" if path.is_dir() else "is not a folder on this machine"
+        hint = ""
+        if (path.parent / INDEX).is_file():
+            hint = f" Perhaps you mean {path.parent}."
+        elif path.is_dir() and (path / "config.json").is_file():
+            hint = (
+                " It has a single config.json, as a model in another format than diffusers'. The same model is often "
+                "published for diffusers too; the names of Wan's folders then end in -Diffusers."
+            )
         raise ConfigError(
             f"--pretrained-model {path} {what}. Give the folder of a whole diffusers pipeline, as `hf download NAME "
-            "--local-dir DIR` writes it; nothing is downloaded here."
+            f"--local-dir DIR` writes it; nothing is downloaded here.{hint}"
         ) from None
     except (OSError, ValueError, AttributeError) as e:
         raise ConfigError(f"--pretrained-model: {path / INDEX} cannot be read: {e}") from None
