@@ -13,15 +13,17 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.factories import make_vae, tiny_vae
+from tests.factories import VAE_KINDS, make_vae, tiny_vae
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs.base import to_patches
 from titans_video.codecs.diffusers import VAE_SPECS, DiffusersCodec
+from titans_video.config.options import ActivationOptions
 from titans_video.config.recipes import VaeLossOptions, VaeOptions
 from titans_video.errors import ConfigError
 from titans_video.media.writing import write_video
 from titans_video.models import reconstruction as measures
+from titans_video.models.activations import limit_activations
 from titans_video.models.reconstruction import LPIPS, VGG16, hinge
 from titans_video.models.video_vae import TitansVideoVAE
 from titans_video.recipes.vae import MEASURES, crop_clips
@@ -315,3 +317,46 @@ def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: 
     ):
         assert main(f"{base} {more}".split()) == 2, more
         assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["titans", "ltx", "wan"])
+def test_recomputed_activations_give_the_same_gradients(kind: str) -> None:
+    side = 64 if kind == "ltx" else 16
+    gradients = []
+    for checkpointed in (False, True):
+        network = trained(kind)
+        if checkpointed:
+            limit_activations(network, ActivationOptions(gradient_checkpointing=True))
+            if kind == "wan":
+                with pytest.raises(ConfigError, match="AutoencoderKLWan does not support it"):
+                    network.recompute_activations()
+                return
+            network.recompute_activations()
+        latents = DiffusersCodec(tiny_vae(kind)).spec.latent_shape(9, side, side)
+        network(noise(1, 3, 9, side, side), noise(1, *latents)).loss.sum().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("kind", VAE_KINDS)
+def test_every_kind_of_vae_is_trained_whole_or_by_its_decoder(kind: str) -> None:
+    side, frames = (64, 9) if kind == "ltx" else (16, 5)
+    vae = tiny_vae(kind)
+    codec = DiffusersCodec(vae)
+    frames = codec.spec.frames_at_most(frames) or 1
+    x, z = noise(2, 3, frames, side, side), noise(2, *codec.spec.latent_shape(frames, side, side), seed=1)
+    whole = VaeNetwork(vae, codec.vae_spec, VaeLossOptions())
+    found = whole(x, z)
+    moments = codec.encode_moments(x)
+    assert_close(found.moments, moments, atol=1e-4, rtol=1e-3)
+    mean, logvar = moments.chunk(2, dim=1)
+    unscaled = mean + (logvar / 2).exp() * z
+    assert_close(found.pixels, codec.decode(codec.scale(unscaled), frames), atol=1e-3, rtol=1e-3)
+    found.loss.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in vae.encoder.parameters())
+    decoder = VaeNetwork(vae, codec.vae_spec, VaeLossOptions(), decoder_only=True)
+    decoder.zero_grad()
+    decoder(x, z).loss.sum().backward()
+    assert all(p.grad is None for p in vae.encoder.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in vae.decoder.parameters())

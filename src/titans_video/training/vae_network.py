@@ -15,7 +15,7 @@ from titans_video.codecs.base import to_patches
 from titans_video.codecs.diffusers import VaeSpec, vae_class
 from titans_video.codecs.pca import PCACodec
 from titans_video.config.recipes import VaeLossOptions
-from titans_video.errors import CheckpointError, first_line
+from titans_video.errors import CheckpointError, ConfigError, first_line
 from titans_video.models.reconstruction import (
     LPIPS,
     PatchDiscriminator,
@@ -87,9 +87,15 @@ class VaeNetwork(nn.Module):
         return Reconstructed(loss, made, moments)
 
     def recompute_activations(self) -> None:
-        """Recompute activations in the backward pass, in a VAE whose blocks `limit_activations` does not know."""
-        if not self._no_split_modules:
-            self.vae.enable_gradient_checkpointing()  # type: ignore[operator]
+        """Recompute activations in the backward pass, in a VAE whose blocks `limit_activations` does not know.
+
+        Raises ConfigError if its class cannot.
+        """
+        if self._no_split_modules:
+            return
+        if not getattr(self.vae, "_supports_gradient_checkpointing", False):
+            raise ConfigError(f"--gradient-checkpointing: {type(self.vae).__name__} does not support it; leave it out.")
+        self.vae.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def load_vae_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load the VAE's weights of a checkpoint, whose discriminator is left out."""
