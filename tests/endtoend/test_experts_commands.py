@@ -69,8 +69,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: P
 def test_one_process_then_two_then_one(kind: str, repository: Path, pipeline: Path, tmp_path: Path) -> None:
     """DDP for the LoRA, FSDP2 for all weights, against one process throughout."""
     common = f"{LORA} --parity-gate none" if kind == "lora" else SIZE.replace("--lr 0.01", "--lr 0.001")
-    videos = "--validate-every 4 --validation-prompt x --sample-steps 2"
-    flags = words(repository, pipeline, f"{common} --save-limit 1 --grad-accum 2 {videos}")
+    flags = words(repository, pipeline, f"{common} --save-limit 1 --grad-accum 2")
     assert main(["train", kind, *flags, "--output-dir", str(tmp_path / "one")]) == 0
     again = [*flags, "--output-dir", str(tmp_path / "two"), "--resume", "auto"]
     again[again.index("--max-steps") + 1] = "2"
@@ -100,7 +99,7 @@ def test_one_process_then_two_then_one(kind: str, repository: Path, pipeline: Pa
 
 
 def test_one_expert_alone(repository: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its export has the other one as it was; a video of a validation needs both."""
+    """Its export has the other one as it was; a clip of a validation needs both."""
     flags = f"{SIZE} {CHECKED} --max-steps 1 --experts low --trainable attn1 --output-dir {tmp_path}"
     assert main(["train", "finetune", *words(repository, pipeline, flags.replace("every 6", "every 1"))]) == 0
     assert "Only the low-noise expert of Wan 2.2 T2V-A14B is trained, on its own 50 % of the times" in (

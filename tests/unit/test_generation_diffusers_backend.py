@@ -21,7 +21,7 @@ from titans_video.generation.diffusers_backend import (
     load_pipeline,
     plan_pretrained,
 )
-from titans_video.generation.pipeline_parts import cast_inputs, windowed
+from titans_video.generation.pipeline_parts import windowed
 from titans_video.generation.request import build_request
 from titans_video.generation.step_cache import pipeline_cache
 from titans_video.models import lora, lora_io
@@ -177,12 +177,3 @@ def test_words_of_the_lora_flag(tmp_path: Path) -> None:
     assert parse_lora(str(tmp_path / "odd:name")) == (tmp_path / "odd:name", 1.0, None)
     with pytest.raises(ConfigError, match=r"--lora high=a:b: 'b' is not a weight"):
         parse_lora("high=a:b")
-
-
-def test_weights_in_float32_compute_under_autocast() -> None:
-    """As in a training of all weights in mixed precision, where a pipeline calls the networks without its wrapper."""
-    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
-    expected = nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
-    with torch.no_grad(), cast_inputs([layer], torch.bfloat16):
-        assert torch.equal(layer(x), expected)
-    assert layer(x).dtype == torch.float32

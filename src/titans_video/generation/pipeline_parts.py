@@ -17,16 +17,9 @@ from titans_video.pretrained.base import ModelSpec
 
 @contextmanager
 def cast_inputs(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Cast the networks' input tensors to `dtype`, except timesteps and what is inside tuples (positions).
+    """Cast the networks' input tensors to their precision, except timesteps and what is inside tuples (positions)."""
 
-    A network whose weights are all in float32, as in a training of all of them, computes under autocast.
-    """
-
-    def casting(network: nn.Module) -> Callable[..., Any]:
-        whole: Callable[..., Any] = network.forward
-        if dtype != torch.float32 and {p.dtype for p in network.parameters()} == {torch.float32}:
-            whole = torch.autocast(next(network.parameters()).device.type, dtype)(whole)
-
+    def casting(whole: Callable[..., Any]) -> Callable[..., Any]:
         def cast(name: str, value: Any) -> Any:
             is_input = isinstance(value, Tensor) and value.is_floating_point() and name != "timestep"
             return value.to(dtype) if is_input else value
@@ -38,7 +31,7 @@ def cast_inputs(networks: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[N
 
     with ExitStack() as stack:
         for network in networks:
-            stack.enter_context(_replaced(network, "forward", casting(network)))
+            stack.enter_context(_replaced(network, "forward", casting(network.forward)))
         yield
 
 

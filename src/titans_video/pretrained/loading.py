@@ -364,9 +364,7 @@ class Router(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
         first = next(iter(parts.values()))
-        blocks: list[str] = getattr(first, "_no_split_modules", None) or []
-        # Read by sharding and recomputation. A pipeline calls the networks themselves, so each is sharded by itself.
-        self._no_split_modules = [*blocks, type(first).__name__]
+        self._no_split_modules: Any = getattr(first, "_no_split_modules", None)  # read by sharding and recomputation
         self._repeated_blocks: Any = getattr(first, "_repeated_blocks", None)  # and by compilation
 
     def forward(self, part: str | None, **inputs: Any) -> Any:
