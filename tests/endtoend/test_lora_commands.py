@@ -300,7 +300,7 @@ def test_a_lora_for_another_model_or_without_one(
         ("--offload blocks --gradient-checkpointing --compile", "does not work with --compile"),
         ("--offload-keep 2", "give --offload blocks too"),
         ("--quantize int8 --layerwise-casting fp8_e4m3", "give only one of them"),
-        ("--base-file a.safetensors b.safetensors", "needs one file"),
+        ("--base-file a.safetensors --base-file b.safetensors", "needs one file"),
         ("--base-file a.safetensors", "no such file"),
         ("--task-mix t2v=1", "leave it out"),
         ("--sample-guidance-interval 0,1", "guide at all times"),

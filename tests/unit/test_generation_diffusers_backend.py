@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import pytest
@@ -23,8 +23,10 @@ from titans_video.generation.diffusers_backend import (
 )
 from titans_video.generation.pipeline_parts import windowed
 from titans_video.generation.request import build_request
+from titans_video.generation.run import run_generate
 from titans_video.generation.step_cache import pipeline_cache
 from titans_video.models import lora, lora_io
+from titans_video.models.quantized import Kind, QuantizedLinear
 from titans_video.pretrained.base import open_model_spec
 from titans_video.seeding import derive_seed
 from titans_video.types import Condition, TextCondition
@@ -134,6 +136,19 @@ def test_a_pipeline_in_bf16(overrides: Overrides, pipelines: dict[str, Path], ad
     video = made(half, options)
     assert video.dtype == torch.float32
     assert (video - made(whole, options)).abs().mean() < 0.1
+
+
+def test_a_quantized_pipeline_with_an_adapter(pipelines: dict[str, Path], adapters: dict[str, Path]) -> None:
+    options = GenerateOptions(prompt="a red circle", num_frames=9, height=32, width=32, steps=2)
+    videos = []
+    kinds: tuple[Kind | Literal["none"], ...] = ("none", "int8")
+    for kind in kinds:
+        model, _ = load_pipeline(RunOptions(quantize=kind), str(pipelines["2b"]), [str(adapters["2b"])], Overrides())
+        assert any(isinstance(m, QuantizedLinear) for n in model.networks for m in n.modules()) == (kind == "int8")
+        videos.append(made(model, options))
+    assert 0 < (videos[0] - videos[1]).abs().mean() < 0.1
+    with pytest.raises(ConfigError, match="--quantize nf4 is for pretrained pipelines"):
+        run_generate(options, Overrides(), RunOptions(quantize="nf4"))
 
 
 @pytest.mark.parametrize("kind", ["first-block", "mag", "taylor"])

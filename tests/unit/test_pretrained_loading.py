@@ -13,8 +13,10 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.wan_pipelines import make_wan
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.quantized import QuantizedLinear, quantize
+from titans_video.pretrained.base import open_model_spec
 from titans_video.pretrained.loading import FileWeights, FolderWeights, Loading, Read, base_files, load
 
 SIZES: dict[str, Any] = {
@@ -236,3 +238,32 @@ def test_files_of_experts_are_given_in_order(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             base_files([str(path) for path in files], parts)
+
+
+def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> None:
+    """Both experts, or the one that is trained; what is known of the base follows the files."""
+    pipeline = make_wan(tmp_path / "pipeline", "t2v-a14b")
+    plain = open_model_spec(pipeline)
+    expected, fingerprint = plain.load_network(torch.float32), plain.fingerprint()
+    files = []
+    for part, name in (("transformer", "high"), ("transformer_2", "low")):
+        stored = pipeline / part / "diffusion_pytorch_model.safetensors"
+        tensors = {original(key): value for key, value in load_file(stored).items()}
+        files.append(str(tmp_path / f"{name}.safetensors"))
+        save_file(tensors, files[-1])
+    spec = open_model_spec(pipeline, files[:1], "high")
+    assert spec.loading.files.keys() == {"transformer"}
+    with pytest.raises(ConfigError, match="2 files"):
+        open_model_spec(pipeline, files[:1])
+    for part in ("transformer", "transformer_2"):
+        (pipeline / part / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="transformer_2 has no weights"):
+        open_model_spec(pipeline, files[:1], "high")
+    spec = open_model_spec(pipeline, files)
+    found = spec.load_network(torch.float32)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.get_parameter(name), value)
+    tiny = spec.tiny_model(None).state_dict()
+    assert all(torch.equal(tiny[name], value) for name, value in expected.state_dict().items())
+    assert spec.fingerprint() != fingerprint
+    assert spec.fingerprint() == open_model_spec(pipeline, files).fingerprint()

@@ -28,6 +28,9 @@ class GenerateOptions:
     lora: tuple[FilePath, ...] = ()
     """LoRA for the pipeline in --pretrained-model: FILE or FILE:WEIGHT; high=FILE or low=FILE for one of two experts,
     if the file does not name it."""
+    base_file: tuple[FilePath, ...] = ()
+    """Safetensors file with the transformer's weights, as ComfyUI uses them, instead of those in --pretrained-model.
+    With two experts: the file of high noise, then that of low noise."""
     prompt: str | None = None
     """Text that describes the video."""
     prompt_file: FilePath | None = None
@@ -141,6 +144,8 @@ class RunOptions:
     """cuda, cuda:1 or cpu (default: cuda if available)."""
     dtype: AutoDtype = "auto"
     """Precision of the network's weights; auto: bf16 on a GPU with bf16, else fp32."""
+    quantize: Literal["int8", "int4", "nf4", "fp8", "none"] = "none"
+    """Store the linear layers of a pretrained network's blocks in 8 or 4 bits. They multiply in --dtype."""
     tf32: bool = True
     """Round the inputs of float32 products to TF32 on a GPU. This is faster."""
     compile: Switch = "auto"

@@ -284,16 +284,28 @@ def find_finetuned(name: str | None) -> Checkpoint | None:
 
 
 def load_pipeline(
-    run: RunOptions, folder: str, loras: Sequence[str], overrides: Overrides, trained: Checkpoint | None = None
+    run: RunOptions,
+    folder: str,
+    loras: Sequence[str],
+    overrides: Overrides,
+    trained: Checkpoint | None = None,
+    files: Sequence[str] = (),
 ) -> tuple[PretrainedModel, list[str]]:
     """Load a pipeline with adapters (FILE or FILE:WEIGHT), and notes about them; `overrides` may set `vae_dtype`.
 
-    `trained` has the weights of a fine-tuned network. Raises UserError if the pipeline or a file is missing, malformed,
-    or for another model.
+    `files` have the networks' weights instead of the folder (`--base-file`), and `trained` those of a fine-tuned
+    network. Raises UserError if the pipeline or a file is missing, malformed, or for another model.
     """
     run, _ = choose_defaults(run)
     device = run_device(run)
-    spec, dtype = open_model_spec(folder), PRECISIONS[run.dtype]
+    spec, dtype = open_model_spec(folder, files), PRECISIONS[run.dtype]
+    if run.quantize != "none":
+        if trained is not None:
+            raise ConfigError(
+                f"--quantize {run.quantize}: the weights of a fine-tuning are not quantized; leave it out."
+            )
+        stays = device if run.offload == "none" else torch.device("cpu")
+        spec.loading = replace(spec.loading, quantize=run.quantize, device=stays)
     read = read_loras(spec, loras)
     check_attention_backend(run.attention_backend, device, training=False)
     network = spec.load_network(dtype)

@@ -164,13 +164,18 @@ def _load(
     finetuned = diffusers_backend.find_finetuned(options.checkpoint) if is_pipeline(folder) else None
     alone = options.checkpoint is None and (options.lora or is_pipeline(folder))
     if folder is not None and (alone or finetuned):
-        pretrained, notes = diffusers_backend.load_pipeline(run, folder, options.lora, overrides, finetuned)
+        pretrained, notes = diffusers_backend.load_pipeline(
+            run, folder, options.lora, overrides, finetuned, options.base_file
+        )
         pretrained = diffusers_backend.with_scheduler_shift(pretrained, options.shift)
         return pretrained, partial(diffusers_backend.plan_generation, pretrained), notes
-    if options.lora:
-        raise ConfigError(
-            "--lora needs a pretrained pipeline: give its folder with --pretrained-model DIR, and no --checkpoint."
-        )
+    for flag, is_given in {"--lora": options.lora, "--base-file": options.base_file}.items():
+        if is_given:
+            raise ConfigError(
+                f"{flag} needs a pretrained pipeline: give its folder with --pretrained-model DIR, and no --checkpoint."
+            )
+    if run.quantize != "none":
+        raise ConfigError(f"--quantize {run.quantize} is for pretrained pipelines (--pretrained-model); leave it out.")
     model = with_shift(load_for(run, options.checkpoint, overrides), options.shift)
     return model, partial(long_video.plan_generation, model), []
 
@@ -227,7 +232,7 @@ def command(options: GenerateOptions, overrides: Overrides, run: RunOptions) -> 
             if value == getattr(default, f.name):
                 continue
             flag = "--" + f.name.replace("_", "-")
-            if f.name == "lora":
+            if f.name in ("lora", "base_file"):
                 words += [word for one in value for word in (flag, one)]
             elif isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")

@@ -277,6 +277,12 @@ def open_model_spec(folder: str | Path, files: Sequence[str] = (), expert: str |
         parts = list(spec.lora_prefixes.values())
         own = [part for name, part in zip(spec.experts, parts, strict=False) if name == expert]
         spec.loading = Loading(base_files(files, own if len(files) == len(own) else parts))
+        for part in parts:
+            if not spec.loading.weights(spec.folder, part).exists():
+                raise ConfigError(
+                    f"--base-file: {spec.folder / part} has no weights, so give the files of both experts; first that "
+                    "of high noise."
+                )
     return spec
 
 

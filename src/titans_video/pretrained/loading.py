@@ -54,6 +54,10 @@ class Weights(ABC):
     path: Path
 
     @abstractmethod
+    def exists(self) -> bool:
+        """Whether there are any."""
+
+    @abstractmethod
     def entries(self, network: nn.Module) -> Iterator[tuple[str, Read]]:
         """Yield diffusers' name of each tensor for a network, and a function that reads it now. One file is open."""
 
@@ -80,6 +84,12 @@ class FolderWeights(Weights):
                 return [whole]
         raise FileNotFoundError("it has no diffusion_pytorch_model.safetensors")
 
+    def exists(self) -> bool:
+        try:
+            return bool(self.files())
+        except FileNotFoundError:
+            return False
+
     def entries(self, network: nn.Module) -> Iterator[tuple[str, Read]]:
         for path in self.files():
             if path.suffix == ".safetensors":
@@ -99,6 +109,9 @@ class FileWeights(Weights):
     """A single safetensors file (`--base-file`)."""
 
     path: Path
+
+    def exists(self) -> bool:
+        return self.path.is_file()
 
     def entries(self, network: nn.Module) -> Iterator[tuple[str, Read]]:
         with safe_open(self.path, framework="pt") as f:

@@ -68,7 +68,9 @@ class LoraFiles:
 
     def sample_command(self, last: Path) -> list[str]:
         pipeline = str(self.spec.folder.absolute())
-        words = ["titans-video", "generate", "--pretrained-model", pipeline, "--lora", str(last)]
+        words = ["titans-video", "generate", "--pretrained-model", pipeline]
+        words += [word for file in self.spec.loading.files.values() for word in ("--base-file", str(file.absolute()))]
+        words += ["--lora", str(last)]
         return words + (["--image", "FIRST_FRAME.png"] if self.spec.needs_image else [])
 
 
