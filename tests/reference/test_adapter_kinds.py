@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.reference.test_lora_formats import assert_same_effect, make_network, output, with_adapter, write
+from tests.reference.test_lora_formats import LOKR_LOADS, assert_same_effect, make_network, output, with_adapter, write
 from tests.reference.test_lora_peft import TARGETS, Net
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError
@@ -147,6 +147,8 @@ def test_diffusers_loads_the_file(kind: str, tmp_path: Path) -> None:
     if kind == "dora":
         pipeline = WanPipeline(None, None, None, UniPCMultistepScheduler(), transformer=stock)  # type: ignore[arg-type]
         pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    elif not LOKR_LOADS:
+        pytest.skip("this version of diffusers does not know LoKr")
     else:
         stock.load_lora_adapter(tmp_path, weight_name=file.name)
     assert_same_effect(output(stock, stock.config), output(network, stock.config), plain)

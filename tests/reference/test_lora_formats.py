@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,9 @@ from titans_video.models import lora, lora_formats, lora_io
 from titans_video.models.lora_formats import COMFYUI, DIFFUSERS, FORMATS, KOHYA
 
 pytest.importorskip("peft")
+
+LOKR_LOADS = hasattr(diffusers.utils.peft_utils, "_create_lokr_config")
+"""Whether this version of diffusers loads a LoKr."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "t2v": {"in_channels": 16},
@@ -127,8 +131,8 @@ def test_layers_outside_the_blocks_keep_their_strength(tmp_path: Path) -> None:
     base = output(network, stock.config)
     with_adapter(network, targets=(*ALL, "condition_embedder", "proj_out"))
     _, comfyui, kohya = write(tmp_path, network)
-    state = WanLoraLoaderMixin.lora_state_dict(comfyui)
-    stock.load_lora_adapter(state)
+    state, header = WanLoraLoaderMixin.lora_state_dict(tmp_path, weight_name=comfyui.name, return_lora_metadata=True)
+    stock.load_lora_adapter(state, metadata=header)
     assert_same_effect(output(stock, stock.config), output(network, stock.config), base)
     fresh = make_network("i2v-2.1")
     read = lora_io.read(kohya)

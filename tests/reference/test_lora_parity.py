@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reference.test_lora_formats import with_adapter
+from tests.reference.test_lora_formats import LOKR_LOADS, with_adapter
 from tests.wan_pipelines import WAN_VARIANTS, make_wan
 from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_formats, lora_io
@@ -63,7 +63,7 @@ def test_files_that_diffusers_cannot_convert_are_read_back(specs: dict[str, Mode
     diffusers, comfyui, kohya = gate(specs["t2v-2.1"], tmp_path, targets=ATTENTION)
     assert "stock diffusers loads it" in diffusers
     assert "stock diffusers loads it" in comfyui
-    assert kohya.startswith("kohya.safetensors: diffusers has no names for it (KeyError")
+    assert kohya.startswith("kohya.safetensors: diffusers does not load it (KeyError")
     assert max(shares((diffusers, comfyui, kohya))) <= 1e-5
 
 
@@ -75,7 +75,7 @@ def test_other_kinds(kind: str, specs: dict[str, ModelSpec], tmp_path: Path) -> 
     assert max(shares(lines)) <= 1e-5
     read_back = [line.split()[0] for line in lines if "read back here" in line]
     assert bool(read_back) == (kind == "lokr")
-    assert all(name.startswith(("comfyui", "kohya")) for name in read_back)
+    assert not LOKR_LOADS or all(name.startswith(("comfyui", "kohya")) for name in read_back)
 
 
 def test_a_large_network_is_compared_in_two_blocks(

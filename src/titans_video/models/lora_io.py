@@ -114,6 +114,9 @@ def write_original(
 ) -> None:
     """Write the adapter of one network for ComfyUI or in kohya's format, atomically; `names` is the network's.
 
+    The header has the ranks for diffusers, whose converter moves each scale into A and B. Without them versions below
+    0.42 give layers of other ranks than most a wrong strength.
+
     Raises CheckpointError if the format has no name for a layer, or programs that read it compute a DoRA otherwise.
     """
     if lora_formats.kind_of(tensors) == lora_formats.DORA:
@@ -129,7 +132,12 @@ def write_original(
         raise CheckpointError(
             f"{path}: {names.model} has no layer {e.args[0]}, so it has no name in {format}."
         ) from None
-    _save(path, named, about or {})
+    header = dict(about or {})
+    if lora_formats.kind_of(tensors) != LOKR:
+        config = metadata({layer: (rank, float(rank)) for layer, (rank, _) in sizes.items()})
+        own = {f"{ONE_NETWORK['']}.{key}": value for key, value in config.items()}
+        header[HEADER] = json.dumps(own, indent=2, sort_keys=True)
+    _save(path, named, header)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_io
-from titans_video.models.adapter_layers import layer_of
+from titans_video.models.adapter_layers import LOKR, layer_of
 from titans_video.models.lora_formats import DIFFUSERS, AdapterFile
 from titans_video.pretrained.base import ModelSpec
 
@@ -85,7 +85,7 @@ def _judge(file: AdapterFile, base: Tensor, expected: Tensor, found: Tensor, fai
         )
     close = f"to {difference / effect:.1g} of its effect" if difference else "to the bit"
     if failure:
-        return f"{name}: diffusers has no names for it ({failure}); read back here it computes the same ({close})."
+        return f"{name}: diffusers does not load it ({failure}); read back here it computes the same ({close})."
     return f"{name}: stock diffusers loads it and computes the same ({close})."
 
 
@@ -100,9 +100,9 @@ def _with_file(
         return _output(spec, network, file.expert), ""
     except LOADING_ERRORS as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        if file.format == DIFFUSERS:
-            raise CheckpointError(f"{file.path}: diffusers cannot load this file ({reason}).") from None
     read = lora_io.read(file.path, spec.lora_prefixes)
+    if file.format == DIFFUSERS and read.kind != LOKR:  # which older versions of diffusers do not know
+        raise CheckpointError(f"{file.path}: diffusers cannot load this file ({reason}).")
     tensors = {
         key: value for key, value in read.tensors.items() if only is None or file.without_prefix(layer_of(key)) in only
     }
