@@ -18,8 +18,9 @@ from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs.base import to_patches
 from titans_video.codecs.diffusers import VAE_SPECS, DiffusersCodec
-from titans_video.config.options import ActivationOptions
+from titans_video.config.options import ActivationOptions, DataOptions
 from titans_video.config.recipes import VaeLossOptions, VaeOptions
+from titans_video.data.dataset import open_data
 from titans_video.errors import ConfigError
 from titans_video.media.writing import write_video
 from titans_video.models import reconstruction as measures
@@ -29,6 +30,7 @@ from titans_video.models.video_vae import TitansVideoVAE
 from titans_video.recipes.vae import MEASURES, crop_clips
 from titans_video.training.optim import build_optimizer
 from titans_video.training.vae_network import VaeNetwork, latent_statistics, principal_components, set_statistics
+from titans_video.types import CodecSpec
 
 SMALL = "--vae-width 8 --encoder-blocks 1 --decoder-blocks 1 --refine-width 4 --latent-channels 4 --spatial-stride 4"
 
@@ -360,3 +362,11 @@ def test_every_kind_of_vae_is_trained_whole_or_by_its_decoder(kind: str) -> None
     decoder(x, z).loss.sum().backward()
     assert all(p.grad is None for p in vae.encoder.parameters())
     assert any(p.grad is not None and p.grad.any() for p in vae.decoder.parameters())
+
+
+def test_the_start_is_fitted_to_clips_even_if_there_are_more_images(tmp_path: Path) -> None:
+    manifest = write_waves(tmp_path, 1, 16, 5)
+    options = DataOptions(manifest=(str(manifest),), buckets="16x16x5,16x16x1", empty_captions="keep")
+    data = open_data(options, CodecSpec("plain", 3, (1, 4, 4), "causal"), (1, 1, 1), seed=0)
+    assert data.sample_pixels(4).shape == (2, 3, 1, 16, 16)
+    assert data.sample_pixels(4, longest=True).shape == (1, 3, 5, 16, 16)

@@ -188,13 +188,14 @@ class VideoDataset:
             facts[f"the contents of the videos and images ({len(self.records)} rows, {ids.end()})"] = contents.end()
         return facts
 
-    def sample_pixels(self, n: int) -> Tensor:
-        """Return clips of the main bucket, drawn by the seed, to fit a codec to; raise DataError if none can be read.
+    def sample_pixels(self, n: int, *, longest: bool = False) -> Tensor:
+        """Return clips of the fullest bucket, drawn by the seed, to fit a codec to; DataError if none can be read.
 
-        They are (n, 3, T, H, W) float32 in [-1, 1]; fewer if the bucket has fewer rows.
+        They are (n, 3, T, H, W) float32 in [-1, 1]; fewer if the bucket has fewer rows. With `longest`, only buckets
+        with the most frames count, so that images are not taken for clips.
         """
         counts = self.records.bucket_counts()
-        fullest = max(self.buckets, key=lambda b: counts[b])
+        fullest = max(self.buckets, key=lambda b: (b.frames if longest else 0, counts[b]))
         records = self.records.take(self.records.in_bucket(fullest))
         reader, clips = self.reader(), []
         for at in np.argsort(records.seeds(self.seed, "sample"), kind="stable").tolist():

@@ -21,6 +21,7 @@ from titans_video.config.recipes import TrainVaeOptions, VaeOptions
 from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, Piece, open_validation, split
+from titans_video.data.loader import LAST_STEP
 from titans_video.errors import ConfigError, UserError
 from titans_video.files import atomic_folder
 from titans_video.generation.long_video import Sampled
@@ -81,7 +82,7 @@ class VaeRecipe:
         """Return (T, H, W) of what a batch trains on: a function of the run's seed and the step."""
         counts = [n for n in self.options.vae.frame_counts or () if n <= batch.frames]
         frames = batch.frames
-        if counts and batch.step < 10**9:  # a trial batch has all frames
+        if counts and batch.step != LAST_STEP:  # a trial batch has all frames
             frames = counts[int(uniform(self.options.train.seed, "frames", batch.step) * len(counts))]
         side = self.options.vae.crop_size
         return (frames, side, side) if side else (frames, batch.height, batch.width)
@@ -302,8 +303,8 @@ def start_linear(vae: TitansVideoVAE, options: TrainVaeOptions, data: VideoDatas
 
 
 def training_parts(options: TrainVaeOptions, data: VideoDataset, count: int, key: str) -> Tensor:
-    """Return parts (N, 3, T, H, W) of clips of the main bucket, cut as in training."""
-    clips = data.sample_pixels(count)
+    """Return parts (N, 3, T, H, W) of clips of one size and of the most frames, cut as in training."""
+    clips = data.sample_pixels(count, longest=True)
     side = options.vae.crop_size
     size = (clips.shape[2], *((side, side) if side else clips.shape[3:]))
     seeds = [derive_seed(options.train.seed, key, i) for i in range(len(clips))]
