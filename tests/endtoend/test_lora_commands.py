@@ -550,6 +550,9 @@ def test_both_experts_of_wan_get_files_for_every_program(
         assert main(["generate", "--pretrained-model", str(pipeline), *given, *size, "--out", str(out)]) == 0
         with av.open(str(out)) as container:
             made[files_of_run[0]] = [frame.to_ndarray() for frame in container.decode(video=0)]
+    given = words(repository, pipeline, f"{flags} --experts low --init-from {folder / names[0]}")
+    assert main(["train", "lora", *given]) == 2
+    assert "was trained on the high-noise expert, not on the low-noise one" in capsys.readouterr().err
     first, *others = made.values()
     for other in others:
         assert all((a == b).all() for a, b in zip(first, other, strict=True))

@@ -107,12 +107,11 @@ def test_every_linear_layer_has_its_original_name(variant: str) -> None:
         assert names.own(other) is None
 
 
-@pytest.mark.parametrize("variant", ["t2v", "i2v-2.1", "ti2v-5b"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_stock_pipeline_computes_the_same_from_each_file(variant: str, format: str, tmp_path: Path) -> None:
+def test_the_stock_pipeline_computes_the_same_from_each_file(format: str, tmp_path: Path) -> None:
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    network = make_network(variant)
+    network = make_network("i2v-2.1")
     stock = copy.deepcopy(network)
     base = output(network, stock.config)
     with_adapter(network, ranks={"attn2": 2, "ffn.net.2": 3})

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests import factories
 from tests.reference.test_lora_formats import EXPERTS, make_experts, make_network, with_adapter, write
+from tests.wan_pipelines import make_wan
 from titans_video.cli.main import main
 from titans_video.models import lora, lora_io
 from titans_video.models.lora_formats import COMFYUI, DIFFUSERS
@@ -156,6 +157,23 @@ def test_a_merged_pipeline_is_that_of_merged_layers(kind: str, pipeline: Path, t
     code, _, error = run(*words)
     assert code == 2
     assert "exists already" in error
+
+
+def test_each_expert_is_merged_into_its_own_weights(tmp_path: Path, run: Run) -> None:
+    pipeline = make_wan(tmp_path / "wan", "t2v-a14b")
+    spec = open_model_spec(pipeline)
+    network = spec.load_network(torch.float32)
+    with_adapter(network)
+    write(tmp_path / "files", network, (COMFYUI,), prefixes=spec.lora_prefixes)
+    files = [tmp_path / "files" / f"comfyui_{name}_noise.safetensors" for name in ("low", "high")]
+    words = ["merge", pipeline, tmp_path / "out", *(word for file in files for word in ("--lora", file))]
+    code, out, _ = run(*words)
+    assert (code, "40 layers in 2 files" in out) == (0, True)
+    lora.merge(network, keep=False)
+    lora.remove(network)
+    found = open_model_spec(tmp_path / "out").load_network(torch.float32).state_dict()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,9 @@ def _network_of(
     if lora_formats.format_of(raw) == DIFFUSERS and any(key.startswith(f"{o}.") for key in raw for o in others):
         return prefixes, []
     raise CheckpointError(
-        f"{path} does not name the expert that it was trained on, and the model has two. Give it before the file: "
-        f"high={path.name} or low={path.name}."
+        f"{path} does not name the expert that it was trained on, and the model has two. For --lora, give it before "
+        f"the file: high={path.name} or low={path.name}. For --init-from, train one expert (--experts), or record it "
+        "in a copy of the file: `titans-video lora convert FILE COPY --expert high`."
     )
 
 

@@ -59,7 +59,9 @@ class LoraFiles:
         return lora_formats.files_of(folder, self.sizes, spec.lora_prefixes, self.formats, spec.experts)
 
     def start_from(self, path: Path, network: nn.Module) -> list[str]:
-        found = lora_io.read(path, self.spec.lora_prefixes)
+        trained = [name for name in self.spec.networks(network) if name]
+        expert = trained[0] if len(trained) == 1 else None
+        found = lora_io.read(path, self.spec.lora_prefixes, expert=expert)
         lines = lora_io.fill(network, found)
         base = found.about.get("base", {}).get("fingerprint")
         if base is not None and base != self.spec.fingerprint():
