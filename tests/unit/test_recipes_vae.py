@@ -18,10 +18,12 @@ from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs.base import to_patches
 from titans_video.codecs.diffusers import VAE_SPECS, DiffusersCodec
+from titans_video.config.generation import Overrides
 from titans_video.config.options import ActivationOptions, DataOptions
 from titans_video.config.recipes import VaeLossOptions, VaeOptions
 from titans_video.data.dataset import open_data
-from titans_video.errors import ConfigError
+from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generation.model import load_model
 from titans_video.media.writing import write_video
 from titans_video.models import reconstruction as measures
 from titans_video.models.activations import limit_activations
@@ -265,6 +267,8 @@ def test_a_run_is_the_same_in_one_piece_and_resumed_and_leaves_a_vae(clips: Path
     averaged = files.read(tmp_path / "broken").model
     assert all(torch.equal(value, averaged[f"vae.{name}"]) for name, value in vae.state_dict().items())
     assert len(vae.config.latents_std) == 4
+    with pytest.raises(CheckpointError, match="is a VAE, which makes no videos"):
+        load_model(str(tmp_path / "broken"), Overrides(), "cpu")
 
 
 def test_the_first_step_is_the_linear_codec(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

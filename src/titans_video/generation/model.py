@@ -235,6 +235,10 @@ def load_model(
         raise CheckpointError(
             f"{path} is the network of a fine-tuned pipeline. Give that pipeline too: --pretrained-model {base}."
         )
+    if "vae" in config:
+        raise CheckpointError(
+            f"{path} is a VAE, which makes no videos. Train a model on its latents with --pretrained-model."
+        )
     overrides = with_bundled(path, overrides)
     network = _part(path, "model", lambda: load_network(config["model"], read.model))
     model = VideoModel(
