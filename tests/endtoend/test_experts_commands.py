@@ -28,9 +28,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(repository: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of a LoRA for both, with averages and a checkpoint every two steps."""
+    """Six steps of a LoRA for both, with averages and a checkpoint every two steps; idle weights are put away."""
     folder = tmp_path_factory.mktemp("experts")
-    flags = f"{LORA} {CHECKED} --save-every 2 --ema-decay 0.9 --output-dir {folder}"
+    flags = f"{LORA} {CHECKED} --save-every 2 --ema-decay 0.9 --idle-expert cpu --output-dir {folder}"
     assert main(["train", "lora", *words(repository, pipeline, flags)]) == 0
     return folder
 
@@ -54,7 +54,7 @@ def test_each_expert_has_its_own_steps_and_held_out_loss(run: Path) -> None:
 
 
 def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: Path, run: Path, tmp_path: Path) -> None:
-    """From the files that a kill after the save of step 4 leaves; the idle weights wait in main memory now."""
+    """From the files that a kill after the save of step 4 leaves."""
     shutil.copytree(run / "lora_0000004", tmp_path / "lora_0000004")
     flags = f"{LORA} {CHECKED} --save-every 2 --ema-decay 0.9 --idle-expert cpu --resume auto --output-dir {tmp_path}"
     assert main(["train", "lora", *words(repository, pipeline, flags)]) == 0
