@@ -184,13 +184,16 @@ class ToySpec(ModelSpec):
     def process(self, frame: tuple[int, int] | None = None, shift: float | None = None) -> RectifiedFlow:
         return RectifiedFlow(shift=shift or 3.0)
 
+    def scheduler(self) -> Any:
+        return SimpleNamespace(config={})
+
     def pipeline(self, network: nn.Module, codec: Codec, *, text: bool, dtype: torch.dtype) -> Any:
         quiet = lambda **_: None  # noqa: E731
         return SimpleNamespace(
             transformer=network,
             codec=codec,
             vae=SimpleNamespace(dtype=torch.float32),
-            scheduler=SimpleNamespace(config={}),
+            scheduler=self.scheduler(),
             text_encoder=self.text("fp32", "cpu") if text else None,
             set_progress_bar_config=quiet,
             to=lambda device: None,

@@ -1,6 +1,7 @@
 """Videos of every Wan pipeline against the stock pipeline: adapters, experts, samplers, step caches and windows."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tests.wan_pipelines import WAN_VARIANTS, make_wan
 from titans_video.cli.generate import main
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
-from titans_video.errors import ConfigError
+from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.denoise import frame_noise
 from titans_video.generation.diffusers_backend import (
     PretrainedModel,
@@ -88,11 +89,10 @@ def write_adapters(folder: Path, formats: tuple[str, ...]) -> dict[str, Path]:
     for _, layer in lora.layers(network):
         nn.init.normal_(layer.lora_B[lora.DEFAULT].weight, std=0.3)  # type: ignore[arg-type,union-attr]
     names = lora_formats.names_of(next(iter(spec.networks(network).values())))
-    written = lora_io.export(
-        folder / "lora", lora.state_dict(network), lora.layer_sizes(network), prefixes=spec.lora_prefixes,
-        formats=formats, names=names,
-    )  # fmt: skip
-    return {path.name: path for path in written}
+    tensors, sizes = lora.state_dict(network), lora.layer_sizes(network)
+    files = lora_formats.files_of(folder / "lora", sizes, spec.lora_prefixes, formats, spec.experts)
+    lora_io.export(files, tensors, sizes, names=names)
+    return {file.path.name: file.path for file in files}
 
 
 def open_stock(folder: Path, i2v: bool = False) -> Any:
@@ -369,6 +369,22 @@ def test_mistakes_are_explained(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         made(load(pipelines[variant]), options(variant, **changes), given(variant, *names))
+
+
+def test_mistakes_are_found_before_weights_are_read(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "without-weights"
+    shutil.copytree(pipelines["t2v-a14b"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    run = RunOptions(dtype="fp32", compile="off")
+    for changes, message in (
+        ({"height": 40}, "--height 40"),
+        ({"step_cache": "mag"}, "not with --offload group"),
+        ({"last_image": "x.png"}, "takes no last frame"),
+    ):
+        group = replace(run, offload="group" if "step_cache" in changes else "none")
+        with pytest.raises(ConfigError, match=message):
+            load_pipeline(group, str(folder), [], Overrides(), None, (), options("t2v-a14b", **changes))
+    with pytest.raises(CheckpointError, match="transformer"):
+        load_pipeline(run, str(folder), [], Overrides(), None, (), options("t2v-a14b"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -290,11 +291,13 @@ def load_pipeline(
     overrides: Overrides,
     trained: Checkpoint | None = None,
     files: Sequence[str] = (),
+    options: GenerateOptions | None = None,
 ) -> tuple[PretrainedModel, list[str]]:
     """Load a pipeline with adapters (FILE or FILE:WEIGHT), and notes about them; `overrides` may set `vae_dtype`.
 
     `files` have the networks' weights instead of the folder (`--base-file`), and `trained` those of a fine-tuned
-    network. Raises UserError if the pipeline or a file is missing, malformed, or for another model.
+    network. `options` are checked before weights are read. Raises UserError if the pipeline or a file is missing,
+    malformed, or for another model.
     """
     run, _ = choose_defaults(run)
     device = run_device(run)
@@ -307,6 +310,10 @@ def load_pipeline(
         stays = device if run.offload == "none" else torch.device("cpu")
         spec.loading = replace(spec.loading, quantize=run.quantize, device=stays)
     read = read_loras(spec, loras)
+    own = trained.config if trained else _read_notes(spec.folder)
+    config = _config(spec, next((file.about for file, _ in reversed(read) if file.about), own))
+    if options is not None:
+        _check_options(spec, config, options, run)
     check_attention_backend(run.attention_backend, device, training=False)
     network = spec.load_network(dtype)
     set_attention_backend(network, run.attention_backend, dtype)
@@ -329,12 +336,10 @@ def load_pipeline(
     if run.compile == "on":
         for one in spec.networks(network).values():
             compile_blocks(one, training=False)
-    own = trained.config if trained else _read_notes(spec.folder)
-    described = next((file.about for file, _ in reversed(read) if file.about), own)
     model = PretrainedModel(
         network=network,
         codec=codec,
-        config=_config(spec, described),
+        config=config,
         step=trained.step if trained else 0,
         path=trained.path if trained else spec.folder,
         run_on=device,
@@ -345,6 +350,22 @@ def load_pipeline(
         offload=run.offload,
     )
     return model, notes
+
+
+def _check_options(spec: ModelSpec, config: dict[str, Any], options: GenerateOptions, run: RunOptions) -> None:
+    """Raise the ConfigError of a request that the model cannot meet, without its weights: they can take minutes."""
+    model = PretrainedModel(
+        network=nn.Identity(),
+        codec=spec.codec("fp32", "cpu", load=False),
+        config=config,
+        spec=spec,
+        pipeline=SimpleNamespace(scheduler=spec.scheduler()),
+        path=spec.folder,
+        run_on=torch.device("cpu"),
+        offload=run.offload,
+    )
+    check_flags({"shift": options.shift}, model.capabilities)
+    plan_pretrained(model, build_request(options, model)[0], options)
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:

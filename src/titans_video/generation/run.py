@@ -165,7 +165,7 @@ def _load(
     alone = options.checkpoint is None and (options.lora or is_pipeline(folder))
     if folder is not None and (alone or finetuned):
         pretrained, notes = diffusers_backend.load_pipeline(
-            run, folder, options.lora, overrides, finetuned, options.base_file
+            run, folder, options.lora, overrides, finetuned, options.base_file, options
         )
         pretrained = diffusers_backend.with_scheduler_shift(pretrained, options.shift)
         return pretrained, partial(diffusers_backend.plan_generation, pretrained), notes

@@ -29,6 +29,7 @@ from titans_video.types import CodecSpec, TextCondition
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 MODEL_SPECS = {
     "CogVideoXPipeline": "titans_video.pretrained.cogvideox:CogVideoX",
@@ -179,6 +180,10 @@ class ModelSpec(ABC):
     def image_encoder(self, dtype: str, device: torch.device | str) -> VisionEncoder | None:
         """Return the encoder of `Conditioning.image`; its weights are read at first use."""
         return None
+
+    @abstractmethod
+    def scheduler(self) -> "SchedulerMixin":
+        """Return the pipeline's scheduler, from its configuration alone."""
 
     def padded_frames(self, t: int) -> int:
         """Return t' for t latent frames."""
