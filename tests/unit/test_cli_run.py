@@ -3,7 +3,10 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,16 @@ def fail(error: Exception) -> int:
         raise error
 
     return guarded(command)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="transformers says it without torchvision only")
+def test_transformers_does_not_advise_to_install_torchvision() -> None:
+    code = (
+        "from titans_video.cli.run import configure_logging\n"
+        "with configure_logging():\n    from transformers import CLIPImageProcessor"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(

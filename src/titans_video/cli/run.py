@@ -84,15 +84,23 @@ def configure_logging() -> Iterator[None]:
         yield
         return
     handler, level, propagate = ConsoleHandler(), root.level, root.propagate
+    imports = logging.getLogger("transformers.utils.import_utils")
+    imports.addFilter(_is_useful)
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False  # a library that configures the root logger would print every message again
     try:
         yield
     finally:
+        imports.removeFilter(_is_useful)
         root.removeHandler(handler)
         root.setLevel(level)
         root.propagate = propagate
+
+
+def _is_useful(record: logging.LogRecord) -> bool:
+    """Drop the advice to install torchvision, which nothing here needs: images are prepared with Pillow."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def load_entry(entry: str) -> Callable[..., int]:
