@@ -222,8 +222,7 @@ def _network_of(
 ) -> tuple[Prefixes, list[str]]:
     """Return the prefixes of the network that a file is for, and notes; CheckpointError if that is unknown or wrong."""
     if len(prefixes) == 1:
-        told = f"{path} was trained on the {own}-noise expert of a model with two, and this model has one network."
-        return prefixes, [told] if own else []
+        return prefixes, [f"{path} is for the {own}-noise expert of a model with two."] if own else []
     if own is not None and given not in (None, own):
         raise CheckpointError(f"{path} was trained on the {own}-noise expert, not on the {given}-noise one.")
     expert = own or given

@@ -31,6 +31,8 @@ VAE = "vae"  # the finished VAE of a run that trains one
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 
+DIFFUSERS = "diffusers and other programs"  # that read an adapter's usual file
+
 # In the folder of a validation step, `samples/step-<step>`.
 CONTACT_SHEET = "sheet.png"
 PROMPTS = "prompts.json"
@@ -99,14 +101,16 @@ def list_files(run: Path, checkpoint: Path | None) -> list[str]:
     """Return a line for each existing file that a user may want; `checkpoint` may be of another run."""
     places = {"Checkpoint": weights_of(run, checkpoint), "Metrics": run / METRICS, "Loss curve": run / LOSS_CURVE}
     lines = [f"{name:12}{path}" for name, path in places.items() if path and path.exists()]
-    adapters = sorted(checkpoint.glob("*.safetensors"), key=_reader) if checkpoint else []
+    adapters = (
+        sorted(checkpoint.glob("*.safetensors"), key=lambda p: (_reader(p) != DIFFUSERS, p)) if checkpoint else []
+    )
     return [*lines, *(f"{'LoRA file':12}{path}, for {_reader(path)}" for path in adapters)]
 
 
 def _reader(adapter: Path) -> str:
     """Return the programs that read an adapter's file."""
     first = adapter.name.partition(".")[0].partition("_")[0]
-    return {"comfyui": "ComfyUI", "kohya": "kohya's trainers"}.get(first, "diffusers and other programs")
+    return {"comfyui": "ComfyUI", "kohya": "kohya's trainers"}.get(first, DIFFUSERS)
 
 
 def _link(file: Path, place: Path) -> None:
