@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,17 @@ def options(variant: str, **changes: Any) -> GenerateOptions:
 
 def load(folder: Path, *loras: str) -> PretrainedModel:
     return load_pipeline(RunOptions(dtype="fp32", compile="off"), str(folder), loras, Overrides())[0]
+
+
+@cache
+def unchanged(folder: Path) -> PretrainedModel:
+    """A loaded pipeline for tests that do not change it."""
+    return load(folder)
+
+
+@cache
+def unchanged_stock(folder: Path, i2v: bool = False) -> Any:
+    return open_stock(folder, i2v)
 
 
 def made(model: PretrainedModel, options: GenerateOptions, images: Mapping[str, Tensor] = {}) -> Tensor:
@@ -158,8 +170,8 @@ def test_it_is_the_stock_pipeline(variant: str, names: tuple[str, ...], pipeline
     images = given(variant, *names)
     scales = {"guidance_scale": 4.0, "guidance_scale_2": 3.0} if variant.endswith("a14b") else {"guidance_scale": 5.0}
     asked = options(variant, **scales)
-    ours = made(load(pipelines[variant]), asked, images)
-    close(ours, stock(open_stock(pipelines[variant], bool(names)), asked, images), images)
+    ours = made(unchanged(pipelines[variant]), asked, images)
+    close(ours, stock(unchanged_stock(pipelines[variant], bool(names)), asked, images), images)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +212,7 @@ def test_adapters_act_as_in_stock_diffusers(
         getattr(pipe, network).set_adapters(expert, 0.8 if expert == "low" else 0.6)
     theirs = stock(pipe, asked, images)
     close(ours, theirs, images)
-    assert (ours - made(load(folder), asked, images)).abs().max() > 0.01
+    assert (ours - made(unchanged(folder), asked, images)).abs().max() > 0.01
 
 
 def test_merged_weights_and_a_folder_of_adapters(
@@ -220,7 +232,7 @@ def test_merged_weights_and_a_folder_of_adapters(
 
 
 def test_the_scales_of_both_experts_count(pipelines: dict[str, Path]) -> None:
-    model = load(pipelines["t2v-a14b"])
+    model = unchanged(pipelines["t2v-a14b"])
     videos = [made(model, options("t2v-a14b", **scales)) for scales in (
         {"guidance_scale": 4.0}, {"guidance_scale": 4.0, "guidance_scale_2": 4.0},
         {"guidance_scale": 4.0, "guidance_scale_2": 1.5}, {"guidance_scale": 2.0, "guidance_scale_2": 4.0},
@@ -317,7 +329,7 @@ def test_blended_windows_with_a_time_for_each_token(pipelines: dict[str, Path]) 
 
 @pytest.mark.parametrize("variant", ["t2v-2.1", "t2v-a14b"])
 def test_text_windows_are_blended(variant: str, pipelines: dict[str, Path]) -> None:
-    model = load(pipelines[variant])
+    model = unchanged(pipelines[variant])
     asked = options(variant, num_frames=21, window=9, overlap=5, step_cache="first-block")
     video = made(model, asked)
     assert video.shape == (1, 3, 21, 32, 32)
@@ -330,9 +342,9 @@ def test_text_windows_are_blended(variant: str, pipelines: dict[str, Path]) -> N
 def test_image_windows_are_chained_on_their_last_frame(variant: str, pipelines: dict[str, Path]) -> None:
     images = given(variant, "first")
     asked = options(variant, num_frames=15, window=9, guidance_scale=2.0)
-    ours = made(load(pipelines[variant]), asked, images)
+    ours = made(unchanged(pipelines[variant]), asked, images)
     assert ours.shape[2] == 15
-    pipe, one = open_stock(pipelines[variant], True), replace(asked, num_frames=9)
+    pipe, one = unchanged_stock(pipelines[variant], True), replace(asked, num_frames=9)
     first = stock(pipe, one, images)
     first[:, :, :1] = images["first"]
     # The noise of the second window is that of the latent frames 2 and later: it begins at frame 8.
@@ -346,7 +358,7 @@ def test_a_validation_video_between_two_frames(pipelines: dict[str, Path]) -> No
     model.config["data"]["num_frames"] = 9
     model.config["sample"]["steps"] = 2
     video = sampled(model, PROMPT, 7, (32, 32), torch.cat([images["first"], images["last"]], dim=2)).video
-    close(video[None], stock(open_stock(pipelines["flf-2.1"], True), options("flf-2.1", steps=2), images), images)
+    close(video[None], stock(unchanged_stock(pipelines["flf-2.1"], True), options("flf-2.1", steps=2), images), images)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +380,7 @@ def test_mistakes_are_explained(
     variant: str, names: tuple[str, ...], changes: dict[str, Any], message: str, pipelines: dict[str, Path]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        made(load(pipelines[variant]), options(variant, **changes), given(variant, *names))
+        made(unchanged(pipelines[variant]), options(variant, **changes), given(variant, *names))
 
 
 def test_mistakes_are_found_before_weights_are_read(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -399,11 +411,11 @@ def test_flags_of_other_models_are_rejected(
     variant: str, changes: dict[str, Any], message: str, pipelines: dict[str, Path]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_request(options(variant, **changes), load(pipelines[variant]))
+        build_request(options(variant, **changes), unchanged(pipelines[variant]))
 
 
 def test_other_lengths_and_rates_are_said(pipelines: dict[str, Path]) -> None:
-    model = load(pipelines["t2v-2.1"])
+    model = unchanged(pipelines["t2v-2.1"])
     asked = options("t2v-2.1", num_frames=8, fps=24.0)
     request, fps = build_request(asked, model)
     _, notes = plan_pretrained(model, request, asked)
