@@ -109,6 +109,10 @@ def test_the_files_of_two_experts(tmp_path: Path, run: Run) -> None:
     assert code == 2
     assert "was trained on the high-noise expert" in error
     assert "expert   high" in run("info", file)[1]
+    file.unlink()
+    assert run("convert", tmp_path / "run", tmp_path / "x.safetensors")[0] == 0
+    code, _, error = run("convert", tmp_path / "run", tmp_path / "y.safetensors", "--expert", "high")
+    assert (code, "has no adapter of the high-noise expert" in error) == (2, True)
 
 
 @pytest.fixture(scope="module")

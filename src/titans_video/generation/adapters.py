@@ -86,10 +86,15 @@ def convert(path: Path, format: str, out: Path, expert: str | None) -> list[Path
     names = next((t for t in lora_formats.TABLES.values() if _has_all(t, file, prefixes)), None)
     about: dict[str, Any] = {key: file.about[key] for key in ("base", "data", "sample") if key in file.about}
     files = lora_formats.files_of(out, file.alphas, prefixes, [format], EXPERTS if len(prefixes) > 1 else ())
-    if expert is not None or len(prefixes) == 1:
-        chosen = [made for made in files if expert in (None, made.expert) or len(prefixes) == 1]
-        target = out if out.suffix == ".safetensors" else out / lora_formats.file_name(format, expert)
-        files = [replace(made, path=target, expert=expert or file.expert) for made in chosen]
+    if len(prefixes) > 1:
+        files = [made for made in files if expert in (None, made.expert)]
+    if not files:
+        raise CheckpointError(f"{path} has no adapter of the {expert}-noise expert.")
+    if len(files) == 1:
+        (made,) = files
+        one = expert or made.expert
+        target = out if out.suffix == ".safetensors" else out / lora_formats.file_name(format, one)
+        files = [replace(made, path=target, expert=one or file.expert)]
     elif out.suffix == ".safetensors":
         raise CheckpointError(
             f"--out {out}: the adapter has two experts, which need a folder; or choose one: --expert."

@@ -8,7 +8,7 @@ adapters of several networks, each with its own key prefix (`Prefixes`). `models
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ def write(
 
     `tensors` has the names of `models.lora.state_dict`, which begin with a module prefix of `prefixes`; `sizes` is from
     `models.lora.layer_sizes`; `about` has further strings for the header.
+
+    Raises CheckpointError if diffusers cannot describe the layers of a LoKr.
     """
     path = Path(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS
@@ -99,7 +101,11 @@ def write(
         own = {n.removeprefix(module_prefix): size for n, size in sizes.items() if n.startswith(module_prefix)}
         if own:
             parts = {n.removeprefix(module_prefix): x for n, x in tensors.items() if n.startswith(module_prefix)}
-            config |= {f"{prefix}.{key}": value for key, value in metadata(own, parts).items()}
+            try:
+                described = metadata(own, parts)
+            except ValueError as e:
+                raise CheckpointError(f"{path}: {e}, and a file for diffusers names one. Use another format.") from None
+            config |= {f"{prefix}.{key}": value for key, value in described.items()}
     _save(path, named, {**(about or {}), HEADER: json.dumps(config, indent=2, sort_keys=True)})
 
 
@@ -174,7 +180,7 @@ def export(
 def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK, *, expert: str | None = None) -> LoraFile:
     """Read an adapter: ours (`.pt`, folder or safetensors), diffusers', PEFT's, ComfyUI's or kohya's.
 
-    `expert` says for which of two networks a file is that does not say so itself: high or low.
+    `expert` (high or low) says for which of two networks a file is that does not say so itself, or which one to read.
     Raises CheckpointError.
     """
     path = Path(path)
@@ -183,7 +189,7 @@ def read(path: Path | str, prefixes: Prefixes = ONE_NETWORK, *, expert: str | No
         return _joined(path, [read(file, prefixes) for file in experts if file.is_file()])
     path = _find(path, expert)
     if path.suffix in (".pt", ".pth"):
-        return _from_checkpoint(path)
+        return _of_expert(_from_checkpoint(path), prefixes, expert)
     try:
         raw, header = read_safetensors(path)
     except (Malformed, OSError) as e:
@@ -309,6 +315,17 @@ def _from_checkpoint(path: Path) -> LoraFile:
     return LoraFile(path, tensors, alphas, about=saved.config)
 
 
+def _of_expert(file: LoraFile, prefixes: Prefixes, expert: str | None) -> LoraFile:
+    """Return what an adapter has for one of two experts; CheckpointError if it has nothing."""
+    if expert is None or len(prefixes) == 1:
+        return file
+    start = list(prefixes)[EXPERTS.index(expert)]
+    tensors = {name: value for name, value in file.tensors.items() if name.startswith(start)}
+    if not tensors:
+        raise CheckpointError(f"{file.path} has no adapter of the {expert}-noise expert.")
+    return replace(file, tensors=tensors, alphas={k: v for k, v in file.alphas.items() if k.startswith(start)})
+
+
 def _file_name(name: str, prefixes: Prefixes) -> str:
     module_prefix = next(m for m in prefixes if name.startswith(m))
     return f"{prefixes[module_prefix]}.{name.removeprefix(module_prefix)}"
@@ -323,7 +340,8 @@ def _module_name(layer: str, format: str, prefixes: Prefixes) -> str | None:
     for module_prefix, prefix in prefixes.items():
         if layer.startswith(f"{prefix}."):
             return module_prefix + layer.removeprefix(f"{prefix}.")
-    return layer  # a name already, as in PEFT's files
+    first, *others = prefixes
+    return layer if others or layer.startswith(first) else first + layer  # a name already, as in PEFT's files
 
 
 def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
