@@ -143,7 +143,7 @@ DATA = Record(
 SAMPLE = Record(
     optional={
         **dict.fromkeys(("steps", "continue_steps"), optional(STEPS)),
-        **dict.fromkeys(("guidance_scale", "continue_guidance"), optional(GUIDANCE)),
+        **dict.fromkeys(("guidance_scale", "guidance_scale_2", "continue_guidance"), optional(GUIDANCE)),
         "guidance_interval": optional(ListOf(SHARE, 2, 2)),
         "draft_frames": optional(Whole(0, 2**16)),
         "prompt": optional(Text()),

@@ -51,6 +51,8 @@ def test_each_expert_has_its_own_steps_and_held_out_loss(run: Path) -> None:
     assert line["experts"]["high"] == pytest.approx(sum(line["losses"][2:]) / 2)
     assert line["experts"]["low"] == pytest.approx(sum(line["losses"][:2]) / 2)
     assert (run / line["samples"] / "sheet.png").exists()
+    recommended = files.load_tensors(run / "lora_0000006.pt")["config"]["sample"]
+    assert (recommended["guidance_scale"], recommended["guidance_scale_2"]) == (4.0, 3.0)
 
 
 def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: Path, run: Path, tmp_path: Path) -> None:

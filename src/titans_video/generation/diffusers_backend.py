@@ -394,6 +394,8 @@ def _config(spec: ModelSpec, trained: dict[str, Any]) -> dict[str, Any]:
     sample = {"steps": spec.steps, **trained.get("sample", {})}
     if "guidance_scale" not in sample:
         sample |= {"guidance_scale": spec.guidance_scale, "guidance_scale_2": spec.guidance_scale_2}
+    if not spec.experts:
+        sample.pop("guidance_scale_2", None)  # of an adapter from a model with two networks
     return {
         "recipe": "pretrained",
         "base": {"family": spec.name},

@@ -183,8 +183,10 @@ def pretrained_config(
 
     Raises ConfigError if processes read different networks.
     """
-    defaults: dict[str, object] = {"steps": spec.steps, "guidance_scale": spec.guidance_scale}
-    defaults |= generation_defaults(options.generation_defaults, sample_prompt(parts.data))
+    given = generation_defaults(options.generation_defaults, sample_prompt(parts.data))
+    defaults: dict[str, object] = {"steps": spec.steps, "guidance_scale": spec.guidance_scale, **given}
+    if spec.guidance_scale_2 is not None and "guidance_scale" not in given:
+        defaults["guidance_scale_2"] = spec.guidance_scale_2
     model: dict[str, object] = {"patch_size": list(spec.patch_size)}
     fingerprint = spec.fingerprint()
     if len(set(all_gather_object(accelerator, fingerprint))) > 1:
