@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from titans_video.models.attention import attend
+from titans_video.models.attention import attend, rotate_pairs
 from titans_video.models.context_parallel import TokenExchange
 
 
@@ -81,15 +81,9 @@ class SelfAttention(SharedAttention):
         q, k, v = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
         if rotary_emb is not None:
-            q, k = (rotated(x, *rotary_emb) for x in (q, k))
+            cos, sin = (table[..., 0::2] for table in rotary_emb)  # each angle is there twice
+            q, k = (rotate_pairs(x, cos, sin).type_as(x) for x in (q, k))
         q, k, v = map(self.exchange.to_heads, (q, k, v))
         y = self.exchange.to_tokens(attend(q, k, v, None, self._attention_backend))
         out: Tensor = attn.to_out[1](attn.to_out[0](y.flatten(2)))
         return out
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of neighbouring channels of (B, N, H, d); the tables have each value twice."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2).type_as(x)
