@@ -19,7 +19,9 @@ from titans_video.recipes.pretrained import (
     PretrainedRecipe,
     build_pretrained,
     compile_network,
+    image_flags,
     open_pretrained_parts,
+    pipeline_flags,
     pretrained_config,
     pretrained_notes,
     training_process,
@@ -90,7 +92,7 @@ def build_finetune(
         compile_network(network, spec)
     config = pretrained_config("finetune", options, parts, spec, process, accelerator)
     dtype = AUTOCAST.get(accelerator.mixed_precision, torch.float32)
-    flags = ("--pretrained-model", str(spec.folder.absolute()))
+    flags = (*pipeline_flags(spec), *image_flags(spec))
     device = accelerator.device
     return build_pretrained(options, parts, spec, process, network, dtype, device, config, experts=experts, flags=flags)
 

@@ -20,7 +20,9 @@ from titans_video.recipes.lora_parity import check_parity
 from titans_video.recipes.pretrained import (
     PretrainedRecipe,
     build_pretrained,
+    image_flags,
     open_pretrained_parts,
+    pipeline_flags,
     pretrained_config,
     pretrained_notes,
     training_process,
@@ -69,11 +71,8 @@ class LoraFiles:
         return [*lines, *found.notes]
 
     def sample_command(self, last: Path) -> list[str]:
-        pipeline = str(self.spec.folder.absolute())
-        words = ["titans-video", "generate", "--pretrained-model", pipeline]
-        words += [word for file in self.spec.loading.files.values() for word in ("--base-file", str(file.absolute()))]
-        words += ["--lora", str(last)]
-        return words + (["--image", "FIRST_FRAME.png"] if self.spec.needs_image else [])
+        spec = self.spec
+        return ["titans-video", "generate", *pipeline_flags(spec), "--lora", str(last), *image_flags(spec)]
 
 
 def train_lora(options: LoraRunOptions) -> TrainResult:

@@ -280,6 +280,18 @@ def pipeline_sampler(
     return open_sampler
 
 
+def pipeline_flags(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the words of a generate command that name the pretrained pipeline and its single files."""
+    files = [word for file in spec.loading.files.values() for word in ("--base-file", str(file.absolute()))]
+    return ("--pretrained-model", str(spec.folder.absolute()), *files)
+
+
+def image_flags(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the words of a generate command for the frames that the model must be given."""
+    first = ("--image", "FIRST_FRAME.png") if spec.needs_image else ()
+    return (*first, "--last-image", "LAST_FRAME.png") if spec.end_frame == "required" else first
+
+
 def given_frames(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
     """Return (1, 3, k, H, W): the first frame of a row with this caption, or of another row; with its last if needed.
 
