@@ -188,7 +188,10 @@ def _size_note(recipe: PretrainedRecipe, wanted: LoraOptions) -> str:
 
 
 def share_adapter_only(network: nn.Module) -> None:
-    """Exclude what is frozen from DDP's exchange: each process reads it, and Gloo cannot send 8-bit weights."""
+    """Exclude what is frozen from DDP's exchange: each process reads it, some of it is in main memory, some in 8 bits.
+
+    NCCL sends nothing from main memory, and Gloo no 8-bit weights.
+    """
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
-    frozen += [name for name, _ in network.named_buffers() if name.endswith("row_squares")]
+    frozen += [name for name, _ in network.named_buffers()]
     network._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]  # DDP's own name for them
