@@ -108,6 +108,15 @@ def test_a_folder_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> 
         load(WanTransformer3DModel, deep, FolderWeights(folder), torch.float32, Loading())
     with pytest.raises(CheckpointError, match=r"has no diffusion_pytorch_model\.safetensors"):
         load(WanTransformer3DModel, config(folder), FolderWeights(tmp_path), torch.float32, Loading())
+    bad = made()
+    with torch.no_grad():
+        bad.blocks[1].attn2.to_k.weight[3, 5] = torch.nan
+    bad.save_pretrained(tmp_path)
+    for kind in (None, "int8", "int4"):
+        with pytest.raises(CheckpointError, match=r"not finite \(NaN or infinity\): blocks\.1\.attn2\.to_k\.weight"):
+            load(
+                WanTransformer3DModel, config(tmp_path), FolderWeights(tmp_path), torch.float32, Loading(quantize=kind)
+            )
     odd = made(ffn_dim=15)
     odd.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"--quantize nf4: blocks\.0\.ffn\.net\.2 has 15 inputs"):

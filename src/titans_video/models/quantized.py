@@ -18,6 +18,8 @@ Kind = Literal["int8", "int4", "nf4", "fp8"]
 
 GROUP = 64
 """Values with a common scale in int4 and nf4; fewer if the width of the input is not a multiple."""
+ROUNDED = 2**18
+"""Values that are rounded at once."""
 FP8 = torch.float8_e4m3fn
 INT4 = tuple(float(i) for i in range(-8, 8))
 NF4 = (
@@ -92,10 +94,18 @@ def quantize(weight: Tensor, kind: Kind, dtype: torch.dtype) -> QuantizedLinear:
 
     Scales are first rounded to `dtype`, the precision of the products. Raises ValueError for a weight without pairs.
     """
-    width = weight.shape[1]
-    if kind in TABLES and width % 2:
+    (rows, width), packed = weight.shape, kind in TABLES
+    if packed and width % 2:
         raise ValueError(f"has {width} inputs, and two 4-bit codes need an even number")
-    codes, scale = _ROUND[kind](weight.float(), dtype)
+    # The results come first, and what is computed for them is small: freed memory between results would stay unused.
+    stored = torch.int8 if kind == "int8" else torch.uint8
+    codes = torch.empty(rows, width // 2 if packed else width, dtype=stored, device=weight.device)
+    scale = torch.empty(rows, width // _group(width) if packed else 1, dtype=dtype, device=weight.device)
+    some = max(ROUNDED // width, 1)
+    for part, own_codes, own_scale in zip(weight.split(some), codes.split(some), scale.split(some), strict=True):
+        found = _ROUND[kind](part.float(), dtype)
+        own_codes.copy_(found[0])
+        own_scale.copy_(found[1])
     pairs = _pairs(TABLES[kind], dtype, weight.device) if kind in TABLES else None
     return QuantizedLinear(width, codes, scale, pairs)
 
@@ -145,12 +155,16 @@ _ROUND: dict[str, Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]] = {
 }
 
 
+def _group(width: int) -> int:
+    size = GROUP
+    while width % size:
+        size //= 2
+    return size
+
+
 def _groups(weight: Tensor) -> Tensor:
     """(O, I) -> (O, G, g)."""
-    size = GROUP
-    while weight.shape[1] % size:
-        size //= 2
-    return weight.unflatten(1, (-1, size))
+    return weight.unflatten(1, (-1, _group(weight.shape[1])))
 
 
 def _packed(codes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import is_zipfile
 
 import torch
@@ -233,13 +233,14 @@ def _fill(network: nn.Module, weights: Weights, dtype: torch.dtype, loading: Loa
         (value, scale), shape = read(), left.pop(name)
         if value.shape != shape:
             raise weights.refuse(f"{name} is {tuple(value.shape)} in the file and {tuple(shape)} in the network")
-        refuse_non_finite({name: value}, weights.path, CheckpointError, NON_FINITE_REMEDY)
         value, scale = value.to(loading.device), None if scale is None else scale.to(loading.device, torch.float32)
         if name in small:
             assert loading.quantize is not None
-            _quantize(network, name, value, scale, loading.quantize, dtype)
+            checked = _quantize(network, name, value, scale, loading.quantize, dtype)
         else:
+            checked = value
             _set(network, name, scaled(value, scale).to(torch.float32 if float32 & set(name.split(".")) else dtype))
+        refuse_non_finite({name: checked}, weights.path, CheckpointError, NON_FINITE_REMEDY)
     if left:
         raise weights.refuse(f"the file lacks {few(sorted(left))}")
     if unknown and isinstance(weights, FileWeights):
@@ -279,18 +280,21 @@ def _linear_weights(network: nn.Module) -> set[str]:
 
 def _quantize(
     network: nn.Module, name: str, value: Tensor, scale: Tensor | None, kind: Kind, dtype: torch.dtype
-) -> None:
+) -> Tensor:
+    """Replace a layer; return its scales, or its codes from the file, which are finite if the weight is."""
     target = name.removesuffix(".weight")
     bias = network.get_submodule(target).bias
     if kind == "fp8" and value.dtype == FP8:  # as it is in the file
-        small = from_fp8(value, torch.ones(1, device=value.device) if scale is None else scale, dtype)
+        small, checked = from_fp8(value, torch.ones(1, device=value.device) if scale is None else scale, dtype), value
     else:
         try:
             small = quantize(scaled(value, scale), kind, dtype)
         except ValueError as e:
             raise ConfigError(f"--quantize {kind}: {target} {e}.") from None
+        checked = cast(Tensor, small.scale)
     small.bias = bias  # type: ignore[assignment]
     network.set_submodule(target, small)
+    return checked
 
 
 def _set(network: nn.Module, name: str, value: Tensor) -> None:
