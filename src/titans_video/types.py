@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from titans_video.errors import CodecError
 
@@ -216,6 +217,9 @@ class Prediction:
 
     value: Tensor
     memory: Any = None
+
+
+register_dataclass(Prediction)  # or FSDP2 of torch 2.11 would not see its tensors, and free the weights too early
 
 
 DEVICE_FIELDS = ("pixels", "images", "cond_pixels", "moments", "cond_moments", "image_states", "motion")

@@ -112,7 +112,7 @@ def pretrained(pipeline: Path, kind: Kind | None = None) -> DiffusionRecipe[Any]
         geometry=ClipGeometry(codec.spec, spec.patch_size, cond_frames_have_loss=spec.cond_frames_have_loss),
         count_flops=lambda latent_shape, text_lengths: 0,
         make_sampler=no_sampler,
-        adapter=LoraFiles(spec, adapter, {}, "none"),
+        adapter=LoraFiles(spec, lora.layer_sizes(network), {}, gate="none"),
         spec=spec,
         dtype=torch.float64,
     )
