@@ -48,14 +48,20 @@ def parse_lora(word: str) -> tuple[Path, float, str | None]:
 def read_loras(spec: ModelSpec, words: Iterable[str]) -> list[tuple[LoraFile, float]]:
     """Read the adapters of `parse_lora`'s words for a model; return them with their weights.
 
-    Raises ConfigError, CheckpointError.
+    Raises ConfigError, CheckpointError; also if a layer is missing in the model, or has another width.
     """
-    found = []
+    found: list[tuple[LoraFile, float]] = []
+    network = spec.meta_model()
     for word in words:
         path, weight, expert = parse_lora(word)
         if expert is not None and len(spec.lora_prefixes) == 1:
             raise ConfigError(f"--lora {word}: {spec.name} has one network and no experts; leave {expert}= out.")
-        found.append((lora_io.read(path, spec.lora_prefixes, expert=expert), weight))
+        file = lora_io.read(path, spec.lora_prefixes, expert=expert)
+        try:
+            lora.load(network, file.tensors, file.alphas, f"lora{len(found)}")
+        except UserError as e:
+            raise CheckpointError(f"{file.path}: {e}") from None
+        found.append((file, weight))
     return found
 
 
@@ -115,21 +121,15 @@ def sizes_of(file: LoraFile) -> dict[str, tuple[int, float]]:
 
 
 def merge(spec: ModelSpec, loras: Sequence[tuple[LoraFile, float]], out: Path) -> tuple[int, int]:
-    """Copy a pipeline's folder with adapters merged into its weights; return the numbers of layers and of files.
+    """Copy a pipeline's folder with `read_loras` merged into its weights; return the numbers of layers and of files.
 
     A file is copied, and then changed in place layer by layer, so memory holds one layer at a time. Values are those of
     `models.lora.merge`.
 
-    Raises CheckpointError if the folder exists, a layer is missing or of another width, or weights are not safetensors
-    of 16 or 32 bits.
+    Raises CheckpointError if the folder exists, or weights are not safetensors of 16 or 32 bits.
     """
     if out.exists():
         raise CheckpointError(f"--out {out} exists already; name a new folder.")
-    for number, (file, _) in enumerate(loras):
-        try:
-            lora.load(spec.meta_model(), file.tensors, file.alphas, f"lora{number}")
-        except UserError as e:
-            raise CheckpointError(f"{file.path}: {e}") from None
     waiting = {layer for file, _ in loras for layer in file.alphas}
     total, shards = len(waiting), 0
     with atomic_folder(out.absolute()) as temporary:
