@@ -177,9 +177,8 @@ def _size_note(recipe: PretrainedRecipe, wanted: LoraOptions) -> str:
         for layer in network.modules()
         if isinstance(layer, QuantizedLinear)
     )
-    kind = str(recipe.dtype).removeprefix("torch.") + (
-        f", blocks in {spec.loading.quantize}" * bool(spec.loading.quantize)
-    )
+    stored = f", blocks in {spec.loading.quantize}" if spec.loading.quantize else ""
+    kind = str(recipe.dtype).removeprefix("torch.") + stored
     return (
         f"{spec.name}, {(total - trained) / 1e6:.1f} million frozen parameters ({kind}); "
         f"{TITLES[wanted.adapter]} of rank {wanted.rank}, alpha {wanted.lora_alpha or wanted.rank:g}, on "
