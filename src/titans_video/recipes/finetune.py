@@ -9,6 +9,7 @@ from torch import nn
 from titans_video import checkpoint
 from titans_video.checkpoint import EMA, MODEL
 from titans_video.config.recipes import FinetuneOptions
+from titans_video.errors import ConfigError
 from titans_video.generation.export import export_finetuned
 from titans_video.models import lora
 from titans_video.models.activations import limit_activations
@@ -44,6 +45,7 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     options, run = start_run(options)
     assert options.base.pretrained_model is not None  # checked with the flags
     spec = open_model_spec(options.base.pretrained_model, options.base.base_file, options.experts.experts)
+    _require_complete(spec, options.experts.experts)
     choose_trainable(spec.meta_model(), options.weights.trainable, spec)  # reports a fault before anything slow
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_finetune(options, parts, spec, run.accelerator)
@@ -52,6 +54,15 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     if result.step >= options.train.max_steps and run.accelerator.is_main_process:
         export_run(spec, Path(options.train.output_dir), result.folder)
     return result
+
+
+def _require_complete(spec: ModelSpec, experts: str) -> None:
+    """Raise ConfigError if the finished pipeline would lack a file of `--base-file`: it links an untrained expert."""
+    if experts != "both" and len(spec.loading.files) > 1:
+        raise ConfigError(
+            f"--base-file: with --experts {experts} the finished pipeline has the other network of {spec.folder}, not "
+            "that of your file. Give only the file of the network that is trained."
+        )
 
 
 def _size_note(recipe: PretrainedRecipe) -> str:
