@@ -320,6 +320,7 @@ def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: 
         ("--crop-size 64", "larger than the clips"),
         ("--frame-counts 4", "the nearest legal counts"),
         ("--lpips nowhere.pt", "there is no such file"),
+        (f"--init-from {make_vae('wan', tmp_path / 'wan')} --vae-width 8", "keeps its own shape"),
     ):
         assert main(f"{base} {more}".split()) == 2, more
         assert words in capsys.readouterr().err.replace("\n", " ")

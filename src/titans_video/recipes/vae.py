@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.diffusers import DiffusersCodec, find_vae, load_vae
+from titans_video.config.fields import flag_of
 from titans_video.config.recipes import TrainVaeOptions, VaeOptions
 from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset, open_data
@@ -43,6 +44,7 @@ from titans_video.training.vae_network import (
     VaeNetwork,
     describe_vae,
     latent_statistics,
+    plain_config,
     principal_components,
     restored_vae,
     set_statistics,
@@ -57,6 +59,11 @@ FIT_CLIPS = 64  # to which the linear start is fitted
 STATISTICS_CLIPS = 256  # from which the statistics of latents are measured
 SHEETS = 4  # held-out clips that validation shows
 EACH = (1, 1, 1)
+SHAPE = (
+    *("latent_channels", "spatial_stride", "temporal_stride"),
+    *("vae_width", "encoder_blocks", "decoder_blocks", "refine_width"),
+)
+"""The options that decide the shape of a new VAE."""
 LINEAR_RATE = 0.1
 """Learning rate of a linear codec that is already fitted, as a multiple of that of the other layers. At the full rate,
 the first steps of AdamW would undo the fit."""
@@ -270,11 +277,13 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
         return found
     if init_from and is_vae_folder(init_from):
         loaded: nn.Module = load_vae(find_vae(init_from), torch.float32)
+        check_shape(loaded, o)
         return loaded
     if init_from:
         found = restored_vae(files.read(Path(init_from).expanduser()).config)
         if found is None:
             raise ConfigError(f"--init-from {init_from} is neither a VAE nor a run of `train vae`.")
+        check_shape(found, o)
         return found
     if o.trainable == "decoder":
         raise ConfigError("--trainable decoder: there is no run to resume from; give --init-from FOLDER too.")
@@ -289,6 +298,15 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
         decoder_blocks=o.decoder_blocks,
         refine_width=o.refine_width,
     )
+
+
+def check_shape(vae: nn.Module, options: VaeOptions) -> None:
+    """Raise ConfigError for an option that the VAE of `--init-from` would ignore."""
+    usual, config = VaeOptions(), plain_config(vae)
+    for name in SHAPE:
+        given, setting = getattr(options, name), "encoder_width" if name == "vae_width" else name
+        if given not in (getattr(usual, name), config.get(setting)):
+            raise ConfigError(f"{flag_of(name)} {given}: the VAE of --init-from keeps its own shape; leave it out.")
 
 
 def start_linear(vae: TitansVideoVAE, options: TrainVaeOptions, data: VideoDataset, run: RunContext) -> None:
