@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 
 from tests.unit.svd_parts import svd_model
-from titans_video.config.options import ModelOptions
+from titans_video.config.options import ModelOptions, TrainOptions
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
 from titans_video.recipes.setup import share_clips
+from titans_video.training import distributed
 from titans_video.training.parallelism import DataGroup, Parallelism, data_group, refuse_other_engines
 from titans_video.types import CodecSpec
 
@@ -94,6 +96,12 @@ def test_other_engines_are_rejected(monkeypatch: pytest.MonkeyPatch, environment
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         refuse_other_engines()
+
+
+def test_every_process_reads_its_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # transformers obeys it
+    distributed.start(TrainOptions())
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 @dataclass

@@ -154,6 +154,8 @@ def start(options: TrainOptions, earlier: str | None = None) -> Accelerator:
     refuse_other_engines()
     refuse_lost_processes(options)
     groups = Parallelism.requested(world_size())
+    # With it (Accelerate's default before 1.15), transformers leaves encoders unread on all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
         # Batches of several sizes leave gaps that blocks of a fixed size cannot use. It is read when CUDA starts.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
