@@ -171,10 +171,10 @@ def plain_config(vae: Any) -> dict[str, Any]:
 def principal_components(pixels: Tensor, patch: tuple[int, int, int], count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean (P,), basis (P, K) and standard deviations (K,) of the patches of clips (N, 3, T, H, W).
 
-    The first frame, which the VAE repeats, counts only in images: short clips would have too many patches without
-    motion. Patches of more than `MOST_EXACT` values get a randomised decomposition (Halko et al. 2011).
+    The first frame is repeated, as the VAE does. Patches of more than `MOST_EXACT` values get a randomised
+    decomposition (Halko et al. 2011).
     """
-    pixels = pixels[:, :, 1:] if pixels.shape[2] > 1 else torch.cat([pixels] * patch[0], dim=2)
+    pixels = torch.cat([pixels[:, :, :1]] * (patch[0] - 1) + [pixels], dim=2)
     size = 3 * patch[0] * patch[1] * patch[2]
     if size <= MOST_EXACT:
         codec = PCACodec.fit(pixels, patch, min(count, size))
