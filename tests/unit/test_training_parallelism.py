@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from tests.unit.svd_parts import svd_model
 from titans_video.config.options import ModelOptions, TrainOptions
-from titans_video.config.recipes import SoraOptions
+from titans_video.config.recipes import BaseOptions, SoraOptions
 from titans_video.data.buckets import Bucket
 from titans_video.errors import ConfigError
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.recipes.base import ClipGeometry, DiffusionRecipe
+from titans_video.recipes.frozen_base import precision_of
 from titans_video.recipes.setup import share_clips
 from titans_video.training import distributed
 from titans_video.training.parallelism import DataGroup, Parallelism, data_group, refuse_other_engines
@@ -96,6 +99,18 @@ def test_other_engines_are_rejected(monkeypatch: pytest.MonkeyPatch, environment
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=said):
         refuse_other_engines()
+
+
+def test_an_older_torch_shards_no_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    engine: Any = SimpleNamespace(is_fsdp2=True, mixed_precision="no", num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"--quantize nf4 with FSDP2 needs torch 2\.13 or newer, and this is torch 2\.11"
+    ):
+        precision_of(BaseOptions(quantize="nf4"), engine)
+    assert precision_of(BaseOptions(), engine) == torch.float32
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    assert precision_of(BaseOptions(quantize="nf4"), engine) == torch.float32
 
 
 def test_every_process_reads_its_encoders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,11 @@ def precision_of(options: BaseOptions, accelerator: Accelerator) -> torch.dtype:
         raise ConfigError(
             "--layerwise-casting and --offload move weights layer by layer, and so does FSDP2; use one of them."
         )
+    if accelerator.is_fsdp2 and options.quantize != "none" and torch.__version__ < "2.13":
+        raise ConfigError(
+            f"--quantize {options.quantize} with FSDP2 needs torch 2.13 or newer, and this is torch "
+            f"{torch.__version__}: FSDP2 of older versions shards no integers. Update torch, or leave one of them out."
+        )
     if options.offload == "group" and accelerator.num_processes > 1:
         raise ConfigError(
             "--offload group is for one process; several processes share the weights with FSDP2 "
