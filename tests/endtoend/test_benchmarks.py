@@ -62,6 +62,7 @@ def test_the_lora_of_both_libraries_learns_the_same(model: str, tmp_path: Path) 
     rows = re.findall(r"^\| ([^|]+) \|.*\| ([\d.e+-]+) \|$", (tmp_path / "table.md").read_text(), re.MULTILINE)
     found = {name: float(apart) for name, apart in rows if name != "---"}
     assert len(found) == 4
+    assert found.pop("base in bfloat16") < 2e-3  # PEFT computes A and B in float32, and ours in bfloat16
     assert max(found.values()) < 1e-5
 
 
