@@ -48,6 +48,7 @@ def recipe_and_parts(
     frames: int,
     size: tuple[int, int],
     activations: ActivationOptions | None = None,
+    dropout: float = 0.0,
     **base: Any,
 ) -> tuple[PretrainedRecipe, RunParts]:
     """Build a recipe on the clips of the mock data, with an adapter that is not at its start."""
@@ -63,7 +64,7 @@ def recipe_and_parts(
         ),
         base=BaseOptions(pretrained_model=str(folder), text_dtype="fp32", **base),
         activations=activations or ActivationOptions(),
-        lora=LoraOptions(rank=3, lora_alpha=6.0, target_modules="to_q,to_k,to_v,to_out.0,ff"),
+        lora=LoraOptions(rank=3, lora_alpha=6.0, lora_dropout=dropout, target_modules="to_q,to_k,to_v,to_out.0,ff"),
         train=TrainOptions(cfg_drop_prob=0.5),
     )
     accelerator = distributed.start(options.train)
@@ -360,10 +361,9 @@ def test_the_stock_pipeline_makes_our_video_with_the_saved_file(
 
 def test_dropout_of_training_is_not_in_the_file(pipelines: dict[str, Path], tmp_path: Path) -> None:
     """diffusers leaves a loaded adapter's dropout switched on."""
-    recipe, _ = recipe_of(pipelines["2b"], 9, (32, 32))
-    files = files_of(recipe)
-    files = replace(files, config=replace(files.config, dropout=0.5))
-    files.export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
+    recipe, _ = recipe_of(pipelines["2b"], 9, (32, 32), dropout=0.5)
+    assert any(isinstance(m, nn.Dropout) and m.p == 0.5 for m in recipe.network.modules())
+    files_of(recipe).export({n: p for n, p in recipe.network.named_parameters() if p.requires_grad}, tmp_path)
     stock = diffusers.DiffusionPipeline.from_pretrained(pipelines["2b"])
     stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     x, states, time = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 12, 16), torch.tensor([300])

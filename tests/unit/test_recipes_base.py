@@ -39,7 +39,8 @@ def overridden(recipe: type[DiffusionRecipe[Any]]) -> set[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_implements_prepare_and_forward_only(recipe: type[DiffusionRecipe[Any]]) -> None:
-    own = {"draws", "context_plan"}  # what it draws in addition, and how a pretrained network divides its tokens
+    # What it draws in addition, and how a pretrained network divides its tokens and its times among experts.
+    own = {"draws", "context_plan", "experts_at", "at_quantile"}
     assert overridden(recipe) - own == {"prepare", "forward"}
     assert recipe.__bases__ == (DiffusionRecipe,)  # the recipes are siblings
     assert not recipe.__abstractmethods__

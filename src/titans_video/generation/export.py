@@ -234,7 +234,7 @@ def export_finetuned(read: Checkpoint, spec: ModelSpec, folder: Path) -> Path:
     return folder
 
 
-def _write_networks(read: Checkpoint, spec: ModelSpec, folder: Path) -> list[str]:
+def _write_networks(read: Checkpoint, spec: ModelSpec, temporary: Path) -> list[str]:
     """Write each network of which the checkpoint has weights, as diffusers does; return the names of their folders."""
     network, written = spec.meta_model(), list[str]()
     for prefix, part in spec.lora_prefixes.items():
@@ -248,14 +248,14 @@ def _write_networks(read: Checkpoint, spec: ModelSpec, folder: Path) -> list[str
         except RuntimeError as e:
             reason = " ".join(str(e).split())[:200]
             raise CheckpointError(f"{read.path} is not of the network in {spec.folder / part}: {reason}") from None
-        module.save_pretrained(folder / part)
+        module.save_pretrained(temporary / part)
         written.append(part)
     return written
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def _link(source: str | Path, temporary: str | Path) -> None:
     file = Path(source).resolve()  # not the link to it that a download cache has
     try:
-        os.link(file, target)
+        os.link(file, temporary)
     except OSError:
-        shutil.copyfile(file, target)
+        shutil.copyfile(file, temporary)
