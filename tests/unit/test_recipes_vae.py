@@ -320,6 +320,8 @@ def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: 
         ("--crop-size 64", "larger than the clips"),
         ("--frame-counts 4", "the nearest legal counts"),
         ("--lpips nowhere.pt", "there is no such file"),
+        ("--lpips-weight 1", "--lpips-weight: this loss is not used; give --lpips FILE too"),
+        ("--gan-lr 1e-3 --gan-width 8", "--gan-lr and --gan-width: this loss is not used; give --gan-start N too"),
         (f"--init-from {make_vae('wan', tmp_path / 'wan')} --vae-width 8", "keeps its own shape"),
     ):
         assert main(f"{base} {more}".split()) == 2, more

@@ -6,7 +6,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from titans_video.config.fields import Range, check_value
+from titans_video.config.fields import Range, check_value, flag_of
 from titans_video.config.options import (
     ActivationOptions,
     DataOptions,
@@ -27,6 +27,7 @@ from titans_video.config.recipes import (
     TitansOptions,
     TrainVaeOptions,
     TuneOptions,
+    VaeLossOptions,
     VaeOptions,
 )
 from titans_video.errors import ConfigError
@@ -130,6 +131,7 @@ def check_vae(options: TrainVaeOptions) -> None:
     check_validation_runs(options.validation)
     check_tracker(options.validation)
     check_crops(options.vae)
+    check_losses(options.losses)
     for flag, given in (
         ("--cache", options.data.cache),
         ("--validation-prompts", options.validation.validation_prompts),
@@ -147,6 +149,18 @@ def check_crops(vae: VaeOptions) -> None:
         raise ConfigError(f"--crop-scale {low:g},{high:g}: the first size must not be above the second.")
     if vae.crop_size is None and (low, high) != (1.0, 1.0):
         raise ConfigError(f"--crop-scale {low:g},{high:g}: whole frames are used; give --crop-size too.")
+
+
+def check_losses(losses: VaeLossOptions) -> None:
+    """Reject flags of losses that are not used."""
+    usual = VaeLossOptions()
+    for needed, is_used, names in (
+        ("--lpips FILE", losses.lpips is not None, ("lpips_weight",)),
+        ("--gan-start N", losses.gan_start is not None, ("gan_weight", "gan_lr", "gan_width")),
+    ):
+        unused = [flag_of(name) for name in names if getattr(losses, name) != getattr(usual, name)]
+        if unused and not is_used:
+            raise ConfigError(f"{' and '.join(unused)}: this loss is not used; give {needed} too.")
 
 
 def check_clips(data: DataOptions) -> None:
