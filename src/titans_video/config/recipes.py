@@ -19,6 +19,9 @@ from titans_video.config.options import (
     ValidationOptions,
 )
 
+ADAPTER_FORMATS = ("diffusers", "comfyui", "kohya")
+"""The values of `--adapter-formats`, beside auto."""
+
 
 @dataclass(frozen=True)
 class SoraOptions:

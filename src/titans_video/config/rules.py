@@ -17,6 +17,7 @@ from titans_video.config.options import (
 )
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import (
+    ADAPTER_FORMATS,
     BaseOptions,
     FinetuneOptions,
     LoraOptions,
@@ -31,9 +32,6 @@ from titans_video.config.recipes import (
     VaeOptions,
 )
 from titans_video.errors import ConfigError
-
-ADAPTER_FORMATS = ("diffusers", "comfyui", "kohya")
-"""The values of `--adapter-formats`, beside auto."""
 
 
 def check_training(options: SoraOptions | PretrainedOptions) -> None:

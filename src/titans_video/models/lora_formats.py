@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from titans_video.config.recipes import ADAPTER_FORMATS
 from titans_video.errors import CheckpointError
 from titans_video.models.adapter_layers import DORA, LOKR, LORA, factorization, layer_of
 
 T = TypeVar("T")
-DIFFUSERS, COMFYUI, KOHYA = "diffusers", "comfyui", "kohya"
-FORMATS = (DIFFUSERS, COMFYUI, KOHYA)
+FORMATS = ADAPTER_FORMATS
+DIFFUSERS, COMFYUI, KOHYA = FORMATS
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The adapter of a model with one network for diffusers; `file_name` has the others."""
 PREFIXES = {COMFYUI: "diffusion_model.", KOHYA: "lora_unet_"}
