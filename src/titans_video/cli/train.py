@@ -110,8 +110,10 @@ LORA = About(
         "output_dir",
         "resume",
     ),
-    notes="A checkpoint is lora_<step>.pt, to resume from, and lora_<step>/pytorch_lora_weights.safetensors, for "
-    "diffusers.\n" + CONFIG,
+    notes="A checkpoint is lora_<step>.pt, to resume from, and the folder lora_<step> with files for other programs: "
+    "pytorch_lora_weights.safetensors for diffusers and, for Wan, comfyui.safetensors for ComfyUI; with "
+    "--adapter-formats kohya, kohya.safetensors for musubi-tuner. With two experts these are high_noise.safetensors, "
+    "comfyui_high_noise.safetensors and so on, and the same with low.\n" + CONFIG,
 )
 FINETUNE = About(
     FinetuneOptions,

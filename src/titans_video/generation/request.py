@@ -322,15 +322,13 @@ def build_request(options: GenerateOptions, model: LoadedModel, image_follows: b
         seeds=[options.seed],
         steps=_first(options.steps, defaults.get("steps"), DEFAULT_STEPS),
         guidance_scale=float(_first(options.guidance_scale, defaults.get("guidance_scale"), 1.0)),
-        guidance_scale_2=_continuation(
-            options.guidance_scale_2, options.guidance_scale, defaults.get("guidance_scale_2")
-        ),
+        guidance_scale_2=_of_part(options.guidance_scale_2, options.guidance_scale, defaults.get("guidance_scale_2")),
         guidance_interval=(float(interval[0]), float(interval[1])),
         sampler=_sampler(options.sampler, model.capabilities),
         step_cache=options.step_cache,
         draft_frames=_first(options.draft_frames, defaults.get("draft_frames"), 0),
-        continue_steps=_continuation(options.continue_steps, options.steps, defaults.get("continue_steps")),
-        continue_guidance=_continuation(
+        continue_steps=_of_part(options.continue_steps, options.steps, defaults.get("continue_steps")),
+        continue_guidance=_of_part(
             options.continue_guidance, options.guidance_scale, defaults.get("continue_guidance")
         ),
         cond_pixels=_load_cond_frames(options, model, when.made, when.gen_fps, height, width),
@@ -371,8 +369,8 @@ def _value(options: GenerateOptions, flag: str) -> Any:
     return getattr(options, flag[2:].replace("-", "_"))
 
 
-def _continuation(given: Any, given_for_all: Any, recommended: Any) -> Any:
-    """Return the value for continued windows; None: as all windows. Flags of all windows precede recommendations."""
+def _of_part(given: Any, given_for_all: Any, recommended: Any) -> Any:
+    """Return the value of continued windows or the second expert (None: that of all). Flags precede the checkpoint."""
     return recommended if given is None and given_for_all is None else given
 
 

@@ -297,7 +297,10 @@ def _find(path: Path, expert: str | None) -> Path:
         for name in (*own, WEIGHTS, PEFT_WEIGHTS, LAST, *others):
             if (path / name).is_file():
                 return path / name
-        raise CheckpointError(f"{path} has no LoRA: it must contain {WEIGHTS}, {PEFT_WEIGHTS} or {LAST}.")
+        parts = " or ".join(lora_formats.file_name(DIFFUSERS, name) for name in EXPERTS)
+        raise CheckpointError(
+            f"{path} has no LoRA: it must contain {WEIGHTS}, {PEFT_WEIGHTS} or {LAST}; of two experts, {parts}."
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such LoRA file or folder.")
     if path.suffix not in (".safetensors", ".pt", ".pth"):
