@@ -18,6 +18,8 @@ from titans_video.errors import CheckpointError, ConfigError
 from titans_video.models.quantized import QuantizedLinear, quantize
 from titans_video.pretrained.base import open_model_spec
 from titans_video.pretrained.loading import FileWeights, FolderWeights, Loading, Read, base_files, load
+from titans_video.recipes.finetune import require_complete
+from titans_video.recipes.pretrained import pipeline_flags
 
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -234,19 +236,29 @@ def test_single_files_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) 
         loaded(path)
 
 
-def test_files_of_experts_are_given_in_order(tmp_path: Path) -> None:
+def test_files_of_experts_are_named_or_given_in_order(tmp_path: Path) -> None:
     high, low = (tmp_path / f"wan_{word}_noise.safetensors" for word in ("high", "low"))
     for path in (high, low):
         path.touch()
-    parts = ["transformer", "transformer_2"]
-    assert base_files([str(high), str(low)], parts) == {"transformer": high, "transformer_2": low}
+    parts = {"high": "transformer", "low": "transformer_2"}
+    both = {"transformer": high, "transformer_2": low}
+    assert base_files([str(high), str(low)], parts) == both
+    assert base_files([f"low={low}", f"high={high}"], parts) == both
+    assert base_files([f"low={low}"], parts) == {"transformer_2": low}
+    assert base_files([str(low)], parts, "low") == {"transformer_2": low}
+    assert base_files([f"low={low}"], parts, "high") == {"transformer_2": low}  # of the one that is not trained
     for files, said in (
-        ([high], "2 files, that of high noise and then that of low noise"),
+        ([high], "2 files, that of high noise and then that of low noise; a single one names its expert, as high=FILE"),
+        ([f"high={high}", low], "give one file of each expert"),
+        ([f"high={high}", f"high={high}"], "give one file of each expert"),
+        ([f"high={tmp_path / 'none.safetensors'}"], "no such file"),
         ([low, high], "named after low noise; give the file of high noise first"),
         ([high, tmp_path / "none.safetensors"], "no such file"),
     ):
         with pytest.raises(ConfigError, match=said):
             base_files([str(path) for path in files], parts)
+    with pytest.raises(ConfigError, match="one network and no experts; leave high= out"):
+        base_files([f"high={high}"], {"": "transformer"})
 
 
 def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> None:
@@ -262,12 +274,21 @@ def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> No
         save_file(tensors, files[-1])
     spec = open_model_spec(pipeline, files[:1], "high")
     assert spec.loading.files.keys() == {"transformer"}
+    assert pipeline_flags(spec)[2:] == ("--base-file", f"high={files[0]}")
+    again = open_model_spec(pipeline, pipeline_flags(spec)[3:])  # as `generate` opens it
+    assert again.fingerprint() == spec.fingerprint() != fingerprint
     with pytest.raises(ConfigError, match="2 files"):
         open_model_spec(pipeline, files[:1])
+    require_complete(spec, "high")
+    with pytest.raises(ConfigError, match="Give only the file of the network that is trained"):
+        require_complete(open_model_spec(pipeline, files), "low")
     for part in ("transformer", "transformer_2"):
         (pipeline / part / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="transformer_2 has no weights"):
-        open_model_spec(pipeline, files[:1], "high")
+    for given in (files[:1], [f"high={files[0]}"]):
+        with pytest.raises(ConfigError, match=r"transformer_2 has no weights\. Put them into this folder, or .*both\)"):
+            open_model_spec(pipeline, given, "high")
+    with pytest.raises(ConfigError, match=r"transformer_2 has no weights\. Put them into this folder, or .*both\."):
+        require_complete(open_model_spec(pipeline, files), "high")
     spec = open_model_spec(pipeline, files)
     found = spec.load_network(torch.float32)
     for name, value in expected.state_dict().items():

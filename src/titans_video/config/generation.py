@@ -30,7 +30,7 @@ class GenerateOptions:
     if the file does not name it."""
     base_file: tuple[FilePath, ...] = ()
     """Safetensors file with the transformer's weights, as ComfyUI uses them, instead of those in --pretrained-model.
-    With two experts: the file of high noise, then that of low noise."""
+    With two experts: high=FILE and low=FILE, or one of them."""
     prompt: str | None = None
     """Text that describes the video."""
     prompt_file: FilePath | None = None

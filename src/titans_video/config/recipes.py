@@ -58,7 +58,7 @@ class PipelineOptions:
     """Folder of a whole diffusers pipeline, e.g. CogVideoX-5b."""
     base_file: tuple[FilePath, ...] = ()
     """Safetensors file with the transformer's weights, as ComfyUI uses them, instead of those in the folder. With two
-    experts: the file of high noise, then that of low noise."""
+    experts: high=FILE and low=FILE, or one of them."""
     shift: Annotated[float | None, Range(above=0)] = None
     """Shift of the training times towards noise, for models with shifted times (default: the model's own)."""
     compile: Switch = "auto"

@@ -22,11 +22,11 @@ from titans_video.models.adapter_layers import LoraLinear, product
 from titans_video.models.lora_formats import EXPERTS, Prefixes
 from titans_video.models.lora_io import LoraFile
 from titans_video.pretrained.base import ModelSpec
+from titans_video.pretrained.loading import split_expert
 
 TWO_NETWORKS: Prefixes = {"transformer.": "transformer", "transformer_2.": "transformer_2"}
 SAME = 1e-5
 """Largest difference between two layers that count as equal, relative to the larger norm."""
-_EXPERT = re.compile(rf"({'|'.join(EXPERTS)})=(?=.)")
 
 
 def parse_lora(word: str) -> tuple[Path, float, str | None]:
@@ -34,8 +34,7 @@ def parse_lora(word: str) -> tuple[Path, float, str | None]:
 
     Raises ConfigError if the weight is not a number.
     """
-    match = None if Path(word).exists() else _EXPERT.match(word)
-    rest, expert = (word[match.end() :], match[1]) if match else (word, None)
+    rest, expert = split_expert(word)
     path, colon, weight = rest.rpartition(":")
     if not colon or Path(rest).exists():
         return Path(rest), 1.0, expert

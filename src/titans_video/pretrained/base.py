@@ -131,6 +131,11 @@ class ModelSpec(ABC):
         return "t2v" not in self.tasks
 
     @property
+    def network_parts(self) -> dict[str, str]:
+        """The pipeline's part that each network is, by expert; the key of a single network is ""."""
+        return dict(zip(self.experts or ("",), self.lora_prefixes.values(), strict=True))
+
+    @property
     def cond_frames_have_loss(self) -> bool:
         """Whether given frames are denoised like the rest; otherwise they stay clean, without loss."""
         return True
@@ -269,24 +274,23 @@ def is_pipeline(folder: str | Path | None) -> bool:
     return folder is not None and (Path(folder).expanduser() / INDEX).is_file()
 
 
-def open_model_spec(folder: str | Path, files: Sequence[str] = (), expert: str | None = None) -> ModelSpec:
+def open_model_spec(folder: str | Path, files: Sequence[str] = (), trained: str | None = None) -> ModelSpec:
     """Return the spec of a diffusers pipeline whose networks are in the folder, or in single `files` (`--base-file`).
 
-    A single file may be that of one `expert`.
+    A single file may be that of one expert: of the one that it names, or of the `trained` one. The other is in the
+    folder.
 
     Raises:
         ConfigError: the folder is no pipeline or of an unknown class, or the files do not fit its networks.
     """
     spec = _open(folder)
     if files:
-        parts = list(spec.lora_prefixes.values())
-        own = [part for name, part in zip(spec.experts, parts, strict=False) if name == expert]
-        spec.loading = Loading(base_files(files, own if len(files) == len(own) else parts))
-        for part in parts:
+        spec.loading = Loading(base_files(files, spec.network_parts, trained))
+        for part in spec.network_parts.values():
             if not spec.loading.weights(spec.folder, part).exists():
                 raise ConfigError(
-                    f"--base-file: {spec.folder / part} has no weights, so give the files of both experts; first that "
-                    "of high noise."
+                    f"--base-file: {spec.folder / part} has no weights. Put them into this folder, or give the files "
+                    "of both experts, high=FILE and low=FILE (to fine-tune, with --experts both)."
                 )
     return spec
 

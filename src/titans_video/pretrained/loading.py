@@ -4,6 +4,7 @@ The weights are in a diffusers folder or in a single file as ComfyUI users have 
 of diffusers or of the model's authors. In scaled fp8, the tensor `<layer>.scale_weight` multiplies `<layer>.weight`.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from titans_video.finite import refuse_non_finite
 from titans_video.hub import NON_FINITE_REMEDY, load_pretrained, without_hub
 from titans_video.models.activations import blocks_of
 from titans_video.models.adapter_layers import layer_of
+from titans_video.models.lora_formats import EXPERTS
 from titans_video.models.quantized import FP8, Kind, from_fp8, quantize
 from titans_video.parsing import Malformed, read_json
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
@@ -34,6 +36,8 @@ OTHERS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 """Ends of the names of what only says how ComfyUI multiplies. `scaled_fp8` marks files whose weights have scales."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FLOATS = {torch.float32, torch.float16, torch.bfloat16, FP8, torch.float8_e5m2}
+
+_EXPERT = re.compile(rf"({'|'.join(EXPERTS)})=(?=.)")
 
 Read = Callable[[], tuple[Tensor, Tensor | None]]
 """Reads a tensor, and the scale that multiplies it."""
@@ -188,19 +192,45 @@ class Loading:
         return fingerprint_folder(folder / part, self.files.get(part))
 
 
-def base_files(files: Sequence[str], parts: Sequence[str]) -> dict[str, Path]:
-    """Return the file of each part of a pipeline, in the order of `--base-file`; ConfigError if they do not fit."""
-    paths = [Path(file).expanduser() for file in files]
-    if len(paths) != len(parts):
-        wanted = "one file" if len(parts) == 1 else f"{len(parts)} files, that of high noise and then that of low noise"
-        raise ConfigError(f"--base-file {' '.join(map(str, paths))}: this pipeline needs {wanted}.")
-    for path in paths:
+def split_expert(word: str) -> tuple[str, str | None]:
+    """Return the path and the expert of FILE, high=FILE or low=FILE; None: the word names no expert."""
+    match = None if Path(word).exists() else _EXPERT.match(word)
+    return (word[match.end() :], match[1]) if match else (word, None)
+
+
+def base_files(files: Sequence[str], parts: Mapping[str, str], trained: str | None = None) -> dict[str, Path]:
+    """Return the file of each part of a pipeline that `--base-file` gives.
+
+    Args:
+        files: high=FILE and low=FILE, or one of them; or FILE of each expert, in their order, or of the `trained` one.
+        parts: the part of each expert; of "" for a single network.
+    Raises:
+        ConfigError: the files do not fit the parts, or do not exist.
+    """
+    flag = f"--base-file {' '.join(files)}"
+    paths, named = zip(*map(split_expert, files), strict=True)
+    experts = [name for name in named if name is not None]
+    if experts:
+        wrong = [name for name in experts if name not in parts]
+        if wrong:
+            raise ConfigError(f"{flag}: this pipeline has one network and no experts; leave {wrong[0]}= out.")
+        if len(experts) < len(files) or len(set(experts)) < len(experts):
+            raise ConfigError(f"{flag}: give one file of each expert, high=FILE and low=FILE, or one of them.")
+    elif len(files) == len(parts):
+        experts = list(parts)
+    elif len(files) == 1 and trained in parts:
+        experts = [trained]
+    else:
+        both = "2 files, that of high noise and then that of low noise; a single one names its expert, as high=FILE"
+        raise ConfigError(f"{flag}: this pipeline needs {'one file' if len(parts) == 1 else both}.")
+    found = [Path(path).expanduser() for path in paths]
+    for path in found:
         if path.suffix != ".safetensors" or not path.is_file():
             raise ConfigError(f"--base-file {path}: there is no such file of the kind .safetensors.")
-    low, high = ([word in path.name.lower() for path in paths] for word in ("low", "high"))
-    if len(paths) == 2 and (low[0] or high[1]) and not (high[0] or low[1]):
-        raise ConfigError(f"--base-file: {paths[0]} is named after low noise; give the file of high noise first.")
-    return dict(zip(parts, paths, strict=True))
+    low, high = ([word in path.name.lower() for path in found] for word in ("low", "high"))
+    if not any(named) and len(found) == 2 and (low[0] or high[1]) and not (high[0] or low[1]):
+        raise ConfigError(f"--base-file: {found[0]} is named after low noise; give the file of high noise first.")
+    return {parts[expert]: path for expert, path in zip(experts, found, strict=True)}
 
 
 def load(kind: Any, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype, loading: Loading) -> nn.Module:

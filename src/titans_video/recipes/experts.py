@@ -104,8 +104,7 @@ def with_all_experts(network: nn.Module, spec: ModelSpec, dtype: torch.dtype) ->
         return network
     others = spec.load_network(dtype, missing).to(next(network.parameters()).device)
     parts = {**spec.networks(network), **spec.networks(others)}
-    folders = dict(zip(spec.experts, spec.lora_prefixes.values(), strict=True))
-    return Router({folders[name]: parts[name] for name in spec.experts})
+    return Router({part: parts[name] for name, part in spec.network_parts.items()})
 
 
 def quantile_of(process: NoiseProcess, time: float) -> float:

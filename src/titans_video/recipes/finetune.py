@@ -14,6 +14,7 @@ from titans_video.generation.export import export_finetuned
 from titans_video.models import lora
 from titans_video.models.activations import limit_activations
 from titans_video.pretrained.base import ModelSpec, open_model_spec
+from titans_video.pretrained.loading import Loading
 from titans_video.recipes.experts import expert_schedule
 from titans_video.recipes.lora import parse_names
 from titans_video.recipes.pretrained import (
@@ -45,7 +46,7 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     options, run = start_run(options)
     assert options.base.pretrained_model is not None  # checked with the flags
     spec = open_model_spec(options.base.pretrained_model, options.base.base_file, options.experts.experts)
-    _require_complete(spec, options.experts.experts)
+    require_complete(spec, options.experts.experts)
     choose_trainable(spec.meta_model(), options.weights.trainable, spec)  # reports a fault before anything slow
     parts = open_pretrained_parts(options, run, spec)
     recipe = build_finetune(options, parts, spec, run.accelerator)
@@ -56,13 +57,18 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
     return result
 
 
-def _require_complete(spec: ModelSpec, experts: str) -> None:
+def require_complete(spec: ModelSpec, experts: str) -> None:
     """Raise ConfigError if the finished pipeline would lack a file of `--base-file`: it links an untrained expert."""
-    if experts != "both" and len(spec.loading.files) > 1:
-        raise ConfigError(
-            f"--base-file: with --experts {experts} the finished pipeline has the other network of {spec.folder}, not "
-            "that of your file. Give only the file of the network that is trained."
-        )
+    for expert, part in spec.network_parts.items():
+        if experts in ("both", expert) or part not in spec.loading.files:
+            continue
+        said = f"--base-file: with --experts {experts} the finished pipeline has the other network of {spec.folder}"
+        if not Loading().weights(spec.folder, part).exists():
+            raise ConfigError(
+                f"{said}, and {spec.folder / part} has no weights. Put them into this folder, or fine-tune with "
+                "--experts both."
+            )
+        raise ConfigError(f"{said}, not that of your file. Give only the file of the network that is trained.")
 
 
 def _size_note(recipe: PretrainedRecipe) -> str:
