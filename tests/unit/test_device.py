@@ -14,7 +14,7 @@ from titans_video.codecs import base as codecs
 from titans_video.codecs.base import build_codec, codec_from_checkpoint, describe_codec
 from titans_video.config.generation import Overrides, RunOptions
 from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, TrainOptions
-from titans_video.config.recipes import BaseOptions, LoraRunOptions, SoraOptions
+from titans_video.config.recipes import BaseOptions, ExpertOptions, LoraRunOptions, SoraOptions
 from titans_video.data.cache import CLIPS, EncodingCache, precisions_in
 from titans_video.device import (
     Choice,
@@ -144,6 +144,7 @@ def test_a_given_flag_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         SoraOptions(train=TrainOptions(deterministic=True)),
         LoraRunOptions(base=BaseOptions(offload="group")),
         LoraRunOptions(base=BaseOptions(layerwise_casting="fp8_e4m3")),
+        LoraRunOptions(experts=ExpertOptions(idle_expert="cpu")),
     ],
 )
 def test_where_a_gpu_does_not_compile(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,9 @@ def test_a_resumed_run_and_a_cache_decide_before_the_device(monkeypatch: pytest.
 
 
 def test_generation_takes_what_suits_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert generation.choose_defaults(RunOptions(device="cpu"), 10**6)[0] == RunOptions("cpu", "fp32", True, "off")
+    assert generation.choose_defaults(RunOptions(device="cpu"), 10**6)[0] == RunOptions(
+        device="cpu", dtype="fp32", tf32=True, compile="off"
+    )
     given = RunOptions(device="cpu", dtype="bf16", compile="on")
     assert generation.choose_defaults(given)[0] == given
     monkeypatch.setattr(generation, "read_facts", lambda device: H200)

@@ -12,12 +12,16 @@ from torch.testing import assert_close
 
 from tests.factories import make_cogvideox
 from tests.unit.svd_parts import svd_model
+from tests.wan_pipelines import make_wan
 from titans_video.generation.denoise import eval_mode
 from titans_video.models import compiling, lora
 from titans_video.models.compiling import compile_blocks, share_graphs
 from titans_video.models.sora_dit import SoraDiT
 from titans_video.models.titans_dit import SegmentRollout, TitansVideoDiT
 from titans_video.pretrained.base import open_model_spec
+from titans_video.pretrained.loading import Loading
+from titans_video.recipes.pretrained import compile_network
+from titans_video.seeding import generator
 from titans_video.types import Condition, TextCondition
 
 C, S = 3, 2
@@ -129,6 +133,31 @@ def test_an_adapter_makes_one_graph_for_each_size(graphs: list[Any], tmp_path: P
         with eval_mode(net):
             spec.predict(net, noisy, prepared, torch.float32)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_compiled_blocks_with_quantized_layers_have_the_same_gradients(
+    kind: Any, tmp_path: Path, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So `--compile auto` is on with `--quantize`; `aot_eager` traces both passes, and runs them without a compiler."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    spec = open_model_spec(make_wan(tmp_path / "wan", "t2v-2.1", num_layers=1))
+    spec.loading = Loading(quantize=kind)
+    noisy, prepared = spec.example()
+    found: list[dict[str, Tensor]] = []
+    for compiled in (False, True):
+        net = spec.load_network(torch.float32)
+        if compiled:
+            compile_network(net, spec)
+        lora.inject(net, lora.LoraConfig(2), seed=0)
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator(0, name))
+        spec.predict(net, noisy, prepared, torch.float32).square().mean().backward()  # type: ignore[union-attr]
+        found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() != set()
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
 
 
 def test_a_network_that_only_generates_has_a_graph_without_gradients(graphs: list[Any]) -> None:

@@ -63,7 +63,8 @@ class PipelineOptions:
     """Shift of the training times towards noise, for models with shifted times (default: the model's own)."""
     compile: Switch = "auto"
     """Run torch.compile on each block. The first steps of each clip size are slow. auto: on a GPU, for 400 steps or
-    more, without --deterministic, --layerwise-casting and --offload. Just --compile means on, --no-compile off."""
+    more, without --deterministic, --layerwise-casting, --offload and --idle-expert cpu. Just --compile means on,
+    --no-compile off."""
     vae_dtype: AutoDtype = "auto"
     """Precision of the VAE. auto: that of the resumed run or of --cache, else bf16 on a GPU with bf16, else fp32."""
     text_dtype: Dtype = "bf16"

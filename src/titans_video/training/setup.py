@@ -131,7 +131,8 @@ def choose_defaults(
     elif vae_dtype == "auto":
         vae_dtype = "fp32"  # the other codecs know no precision
     plain = given.get("offload", "none") == given.get("layerwise_casting", "none") == "none"
-    plain = plain and context_size() == 1  # compiled blocks were not tested with shared clips
+    # Compiled blocks were not tested with shared clips, nor with weights that move between steps.
+    plain = plain and context_size() == 1 and given.get("idle_expert", "device") == "device"
     compiled = compiles(
         given.get("compile", "off"), best, given["max_steps"], allowed=plain and not given["deterministic"]
     )
