@@ -1,15 +1,20 @@
 """Which expert a step trains, the times of its rows, and where the idle expert waits; against closed formulas."""
 
 import math
+from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.wan_pipelines import make_wan
 from titans_video.diffusion.rectified_flow import RectifiedFlow
-from titans_video.recipes.experts import ExpertSchedule, IdleExpert, quantile_of
+from titans_video.pretrained.base import open_model_spec
+from titans_video.recipes.experts import ExpertSchedule, IdleExpert, keep_idle_on_cpu, quantile_of, with_all_experts
 
 BOUNDARY, SHIFT = 0.875, 5.0
 PROCESS = RectifiedFlow(shift=SHIFT)
@@ -88,7 +93,7 @@ def test_the_idle_expert_leaves_the_device() -> None:
     for network in networks.values():
         network[0].requires_grad_(False)
     before = {name: network[0].weight.clone() for name, network in networks.items()}
-    IdleExpert(networks, torch.device("cpu"))
+    IdleExpert(torch.device("cpu")).keep(networks)
     waiting = {name: network[0].weight.data_ptr() for name, network in networks.items()}
     trained = {name: network[1].weight.data_ptr() for name, network in networks.items()}
     for active in ("low", "low", "high", "low"):
@@ -97,3 +102,30 @@ def test_the_idle_expert_leaves_the_device() -> None:
             assert (network[0].weight.data_ptr() != waiting[name]) == (name == active)
             assert torch.equal(network[0].weight, before[name])
             assert network[1].weight.data_ptr() == trained[name]
+
+
+def test_the_expert_that_is_not_trained_waits_in_main_memory_between_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = open_model_spec(make_wan(tmp_path / "wan", "t2v-a14b", num_layers=1))
+    both, network = spec.load_network(torch.float32), spec.load_network(torch.float32, ["high"])
+    accelerator: Any = SimpleNamespace(is_fsdp2=False, device=torch.device("cpu"))
+    keep_idle_on_cpu(network, spec, accelerator)
+    names = list(network.state_dict())
+    reads: list[Any] = []
+    load = spec.load_network
+    monkeypatch.setattr(spec, "load_network", lambda *args: reads.append(args) or load(*args))
+    for _ in range(2):
+        whole = with_all_experts(network, spec, torch.float32)
+        weights = {name: part.get_parameter("proj_out.weight") for name, part in spec.networks(whole).items()}
+        idle: Any = network.idle
+        waiting = {name: dict(idle._kept[name])[weight].data_ptr() for name, weight in weights.items()}
+        for active in ("high", "low"):
+            inputs = spec.example(expert=active)
+            found = spec.predict(whole, *inputs, torch.float32)
+            torch.testing.assert_close(found, spec.predict(both, *inputs, torch.float32))
+            assert [name for name, w in weights.items() if w.data_ptr() != waiting[name]] == [active]
+        spec.predict(network, *spec.example(expert="high"), torch.float32)  # the next training step
+        assert [name for name, w in weights.items() if w.data_ptr() != waiting[name]] == ["high"]
+    assert reads == [(torch.float32, ["low"])]
+    assert list(network.state_dict()) == names

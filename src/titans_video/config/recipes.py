@@ -130,7 +130,7 @@ class ExpertOptions:
     """Consecutive steps that train the same network."""
     idle_expert: Literal["device", "cpu"] = "device"
     """cpu: keep the frozen weights of the network that a step does not train in main memory. With --expert-steps they
-    move rarely."""
+    move rarely. With one network trained, this is for the other one in validation videos."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ An optimizer step trains one expert, on every process. All of its rows draw thei
 expert is drawn with the probability of its part, so over all steps the times have the distribution of the process.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,12 +98,23 @@ def expert_schedule(options: ExpertOptions, spec: ModelSpec, process: NoiseProce
 
 
 def with_all_experts(network: nn.Module, spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
-    """Return the network with the pretrained experts that a run does not train, for videos."""
-    missing = [name for name in spec.experts if name not in spec.networks(network)]
+    """Return the network with the pretrained experts that a run does not train, for videos.
+
+    They are read every time, to the device; after `keep_idle_on_cpu` only once, and then wait in main memory.
+    """
+    parts, idle = spec.networks(network), getattr(network, "idle", None)
+    missing = [name for name in spec.experts if name not in parts]
     if not missing:
         return network
-    others = spec.load_network(dtype, missing).to(next(network.parameters()).device)
-    parts = {**spec.networks(network), **spec.networks(others)}
+    if isinstance(idle, IdleExpert) and idle.networks:
+        parts = idle.networks
+    else:
+        others = spec.load_network(dtype, missing)
+        parts |= spec.networks(others)
+        if isinstance(idle, IdleExpert):
+            idle.keep(parts)
+        else:
+            others.to(next(network.parameters()).device)
     return Router({part: parts[name] for name, part in spec.network_parts.items()})
 
 
@@ -126,13 +137,18 @@ class IdleExpert:
     the copies in main memory stay valid.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.active: str | None = None
+        self.networks: dict[str, nn.Module] = {}
+
+    def keep(self, networks: dict[str, nn.Module]) -> None:
+        """Move the frozen weights of all experts to main memory, and fetch those of each one from now on."""
+        self.networks = networks
         self._kept = {name: [self._keep(p) for p in _frozen(network)] for name, network in networks.items()}
         for name, network in networks.items():
             for tensor in [*network.buffers(), *(p for p in network.parameters() if p.requires_grad)]:
-                tensor.data = tensor.data.to(device)
+                tensor.data = tensor.data.to(self.device)
             network.register_forward_pre_hook(lambda *_, name=name: self.bring(name))
 
     def bring(self, name: str) -> None:
@@ -154,11 +170,17 @@ class IdleExpert:
 
 
 def keep_idle_on_cpu(network: nn.Module, spec: ModelSpec, accelerator: Accelerator) -> None:
-    """Let the idle expert of a network wait in main memory; raise ConfigError for sharded weights."""
+    """Let the idle expert of a network wait in main memory; raise ConfigError for sharded weights.
+
+    If one is trained, the other is idle except in videos; see `with_all_experts`.
+    """
     if accelerator.is_fsdp2:
         raise ConfigError("--idle-expert cpu moves weights, and so does FSDP2; use one of them.")
-    IdleExpert(spec.networks(network), accelerator.device)
-    network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
+    idle, networks = IdleExpert(accelerator.device), spec.networks(network)
+    network.idle = idle  # type: ignore[assignment]  # read by `with_all_experts`
+    if len(networks) > 1:
+        idle.keep(networks)
+        network.offloaded = True  # type: ignore[assignment]  # read by `training.distributed.prepare`
 
 
 def _frozen(network: nn.Module) -> list[nn.Parameter]:

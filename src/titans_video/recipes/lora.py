@@ -109,7 +109,7 @@ def build_lora(options: LoraRunOptions, parts: RunParts, spec: ModelSpec, accele
     formats = choose_formats(options.lora, network, adapter, spec.lora_prefixes)
     lora.inject(network, adapter, seed=options.train.seed)
     place(network, options.base, device)
-    if options.experts.idle_expert == "cpu" and experts is not None and experts.is_mixed:
+    if options.experts.idle_expert == "cpu" and experts is not None:
         keep_idle_on_cpu(network, spec, accelerator)
     sizes = lora.layer_sizes(network)
     config = pretrained_config("lora", options, parts, spec, process, accelerator)
