@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.wan_pipelines import make_wan
+from titans_video.checkpoint import Checkpoint
 from titans_video.errors import CheckpointError, ConfigError
+from titans_video.generation.export import export_finetuned
 from titans_video.models.quantized import QuantizedLinear, quantize
 from titans_video.pretrained.base import open_model_spec
 from titans_video.pretrained.loading import FileWeights, FolderWeights, Loading, Read, base_files, load
@@ -297,3 +299,22 @@ def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> No
     assert all(torch.equal(tiny[name], value) for name, value in expected.state_dict().items())
     assert spec.fingerprint() != fingerprint
     assert spec.fingerprint() == open_model_spec(pipeline, files).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp8"])
+def test_a_fine_tuning_is_exported_in_the_precision_of_its_base_file(kind: str, tmp_path: Path) -> None:
+    pipeline = make_wan(tmp_path / "pipeline", "t2v-2.1")
+    stored = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(stored)
+    stored.unlink()
+    expected = torch.float16 if kind == "fp16" else torch.bfloat16
+    saved = {original(name): value.to(expected) for name, value in tensors.items()}
+    if kind == "fp8":
+        saved |= {n: x.to(torch.float8_e4m3fn) for n, x in saved.items() if x.ndim == 2 and n.startswith("blocks.")}
+    save_file(saved, tmp_path / "base.safetensors")
+    spec = open_model_spec(pipeline, [str(tmp_path / "base.safetensors")])
+    trained = Checkpoint(model=tensors, config={}, step=1, path=tmp_path / "last.pt")
+    folder = export_finetuned(trained, spec, tmp_path / "exported")
+    found = load_file(folder / "transformer" / stored.name)
+    assert {value.dtype for value in found.values()} == {expected}
+    assert all(torch.equal(found[name], value.to(expected)) for name, value in tensors.items())

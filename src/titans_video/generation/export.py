@@ -22,7 +22,6 @@ from titans_video.generation.model import BUNDLED, VideoModel
 from titans_video.hub import stored_folder
 from titans_video.models.svd_unet import plain_unet
 from titans_video.pretrained.base import INDEX, ModelSpec, open_model_spec
-from titans_video.pretrained.loading import stored_dtypes
 
 CARD = """# {name}
 
@@ -209,8 +208,8 @@ def export_checkpoint(name: str | None, overrides: Overrides, folder: Path, *, e
 def export_finetuned(read: Checkpoint, spec: ModelSpec, folder: Path) -> Path:
     """Write a fine-tuned network as a whole diffusers pipeline, atomically; an existing folder is replaced.
 
-    The network's files have the precision of the pretrained ones. The other parts are hard links to the files of the
-    pretrained pipeline, or copies where links are impossible.
+    The network's files have the precision of the pretrained ones, of the folder or of `--base-file`. The other parts
+    are hard links to the files of the pretrained pipeline, or copies where links are impossible.
     Raises CheckpointError if the checkpoint is of another network, WriteError if the disk is full.
     """
     index = read_json(spec.folder / INDEX, "is missing.", ConfigError)
@@ -241,8 +240,8 @@ def _write_networks(read: Checkpoint, spec: ModelSpec, temporary: Path) -> list[
         weights = {key.removeprefix(prefix): value for key, value in read.model.items() if key.startswith(prefix)}
         if not weights:
             continue
-        dtypes = stored_dtypes(spec.folder / part)
         module: Any = network.get_submodule(prefix.rstrip(".")) if prefix else network
+        dtypes = spec.loading.weights(spec.folder, part).dtypes(module)
         try:
             module.load_state_dict({k: v.to(dtypes.get(k, v.dtype)) for k, v in weights.items()}, assign=True)
         except RuntimeError as e:

@@ -6,7 +6,7 @@ of diffusers or of the model's authors. In scaled fp8, the tensor `<layer>.scale
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +66,10 @@ class Weights(ABC):
         """Yield diffusers' name of each tensor for a network, and a function that reads it now. One file is open."""
 
     @abstractmethod
+    def dtypes(self, network: nn.Module) -> dict[str, torch.dtype]:
+        """Return the precision in which to save each of a network's tensors, as far as safetensors files have it."""
+
+    @abstractmethod
     def refuse(self, what: str) -> CheckpointError:
         """Return the error for weights that do not fit the network; `what` is the end of a sentence."""
 
@@ -104,6 +108,10 @@ class FolderWeights(Weights):
                 for name, value in load_tensors(path, mmap=is_zipfile(path)).items():
                     yield name, lambda value=value: (value, None)  # type: ignore[misc]
 
+    def dtypes(self, network: nn.Module) -> dict[str, torch.dtype]:
+        found = (_dtypes_in(path) for path in sorted(self.path.glob("*.safetensors")))
+        return {name: kind for own in found for name, kind in own.items()}
+
     def refuse(self, what: str) -> CheckpointError:
         return CheckpointError(f"The weights in {self.path} do not fill the network of its config.json: {what}.")
 
@@ -130,9 +138,14 @@ class FileWeights(Weights):
                 self._check(name, value, is_scaled and name not in scales)
                 return value, f.get_tensor(scales[name]) if name in scales else None
 
-            stored = sorted(name for name in names if not name.endswith((*SCALES, *OTHERS)))
+            stored = _weights_among(names)
             for name, new in zip(stored, self._names(network, stored), strict=True):
                 yield new, partial(read, name)
+
+    def dtypes(self, network: nn.Module) -> dict[str, torch.dtype]:
+        found = _dtypes_in(self.path)
+        stored = _weights_among(found)
+        return {new: found[name] for name, new in zip(stored, self._names(network, stored), strict=True)}
 
     def refuse(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -163,6 +176,10 @@ class FileWeights(Weights):
             return bare
         new = {name: renamed for renamed, name in convert(checkpoint={name: name for name in bare}).items()}
         return [new[name] for name in bare]
+
+
+def _weights_among(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.endswith((*SCALES, *OTHERS)))
 
 
 def _without_prefix(name: str) -> str:
@@ -373,15 +390,12 @@ def fill(network: nn.Module, weights: Weights, lacking: set[str]) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Return the precision of each tensor in a folder's safetensors files, if it is fp32, bf16 or fp16."""
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    found: dict[str, torch.dtype] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as f:
-            stored = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118  # not a mapping
-        found |= {key: kinds[kind] for key, kind in stored.items() if kind in kinds}
-    return found
+def _dtypes_in(path: Path) -> dict[str, torch.dtype]:
+    """Return the precision of each tensor in a safetensors file; bf16 for fp8, with which diffusers cannot compute."""
+    kinds = dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2"), torch.bfloat16) | {"F32": torch.float32, "F16": torch.float16}
+    with safe_open(path, framework="pt") as f:
+        stored = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118  # not a mapping
+    return {key: kinds[kind] for key, kind in stored.items() if kind in kinds}
 
 
 def load_finetuned(network: nn.Module, read: Checkpoint) -> None:
