@@ -260,7 +260,7 @@ def test_files_of_experts_are_named_or_given_in_order(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said):
             base_files([str(path) for path in files], parts)
     with pytest.raises(ConfigError, match="one network and no experts; leave high= out"):
-        base_files([f"high={high}"], {"": "transformer"})
+        base_files([f"high={high}"], {"transformer": "transformer"})
 
 
 def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> None:

@@ -132,8 +132,9 @@ class ModelSpec(ABC):
 
     @property
     def network_parts(self) -> dict[str, str]:
-        """The pipeline's part that each network is, by expert; the key of a single network is ""."""
-        return dict(zip(self.experts or ("",), self.lora_prefixes.values(), strict=True))
+        """The pipeline's part that each network is, by expert; without experts by its own name."""
+        parts = self.lora_prefixes.values()
+        return dict(zip(self.experts or parts, parts, strict=True))
 
     @property
     def cond_frames_have_loss(self) -> bool:

@@ -220,7 +220,7 @@ def base_files(files: Sequence[str], parts: Mapping[str, str], trained: str | No
 
     Args:
         files: high=FILE and low=FILE, or one of them; or FILE of each expert, in their order, or of the `trained` one.
-        parts: the part of each expert; of "" for a single network.
+        parts: the part of each expert; without experts, of its own name.
     Raises:
         ConfigError: the files do not fit the parts, or do not exist.
     """

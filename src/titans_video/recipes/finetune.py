@@ -60,7 +60,7 @@ def train_finetune(options: FinetuneOptions) -> TrainResult:
 def require_complete(spec: ModelSpec, experts: str) -> None:
     """Raise ConfigError if the finished pipeline would lack a file of `--base-file`: it links an untrained expert."""
     for expert, part in spec.network_parts.items():
-        if experts in ("both", expert) or part not in spec.loading.files:
+        if experts in ("both", expert) or not spec.experts or part not in spec.loading.files:
             continue
         said = f"--base-file: with --experts {experts} the finished pipeline has the other network of {spec.folder}"
         if not Loading().weights(spec.folder, part).exists():
