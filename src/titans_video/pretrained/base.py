@@ -59,6 +59,12 @@ class PipelineCall:
     seed: int = 0  # of everything random except the noise
     on_step: Callable[[int], object] | None = None  # called after each denoising step with the number of steps done
 
+    def after_step(self, pipeline: object, step: int, time: object, values: object) -> dict[str, object]:
+        """Call `on_step`; a `callback_on_step_end` of diffusers that changes nothing."""
+        if self.on_step is not None:
+            self.on_step(step + 1)
+        return {}
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -268,6 +274,25 @@ class ModelSpec(ABC):
     @abstractmethod
     def load_with_diffusers(self, network: nn.Module, file: Path, only: set[str] | None) -> str:
         """Load a LoRA's file (only these layers) into one network as diffusers does; return the adapter's name."""
+
+
+def tiny_network(
+    build: Callable[[dict[str, object]], nn.Module],
+    config: Mapping[str, object],
+    name: str,
+    blocks: Sequence[int] | None,
+    skipped: Callable[[], nn.Module],
+) -> nn.Module:
+    """Build a network from its configuration with only these `blocks` (None: all) of its list `name`, untrained.
+
+    `skipped` makes those in the other places.
+    """
+    layers = cast(int, config["num_layers"])
+    kept = range(layers) if blocks is None else blocks
+    network = build({**config, "num_layers": len(kept)})
+    made = dict(zip(kept, network.get_submodule(name).children(), strict=True))
+    setattr(network, name, nn.ModuleList(made[i] if i in made else skipped() for i in range(layers)))
+    return network
 
 
 def is_pipeline(folder: str | Path | None) -> bool:

@@ -22,7 +22,7 @@ from titans_video.hub import from_folder
 from titans_video.models.attention import CogVideoXProcessor
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import attention
-from titans_video.pretrained.base import Conditioning, ModelSpec, PipelineCall
+from titans_video.pretrained.base import Conditioning, ModelSpec, PipelineCall, tiny_network
 from titans_video.pretrained.loading import fill, load_part, lora_of, read_config
 from titans_video.pretrained.sharing import JointAttention, share_attention
 from titans_video.schema import shown
@@ -102,12 +102,9 @@ class CogVideoX(ModelSpec):
         return made
 
     def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
-        side, layers = 2 * self.patch_size[1], int(self.config["num_layers"])
-        kept = range(layers) if blocks is None else blocks
-        changes = {"num_layers": len(kept), "sample_height": side, "sample_width": side}
-        network: nn.Module = self._kind().from_config({**self.config, **changes})
-        made = dict(zip(kept, network.get_submodule(self.blocks[0]).children(), strict=True))
-        setattr(network, self.blocks[0], nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers)))
+        side = 2 * self.patch_size[1]
+        config = {**self.config, "sample_height": side, "sample_width": side}
+        network = tiny_network(self._kind().from_config, config, self.blocks[0], blocks, SkippedBlock)
         return fill(network, self.loading.weights(self.folder, "transformer"), lacking={"patch_embed.pos_embedding"})
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> FirstFrameCodec:
@@ -250,11 +247,6 @@ class CogVideoX(ModelSpec):
     def run(self, pipeline: Any, call: PipelineCall) -> Tensor:
         first_frame = {} if call.image is None else {"image": (call.image[:, :, 0] + 1) / 2}
 
-        def on_step(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if call.on_step is not None:
-                call.on_step(step + 1)
-            return {}
-
         frames = pipeline(
             **first_frame,
             prompt_embeds=call.text.streams[0],
@@ -268,7 +260,7 @@ class CogVideoX(ModelSpec):
             latents=call.noise.transpose(1, 2),
             max_sequence_length=self.text_length,
             output_type="pt",
-            callback_on_step_end=on_step,
+            callback_on_step_end=call.after_step,
         ).frames  # (1, T, 3, H, W) in [0, 1]
         return frames.transpose(1, 2).float().cpu() * 2 - 1
 

@@ -26,7 +26,7 @@ from titans_video.hub import from_folder
 from titans_video.models.attention import WanProcessor
 from titans_video.models.context_parallel import ContextPlan
 from titans_video.models.flops import attention
-from titans_video.pretrained.base import INDEX, Conditioning, ModelSpec, PipelineCall
+from titans_video.pretrained.base import INDEX, Conditioning, ModelSpec, PipelineCall, tiny_network
 from titans_video.pretrained.loading import Router, fill, load_part, lora_of, read_config
 from titans_video.pretrained.sharing import SelfAttention, share_attention
 from titans_video.schema import shown
@@ -162,11 +162,7 @@ class Wan(ModelSpec):
         return self._joined({part: self._tiny(part, blocks) for part in self.parts})
 
     def _tiny(self, part: str, blocks: Sequence[int] | None) -> nn.Module:
-        layers = int(self.config["num_layers"])
-        kept = range(layers) if blocks is None else blocks
-        network: Any = self._kind().from_config({**self.config, "num_layers": len(kept)})
-        made = dict(zip(kept, network.blocks.children(), strict=True))
-        network.blocks = nn.ModuleList(made.get(i, SkippedBlock()) for i in range(layers))
+        network = tiny_network(self._kind().from_config, self.config, self.blocks[0], blocks, SkippedBlock)
         return fill(network, self.loading.weights(self.folder, part), lacking=set())
 
     def codec(self, dtype: str, device: torch.device | str, *, load: bool) -> DiffusersCodec:
@@ -323,11 +319,6 @@ class Wan(ModelSpec):
         elif pipeline.config.boundary_ratio is not None:
             pictures["guidance_scale_2"] = call.guidance_scale_2
 
-        def on_step(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if call.on_step is not None:
-                call.on_step(step + 1)
-            return {}
-
         frames = pipeline(
             **pictures,
             prompt_embeds=self._padded(call.text).streams[0],
@@ -340,7 +331,7 @@ class Wan(ModelSpec):
             generator=torch.Generator().manual_seed(call.seed),
             latents=call.noise,
             output_type="pt",
-            callback_on_step_end=on_step,
+            callback_on_step_end=call.after_step,
         ).frames  # (1, T, 3, H, W) in [0, 1]
         return frames.transpose(1, 2).float().cpu() * 2 - 1
 
