@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from titans_video.checkpoint import Checkpoint
+from titans_video.checkpoint import write as write_checkpoint
 from titans_video.errors import CheckpointError
 from titans_video.models import lora, lora_formats, lora_io
 from titans_video.models.lora_formats import COMFYUI, DIFFUSERS, FORMATS, KOHYA
@@ -260,12 +262,14 @@ def test_each_expert_gets_files_that_can_be_used_alone(tmp_path: Path) -> None:
 def test_the_expert_of_a_file_of_another_trainer_must_be_said(tmp_path: Path) -> None:
     network = make_network("t2v")
     tensors = with_adapter(network)
-    for format in (COMFYUI, KOHYA, DIFFUSERS):
-        (file,) = write(tmp_path, network, (format,))
+    checkpoint = tmp_path / "last.pt"
+    write_checkpoint(Checkpoint(network.state_dict(), {"lora": {"alpha": 6.0}}, 1), checkpoint)
+    for file in (*(write(tmp_path, network, (format,))[0] for format in (COMFYUI, KOHYA, DIFFUSERS)), checkpoint):
         with pytest.raises(CheckpointError, match=rf"the model has two.*low={re.escape(file.name)}"):
             lora_io.read(file, EXPERTS)
         read = lora_io.read(file, EXPERTS, expert="low")
         assert read.tensors.keys() == {f"transformer_2.{key}" for key in tensors}
+        assert set(read.alphas) == lora_formats.ranks_of(read.tensors).keys()
 
 
 def test_a_dora_is_not_written_for_programs_that_compute_it_otherwise(tmp_path: Path) -> None:

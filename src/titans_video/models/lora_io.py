@@ -237,7 +237,11 @@ def _network_of(
     others = list(prefixes.values())[1:]
     if lora_formats.format_of(raw) == DIFFUSERS and any(key.startswith(f"{o}.") for key in raw for o in others):
         return prefixes, []
-    raise CheckpointError(
+    raise _unnamed(path)
+
+
+def _unnamed(path: Path) -> CheckpointError:
+    return CheckpointError(
         f"{path} does not name the expert that it was trained on, and the model has two. For --lora, give it before "
         f"the file: high={path.name} or low={path.name}. For --init-from, train one expert (--experts), or record it "
         "in a copy of the file: `titans-video lora convert FILE COPY --expert high`."
@@ -319,10 +323,18 @@ def _from_checkpoint(path: Path) -> LoraFile:
 
 
 def _of_expert(file: LoraFile, prefixes: Prefixes, expert: str | None) -> LoraFile:
-    """Return what an adapter has for one of two experts; CheckpointError if it has nothing."""
-    if expert is None or len(prefixes) == 1:
+    """Return what a checkpoint has for one of two experts; CheckpointError if it has nothing, or none is named."""
+    if len(prefixes) == 1:
         return file
+    of_experts = any(name.startswith(tuple(prefixes)) for name in file.tensors)
+    if expert is None:
+        if of_experts:
+            return file
+        raise _unnamed(file.path)
     start = list(prefixes)[EXPERTS.index(expert)]
+    if not of_experts:
+        alphas = {start + name: alpha for name, alpha in file.alphas.items()}
+        return replace(file, tensors={start + name: value for name, value in file.tensors.items()}, alphas=alphas)
     tensors = {name: value for name, value in file.tensors.items() if name.startswith(start)}
     if not tensors:
         raise CheckpointError(f"{file.path} has no adapter of the {expert}-noise expert.")
