@@ -104,6 +104,7 @@ def test_the_files_of_two_experts(tmp_path: Path, run: Run) -> None:
     assert all(torch.equal(value, tensors[key]) for file in found for key, value in file.tensors.items())
     assert run("convert", tmp_path / "run", tmp_path / "low.safetensors", "--expert", "low")[0] == 0
     assert lora_io.read(tmp_path / "low.safetensors", EXPERTS).tensors.keys() == found[1].tensors.keys()
+    assert "expert   high and low" in run("info", tmp_path / "run")[1]
     file = tmp_path / "run" / "high_noise.safetensors"
     code, _, error = run("convert", file, tmp_path / "x.safetensors", "--expert", "low")
     assert code == 2

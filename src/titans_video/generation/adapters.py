@@ -229,11 +229,13 @@ def describe(file: LoraFile) -> list[str]:
     """Return lines about an adapter: kind, format, base, expert, and each group of layers with rank, alpha and norm."""
     base, sizes = file.about.get("base", {}), sizes_of(file)
     values = sum(x.numel() for x in file.tensors.values())
+    starts = zip(EXPERTS, TWO_NETWORKS, strict=True)
+    experts = [name for name, start in starts if any(layer.startswith(start) for layer in sizes)]
     lines = [
         f"{file.path}",
         f"kind     {file.kind}, in the format of {file.format}",
         f"base     {base.get('family', 'unknown')}" + (f", {base['pipeline']}" if base.get("pipeline") else ""),
-        f"expert   {file.expert or 'not named'}",
+        f"expert   {file.expert or ' and '.join(experts) or 'not named'}",
         f"layers   {len(sizes)}, {values:,} values",
         "",
         f"{'layers':52} {'count':>5} {'rank':>9} {'alpha':>12} {'mean norm':>10}",
