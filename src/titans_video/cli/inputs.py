@@ -17,7 +17,7 @@ def check_training_inputs(options: SoraOptions | PretrainedOptions | TrainVaeOpt
     resume = options.train.resume
     if resume not in ("auto", "none") and not Path(resume).exists():
         raise CheckpointError(
-            f"--resume {resume}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
+            f"--resume {resume}: this path does not exist. Pass auto, none, checkpoint-<step> or lora_<step>.pt."
         )
     if isinstance(options, TrainVaeOptions):
         if options.losses.lpips is not None and not Path(options.losses.lpips).is_file():

@@ -82,7 +82,7 @@ def _folder_of(path: Path) -> Path | None:
     """Return a path's checkpoint folder, or None for a run's folder; raise CheckpointError if it is neither."""
     if not path.exists():
         raise CheckpointError(
-            f"--resume {path}: this path does not exist. Pass auto, none, or a checkpoint-<step> folder."
+            f"--resume {path}: this path does not exist. Pass auto, none, checkpoint-<step> or lora_<step>.pt."
         )
     if path.is_dir():
         if (path / STATE).exists():
