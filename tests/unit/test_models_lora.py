@@ -294,3 +294,9 @@ def test_names_in_a_pipeline_with_two_networks(targets: str | tuple[str, ...], f
     """The same words and expressions as for one network mean both."""
     names = [f"{network}.blocks.{i}.to_q" for network in ("transformer", "transformer_2") for i in range(2)]
     assert lora.select_names(names, targets, "--target-modules", "linear layer") == found
+
+
+@pytest.mark.parametrize("word", ["nothing", "nothing.*"])
+def test_a_wrong_name_gets_the_names_of_layers(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"--trainable nothing.*; layers are proj, blocks\.0\.ff, \.\.\. \(2\)"):
+        lora.select_names(["", "proj", "blocks.0.ff"], word, "--trainable", "layer")

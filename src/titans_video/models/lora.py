@@ -389,4 +389,5 @@ def _refuse_merged(network: nn.Module) -> None:
 
 
 def _some(names: Sequence[str], kind: str) -> str:
-    return f"{kind}s are {', '.join(names[:3])}, ... ({len(names)})" if names else f"there are no {kind}s"
+    own = [name for name in names if name]  # the network itself has none
+    return f"{kind}s are {', '.join(own[:3])}, ... ({len(own)})" if own else f"there are no {kind}s"
