@@ -81,8 +81,8 @@ def on_meta(recipe: DiffusionRecipe[Any]) -> DiffusionRecipe[Any]:
     recipe.codec.to(META)
     recipe.text.to(META)
     recipe.device, recipe.empty = META, recipe.empty.to(META)
-    if hasattr(recipe, "image"):
-        recipe.image.to(META)
+    if getattr(recipe, "image", None) is not None:  # a pretrained model may have none
+        recipe.image.to(META)  # type: ignore[attr-defined]
     return recipe
 
 

@@ -329,15 +329,14 @@ def test_an_adapter_prints_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "lora_0000003"
     assert run_folder.list_files(tmp_path, folder) == []
     folder.mkdir()
-    names = ("comfyui_low_noise", "high_noise", "kohya_low_noise")
+    names = ("high_noise", "comfyui_low_noise", "kohya_low_noise")  # first those for diffusers
     adapters = [folder / f"{name}.safetensors" for name in names]
     for path in (*adapters, folder.with_suffix(".pt")):
         path.touch()
     lines = run_folder.list_files(tmp_path / "other", folder)
     assert printed_paths(lines) == [folder.with_suffix(".pt"), *adapters]
-    assert [line.partition(", for ")[2] for line in lines[1:]] == [
-        *("ComfyUI", "diffusers and other programs", "kohya's trainers")
-    ]
+    readers = [line.partition(", for ")[2] for line in lines[1:]]
+    assert readers == ["diffusers and other programs", "ComfyUI", "kohya's trainers"]
     assert run_folder.weights_of(tmp_path / "other", folder.with_suffix(".pt")) == folder.with_suffix(".pt")
 
 
