@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.reference.test_pretrained_wan import recipe_of as wan_parts
 from tests.toy_models import REGISTRY, make_toy
 from tests.unit.test_pretrained_toys import recipe_of as toy_parts
 from tests.unit.test_recipes_draws import PARTS, bytes_of
 from tests.unit.test_training_guards import Sabotaged, events
 from tests.unit.test_training_trainer import lines, no_pictures, options, train
 from tests.unit.training_fakes import ToyRecipe, ToyStream
+from tests.wan_pipelines import make_wan
 from titans_video.pretrained import base
 from titans_video.recipes.base import DiffusionRecipe
 from titans_video.training import distributed, overlap
@@ -127,6 +129,17 @@ def test_a_micro_batch_of_a_pretrained_model_is_one_copy(
         step(recipe, Feeder(META).one(batch))
     drawn_late = 2 if name == "ToyDuetPipeline" else 0  # its latents are packed, and it has audio
     assert len(found) == 1 + drawn_late, found
+
+
+@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+def test_a_micro_batch_of_wan_is_one_copy(tmp_path: Path, variant: str) -> None:
+    recipe, batch = wan_parts(make_wan(tmp_path, variant))
+    batch = recipe.draws()(replace(batch, text=recipe.text(batch.captions)))
+    on_meta(recipe)
+    step(recipe, Feeder(META).one(batch))  # constants are copied once
+    with counted() as found:
+        step(recipe, Feeder(META).one(batch))
+    assert len(found) == 1, found
 
 
 def tensors() -> list[Tensor]:
