@@ -88,14 +88,14 @@ LORA = About(
     "Train a LoRA on a pretrained video model, from text or from images.",
     (
         (
-            "Tune CogVideoX-5b on your own clips",
-            "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-5b --mixed-precision bf16 "
-            "--gradient-checkpointing",
+            "Tune Wan 2.1 on your own clips, with the settings for a card of 24 GB",
+            "--config configs/lora/wan2.1-t2v-1.3b.yaml --manifest clips/manifest.jsonl "
+            "--pretrained-model weights/Wan2.1-T2V-1.3B-Diffusers",
         ),
         (
-            "Use less GPU memory: 8-bit weights, and the text encoder on the CPU",
+            "Tune CogVideoX-5b with less GPU memory: 8-bit weights, and the text encoder on the CPU",
             "--manifest clips/manifest.jsonl --pretrained-model weights/CogVideoX-5b --mixed-precision bf16 "
-            "--gradient-checkpointing --layerwise-casting fp8_e4m3 --text-offload cpu",
+            "--gradient-checkpointing --quantize int8 --text-offload cpu",
         ),
     ),
     (
