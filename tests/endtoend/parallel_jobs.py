@@ -131,7 +131,7 @@ RECIPES: dict[str, Callable[[Path], DiffusionRecipe[Any]]] = {
 SELECTIVE = ActivationOptions(activation_checkpointing="selective", activation_offload=True)
 FULL = ActivationOptions(gradient_checkpointing=True)
 ACTIVATIONS = {2: {"full": SELECTIVE, "titans": FULL, "lora": SELECTIVE}, 4: {"st": SELECTIVE, "lora": FULL}}
-"""What is kept of the activations, by the number of processes and the recipe; one process keeps all."""
+"""Activation options by number of processes and recipe. A single process uses the defaults."""
 
 
 def encoded_batch(rows: range, spec: Any) -> Batch:

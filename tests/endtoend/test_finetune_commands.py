@@ -86,7 +86,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: P
 
 
 def test_two_processes_that_share_the_weights_equal_one(repository: Path, pipeline: Path, tmp_path: Path) -> None:
-    """FSDP2 under `accelerate launch`, some modules trained; and a run of two goes on on one."""
+    """Train some modules with FSDP2 under `accelerate launch`; one process resumes a run of two processes."""
     flags = words(repository, pipeline, f"{SIZE} --max-steps 2 --trainable attn1,proj_out --ema-decay 0.9")
     assert main(["train", "finetune", *flags, "--batch-size", "2", "--output-dir", str(tmp_path / "one")]) == 0
     config = repository / "configs" / "accelerate" / "cpu2_fsdp2.yaml"

@@ -83,7 +83,7 @@ def test_what_a_run_leaves(trained: dict[str, Path], capsys: pytest.CaptureFixtu
 def test_two_processes_equal_one(
     sharded: bool, more: str, repository: Path, pipelines: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The documented command, small; and a run of two goes on on one."""
+    """Run the documented command, small; one process resumes a run of two processes."""
     flags = words(repository, pipelines["2b"], f"{SIZE} --max-steps 3 --grad-accum 2 --lr 0.01 --save-limit 1 {more}")
     one = [*flags, "--batch-size", "2", "--output-dir", str(tmp_path / "one"), "--parity-gate", "none"]
     assert main(["train", "cogvideox-lora", *one]) == 0

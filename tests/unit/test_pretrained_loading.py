@@ -4,6 +4,7 @@ import re
 import socket
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,9 @@ def test_the_networks_of_a_pipeline_come_from_single_files(tmp_path: Path) -> No
     assert spec.loading.files.keys() == {"transformer"}
     assert pipeline_flags(spec)[2:] == ("--base-file", f"high={files[0]}")
     again = open_model_spec(pipeline, pipeline_flags(spec)[3:])  # as `generate` opens it
+    spec.loading = replace(spec.loading, quantize="int8")
+    assert pipeline_flags(spec)[-2:] == ("--quantize", "int8")
+    spec.loading = replace(spec.loading, quantize=None)
     assert again.fingerprint() == spec.fingerprint() != fingerprint
     with pytest.raises(ConfigError, match="2 files"):
         open_model_spec(pipeline, files[:1])

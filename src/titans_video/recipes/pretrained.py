@@ -281,13 +281,14 @@ def pipeline_sampler(
 
 
 def pipeline_flags(spec: ModelSpec) -> tuple[str, ...]:
-    """Return the words of a generate command that name the pretrained pipeline and its single files."""
+    """Return the words of a generate command that load the networks as `spec` does."""
     given = {name: spec.loading.files[part] for name, part in spec.network_parts.items() if part in spec.loading.files}
     named = (
         f"{name}={file.absolute()}" if name in spec.experts else str(file.absolute()) for name, file in given.items()
     )
     files = [word for file in named for word in ("--base-file", file)]
-    return ("--pretrained-model", str(spec.folder.absolute()), *files)
+    stored = ("--quantize", spec.loading.quantize) if spec.loading.quantize else ()
+    return ("--pretrained-model", str(spec.folder.absolute()), *files, *stored)
 
 
 def image_flags(spec: ModelSpec) -> tuple[str, ...]:
