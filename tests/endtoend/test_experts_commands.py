@@ -107,6 +107,7 @@ def test_one_expert_alone(repository: Path, pipeline: Path, tmp_path: Path, caps
     assert "Only the low-noise expert of Wan 2.2 T2V-A14B is trained, on its own 50 % of the times" in (
         capsys.readouterr().out
     )
+    assert json.loads((tmp_path / "run.json").read_text())["network"] == "Wan 2.2 T2V-A14B"
     assert {name.partition(".")[0] for name in files.read(tmp_path).model} == {"transformer_2"}
     line = json.loads((tmp_path / "validation.jsonl").read_text())
     assert line["expert_of"] == ["low"] * 4

@@ -416,11 +416,12 @@ def _validation_note(options: ValidationOptions, parts: ClipParts, prompts: Sequ
     return note + (f" {both} of their clips are also trained on, so their loss says little." if both else "")
 
 
-def describe(recipe: Recipe, parts: ClipParts) -> dict[str, object]:
+def describe(recipe: ConfiguredRecipe, parts: ClipParts) -> dict[str, object]:
     """Return what run.json says about the model and the data."""
     data, held_out, options = parts.data, parts.held_out, parts.data.options
+    base = recipe.config.get("base")  # of a pretrained model, which has a name of its own
     return {
-        "network": type(recipe.network).__name__,
+        "network": base["family"] if isinstance(base, dict) else type(recipe.network).__name__,
         "parameters": sum(p.numel() for p in recipe.network.parameters()),
         "data": {
             "manifests": [*options.manifest, *([options.metadata] if options.metadata else [])],
