@@ -15,6 +15,9 @@ from tests.endtoend.test_sora_commands import metrics
 from tests.wan_pipelines import make_wan
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
+from titans_video.errors import CheckpointError
+from titans_video.generation.adapters import read_loras
+from titans_video.pretrained.base import open_model_spec
 
 SIZE = "--height 32 --width 32 --num-frames 9 --text-dtype fp32 --lr 0.01 --shift 7 --batch-size 2 --max-steps 6"
 LORA = f"{SIZE} --rank 2"
@@ -53,6 +56,14 @@ def test_each_expert_has_its_own_steps_and_held_out_loss(run: Path) -> None:
     assert (run / line["samples"] / "sheet.png").exists()
     recommended = files.load_tensors(run / "lora_0000006.pt")["config"]["sample"]
     assert (recommended["guidance_scale"], recommended["guidance_scale_2"]) == (4.0, 3.0)
+
+
+def test_a_model_with_one_network_gets_the_file_of_one_expert(run: Path, tmp_path: Path) -> None:
+    single = open_model_spec(make_wan(tmp_path / "t2v-2.1", "t2v-2.1"))
+    with pytest.raises(CheckpointError, match=r"Wan 2\.1 T2V has one network. Give the file of one expert"):
+        read_loras(single, [str(run / "last.pt")])
+    ((file, _),) = read_loras(single, [str(run / "lora_0000006" / "high_noise.safetensors")])
+    assert file.expert == "high"
 
 
 def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: Path, run: Path, tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def read_loras(spec: ModelSpec, words: Iterable[str]) -> list[tuple[LoraFile, fl
         if expert is not None and len(spec.lora_prefixes) == 1:
             raise ConfigError(f"--lora {word}: {spec.name} has one network and no experts; leave {expert}= out.")
         file = lora_io.read(path, spec.lora_prefixes, expert=expert)
+        if len(spec.lora_prefixes) == 1 and all(key.startswith(tuple(TWO_NETWORKS)) for key in file.tensors):
+            raise CheckpointError(
+                f"{path} is for the experts of a model with two, and {spec.name} has one network. Give the file of "
+                "one expert, e.g. high_noise.safetensors."
+            )
         try:
             lora.load(network, file.tensors, file.alphas, f"lora{len(found)}")
         except UserError as e:

@@ -34,7 +34,7 @@ from titans_video.training import tracking
 from titans_video.training.distributed import AUTOCAST, Accelerator, finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
 from titans_video.training.parallelism import context_mesh, context_size, data_group
-from titans_video.training.recipe import ConfiguredRecipe, Recipe
+from titans_video.training.recipe import ConfiguredRecipe
 from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
 from titans_video.training.setup import RecipeOptions, RunContext, choose_defaults, reconcile_resume
@@ -377,7 +377,7 @@ def _warm_up_note(train: TrainOptions) -> list[str]:
 def open_monitoring(
     options: RecipeOptions,
     run: RunContext,
-    recipe: Recipe,
+    recipe: ConfiguredRecipe,
     parts: ClipParts,
     prompts: Sequence[SamplePrompt],
     cache: EncodingCache | None,
