@@ -184,7 +184,7 @@ def test_missing_manifest_and_none_at_all(tmp_path: Path) -> None:
         read_manifest(DataOptions(manifest=(str(tmp_path / "no.jsonl"),)))
     with pytest.raises(DataError, match="--manifest"):
         read_manifest(DataOptions())
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no clip or image in this folder"):
         read_manifest(DataOptions(manifest=(str(tmp_path),)))
 
 

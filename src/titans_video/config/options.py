@@ -38,11 +38,13 @@ class DataOptions:
     """The clips, their sizes and their batches."""
 
     manifest: tuple[ManifestPath, ...] = ()
-    """JSONL or JSON file that lists clips and captions. Append :WEIGHT to draw from several in proportion."""
+    """Clips and captions: a manifest (JSONL, JSON), a table (CSV, TSV, Parquet), or a folder of clips. Append :WEIGHT
+    to draw from several in proportion."""
     metadata: FilePath | None = None
     """Instead of a manifest: a JSON list of objects with video_path and caption."""
     data_root: FolderPath | None = None
-    """Folder that relative paths in the manifest are resolved against (default: the manifest's folder)."""
+    """Folder that relative paths in the manifest are resolved against (default: the manifest's folder, or the folder of
+    clips)."""
     allow_outside_root: bool = False
     """Accept paths in the manifest that leave the data root: absolute paths, .. and symbolic links."""
     height: Annotated[int | None, Range(least=1)] = None

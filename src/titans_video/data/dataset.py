@@ -16,7 +16,7 @@ from titans_video.data.buckets import Bucket, BucketTable, grid
 from titans_video.data.cache import EncodingCache
 from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream, Draw
-from titans_video.data.manifest import TASKS, Row
+from titans_video.data.manifest import TASKS, Row, manifest_files, owner_of
 from titans_video.data.reader import BadRowError, RamCache, RowReader
 from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.data.row_scan import ListHash, Scan, make_table, open_scan
@@ -299,10 +299,13 @@ class VideoDataset:
 
     def _shares(self) -> list[str]:
         """Return the share of the rows that an epoch draws from each manifest, if there are several."""
-        sources, names = self.records.column("source"), self.records.table.sources
-        found, first = np.unique(sources, return_index=True)
-        if len(found) < 2:
+        manifests = [str(path) for path, _ in manifest_files(self.options)] if self.options.manifest else []
+        if len(manifests) < 2:
             return []
+        owners = [owner_of(source, manifests) for source in self.records.table.sources]
+        names = list(dict.fromkeys(owners))
+        sources = np.asarray([names.index(owner) for owner in owners], np.int32)[self.records.column("source")]
+        found, first = np.unique(sources, return_index=True)
         weights, counts = np.bincount(sources, self.records.column("weight")), np.bincount(sources)
         order = found[np.argsort(first)].tolist()
         total = sum(weights[i] for i in order)

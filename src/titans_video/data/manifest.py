@@ -1,25 +1,31 @@
-"""The manifest: rows of clips and captions, parsed strictly from JSONL or from a JSON list.
+"""The manifest: rows of clips and captions, checked strictly, from any form that `importing` reads.
 
-Both forms use one reader and may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`, and a JSON
-list of `video_path`, `caption`. Every row has one immutable id: its own, or a hash of its content. Only the manifest is
+All forms may mix their keys: a JSONL file of `video`, `caption`, `task`, `cond_image`, a JSON list of `video_path`,
+`caption`, a table of `file_name`, `text`. Every row has one immutable id: its own, or a hash of its content. No clip is
 opened; symbolic links are resolved to check that paths stay inside the data root.
 """
 
 import difflib
 import hashlib
-import io
 import itertools
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from titans_video.config.options import DataOptions
+from titans_video.data.folders import Item
+from titans_video.data.importing import read_items, root_of
+from titans_video.data.json_rows import RowError, shown
+from titans_video.data.tables import with_usual_keys
 from titans_video.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Task = Literal["t2v", "i2v", "v2v"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -41,7 +47,8 @@ class Row:
         fps: frames per second to read this clip at; overrides `--fps`.
         weight: how often the row occurs in an epoch (its own weight times its manifest's).
         cond_frames: number of conditioning frames of a v2v row.
-        source: (manifest file, line) for messages.
+        source: file and line of the row's origin, for messages. Line 0 means a file for this clip: * in its name is
+            the name of the clip without its ending.
     """
 
     id: str
@@ -56,12 +63,14 @@ class Row:
     cond_frames: int | None = None
     source: tuple[str, int] = ("", 0)
 
+    @property
+    def origin(self) -> str:
+        """The file that the row comes from."""
+        place, name = os.path.split(self.source[0])
+        return self.source[0] if self.source[1] else os.path.join(place, name.replace("*", self.video.stem, 1))
+
     def where(self) -> str:
-        return f"{self.source[0]}, line {self.source[1]}"
-
-
-class _RowError(Exception):
-    """The problem with one line and its fix; the reader adds the file and the line."""
+        return f"{self.origin}, line {self.source[1]}" if self.source[1] else self.origin
 
 
 def manifest_files(options: DataOptions) -> list[tuple[Path, float]]:
@@ -71,6 +80,13 @@ def manifest_files(options: DataOptions) -> list[tuple[Path, float]]:
     if not files:
         raise DataError("No clips are given. Give --manifest FILE.jsonl (or --metadata metadata.json).")
     return files
+
+
+def owner_of(source: str, manifests: Sequence[str]) -> str:
+    """Return the one of several manifests that a row's source is in, or the source itself."""
+    path = os.path.abspath(source)
+    inside = [m for m in manifests if path == os.path.abspath(m) or Path(path).is_relative_to(os.path.abspath(m))]
+    return max(inside, key=len, default=source)
 
 
 def read_rows(options: DataOptions) -> Iterator[Row]:
@@ -103,123 +119,49 @@ def split_weight(text: str) -> tuple[Path, float]:
 
 
 def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> Iterator[Row]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such manifest.") from None
-    except (OSError, ValueError) as e:
-        raise DataError(f"{path}: the manifest cannot be read: {getattr(e, 'strerror', None) or e}.") from None
-    root = Path(os.path.abspath(options.data_root or path.parent))
+    items, notes = read_items(path, options)
+    for note in notes:
+        logger.warning("%s", note)
+    for row in _checked(path, items, options, taken):
+        yield replace(row, weight=row.weight * weight)
+
+
+def checked_rows(path: Path, items: Iterable[Item], options: DataOptions) -> list[Row]:
+    """Return the rows of one data set from what `importing.read_items` found; raises as `read_rows`."""
+    return list(_checked(path, items, options, _Taken()))
+
+
+def _checked(path: Path, items: Iterable[Item], options: DataOptions, taken: "_Taken") -> Iterator[Row]:
+    root = Path(os.path.abspath(root_of(path, options)))
     if not root.is_dir():
         raise DataError(f"--data-root {options.data_root}: there is no such folder.")
-    wrong: list[tuple[int, str]] = []
+    wrong: list[str] = []
     count = bad = 0
-    for line, item in _objects(data):
+    for file, line, item in items:
         try:
-            if isinstance(item, _RowError):
+            if isinstance(item, RowError):
                 raise item
-            row = taken.add(_row(item, root, options.allow_outside_root, (str(path), line)))
-        except _RowError as e:
-            wrong += [(line, str(e))][: SHOWN - len(wrong)]
+            row = taken.add(_row(item, root, options.allow_outside_root, (file, line)))
+        except RowError as e:
+            where = f"{file}, line {line}" if line else file
+            wrong += [f"{where}: {e}"][: SHOWN - len(wrong)]
             bad += 1
             continue
         count += 1
-        yield replace(row, weight=row.weight * weight)
+        yield row
     if bad:
         more = f" ({bad - SHOWN} more lines are wrong.)" if bad > SHOWN else ""
-        raise DataError("\n".join(f"{path}, line {line}: {what}" for line, what in wrong) + more)
+        raise DataError("\n".join(wrong) + more)
     if not count:
         raise DataError(
             f'{path} is empty. A row is one line such as {{"video": "clips/0001.mp4", "caption": "a cat running"}}.'
         )
 
 
-def _objects(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (line, parsed value or its error) of a JSON list or of JSON lines; the first character decides which."""
-    if data.startswith(b"\xef\xbb\xbf"):
-        data = data[3:]
-    if data.lstrip()[:1] == b"[":
-        yield from _list_items(data)
-        return
-    for number, line in enumerate(io.BytesIO(data), 1):
-        if line.strip():
-            yield number, _parse(line)
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return _decoder().decode(line.decode("utf-8").strip())
-    except _RowError as e:
-        return e
-    except UnicodeDecodeError as e:
-        return _RowError(f"byte {e.start + 1} is not UTF-8 text; save the manifest as UTF-8.")
-    except json.JSONDecodeError as e:
-        return _RowError(f"not JSON at column {e.colno}: {e.msg}; each line must be one JSON object.")
-    except (ValueError, RecursionError) as e:
-        return _RowError(f"not usable JSON: {_short(str(e))}.")
-
-
-def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the items of one JSON list, each with the line that it starts on; stop at the first damage."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        yield data[: e.start].count(b"\n") + 1, _RowError("not UTF-8 text; save the manifest as UTF-8.")
-        return
-    decoder, at, line, counted = _decoder(), text.index("[") + 1, 1, 0
-    first = True
-    while True:
-        at = _skip_space(text, at)
-        if text[at : at + 1] == "]" and first:
-            break
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            item, at = decoder.raw_decode(text, at)
-        except _RowError as e:
-            yield line, e
-            return
-        except json.JSONDecodeError as e:
-            yield e.lineno, _RowError(f"not JSON at column {e.colno}: {e.msg}; the file is one list of objects.")
-            return
-        except (ValueError, RecursionError) as e:
-            yield line, _RowError(f"not usable JSON: {_short(str(e))}.")
-            return
-        yield line, item
-        first, at = False, _skip_space(text, at)
-        if text[at : at + 1] != ",":
-            break
-        at += 1
-    line += text.count("\n", counted, at)
-    if text[at : at + 1] != "]":
-        yield line, _RowError("the list ends here: a comma or the closing ] is missing.")
-    elif text[at + 1 :].strip():
-        yield line, _RowError("text follows the closing ] of the list; the file must be one list.")
-
-
-def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\r", "\n") and at < len(text):
-        at += 1
-    return at
-
-
-@cache
-def _decoder() -> json.JSONDecoder:
-    def constant(name: str) -> None:
-        raise _RowError(f"{name} is not a JSON number; write a finite one or omit the key.")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            twice = next(k for i, (k, _) in enumerate(items) if k in dict(items[:i]))
-            raise _RowError(f"key {_short(twice)!r} is given twice; keep one.")
-        return found
-
-    return json.JSONDecoder(parse_constant=constant, object_pairs_hook=pairs)
-
-
 def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
     if not isinstance(item, dict):
-        raise _RowError(f'a row is a JSON object such as {{"video": ..., "caption": ...}}, not {_shown(item)}.')
+        raise RowError(f'a row is a JSON object such as {{"video": ..., "caption": ...}}, not {shown(item)}.')
+    item = with_usual_keys(item)
     _refuse_misspelt(item)
     values = {k: v for k, v in item.items() if v is not None}
     name = _video(values)
@@ -258,7 +200,7 @@ def _refuse_misspelt(item: dict[str, Any]) -> None:
     for key in item:
         near = _misspelt(key[:40])
         if near is not None:
-            raise _RowError(f"key {key!r} is unknown; did you mean {near!r}?")
+            raise RowError(f"key {key!r} is unknown; did you mean {near!r}?")
 
 
 @lru_cache(maxsize=1000)
@@ -270,9 +212,9 @@ def _misspelt(key: str) -> str | None:
 def _video(values: dict[str, Any]) -> Any:
     given = [k for k in ("video", "video_path") if k in values]
     if not given:
-        raise _RowError("key 'video' (or 'video_path') is missing; it gives the path of the clip.")
+        raise RowError("key 'video' (or 'video_path') is missing; it gives the path of the clip.")
     if len(given) == 2 and values["video"] != values["video_path"]:
-        raise _RowError("keys 'video' and 'video_path' name different files; keep one.")
+        raise RowError("keys 'video' and 'video_path' name different files; keep one.")
     return values[given[0]]
 
 
@@ -305,11 +247,11 @@ def _inside(key: str, value: Any, root: Path, outside: bool) -> Path:
         return path
     remedy = "set --data-root to a folder above it, or pass --allow-outside-root."
     if not path.is_relative_to(root):
-        raise _RowError(f"key {key!r}: {_shown(value)} leaves the data root {root}; {remedy}")
+        raise RowError(f"key {key!r}: {shown(value)} leaves the data root {root}; {remedy}")
     target = _target(path)
     if not target.is_relative_to(_real_folder(root)):
-        raise _RowError(
-            f"key {key!r}: {_shown(value)} is, or passes through, a symbolic link to {target}, outside the data root "
+        raise RowError(
+            f"key {key!r}: {shown(value)} is, or passes through, a symbolic link to {target}, outside the data root "
             f"{root}; {remedy}"
         )
     return path
@@ -329,7 +271,7 @@ def _encodable(key: str, value: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _RowError(f"key {key!r}: {_shown(value)} contains half of a surrogate pair, which is not text.") from None
+        raise RowError(f"key {key!r}: {shown(value)} contains half of a surrogate pair, which is not text.") from None
 
 
 def _id(values: dict[str, Any], name: Any) -> str:
@@ -359,7 +301,7 @@ class _Taken:
         if row.id in self.rows:
             if not row.id.startswith(f"{row.video.name[:40]}-"):
                 path, line = self.rows[row.id]
-                raise _RowError(f"key 'id': {row.id!r} is taken by {path}, line {line}; ids must differ.")
+                raise RowError(f"key 'id': {row.id!r} is taken by {path}, line {line}; ids must differ.")
             first = self.numbers.get(row.id, 1) + 1
             number = next(n for n in itertools.count(first) if f"{row.id}-{n}" not in self.rows)
             self.numbers[row.id] = number
@@ -369,20 +311,9 @@ class _Taken:
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    raise _RowError(f"key {key!r}: {_shown(value)} is wrong; it must be {wanted}.")
+    raise RowError(f"key {key!r}: {shown(value)} is wrong; it must be {wanted}.")
 
 
 def _text(value: Any) -> str:
     """Return str(value), but hex() for huge numbers, whose decimal digits Python refuses to write."""
     return value if isinstance(value, str) else hex(value) if abs(value) > 10**18 else str(value)
-
-
-def _shown(value: Any) -> str:
-    try:
-        return _short(json.dumps(value))
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} too large to show"
-
-
-def _short(text: str, length: int = 80) -> str:
-    return text if len(text) <= length else f"{text[:length]}..."

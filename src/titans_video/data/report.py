@@ -122,7 +122,7 @@ def _quarantine_line(q: Quarantined) -> dict[str, Any]:
     return {
         "id": q.row.id,
         "video": str(q.row.video),
-        "manifest": q.row.source[0],
+        "manifest": q.row.origin,
         "line": q.row.source[1],
         "reason": q.reason,
         "detail": q.detail,

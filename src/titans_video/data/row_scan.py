@@ -25,6 +25,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import Bucket, BucketTable, parse_buckets
 from titans_video.data.clip_plan import PLAN_VERSION, Rejected, plan_row, unpack
 from titans_video.data.columns import Column, Columns, open_columns, pack_columns, write_columns
+from titans_video.data.importing import digest_of, root_of
 from titans_video.data.job_cache import MISSING, PROBE_VERSION, Failed, JobCache, JobResult, cache_folder
 from titans_video.data.manifest import Row, manifest_files, read_rows
 from titans_video.data.records import ClipRecords, LeftOut
@@ -41,7 +42,7 @@ from titans_video.data.row_table import (
 )
 from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
 from titans_video.data.scan import run_cached_jobs, usable_cores
-from titans_video.errors import WriteError
+from titans_video.errors import DataError, WriteError
 from titans_video.parsing import Malformed
 from titans_video.processes import ReadAhead
 from titans_video.types import CodecSpec
@@ -108,13 +109,12 @@ def scan_key(options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, 
     manifests = []
     for path, weight in manifest_files(options):
         try:
-            if not path.is_file():
-                return ""
-            with path.open("rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-        except OSError:
+            digest = digest_of(path, options)
+        except (OSError, DataError):
             return ""
-        root = os.path.abspath(options.data_root or path.parent)
+        if not digest:
+            return ""
+        root = os.path.abspath(root_of(path, options))
         manifests.append([str(path), weight, root, os.path.realpath(root), digest])
     versions = [__version__, TABLE_VERSION, PROBE_VERSION, PLAN_VERSION]
     chosen = {name: value for name, value in asdict(options).items() if name not in FREE}
