@@ -53,8 +53,11 @@ class DataOptions:
     """Clip width in pixels; needs --height."""
     resolution: Annotated[int | None, Range(least=1)] = None
     """Instead of --height and --width: the short side in pixels. All clips get the first clip's aspect ratio."""
-    buckets: Annotated[str, Metavar("HxW,...")] | None = None
-    """Several sizes: each clip gets the one that fits best. HxW or HxWxT, e.g. 576x1024,1024x576."""
+    buckets: Annotated[str, Metavar("auto|HxW,...")] | None = None
+    """Several sizes: each clip gets the one that fits best. HxW or HxWxT, e.g. 576x1024,1024x576. auto: sizes for all
+    shapes, each with about the area of a square of --resolution, so that little is cropped (see --max-crop)."""
+    max_crop: Annotated[float, Range(above=0, below=1)] = 0.1
+    """Largest share of a picture that --buckets auto crops away, for shapes from 1:3 to 3:1."""
     num_frames: Annotated[int, Range(least=1)] = 16
     """Frames per clip, rounded down to a count that the codec and the patch size allow."""
     fps: Annotated[float | None, Range(above=0)] = None

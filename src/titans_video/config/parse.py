@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -150,7 +151,16 @@ def _expand_config(
     if not path:
         raise ConfigError("--config needs the path of a YAML file.")
     options = {name: repeat for name, repeat in known.items() if name != "config"}
-    found = flags_from_yaml(path, options, given=given, alternatives=ALTERNATIVES, booleans=booleans, switches=switches)
+    automatic = "--buckets=auto" in argv or ("--buckets", "auto") in pairwise(argv)
+    found = flags_from_yaml(
+        path,
+        options,
+        given=given,
+        alternatives=ALTERNATIVES,
+        booleans=booleans,
+        switches=switches,
+        automatic=automatic,
+    )
     return found + argv
 
 
@@ -206,6 +216,7 @@ def flags_from_yaml(
     alternatives: Iterable[frozenset[str]] = (),
     booleans: Collection[str] = (),
     switches: Collection[str] = (),
+    automatic: bool = False,
 ) -> list[str]:
     """Translate a YAML file into flags.
 
@@ -220,6 +231,7 @@ def flags_from_yaml(
         alternatives: sets of fields that exclude one another. If the command line sets one, the file's values for the
             others are dropped too.
         booleans: fields that are true or false; `switches`: those of the type `Switch`. No others may be.
+        automatic: the command line has --buckets auto, which takes the file's resolution.
     Raises:
         ConfigError: the file is missing or not a mapping, a key is not a flag, or a value cannot be a flag's.
     """
@@ -228,7 +240,11 @@ def flags_from_yaml(
         if group & dropped:
             dropped |= group
     flags: list[str] = []
-    for key, value in _read_mapping(Path(path)).items():
+    mapping = _read_mapping(Path(path))
+    automatic = automatic if "buckets" in given else mapping.get("buckets") == "auto"
+    if automatic and not dropped & set(given) & {"height", "width"}:
+        dropped -= {"buckets", "resolution"} - set(given)
+    for key, value in mapping.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise ConfigError(f"{path}: there is no option {str(key)!r}.{_nearest(name, known)}")

@@ -6,12 +6,19 @@ Legend: T frames, H W pixel height and width.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 from titans_video.config.options import DataOptions
 from titans_video.errors import ConfigError, nearest_multiples
 from titans_video.types import CodecSpec
 
 SAME_ASPECT = 0.01  # buckets whose log aspects differ by less count as one shape in several sizes
+AUTO = "auto"
+WIDEST_AUTO = 3.0  # `--buckets auto` has sizes for shapes from 1:3 to 3:1
+AREA_SPREAD = 1.2  # its areas are at most this factor above or below the wanted one
+MOST_SHAPES = 101
+LENGTH_STEP = math.sqrt(0.5)  # and its frame counts form a geometric series with this ratio
 
 
 @dataclass(frozen=True, order=True)
@@ -51,6 +58,8 @@ def parse_buckets(
         ConfigError: flags contradict each other, cannot be read, or ask for an illegal size (see `check_size`).
     """
     _reject_contradictions(options)
+    if options.buckets == AUTO:
+        return auto_buckets(options, spec, patch_size)
     if options.buckets is not None:
         return sorted(
             {_parse_one(part, options, spec, patch_size) for part in options.buckets.split(",")}, reverse=True
@@ -65,6 +74,77 @@ def parse_buckets(
         return [Bucket(frames, max(height // grid_h, 1) * grid_h, max(width // grid_w, 1) * grid_w, True)]
     scale = options.resolution / min(height, width)
     return [Bucket(frames, _round_to(height * scale, grid_h), _round_to(width * scale, grid_w), True)]
+
+
+def auto_buckets(options: DataOptions, spec: CodecSpec, patch_size: Sequence[int]) -> list[Bucket]:
+    """Return the buckets of `--buckets auto`: shapes of one area, and a geometric series of frame counts.
+
+    They depend on the flags and the codec only, and not on the clips. A clip takes the nearest shape, and the most
+    frames that it can fill.
+
+    Raises:
+        ConfigError: `--max-crop` cannot be met, because sizes must be multiples of a coarse grid.
+    """
+    assert options.resolution is not None, "it was checked"
+    counts = [_legal_frames(options.num_frames, spec, patch_size)]
+    wanted = counts[0] * LENGTH_STEP
+    while wanted >= 1:
+        fewer = spec.frames_at_most(int(wanted), patch_size[0])
+        if fewer is None:
+            break
+        counts += [fewer] if fewer < counts[-1] else []
+        wanted *= LENGTH_STEP
+    shapes = auto_shapes(options.resolution, options.max_crop, grid(spec, patch_size))
+    return sorted((Bucket(frames, h, w) for frames in counts for h, w in shapes), reverse=True)
+
+
+@lru_cache(maxsize=16)
+def auto_shapes(resolution: int, max_crop: float, steps: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Return (height, width) of the fewest shapes with which no clip from 1:3 to 3:1 loses more than `max_crop`.
+
+    Their aspects are the terms of a geometric series, as near as multiples of `steps` with about the area of a square
+    of `resolution` allow. A clip between two aspects loses at most 1 - exp(-d/2), where d is their distance in log
+    space.
+
+    Raises:
+        ConfigError: no number of shapes is enough.
+    """
+    pool = _sizes_near(resolution, steps)
+    ratio = math.log(WIDEST_AUTO)
+    fewest = math.ceil(ratio / -math.log(1 - max_crop)) // 2 * 2 + 1  # odd, so that the middle one is square
+    for count in range(max(fewest - 2, 1), MOST_SHAPES + 1, 2):
+        aspects = [ratio * (2 * i + 1 - count) / count for i in range(count)]
+        shapes = sorted({min(pool, key=lambda size, a=a: _misfit(size, a, resolution)) for a in aspects})  # type: ignore[misc]
+        if most_cropped(shapes) <= max_crop:
+            return tuple(shapes)
+    raise ConfigError(
+        f"--buckets auto: with --resolution {resolution} and sizes in steps of {steps[0]}x{steps[1]}, no "
+        f"{MOST_SHAPES} shapes crop at most {max_crop:.3g} of every picture; all of them crop up to "
+        f"{most_cropped(pool):.2f}. Raise --max-crop or --resolution."
+    )
+
+
+def most_cropped(shapes: Sequence[tuple[int, int]]) -> float:
+    """Return the largest share that a clip from 1:3 to 3:1 loses in the nearest of these shapes."""
+    aspects = sorted(math.log(h / w) for h, w in shapes)
+    ratio = math.log(WIDEST_AUTO)
+    distances = [(b - a) / 2 for a, b in pairwise(aspects)]
+    return 1 - math.exp(-max(0.0, *distances, ratio + aspects[0], ratio - aspects[-1]))
+
+
+def _sizes_near(resolution: int, steps: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return all legal sizes with about the area of a square of `resolution`."""
+    area, found = resolution**2, []
+    for h in range(steps[0], int(resolution * 2 * WIDEST_AUTO) + steps[0], steps[0]):
+        least, most = (math.ceil(area / AREA_SPREAD / h / steps[1]), math.floor(area * AREA_SPREAD / h / steps[1]))
+        widths = range(max(least, 1), most + 1)
+        found += [(h, n * steps[1]) for n in widths if abs(math.log(h / n / steps[1])) <= math.log(2 * WIDEST_AUTO)]
+    return found or [(_round_to(resolution, steps[0]), _round_to(resolution, steps[1]))]
+
+
+def _misfit(size: tuple[int, int], aspect: float, resolution: int) -> float:
+    """Return how far a size is from an aspect and, less important, from the wanted area, in log space."""
+    return abs(math.log(size[0] / size[1]) - aspect) + 0.25 * abs(math.log(size[0] * size[1] / resolution**2))
 
 
 def grid(spec: CodecSpec, patch_size: Sequence[int]) -> tuple[int, int]:
@@ -144,6 +224,12 @@ def _reject_contradictions(options: DataOptions) -> None:
         "--resolution": options.resolution is not None,
         "--height/--width": options.height is not None,
     }
+    if options.buckets == AUTO:
+        if options.resolution is None and options.height is None:
+            raise ConfigError("--buckets auto needs --resolution: each size has the area of a square of this side.")
+        del given["--resolution"]
+    elif options.max_crop != DataOptions().max_crop:
+        raise ConfigError(f"--max-crop {options.max_crop:g}: only --buckets auto chooses sizes by it; give it too.")
     flags = [flag for flag, is_given in given.items() if is_given]
     if len(flags) > 1:
         raise ConfigError(f"{' and '.join(flags)} each set the size; give only one of them.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_video.config.options import DataOptions
 from titans_video.data.batches import to_floats
-from titans_video.data.buckets import Bucket, BucketTable, grid
+from titans_video.data.buckets import AUTO, Bucket, BucketTable, grid
 from titans_video.data.cache import EncodingCache
 from titans_video.data.left_out import Quarantined, format_reasons, refuse_bad
 from titans_video.data.loader import BatchStream, Draw
@@ -222,17 +222,32 @@ class VideoDataset:
         if self.quarantined:
             lines.append(f"Left out: {format_reasons(self.quarantined)}.")
         counts = self.records.bucket_counts()
+        if self.options.buckets == AUTO and self.records:
+            return "\n".join([*lines, *self._table_of_sizes(micro_batches), *self.remarks(grad_accum)])
         sizes = ", ".join(
             f"{b} ({counted(counts[b], 'row')}, batches of {self.batch_size(b) * micro_batches})" for b in self.buckets
         )
         return "\n".join([*lines, *([f"Buckets HxWxT: {sizes}."] if sizes else []), *self.remarks(grad_accum)])
+
+    def _table_of_sizes(self, micro_batches: int) -> list[str]:
+        """Return the buckets with rows as a table, with the largest share of a picture that each crops away."""
+        kept, ids, numbers = self.records.column("kept"), self.records.bucket_ids, self.records.table.buckets
+        counts, lines = self.records.bucket_counts(), ["Buckets      shape  frames    rows   batch  tokens  cropped"]
+        for b in self.buckets:
+            inside = np.isin(ids, [i for i, other in enumerate(numbers) if other == b])
+            lines.append(
+                f"{f'{b.height}x{b.width}':<11} {f'{b.width / b.height:.2f}':>6} {b.frames:>7} {counts[b]:>7} "
+                f"{self.batch_size(b) * micro_batches:>7} {b.tokens(self.table.spec, self.table.patch_size):>7} "
+                f"{1 - kept[inside].min():>8.1%}"
+            )
+        return lines
 
     def remarks(self, grad_accum: int = 1) -> list[str]:
         """Return remarks on the usable rows that may surprise: empty and thin buckets, enlarged clips."""
         lines = []
         shapes = {(b.height, b.width) for b in self.buckets}
         empty = [str(b) for b in self.table.buckets if (b.height, b.width) not in shapes]
-        if empty:
+        if empty and self.options.buckets != AUTO:
             lines.append(f"No clip fits the bucket{'s' * (len(empty) > 1)} {', '.join(empty)}.")
         counts = self.records.bucket_counts()
         thin = [str(b) for b in self.buckets if counts[b] < self.batch_size(b) * self.world * grad_accum]
@@ -251,11 +266,17 @@ class VideoDataset:
 
     def _cropped(self) -> list[str]:
         """Warn of clips that lose much of their picture."""
-        kept = self.records.column("kept")
-        cropped = int((kept < CROPPED).sum())
+        kept, is_auto = self.records.column("kept"), self.options.buckets == AUTO
+        limit = 1 - self.options.max_crop if is_auto else CROPPED
+        cropped = int((kept < limit - 1e-9).sum())
         if not cropped:
             return []
         worst = self.records[int(kept.argmin())]
+        if is_auto:
+            return [
+                f"Warning: {counted(cropped, 'clip')} beyond 1:3 or 3:1: more than --max-crop of the picture is lost; "
+                f"{worst.row.video.name} keeps {worst.kept:.0%} of it in {worst.bucket}."
+            ]
         info, area = worst.info(), worst.bucket.height * worst.bucket.width
         ideal = math.sqrt(area * info.height / info.width), math.sqrt(area * info.width / info.height)
         which, whose = ("1 clip loses", "its") if cropped == 1 else (f"{cropped} clips lose", "their")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from titans_video.config.options import DataOptions
 from titans_video.console import Progress
-from titans_video.data.buckets import Bucket
+from titans_video.data.buckets import AUTO, Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.left_out import Quarantined, missing_files
@@ -252,7 +252,7 @@ def _numbers(data: VideoDataset) -> str:
 
 
 def _bucket_counts(data: VideoDataset) -> dict[str, int]:
-    shapes = {(b.height, b.width) for b in data.buckets}
+    shapes = {(b.height, b.width) for b in (data.table.buckets if data.options.buckets == AUTO else data.buckets)}
     empty = {str(b): 0 for b in data.table.buckets if (b.height, b.width) not in shapes}
     return dict(data.records.named_counts()) | empty
 
@@ -293,7 +293,8 @@ def _scatter(data: VideoDataset, records: Sequence[ClipRecord], plans: Mapping[s
     def up(seconds: float) -> float:
         return top + height * (1 - seconds / longest)
 
-    sides = {f"{b.height}x{b.width}": b.width / b.height for b in sorted(data.table.buckets, key=_aspect)}
+    shown = data.buckets if data.options.buckets == AUTO else data.table.buckets
+    sides = {f"{b.height}x{b.width}": b.width / b.height for b in sorted(shown, key=_aspect)}
     marks = [
         f'<line x1="{x:.1f}" y1="{top - 6 - 13 * (i % 3)}" x2="{x:.1f}" y2="{top + height}" class="mark"/>'
         f'<text x="{x:.1f}" y="{top - 9 - 13 * (i % 3)}" text-anchor="middle">{name}</text>'

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from titans_video import __version__
 from titans_video.config.fields import validate
 from titans_video.config.options import DataOptions
-from titans_video.data.buckets import Bucket, BucketTable, parse_buckets
+from titans_video.data.buckets import AUTO, Bucket, BucketTable, parse_buckets
 from titans_video.data.clip_plan import PLAN_VERSION, Rejected, plan_row, unpack
 from titans_video.data.columns import Column, Columns, open_columns, pack_columns, write_columns
 from titans_video.data.importing import digest_of, root_of
@@ -117,7 +117,8 @@ def scan_key(options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, 
         root = os.path.abspath(root_of(path, options))
         manifests.append([str(path), weight, root, os.path.realpath(root), digest])
     versions = [__version__, TABLE_VERSION, PROBE_VERSION, PLAN_VERSION]
-    chosen = {name: value for name, value in asdict(options).items() if name not in FREE}
+    unused = FREE if options.buckets == AUTO else FREE | {"max_crop"}
+    chosen = {name: value for name, value in asdict(options).items() if name not in unused}
     key = [versions, manifests, chosen, spec.stride, spec.frame_rule, patch_size]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
 from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import SoraOptions
+from titans_video.data.buckets import AUTO
 from titans_video.data.cache import EncodingCache, ImageKey
 from titans_video.data.dataset import VideoDataset, open_data, with_last_frame
 from titans_video.data.held_out import HeldOut, open_validation, shared_files, split
@@ -267,7 +268,7 @@ def frame_count_notes(options: DataOptions, patch_t: int, parts: RunParts) -> li
     """Return a line for the log if clips have another length than `--num-frames`."""
     asked, spec = options.num_frames, parts.codec.spec
     longest = max(bucket.frames for bucket in parts.data.buckets)
-    if options.buckets is not None or spec.is_legal(asked, patch_t):
+    if options.buckets not in (None, AUTO) or spec.is_legal(asked, patch_t):
         return []
     return [
         f"--num-frames {asked} is not legal for the codec {spec.name} with a temporal patch of {patch_t}; "
