@@ -26,7 +26,7 @@ class SafeStream:
     """Pass text to a stream with its control characters escaped; everything else is the stream's own."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it was closed when Python started)
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it was closed when Python started)
 
     def write(self, text: str) -> int:
         safe = printable(text)

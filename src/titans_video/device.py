@@ -92,7 +92,7 @@ def usable_cores() -> int:
     """Return how many cores this process may use: those of its affinity, or fewer if its container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = CPU_QUOTA.read_text().split()
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
         return max(min(cores, int(quota) // int(period)), 1)
     except (OSError, ValueError):
         return cores

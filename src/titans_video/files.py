@@ -10,10 +10,11 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypedDict
 
 from titans_video.errors import WriteError, first_line
 
@@ -34,6 +35,7 @@ _FIXES = {
 _PERMISSION = "Choose a folder in which this user may write, or change its permissions."
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|failed with strerror: (.+)")
 """The number of an error as safetensors, shutil and torch put it into a message."""
+_LOCKED_BYTE = 2**30
 _TORCH = ("PytorchStreamWriter", "inline_container", "iostream", "Parent directory")
 
 
@@ -175,6 +177,8 @@ def free_space(path: Path) -> str:
     """Return how much room is left on the file system of a path, which need not exist."""
     existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
     try:
+        if not hasattr(os, "statvfs"):  # Windows
+            return f"{shutil.disk_usage(existing).free / 2**20:.0f} MB are free"
         found = os.statvfs(existing)
     except OSError:
         return "free space unknown"
@@ -184,7 +188,9 @@ def free_space(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """Make a rename in `folder` survive a power cut. Windows opens no folder, and its file system keeps a journal."""
+    if sys.platform == "win32":
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -194,11 +200,32 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Flush every file and folder in `folder`, and the folder itself, to the disk."""
+    mode = "rb+" if sys.platform == "win32" else "rb"  # Windows flushes only what is open for writing
     for place, _, names in os.walk(folder):
         for name in names:
-            with open(os.path.join(place, name), "rb") as f:
+            with open(os.path.join(place, name), mode) as f:
                 os.fsync(f.fileno())
         sync_folder(Path(place))
+
+
+def lock_file(file: TextIO) -> None:
+    """Lock an open file for this process until it is closed; OSError if another has it, or the file system no locks.
+
+    A lock of Windows also keeps others from reading, so it covers one byte far behind the content.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        at = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(file.fileno(), at, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def make_folder(path: Path) -> None:

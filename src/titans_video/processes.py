@@ -20,10 +20,16 @@ from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to save and stop: Ctrl-C, a scheduler's signal, a closed terminal, SLURM's early warning."""
+_STOP_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
+STOP_SIGNALS: tuple[signal.Signals, ...] = tuple(getattr(signal, n) for n in _STOP_NAMES if hasattr(signal, n))
+"""Signals that ask a run to save and stop: Ctrl-C, a scheduler's signal, a closed terminal, SLURM's early warning.
+
+Windows lacks two of them, and its Ctrl-Break is SIGBREAK.
+"""
+START: Literal["fork", "spawn"] = "fork" if sys.platform == "linux" else "spawn"
+"""How a worker starts. A fork takes milliseconds, and the children use no device. Elsewhere a fork is unsafe."""
 OUT_OF_MEMORY = 85
 """Exit code of a worker after a MemoryError."""
 MOST_DEATHS = 3
@@ -74,11 +80,19 @@ class WorkerDied(Exception):
 
     @property
     def lacks_memory(self) -> bool:
-        return self.code in (OUT_OF_MEMORY, -signal.SIGKILL)
+        return self.code == OUT_OF_MEMORY or self._signal == "SIGKILL"
 
     @property
     def lacks_shared_memory(self) -> bool:
-        return self.code == -signal.SIGBUS
+        return self._signal == "SIGBUS"
+
+    @property
+    def _signal(self) -> str:
+        """The name of the signal that ended it; "" if none did."""
+        try:
+            return signal.Signals(-(self.code or 0)).name
+        except ValueError:
+            return ""
 
     def describe(self) -> str:
         """Return the probable reason."""
@@ -105,8 +119,7 @@ class Worker:
     """
 
     def __init__(self, answer: Callable[[Any], Any], others: Sequence["Worker"] = ()) -> None:
-        # A fork starts in milliseconds, and the children use no device.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        context: Any = multiprocessing.get_context(START)
         self.pipe, theirs = context.Pipe()
         # While a copy of a parent's end is open, no process notices that the parent has closed it.
         inherited = [self.pipe, *(w.pipe for w in others)] if context.get_start_method() == "fork" else []
@@ -114,12 +127,8 @@ class Worker:
         kernel = threading.current_thread() is threading.main_thread()
         arguments = (answer, theirs, inherited, os.getpid(), kernel)
         self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
-        # Until the child ignores the signals, they wait.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
+        with _delay_signals():  # until the child ignores them
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         # At the end of the program, multiprocessing would send SIGTERM, which the process ignores, and wait for ever.
         util.Finalize(self, _end, args=(self.process,), exitpriority=1)
@@ -150,6 +159,19 @@ class Worker:
         self.pipe.close()
 
 
+@contextlib.contextmanager
+def _delay_signals() -> Iterator[None]:
+    """Let the signals to stop wait until the context ends; a child inherits that. Windows cannot delay signals."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end(process: BaseProcess) -> None:
     process.kill()
     process.join()
@@ -162,7 +184,8 @@ def _serve(
     gc.freeze()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     end_with_parent(parent, kernel)
     for other in inherited:
         other.close()
@@ -197,7 +220,8 @@ def _ask_kernel() -> bool:
 
 
 def _watch(parent: int) -> None:
-    while os.getppid() == parent:
+    starter = multiprocessing.parent_process()  # on Windows the number of the parent stays, but not this
+    while os.getppid() == parent and (starter is None or starter.is_alive()):
         time.sleep(POLL_SECONDS)
     os._exit(1)
 

@@ -85,7 +85,9 @@ def save(
 
     def write() -> None:
         if shards is not None:
-            written.update({str(p.relative_to(temporary)): manifests.describe(p) for p in shards(temporary / SHARDS)})
+            written.update(
+                {p.relative_to(temporary).as_posix(): manifests.describe(p) for p in shards(temporary / SHARDS)}
+            )
         if group.is_main:
             written.update(_write_files(temporary, models, {"format": STATE_FORMAT, "step": step, **state}, export))
 

@@ -44,7 +44,7 @@ def write(temporary: Path, folder: Path, step: int, pieces: Sequence[Mapping[str
                     "same --output-dir, on a file system that all machines mount."
                 )
             described[name] = facts
-    names = {str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file()}
+    names = {p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file()}
     described |= {name: describe(temporary / name) for name in sorted(names - described.keys())}
     files.write_text(temporary / MANIFEST, json.dumps({"step": step, "files": described}, indent=2) + "\n")
 

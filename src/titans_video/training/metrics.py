@@ -37,6 +37,7 @@ FLUSH_SECONDS = 2.0  # seconds between writes of the metrics
 SMOOTHING = 0.95  # decay of the smoothed loss
 WINDOW = 50  # optimizer steps over which speeds are averaged
 TASK_SUMS = 3  # of a task: loss, supervised elements, rows
+BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes other line ends
 CURVE_SECONDS = 60.0  # least time between two drawings of the loss curve
 
 
@@ -73,7 +74,7 @@ class MetricsLog:
                 if not self._is_cut:
                     cut_after(self.path, self.step)
                     self._is_cut = True
-                file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY, 0o644)
                 try:
                     self._append(file)
                     if sync:

@@ -1,6 +1,5 @@
 """Resuming a run: which checkpoint to use, whether it is undamaged, and the preparation of the output folder."""
 
-import fcntl
 import os
 import shlex
 import socket
@@ -12,7 +11,7 @@ from typing import TextIO
 from titans_video.checkpoint import EMA, MODEL
 from titans_video.config.options import TrainOptions
 from titans_video.errors import CheckpointError, ConfigError, few
-from titans_video.files import write_text, writing
+from titans_video.files import lock_file, write_text, writing
 from titans_video.training import checkpointing, manifests, run_folder
 from titans_video.training.checkpointing import Resume
 from titans_video.training.run_folder import LOCK, METRICS, STATE, list_checkpoints
@@ -167,7 +166,7 @@ def _lock(run: Path) -> None:
     """Lock the folder until `release_folder` or the end of this process; raise ConfigError if it is locked."""
     lock = (run / LOCK).open("a+", encoding="utf-8")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process only: its children do not inherit it
+        lock_file(lock)  # of this process only: its children do not inherit it
     except (BlockingIOError, PermissionError):
         lock.seek(0)
         owner = lock.read().strip() or "unknown process"

@@ -199,7 +199,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
 
 def _number(path: Path, pattern: str) -> int:
     """Return the number that a pattern finds in a file; raise TypeError if it finds none."""
-    match = re.search(pattern, path.read_text())
+    match = re.search(pattern, path.read_text(encoding="utf-8"))
     return int(match[1])  # type: ignore[index]
 
 
