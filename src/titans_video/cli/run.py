@@ -30,19 +30,19 @@ STALE_SECONDS = 600.0
 
 DEPENDENCIES = {
     "accelerate": "accelerate",
-    "av": "PyAV",
+    "av": "av",
     "diffusers": "diffusers",
     "google": "protobuf",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
-    "PIL": "Pillow",
+    "PIL": "pillow",
     "safetensors": "safetensors",
     "sentencepiece": "sentencepiece",
     "torch": "torch",
     "tqdm": "tqdm",
     "transformers": "transformers",
     "tyro": "tyro",
-    "yaml": "PyYAML",
+    "yaml": "pyyaml",
 }
 """The package that provides each imported module."""
 
@@ -132,7 +132,10 @@ def guarded(command: Callable[[], int]) -> int:
             name = (e.name or "").split(".")[0]
             if name not in DEPENDENCIES:
                 return reporter.unexpected(e)
-            reporter.report(f"Error: {DEPENDENCIES[name]} is not installed. Run `make setup` or `pip install -e .`.")
+            package = DEPENDENCIES[name]
+            reporter.report(
+                f"Error: {package} is not installed. Run `pip install {package}`, or in the repository `make setup`."
+            )
             return BAD_INPUT
         except StopSignal as e:
             reporter.report(f"Stopped by {e}.")
@@ -232,6 +235,6 @@ def started_at(process: int) -> str:
     """Return a process's start time in clock ticks since boot, or "0" where the system does not provide it."""
     try:
         # Field 22; the second field is a name in parentheses that may contain spaces.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return "0"

@@ -20,6 +20,7 @@ import tyro
 
 from titans_video.config.fields import OptionGroup, Switch, flag_of, is_group, validate
 from titans_video.config.help import About, format_help
+from titans_video.config.shipped import find_config, shipped_configs
 from titans_video.errors import ConfigError
 from titans_video.parsing import Malformed, read_lines, read_yaml
 from titans_video.schema import PLAIN, fits, shown
@@ -240,7 +241,7 @@ def flags_from_yaml(
         if group & dropped:
             dropped |= group
     flags: list[str] = []
-    mapping = _read_mapping(Path(path))
+    mapping = _read_mapping(find_config(path))
     automatic = automatic if "buckets" in given else mapping.get("buckets") == "auto"
     if automatic and not dropped & set(given) & {"height", "width"}:
         dropped -= {"buckets", "resolution"} - set(given)
@@ -258,7 +259,9 @@ def _read_mapping(path: Path) -> dict[object, object]:
     try:
         data = read_yaml(path)
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file.") from None
+        near = difflib.get_close_matches(path.with_suffix("").as_posix(), shipped_configs(), n=1)
+        hint = f" Did you mean {near[0]}, which the package has?" if near else ""
+        raise ConfigError(f"--config {path}: there is no such file.{hint}") from None
     except OSError as e:
         raise ConfigError(f"--config {path} cannot be read: {e.strerror}.") from None
     except Malformed as e:

@@ -16,6 +16,7 @@ import torch
 from titans_video.checkpoint import LAST
 from titans_video.config.fields import validate
 from titans_video.config.generation import DemoOptions, Overrides, ScoreOptions
+from titans_video.config.shipped import find_config
 from titans_video.demo import scoring
 from titans_video.demo.scoring import Scored, Settings, Split, summary
 from titans_video.errors import ConfigError, DataError
@@ -29,8 +30,9 @@ from titans_video.training.run_folder import METRICS
 
 MARKER = "made_by_titans_video.json"  # marks a folder as replaceable
 
-TRAINER = Path("train/videos/train_sora_accelerate.py")
-TWO_PROCESSES = Path("configs/accelerate/cpu2.yaml")
+TWO_PROCESSES = "configs/accelerate/cpu2.yaml"
+
+MODULE = "titans_video.cli.main"
 
 _OWN = ("run", "videos", "contact_sheet.png", "loss_curve.png", "report.html", "scores.json")
 
@@ -98,7 +100,7 @@ def run_score(options: ScoreOptions) -> None:
 
 
 def training_command(options: DemoOptions, folder: Path) -> Command:
-    """Return the command that trains the demo: the documented script, directly or under Accelerate's launcher.
+    """Return the command that trains the demo: `titans-video train`, directly or under Accelerate's launcher.
 
     On a CPU of two or more cores the default is two processes of one thread each, which is faster than one process of
     two threads. They divide the configuration's batch, so a step has the same rows.
@@ -106,18 +108,19 @@ def training_command(options: DemoOptions, folder: Path) -> Command:
     Raises:
         ConfigError: a file is missing, or the batch cannot be divided.
     """
-    config = _read_config(Path(options.train_config))
+    place = find_config(options.train_config)
+    config = _read_config(place)
     cpus = os.cpu_count() or 1
     processes = options.processes or (1 if torch.cuda.is_available() or cpus < 2 else 2)
-    flags = ["--config", options.train_config, "--manifest", str(folder / "data" / "manifest.jsonl")]
+    flags = ["train", "--config", str(place), "--manifest", str(folder / "data" / "manifest.jsonl")]
     flags += ["--output-dir", str(folder / "run"), "--seed", str(options.seed)]
     flags += [] if options.steps is None else ["--max-steps", str(options.steps)]
     if processes == 1:
-        return Command([sys.executable, str(TRAINER), *flags], {}, shlex.join(["python", str(TRAINER), *flags]))
+        return Command([sys.executable, "-m", MODULE, *flags], {}, shlex.join(["titans-video", *flags]))
     batch = int(config.get("batch_size", 1))
     if batch % processes:
         raise ConfigError(f"{options.train_config}: a batch_size of {batch} cannot be shared by {processes} processes.")
-    launch = ["--config_file", str(TWO_PROCESSES), "--num_processes", str(processes), str(TRAINER), *flags]
+    launch = ["--config_file", str(find_config(TWO_PROCESSES)), "--num_processes", str(processes), "-m", MODULE, *flags]
     launch += ["--batch-size", str(batch // processes)]
     environment = {"OMP_NUM_THREADS": str(max(1, cpus // processes))}
     words = [f"{name}={value}" for name, value in environment.items()] + ["accelerate", "launch", *launch]
@@ -126,14 +129,10 @@ def training_command(options: DemoOptions, folder: Path) -> Command:
 
 def _read_config(path: Path) -> dict[str, int]:
     """Read the values of a training configuration, by field name."""
-    for needed in (path, TRAINER, TWO_PROCESSES):
-        if not needed.is_file():
-            raise ConfigError(
-                f"There is no {needed} here. The demo runs in the root of a clone of the repository (`make demo`); "
-                "--train-config names another configuration."
-            )
     try:
         values = read_yaml(path) or {}
+    except OSError as e:
+        raise ConfigError(f"--train-config {path} cannot be read: {e.strerror}.") from None
     except Malformed as e:
         raise ConfigError(f"--train-config {path} cannot be read: {e}.") from None
     if not isinstance(values, dict):
