@@ -67,6 +67,63 @@ def load_pretrained(kind: Any, folder: Path, what: str, error: type[UserError], 
     return model
 
 
+def from_folder_or_hub(
+    kind: Any,
+    name: str,
+    flag: str,
+    error: type[UserError],
+    *,
+    instead: str = "",
+    local_files_only: bool = False,
+    **arguments: Any,
+) -> Any:
+    """Call `kind.from_pretrained` for the folder or the name on the hub that the user gives with `flag`.
+
+    Files on this machine are used first, and the hub is asked only if necessary. Raises `error`; `instead` ends the
+    message about a model that is not found.
+    """
+    if Path(name).is_dir():
+        try:
+            return from_folder(kind, name, **arguments)
+        except BUILDING_ERRORS as e:
+            raise error(f"{flag} {name} cannot be loaded: {reason(e)}") from None
+
+    def missing(why: str) -> UserError:
+        wanted = f"Give the path of a folder with config.json, weights and tokenizer{instead}."
+        return error(f"{flag} {name}: {why}. {wanted}")
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise missing("there is no such folder")
+    with contextlib.suppress(*BUILDING_ERRORS), without_hub(), library_bars():
+        return kind.from_pretrained(name, local_files_only=True, trust_remote_code=False, **arguments)
+    if local_files_only or _hub_is_off():
+        raise missing("it is not on this machine and hub access is off")
+    if problem := _hub_problem():
+        raise missing(f"it is not on this machine and the hub does not respond ({problem})")
+    try:
+        with library_bars():
+            return kind.from_pretrained(name, trust_remote_code=False, **arguments)
+    except BUILDING_ERRORS as e:
+        raise missing(f"the hub did not provide it ({reason(e)})") from None
+
+
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _hub_problem() -> str | None:
+    """Return why the hub cannot be reached; ask once, for 5 seconds (its own client tries for half a minute)."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5.0)
+    except Exception as e:  # its client library, and so its exceptions, change between versions
+        return first_line(e)
+    return None
+
+
 def _built(kind: Any, folder: Path) -> Any:
     with without_hub():
         if hasattr(kind, "load_config"):

@@ -18,11 +18,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.factories import LLM_FAMILIES, MULTIMODAL_FAMILIES, WORDS, make_llm, make_multimodal, make_t5
+from titans_video import hub
 from titans_video.config.fields import Dtype
 from titans_video.config.generation import Overrides
 from titans_video.config.options import TextOptions
 from titans_video.errors import CheckpointError, TextError
-from titans_video.text import huggingface
 from titans_video.text.base import TextEncoder, build_text, text_from_checkpoint
 from titans_video.text.huggingface import PretrainedStream
 from titans_video.types import PRECISIONS
@@ -321,8 +321,8 @@ def test_missing_models_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) ->
             build_text(options)
     with pytest.raises(TextError, match=r"--llm-model \./nowhere: there is no such folder"):
         build_text(TextOptions(llm_model="./nowhere"))
-    monkeypatch.setattr(huggingface, "_hub_is_off", lambda: False)
-    monkeypatch.setattr(huggingface, "_hub_problem", lambda: "no route")
+    monkeypatch.setattr(hub, "_hub_is_off", lambda: False)
+    monkeypatch.setattr(hub, "_hub_problem", lambda: "no route")
     with pytest.raises(TextError, match=r"the hub does not respond \(no route\).*--text-model builtin"):
         build_text(TextOptions(text_model="google/umt5-xxl"))
 

@@ -37,7 +37,7 @@ FORBIDDEN = {
     "load_dataset",
     "pipeline",
 }
-MAY_DOWNLOAD = ["huggingface.py"]
+MAY_DOWNLOAD = ["hub.py"]
 """Files with one call that may reach the hub: that of a flag."""
 
 
@@ -231,8 +231,8 @@ def test_a_checkpoint_cannot_name_a_text_encoder_of_the_hub(
     stored = build_text(options).describe()
     stored["options"][name] = "google/umt5-xxl"
     reached: list[object] = []
-    monkeypatch.setattr("titans_video.text.huggingface._hub_is_off", lambda: False)
-    monkeypatch.setattr("titans_video.text.huggingface._hub_problem", lambda: reached.append(1) or "stop here")
+    monkeypatch.setattr("titans_video.hub._hub_is_off", lambda: False)
+    monkeypatch.setattr("titans_video.hub._hub_problem", lambda: reached.append(1) or "stop here")
     with pytest.raises(CheckpointError, match=rf"'google/umt5-xxl'.* not downloaded.*{flag}"):
         text_from_checkpoint(stored, Overrides())
     assert not reached

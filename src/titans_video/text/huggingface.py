@@ -16,11 +16,9 @@ from torch import Tensor
 
 from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
-from titans_video.console import library_bars
-from titans_video.errors import TextError, few, first_line
+from titans_video.errors import TextError, few
 from titans_video.finite import refuse_non_finite
-from titans_video.hub import NON_FINITE_REMEDY, from_folder, reason, without_hub
-from titans_video.tensor_files import BUILDING_ERRORS
+from titans_video.hub import NON_FINITE_REMEDY, from_folder_or_hub
 from titans_video.text.base import Lengths, to_device
 from titans_video.types import PRECISIONS
 
@@ -238,25 +236,11 @@ class PretrainedStream:
     def _read(self, kind: Any, **options: Any) -> Any:
         """Call `kind.from_pretrained`; turn its errors into messages for the user."""
         s = self.source
-        if Path(s.path).is_dir():
-            try:
-                return from_folder(kind, s.path, **options)
-            except BUILDING_ERRORS as e:
-                raise TextError(f"{s.flag} {s.path} cannot be loaded: {reason(e)}") from None
-        if s.path.startswith((".", "/", "~")) or s.path.count("/") > 1:
-            raise TextError(_missing(s, "there is no such folder"))
-        # Local files are used first; the hub is asked only if necessary, and once.
-        with contextlib.suppress(*BUILDING_ERRORS), without_hub(), library_bars():
-            return kind.from_pretrained(s.path, local_files_only=True, trust_remote_code=False, **options)
-        if s.local_files_only or _hub_is_off():
-            raise TextError(_missing(s, "it is not on this machine and hub access is off"))
-        if problem := _hub_problem():
-            raise TextError(_missing(s, f"it is not on this machine and the hub does not respond ({problem})"))
-        try:
-            with library_bars():
-                return kind.from_pretrained(s.path, trust_remote_code=False, **options)
-        except BUILDING_ERRORS as e:
-            raise TextError(_missing(s, f"the hub did not provide it ({reason(e)})")) from None
+        builtin = ", or train with --text-model builtin, which needs none"
+        instead = builtin if s.flag == "--text-model" else ", or train without it"
+        return from_folder_or_hub(
+            kind, s.path, s.flag, TextError, instead=instead, local_files_only=s.local_files_only, **options
+        )
 
     def _load_model(self) -> Any:
         transformers = _transformers()
@@ -331,28 +315,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _hub_is_off() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _hub_problem() -> str | None:
-    """Return why the hub cannot be reached; ask once, for 5 seconds (its own client tries for half a minute)."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5.0)
-    except Exception as e:  # its client library, and so its exceptions, change between versions
-        return first_line(e)
-    return None
-
-
-def _missing(source: Source, why: str) -> str:
-    builtin = ", or train with --text-model builtin, which needs none"
-    other = builtin if source.flag == "--text-model" else ", or train without it"
-    return (
-        f"{source.flag} {source.path}: {why}. Give the path of a folder with config.json, weights and tokenizer{other}."
-    )
