@@ -3,6 +3,7 @@
 Each `make_*` writes into a folder and returns it as a Path; none needs a network.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,64 @@ def make_multimodal(family: str, folder: Path) -> Path:
         vision |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
     return _save(getattr(transformers, f"{family}ForConditionalGeneration")(config), folder)
+
+
+_QWEN_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LLAVA_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_captioner(family: str, folder: Path) -> Path:
+    """A model that writes about images, with its processor, as on the hub; `family` is Qwen2_5_VL or Llava."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder, side="left")
+    vision: dict[str, Any] = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    text = _SMALL | {"initializer_range": 0.5}  # large weights, so that the text depends on the pictures
+    if family == "Llava":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        tokenizer.save_pretrained(folder)
+        images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        strategy = {"vision_feature_select_strategy": "default"}
+        settings = {"patch_size": 14, "num_additional_image_tokens": 1, "chat_template": _LLAVA_CHAT, **strategy}
+        transformers.LlavaProcessor(images, tokenizer, **settings).save_pretrained(folder)
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision, num_hidden_layers=2, image_size=28, patch_size=14),
+            text_config=transformers.LlamaConfig(**text),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            **strategy,
+        )
+        return _save(transformers.LlavaForConditionalGeneration(config), folder)
+    marks = ["im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in marks]})
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=84 * 84).save_pretrained(folder)
+    path = folder / "preprocessor_config.json"  # the processor itself cannot be built without torchvision
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processor_class": "Qwen2_5_VLProcessor"}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": _QWEN_CHAT}))
+    numbers = dict(zip(marks, tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in marks]), strict=True))
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    qwen = transformers.Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config={"depth": 1, "num_heads": 2, "patch_size": 14, "fullatt_block_indexes": [0]}
+        | {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16, "initializer_range": 0.5},
+        image_token_id=numbers["image_pad"],
+        video_token_id=numbers["video_pad"],
+        vision_start_token_id=numbers["vision_start"],
+        vision_end_token_id=numbers["vision_end"],
+    )
+    return _save(transformers.Qwen2_5_VLForConditionalGeneration(qwen), folder)
 
 
 def tiny_vae(kind: str, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypedDict
 
@@ -238,6 +238,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8. Raises WriteError."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append whole lines to a text file and sync it; a line that a kill has torn is ended first. Raises WriteError."""
+    with writing(path), path.open("ab+") as f:
+        torn = f.seek(0, os.SEEK_END) > 0 and _last_byte(f) != b"\n"
+        f.write(("\n" * torn + "".join(f"{line}\n" for line in lines)).encode("utf-8"))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def save_tensors(data: dict[str, Any], path: Path) -> FileFacts:

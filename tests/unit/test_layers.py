@@ -22,7 +22,7 @@ LAYERS: dict[str, int] = {
     "diffusion": 2,
     "pretrained": 3,
     **dict.fromkeys(["training", "generation"], 4),
-    **dict.fromkeys(["recipes", "reporting", "demo"], 5),
+    **dict.fromkeys(["recipes", "reporting", "demo", "captioning"], 5),
     **dict.fromkeys(["cli", "__main__"], 6),
 }
 APART = 1

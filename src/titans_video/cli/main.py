@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data check": ("titans_video.cli.data:main_check", "CHECK"),
     "data cache": ("titans_video.cli.data:main_cache", "CACHE"),
     "cache verify": ("titans_video.cli.data:main_verify", "VERIFY"),
+    "caption": ("titans_video.cli.caption:main", "CAPTION"),
     "demo": ("titans_video.cli.generate:main_demo", "DEMO"),
     "score": ("titans_video.cli.generate:main_score", "SCORE"),
     "completion": ("titans_video.cli.main:main_completion", "COMPLETION"),

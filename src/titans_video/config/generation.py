@@ -238,3 +238,51 @@ class MockOptions:
     take these from the image. Only with --world moving."""
     workers: Annotated[int, Range(least=1)] = 1
     """Threads that render and encode clips."""
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """The manifest, the model that writes captions, and the frames that it sees."""
+
+    manifest: FilePath | None = None
+    """JSONL or JSON manifest. Rows without a caption get one. Nothing else in the file changes."""
+    model: Name | None = None
+    """Folder or hub name of an image-text-to-text model, e.g. Qwen2.5-VL, Qwen3-VL or LLaVA."""
+    review: bool = False
+    """Instead of writing captions: serve a page on this machine to read and edit them."""
+    out: FilePath | None = None
+    """Write a new manifest in the folder of the given one (default: add the captions to the given one)."""
+    all: bool = False
+    """Write captions for all rows, also for those that have one. Needs --out."""
+    prompt: str = (
+        "Describe this video in one or two sentences: the subject, what it does, the surroundings, the light and how "
+        "the camera moves. Begin with the subject. Do not mention frames or images."
+    )
+    """Instruction for the model."""
+    caption_prefix: str = ""
+    """Text to put before each caption that the model writes, e.g. a trigger word and a comma."""
+    frames: Annotated[int, Range(least=1)] = 8
+    """Frames of each clip that the model sees, evenly spread over its time."""
+    frame_size: Annotated[int, Range(least=28)] = 448
+    """Reduce frames to at most this many pixels on the short side."""
+    input: Literal["auto", "video", "images"] = "auto"
+    """How the model gets the frames. video: as one video with their times; images: as several images; auto: video if
+    the model takes it."""
+    max_new_tokens: Annotated[int, Range(least=1)] = 256
+    """Longest caption in tokens."""
+    batch_size: Annotated[int, Range(least=1)] = 1
+    """Clips that are described at once."""
+    device: Name | None = None
+    """cuda, cuda:1 or cpu (default: cuda if available)."""
+    dtype: AutoDtype = "auto"
+    """Precision of the model; auto: bf16 on a GPU with bf16, else fp32."""
+    local_files_only: bool = False
+    """Use only a model that is on this machine; download nothing."""
+    data_root: FolderPath | None = None
+    """Folder that relative paths in the manifest are resolved against (default: the manifest's folder)."""
+    allow_outside_root: bool = False
+    """Accept paths in the manifest that leave the data root: absolute paths, .. and symbolic links."""
+    port: Annotated[int, Range(least=0, most=65535)] = 0
+    """Port of the page of --review; 0: any free one."""
+    browser: bool = True
+    """Open the page of --review in your browser."""

@@ -1,6 +1,6 @@
 """The result of probing a video file."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -210,6 +210,13 @@ class VideoInfo:
             tick = (Fraction(t) + self.tolerance) * self.ticks_per_second + self.origin
             found.append(max(bisect_right(self.pts, tick) - 1, 0))
         return found
+
+    def frames_between(self, start: Seconds, end: Seconds) -> tuple[int, int]:
+        """Return the first frame that appears in [start, end) and the one after the last; at least one frame."""
+        ticks = [(Fraction(t) - self.tolerance) * self.ticks_per_second + self.origin for t in (start, end)]
+        first, stop = (bisect_left(self.pts, tick) for tick in ticks)
+        first = min(first, self.frames - 1)
+        return first, max(stop, first + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the inverse of `from_dict`."""
