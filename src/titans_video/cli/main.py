@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("titans_video.cli.caption:main", "CAPTION"),
     "demo": ("titans_video.cli.generate:main_demo", "DEMO"),
     "score": ("titans_video.cli.generate:main_score", "SCORE"),
+    "doctor": ("titans_video.cli.doctor:main", "DOCTOR"),
     "completion": ("titans_video.cli.main:main_completion", "COMPLETION"),
 }
 """Command: (its entry, `module:function` of argv that returns an exit code; the name of its `About` in that module)."""
