@@ -46,7 +46,7 @@ from titans_video.media.colour import Pixels, to_uint8
 from titans_video.media.interpolating import Interpolator
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.streaming import open_sink, partial_path
-from titans_video.media.writing import Written
+from titans_video.media.writing import Written, numbered
 from titans_video.models.attention import kernel_note
 from titans_video.pretrained.base import is_pipeline
 from titans_video.text.base import unknown_words_note
@@ -282,10 +282,3 @@ def choose_places(out: Path, count: int, overwrite: bool) -> list[Path]:
     taken = [int(found[1]) for path in beside if (found := pattern.fullmatch(path.name))]
     first = max(taken, default=0 if out.exists() else -1) + 1
     return [out.with_name(f"{out.stem}-{first + i:03d}{out.suffix}") for i in range(count)]
-
-
-def numbered(path: Path, number: int, count: int) -> Path:
-    """Return the path of one of several videos: out-000.mp4, out-001.mp4, ...; of a single one `path` itself."""
-    if count == 1:
-        return path
-    return path.with_name(f"{path.stem}-{number:0{max(3, len(str(count - 1)))}d}{path.suffix}")

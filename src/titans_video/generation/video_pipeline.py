@@ -5,18 +5,18 @@ Legend: B videos of one batch, T H W frames, height and width, k conditioning fr
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor, nn
 
+from titans_video.config.fields import Range, check_value
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
 from titans_video.diffusion.samplers import EditState
 from titans_video.errors import ConfigError
@@ -24,7 +24,8 @@ from titans_video.finite import finite_frames
 from titans_video.generation.export import export
 from titans_video.generation.long_video import generate_long, plan_video
 from titans_video.generation.model import VideoModel, load_for, with_shift
-from titans_video.generation.request import build_request, check_options
+from titans_video.generation.output import VideoPipelineOutput
+from titans_video.generation.request import about, build_request, check_options
 from titans_video.generation.windows import WindowModeFlag
 from titans_video.media.colour import cover_crop, to_tensor
 from titans_video.types import PRECISIONS
@@ -40,20 +41,14 @@ OnStepEnd = Callable[["VideoPipeline", int, float, dict[str, Any]], Mapping[str,
 OUTPUTS = ("np", "pt", "pil")
 
 
-@dataclass
-class VideoPipelineOutput(BaseOutput):
-    """`frames`: (B, T, H, W, 3) float in [0, 1] for `np`, (B, T, 3, H, W) for `pt`, lists of PIL images for `pil`."""
-
-    frames: Any
-
-
 class VideoPipeline(DiffusionPipeline):
     """Generate videos of any length from prompts and, optionally, first frames, in the manner of diffusers.
 
         pipe = VideoPipeline.from_pretrained("exported", dtype=torch.bfloat16, device="cuda")
-        frames = pipe("a red circle", num_frames=64, generator=torch.Generator().manual_seed(0)).frames[0]
+        out = pipe("a red circle", num_frames=64, seed=0)
+        out.save("circle.mp4")
 
-    `model` has all parts of the checkpoint; its network is `transformer`.
+    `out.frames[0]` is the video as an array. `model` has all parts of the checkpoint; its network is `transformer`.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -141,7 +136,9 @@ class VideoPipeline(DiffusionPipeline):
         step_cache: str = "none",
         shift: float | None = None,
         num_videos_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        fps: float | None = None,
         window: int | None = None,
         overlap: int | None = None,
         window_mode: WindowModeFlag = "auto",
@@ -163,7 +160,11 @@ class VideoPipeline(DiffusionPipeline):
             video: the first frames, uint8 (k, H, W, 3) or a tensor (3, k, H, W) in [-1, 1]; or the path of a clip,
                 whose last frames are used.
             image_guidance, motion_bucket, noise_aug: only for Stable Video Diffusion.
-            generator: seeds are drawn from it: one for all videos, or one per video; None: torch's own generator.
+            seed: of the noise, as `generate --seed`: one number, which counts up with the videos of a prompt, or one
+                for each video.
+            generator: instead of a seed: seeds are drawn from it. One for all videos, or one for each; without both,
+                seeds are drawn from torch's own generator.
+            fps: frames per second of saved files; by default those of training.
             output_type: `np`, `pt` or `pil`.
             callback_on_step_end: see `OnStepEnd`.
         Raises UserError if a size, a length or a plan of windows is not possible, or the model lacks a capability;
@@ -180,6 +181,7 @@ class VideoPipeline(DiffusionPipeline):
             height=height,
             width=width,
             num_frames=num_frames,
+            fps=fps,
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -198,16 +200,17 @@ class VideoPipeline(DiffusionPipeline):
         )
         check_options(options)
         model = with_shift(self.model, shift)
-        default, _ = build_request(options, model, image is not None or video is not None)
+        default, rate = build_request(options, model, image is not None or video is not None)
         given = default.prompts if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in given for _ in range(num_videos_per_prompt)]
+        seeds = choose_seeds(seed, generator, len(given), num_videos_per_prompt)
         cond_pixels = default.cond_pixels
         if cond_pixels is None:
             cond_pixels = _cond_frames(image, video, default.height, default.width)
         request = replace(
             default,
             prompts=prompts,
-            seeds=draw_seeds(generator, len(prompts)),
+            seeds=seeds,
             cond_pixels=None if cond_pixels is None else cond_pixels.expand(len(prompts), *cond_pixels.shape[1:]),
         )
         windows, _ = plan_video(model, request, window, overlap, window_mode)
@@ -217,7 +220,10 @@ class VideoPipeline(DiffusionPipeline):
         chunks = finite_frames(chunks, logger.warning, given=request.num_cond_frames)
         made = torch.cat(list(chunks), dim=2)
         frames = self.video_processor.postprocess_video(made, output_type)
-        return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
+        if not return_dict:
+            return (frames,)
+        each = [replace(request, prompts=[p], seeds=[s]) for p, s in zip(prompts, seeds, strict=True)]
+        return VideoPipelineOutput.of(frames, rate, [about(one, model) | {"fps": rate} for one in each])
 
     def _calling(self, callback: OnStepEnd) -> EditState:
         done = 0
@@ -230,6 +236,25 @@ class VideoPipeline(DiffusionPipeline):
             return kept
 
         return edit
+
+
+def choose_seeds(
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    prompts: int,
+    videos: int,
+) -> list[int]:
+    """Return the seed of each of `prompts` x `videos` videos; ConfigError if they are given twice or too few."""
+    if seed is None:
+        return draw_seeds(generator, prompts * videos)
+    if generator is not None:
+        raise ConfigError("seed and generator exclude one another; give one of them.")
+    if not isinstance(seed, Sequence):
+        seed = [seed + i for _ in range(prompts) for i in range(videos)]
+    if len(seed) != prompts * videos:
+        raise ConfigError(f"{len(seed)} seeds were given for {prompts * videos} videos; give one, or one for each.")
+    check_value("seed", list(seed), Range(least=0))
+    return [int(one) for one in seed]
 
 
 def draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:

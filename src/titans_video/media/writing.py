@@ -108,6 +108,13 @@ def write_video(
     return Written(path, len(frames), rate, height, width)
 
 
+def numbered(path: Path, number: int, count: int) -> Path:
+    """Return the path of one of several videos: out-000.mp4, out-001.mp4, ...; of a single one `path` itself."""
+    if count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{number:0{max(3, len(str(count - 1)))}d}{path.suffix}")
+
+
 def exact_rate(fps: float | Fraction) -> Fraction:
     """Return the intended rate as a fraction, 23.976 as 24000/1001; raise UserError if it is not in (0, 1000]."""
     try:
