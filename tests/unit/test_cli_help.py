@@ -86,6 +86,7 @@ def test_all_help_lists_every_option_in_its_group(name: str, printed: Printed) -
         ("cache verify", "FOLDER"),
         ("report", "RUN"),
         ("export", "RUN FOLDER"),
+        ("generate", "PROMPT"),
     ],
 )
 def test_help_names_the_words_without_a_flag(name: str, words: str, printed: Printed) -> None:
@@ -174,14 +175,39 @@ def test_help_is_read_from_the_dataclasses(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("run dir --quick", "checkpoint out", "--checkpoint run --out dir --quick"),
         ("run --out dir", "checkpoint out", "--checkpoint run --out dir"),
-        ("--lr 1 run", "checkpoint", "--lr 1 run"),
+        ("--lr 1 run", "checkpoint", "--lr 1 --checkpoint run"),
+        ("--lr=1 run more", "checkpoint", "--lr=1 --checkpoint run more"),
+        ("--fast run --no-fast", "checkpoint", "--fast --checkpoint run --no-fast"),
+        ("--no-compile run", "checkpoint", "--no-compile --checkpoint run"),
+        ("--compile on run", "checkpoint", "--compile on --checkpoint run"),
+        ("--compile run", "checkpoint", "--compile --checkpoint run"),
+        ("--lr -1 run", "checkpoint", "--lr -1 --checkpoint run"),
+        ("--lr --fast run", "checkpoint", "--lr --fast --checkpoint run"),
+        ("-h run", "checkpoint", "-h --checkpoint run"),
         ("a b", "some_flag", "--some-flag a b"),
         ("", "checkpoint", ""),
         ("a b", "", "a b"),
     ],
 )
-def test_first_words_without_a_flag(words: str, names: str, expected: str) -> None:
-    assert insert_flags(words.split(), names.split()) == expected.split()
+def test_words_without_a_flag(words: str, names: str, expected: str) -> None:
+    assert insert_flags(words.split(), names.split(), {"fast"}, {"compile"}) == expected.split()
+
+
+def test_a_prompt_needs_no_flag() -> None:
+    def prompt(*words: str) -> str | None:
+        described = about("generate")
+        options: Any = parse(described.options(), words, prog="generate", about=described)
+        assert options.generate.seed in (0, 3)
+        found: str | None = options.generate.prompt
+        return found
+
+    assert prompt("a cat") == prompt("--prompt", "a cat") == prompt("--seed", "3", "a cat") == "a cat"
+    assert prompt("a cat", "--no-overwrite", "--seed", "3") == prompt("--no-overwrite", "a cat", "--seed=3") == "a cat"
+    assert prompt() is None
+    with pytest.raises(ConfigError, match="--prompt is given twice"):
+        prompt("a cat", "--prompt", "a dog")
+    with pytest.raises(ConfigError, match="cat"):
+        prompt("a", "cat")
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ GENERATE = About(
     GenerateFlags,
     "Generate a video of any length from a prompt, and optionally from a first frame or a clip.",
     (
-        ("Use the small model of the package", '--prompt "a blue square moving up" --out blue.mp4'),
+        ("Use the small model of the package", '"a blue square moving up" --out blue.mp4'),
         (
             "Use your newest run, and start from an image",
-            '--checkpoint latest --prompt "a red circle moving right" --image first.png --out red.mp4',
+            '"a red circle moving right" --checkpoint latest --image first.png --out red.mp4',
         ),
     ),
     (
@@ -57,6 +57,7 @@ GENERATE = About(
         "seed",
         "out",
     ),
+    positionals=("prompt",),
     notes="`--checkpoint latest` is the newest run in outputs*/. Options that you leave out are as in training.",
 )
 EXPORT = About(

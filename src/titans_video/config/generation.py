@@ -10,6 +10,7 @@ from titans_video.config.fields import (
     FilePath,
     FolderPath,
     Json,
+    Metavar,
     Name,
     Pair,
     Range,
@@ -31,7 +32,7 @@ class GenerateOptions:
     base_file: tuple[FilePath, ...] = ()
     """Safetensors file with the transformer's weights, as ComfyUI uses them, instead of those in --pretrained-model.
     With two experts: high=FILE and low=FILE, or one of them."""
-    prompt: str | None = None
+    prompt: Annotated[str, Metavar("PROMPT")] | None = None
     """Text that describes the video."""
     prompt_file: FilePath | None = None
     """Text file with one prompt per line. Each gets a video."""

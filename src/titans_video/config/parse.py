@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import tyro
 
@@ -64,8 +64,13 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | N
     """
     known = flags_of(default)
     about = about or About(lambda: default, "")
-    argv = insert_flags(argv, about.positionals)
+    booleans, switches = fields_of(default, bool, bool | None), fields_of(default, Switch)
+    named = given_names(argv, known)
+    argv = insert_flags(argv, about.positionals, booleans | {HELP, HELP_ALL}, switches)
     given = given_names(argv, known)
+    for name in set(about.positionals) & set(named):
+        if given.count(name) > named.count(name) and not known[name]:
+            raise ConfigError(f"{flag_of(name)} is given twice, with the flag and without it. Give it once.")
     for name in given:
         if name not in known and name not in (HELP, HELP_ALL):
             near = difflib.get_close_matches(name, [*known, HELP, HELP_ALL], n=1)
@@ -75,20 +80,33 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | N
         print(format_help(about, default, prog, full=HELP_ALL in given))
         raise SystemExit(0)
     if "config" in known and "config" in given:
-        argv = _expand_config(argv, known, given, fields_of(default, bool, bool | None), fields_of(default, Switch))
-    options = _parse(default, _spell_out(argv, fields_of(default, Switch)), prog)
+        argv = _expand_config(argv, known, given, booleans, switches)
+    options = _parse(default, _spell_out(argv, switches), prog)
     validate(options)
     return options
 
 
-def insert_flags(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Insert flags before first words that are not flags, so that `report RUN` means `report --run RUN`."""
+def insert_flags(
+    argv: Sequence[str], names: Sequence[str], alone: Collection[str] = (), switches: Collection[str] = ()
+) -> list[str]:
+    """Insert flags before words without one, so that `report RUN` means `report --run RUN`.
+
+    `names` are the fields of the first, the second such word and so on; further ones stay as they are. `alone` are the
+    fields of flags without a value, and `switches` those of the type `Switch`.
+    """
+    left, before = list(names), ""
     words: list[str] = []
-    for word, name in zip(argv, names, strict=False):
-        if word.startswith("-"):
-            break
-        words += [flag_of(name), word]
-    return words + list(argv[len(words) // 2 :])
+    for word in argv:
+        name = before[2:].replace("-", "_") if "=" not in before else ""
+        if name in switches:
+            is_value = word in get_args(Switch)
+        else:
+            is_value = bool(name) and not {name, name.removeprefix("no_")} & {*alone, *switches}
+        if word.startswith("--") or not (is_value or left) or word == "-h":
+            words, before = [*words, word], word
+        else:
+            words, before = [*words, *([] if is_value else [flag_of(left.pop(0))]), word], ""
+    return words
 
 
 def flags_of(options: OptionGroup) -> dict[str, bool]:
@@ -207,6 +225,7 @@ def _paragraph(box: str) -> str:
 
 
 Scalar = str | int | float | bool
+_YAML_WORDS = ' YAML reads the words no, off, yes and on like that; write quotes around them, e.g. "no".'
 
 
 def flags_from_yaml(
@@ -240,18 +259,56 @@ def flags_from_yaml(
     for group in alternatives:
         if group & dropped:
             dropped |= group
-    flags: list[str] = []
     mapping = _read_mapping(find_config(path))
     automatic = automatic if "buckets" in given else mapping.get("buckets") == "auto"
     if automatic and not dropped & set(given) & {"height", "width"}:
         dropped -= {"buckets", "resolution"} - set(given)
-    for key, value in mapping.items():
-        name = str(key).replace("-", "_")
+    dropped &= set(known)
+    values = {key: value for key, value in mapping.items() if _name(key) not in dropped}
+    return _flags_of_values(values, known, path, booleans, switches, hint=_YAML_WORDS)
+
+
+def flags_from_values(values: Mapping[str, object], default: OptionGroup, where: str) -> list[str]:
+    """Translate Python values by the names of their options into flags, as `flags_from_yaml` does a file's.
+
+    Paths, tuples and NumPy's numbers are values too. `where` names their source in messages.
+    Raises ConfigError: a name is not an option, or a value cannot be a flag's.
+    """
+    plain = {name: _plain(value) for name, value in values.items()}
+    return _flags_of_values(
+        plain, flags_of(default), where, fields_of(default, bool, bool | None), fields_of(default, Switch)
+    )
+
+
+def _plain(value: object) -> object:
+    """Return a Python value as YAML would have it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def _name(key: object) -> str:
+    return str(key).replace("-", "_")
+
+
+def _flags_of_values(
+    values: Mapping[Any, object],
+    known: Mapping[str, bool],
+    where: Path | str,
+    booleans: Collection[str],
+    switches: Collection[str],
+    hint: str = "",
+) -> list[str]:
+    flags: list[str] = []
+    for key, value in values.items():
+        name = _name(key)
         if name not in known:
-            raise ConfigError(f"{path}: there is no option {str(key)!r}.{_nearest(name, known)}")
-        if name not in dropped and value is not None:
-            _check_kind(f"{path}: {name}", value, name in booleans, name in switches)
-            flags += _flag(name, value, known[name], path)
+            raise ConfigError(f"{where}: there is no option {str(key)!r}.{_nearest(name, known)}")
+        if value is not None:
+            _check_kind(f"{where}: {name}", value, name in booleans, name in switches, hint)
+            flags += _flag(name, value, known[name], where)
     return flags
 
 
@@ -280,17 +337,14 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else " `--help-all` lists all options."
 
 
-def _check_kind(name: str, value: object, boolean: bool, switch: bool) -> None:
+def _check_kind(name: str, value: object, boolean: bool, switch: bool, hint: str) -> None:
     """Raise ConfigError if a value is or is not true or false, as no flag of this kind can be."""
     if boolean and not isinstance(value, bool):
         raise ConfigError(f"{name} is true or false, not {shown(value)}.")
     if switch and not isinstance(value, bool) and value not in get_args(Switch):
         raise ConfigError(f"{name} is true, false or auto, not {shown(value)}.")
     if not boolean and not switch and isinstance(value, bool):
-        raise ConfigError(
-            f"{name} is not an option that is true or false. YAML reads the words no, off, yes and on like that; write "
-            'quotes around them, e.g. "no".'
-        )
+        raise ConfigError(f"{name} is not an option that is true or false.{hint}")
 
 
 def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[str]:
@@ -305,7 +359,7 @@ def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[
     if isinstance(value, dict) and fits(PLAIN, value):  # --vae-init-json written as YAML
         return [flag, json.dumps(value)]
     if isinstance(value, Scalar):
-        return [flag, str(value)]
+        return [f"{flag}={value}"] if str(value).startswith("--") else [flag, str(value)]
     raise ConfigError(f"{path}: {name} is neither a plain value nor a list of plain values: {shown(value)}.")
 
 
