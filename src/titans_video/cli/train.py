@@ -3,12 +3,14 @@
 Recipes are imported after the flags are checked, so that `--help` and errors need no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from titans_video.cli.inputs import check_training_inputs
-from titans_video.config.fields import RunPath
+from titans_video.config.fields import OptionGroup, RunPath
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
 from titans_video.config.parse import parse
@@ -23,6 +25,9 @@ from titans_video.config.recipes import (
 from titans_video.config.rules import check_finetune, check_lora, check_svd, check_titans, check_training, check_vae
 from titans_video.console import lasting_streams
 from titans_video.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from titans_video.training.trainer import TrainResult
 
 CONFIG = """You can also set options in a YAML file, one `name: value` per line, and pass it with --config.
 Stop with Ctrl-C: the run saves a checkpoint first. Continue it with --resume auto."""
@@ -227,15 +232,48 @@ REPORT = About(
 )
 
 
+@dataclass(frozen=True)
+class RecipeCommand:
+    """A recipe: its options and help, the check of its options, and the `module:function` that trains."""
+
+    about: About
+    check: Callable[[Any], None]
+    entry: str
+
+
+RECIPES = {
+    "sora": RecipeCommand(SORA, check_training, "titans_video.recipes.sora:train_sora"),
+    "titans": RecipeCommand(TITANS, check_titans, "titans_video.recipes.titans:train_titans"),
+    "lora": RecipeCommand(LORA, check_lora, "titans_video.recipes.lora:train_lora"),
+    "finetune": RecipeCommand(FINETUNE, check_finetune, "titans_video.recipes.finetune:train_finetune"),
+    "svd": RecipeCommand(SVD, check_svd, "titans_video.recipes.svd:train_svd"),
+    "vae": RecipeCommand(VAE, check_vae, "titans_video.recipes.vae:train_vae"),
+}
+
+
+def run_recipe(name: str, argv: Sequence[str], prog: str, default: SoraOptions | None = None) -> "TrainResult":
+    """Parse and check the flags of a recipe, and train; `default` has defaults that replace the options' own.
+
+    Raises UserError for wrong flags or inputs, before anything is imported that takes seconds.
+    """
+    recipe = RECIPES[name]
+    options: Any = parse(default or recipe.about.options(), argv, prog=prog, about=recipe.about)
+    recipe.check(options)
+    check_training_inputs(options)
+    module, _, function = recipe.entry.partition(":")
+    train: Callable[[OptionGroup], TrainResult] = getattr(import_module(module), function)
+    if name == "svd":
+        from titans_video.recipes.svd import trains_unet
+
+        if not trains_unet(options):  # a network from scratch has another default learning rate
+            options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, about=SVD)
+    with lasting_streams():
+        return train(options)
+
+
 def train_sora(argv: Sequence[str], prog: str = "titans-video train", default: SoraOptions | None = None) -> int:
     """Train SoraDiT; `default` has defaults that replace the options' own. Return the exit code."""
-    options = parse(default or SoraOptions(), argv, prog=prog, about=SORA)
-    check_training(options)
-    check_training_inputs(options)
-    from titans_video.recipes import sora
-
-    with lasting_streams():
-        return sora.train_sora(options).exit_code
+    return run_recipe("sora", argv, prog, default).exit_code
 
 
 def train_framework(argv: Sequence[str], prog: str) -> int:
@@ -246,59 +284,27 @@ def train_framework(argv: Sequence[str], prog: str) -> int:
 
 def train_titans(argv: Sequence[str], prog: str = "titans-video train titans") -> int:
     """Train TitansVideoDiT; return the exit code."""
-    options = parse(TitansOptions(), argv, prog=prog, about=TITANS)
-    check_titans(options)
-    check_training_inputs(options)
-    from titans_video.recipes import titans
-
-    with lasting_streams():
-        return titans.train_titans(options).exit_code
+    return run_recipe("titans", argv, prog).exit_code
 
 
 def train_lora(argv: Sequence[str], prog: str = "titans-video train lora") -> int:
     """Train a LoRA on a pretrained pipeline; return the exit code."""
-    options = parse(LoraRunOptions(), argv, prog=prog, about=LORA)
-    check_lora(options)
-    check_training_inputs(options)
-    from titans_video.recipes import lora
-
-    with lasting_streams():
-        return lora.train_lora(options).exit_code
+    return run_recipe("lora", argv, prog).exit_code
 
 
 def train_finetune(argv: Sequence[str], prog: str = "titans-video train finetune") -> int:
     """Fine-tune the network of a pretrained pipeline; return the exit code."""
-    options = parse(FinetuneOptions(), argv, prog=prog, about=FINETUNE)
-    check_finetune(options)
-    check_training_inputs(options)
-    from titans_video.recipes import finetune
-
-    with lasting_streams():
-        return finetune.train_finetune(options).exit_code
+    return run_recipe("finetune", argv, prog).exit_code
 
 
 def train_svd(argv: Sequence[str], prog: str = "titans-video train svd") -> int:
     """Fine-tune Stable Video Diffusion, or train SoraDiT on its VAE; return the exit code."""
-    options = parse(SVDOptions(), argv, prog=prog, about=SVD)
-    check_svd(options)
-    check_training_inputs(options)
-    from titans_video.recipes import svd
-
-    if not svd.trains_unet(options):  # a network from scratch has another default learning rate
-        options = parse(SVDOptions(train=TrainOptions()), argv, prog=prog, about=SVD)
-    with lasting_streams():
-        return svd.train_svd(options).exit_code
+    return run_recipe("svd", argv, prog).exit_code
 
 
 def train_vae(argv: Sequence[str], prog: str = "titans-video train vae") -> int:
     """Train or fine-tune a VAE; return the exit code."""
-    options = parse(TrainVaeOptions(), argv, prog=prog, about=VAE)
-    check_vae(options)
-    check_training_inputs(options)
-    from titans_video.recipes import vae
-
-    with lasting_streams():
-        return vae.train_vae(options).exit_code
+    return run_recipe("vae", argv, prog).exit_code
 
 
 def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:

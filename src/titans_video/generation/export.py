@@ -28,7 +28,7 @@ CARD = """# {name}
 A video diffusion model of Titans Video: {size:.1f} million parameters, {step} optimizer steps on clips of {data}.
 
 ```python
-from titans_video.generation.video_pipeline import VideoPipeline
+from titans_video import VideoPipeline
 
 pipe = VideoPipeline.from_pretrained({name!r}{arguments})
 frames = pipe({prompt!r}).frames[0]  # (T, H, W, 3), floats in [0, 1]

@@ -70,6 +70,7 @@ class TrainResult:
     step: int  # optimizer steps done in total
     loss: float | None  # of the last step; None when no step was left to do
     folder: Path  # the last checkpoint
+    run: Path  # the run's folder
     exit_code: int  # 0, or 128 + the signal that ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1)
 
 
@@ -186,7 +187,7 @@ class Trainer:
         self._log_summary(started_at, received)
         folder = self.last_checkpoint or self.run_folder
         loss = self.result.loss if self.result else None
-        return TrainResult(self.step, loss, folder, 128 + received if received else 0)
+        return TrainResult(self.step, loss, folder, self.run_folder, 128 + received if received else 0)
 
     def _next_batches(self, batches: Iterator[Batch], interrupt: Interrupt) -> tuple[list[Batch], int, int]:
         """Return the next micro-batches, and of all processes the supervised elements and a received signal, or 0.
