@@ -48,7 +48,8 @@ KINDS = {
     **text_kinds("name", "reason", "detail", "value"),
 }
 
-Job = tuple[str, Path]
+Job = tuple[Any, ...]
+"""A kind, a path, and arguments that are no part of the name."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def job_name(job: Job) -> str:
     return f"{job[0]}:{job[1]}"
 
 
-def job_of(name: str) -> Job:
+def job_of(name: str) -> tuple[str, Path]:
     kind, _, path = name.partition(":")
     return kind, Path(path)
 

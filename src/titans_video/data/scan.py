@@ -6,6 +6,7 @@ A file that hangs or crashes a decoder costs one process, which is replaced, and
 
 import hashlib
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titans_video.console import Progress
-from titans_video.data.clip_plan import pack
+from titans_video.data.clip_plan import pack, unpack
 from titans_video.data.job_cache import Failed, Job, JobCache, job_name, job_of
 from titans_video.media.opening import DECODING_ERRORS, Deadline, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_picture
+from titans_video.media.shots import find_shots
 from titans_video.processes import Failure, Worker, WorkerDied
 
 GRACE = 15.0  # seconds after its own time limit before the process of a job is killed
@@ -37,7 +39,8 @@ def run_jobs(
     """Run jobs in parallel; yield results as they are ready.
 
     Args:
-        jobs: ("probe" | "image" | "digest", path): the packed `VideoInfo`, an image's special reading, the SHA-256.
+        jobs: (kind, path, arguments...): "probe" gives the packed `VideoInfo`, "image" an image's special reading,
+            "digest" the SHA-256, "shots" the shots as JSON. A kind may end in @ and a text that makes its name unique.
         seconds: the longest time of one job without progress.
     Raises:
         RuntimeError: a job failed for a reason that is not in its file, with the traceback.
@@ -117,9 +120,9 @@ def _run_job(seconds: float, last_progress: Any, job: Job) -> bytes | str | Fail
     def beat() -> None:
         last_progress.value = time.monotonic()
 
-    kind, path = job
+    kind, path, *arguments = job
     try:
-        return _KINDS[kind](path, Limit(seconds, beat))
+        return _KINDS[kind.partition("@")[0]](path, Limit(seconds, beat), *arguments)
     except UnreadableMedia as e:
         return Failed(e.reason, e.explanation)
     except FileNotFoundError:
@@ -147,26 +150,43 @@ def _file_digest(path: Path, limit: Limit) -> str:
     return digest.hexdigest()
 
 
+def _shots(path: Path, limit: Limit, packed: bytes) -> str:
+    shots = find_shots(path, unpack(packed), seconds=limit.seconds, beat=limit.beat)
+    return json.dumps([[s.start, s.end, s.begins, s.ends] for s in shots])
+
+
 DIGEST_BLOCK = 2**20
-_KINDS: dict[str, Callable[[Path, Limit], bytes | str]] = {"probe": _probe, "image": _image, "digest": _file_digest}
+_KINDS: dict[str, Callable[..., bytes | str]] = {
+    "probe": _probe,
+    "image": _image,
+    "digest": _file_digest,
+    "shots": _shots,
+}
 JOBS_PER_WORKER = 8
 
 
 def run_cached_jobs(
-    names: Sequence[str], seconds: float, *, workers: int | None = None, progress: bool = False
+    names: Sequence[str],
+    seconds: float,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    title: str = "probing files",
+    arguments: Callable[[int], tuple[Any, ...]] = lambda number: (),
 ) -> JobCache:
     """Run the jobs (`job_name`) that no earlier scan ran on the same unchanged files, and remember the results.
 
     Failures are remembered too, except temporary ones: a crash, a missing file. A file that took longer than `seconds`
-    without progress is only tried again with a longer limit.
+    without progress is only tried again with a longer limit. `arguments` returns those of the job with a number.
     """
     cache = JobCache(names, seconds)
     todo = cache.todo()
     if todo:
         count = min(workers or usable_cores(), -(-len(todo) // JOBS_PER_WORKER))
         numbers = {names[i]: i for i in todo}
-        with Progress("probing files", "file", len(todo), show=progress, delay=1.0) as bar:
-            for job, result in run_jobs(map(job_of, numbers), max(count, 1), seconds):
+        jobs = ((*job_of(name), *arguments(number)) for name, number in numbers.items())
+        with Progress(title, "file", len(todo), show=progress, delay=1.0) as bar:
+            for job, result in run_jobs(jobs, max(count, 1), seconds):
                 cache.put(numbers[job_name(job)], result)
                 bar.update()
         cache.save()
