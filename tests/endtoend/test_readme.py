@@ -118,6 +118,10 @@ def smaller(words: list[str]) -> list[str]:
         return with_flags(words, {"--num-frames": "4", "--max-steps": "2", "--grad-accum": "2", **sizes}, add=True)
     if words[1:3] == ["train", "titans"]:
         return with_flags(words, {"--max-steps": "2", "--model-dim": "24", "--depth": "1"}, add=True)
+    if words[:2] == ["titans-video", "init"]:
+        return [*words, "--no-open"]
+    if words[:3] == ["titans-video", "train", "--config"]:
+        return with_flags(words, {"--max-steps": "2", "--batch-size": "2"}, add=True)
     if words[0] == "titans-video":
         return with_flags(words, GENERATING, add=False)
     if "--mode" in words:
@@ -158,6 +162,10 @@ class Workspace:
         for row in rows:
             row["video_path"] = f"train/videos/mock_data/{row['video_path']}"
         (folder / "metadata.json").write_text(json.dumps(rows))
+        (folder / "clips").mkdir()
+        for row in rows:
+            clip = shutil.copy2(folder / row["video_path"], folder / "clips")
+            Path(clip).with_suffix(".txt").write_text(row["caption"])
 
     def words(self, command: str) -> list[str]:
         for theirs, ours in MODELS.items():

@@ -49,7 +49,7 @@ def test_the_patterns_see_what_they_forbid() -> None:
     assert UNFINISHED.search("# TODO: later")
 
 
-OPTIONAL = ("peft", "tensorboard", "torchao", "wandb")
+OPTIONAL = ("peft", "pyarrow", "tensorboard", "torchao", "wandb")
 """Packages of extras that users install; the others are for development."""
 
 

@@ -23,6 +23,7 @@ from titans_video.errors import ConfigError
 PROG = "titans-video"
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("titans_video.cli.init:main_init", "INIT"),
     "train": ("titans_video.cli.train:train_sora", "SORA"),
     "train titans": ("titans_video.cli.train:train_titans", "TITANS"),
     "train lora": ("titans_video.cli.train:train_lora", "LORA"),

@@ -255,7 +255,7 @@ class _Importer:
                 unused += [path] if path not in self.images else []
                 continue
             pattern = found.pattern(path)
-            self.items.append((pattern, 0, {"video": self._name(path), **found.values}))
+            self.items.append((pattern, 0, {"video": self._name(path), "caption": "", **found.values}))
         if unused:
             self.contents.notes.append(
                 f"{counted(len(unused), 'image')} without a caption among the videos: not used "
