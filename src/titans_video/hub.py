@@ -1,17 +1,21 @@
 """Load models of diffusers and transformers: no code of a model folder runs, and only a user's flag downloads."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from titans_video.console import library_bars
-from titans_video.errors import CheckpointError, UserError, few, first_line
+from titans_video.errors import CheckpointError, ConfigError, UserError, few, first_line
 from titans_video.finite import refuse_non_finite
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config, check_model_size
 
 NON_FINITE_REMEDY = "Copy the folder again; if it is loaded in fp16, which has a smaller range, use bf16."
 """The fix for weights of a pretrained model that are not finite."""
+
+_HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "requests")
+"""Libraries whose errors mean that an upload failed; it depends on the version which of them the hub's uses."""
 
 RUNS_CODE = (
     "its config names code of its own (auto_map), which is never run. Use a model that the library itself knows."
@@ -148,3 +152,24 @@ def stored_folder(name: object, flag: str, what: str) -> str:
         f"The checkpoint names the {what} {name!r}, which is not a folder on this machine. A model that a checkpoint "
         f"names is not downloaded. Give its folder or its name with {flag}."
     )
+
+
+def upload(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder to a model repository of the hub, which is made if it is new; return its address.
+
+    Raises ConfigError if the hub cannot be reached or refuses. The token is that of `hf auth login` or HF_TOKEN.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model of Titans Video")
+    except Exception as e:
+        if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _HUB_LIBRARIES:
+            raise
+        raise ConfigError(
+            f"--to {repo}: the upload failed: {first_line(e)} Check the name and the connection, and log in with "
+            f"`hf auth login`. The folder is complete; `hf upload {repo} {shlex.quote(str(folder))}` tries again."
+        ) from None
+    return f"{api.endpoint}/{repo}"

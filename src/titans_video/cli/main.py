@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("titans_video.cli.caption:main", "CAPTION"),
     "demo": ("titans_video.cli.generate:main_demo", "DEMO"),
     "score": ("titans_video.cli.generate:main_score", "SCORE"),
+    "share": ("titans_video.cli.share:main", "SHARE"),
     "doctor": ("titans_video.cli.doctor:main", "DOCTOR"),
     "completion": ("titans_video.cli.main:main_completion", "COMPLETION"),
 }
