@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, cast
 
 from titans_video.errors import first_line, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from tqdm import tqdm
 
 ItemT = TypeVar("ItemT")
@@ -210,6 +211,8 @@ class Progress:
             self.bar.update(step)
         elif self.show and time.monotonic() - self._written >= LINE_SECONDS:
             self._line()
+        for observer in _observers:
+            observer.on_progress(self)
 
     def each(self, items: Iterable[ItemT]) -> Iterator[ItemT]:
         """Yield the items and count them."""
@@ -257,6 +260,40 @@ class Progress:
 
 _open: list[Progress] = []
 """The tasks that have a bar now."""
+
+
+class Observer(Protocol):
+    """Follow long tasks besides the console, e.g. for a page."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Receive a task after each change of `done`."""
+
+    def on_picture(self, picture: "np.ndarray") -> None:
+        """Receive a frame of a video that is being generated, uint8 (H, W, 3)."""
+
+
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Report the tasks within the context to an observer too."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def is_observed() -> bool:
+    """Return whether someone looks at pictures of unfinished work, which take time to make."""
+    return bool(_observers)
+
+
+def show_picture(picture: "np.ndarray") -> None:
+    """Report a frame, uint8 (H, W, 3), to the observers."""
+    for observer in _observers:
+        observer.on_picture(picture)
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 Legend: B videos, C latent channels, T H W pixel frames and size, t h w the latent grid, k conditioning frames.
 """
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from titans_video.generation.image_conditioning import encode_image_condition, i
 from titans_video.generation.model import VideoModel
 from titans_video.generation.request import Plan, Request, plan
 from titans_video.generation.step_cache import step_cache
+from titans_video.media.colour import to_uint8
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.types import Condition, TextCondition, fold_frame_mask
 
@@ -125,6 +128,31 @@ def make_denoiser(model: VideoModel) -> Predict:
         return torch.where(keep, condition.cond_latents, model.process.to_x0(value, x_t, times))
 
     return predict
+
+
+PREVIEW_SECONDS = 0.5
+"""Least time between two pictures of a video that is being denoised."""
+
+
+def preview_edit(model: VideoModel) -> EditState | None:
+    """Return an edit of the state that changes nothing, and shows the middle frame; None if nobody looks.
+
+    Parts that take turns on the device leave no room for the codec meanwhile, so there is none for them either.
+    """
+    if not console.is_observed() or model.turns:
+        return None
+    shown = -math.inf
+
+    def show(done: int, x: Tensor, time_left: float) -> Tensor:
+        nonlocal shown
+        if time.monotonic() - shown >= PREVIEW_SECONDS:
+            middle = x.shape[2] // 2
+            frames = to_uint8(model.codec.decode(x[:1, :, middle : middle + 1], model.codec.spec.frames_of(1))[0])
+            console.show_picture(frames[len(frames) // 2])
+            shown = time.monotonic()
+        return x
+
+    return show
 
 
 @contextmanager

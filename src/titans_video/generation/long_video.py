@@ -33,6 +33,7 @@ from titans_video.generation.denoise import (
     image_guidance,
     make_clip,
     make_denoiser,
+    preview_edit,
 )
 from titans_video.generation.model import LoadedModel, VideoModel
 from titans_video.generation.request import Plan, Request, about, build_request, plan
@@ -60,7 +61,7 @@ def plan_generation(
     windows, notes = plan_video(model, request, options.window, options.overlap, options.window_mode)
     if isinstance(windows, StreamPlan):
         windows = apply_state_flags(model, windows, options, texts)
-    return lambda one: generate_long(model, one, windows), notes
+    return lambda one: generate_long(model, one, windows, edit=preview_edit(model)), notes
 
 
 def plan_video(

@@ -195,6 +195,8 @@ def _write(
             for frames in chunks:
                 shown.pick(frames)
                 sink.write(frames)
+                if len(frames):
+                    console.show_picture(frames[-1])
     except BaseException as e:
         finished = partial_path(Path(options.out))
         if isinstance(e, NonFiniteFrames):
