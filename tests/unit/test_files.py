@@ -223,6 +223,7 @@ WRITING = {"write_text", "write_bytes", "mkdir", "savefig", "save_file", "save_p
 ELSEWHERE = {
     "bad_rows.py: open",  # appends
     "console.py: open",  # /dev/null
+    "jobs.py: open",  # appends: what a process prints
     "plots.py: savefig",  # to memory
     "resume.py: mkdir",  # in a context of `writing`
     "resume.py: open",  # the lock

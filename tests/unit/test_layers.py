@@ -23,7 +23,7 @@ LAYERS: dict[str, int] = {
     "pretrained": 3,
     **dict.fromkeys(["training", "generation"], 4),
     **dict.fromkeys(["recipes", "reporting", "demo", "captioning"], 5),
-    **dict.fromkeys(["api", "cli", "__main__"], 6),
+    **dict.fromkeys(["api", "cli", "ui", "__main__"], 6),
 }
 APART = 1
 """The layer whose packages do not import one another."""

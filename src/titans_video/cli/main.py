@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("titans_video.cli.generate:main_score", "SCORE"),
     "share": ("titans_video.cli.share:main", "SHARE"),
     "doctor": ("titans_video.cli.doctor:main", "DOCTOR"),
+    "ui": ("titans_video.cli.ui:main", "UI"),
     "completion": ("titans_video.cli.main:main_completion", "COMPLETION"),
 }
 """Command: (its entry, `module:function` of argv that returns an exit code; the name of its `About` in that module)."""

@@ -1,0 +1,1 @@
+"""A web page for the commands: data, training, runs and generation."""

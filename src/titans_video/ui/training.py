@@ -1,0 +1,109 @@
+"""Start a training from the page: recipes, presets, fields, and what a filled form stands for."""
+
+from pathlib import Path
+from typing import Any
+
+from titans_video.cli.inputs import check_training_inputs
+from titans_video.cli.train import RECIPES, RecipeCommand
+from titans_video.config.parse import parse
+from titans_video.config.shipped import configs_folder
+from titans_video.errors import ConfigError
+from titans_video.ui import jobs
+from titans_video.ui.forms import Form, Values
+
+BASIC = ("lr", "save_every", "validate_every", "validation_prompt", "validation_split", "seed")
+"""Options that the page shows at once, besides the most important ones of a recipe's help."""
+
+SAMPLES_EVERY = "250"
+"""Steps between samples that the page suggests; the command itself makes none."""
+
+
+def _form(name: str, recipe: RecipeCommand) -> Form:
+    def check(options: Any) -> None:
+        recipe.check(options)
+        check_training_inputs(options)
+
+    return Form("train" if name == "sora" else f"train {name}", recipe.about, check)
+
+
+FORMS = {name: _form(name, recipe) for name, recipe in RECIPES.items()}
+"""The recipes by name."""
+
+TITLES = {
+    "sora": "SoraDiT from scratch",
+    "titans": "Long video with memory",
+    "lora": "LoRA of a pretrained model",
+    "finetune": "Fine-tune a pretrained model",
+    "svd": "Stable Video Diffusion",
+    "vae": "Video VAE",
+}
+
+
+def recipes() -> list[dict[str, Any]]:
+    """Return the recipes, each with its purpose and its presets."""
+    return [
+        {
+            "name": name,
+            "title": TITLES[name],
+            "purpose": form.about.purpose,
+            "presets": [{"path": path.as_posix(), "label": path.stem} for path in presets(name)],
+        }
+        for name, form in FORMS.items()
+    ]
+
+
+def presets(recipe: str) -> list[Path]:
+    """Return the YAML files for a recipe: those in `configs/` here, and those of the package with other names."""
+    here, shipped = (sorted(folder.glob("*.yaml")) for folder in (Path("configs", recipe), configs_folder() / recipe))
+    return here + [path for path in shipped if path.name not in {own.name for own in here}]
+
+
+def form_of(recipe: Any) -> Form:
+    """Return the form of a recipe; ConfigError if there is none."""
+    if recipe not in FORMS:
+        raise ConfigError(f"There is no recipe {recipe!r}. It is one of {', '.join(FORMS)}.")
+    return FORMS[recipe]
+
+
+def fields(recipe: Any, preset: str | None) -> dict[str, Any]:
+    """Return the fields of a recipe with the defaults of a preset, and suggestions for some of them."""
+    form = form_of(recipe)
+    defaults: Any = parse(form.about.options(), ["--config", preset] if preset else [], prog=form.command)
+    groups = form.describe(defaults)
+    for group in groups:
+        for field in group["fields"]:
+            field["basic"] = field["basic"] or field["name"] in BASIC
+    suggested = {"output_dir": free_folder(recipe).as_posix()}
+    if not defaults.validation.validate_every:
+        suggested["validate_every"] = SAMPLES_EVERY
+    return {"groups": groups, "suggested": suggested}
+
+
+def free_folder(recipe: str) -> Path:
+    """Return the first folder `outputs/<recipe>-<n>` that does not exist."""
+    number = 1
+    while Path("outputs", f"{recipe}-{number}").exists():
+        number += 1
+    return Path("outputs", f"{recipe}-{number}")
+
+
+def explain(recipe: Any, preset: str | None, values: Values) -> dict[str, Any]:
+    """Return the command and the YAML of a filled form, its error, and notes about what the start would do."""
+    found = form_of(recipe).explain(values, preset)
+    folder = Path(values.get("output_dir") or "outputs")
+    notes = []
+    if jobs.is_busy(folder):
+        notes.append(f"{folder}: a run is active there. Stop it, or choose another folder.")
+    elif any(folder.glob("*.jsonl")):
+        notes.append(f"{folder} has an earlier run. It moves to a folder previous-1, or the next free number.")
+    return found | {"notes": notes}
+
+
+def start(recipe: Any, preset: str | None, values: Values, processes: int = 1) -> Path:
+    """Start a training, and return the run's folder. Raises UserError as the command."""
+    form = form_of(recipe)
+    words = form.words(values, preset)
+    options = form.options(words)
+    folder = Path(options.train.output_dir)
+    jobs.start(folder, [*form.command.split(), *words], processes=processes, about={"recipe": recipe})
+    return folder

@@ -1,0 +1,355 @@
+"""The page's server: who may use it, which files it gives, and processes that are found again by their folders."""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.generation_parts import tiny_model
+from titans_video import console
+from titans_video.config.generation import GenerateOptions
+from titans_video.console import Progress
+from titans_video.errors import ConfigError
+from titans_video.generation import denoise, long_video
+from titans_video.generation.request import build_request
+from titans_video.media.plots import smoothed
+from titans_video.training import tracking
+from titans_video.training.run_folder import LOCK
+from titans_video.ui import jobs, runs, training, videos
+from titans_video.ui.access import HEADER, is_loopback
+from titans_video.ui.server import make_app
+
+LINES = 3000
+
+
+def call(
+    app: Any, path: str, *, method: str = "GET", body: bytes = b"", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Send one request to an ASGI application, as a browser on this machine; return status, headers and body."""
+    given = {"host": "127.0.0.1:8765", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(k.encode(), v.encode()) for k, v in given.items()],
+        "server": ("127.0.0.1", 8765),
+        "client": ("127.0.0.1", 5),
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+    }
+    sent: list[dict[str, Any]] = []
+    bodies = [body]
+
+    async def receive() -> dict[str, Any]:
+        while not bodies:  # the browser stays connected
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    found = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def post(app: Any, path: str, given: Any, **headers: str) -> tuple[int, Any]:
+    status, _, body = call(app, path, method="POST", body=json.dumps(given).encode(), **{HEADER: "1", **headers})
+    return status, json.loads(body) if body[:1] == b"{" else body
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a run in outputs/a."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "a"
+    (run / "samples" / "step-0000010").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = [
+        {"step": n, "loss": float(2 / n + rng.random() / 10), "loss_smooth": 2 / n, "lr": 1e-4, "eta_seconds": 5.0}
+        for n in range(1, LINES + 1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = {
+        "format": "titans-video-run/1",
+        "options": {"max_steps": 4000, "lr": 0.1, "preset": "S"},
+        "defaults": {"max_steps": 100, "lr": 0.2, "preset": "S"},
+        "starts": [
+            {
+                "at": "2026-01-01T00:00:00+00:00",
+                "step": 0,
+                "processes": 1,
+                "device": "CPU",
+                "running": "1 process",
+                "platform": "x",
+                "versions": {},
+                "command": ["titans-video", "train", "--max-steps", "4000", "--resume=none", "--lr", "0.1"],
+            }
+        ],
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "samples" / "step-0000010" / "prompts.json").write_text('["a cat", "a dog"]')
+    (run / "samples" / "step-0000010" / "01.mp4").write_bytes(b"film")
+    held = [{"step": 10, "samples": "samples/step-0000010"}]
+    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held))
+    (tmp_path / "secret.json").write_text("{}")
+    (run / "link.json").symlink_to(tmp_path / "secret.json")
+    return tmp_path
+
+
+@pytest.fixture
+def app(place: Path) -> Any:
+    return make_app([Path("outputs")])
+
+
+def test_the_page_and_its_parts_are_served_with_a_policy(app: Any) -> None:
+    status, headers, body = call(app, "/")
+    assert (status, b"Titans Video" in body) == (200, True)
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    for name in ("app.js", "style.css", "dom.js", "icon.svg"):
+        assert call(app, f"/ui/{name}")[0] == 200
+    assert call(app, "/ui/../server.py")[0] == 404
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "0.0.0.0:8765"])
+def test_a_foreign_name_for_this_machine_is_refused(app: Any, host: str) -> None:
+    assert call(app, "/api/runs", host=host)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8765", "localhost:8765", "[::1]:8765"])
+def test_names_of_this_machine_are_answered(app: Any, host: str) -> None:
+    assert call(app, "/api/about", host=host)[0] == 200
+
+
+def test_a_change_must_come_from_the_page(app: Any) -> None:
+    words: dict[str, Any] = {"values": {}}
+    assert post(app, "/api/generate/explain", words)[0] == 200
+    body = json.dumps(words).encode()
+    assert call(app, "/api/generate/explain", method="POST", body=body)[0] == 403
+    assert post(app, "/api/generate/explain", words, origin="http://evil.example")[0] == 403
+    assert post(app, "/api/generate/explain", words, origin="http://127.0.0.1:8765")[0] == 200
+
+
+def test_another_machine_needs_the_token_once(place: Path) -> None:
+    app = make_app([Path("outputs")], "a-token", 9000)
+    host = {"host": "workstation:9000"}
+    assert call(app, "/", **host)[0] == 403
+    assert call(app, "/?token=wrong", **host)[0] == 403
+    status, headers, _ = call(app, "/?token=a-token", **host)
+    assert (status, headers["location"]) == (303, "/")
+    assert "HttpOnly" in headers["set-cookie"]
+    assert "samesite=strict" in headers["set-cookie"].lower()
+    cookie = headers["set-cookie"].partition(";")[0]
+    assert call(app, "/api/runs", cookie=cookie, **host)[0] == 200
+    assert call(app, "/api/runs", cookie=cookie.replace("a-token", "b-token"), **host)[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback_addresses(address: str, here: bool) -> None:
+    assert is_loopback(address) == here
+
+
+def test_a_run_is_listed_with_its_last_values(app: Any) -> None:
+    (run,) = json.loads(call(app, "/api/runs")[2])["runs"]
+    assert (run["path"], run["step"], run["max_steps"], run["state"]) == ("outputs/a", LINES, 4000, "stopped")
+    assert run["loss"] == pytest.approx(2 / LINES)
+    found = json.loads(call(app, "/api/run?run=outputs/a")[2])
+    assert found["options"] == {"--max-steps": "4000", "--lr": "0.1"}
+    assert found["samples"] == [{"step": 10, "videos": [{"prompt": "a cat", "file": "samples/step-0000010/01.mp4"}]}]
+
+
+def test_curves_are_the_values_of_the_file(app: Any, place: Path) -> None:
+    found = json.loads(call(app, "/api/run/curves?run=outputs/a")[2])
+    lines = [json.loads(line) for line in (place / "outputs/a/metrics.jsonl").read_text().splitlines()]
+    losses = np.array([line["loss"] for line in lines])
+    assert len(found["loss"]["x"]) <= 1501
+    assert found["loss"]["x"][-1] == LINES
+    assert max(found["loss"]["y"]) == losses.max()
+    assert all(losses[x - 1] == y for x, y in zip(map(int, found["loss"]["x"]), found["loss"]["y"], strict=True))
+    assert found["smooth"]["y"][-1] == pytest.approx(smoothed(losses)[-1])
+    with (place / "outputs/a/metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"step": LINES + 1, "loss": 99.0}) + "\n")
+    reader = runs.RunReader()
+    assert runs.curves(place / "outputs/a", reader)["loss"]["y"][-1] == 99.0
+
+
+@pytest.mark.parametrize("recipe", training.FORMS)
+def test_the_recipe_of_a_run_is_known_by_its_options(recipe: str) -> None:
+    options = tracking.flat(training.FORMS[recipe].about.options())
+    assert runs.recipe_of({"options": options}) == recipe
+    assert runs.recipe_of({}) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.json", "/etc/passwd", "link.json", "run.lock", "samples", "nothing.mp4", ""]
+)
+def test_only_the_runs_own_files_are_given(app: Any, place: Path, name: str) -> None:
+    (place / "outputs/a/run.lock").write_text("x")
+    assert call(app, f"/api/run/file?run=outputs/a&name={name}")[0] == 400
+    assert call(app, "/api/run/file?run=outputs/a&name=samples/step-0000010/01.mp4")[2] == b"film"
+
+
+@pytest.mark.parametrize("run", ["outputs", "..", "/", "outputs/b", "outputs/a/../../..", ""])
+def test_only_folders_of_runs_are_runs(app: Any, run: str) -> None:
+    status, _, body = call(app, f"/api/run?run={run}")
+    assert (status, "there is no such run" in json.loads(body)["error"]) == (400, True)
+
+
+def test_a_damaged_request_is_an_error_and_no_crash(app: Any) -> None:
+    assert call(app, "/api/run")[0] == 400
+    assert call(app, "/api/run/stop", method="POST", body=b"{", **{HEADER: "1"})[0] == 400
+    assert post(app, "/api/train/start", {"recipe": "none", "values": {}})[0] == 400
+    assert post(app, "/api/run/stop", {"run": "outputs/a"})[0] == 400
+    assert "not a picture" in json.loads(call(app, "/api/upload?name=x.sh", method="POST", **{HEADER: "1"})[2])["error"]
+
+
+def test_an_upload_is_kept_under_its_content(app: Any) -> None:
+    found = [
+        json.loads(call(app, f"/api/upload?name=../{n}.PNG", method="POST", body=b"12", **{HEADER: "1"})[2])
+        for n in "ab"
+    ]
+    assert found[0] == found[1]
+    assert Path(found[0]["path"]).parent == videos.GENERATED / videos.UPLOADS
+    assert Path(found[0]["path"]).read_bytes() == b"12"
+
+
+def test_a_resume_repeats_the_runs_own_command(place: Path) -> None:
+    run = Path("outputs/a")
+    assert runs.resume_words(run) == (["train", "--max-steps", "4000", "--lr", "0.1", "--resume", "auto"], 1)
+    longer, _ = runs.resume_words(run, "5000")
+    assert longer == ["train", "--lr", "0.1", "--max-steps", "5000", "--resume", "auto"]
+    record = json.loads((run / "run.json").read_text())
+    record["starts"][0]["command"] = ["train.py", "--mode", "train"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="Repeat it in a terminal"):
+        runs.resume_words(run)
+
+
+def test_a_process_is_found_by_its_folder_and_start(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    pid = jobs.spawn([sys.executable, "-c", "print('hello'); input()"], _made(folder) / jobs.LOG)
+    record = {"words": ["x"], "pid": pid, "created": jobs.created_at(pid), "host": socket.gethostname(), "started": "t"}
+    (folder / jobs.JOB / jobs.RECORD).write_text(json.dumps(record))
+    _wait(lambda: _state(folder) == "killed")  # the input is at its end; nobody wrote an exit code
+    assert _job(folder).error().startswith("hello")
+    own = record | {"pid": os.getpid(), "created": jobs.created_at(os.getpid())}
+    for changed, state in (({}, "running"), ({"created": 1.0}, "killed"), ({"host": "elsewhere"}, "killed")):
+        (folder / jobs.JOB / jobs.RECORD).write_text(json.dumps(own | changed))
+        assert _state(folder) == state
+    (folder / jobs.JOB / jobs.RECORD).write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match="a run is active there"):
+        jobs.start(folder, ["train"])
+    jobs.stop(folder)
+    assert (folder / jobs.JOB / jobs.STOP).exists()
+
+
+def _made(folder: Path) -> Path:
+    (folder / jobs.JOB).mkdir(parents=True)
+    return folder / jobs.JOB
+
+
+def _job(folder: Path) -> jobs.Job:
+    job = jobs.read_job(folder)
+    assert job is not None
+    return job
+
+
+def _state(folder: Path) -> str:
+    return _job(folder).state
+
+
+def _wait(reached: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_of_a_terminal_is_found_by_its_lock(place: Path) -> None:
+    run = Path("outputs/a")
+    reader = runs.RunReader()
+    for host, later, state in ((socket.gethostname(), 5.0, "running"), ("elsewhere", 5.0, "stopped")):
+        (run / LOCK).write_text(f"process {os.getpid()} on {host}\n")
+        os.utime(run / LOCK, (time.time() + later,) * 2)
+        assert runs.summary(run, reader)["state"] == state
+    created = jobs.created_at(os.getpid())
+    assert created is not None
+    (run / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    os.utime(run / LOCK, (created - 60,) * 2)  # written before this process began: its number was used again
+    assert runs.summary(run, reader)["state"] == "stopped"
+
+
+def test_a_job_reports_progress_and_stops_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def work(words: list[str]) -> int:
+        with Progress("working", "step", 10_000, show=False) as bar:
+            console.show_picture(np.zeros((8, 8, 3), np.uint8))
+            for _ in range(10_000):
+                bar.update()
+                if (tmp_path / jobs.STATUS).exists() and not seen:
+                    seen.append(json.loads((tmp_path / jobs.STATUS).read_text()))
+                    (tmp_path / jobs.STOP).touch()
+                time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(jobs, "dispatch", work)
+    monkeypatch.setattr(jobs, "WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    assert jobs.main([str(tmp_path), "train", "--x"]) in jobs.STOPPED
+    assert sys.argv == ["titans-video", "train", "--x"]
+    assert seen[0]["progress"] | {"done": 0} == {"what": "working", "unit": "step", "done": 0, "total": 10_000}
+    assert json.loads((tmp_path / jobs.STATUS).read_text())["code"] in jobs.STOPPED
+    assert (tmp_path / jobs.PREVIEW).read_bytes()[:2] == b"\xff\xd8"
+    assert not (tmp_path / jobs.STOP).exists()
+    assert not console.is_observed()
+
+
+def test_previews_do_not_change_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Album:
+        def __init__(self) -> None:
+            self.pictures: list[np.ndarray] = []
+
+        def on_progress(self, progress: Progress) -> None:
+            pass
+
+        def on_picture(self, picture: np.ndarray) -> None:
+            self.pictures.append(picture)
+
+    model, album = tiny_model(), Album()
+    monkeypatch.setattr(denoise, "PREVIEW_SECONDS", 0.0)
+    options = GenerateOptions(prompt="a cat", num_frames=12, window=8, steps=3)
+    request, _ = build_request(options, model)
+
+    def generate() -> torch.Tensor:
+        return torch.cat(list(long_video.plan_generation(model, request, options, None)[0](request)), dim=2)
+
+    plain = generate()
+    with console.observed(album):
+        assert torch.equal(generate(), plain)
+    assert len(album.pictures) == 6  # three steps of two windows
+    assert {picture.shape for picture in album.pictures} == {(16, 24, 3)}
+    assert all(picture.dtype == np.uint8 for picture in album.pictures)
+
+
+def test_a_thread_for_stopping_ends_with_the_process() -> None:
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "stop")
