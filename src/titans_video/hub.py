@@ -48,7 +48,7 @@ def from_folder(kind: Any, folder: str | Path, **arguments: Any) -> Any:
         raise OSError(f"{folder} is not a folder on this machine.")
     check_model_config(Path(folder))
     if arguments.get("output_loading_info"):
-        check_model_size(Path(folder), lambda: _built(kind, Path(folder)))
+        check_model_size(Path(folder), lambda: built(kind, Path(folder)))
     with without_hub(), library_bars():
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **arguments)
 
@@ -128,7 +128,8 @@ def _hub_problem() -> str | None:
     return None
 
 
-def _built(kind: Any, folder: Path) -> Any:
+def built(kind: Any, folder: Path) -> Any:
+    """Build a model of a diffusers or transformers class from its configuration, with random weights."""
     with without_hub():
         if hasattr(kind, "load_config"):
             return kind.from_config(kind.load_config(folder, local_files_only=True, trust_remote_code=False))

@@ -15,6 +15,7 @@ import pytest
 
 import titans_video
 from titans_video.cli.main import COMMANDS, about, dispatch, main, main_completion
+from titans_video.cli.plan import find_recipe, split_words
 from titans_video.config.fields import flag_of
 from titans_video.config.help import Option, format_help, groups_of
 from titans_video.config.parse import flags_of, insert_flags, parse
@@ -100,6 +101,10 @@ def test_examples_are_legal(name: str, repository: Path) -> None:
     described = about(name)
     for _, words in described.examples:
         given = shlex.split(words)
+        if name == "plan":  # the words of a training follow
+            given, training = split_words(given)
+            recipe, flags = find_recipe([str(repository / w) if w.startswith("configs/") else w for w in training])
+            recipe.parse(flags)
         if "--config" in given:
             given[given.index("--config") + 1] = str(repository / given[given.index("--config") + 1])
         parse(described.options(), given, prog=name, about=described)

@@ -22,7 +22,7 @@ LAYERS: dict[str, int] = {
     "diffusion": 2,
     "pretrained": 3,
     **dict.fromkeys(["training", "generation"], 4),
-    **dict.fromkeys(["recipes", "reporting", "demo", "captioning"], 5),
+    **dict.fromkeys(["recipes", "planning", "reporting", "demo", "captioning"], 5),
     **dict.fromkeys(["api", "cli", "ui", "__main__"], 6),
 }
 APART = 1

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train finetune": ("titans_video.cli.train:train_finetune", "FINETUNE"),
     "train svd": ("titans_video.cli.train:train_svd", "SVD"),
     "train vae": ("titans_video.cli.train:train_vae", "VAE"),
+    "plan": ("titans_video.cli.plan:main", "PLAN"),
     "report": ("titans_video.cli.train:main_report", "REPORT"),
     "generate": ("titans_video.cli.generate:main", "GENERATE"),
     "export": ("titans_video.cli.generate:main_export", "EXPORT"),

@@ -37,8 +37,10 @@ Forward = Callable[..., Any]
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
-def limit_activations(network: nn.Module, options: ActivationOptions) -> None:
+def limit_activations(network: nn.Module, options: ActivationOptions, main_memory: "MainMemory | None" = None) -> None:
     """Change the blocks of a network as the flags say; call it before they are compiled or sharded.
+
+    `main_memory` has other hooks for --activation-offload.
 
     With gradients disabled they run as before. A network with a method `recompute_context` returns from it, in the
     forward pass, the context that its blocks need when they are recomputed.
@@ -47,7 +49,7 @@ def limit_activations(network: nn.Module, options: ActivationOptions) -> None:
     # torch warns of operations in place in every compiled checkpoint with a policy. Tests compare the gradients.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     selective = partial(create_selective_checkpoint_contexts, keep) if options.checkpointing == "selective" else None
-    memory = MainMemory() if options.activation_offload else None
+    memory = (main_memory or MainMemory()) if options.activation_offload else None
     # One function for all blocks: torch.compile would compile each block with a function of its own again.
     recomputed = _block_forward(memory, _recompute(selective, getattr(network, "recompute_context", None)))
     stored = _block_forward(memory, _run)

@@ -94,13 +94,9 @@ def quantize(weight: Tensor, kind: Kind, dtype: torch.dtype) -> QuantizedLinear:
 
     Scales are first rounded to `dtype`, the precision of the products. Raises ValueError for a weight without pairs.
     """
-    (rows, width), packed = weight.shape, kind in TABLES
-    if packed and width % 2:
-        raise ValueError(f"has {width} inputs, and two 4-bit codes need an even number")
+    width = weight.shape[1]
     # The results come first, and what is computed for them is small: freed memory between results would stay unused.
-    stored = torch.int8 if kind == "int8" else torch.uint8
-    codes = torch.empty(rows, width // 2 if packed else width, dtype=stored, device=weight.device)
-    scale = torch.empty(rows, width // _group(width) if packed else 1, dtype=dtype, device=weight.device)
+    codes, scale = _room(weight, kind, dtype)
     some = max(ROUNDED // width, 1)
     for part, own_codes, own_scale in zip(weight.split(some), codes.split(some), scale.split(some), strict=True):
         found = _ROUND[kind](part.float(), dtype)
@@ -108,6 +104,24 @@ def quantize(weight: Tensor, kind: Kind, dtype: torch.dtype) -> QuantizedLinear:
         own_scale.copy_(found[1])
     pairs = _pairs(TABLES[kind], dtype, weight.device) if kind in TABLES else None
     return QuantizedLinear(width, codes, scale, pairs)
+
+
+def _room(weight: Tensor, kind: Kind, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return empty codes and scales for a weight (O, I)."""
+    (rows, width), packed = weight.shape, kind in TABLES
+    if packed and width % 2:
+        raise ValueError(f"has {width} inputs, and two 4-bit codes need an even number")
+    stored = torch.int8 if kind == "int8" else torch.uint8
+    codes = torch.empty(rows, width // 2 if packed else width, dtype=stored, device=weight.device)
+    return codes, torch.empty(rows, width // _group(width) if packed else 1, dtype=dtype, device=weight.device)
+
+
+def without_values(layer: nn.Linear, kind: Kind, dtype: torch.dtype) -> QuantizedLinear:
+    """Return the layer that `quantize` makes of a layer on `meta`, also on `meta` and with its bias; raises as it."""
+    pairs = torch.empty(256, 2, dtype=dtype, device="meta") if kind in TABLES else None
+    made = QuantizedLinear(layer.in_features, *_room(layer.weight, kind, dtype), pairs)
+    made.bias = layer.bias
+    return made
 
 
 def from_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedLinear:

@@ -92,14 +92,11 @@ class CogVideoX(ModelSpec):
         )
 
     def load_network(self, dtype: torch.dtype, experts: Sequence[str] = ()) -> nn.Module:
-        network = load_part(self._kind(), self.folder, "transformer", dtype, self.loading)
-        network.set_attn_processor(CogVideoXProcessor())  # type: ignore[operator]  # diffusers' AttentionMixin
-        return network
+        return _with_processor(load_part(self._kind(), self.folder, "transformer", dtype, self.loading))
 
     def meta_model(self) -> nn.Module:
         with torch.device("meta"):
-            made: nn.Module = self._kind().from_config(self.config)
-        return made
+            return _with_processor(self._kind().from_config(self.config))
 
     def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
         side = 2 * self.patch_size[1]
@@ -309,6 +306,12 @@ class CogVideoX(ModelSpec):
         from diffusers import CogVideoXTransformer3DModel
 
         return CogVideoXTransformer3DModel
+
+
+def _with_processor(network: Any) -> nn.Module:
+    network.set_attn_processor(CogVideoXProcessor())  # of diffusers' AttentionMixin
+    made: nn.Module = network
+    return made
 
 
 class SkippedBlock(nn.Module):

@@ -134,9 +134,7 @@ class Wan(ModelSpec):
         return self._joined({part: self._load(part, dtype) for part in self._chosen(experts)})
 
     def _load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        network = load_part(self._kind(), self.folder, part, dtype, self.loading)
-        network.set_attn_processor(WanProcessor())  # type: ignore[operator]  # diffusers' AttentionMixin
-        return network
+        return _with_processor(load_part(self._kind(), self.folder, part, dtype, self.loading))
 
     def _chosen(self, experts: Sequence[str]) -> list[str]:
         missing = [name for name in experts if name not in self.experts]
@@ -156,7 +154,7 @@ class Wan(ModelSpec):
 
     def meta_model(self) -> nn.Module:
         with torch.device("meta"):
-            return self._joined({part: self._kind().from_config(self.config) for part in self.parts})
+            return self._joined({part: _with_processor(self._kind().from_config(self.config)) for part in self.parts})
 
     def tiny_model(self, blocks: Sequence[int] | None) -> nn.Module:
         return self._joined({part: self._tiny(part, blocks) for part in self.parts})
@@ -395,6 +393,12 @@ class Wan(ModelSpec):
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel
+
+
+def _with_processor(network: Any) -> nn.Module:
+    network.set_attn_processor(WanProcessor())  # of diffusers' AttentionMixin
+    made: nn.Module = network
+    return made
 
 
 def _for_task(pipeline: Any, image: bool) -> Any:

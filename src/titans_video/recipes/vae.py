@@ -288,6 +288,11 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
     if o.trainable == "decoder":
         raise ConfigError("--trainable decoder: there is no run to resume from; give --init-from FOLDER too.")
     torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
+    return new_vae(o)
+
+
+def new_vae(o: VaeOptions) -> TitansVideoVAE:
+    """Return an untrained VAE of the shape that the options describe."""
     return TitansVideoVAE(
         latent_channels=o.latent_channels,
         spatial_stride=o.spatial_stride,

@@ -242,18 +242,26 @@ class PretrainedStream:
             kind, s.path, s.flag, TextError, instead=instead, local_files_only=s.local_files_only, **options
         )
 
-    def _load_model(self) -> Any:
+    def meta_model(self) -> Any:
+        """Return the encoder without weights, on `meta`, from its configuration only."""
+        with _quiet(_transformers()), torch.device("meta"):
+            model = self._kind_of_model().from_config(self.config, dtype=self.source.dtype, trust_remote_code=False)
+        return _text_part(model)
+
+    def _kind_of_model(self) -> Any:
         transformers = _transformers()
-        kind = transformers.AutoModelForTextEncoding if self._is_encoder() else transformers.AutoModel
-        with _quiet(transformers):
-            model, info = self._read(kind, dtype=self.source.dtype, output_loading_info=True)
+        return transformers.AutoModelForTextEncoding if self._is_encoder() else transformers.AutoModel
+
+    def _load_model(self) -> Any:
+        with _quiet(_transformers()):
+            model, info = self._read(self._kind_of_model(), dtype=self.source.dtype, output_loading_info=True)
         bad = {str(k[0] if isinstance(k, tuple) else k) for k in (*info["missing_keys"], *info["mismatched_keys"])}
         if bad:
             raise TextError(
                 f"{self.source.flag} {self.source.path}: its weights do not fill the {type(model).__name__} that its "
                 f"config describes: missing or misshapen are {few(bad)}. They would be random; copy the folder again."
             )
-        part = next((getattr(model, n) for n in TEXT_PARTS if getattr(model, n, None) is not None), model)
+        part = _text_part(model)
         where = f"{self.source.flag} {self.source.path}"
         refuse_non_finite(dict(part.named_parameters()), where, TextError, NON_FINITE_REMEDY)
         return part.eval().requires_grad_(False)
@@ -283,6 +291,10 @@ class PretrainedStream:
         from transformers.utils import cached_file
 
         return Path(cached_file(self.source.path, "config.json", local_files_only=True)).parent
+
+
+def _text_part(model: Any) -> Any:
+    return next((getattr(model, n) for n in TEXT_PARTS if getattr(model, n, None) is not None), model)
 
 
 def _cut(states: Tensor, mask: Tensor, kept: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,7 @@ def choose_defaults(
         "compile": "on" if compiled else "off",
         "num_workers": workers,
     }
-    return _with_values(options, values), choices
+    return with_values(options, values), choices
 
 
 def _vae_dtype(given: Mapping[str, Any], accelerator: Accelerator, resume: Resume | None, best: str) -> str:
@@ -160,7 +160,7 @@ def _vae_dtype(given: Mapping[str, Any], accelerator: Accelerator, resume: Resum
     return best if best in found or len(found) != 1 else found.pop()
 
 
-def _with_values(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
+def with_values(options: OptionsT, values: Mapping[str, object]) -> OptionsT:
     """Return the options with other values of some fields of its groups."""
     groups = {f.name: getattr(options, f.name) for f in fields(options)}
     changed = {

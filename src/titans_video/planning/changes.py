@@ -1,0 +1,144 @@
+"""The fastest change of options with which a run fits: combinations of flags in the order of what they cost in speed.
+
+The costs are multiples of the time of a step. Those of recomputation were measured on a CPU (docs/guides/speed.md); the
+others are estimates.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from titans_video.config.recipes import BaseOptions
+from titans_video.planning.memory import Layout
+from titans_video.planning.plan import Change, Hardware
+from titans_video.planning.subject import Subject
+
+FSDP2 = "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+LARGE = 50_000_000
+"""Trained parameters from which the memory of the optimizer's state matters."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a recipe, and how its processes share the weights."""
+
+    options: Any
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change: its flags, its cost, and the case after it."""
+
+    flags: str
+    cost: float
+    apply: Callable[[Case], Case]
+
+
+NONE = Step("", 1.0, lambda case: case)
+RECOMPUTED = (("2", 1.16), ("selective", 1.20), ("full", 1.32))
+"""Values of --activation-checkpointing and their costs."""
+
+
+def _set(group: str, **values: Any) -> Callable[[Case], Case]:
+    def apply(case: Case) -> Case:
+        changed = replace(getattr(case.options, group), **values)
+        return replace(case, options=replace(case.options, **{group: changed}))
+
+    return apply
+
+
+def choices(case: Case, trained: int, subject: Subject) -> list[list[Step]]:
+    """Return the changes that a case allows, in groups of which one is chosen, each with `NONE`."""
+    o, gpus = case.options, case.layout.gpus
+    groups: list[list[Step]] = []
+    if subject.encoders and o.data.cache is None:
+        groups.append([Step("--cache DIR", 0.95, _set("data", cache="cache"))])
+    if gpus and o.train.mixed_precision == "no":
+        groups.append([Step("--mixed-precision bf16", 0.6, _set("train", mixed_precision="bf16"))])
+    if gpus > 1 and not case.layout.sharded:
+        groups.append([Step(FSDP2, 1.1, lambda c: replace(c, layout=replace(c.layout, sharded=True)))])
+    if o.data.batch_size > 1 and o.data.tokens_per_batch is None:
+        accum = o.data.batch_size * o.train.grad_accum
+        smaller = _both(_set("data", batch_size=1), _set("train", grad_accum=accum))
+        groups.append([Step(f"--batch-size 1 --grad-accum {accum}", 1.05, smaller)])
+    if o.activations.checkpointing != "full" and subject.has_blocks:
+        now = dict(RECOMPUTED).get(o.activations.checkpointing, 1.0)
+        chosen = [(mode, cost / now) for mode, cost in RECOMPUTED if cost > now]
+        kept = {"gradient_checkpointing": False}
+        groups.append(
+            [
+                Step(f"--activation-checkpointing {m}", c, _set("activations", activation_checkpointing=m, **kept))
+                for m, c in chosen
+            ]
+        )
+    if gpus and subject.has_blocks and not o.activations.activation_offload:
+        groups.append([Step("--activation-offload", 1.12, _set("activations", activation_offload=True))])
+    if o.train.optimizer == "adamw" and trained >= LARGE:
+        groups.append([Step("--optimizer adamw8bit", 1.03, _set("train", optimizer="adamw8bit"))])
+    base = getattr(o, "base", None)
+    if isinstance(base, BaseOptions) and gpus:
+        groups += _of_frozen_base(base)
+    return [[NONE, *group] for group in groups]
+
+
+def _of_frozen_base(base: BaseOptions) -> Iterator[list[Step]]:
+    if base.quantize == "none" and base.layerwise_casting == "none":
+        yield [
+            Step("--quantize int8", 1.1, _set("base", quantize="int8")),
+            Step("--quantize nf4", 1.2, _set("base", quantize="nf4")),
+        ]
+    if base.offload == "none":
+        yield [Step("--offload blocks", 1.25, _set("base", offload="blocks"))]
+
+
+def _both(first: Callable[[Case], Case], second: Callable[[Case], Case]) -> Callable[[Case], Case]:
+    return lambda case: second(first(case))
+
+
+def is_allowed(case: Case) -> bool:
+    """Whether training accepts the options together."""
+    base = getattr(case.options, "base", None)
+    if not isinstance(base, BaseOptions) or base.offload == "none":
+        return True
+    return not case.layout.sharded and case.options.activations.checkpointing in ("full", "selective")
+
+
+def find_change(
+    case: Case, groups: list[list[Step]], memory: Callable[[Case], tuple[int, int]], hardware: Hardware
+) -> Change | None:
+    """Return the cheapest combination with which a run fits; None if there is none.
+
+    `memory` returns bytes of a device and of main memory for a case.
+    """
+    combinations = [[step for step in steps if step is not NONE] for steps in product(*groups)]
+    for steps in sorted((s for s in combinations if s), key=lambda s: (_cost(s), len(s))):
+        changed = case
+        for step in steps:
+            changed = step.apply(changed)
+        if not is_allowed(changed):
+            continue
+        device, main = memory(changed)
+        if fits(device, main, hardware):
+            return Change(tuple(step.flags for step in steps), device, _cost(steps))
+    return None
+
+
+def _cost(steps: list[Step]) -> float:
+    cost = 1.0
+    for step in steps:
+        cost *= step.cost
+    return cost
+
+
+SPARE = 0.95
+"""Share of a memory that a plan fills at most: allocators leave gaps."""
+
+
+def fits(device: int, main: int, hardware: Hardware) -> bool:
+    """Whether a device and the main memory have this many bytes. On a CPU they are one memory."""
+    pairs = [(device, hardware.memory), (main, hardware.main_memory)]
+    if not hardware.gpus:
+        pairs = [(device + main, hardware.memory)]
+    return all(there is None or needed <= SPARE * there for needed, there in pairs)
