@@ -1,6 +1,6 @@
 """A video VAE: quality beside the linear codec, dB against minutes, memory of streams, speed beside AutoencoderKLWan.
 
-    python benchmarks/vae.py quality --vae outputs/vae [--clips ../shared/real_clips --val FILE] [--side 128]
+    python benchmarks/vae.py quality --vae outputs/vae [--clips ../shared/real_clips --val FILE] [--side 128] [--sheet F.png]
     python benchmarks/vae.py curve --run outputs
     python benchmarks/vae.py memory [--vae outputs/vae]
     python benchmarks/vae.py speed [--vae outputs/vae]
@@ -30,8 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_video.codecs.pca import PCACodec
+from titans_video.media.colour import to_uint8
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
+from titans_video.media.sheets import contact_sheet
 from titans_video.models.reconstruction import flicker, psnr, ssim
 from titans_video.models.video_vae import TitansVideoVAE
 
@@ -39,6 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CLIPS = Path(os.environ.get("TITANS_VAE_CLIPS", REPOSITORY.parent / "shared" / "vae_clips"))
 FRAMES = 17
 FIT_CLIPS = 64
+SHOWN = ("fingers_walk_a", "shop_aisle", "tallship_rigging", "motorway_cars")  # clips of the sheet
 LENGTHS = (64, 256, 1024)
 CHUNK, SIDE = 4, 128  # latent frames of a chunk and pixels of a frame, for memory and speed
 REPEATS = 3
@@ -95,7 +98,8 @@ def quality(options: argparse.Namespace) -> int:
     training, held_out = names_of(options.clips, options.val)
     linear, stride = fit(vae, training, options.side), vae.temporal_compression_ratio
     print(f"{'clip':28}{'PSNR':>8}{'linear':>8}{'SSIM':>8}{'linear':>8}{'flicker':>9}{'linear':>8}")
-    rows = []
+    rows: list[list[float]] = []
+    shown: list[tuple[str, Tensor]] = []
     for path in held_out:
         x = whole_groups(read(path, options.side), stride)
         made = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
@@ -103,6 +107,11 @@ def quality(options: argparse.Namespace) -> int:
         plain = linear.decode(linear.encode(repeated), repeated.shape[2])[:, :, stride - 1 :].clamp(-1, 1)
         rows.append([float(f(y, x)) for f in (psnr, ssim, flicker) for y in (made, plain)])
         show(path.name, rows[-1])
+        if path.stem in SHOWN:
+            shown += [(path.stem, x), (f"VAE, {rows[-1][0]:.1f} dB", made), (f"linear, {rows[-1][1]:.1f} dB", plain)]
+    if options.sheet:
+        clips = [to_uint8(x[0]) for _, x in shown]
+        contact_sheet(options.sheet, clips, [name for name, _ in shown], frames=3, columns=3)
     show(f"mean of {len(rows)}", [sum(column) / len(rows) for column in zip(*rows, strict=True)])
     return 0
 
@@ -198,6 +207,7 @@ def main() -> int:
     parser.add_argument("--clips", type=Path, default=CLIPS, help="folder with manifest.jsonl, for quality")
     parser.add_argument("--val", type=Path, help="names of the clips to measure (default: val.txt in --clips)")
     parser.add_argument("--side", type=int, default=SIDE, help="pixels of the measured squares")
+    parser.add_argument("--sheet", type=Path, help="also show some clips, beside both reconstructions, in this PNG")
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     commands = {"quality": quality, "curve": curve, "memory": memory, "speed": speed}

@@ -199,6 +199,7 @@ BACKENDS: dict[str, str] = {
     "external": "titans_video.codecs.external:ExternalCodec",
     "identity": "titans_video.codecs.base:IdentityCodec",
     "patch": "titans_video.codecs.pca:PCACodec",
+    "tiny": "titans_video.codecs.diffusers:TinyCodec",
 }
 """The class of each `--vae-backend`, imported when it is needed."""
 

@@ -8,6 +8,7 @@ import gc
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -36,6 +37,9 @@ TEMPORAL_PIXELS = 33 * 576 * 1024
 
 FRAMEWISE_ABOVE = 121 * 512 * 768
 """LTX clips of more pixels than this (all frames together) are also processed in blended temporal tiles."""
+
+TINY = Path(str(files("titans_video"))) / "assets" / "vae_4x4x4"
+"""The folder of the package's own VAE."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
@@ -358,6 +362,19 @@ def meta_vae(folder: Path, dtype: torch.dtype) -> Any:
 def load_vae(folder: Path, dtype: torch.dtype) -> Any:
     kind = vae_class(class_name(folder))
     return load_pretrained(kind, folder, kind.__name__, CodecError, torch_dtype=dtype)
+
+
+class TinyCodec(DiffusersCodec):
+    """The VAE of the package: a `TitansVideoVAE` for small videos, with strides 4x4x4 and 16 channels."""
+
+    @classmethod
+    def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> Self:
+        if options.pretrained_model or init:
+            raise CodecError(
+                "--vae-backend tiny is the package's own VAE. Leave out --pretrained-model and --vae-init-json, or "
+                "use --vae-backend diffusers."
+            )
+        return cls.load(TINY, dtype=options.vae_dtype, weights=load)
 
 
 class FirstFrameCodec(DiffusersCodec):

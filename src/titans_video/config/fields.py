@@ -16,7 +16,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 AutoDtype = Literal["auto", "fp32", "bf16", "fp16"]
 Switch = Literal["auto", "on", "off"]
 """A switch with a third position. `--compile` is `--compile on`, and `--no-compile` is `--compile off`."""
-VaeBackend = Literal["diffusers", "external", "identity", "patch"]
+VaeBackend = Literal["diffusers", "external", "identity", "patch", "tiny"]
 AttentionBackend = Literal["auto", "cudnn", "flash", "flash2", "flash3", "sage", "efficient", "math"]
 
 

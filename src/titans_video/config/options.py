@@ -139,8 +139,8 @@ class CodecOptions:
     """The VAE or other codec that turns pixels into latents."""
 
     vae_backend: VaeBackend = "diffusers"
-    """diffusers: the VAE in --pretrained-model; external: your class in --vae-module; identity: pixels; patch: a linear
-    codec fitted to the clips."""
+    """diffusers: the VAE in --pretrained-model; tiny: the package's own VAE, for small videos; external: your class in
+    --vae-module; identity: pixels; patch: a linear codec fitted to the clips."""
     pretrained_model: FolderPath | None = None
     """Folder of diffusers weights: one that contains vae/, or the VAE's own. Other backends ignore it."""
     vae_module: Name | None = None

@@ -125,7 +125,7 @@ def choose_defaults(
     if accelerator.device.type == "cuda":
         choices.append(Choice("float32 products", "in TF32" if given["tf32"] else "in float32", TF32_FLAGS))
     vae_dtype = given.get("vae_dtype")
-    if vae_dtype and given.get("vae_backend", "diffusers") == "diffusers":
+    if vae_dtype and given.get("vae_backend", "diffusers") in ("diffusers", "tiny"):
         vae_dtype = _vae_dtype(given, accelerator, resume, best.dtype)
         choices.append(Choice("VAE", vae_dtype, VAE_FLAG))
     elif vae_dtype == "auto":

@@ -1,0 +1,184 @@
+"""Prepare the data of the shipped VAE, and copy a trained VAE into the package.
+
+    DATA="--manifest outputs/tiny_vae_data/train.jsonl:6 --manifest outputs/tiny_vae_data/photos.jsonl:1
+          --validation-manifest outputs/tiny_vae_data/val.jsonl"
+    python scripts/tiny_vae.py prepare --out outputs/tiny_vae_data
+    titans-video train vae --config configs/vae/tiny.yaml $DATA --output-dir outputs/tiny_vae
+    titans-video train vae --config configs/vae/tiny_long.yaml $DATA --init-from outputs/tiny_vae \
+        --output-dir outputs/tiny_vae_long
+    python scripts/tiny_vae.py ship --runs outputs/tiny_vae outputs/tiny_vae_long
+
+`prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
+three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
+with every second frame, which doubles its motion. Clips of the built-in moving shapes are added. The clips of val.txt
+are for validation only.
+
+`ship` stores the weights as float16 with a model card.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from titans_video.codecs.diffusers import TINY, WEIGHTS
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_image, read_indices
+from titans_video.mock.world import sample_clip
+from titans_video.models.video_vae import TitansVideoVAE
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+LINES, LEAST_FRAMES = 192, 17
+WORLDS, WORLD_FRAMES = 24, 17
+MANIFESTS = TRAIN, PHOTOS, VALIDATION = "train.jsonl", "photos.jsonl", "val.jsonl"
+FPS = 12
+CRF = "6"  # of H.264 with key frames only; about 46 dB
+Frames = NDArray[np.uint8]
+
+CARD = """# The shipped video VAE
+
+`TitansVideoVAE` with strides 4x4x4 (frames, height, width) and 16 channels, for `--vae-backend tiny`. It has
+{parameters:.1f} million parameters ({megabytes:.1f} MB, float16). Use it for videos of 64 to 256 pixels without
+downloads; the VAEs of large models are better and need a GPU.
+
+- Data: 77 short clips and 160 photographs collected for this purpose, 36 other short real clips, and 24 rendered clips
+  of moving shapes. Most real clips are there a second time at double speed. They are cut from public repositories: for
+  a quarter the licence of the footage itself is known (public domain, CC0, CC BY, MIT, Apache, BSD), and the others
+  are covered by the open licence of their repository. No share-alike, non-commercial or no-derivatives material.
+- Training: 4800 steps of 6 crops of 9 frames, 64 to 192 pixels scaled to 64 (`configs/vae/tiny.yaml`), then 1000 steps
+  with 17 frames (`configs/vae/tiny_long.yaml`): {minutes[0]:.0f} and {minutes[1]:.0f} minutes on two shared cores, in
+  bf16, torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned for 6000 steps and shortened
+  to 4800 at step 2530, so its learning rate fell faster after that.
+- Made by: the commands in `scripts/tiny_vae.py`
+- Licence: Apache-2.0, as the code.
+
+`python benchmarks/vae.py quality --vae {folder} --side 128`:
+13 clips that were not trained on, the middle square at `side` pixels, up to 17 frames, decoded from the latents' means.
+`linear` is a linear codec (principal components) of the same strides and channels. Flicker is the mean absolute change
+of the error from frame to frame, in levels of 255.
+
+| side | PSNR dB | linear | SSIM | linear | flicker | linear |
+| --- | --- | --- | --- | --- | --- | --- |
+{table}
+Limits: fast motion is blurred, and small text is not legible.
+"""
+
+
+def shrink(frames: Frames) -> Frames:
+    """Scale frames (T, H, W, 3) so that the short side has at most `LINES` pixels; both sides become even."""
+    h, w = frames.shape[1:3]
+    factor = min(LINES / min(h, w), 1.0)
+    size = (max(round(h * factor / 2) * 2, 2), max(round(w * factor / 2) * 2, 2))
+    if size == (h, w):
+        return frames
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    x = torch.cat([F.interpolate(part, size, mode="bicubic", antialias=True) for part in x.split(16)])
+    return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def write_clip(path: Path, frames: Frames) -> None:
+    """Write frames as H.264 with key frames only, at one rate for all clips, so that training reads every frame."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": CRF, "g": "1", "preset": "fast"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def sources() -> Iterator[tuple[Path, bool]]:
+    """Yield each clip and photograph, and whether it is for validation."""
+    photos = SHARED / "vae_clips" / "photos"
+    held_out = {name for folder in (photos.parent, photos) for name in (folder / "val.txt").read_text().split()}
+    for folder in ("vae_clips", "real_clips"):
+        for line in (SHARED / folder / "manifest.jsonl").read_text().splitlines():
+            name = json.loads(line)["video"]
+            yield SHARED / folder / name, folder == "vae_clips" and name in held_out
+    for path in sorted(photos.glob("*.jpg")):
+        if path.name not in held_out:
+            yield path, False
+
+
+def prepare(out: Path) -> None:
+    """Write the clips and the manifests."""
+    (out / "clips").mkdir(parents=True)
+    rows: dict[str, list[dict[str, str]]] = {name: [] for name in MANIFESTS}
+    for path, held_out in sources():
+        if path.suffix == ".jpg":
+            clips, manifest = {path.stem: shrink(read_image(path)[None])}, PHOTOS
+        else:
+            info = probe(path)
+            frames = shrink(read_indices(path, info, range(info.frames)))
+            clips, manifest = {path.stem: frames}, VALIDATION if held_out else TRAIN
+            if len(frames) >= 2 * LEAST_FRAMES and not held_out:
+                clips[f"{path.stem}_x2"] = frames[::2]
+        for name, frames in clips.items():
+            video = out / "clips" / f"{name}.mp4"
+            write_clip(video, frames)
+            rows[manifest].append({"video": str(video.relative_to(out)), "id": name})
+    for index in range(WORLDS):
+        clip = sample_clip(0, index, size=LINES if index % 2 else 64, frames=WORLD_FRAMES)
+        video = out / "clips" / f"world_{index:03}.mp4"
+        write_clip(video, clip.frames)
+        rows[TRAIN].append({"video": str(video.relative_to(out)), "id": video.stem})
+    for name, found in rows.items():
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+        print(f"{len(found)} clips in {out / name}")
+
+
+def measured(folder: Path, side: int) -> list[str]:
+    """Return PSNR, SSIM and flicker, each of the VAE and of the linear codec, on the clips of val.txt."""
+    words = [sys.executable, "benchmarks/vae.py", "quality", "--vae", str(folder), "--side", str(side)]
+    done = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    return done.stdout.split("\n")[-2].split()[-6:]
+
+
+def minutes(run: Path) -> float:
+    """Return the minutes of training of a run, without validation and checkpoints."""
+    return sum(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()) / 60
+
+
+def ship(first: Path, second: Path) -> None:
+    """Write the VAE of the second run, which continues the first, into the package, with a model card."""
+    vae = TitansVideoVAE.from_pretrained(second / "vae")
+    vae.half().save_pretrained(TINY)
+    config = json.loads((TINY / "config.json").read_text())
+    config.pop("_name_or_path")  # a folder of this machine
+    (TINY / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (TINY / WEIGHTS).chmod(0o644)
+    table = "".join(f"| {side} | {' | '.join(measured(TINY, side))} |\n" for side in (64, 128))
+    card = CARD.format(
+        parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
+        megabytes=(TINY / WEIGHTS).stat().st_size / 1e6,
+        table=table,
+        minutes=(minutes(first), minutes(second)),
+        torch=torch.__version__,
+        folder=TINY.relative_to(ROOT),
+    )
+    (TINY / "README.md").write_text(card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("prepare").add_argument("--out", type=Path, required=True)
+    commands.add_parser("ship").add_argument("--runs", type=Path, nargs=2, required=True)
+    options = parser.parse_args()
+    if options.command == "prepare":
+        prepare(options.out)
+    else:
+        ship(*options.runs)
+
+
+if __name__ == "__main__":
+    main()
