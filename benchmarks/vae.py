@@ -1,6 +1,6 @@
 """A video VAE: quality beside the linear codec, dB against minutes, memory of streams, speed beside AutoencoderKLWan.
 
-    python benchmarks/vae.py quality --vae outputs/vae [--clips ../shared/real_clips --val FILE] [--side 128] [--sheet F.png]
+    python benchmarks/vae.py quality --vae outputs/vae [--clips FOLDER --val FILE] [--side 128] [--sheet F.png]
     python benchmarks/vae.py curve --run outputs
     python benchmarks/vae.py memory [--vae outputs/vae]
     python benchmarks/vae.py speed [--vae outputs/vae]

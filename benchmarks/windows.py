@@ -4,9 +4,9 @@
 
 bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
 *continue* mode (with the preset's defaults, and without one of them at a time) and in *blend* mode, against true clips.
-memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains on real clips ($TITANS_REAL_CLIPS,
-default ../shared/real_clips) and generates 8 seconds at 24 frames per second. interpolation: PSNR against true 24
-frames per second, compared with repeated frames.
+memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains on real clips with --codec
+($TITANS_REAL_CLIPS, default ../shared/real_clips) and generates 8 seconds at 24 frames per second. interpolation: PSNR
+against true 24 frames per second, compared with repeated frames.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("what", nargs="*", choices=["bounce", "memory", "real", "interpolation", []])
     parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
     parser.add_argument("--videos", type=int, default=48, help="videos of each mode in the bouncing world")
+    parser.add_argument("--codec", choices=sorted(REAL_CODECS), default="tiny", help="of the real clips")
     parser.add_argument("--keep", action="store_true", help="use the existing runs")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -233,13 +234,17 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 REAL = shlex.split(
-    "--height 64 --width 64 --num-frames 32 --fps 24 --vae-backend patch --text-model builtin --preset tiny "
-    """--vae-init-json '{"smooth": 0.1}' """
-    "--attention-type full --patch-size 1,2,2 --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
-    "--task-mix t2v=0.3,v2v=0.7 --cond-frames 8 --batch-size 4 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
+    "--height 64 --width 64 --fps 24 --text-model builtin --preset tiny "
+    "--attention-type full --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
+    "--task-mix t2v=0.3,v2v=0.7 --batch-size 4 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
     "--betas 0.9,0.98 --weight-decay 0 --lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 "
     "--save-every 100000 --sample-steps 25 --sample-guidance 1.0 --max-steps 1500 --random-start"
 )
+REAL_CODECS = {
+    "tiny": (33, 9, "--vae-backend tiny --patch-size 3,2,2"),
+    "patch": (32, 8, """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2"""),
+}
+"""Of each codec: frames of a window, frames that it continues from, and the flags."""
 REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")
 
 
@@ -256,19 +261,21 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in REAL_CLIPS:
         shrink(clips / name, folder / name)
     script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
-    found: dict[str, Any] = {}
+    window, overlap, flags = REAL_CODECS[arguments.codec]
+    found: dict[str, Any] = {"codec": arguments.codec}
     if not arguments.keep:
         data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
+        data += ["--num-frames", f"{window}", "--cond-frames", f"{overlap}", *shlex.split(flags)]
         found["training"] = run([sys.executable, script, *data, *REAL])
         print(f"Training: {found['training']}")
     for name, row in zip(REAL_CLIPS, chosen, strict=True):
         out = folder / f"{Path(name).stem}_8s.mp4"
         words = ["infer", "--checkpoint", f"{folder}/run", "--prompt", row["caption"], "--fps", "24"]
-        words += ["--num-frames", "192", "--window", "32", "--overlap", "8", "--out", f"{out}"]
+        words += ["--num-frames", "192", "--window", f"{window}", "--overlap", f"{overlap}", "--out", f"{out}"]
         timing = run([sys.executable, script, *words])
         info = probe(out)
         frames = read_clip(out, info, range(info.frames), 64, 64)
-        edges = (*range(32, 180, 24), 176)  # of the windows; the last is clamped
+        edges = range(window, 192, window - overlap)
         at, elsewhere = seam_jumps(frames, edges)
         blocks, _ = seam_jumps(frames, [k for k in range(8, info.frames, 8) if k not in edges])
         found[name] = {

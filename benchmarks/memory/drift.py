@@ -1,25 +1,55 @@
 """Train on real clips with memory tokens and without memory, generate ten segments, measure seams, drift, likeness.
 
-    python -m benchmarks.memory.drift --clips FOLDER --out docs/memory
+    python -m benchmarks.memory.drift --clips FOLDER --out docs/memory [--codec tiny|patch]
 
-FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on a linear codec fitted to the
-clips, since a VAE would need a download. Without memory the network is a sliding window that sees only the last frames.
-Each then generates a video of ten segments for some captions. Seam ratio: the median step at segment edges over the
-median elsewhere. Drift: slope per segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20 apart,
-to be compared with the motion.
+FOLDER has a manifest.jsonl. Both runs use the documented command line at small size, on the package's VAE (64x64) or
+on a linear codec fitted to the clips (32x32). Without memory the network is a sliding window that sees only the last
+frames. Each then generates a video of ten segments for some captions. Seam ratio: the median step at segment edges over
+the median elsewhere. Drift: slope per segment over a real clip's own spread. Likeness: cosine of frames 2, 5, 10, 20
+apart, to be compared with the motion.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-SEGMENT, SEGMENTS = 4, 10
+SEGMENTS, REAL_FRAMES = 10, 40
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What depends on the codec. `first`: frames of the first segment, whose latent frame of one frame is shorter."""
+
+    side: int
+    segment: int
+    first: int
+    flags: dict[str, object]
+
+    @property
+    def edges(self) -> range:
+        """The first frame of each segment but the first."""
+        return range(self.first, self.first + self.segment * (SEGMENTS - 1), self.segment)
+
+
+SETUPS = {
+    "patch": Setup(
+        *(32, 4, 4),
+        {
+            "vae-backend": "patch",
+            "vae-init-json": '{"patch": [4, 4, 4], "channels": 64}',
+            "num-frames": 16,
+            "patch-size": "1,2,2",
+        },
+    ),
+    "tiny": Setup(64, 8, 5, {"vae-backend": "tiny", "num-frames": 29, "patch-size": "2,2,2"}),
+}
 LAGS = (2, 5, 10, 20)
 KINDS = ("tokens", "none")
 
@@ -27,6 +57,7 @@ KINDS = ("tokens", "none")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--codec", choices=sorted(SETUPS), default="tiny")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--videos", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("outputs/drift"), help="checkpoints and videos")
@@ -36,17 +67,15 @@ def arguments() -> argparse.Namespace:
 
 def train(kind: str, a: argparse.Namespace) -> Path:
     """Run the documented command at a small size."""
-    out = a.work / kind
+    setup, out = SETUPS[a.codec], a.work / kind
     command = [sys.executable, str(ROOT / "train/videos/train_titans_video_dit_accelerate.py")]
     flags: dict[str, Any] = {
         "manifest": a.clips / "manifest.jsonl",
         "data-root": a.clips,
-        "vae-backend": "patch",
-        "vae-init-json": '{"patch": [4, 4, 4], "channels": 64}',
+        **setup.flags,
         "output-dir": out,
-        "height": 32,
-        "width": 32,
-        "num-frames": 16,
+        "height": setup.side,
+        "width": setup.side,
         "segments": 4,
         "fps": 8,
         "preset": "tiny",
@@ -54,7 +83,6 @@ def train(kind: str, a: argparse.Namespace) -> Path:
         "depth": 4,
         "heads": 4,
         "mem-tokens": 16,
-        "patch-size": "1,2,2",
         "max-steps": a.steps,
         "batch-size": 8,
         "prediction": "x0",
@@ -86,12 +114,13 @@ def captions(a: argparse.Namespace) -> list[str]:
     return found[:: max(len(found) // a.videos, 1)][: a.videos]
 
 
-def generate(checkpoint: Path, prompt: str, number: int, folder: Path) -> np.ndarray:
+def generate(setup: Setup, checkpoint: Path, prompt: str, number: int, folder: Path) -> np.ndarray:
     """Generate a video and return its raw frames, (T, H, W, 3) in [0, 1]."""
     from PIL import Image
 
     place = folder / f"video-{number}"
-    words = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--num-frames", str(SEGMENT * SEGMENTS)]
+    count = setup.first + setup.segment * (SEGMENTS - 1)
+    words = ["--checkpoint", str(checkpoint), "--prompt", prompt, "--num-frames", str(count)]
     command = [sys.executable, "-m", "titans_video.cli.main", "generate", *words, "--out", str(place)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     frames = [np.asarray(Image.open(path)) for path in sorted(place.glob("*.png"))]
@@ -104,15 +133,16 @@ def real_clips(a: argparse.Namespace) -> list[np.ndarray]:
     from titans_video.data.dataset import open_data
     from titans_video.types import CodecSpec
 
+    side = SETUPS[a.codec].side
     options = DataOptions(
         manifest=(str(a.clips / "manifest.jsonl"),),
         data_root=str(a.clips),
-        height=32,
-        width=32,
-        num_frames=SEGMENT * SEGMENTS,
+        height=side,
+        width=side,
+        num_frames=REAL_FRAMES,
         fps=8,
     )
-    data = open_data(options, CodecSpec("pixels", 3, (1, 1, 1)), (SEGMENT, 8, 8), seed=0)
+    data = open_data(options, CodecSpec("pixels", 3, (1, 1, 1)), (4, 8, 8), seed=0)
     return [(pixels.permute(1, 2, 3, 0).double().numpy() + 1) / 2 for pixels in data.sample_pixels(64)]
 
 
@@ -122,20 +152,19 @@ def main() -> None:
     from benchmarks.memory.reporting import save, table
     from titans_video.media.sheets import contact_sheet
 
-    prompts, real = captions(a), real_clips(a)
-    edges = range(SEGMENT, SEGMENT * SEGMENTS, SEGMENT)
-    usual = watching.spread(real, SEGMENT)
+    setup, prompts, real = SETUPS[a.codec], captions(a), real_clips(a)
+    usual = watching.spread(real, setup.segment)
     made: dict[str, list[np.ndarray]] = {"real": real}
     for kind in KINDS:
         checkpoint = train(kind, a)
-        made[kind] = [generate(checkpoint, prompt, i, a.work / kind) for i, prompt in enumerate(prompts)]
+        made[kind] = [generate(setup, checkpoint, prompt, i, a.work / kind) for i, prompt in enumerate(prompts)]
     numbers: dict[str, Any] = {}
     for kind, clips in made.items():
         motion = float(np.mean([watching.quantities(clip)["motion"].mean() for clip in clips]))
         numbers[kind] = {
             "videos": len(clips),
-            "seam": watching.seam_ratio(clips, edges),
-            "drift": watching.drift(clips, SEGMENT, usual),
+            "seam": watching.seam_ratio(clips, setup.edges),
+            "drift": watching.drift(clips, setup.segment, usual),
             "motion": motion,
             "likeness": watching.likeness(clips, LAGS),
         }
@@ -151,8 +180,10 @@ def main() -> None:
         [kind, f["videos"], f["seam"], *f["drift"].values(), f["motion"], *(f["likeness"].get(n) for n in LAGS)]
         for kind, f in numbers.items()
     ]
-    text = f"{a.steps} steps each, {SEGMENTS} segments of {SEGMENT} frames at 32x32.\n\n{table(head, rows)}"
-    save(a.out, "drift", f"python -m benchmarks.memory.drift --clips FOLDER --steps {a.steps}", text, numbers)
+    size = f"{SEGMENTS} segments of {setup.segment} frames at {setup.side}x{setup.side}, codec {a.codec}"
+    text = f"{a.steps} steps each, {size}.\n\n{table(head, rows)}"
+    command = f"python -m benchmarks.memory.drift --clips FOLDER --codec {a.codec} --steps {a.steps}"
+    save(a.out, "drift", command, text, numbers)
     shown = [(clip * 255).round().astype(np.uint8) for kind in KINDS for clip in made[kind]]
     said = [f"{kind}: {prompt}" for kind in KINDS for prompt in prompts]
     contact_sheet(a.out / "ten_segments.png", shown, said, frames=10, columns=2)
@@ -165,11 +196,9 @@ def draw_plot(made: dict[str, list[np.ndarray]], numbers: dict[str, Any], path: 
     from benchmarks.memory.reporting import figure
 
     fig, (left, right) = figure(9, 3.4, 2)
-    length = SEGMENT * SEGMENTS
     for kind, colour in zip(made, ("grey", "C0", "C1"), strict=True):
-        whole = [watching.quantities(clip)["luma"][:length] for clip in made[kind] if len(clip) >= length]
-        if whole:
-            left.plot(np.mean(whole, axis=0), label=kind, color=colour)
+        lumas = [watching.quantities(clip)["luma"] for clip in made[kind]]
+        left.plot(np.mean([luma for luma in lumas if len(luma) == max(map(len, lumas))], axis=0), color=colour)
         likeness = numbers[kind]["likeness"]
         right.plot(list(likeness), list(likeness.values()), marker="o", label=kind, color=colour)
     left.set(xlabel="frame", ylabel="luma")
