@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.layers import ada_layer_norm, apply_rotary, freqs_cis_1d, qk_norm_rope
+from titans_video.models.layers import ada_layer_norm, apply_rotary, freqs_cis_1d, gated, qk_norm_rope
 
 
 def double(*shape: int) -> Tensor:
@@ -17,6 +17,12 @@ def test_modulated_norm_and_its_gradient() -> None:
     x, shift, scale = double(2, 3, 4, 6), double(2, 3, 1, 6), double(2, 3, 1, 6)
     assert_close(ada_layer_norm(x, shift, scale), F.layer_norm(x, (6,), eps=1e-6) * (1 + scale) + shift)
     assert torch.autograd.gradcheck(ada_layer_norm, (x, shift, scale))
+
+
+def test_gated_sum_and_its_gradient() -> None:
+    x, gate, y = double(2, 3, 4, 6), double(2, 3, 1, 6), double(2, 3, 4, 6)
+    assert_close(gated(x, gate, y), x + gate * y)
+    assert torch.autograd.gradcheck(gated, (x, gate, y))
 
 
 @pytest.mark.parametrize("rotated", [False, True])

@@ -66,13 +66,41 @@ class _AdaLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, mean, rstd, factor = ctx.saved_tensors
-        normed = ((x - mean) * rstd).to(grad.dtype)
-        grad_shift = grad.sum(dim=2, keepdim=True)
-        grad_scale = normed.mul_(grad).sum(dim=2, keepdim=True)
+        normed = torch.addcmul(-mean * rstd, x, rstd).to(grad.dtype)
+        grad_shift = sum_tokens(grad)
+        grad_scale = sum_tokens(normed.mul_(grad))
         grad_x = torch.ops.aten.native_layer_norm_backward(
             grad * factor, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
         )[0]
         return grad_x, grad_shift, grad_scale
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Compute x + gate * y (adaLN-zero of DiT): x and y (B, s, p, D), gate (B, s, 1, D)."""
+    if torch.compiler.is_compiling():
+        return torch.addcmul(x, gate, y)
+    return _Gated.apply(x, gate, y)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y)
+        return torch.addcmul(x, gate, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, y = ctx.saved_tensors
+        return grad, sum_tokens(grad * y).to(gate.dtype), (grad * gate).to(y.dtype)
+
+
+def sum_tokens(x: Tensor) -> Tensor:
+    """Sum (B, s, p, D) over p, which is kept."""
+    if x.device.type != "cpu":
+        return x.sum(dim=2, keepdim=True)
+    with without_autocast("cpu"):  # torch uses one thread for this sum, and all for the product with ones
+        return x.new_ones(1, x.shape[2]) @ x
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -97,10 +125,10 @@ class _QKNormRope(torch.autograd.Function):
         if freqs_cis is not None:  # the transpose of a rotation is the inverse rotation
             unrotated = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2))) * freqs_cis.conj()
             grad = torch.view_as_real(unrotated).flatten(-2)
-        grad_weight = (grad * normed).sum_to_size(weight.shape)
-        grad = grad * weight
-        projection = (grad * normed).mean(dim=-1, keepdim=True)
-        grad_x = torch.addcmul(grad, normed, projection, value=-1).mul_(rrms)
+        product = grad * normed
+        grad_weight = product.sum_to_size(weight.shape)
+        projection = product.mul_(weight).mean(dim=-1, keepdim=True)
+        grad_x = torch.mul(grad, weight, out=product).addcmul_(normed, projection, value=-1).mul_(rrms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 

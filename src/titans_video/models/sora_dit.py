@@ -31,6 +31,7 @@ from titans_video.models.layers import (
     ada_layer_norm,
     axis_pairs,
     freqs_cis_3d,
+    gated,
     lengths_for_graphs,
     masked_mean,
     norm,
@@ -138,21 +139,21 @@ class SoraBlock(nn.Module):
         if self.temporal_attn is None:
             hidden, freqs_cis = hidden.flatten(1, 2)[:, None], freqs_cis.flatten(0, 1)[None]  # one group of s p tokens
         if r is None:
-            return torch.addcmul(x, gate, self.attn(hidden, freqs_cis).view_as(x)), None
+            return gated(x, gate, self.attn(hidden, freqs_cis).view_as(x)), None
         shift, scale, gate_r = ada_r.unbind(3)
         y, z = self.attn.with_registers(hidden, ada_layer_norm(r, shift, scale)[:, 0], freqs_cis)
-        r = torch.addcmul(r, gate_r, z[:, None])
-        return torch.addcmul(x, gate, y.view_as(x)), r
+        r = gated(r, gate_r, z[:, None])
+        return gated(x, gate, y.view_as(x)), r
 
     def _attend_over_time(self, x: Tensor, ada_x: Tensor, freqs_cis: Tensor) -> Tensor:
         assert self.temporal_attn is not None
         shift, scale, gate = ada_x.unbind(3)
         hidden = ada_layer_norm(x, shift, scale).transpose(1, 2).contiguous()  # (B, p, s, D)
-        return torch.addcmul(x, gate, self.temporal_attn(hidden, freqs_cis.transpose(0, 1)).transpose(1, 2))
+        return gated(x, gate, self.temporal_attn(hidden, freqs_cis.transpose(0, 1)).transpose(1, 2))
 
     def _mlp(self, x: Tensor, ada: Tensor) -> Tensor:
         shift, scale, gate = ada.unbind(3)
-        return torch.addcmul(x, gate, self.mlp(ada_layer_norm(x, shift, scale)))
+        return gated(x, gate, self.mlp(ada_layer_norm(x, shift, scale)))
 
 
 class FinalLayer(nn.Module):
