@@ -9,8 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.factories import make_svd, make_vae
 from tests.unit.data_sets import write_clip
 from tests.unit.test_data_importing import FOLDERS, REFUSED, Files, make
+from tests.wan_pipelines import make_wan
 from titans_video.cli import init
 from titans_video.cli.init import CONFIG, MANIFEST, REPORT, InitFlags, config_text, plan_for
 from titans_video.cli.main import main
@@ -233,6 +235,40 @@ def test_given_flags_are_in_the_file(tmp_path: Path, flags: str, expected: dict[
     assert {name: settings.get(name) for name in expected} == expected
     (tmp_path / CONFIG).write_text(text)
     parse(SoraOptions(), ["--config", str(tmp_path / CONFIG)], prog="train")
+
+
+def test_sizes_that_do_not_work_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "titans_video.data.starting.look_at_clips", lambda rows, options: facts([(64, 64)], [2.0], [8.0])
+    )
+    make(tmp_path, {"a.mp4": "", "a.txt": "a cat"})
+    assert main(["init", str(tmp_path), "--resolution", "16"]) == 2
+    assert "--buckets auto: with --resolution 16" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.txt"]
+
+
+@pytest.mark.parametrize("kind", ["wan", "kl", "svd"])
+def test_the_recipe_follows_the_pretrained_model(tmp_path: Path, kind: str) -> None:
+    """The clips are as large and as long as the model takes them, and its command reads the configuration."""
+    folder, rows = tmp_path / kind, facts([(1080, 1920)] * 9, [9.0] * 9, [30.0] * 9)
+    writers = {
+        "wan": lambda: make_wan(folder, "t2v-2.1"),
+        "kl": lambda: make_vae("kl", folder),
+        "svd": lambda: make_svd(folder),
+    }
+    writers[kind]()
+    given = parse(InitFlags(), ["--pretrained-model", str(folder)], prog="init")
+    plan = plan_for(given, {"pretrained_model"})
+    choice = choose(rows, plan.target, plan.spec, plan.patch_size[0])
+    (tmp_path / CONFIG).write_text(
+        config_text(given, {"pretrained_model"}, plan, choice, tmp_path / MANIFEST, tmp_path)
+    )
+    options = parse(plan.options, ["--config", str(tmp_path / CONFIG)], prog=plan.command)
+    expected = {"wan": ("train lora", 16, 49), "kl": ("train", 16, 32), "svd": ("train svd", 7, 14)}[kind]
+    assert (plan.command, options.data.fps, options.data.num_frames) == expected
+    assert plan.spec.is_legal(options.data.num_frames, plan.patch_size[0])
 
 
 @pytest.mark.parametrize(

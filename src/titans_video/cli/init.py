@@ -110,6 +110,7 @@ def main_init(argv: Sequence[str], prog: str = "titans-video init") -> int:
     flags = parse(InitFlags(), argv, prog=prog, about=INIT)
     given = {name for name in given_names(words, flags_of(flags)) if name in flags_of(SoraOptions())}
     source, out = _check(flags, given, prog)
+    from titans_video.data.buckets import parse_buckets
     from titans_video.data.starting import Captions, choose, import_rows, is_written_here, look_at_clips, write_manifest
 
     data = replace(flags.data, manifest=(str(source),))
@@ -121,6 +122,7 @@ def main_init(argv: Sequence[str], prog: str = "titans-video init") -> int:
     manifest = source if _is_kept(source, flags) else out / MANIFEST
     text = config_text(flags, given, plan, choice, manifest, source)
     options = _parsed(text, plan, prog)
+    parse_buckets(options.data, plan.spec, plan.patch_size)  # refuses sizes before anything is written
     if manifest != source:
         _keep_earlier(manifest)
         write_manifest(manifest, imported.lines)
