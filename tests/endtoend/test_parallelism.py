@@ -71,7 +71,7 @@ def test_processes_share_clips_by_the_documented_command(tmp_path: Path) -> None
         names = [name for name in b if name == "elements" or name.startswith(("loss", "rows"))]
         assert len(names) >= 5
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-5)
-    (two_held,), (one_held,) = ([json.loads(line) for line in lines_of(tmp_path / name)] for name in ("two", "one"))
+    (_, two_held), (_, one_held) = ([json.loads(line) for line in lines_of(tmp_path / name)] for name in ("two", "one"))
     assert two_held["rows"] == one_held["rows"] == 3
     assert two_held["losses"] == pytest.approx(one_held["losses"], rel=1e-3)
     videos = [sorted(p.name for p in (tmp_path / name / "samples").rglob("*.mp4")) for name in ("two", "one")]

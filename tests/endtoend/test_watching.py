@@ -50,7 +50,7 @@ def test_a_run_is_validated_sampled_and_reported(tiny: list[str], tmp_path: Path
         "é",
     ]
     assert main(["train", *tiny, *words]) == 0
-    assert [look["step"] for look in looks(run)] == [2, 4]
+    assert [look["step"] for look in looks(run)] == [0, 2, 4]
     assert {c["task"] for c in looks(run)[0]["cells"]} == {"t2v", "i2v"}
     # The second sample is what the command makes of the checkpoint with the same prompt and seed.
     made = tmp_path / "again.mp4"
@@ -59,7 +59,7 @@ def test_a_run_is_validated_sampled_and_reported(tiny: list[str], tmp_path: Path
     assert np.array_equal(frames(made), frames(run / "samples" / "step-0000004" / "02.mp4"))
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("<video ") == 4
+    assert page.count("<video ") == 6
     record = json.loads((run / "run.json").read_text())
     assert record["data"]["held_out"] + record["data"]["rows"] == 40
     assert record["options"]["validate_every"] == 2

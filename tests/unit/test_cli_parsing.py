@@ -15,7 +15,7 @@ from titans_video.cli.generate import GenerateFlags
 from titans_video.cli.launchers import take_mode, with_defaults
 from titans_video.cli.main import COMMANDS, dispatch, main
 from titans_video.cli.run import guarded
-from titans_video.config.parse import flags_from_yaml, parse, read_prompts
+from titans_video.config.parse import flags_from_yaml, parse
 from titans_video.config.recipes import LoraRunOptions, SoraOptions, SVDOptions, TitansOptions
 from titans_video.config.rules import check_lora, check_svd, check_titans, check_training
 from titans_video.errors import ConfigError
@@ -206,20 +206,6 @@ def test_rules_of_the_memory(words: str, message: str) -> None:
         check_titans(parse(TitansOptions(), argv, prog="train"))
     if "sample" not in words:
         check_titans(parse(TitansOptions(), [*argv, "--memory", "none"], prog="train"))
-
-
-def test_prompt_files_name_their_flag(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(ConfigError, match=r"^--prompt-file .*prompts\.txt cannot be read"):
-        read_prompts(str(path), "--prompt-file")
-    path.write_text("\n \n")
-    with pytest.raises(ConfigError, match=r"^--prompt-file .*there is no prompt in it"):
-        read_prompts(str(path), "--prompt-file")
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"^--prompt-file .*is not text in UTF-8"):
-        read_prompts(str(path), "--prompt-file")
-    path.write_text(" a cat \n\na dog\n")
-    assert read_prompts(str(path), "--prompt-file") == ("a cat", "a dog")
 
 
 def test_a_training_without_clips_is_rejected() -> None:

@@ -16,7 +16,7 @@ from titans_video.config.options import DataOptions, ValidationOptions
 from titans_video.data.dataset import open_data
 from titans_video.errors import DataError
 from titans_video.media.writing import write_video
-from titans_video.recipes.setup import validation_prompts
+from titans_video.training.samples import validation_prompts
 from titans_video.types import CodecSpec
 
 PIXELS = CodecSpec("pixels", 3, (1, 1, 1))
@@ -196,7 +196,8 @@ def test_the_main_bucket_is_that_of_most_rows(tmp_path: Path) -> None:
     assert str(data.main_bucket) == "16x24x4"
     heavy = [{**row, "weight": 5} if row["video"] == "4.mp4" else row for row in rows]
     assert str(opened(manifest(tmp_path, *heavy), buckets="16x24,24x16").main_bucket) == "24x16x4"
-    prompts = {p.text: p.size for p in validation_prompts(ValidationOptions(validate_every=1), data)}
+    found = validation_prompts(ValidationOptions(validate_every=1), data)
+    prompts = {p.text: (p.settings["height"], p.settings["width"]) for p in found}
     assert prompts == {text: ((16, 24) if int(text) < 3 else (24, 16)) for text in prompts}
     assert len(prompts) == 4
 

@@ -121,6 +121,23 @@ def test_several_prompts_and_videos_are_numbered_and_alone_the_same(model):
         assert sheet.height > 4 * 96
 
 
+def test_lines_of_a_prompt_file_have_their_own_settings(model):
+    Path("prompts.txt").write_text("a cat\na dog --size 16x32 --frames 6 --seed 9 --guidance 1\na cow --seed 4\n")
+    generate(model, prompt=None, prompt_file="prompts.txt", seed=3, out="clip.mp4", num_frames=4)
+    generate(model, prompt="a dog", seed=9, height=16, width=32, guidance_scale=1.0, out="dog.mp4", num_frames=6)
+    generate(model, prompt="a cow", seed=4, out="cow.mp4", num_frames=4)
+    for number, name in ((1, "dog"), (2, "cow")):
+        records = [json.loads(Path(f"{one}.mp4.json").read_text()) for one in (f"clip-00{number}", name)]
+        ours, theirs = (dict(record, options=None, command=None) for record in records)
+        assert ours == theirs
+        assert np.array_equal(frames_of(Path(f"clip-00{number}.mp4")), frames_of(Path(f"{name}.mp4")))
+    assert "--seed 4" in json.loads(Path("clip-002.mp4.json").read_text())["command"]
+    Path("prompts.txt").write_text("a cat\na dog --size 15x32\n")
+    with pytest.raises(ConfigError, match=r"^--prompt-file prompts.txt, 'a dog': --height 15"):
+        generate(model, prompt=None, prompt_file="prompts.txt", out="new.mp4", num_frames=4)
+    assert not list(Path().glob("new*"))
+
+
 def test_a_clip_is_gone_on_from(model):
     bars = moving_bars(11, 32, 48)
     write_video(Path("start.mp4"), bars, 8, crf=0)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from titans_video.config.parse import read_prompts, read_segment_prompts
+from titans_video.config.parse import read_segment_prompts
+from titans_video.config.prompts import read_prompts
 from titans_video.parsing import (
     MOST_DEPTH,
     Malformed,
@@ -139,7 +140,7 @@ def test_only_a_line_feed_ends_a_line(text: str, end: str, tmp_path: Path) -> No
     path = tmp_path / "prompts.txt"
     path.write_bytes(f"\ufeffa red circle{end}  {text}\t{end}{end}last".encode())
     assert read_lines(path) == ["a red circle", text, "", "last"]
-    assert read_prompts(str(path), "--prompt-file") == ("a red circle", text, "last")
+    assert [line["prompt"] for line in read_prompts(str(path), "--prompt-file")] == ["a red circle", text, "last"]
 
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if not set(t) & set("\x0b\x0c\x1c")])
@@ -163,8 +164,8 @@ def test_the_shared_prompt_file(repository: Path) -> None:
     path = repository.parent / "shared" / "cases" / "prompts_bom.txt"
     if not path.is_file():
         pytest.skip("no ../shared/cases beside the repository")
-    expected = ("a red circle moving right", "a green triangle\u2028moving left")
-    assert read_prompts(str(path), "--prompt-file") == expected
+    expected = ["a red circle moving right", "a green triangle\u2028moving left"]
+    assert [line["prompt"] for line in read_prompts(str(path), "--prompt-file")] == expected
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text.strip() == text])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.unit.data_sets import make_set
 from titans_video import checkpoint as files
-from titans_video.config.generation import Overrides
+from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import (
     ActivationOptions,
     CodecOptions,
@@ -380,8 +380,8 @@ def test_validation_videos_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     files.write(recipe.checkpoint(recipe.network.state_dict(), 12), tmp_path / "model.pt")
     model = load_model(str(tmp_path / "model.pt"), Overrides(), CPU)
     with recipe.sampler(recipe.network, 12) as sampler:
-        made = sampler("a blue square", 3)
-    theirs = sample(model, "a blue square", 3)
+        made = sampler(GenerateOptions(prompt="a blue square", seed=3))
+    theirs = sample(model, GenerateOptions(prompt="a blue square", seed=3))
     assert torch.equal(made.video, theirs.video)
     assert made.fps == theirs.fps == 8.0
     assert made.about | {"checkpoint": ""} == theirs.about | {"checkpoint": ""}

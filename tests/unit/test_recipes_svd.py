@@ -16,6 +16,7 @@ from tests.reference.test_diffusion_edm import Paper
 from tests.unit.data_sets import make_set
 from tests.unit.svd_parts import PIPELINE, svd_folder
 from titans_video.codecs.base import build_codec
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.options import (
     CodecOptions,
     DataOptions,
@@ -245,7 +246,7 @@ def test_without_text_images_are_enough(tmp_path: Path) -> None:
     assert not any(isinstance(m, TextCrossAttention) for m in recipe.network.modules())
     assert recipe.loss(recipe.network, batch_of(["i2v", "i2v"])).sum().item() > 0
     with recipe.sampler(recipe.network, 0) as sample:
-        made = sample("", 0)
+        made = sample(GenerateOptions(prompt=""))
     assert made.video.shape == (3, *SIZE)
 
 
@@ -256,8 +257,8 @@ def test_without_text_validation_starts_from_an_image_of_the_videos_size(tmp_pat
     sizes = DataOptions(manifest=(str(manifest),), num_frames=SIZE[0], buckets="16x16,16x32")
     recipe = recipe_of(chosen, open_data(sizes, build_codec(chosen.codec).spec, (1, 1, 1), seed=0))
     with recipe.sampler(recipe.network, 0) as sample:
-        assert sample("grey 0", 0, (16, 32)).video.shape == (3, SIZE[0], 16, 32)
-        assert sample("grey 0", 0).video.shape == (3, SIZE[0], 16, 16)
+        assert sample(GenerateOptions(prompt="grey 0", height=16, width=32)).video.shape == (3, SIZE[0], 16, 32)
+        assert sample(GenerateOptions(prompt="grey 0")).video.shape == (3, SIZE[0], 16, 16)
 
 
 def test_flags_of_the_other_network() -> None:

@@ -18,9 +18,9 @@ from titans_video.media.plots import MOST_POINTS, Line, chart, html_link, html_t
 from titans_video.media.writing import write_video
 from titans_video.reporting import report as shown
 from titans_video.reporting.report import write_report
-from titans_video.training import tracking, validation
+from titans_video.training import samples, tracking
 from titans_video.training.metrics import Rates, Work
-from titans_video.training.validation import SampleVideo
+from titans_video.training.samples import SampleVideo
 
 PROMPT = "a <red> circle & more"
 EVENTS = [(3, "skipped", None), (5, "spike", 7.25), (11, "spike", 8.5)]
@@ -58,7 +58,7 @@ def make_run(folder: Path, steps: int = 8) -> Path:
     write_video(folder / "one.mp4", frames, 8)
     found = [validation_line(s, [0.5 / s, 1.0 / s]) for s in (2, 4, 6, 8, 12)]  # 12: from before a resume
     for line in found:
-        validation.write_samples(
+        samples.write_samples(
             folder, line["step"], [PROMPT], [SampleVideo(0, (folder / "one.mp4").read_bytes(), frames)]
         )
     (folder / "one.mp4").unlink()

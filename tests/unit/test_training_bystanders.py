@@ -19,11 +19,12 @@ from titans_video.cli.run import configure_logging
 from titans_video.config.options import TrainOptions, ValidationOptions
 from titans_video.console import lasting_streams, safe_streams
 from titans_video.errors import ConfigError
-from titans_video.training import distributed, metrics, tracking, validation
+from titans_video.training import distributed, metrics, samples, tracking, validation
 from titans_video.training.metrics import MetricsLog, last_line
+from titans_video.training.samples import SamplePrompt
 from titans_video.training.tracking import Tracker, open_tracker
 from titans_video.training.trainer import Trainer
-from titans_video.training.validation import Monitoring, SamplePrompt, Validator
+from titans_video.training.validation import Monitoring, Validator
 from titans_video.types import Batch
 
 PROMPTS = [SamplePrompt("a"), SamplePrompt("b")]
@@ -135,7 +136,7 @@ def test_damaged_logs_do_not_prevent_a_resume(tmp_path: Path, weights: dict[str,
     assert steps(tmp_path / "metrics.jsonl")[-4:] == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("name", ["metrics.loss_curve", "validation.contact_sheet", "validation.write_samples"])
+@pytest.mark.parametrize("name", ["metrics.loss_curve", "samples.contact_sheet", "validation.write_samples"])
 def test_a_picture_that_cannot_be_drawn(
     tmp_path: Path,
     weights: dict[str, Tensor],
@@ -144,12 +145,12 @@ def test_a_picture_that_cannot_be_drawn(
     name: str,
 ) -> None:
     module, function = name.split(".")
-    monkeypatch.setattr({"metrics": metrics, "validation": validation}[module], function, broken)
+    monkeypatch.setattr({"metrics": metrics, "samples": samples, "validation": validation}[module], function, broken)
     trained = train(options(tmp_path, save_every=2))
     assert all(torch.equal(trained[k], weights[k]) for k in weights)
     found = [text for text in caplog.messages if "it is broken" in text]
-    assert len(found) == (1 if module == "metrics" else 3)
-    assert steps(tmp_path / "validation.jsonl") == [2, 4, 6]
+    assert len(found) == (1 if module == "metrics" else 4)
+    assert steps(tmp_path / "validation.jsonl") == [0, 2, 4, 6]
 
 
 def test_no_room_for_temporary_files(
@@ -158,11 +159,11 @@ def test_no_room_for_temporary_files(
     def none(*_: Any, **__: Any) -> Any:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(validation.tempfile, "TemporaryDirectory", none)
+    monkeypatch.setattr(samples.tempfile, "TemporaryDirectory", none)
     trained = train(options(tmp_path))
     assert all(torch.equal(trained[k], weights[k]) for k in weights)
     assert "No usable temporary directory" in caplog.text
-    assert steps(tmp_path / "validation.jsonl") == [2, 4, 6]
+    assert steps(tmp_path / "validation.jsonl") == [0, 2, 4, 6]
 
 
 def test_a_tracker_that_fails_is_reported_once_and_tried_again(

@@ -11,9 +11,9 @@ import pytest
 from titans_video.config.options import TrainOptions
 from titans_video.errors import ConfigError
 from titans_video.media.writing import write_video
-from titans_video.training import distributed, validation
+from titans_video.training import distributed, samples
+from titans_video.training.samples import SampleVideo
 from titans_video.training.tracking import Tracker, open_tracker
-from titans_video.training.validation import SampleVideo
 
 LINE = {
     "step": 4,
@@ -32,7 +32,7 @@ def videos(run: Path, step: int) -> Path:
     frames[1:, 4:12, 4:12] = 255
     write_video(run / "one.mp4", frames, 8)
     made = [SampleVideo(i, (run / "one.mp4").read_bytes(), frames) for i in range(2)]
-    return validation.write_samples(run, step, PROMPTS, made)
+    return samples.write_samples(run, step, PROMPTS, made)
 
 
 def test_without_a_tracker_nothing_is_done(tmp_path: Path) -> None:

@@ -20,20 +20,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.unit.training_fakes import WIDTH, Killed, ToyRecipe, ToyRows, ToyStream, going_on, toy_batch
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.options import TrainOptions, ValidationOptions
 from titans_video.errors import DataError
 from titans_video.formats import VALIDATION_LINE
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.schema import check
-from titans_video.training import distributed, loss_table, run_folder, validation
+from titans_video.training import distributed, loss_table, run_folder, samples
 from titans_video.training.loss_table import Sums
 from titans_video.training.metrics import Recorder
 from titans_video.training.optim import Ema
 from titans_video.training.run_folder import VALIDATION_LOG
+from titans_video.training.samples import SamplePrompt
 from titans_video.training.tracking import Tracker
 from titans_video.training.trainer import Trainer, TrainResult
-from titans_video.training.validation import Monitoring, SamplePrompt, Validator
+from titans_video.training.validation import Monitoring, Validator
 from titans_video.types import Batch
 
 ROWS = (
@@ -62,7 +64,7 @@ def validator(run: TrainOptions, recipe: ToyRecipe, accelerator: Any, every: int
         Path(run.output_dir),
         ValidationOptions(validate_every=every, validation_times=3),
         run.max_steps,
-        [SamplePrompt("a red circle"), SamplePrompt("ein Kreis", (16, 16))],
+        [SamplePrompt("a red circle"), SamplePrompt("ein Kreis", {"height": 16, "width": 16})],
         rows,
         Tracker(accelerator),
     )
@@ -101,7 +103,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_validation(tmp_path: Path
     a, b = (torch.load(tmp_path / x / "checkpoint-6" / "training_state.pt", weights_only=True) for x in "ab")
     assert a["optimizer"].keys() == b["optimizer"].keys()
     assert all(torch.equal(a["optimizer"][k], b["optimizer"][k]) for k in a["optimizer"])
-    assert [look["step"] for look in looks(tmp_path / "b")] == [2, 4, 6]
+    assert [look["step"] for look in looks(tmp_path / "b")] == [0, 2, 4, 6]
 
 
 def test_nothing_of_the_run_is_touched(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_the_table_against_a_plain_computation(tmp_path: Path) -> None:
 
 def test_what_is_written_for_a_step(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=2))
-    (look,) = looks(tmp_path)
+    _, look = looks(tmp_path)
     assert look["weights"] == "averaged"
     assert look["samples"] == "samples/step-0000002"
     folder = tmp_path / look["samples"]
@@ -216,7 +218,7 @@ def test_samples_come_from_the_averaged_weights_and_a_seed_a_prompt(tmp_path: Pa
         for i in range(2):
             path = tmp_path / "samples" / "step-0000002" / run_folder.video_name(i)
             shown = read_indices(path, probe(path), [3])[0].mean() / 127.5 - 1
-            assert shown == pytest.approx(float(sampler("", i).video[0, 3, 0, 0]), abs=0.03)
+            assert shown == pytest.approx(float(sampler(GenerateOptions(seed=i)).video[0, 3, 0, 0]), abs=0.03)
 
 
 @pytest.mark.parametrize("after", [9, 13, 17])
@@ -233,7 +235,7 @@ def test_a_killed_run_ends_with_the_same_lines_and_files(tmp_path: Path, after: 
     with pytest.raises(Killed):
         train(options(tmp_path / "b", **shared), Failing(4), every=3)
     train(options(tmp_path / "b", **shared, resume="auto"), every=3)
-    assert [look["step"] for look in looks(tmp_path / "a")] == [3, 6, 9, 11]
+    assert [look["step"] for look in looks(tmp_path / "a")] == [0, 3, 6, 9, 11]
     assert (tmp_path / "a" / VALIDATION_LOG).read_bytes() == (tmp_path / "b" / VALIDATION_LOG).read_bytes()
     assert files_of(tmp_path / "a" / "samples") == files_of(tmp_path / "b" / "samples")
 
@@ -245,12 +247,13 @@ def test_a_signal_cuts_validation_short_and_the_next_run_makes_up_for_it(tmp_pat
             return super().read(piece)
 
     rows: Any = Interrupted(*ROWS)
-    outcome, _ = train(options(tmp_path / "b"), every=4, rows=rows)
+    late = ValidationOptions(validate_every=4, validation_times=3, validate_start=False)
+    outcome, _ = train(options(tmp_path / "b"), rows=rows, options=late)
     assert (outcome.step, outcome.exit_code) == (4, 143)
     assert looks(tmp_path / "b") == []
     assert not (tmp_path / "b" / "samples").exists()
     train(options(tmp_path / "b", resume="auto"), every=4)
-    train(options(tmp_path / "a"), every=4)
+    train(options(tmp_path / "a"), options=late)
     assert [look["step"] for look in looks(tmp_path / "b")] == [4, 6]
     assert (tmp_path / "a" / VALIDATION_LOG).read_bytes() == (tmp_path / "b" / VALIDATION_LOG).read_bytes()
 
@@ -258,41 +261,43 @@ def test_a_signal_cuts_validation_short_and_the_next_run_makes_up_for_it(tmp_pat
 def test_a_new_run_in_the_same_folder_moves_what_was_seen_aside(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=4))
     train(options(tmp_path, max_steps=2))
-    assert [look["step"] for look in looks(tmp_path)] == [2]
-    assert [look["step"] for look in looks(tmp_path / "previous-1")] == [2, 4]
-    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-0000002"]
+    assert [look["step"] for look in looks(tmp_path)] == [0, 2]
+    assert [look["step"] for look in looks(tmp_path / "previous-1")] == [0, 2, 4]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000000", "step-0000002"}
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_moves_later_samples_away(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=6, save_every=2, save_limit=0))
     train(options(tmp_path, max_steps=3, resume=str(tmp_path / "checkpoint-2")), every=3)
-    assert [look["step"] for look in looks(tmp_path)] == [2, 3]
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000002", "step-0000003"}
+    assert [look["step"] for look in looks(tmp_path)] == [0, 2, 3]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000000", "step-0000002", "step-0000003"}
     assert {p.name for p in (tmp_path / "previous-1").glob("step-*")} == {"step-0000004", "step-0000006"}
 
 
 def test_a_full_disk_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = validation.contact_sheet
+    plain = samples.contact_sheet
 
     def full(*given: Any, **more: Any) -> Path:
         if "Step 2" in more["title"]:
             raise OSError(28, "No space left on device")
         return plain(*given, **more)
 
-    monkeypatch.setattr(validation, "contact_sheet", full)
+    monkeypatch.setattr(samples, "contact_sheet", full)
     outcome, _ = train(options(tmp_path))
     assert outcome.step == 6
-    assert [look["step"] for look in looks(tmp_path)] == [2, 4, 6]
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000004", "step-0000006"}
+    assert [look["step"] for look in looks(tmp_path)] == [0, 2, 4, 6]
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-0000000", "step-0000004", "step-0000006"}
     (said,) = [text for text in caplog.messages if text.startswith("The videos of step 2 could not be written: ")]
     assert "step-0000002 cannot be written: No space left on device (" in said
 
 
 def test_without_held_out_rows_there_are_videos_alone(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=2, ema_decay=0.0), rows=None)
-    assert looks(tmp_path) == [{"step": 2, "weights": "trained", "samples": "samples/step-0000002"}]
+    assert looks(tmp_path) == [
+        {"step": s, "weights": "trained", "samples": f"samples/step-{s:07d}"} for s in (0, 2)
+    ]  # fmt: skip
 
 
 class Counting(nn.Module):
@@ -334,7 +339,7 @@ def _work(rank: int, world: int) -> Any:
     with torch.no_grad():
         cells = loss_table.measure(recipe, network, any_rows, 3, accelerator, going_on)
         prompts = [SamplePrompt(text) for text in ("one", "two", "three")]
-        made = validation.generate_samples(recipe, network, 5, prompts, accelerator, going_on)
+        made = samples.generate_samples(recipe, network, 5, prompts, accelerator, going_on)
     assert cells is not None
     assert made is not None
     return loss_table.as_line(cells, 3), [(m.number, m.file) for m in made], network.calls, len(asked)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.options import TrainOptions
 from titans_video.data.buckets import Bucket
 from titans_video.data.held_out import Piece
@@ -16,7 +17,7 @@ from titans_video.generation.long_video import Sampled
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.training import resume as resume_module
 from titans_video.training.checkpointing import Resume
-from titans_video.training.recipe import AdapterFiles, Size, VideoSampler
+from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.types import Batch
 
 logger = logging.getLogger("titans_video.tests")
@@ -83,11 +84,11 @@ class ToyRecipe:
     def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
         """Videos whose grey is what the network says of the seed."""
 
-        def sample(prompt: str, seed: int, size: Size | None = None) -> Sampled:
+        def sample(options: GenerateOptions) -> Sampled:
             torch.randn(5)
-            grey = network(seeded_randn((WIDTH,), [seed])).mean().tanh()
+            grey = network(seeded_randn((WIDTH,), [options.seed])).mean().tanh()
             video = torch.stack([grey * k / 4 for k in range(4)])[None, :, None, None].expand(3, 4, 16, 16)
-            return Sampled(video, 8.0, {"prompt": prompt, "seed": seed})
+            return Sampled(video, 8.0, {"prompt": options.prompt, "seed": options.seed})
 
         yield sample
 

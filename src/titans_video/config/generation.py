@@ -35,7 +35,8 @@ class GenerateOptions:
     prompt: Annotated[str, Metavar("PROMPT")] | None = None
     """Text that describes the video."""
     prompt_file: FilePath | None = None
-    """Text file with one prompt per line. Each gets a video."""
+    """File with one prompt per line. Each gets a video. A line may have settings that replace the flags, e.g. `a cat
+    --size 64x64 --frames 17 --seed 3 --guidance 4`; a .jsonl file has one object per line."""
     negative_prompt: str = ""
     """Text that describes things to avoid. It has no effect at a guidance scale of 1."""
     image: FilePath | None = None

@@ -319,10 +319,13 @@ class ValidationOptions:
 
     validate_every: Annotated[int, Range(least=0)] = 0
     """Optimizer steps between validations; the last step is validated too. 0: no validation."""
+    validate_start: bool = True
+    """Validate before the first step too, so that you see what changes. --no-validate-start begins at once."""
     validation_prompt: tuple[str, ...] = ()
     """Prompt of a sample video (default: a few captions of the data)."""
     validation_prompts: FilePath | None = None
-    """Text file with the prompts of the sample videos, one per line."""
+    """File with the prompts of the sample videos, one per line. A line may have settings, e.g. `a cat --size 64x64
+    --frames 17 --seed 3 --guidance 4`; a .jsonl file has one object per line."""
     validation_manifest: tuple[ManifestPath, ...] = ()
     """Manifest of the clips for the held-out loss. They are never trained on."""
     validation_split: Annotated[float, BELOW_1] = 0.0

@@ -363,24 +363,6 @@ def _flag(name: str, value: object, repeatable: bool, path: Path | str) -> list[
     raise ConfigError(f"{path}: {name} is neither a plain value nor a list of plain values: {shown(value)}.")
 
 
-def read_prompts(path: str, flag: str) -> tuple[str, ...]:
-    """Read the prompts of a text file: its lines that are not empty.
-
-    Args:
-        flag: the flag that gave the path, for the message.
-    Raises:
-        ConfigError: the file is missing, not text, or contains no prompt.
-    """
-    try:
-        prompts = tuple(line for line in read_lines(path) if line.strip())
-    except (Malformed, OSError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise ConfigError(f"{flag} {path} cannot be read as a text file: {reason}.") from None
-    if not prompts:
-        raise ConfigError(f"{flag} {path}: there is no prompt in it; write one a line.")
-    return prompts
-
-
 def read_segment_prompts(path: str) -> list[tuple[int, str]]:
     """Read the lines `frames: prompt` of --segment-prompts.
 

@@ -15,7 +15,7 @@ from titans_video.config.options import (
     TrainOptions,
     ValidationOptions,
 )
-from titans_video.config.parse import read_prompts
+from titans_video.config.prompts import read_prompts
 from titans_video.config.recipes import (
     ADAPTER_FORMATS,
     BaseOptions,

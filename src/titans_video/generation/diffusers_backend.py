@@ -256,15 +256,11 @@ def with_scheduler_shift(model: PretrainedModel, shift: float | None) -> Pretrai
     return model
 
 
-def sampled(
-    model: PretrainedModel, prompt: str, seed: int, size: tuple[int, int] | None, image: Tensor | None
-) -> Sampled:
-    """Generate a video without a file; `size` is (height, width) or the model's.
+def sampled(model: PretrainedModel, options: GenerateOptions, image: Tensor | None) -> Sampled:
+    """Generate a video without a file.
 
     `image` (1, 3, k, H, W) in [-1, 1] has its first frame, or its first and its last one.
     """
-    height, width = size or (None, None)
-    options = GenerateOptions(prompt=prompt, seed=seed, height=height, width=width)
     request, fps = build_request(options, model)
     if image is not None:
         request = replace(

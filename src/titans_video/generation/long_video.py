@@ -251,17 +251,11 @@ class Sampled:
     about: dict[str, Any]
 
 
-def sample(
-    model: VideoModel,
-    prompt: str,
-    seed: int,
-    size: tuple[int, int] | None = None,
-    cond_pixels: Tensor | None = None,
-) -> Sampled:
-    """Generate `titans-video generate --prompt PROMPT --seed SEED` without a file; `size` is (height, width)."""
-    height, width = size or (None, None)
-    request, fps = build_request(GenerateOptions(prompt=prompt, seed=seed, height=height, width=width), model)
+def sample(model: VideoModel, options: GenerateOptions, cond_pixels: Tensor | None = None) -> Sampled:
+    """Generate the video of `titans-video generate` with these options, without a file."""
+    request, fps = build_request(options, model)
     request = replace(request, cond_pixels=cond_pixels)
-    chunks = generate_long(model, request, plan_video(model, request)[0], progress=False)
+    window = options.window if model.segments is None else None
+    chunks = generate_long(model, request, plan_video(model, request, window)[0], progress=False)
     video = torch.cat(list(finite_frames(chunks, logger.warning, required=False)), dim=2)
     return Sampled(video[0], fps, about(request, model))

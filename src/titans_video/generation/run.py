@@ -17,7 +17,8 @@ from torch import Tensor
 
 from titans_video import __version__, console
 from titans_video.config.generation import GenerateOptions, Overrides, RunOptions
-from titans_video.config.parse import read_prompts, read_segment_prompts
+from titans_video.config.parse import read_segment_prompts
+from titans_video.config.prompts import read_prompts, with_line
 from titans_video.device import format_choices, read_facts, use_tf32
 from titans_video.errors import ConfigError
 from titans_video.files import write_text
@@ -89,32 +90,31 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     run = _choose(options, run or RunOptions())
     model, plan_generation, lora_notes = _load(options, overrides, run)
     kernel = kernel_note(model.network, run.attention_backend, model.device, PRECISIONS[run.dtype])
-    first, _ = build_request(options, model)
-    when = timing(options, model)
-    generate, notes = plan_generation(first, options, texts)
+    lines = [{}] if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
+    plans = _plan_lines(options, lines, model, plan_generation, texts)
+    first, notes = plans[0].request, [note for plan in plans for note in plan.notes]
     if first.cond_pixels is not None and not model.capabilities.continues_from_one:
         notes.append("The model was not trained to continue from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; generating "{first.prompts[0]}".')
-    prompts = first.prompts if options.prompt_file is None else read_prompts(options.prompt_file, "--prompt-file")
-    every = prompts if texts is None else [text for _, text in texts]
+    every = [plan.request.prompts[0] for plan in plans] if texts is None else [text for _, text in texts]
     about_prompts = (unknown_words_note(every, model.trained("words")), model.cut_note([*every, first.negative_prompt]))
     notes += [note for note in about_prompts if note]
     if about_prompts[0] and options.checkpoint is None:
         notes.append("The shipped model is used. For a model that you trained, pass --checkpoint with its folder.")
-    for note in [*lora_notes, kernel, *when.notes, *notes]:
+    for note in dict.fromkeys([*lora_notes, kernel, *notes]):
         console.note(note)
-    jobs = [(prompt, options.seed + i) for prompt in prompts for i in range(options.num_videos)]
+    jobs = [(plan, plan.options.seed + i) for plan in plans for i in range(options.num_videos)]
     places = [check_out(str(place)) for place in choose_places(out, len(jobs), options.overwrite)]
     weights = fingerprint(model)
     rows: list[tuple[str, Pixels]] = []
-    for (prompt, seed), place in zip(jobs, places, strict=True):
-        request = replace(first, prompts=[prompt], seeds=[seed])
+    for (plan, seed), place in zip(jobs, places, strict=True):
+        request, when, prompt = replace(plan.request, seeds=[seed]), plan.when, plan.request.prompts[0]
         one = prompt if texts is None else None  # --segment-prompts has them
-        own = replace(options, prompt=one, prompt_file=None, seed=seed, num_videos=1, out=str(place), overwrite=True)
+        own = replace(plan.options, prompt=one, seed=seed, num_videos=1, out=str(place), overwrite=True)
         record = full_record(own, overrides, run, request, model, weights)
         shown, replaced = _SheetFrames(when.frames), place.exists()
-        chunks = _at_full_rate(_checked(generate, request), request, when, own.interpolation)
+        chunks = _at_full_rate(_checked(plan.generate, request), request, when, own.interpolation)
         written = _write(chunks, request, when.fps, own, record, shown)
         write_side_file(place, record)
         rows.append((prompt, np.stack(shown.frames)))
@@ -124,6 +124,47 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
     records = name_range([f"{place.name}.json" for place in places])
     print(f"Also written: {', '.join([records, *(sheet.name for sheet in sheets), *memory])}")
     return out
+
+
+@dataclass(frozen=True)
+class _PlannedLine:
+    """The video of a prompt, checked and planned, and notes for the user."""
+
+    options: GenerateOptions
+    request: Request
+    when: Timing
+    generate: Generate
+    notes: list[str]
+
+
+def _plan_lines(
+    options: GenerateOptions,
+    lines: Sequence[Mapping[str, Any]],
+    model: LoadedModel,
+    plan_generation: PlanGeneration,
+    texts: list[tuple[int, str]] | None,
+) -> list[_PlannedLine]:
+    """Plan the video of each line of --prompt-file, whose settings replace the flags; an empty line is the flags' own.
+
+    Lines that differ only in prompt and seed share a plan. Raises ConfigError, with the prompt of the line.
+    """
+    planned: dict[str, _PlannedLine] = {}
+    found = []
+    for line in lines:
+        own, shape = with_line(options, line), repr({k: v for k, v in line.items() if k not in ("prompt", "seed")})
+        if shape not in planned:
+            try:
+                request, when = build_request(own, model)[0], timing(own, model)
+                generate, notes = plan_generation(request, own, texts)
+            except ConfigError as e:
+                if len(line) < 2:  # without settings of its own
+                    raise
+                raise ConfigError(f"--prompt-file {options.prompt_file}, {line['prompt']!r}: {e}") from None
+            planned[shape] = _PlannedLine(own, request, when, generate, [*when.notes, *notes])
+        plan = planned[shape]
+        prompts = [line["prompt"]] if line else plan.request.prompts
+        found.append(replace(plan, options=own, request=replace(plan.request, prompts=prompts)))
+    return found
 
 
 def _choose(options: GenerateOptions, run: RunOptions) -> RunOptions:

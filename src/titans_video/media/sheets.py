@@ -17,6 +17,7 @@ _SMALLEST, _LARGEST = 96, 240  # pixels: smaller heights are enlarged to the fir
 _MARGIN, _GAP, _BETWEEN = 20, 2, 14
 _CAPTION, _TITLE = 15, 20
 _MOST_LINES = 2
+_READABLE = 192  # pixels of the shorter side of clips with captions below
 
 _EASTERN_FONTS = (
     "NotoSansCJK-Regular.ttc",
@@ -81,6 +82,34 @@ def contact_sheet(
     with atomic_path(Path(path)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
     return Path(path)
+
+
+def side_by_side(clips: Sequence[Pixels], captions: Sequence[str]) -> Pixels:
+    """Return one clip, uint8 (T, H, W, 3), with the clips next to each other and a caption below each.
+
+    Small clips are enlarged by whole numbers, so that captions can be read. All have the height of the first one, and
+    the last frame of a shorter clip stays.
+    """
+    times = max(1, -(-_READABLE // min(clips[0].shape[1:3])))
+    height = clips[0].shape[1] * times
+    widths = [round(clip.shape[2] * height / clip.shape[1]) for clip in clips]
+    font = _font(_CAPTION, captions)
+    texts = [_wrap(caption, font, width) for caption, width in zip(captions, widths, strict=True)]
+    line = _line_height(font)
+    size = sum(widths) + _GAP * (len(clips) - 1), height + line * max(map(len, texts)) + _GAP
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    lefts = [sum(widths[:i]) + _GAP * i for i in range(len(clips))]
+    for left, lines in zip(lefts, texts, strict=True):
+        for k, text in enumerate(lines):
+            draw.text((left, height + _GAP + k * line), text, fill=_INK, font=font)
+    frames = []
+    for number in range(max(map(len, clips))):
+        for clip, left, width in zip(clips, lefts, widths, strict=True):
+            image = Image.fromarray(clip[min(number, len(clip) - 1)])
+            page.paste(image.resize((width, height), Image.Resampling.NEAREST if times > 1 else None), (left, 0))
+        frames.append(np.asarray(page).copy())
+    return np.stack(frames)
 
 
 def frames_strip(clip: Pixels, frames: int = 8) -> Image.Image:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_video.codecs.image_encoder import VisionEncoder
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.options import CodecOptions, DataOptions
 from titans_video.config.recipes import PretrainedOptions
 from titans_video.data.batches import end_frames
@@ -37,7 +38,7 @@ from titans_video.recipes.setup import (
     sample_prompt,
 )
 from titans_video.training.distributed import Accelerator, all_gather_object
-from titans_video.training.recipe import AdapterFiles, Size, VideoSampler
+from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.training.setup import RunContext
 from titans_video.types import Batch
 
@@ -272,8 +273,10 @@ def pipeline_sampler(
             dtype=dtype,
         )
 
-        def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
-            return sampled(model, prompt, seed, size, given_frames(parts.data, spec, prompt, size))
+        def make(options: GenerateOptions) -> Sampled:
+            usual = parts.data.main_bucket
+            size = options.height or usual.height, options.width or usual.width
+            return sampled(model, options, given_frames(parts.data, spec, options.prompt or "", size))
 
         return make
 
@@ -297,7 +300,9 @@ def image_flags(spec: ModelSpec) -> tuple[str, ...]:
     return (*first, "--last-image", "LAST_FRAME.png") if spec.end_frame == "required" else first
 
 
-def given_frames(data: VideoDataset, spec: ModelSpec, prompt: str, size: Size | None = None) -> Tensor | None:
+def given_frames(
+    data: VideoDataset, spec: ModelSpec, prompt: str, size: tuple[int, int] | None = None
+) -> Tensor | None:
     """Return (1, 3, k, H, W): the first frame of a row with this caption, or of another row; with its last if needed.
 
     None for a text-to-video model. Without `size` (height, width) it has that of the main bucket.

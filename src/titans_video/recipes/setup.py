@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from titans_video.codecs.base import Codec, describe_codec
 from titans_video.codecs.image_encoder import VisionEncoder
 from titans_video.config.options import CodecOptions, DataOptions, GenerationDefaults, TrainOptions, ValidationOptions
-from titans_video.config.parse import read_prompts
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import AUTO
 from titans_video.data.cache import EncodingCache, ImageKey
@@ -38,15 +36,15 @@ from titans_video.training.parallelism import context_mesh, context_size, data_g
 from titans_video.training.recipe import ConfiguredRecipe
 from titans_video.training.resume import check_shared, prepare_folder
 from titans_video.training.run_folder import QUARANTINE
+from titans_video.training.samples import SamplePrompt, validation_prompts
 from titans_video.training.setup import RecipeOptions, RunContext, choose_defaults, reconcile_resume
 from titans_video.training.tracking import open_tracker
 from titans_video.training.trainer import Trainer, TrainResult
-from titans_video.training.validation import Monitoring, SamplePrompt, Validator
+from titans_video.training.validation import Monitoring, Validator
 
 logger = logging.getLogger(__name__)
 
 OptionsT = TypeVar("OptionsT", bound=SoraOptions)
-DEFAULT_PROMPTS = 4  # captions of the data that validation uses if no prompts are given
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,9 @@ def encode_cache(
     if image is not None:
         about = ImageKey(image.key(), ((2 if data.mix.last_frame else 1) * image.tokens, image.width))
         encoders = replace(encoders, image=about, image_states=image)
-    prompts = [prompt.text for prompt in validation_prompts(options.validation, data)]
+    shown = validation_prompts(options.validation, data)
+    texts = [text for prompt in shown for text in (prompt.text, prompt.settings.get("negative_prompt"))]
+    prompts = [text for text in texts if text is not None]
     # Every process encodes other rows, also those that will share clips.
     divided = replace(data, rank=accelerator.process_index, world=accelerator.num_processes)
     filled = fill_cache(divided, options.data.cache, encoders, prompts=prompts, processes=process_group(accelerator))
@@ -195,25 +195,6 @@ def release(*encoders: Codec | TextEncoder | VisionEncoder | None) -> None:
 def sample_prompt(data: VideoDataset) -> str | None:
     """Return the first caption of the data, for the command that is printed at the end."""
     return next(filter(None, data.records.captions()), None)
-
-
-def validation_prompts(options: ValidationOptions, data: VideoDataset) -> list[SamplePrompt]:
-    """Return the prompts of the options, or a few captions chosen by row id, each with the size of its row."""
-    if not options.validate_every:
-        return []
-    if options.validation_prompts is not None:
-        return [SamplePrompt(text) for text in read_prompts(options.validation_prompts, "--validation-prompts")]
-    if options.validation_prompt:
-        return [SamplePrompt(text) for text in options.validation_prompt]
-    chosen: dict[str, SamplePrompt] = {}
-    for at in np.argsort(data.records.seeds(0, "prompt"), kind="stable").tolist():
-        record = data.records[at]
-        size = (record.bucket.height, record.bucket.width)
-        if record.row.caption:
-            chosen.setdefault(record.row.caption, SamplePrompt(record.row.caption, size))
-        if len(chosen) == DEFAULT_PROMPTS:
-            break
-    return list(chosen.values()) or [SamplePrompt("")]
 
 
 def checkpoint_config(
@@ -405,6 +386,7 @@ def open_monitoring(
 def _validation_note(options: ValidationOptions, parts: ClipParts, prompts: Sequence[SamplePrompt]) -> str:
     videos = counted(len(prompts), "video")
     every = "Validation every " + ("step" if options.validate_every == 1 else f"{options.validate_every} steps")
+    every += ", and before the first one" if options.validate_start else ""
     held_out = parts.held_out
     if held_out is None:
         return (

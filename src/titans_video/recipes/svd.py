@@ -20,6 +20,7 @@ from titans_video.checkpoint import read_json
 from titans_video.codecs.base import flags_to_name_again
 from titans_video.codecs.image_encoder import ImageEncoder
 from titans_video.config.fields import flag_of
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.recipes import SVDOptions, TuneOptions
 from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset
@@ -51,7 +52,7 @@ from titans_video.recipes.sora import init_network, train_sora
 from titans_video.schema import shown
 from titans_video.seeding import derive_seed, seeded_randn, seeded_uniform
 from titans_video.text.base import TextEncoder
-from titans_video.training.recipe import Size, VideoSampler
+from titans_video.training.recipe import VideoSampler
 from titans_video.training.setup import start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.types import Batch, Condition, ImageCondition, TextCondition
@@ -316,9 +317,10 @@ def image_sampler(
         encoder = prompt_encoder(parts.text, parts.cache)
         model = VideoModel(network, parts.codec, encoder, process, config, step, image=image)
 
-        def make(prompt: str, seed: int, size: Size | None = None) -> Sampled:
-            image = None if frame is None else to_tensor(cover_crop(to_uint8(frame), *(size or usual)))[None]
-            return sample(model, prompt, seed, size, image)
+        def make(options: GenerateOptions) -> Sampled:
+            size = options.height or usual[0], options.width or usual[1]
+            image = None if frame is None else to_tensor(cover_crop(to_uint8(frame), *size))[None]
+            return sample(model, options, image)
 
         return make
 

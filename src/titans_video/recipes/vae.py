@@ -18,6 +18,7 @@ from titans_video import checkpoint as files
 from titans_video.checkpoint import Checkpoint
 from titans_video.codecs.diffusers import DiffusersCodec, find_vae, load_vae
 from titans_video.config.fields import flag_of
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.recipes import TrainVaeOptions, VaeOptions
 from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset, open_data
@@ -35,8 +36,9 @@ from titans_video.seeding import derive_seed, seeded_randn, uniform
 from titans_video.training.distributed import finish, process_group, run_on_main
 from titans_video.training.init_from import start_from
 from titans_video.training.parallelism import context_size, data_group
-from titans_video.training.recipe import AdapterFiles, Size, VideoSampler
+from titans_video.training.recipe import AdapterFiles, VideoSampler
 from titans_video.training.run_folder import VAE, weights_of
+from titans_video.training.samples import SamplePrompt
 from titans_video.training.setup import RunContext, start_run
 from titans_video.training.trainer import TrainResult
 from titans_video.training.vae_network import (
@@ -49,7 +51,6 @@ from titans_video.training.vae_network import (
     restored_vae,
     set_statistics,
 )
-from titans_video.training.validation import SamplePrompt
 from titans_video.types import Batch, CodecSpec
 
 logger = logging.getLogger(__name__)
@@ -150,12 +151,12 @@ class VaeRecipe:
     def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
         """Yield a function that shows a held-out clip above its reconstruction; `seed` is its number."""
 
-        def sample(prompt: str, seed: int, size: Size | None = None) -> Sampled:
+        def sample(options: GenerateOptions) -> Sampled:
             assert self.held_out_rows is not None
-            batch, _ = self.held_out_rows.read(self.shown[seed])
+            batch, _ = self.held_out_rows.read(self.shown[options.seed])
             made, pixels = self._reconstruct(network, batch)
             video = torch.cat([pixels, made.pixels.clamp(-1, 1)], dim=3)[0].cpu()
-            return Sampled(video, float(batch.fps[0]), {"clip": prompt, "step": step})
+            return Sampled(video, float(batch.fps[0]), {"clip": options.prompt, "step": step})
 
         yield sample
 

@@ -47,7 +47,7 @@ from titans_video.parsing import Malformed, read_json, read_json_lines
 from titans_video.schema import Schema, fits
 from titans_video.training import run_folder, tracking
 from titans_video.training.loss_table import as_table, columns, format_cell
-from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, video_name
+from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, originals_folder, video_name
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,14 @@ def samples(run: Run) -> str:
     steps = evenly(sorted(folders), COLUMNS)
     prompts = read_prompts(run, folders[steps[-1]])
     budget = EmbedBudget()
-    parts = ["<h2>Samples over time</h2>", '<p class="small">The same prompts from the same noise each time.</p>']
+    parts = [
+        "<h2>Samples over time</h2>",
+        '<p class="small">The same prompts from the same noise. The original is the clip with this caption.</p>',
+    ]
     for i, prompt in enumerate(prompts):
-        cells = [_cell(run, folders[step], prompt, i, step, budget) for step in steps]
+        cells = [_cell(run, folders[step], prompt, i, f"step {step}", budget) for step in steps]
+        if prompt in read_prompts(run, originals_folder(run.folder))[i : i + 1]:
+            cells.append(_cell(run, originals_folder(run.folder), prompt, i, "original", budget))
         parts.append(f'<h3>{html_text(prompt) or "(no prompt)"}</h3><div class="strip">{"".join(cells)}</div>')
     sheet = folders[steps[-1]] / CONTACT_SHEET
     if _is_own_file(run, sheet):
@@ -180,22 +185,22 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
     return [steps[i] for i in picked]
 
 
-def _cell(run: Run, folder: Path, prompt: str, number: int, step: int, budget: EmbedBudget) -> str:
+def _cell(run: Run, folder: Path, prompt: str, number: int, caption: str, budget: EmbedBudget) -> str:
     path = folder / video_name(number)
     prompts = read_prompts(run, folder)
     if number >= len(prompts) or prompts[number] != prompt or not _is_own_file(run, path):
-        return f'<figure><div class="none">-</div><figcaption>step {step}</figcaption></figure>'
+        return f'<figure><div class="none">-</div><figcaption>{caption}</figcaption></figure>'
     try:
         still = _still(path)
     except (UserError, *DECODING_ERRORS) as e:
-        return f'<figure><div class="none">{html_text(e)}</div><figcaption>step {step}</figcaption></figure>'
+        return f'<figure><div class="none">{html_text(e)}</div><figcaption>{caption}</figcaption></figure>'
     poster = data_url(still, "image/jpeg")
     if budget.take(path.stat().st_size):
         source = data_url(path.read_bytes(), "video/mp4")
         media = f'<video src="{source}" poster="{poster}" autoplay loop muted playsinline></video>'
     else:
         media = f'<a href="{html_link(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
-    return f"<figure>{media}<figcaption>step {step}</figcaption></figure>"
+    return f"<figure>{media}<figcaption>{caption}</figcaption></figure>"
 
 
 def _still(path: Path) -> bytes:
@@ -218,7 +223,7 @@ h1 small{font-weight:400;color:var(--faint);font-size:1rem;margin-left:.6rem}h3{
 .chart.wide{flex:1 1 100%}.chart.half{flex:1 1 32rem;min-width:18rem}
 .chart img{width:100%;display:block;margin-top:.3rem}
 .strip{display:flex;flex-wrap:wrap;gap:.8rem}
-.strip figure{width:calc((100% - 4rem)/6);min-width:7rem}.strip figcaption{font-weight:400;font-size:.8rem;
+.strip figure{width:calc((100% - 4.8rem)/7);min-width:7rem}.strip figcaption{font-weight:400;font-size:.8rem;
 color:var(--faint)}.strip video,.strip img{width:100%;display:block;border-radius:4px;background:var(--band)}
 .none{aspect-ratio:1;background:var(--band);border-radius:4px;display:grid;place-items:center;color:var(--faint);
 font-size:.75rem;overflow:hidden}.sheet{max-width:100%;border-radius:4px;border:1px solid var(--line)}

@@ -11,16 +11,15 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from titans_video.checkpoint import Checkpoint
+from titans_video.config.generation import GenerateOptions
 from titans_video.generation.long_video import Sampled
 from titans_video.types import Batch
 
-Size = tuple[int, int]  # height and width in pixels
-
 
 class VideoSampler(Protocol):
-    """Make the video of a prompt, from the noise of a seed; without a size in that of the checkpoint."""
+    """Make the video of a prompt, from the noise of a seed; what the options leave out is as in the checkpoint."""
 
-    def __call__(self, prompt: str, seed: int, size: Size | None = None) -> Sampled: ...
+    def __call__(self, options: GenerateOptions) -> Sampled: ...
 
 
 class AdapterFiles(Protocol):

@@ -154,6 +154,16 @@ def samples_after(run: Path, step: int) -> list[Path]:
     return sorted(p for p in (run / SAMPLES).glob("step-*") if p > samples_folder(run, step))
 
 
+def originals_folder(run: Path) -> Path:
+    """Return the folder of the clips of the rows whose captions are prompts; their names are as `video_name`."""
+    return run / SAMPLES / "original"
+
+
+def pair_name(number: int) -> str:
+    """Return the file name of a sample next to the clip of its row."""
+    return f"{number + 1:02d}-pair.mp4"
+
+
 def video_name(number: int) -> str:
     """Return the file name of the video of a prompt, whose number counts from 0."""
     return f"{number + 1:02d}.mp4"

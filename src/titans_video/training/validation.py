@@ -6,16 +6,12 @@ depends on the time or the machine.
 """
 
 import contextlib
-import json
 import logging
-import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -24,97 +20,25 @@ from titans_video.config.options import ValidationOptions
 from titans_video.console import Progress
 from titans_video.data.held_out import HeldOut
 from titans_video.errors import first_line
-from titans_video.files import atomic_folder, make_folder
+from titans_video.files import make_folder
 from titans_video.generation.denoise import eval_mode
-from titans_video.generation.long_video import Sampled
-from titans_video.media.colour import Pixels, to_uint8
-from titans_video.media.sheets import contact_sheet
-from titans_video.media.writing import write_video
 from titans_video.training import distributed, loss_table
 from titans_video.training.metrics import MetricsLog, last_line
 from titans_video.training.optim import Ema
 from titans_video.training.parallelism import data_group
-from titans_video.training.recipe import Recipe, Size
-from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, VALIDATION_LOG, samples_folder, video_name
+from titans_video.training.recipe import Recipe
+from titans_video.training.run_folder import CONTACT_SHEET, VALIDATION_LOG
+from titans_video.training.samples import (
+    SamplePrompt,
+    SampleVideo,
+    assign_prompts,
+    generate_samples,
+    write_originals,
+    write_samples,
+)
 from titans_video.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-
-SHEET_FRAMES = 8  # of a video in the contact sheet
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """The prompt of a validation video, and the size of the video; None for the checkpoint's."""
-
-    text: str
-    size: Size | None = None
-
-
-@dataclass(frozen=True)
-class SampleVideo:
-    """A generated video to send to the main process: its file, and its frames in the contact sheet."""
-
-    number: int
-    file: bytes
-    frames: Pixels
-
-
-def generate_samples(
-    recipe: Recipe,
-    network: nn.Module,
-    step: int,
-    prompts: Sequence[SamplePrompt],
-    accelerator: Accelerator,
-    on_video: Callable[[], bool],
-) -> list[SampleVideo] | None:
-    """Generate a video of each prompt, and return all of them on every process. Prompt i, counted from 0, uses seed i.
-
-    The last turn of the processes is filled with prompts whose videos are dropped, so that all call the network equally
-    often. Every process calls `on_video` before each turn; if it returns False, the result is None.
-    """
-    videos: list[SampleVideo] = []
-    group = data_group(accelerator)
-    with recipe.sampler(network, step) as sampler:
-        for start in range(0, len(prompts), group.count):
-            if not on_video():
-                return None
-            number = start + group.index
-            counts = number < len(prompts)
-            seed = number if counts else start
-            sampled = sampler(prompts[seed].text, seed, prompts[seed].size)
-            if counts and group.is_first and (video := _encoded(number, sampled)):
-                videos.append(video)
-    gathered = distributed.all_gather_object(accelerator, videos)
-    return sorted((video for own in gathered for video in own), key=lambda video: video.number)
-
-
-def _encoded(number: int, sampled: Sampled) -> SampleVideo | None:
-    """Encode a video; None if there is no room for temporary files."""
-    frames = to_uint8(sampled.video)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / video_name(number)
-            write_video(path, frames, sampled.fps, metadata=sampled.about)
-            file = path.read_bytes()
-    except OSError as e:
-        logger.warning(f"A validation video is left out: {first_line(e)} Or set TMPDIR to another folder.")
-        return None
-    picked = np.unique(np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int))
-    return SampleVideo(number, file, frames[picked])
-
-
-def write_samples(run: Path, step: int, prompts: Sequence[str], videos: Sequence[SampleVideo]) -> Path:
-    """Write the folder of a step, completely or not at all, and return it. An existing folder is replaced."""
-    folder = samples_folder(run, step)
-    with atomic_folder(folder) as temporary:
-        for video in videos:
-            (temporary / video_name(video.number)).write_bytes(video.file)
-        frames = [video.frames for video in videos]
-        contact_sheet(temporary / CONTACT_SHEET, frames, prompts, title=f"Step {step}", frames=SHEET_FRAMES)
-        text = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
-        (temporary / PROMPTS).write_text(text, encoding="utf-8")
-    return folder
 
 
 @dataclass
@@ -136,6 +60,8 @@ class Validator:
 
     def due(self, step: int) -> bool:
         """Whether `step` must be validated now. A run that was stopped during validation repeats it."""
+        if step == 0:
+            return self.done < 0 and self.options.validate_start
         return self.done < step and (step % self.options.validate_every == 0 or step == self.last)
 
     def validate(self, step: int, model: nn.Module, ema: Ema | None, stop: Callable[[], int]) -> int:
@@ -178,7 +104,7 @@ class Validator:
     def _count_turns(self) -> int:
         world = data_group(self.accelerator).count
         pieces = len(loss_table.assign(self.rows.pieces(), world)) if self.rows else 0
-        return pieces + math.ceil(len(self.prompts) / world)
+        return pieces + len(assign_prompts(self.prompts, world))
 
     def _write(self, step: int, line: dict[str, Any], videos: Sequence[SampleVideo]) -> None:
         """Write, log and track the results; on the main process."""
@@ -208,10 +134,14 @@ class Validator:
             return None
 
     def _remove_after(self, step: int) -> int:
-        """Remove the lines of later steps, and return the last step that is left, or 0; on the main process."""
+        """Remove the lines of later steps, and return the last step that is left, or -1; on the main process."""
         make_folder(self.run)
         self.log = MetricsLog(self.run / VALIDATION_LOG, step)
-        return min(int(last_line(self.log.path).get("step", 0)), step)
+        try:
+            write_originals(self.run, self.prompts)
+        except Exception as e:  # of whatever library: no picture is worth a run
+            logger.warning(f"The clips beside the samples could not be written: {first_line(e)} Training continues.")
+        return min(int(last_line(self.log.path).get("step", -1)), step)
 
 
 @dataclass(frozen=True)
