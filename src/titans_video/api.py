@@ -16,6 +16,7 @@ from titans_video.media.plots import data_url, format_loss, html_text
 from titans_video.processes import StopSignal
 from titans_video.reporting.report import Run, read_run, write_report
 from titans_video.training.run_folder import LOSS_CURVE
+from titans_video.training.verdict import Verdict, judge_lines
 
 if TYPE_CHECKING:
     from titans_video.generation.video_pipeline import VideoPipeline
@@ -40,6 +41,12 @@ class TrainedRun:
         """The values of every optimizer step, as in metrics.jsonl."""
         return self.run.lines
 
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the run was learning, why, and what to do."""
+        run = self.run
+        return judge_lines(run.lines, run.validations)
+
     def report(self) -> Path:
         """Write the page about the run, as `titans-video report` does, and return its path."""
         return write_report(self.folder)
@@ -53,7 +60,7 @@ class TrainedRun:
     def _repr_html_(self) -> str:
         curve = self.folder / LOSS_CURVE
         picture = f'<img src="{data_url(curve.read_bytes(), "image/png")}" alt="Loss">' if curve.is_file() else ""
-        return f"<p>{html_text(repr(self))}</p>{picture}"
+        return f"<p>{html_text(repr(self))}</p><p>{html_text(str(self.verdict))}</p>{picture}"
 
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss {format_loss(self.loss)}"

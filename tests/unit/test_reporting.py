@@ -324,3 +324,19 @@ def test_one_function_escapes_for_pages() -> None:
         source = path.read_text(encoding="utf-8")
         own = re.search(r"^\s*(import html|from html)\b|html\.escape", source, re.MULTILINE)
         assert path.name == "plots.py" or own is None, path
+
+
+def test_the_verdict_and_the_original(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<b>Is it learning?</b> <b>too early to say</b>. 8 steps are done, and 32 more are needed" in page
+    assert "original</figcaption>" not in page
+    lines = [{"step": s, "loss": 2.0 / s**0.5 * (1 + 0.01 * (-1) ** s)} for s in range(1, 401)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    samples.write_originals(run, [samples.SamplePrompt(PROMPT, original=lambda: (frames, 8.0))])
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<b>learning</b>. Held-out loss went from 0.3750 at step 2 to " in page
+    assert page.count("<figcaption>original</figcaption>") == 1
+    (run / "samples" / "original" / "prompts.json").write_text('["another prompt"]')
+    assert "original</figcaption>" not in write_report(run).read_text(encoding="utf-8")

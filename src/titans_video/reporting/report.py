@@ -48,6 +48,7 @@ from titans_video.schema import Schema, fits
 from titans_video.training import run_folder, tracking
 from titans_video.training.loss_table import as_table, columns, format_cell
 from titans_video.training.run_folder import CONTACT_SHEET, PROMPTS, REPORT, originals_folder, video_name
+from titans_video.training.verdict import judge_lines
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ font-size:.75rem;overflow:hidden}.sheet{max-width:100%;border-radius:4px;border:
 .losses td:nth-child(-n+2),.losses th:nth-child(-n+2){text-align:left}.scroll{overflow-x:auto}
 .dense td{padding:.15rem 1.4rem .15rem 0;font-size:.87rem;overflow-wrap:anywhere}
 .two{display:flex;flex-wrap:wrap;gap:.5rem 4rem}code{font-size:.82rem;overflow-wrap:anywhere}
+.verdict{border-left:3px solid var(--line);padding-left:.8rem;max-width:60rem}
 details{margin:.8rem 0}summary{cursor:pointer;color:var(--soft)}
 """
 
@@ -268,7 +270,14 @@ def _head(run: Run) -> str:
             figures[name] = text(value)
     figures["of training"] = duration(float(np.nansum(run.values("seconds"))))
     summary = " · ".join(part for part in (model, state) if part)
-    return f"<h1>{html_text(_name(run))}<small>{html_text(summary)}</small></h1>{numbers(figures)}"
+    head = f"<h1>{html_text(_name(run))}<small>{html_text(summary)}</small></h1>{numbers(figures)}"
+    return f"{head}{_verdict(run)}"
+
+
+def _verdict(run: Run) -> str:
+    found = judge_lines(run.lines, run.validations)
+    text = f"{found.reason} {found.advice}".rstrip()
+    return f"<p class=verdict><b>Is it learning?</b> <b>{html_text(found.state)}</b>. {html_text(text)}</p>"
 
 
 def _training(run: Run) -> str:

@@ -22,13 +22,14 @@ from titans_video.errors import WriteError, first_line
 from titans_video.files import make_folder, write_text, writing
 from titans_video.formats import METRICS_LINE
 from titans_video.media.plots import format_loss, format_short, loss_curve
-from titans_video.parsing import Malformed, parse_json
+from titans_video.parsing import Malformed, parse_json, read_json_lines
 from titans_video.schema import fits
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.overlap import LateValues
 from titans_video.training.recipe import Recipe
-from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS
+from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS, VALIDATION_LOG
 from titans_video.training.tracking import Tracker
+from titans_video.training.verdict import Curve, Verdict, judge
 from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ WINDOW = 50  # optimizer steps over which speeds are averaged
 TASK_SUMS = 3  # of a task: loss, supervised elements, rows
 BINARY = getattr(os, "O_BINARY", 0)  # without it, Windows writes other line ends
 CURVE_SECONDS = 60.0  # least time between two drawings of the loss curve
+VERDICT_STEPS = 100  # between two verdicts on the run, beside those after validations
 
 
 class MetricsLog:
@@ -130,6 +132,15 @@ def last_line(path: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = parse_json(lines[-1]) if lines and _step(lines[-1]) is not None else {}
     return found
+
+
+def _losses_of(path: Path) -> list[tuple[int, float]]:
+    """Return the step and the loss of each line, NaN for none; an empty list if the file cannot be read."""
+    try:
+        lines = [line for line in read_json_lines(path) if fits(METRICS_LINE, line)]
+    except OSError:
+        return []
+    return [(line["step"], x if isinstance(x := line.get("loss"), int | float) else math.nan) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -267,6 +278,9 @@ class Recorder:
         self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
         loss = last_line(run / METRICS).get("loss_smooth")
+        self._losses = _losses_of(run / METRICS) if step else []
+        self.verdict: Verdict | None = None
+        self._logged: Verdict | None = None
         self.rates = Rates(options.max_steps, processes, peak, loss if isinstance(loss, float) else None)
         self.bar = self._open.enter_context(Progress("", "step", options.max_steps, start=step))
         self._drawn = 0.0
@@ -277,6 +291,8 @@ class Recorder:
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
+        if error[0] is None:
+            self.log_verdict()
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """Record an optimizer step that took `seconds`."""
@@ -295,8 +311,29 @@ class Recorder:
         self.metrics.write(line, time.perf_counter())
         if step % self.options.log_every == 0 or step == self.options.max_steps:
             self.tracker.scalars(step, line)
-        self.bar.status = str(self.rates)
+        self._losses.append((step, result.loss))
+        if step % VERDICT_STEPS == 0:
+            self.judge()
+        self.bar.status = f"{self.rates} | {self.verdict.state}" if self.verdict else str(self.rates)
         self.bar.update()
+
+    def judge(self) -> Verdict | None:
+        """Judge the run so far, for the bar and `verdict`; return None if its files cannot be read."""
+        try:
+            path = self.run / VALIDATION_LOG
+            looks = [line for line in read_json_lines(path) if fits(METRICS_LINE, line)] if path.is_file() else []
+            steps, losses = zip(*self._losses, strict=True) if self._losses else ((), ())
+            self.verdict = judge(Curve.made(steps, losses), Curve.of(looks))
+        except OSError:
+            self.verdict = None
+        return self.verdict
+
+    def log_verdict(self) -> None:
+        """Judge the run so far, and log the verdict unless it is the last one or too early."""
+        verdict = self.judge()
+        if verdict and verdict.state != "too early to say" and verdict != self._logged:
+            logger.info(f"Is it learning? {verdict}")
+            self._logged = verdict
 
     def event(self, event: Event) -> None:
         """Record a skipped step or a loss spike."""

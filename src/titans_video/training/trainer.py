@@ -351,6 +351,8 @@ class Trainer:
         self._finish_step(recorder)
         received = validator.validate(self.step, self.model, self.ema, lambda: interrupt.reduce(self.accelerator)[1])
         reshard(self.network)
+        if recorder:
+            recorder.log_verdict()
         return received
 
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
