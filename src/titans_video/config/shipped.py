@@ -23,16 +23,17 @@ def shipped_configs() -> list[str]:
     return sorted(name for name in found if not name.startswith("accelerate/"))
 
 
-def find_config(path: str | Path) -> Path:
+def find_config(path: str | Path, *, quiet: bool = False) -> Path:
     """Return the path of a configuration file, which need not exist.
 
     If there is no file at `path`, it may name a file of the package, as `sora/tiny` or as `configs/sora/tiny.yaml`.
-    That file is then returned, with a note on stderr.
+    That file is then returned, with a note on stderr unless `quiet`.
     """
     given = Path(path)
     name = Path(given.as_posix().removeprefix("configs/")).with_suffix(".yaml")
     inside = configs_folder() / name
     if given.exists() or given.is_absolute() or ".." in name.parts or not inside.is_file():
         return given
-    note(f"There is no file {given} here. Using {inside}, of the package.")
+    if not quiet:
+        note(f"There is no file {given} here. Using {inside}, of the package.")
     return inside

@@ -108,7 +108,7 @@ def training_command(options: DemoOptions, folder: Path) -> Command:
     Raises:
         ConfigError: a file is missing, or the batch cannot be divided.
     """
-    place = find_config(options.train_config)
+    place = find_config(options.train_config, quiet=options.train_config == DemoOptions.train_config)
     config = _read_config(place)
     cpus = os.cpu_count() or 1
     processes = options.processes or (1 if torch.cuda.is_available() or cpus < 2 else 2)
@@ -120,7 +120,15 @@ def training_command(options: DemoOptions, folder: Path) -> Command:
     batch = int(config.get("batch_size", 1))
     if batch % processes:
         raise ConfigError(f"{options.train_config}: a batch_size of {batch} cannot be shared by {processes} processes.")
-    launch = ["--config_file", str(find_config(TWO_PROCESSES)), "--num_processes", str(processes), "-m", MODULE, *flags]
+    launch = [
+        "--config_file",
+        str(find_config(TWO_PROCESSES, quiet=True)),
+        "--num_processes",
+        str(processes),
+        "-m",
+        MODULE,
+        *flags,
+    ]
     launch += ["--batch-size", str(batch // processes)]
     environment = {"OMP_NUM_THREADS": str(max(1, cpus // processes))}
     words = [f"{name}={value}" for name, value in environment.items()] + ["accelerate", "launch", *launch]

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import av
 from av.container import InputContainer
@@ -147,6 +147,10 @@ def check_file(path: Path) -> os.stat_result:
     return status
 
 
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""A tag that is not UTF-8 is no reason to refuse a file. PyAV 19 has no setting, and keeps its bytes as surrogates."""
+
+
 def open_container(path: Path, deadline: Deadline) -> InputContainer:
     """Open a plain local file with FFmpeg.
 
@@ -161,7 +165,7 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
         container = av.open(
             f"file:{path}",
             options={"protocol_whitelist": "file", "format_whitelist": FORMATS, "pattern_type": "none"},
-            metadata_errors="replace",
+            **_METADATA,
             timeout=max(deadline.end - time.monotonic(), 0.1),
         )
     except PermissionError as error:

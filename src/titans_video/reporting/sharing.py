@@ -21,7 +21,7 @@ from titans_video.generation import adapters
 from titans_video.generation.export import LEFT_OUT, export, export_checkpoint
 from titans_video.generation.model import BUNDLED, load_model
 from titans_video.generation.video_pipeline import VideoPipeline
-from titans_video.media.opening import DECODING_ERRORS
+from titans_video.media.opening import DECODING_ERRORS, Deadline, open_container
 from titans_video.media.plots import loss_curve
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
@@ -49,6 +49,8 @@ TEXT = (".json", ".md", ".txt", ".yaml")
 SAMPLE, PICTURE, FIGURE = "sample.mp4", "sample.png", "loss.png"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 """Environment variables whose values must not be in a shared folder."""
+SECONDS = 60.0
+"""The longest time that reading a sample may take."""
 LARGEST_SEARCHED = 64 * 2**20
 _IGNORED = shutil.ignore_patterns(".*", "*.pt", "*.bin", "optimizer*")
 
@@ -204,7 +206,8 @@ def _generate(temporary: Path, config: Mapping[str, Any]) -> str:
 
 def _copy_video(source: Path, temporary: Path) -> None:
     """Copy the packets of an mp4 without its metadata, which may have paths of this machine."""
-    with av.open(str(source)) as read, av.open(str(temporary), "w") as write:
+    deadline = Deadline(source, SECONDS)
+    with open_container(source, deadline) as read, av.open(str(temporary), "w", format="mp4") as write:
         stream = write.add_stream_from_template(read.streams.video[0])
         for packet in read.demux(read.streams.video[0]):
             if packet.dts is not None:
