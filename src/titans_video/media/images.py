@@ -218,7 +218,7 @@ def _tiles(path: Path, picture: Picture, deadline: Deadline) -> Iterator[tuple[i
                 continue
             try:
                 frames = stream.codec_context.decode(packet)
-            except av.FFmpegError:
+            except (av.FFmpegError, ValueError):  # the latter from PyAV 19 on: a tile without a known codec
                 continue
             for frame in frames[:1]:
                 colour = colour_of(frame, path)
