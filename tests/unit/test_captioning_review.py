@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.unit.media_clips import encode, moving_bars
 from titans_video.captioning.review import STRIP_FRAMES, STRIP_HEIGHT, CaptionReview, ReviewServer
+from titans_video.cli.main import main
 from titans_video.errors import ConfigError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -161,9 +162,26 @@ def test_captions_of_a_killed_command_are_moved_first(manifest: Path) -> None:
     assert [row.caption for row in CaptionReview(manifest).rows()][2] == "found"
 
 
+def test_the_command_serves_until_ctrl_c(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def serve(server: ReviewServer, poll_interval: float) -> None:
+        asked.append(server.server_port)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReviewServer, "serve_forever", serve)
+    assert main(["caption", "--review", str(manifest), "--no-browser"]) == 0
+    printed = capsys.readouterr().out
+    assert f"http://127.0.0.1:{asked[0]}/" in printed
+    assert "The page is closed." in printed
+    assert main(["caption", "--review", str(manifest.parent / "none.jsonl")]) == 2
+
+
 def until(page: Any, condition: str) -> None:
     """Wait until an expression is true; playwright's own `wait_for_function` needs `eval`, which the page forbids."""
-    for _ in range(600):
+    for _ in range(6000):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(50)
@@ -175,8 +193,9 @@ def test_the_page_in_a_browser(server: ReviewServer, manifest: Path, tmp_path: P
     """Read, edit with the keyboard alone, save; no errors, no request to another place."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=300_000)
         page = browser.new_page(viewport={"width": 1200, "height": 700})
+        page.set_default_timeout(300_000)  # a machine may be busy
         errors: list[str] = []
         addresses: list[str] = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)

@@ -10,13 +10,12 @@ from titans_video.config.parse import parse
 from titans_video.errors import ConfigError, DataError
 from titans_video.processes import StopSignal
 
-REVIEW = "--review"
 CAPTION = About(
     CaptionOptions,
     "Write captions for the clips of a manifest with an image-text-to-text model, or review them.",
     (
         ("Describe the clips that have no caption", "clips/manifest.jsonl --model /path/to/Qwen2.5-VL-7B-Instruct"),
-        ("Read and edit the captions beside their frames", "clips/manifest.jsonl --review"),
+        ("Read and edit the captions beside their frames", "--review clips/manifest.jsonl"),
     ),
     ("manifest", "model", "review", "out", "all", "prompt", "caption_prefix", "frames", "batch_size", "device"),
     positionals=("manifest",),
@@ -28,9 +27,7 @@ CAPTION = About(
 
 def main(argv: Sequence[str], prog: str = "titans-video caption") -> int:
     """Write captions, or serve the review page until Ctrl-C; return the exit code."""
-    words = [word for word in argv if word != REVIEW]  # `caption --review MANIFEST` is `caption MANIFEST --review`
-    words += [REVIEW] * (len(words) < len(argv))
-    options = parse(CaptionOptions(), words, prog=prog, about=CAPTION)
+    options = parse(CaptionOptions(), argv, prog=prog, about=CAPTION)
     if options.manifest is None:
         raise ConfigError(f"The manifest is missing. Use `{prog} MANIFEST --model FOLDER`.")
     if not Path(options.manifest).exists():
