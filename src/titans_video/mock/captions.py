@@ -54,6 +54,58 @@ _NO_WAY = (
     "something moves",
     "motion",
 )
+_OTHER_COLOURS = {
+    "red": ("crimson", "scarlet", "ruby", "cherry-coloured", "tomato-coloured", "vermilion"),
+    "green": ("emerald", "lime", "grass-coloured", "jade", "olive", "mint"),
+    "blue": ("navy", "azure", "cobalt", "sapphire", "sky-coloured", "indigo"),
+    "yellow": ("golden", "lemon", "canary", "amber", "mustard-coloured", "sunflower"),
+}
+_OTHER_SHAPES = {
+    "circle": ("ball", "disc", "round dot", "sphere", "ring-shaped blob", "coin"),
+    "square": ("box", "block", "tile", "cube", "figure with four equal sides", "quadrangle"),
+    "triangle": ("pyramid", "wedge", "figure with three corners", "three-sided shape", "tent shape", "cone"),
+}
+_OTHER_WAYS = {
+    "left": (
+        "leftward",
+        "towards the left edge",
+        "from east to west",
+        "westward",
+        "to the left-hand side",
+        "leftwardly",
+    ),
+    "right": (
+        *("rightward", "towards the right edge", "from west to east", "eastward", "to the right-hand side"),
+        "rightwardly",
+    ),
+    "up": ("upward", "towards the ceiling", "higher and higher", "skyward", "to the upper edge", "from floor to roof"),
+    "down": (
+        "downward",
+        "towards the floor",
+        "lower and lower",
+        "earthward",
+        "to the lower edge",
+        "from roof to floor",
+    ),
+}
+_PARAPHRASES = (
+    "a {colour} {shape} sliding {way}",
+    "{colour} {shape} drifting {way}",
+    "we see a {colour} {shape} that travels {way}",
+    "one {colour} {shape} heading {way}",
+    "there is a {shape}, {colour} all over, gliding {way}",
+    "footage of some {colour} {shape} on its journey {way}",
+)
+
+
+def paraphrases(wanted: Combination) -> list[str]:
+    """Return six sentences that mean a combination; no caption of the data set has their colours, shapes and verbs.
+
+    Two of the six directions have the word `left` or `right` in another phrase.
+    """
+    colours, shapes, ways = _OTHER_COLOURS[wanted.colour], _OTHER_SHAPES[wanted.shape], _OTHER_WAYS[wanted.direction]
+    parts = zip(_PARAPHRASES, colours, shapes, ways, strict=True)
+    return [text.format(colour=colour, shape=shape, way=way) for text, colour, shape, way in parts]
 
 
 def rephrase(wanted: Combination, rng: np.random.Generator) -> str:

@@ -29,6 +29,7 @@ State = Literal["ok", "optional", "problem"]
 MODULES = {"pillow": "PIL", "protobuf": "google.protobuf", "pyyaml": "yaml"}
 """The modules of packages whose name is another one."""
 PURPOSES = {
+    "minilm": "--text-model minilm",
     "tensorboard": "--log-with tensorboard",
     "torchao": "--quantize int8 and nf4, 8-bit optimizers",
     "wandb": "--log-with wandb",

@@ -18,7 +18,7 @@ from titans_video.checkpoint import fingerprint_folder
 from titans_video.config.options import TextOptions
 from titans_video.errors import TextError, few
 from titans_video.finite import refuse_non_finite
-from titans_video.hub import NON_FINITE_REMEDY, from_folder_or_hub
+from titans_video.hub import NON_FINITE_REMEDY, from_folder_or_hub, packaged_folder
 from titans_video.text.base import Lengths, to_device
 from titans_video.types import PRECISIONS
 
@@ -50,7 +50,7 @@ def text_stream(options: TextOptions, device: torch.device | str, load: bool) ->
     """Return the stream of --text-model."""
     source = Source(
         "--text-model",
-        options.text_model,
+        packaged_folder(options.text_model, "--text-model", TextError),
         PRECISIONS[options.text_dtype],
         options.with_length().text_max_length or 0,
         options.local_files_only,
@@ -65,7 +65,7 @@ def llm_stream(options: TextOptions, device: torch.device | str, load: bool) -> 
         raise TextError(f"--llm-template must contain {{prompt}} exactly once; got {options.llm_template!r}.")
     source = Source(
         "--llm-model",
-        str(options.llm_model),
+        packaged_folder(str(options.llm_model), "--llm-model", TextError),
         PRECISIONS[options.llm_dtype],
         options.llm_max_length,
         options.local_files_only,
