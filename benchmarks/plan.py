@@ -13,6 +13,7 @@ Parameters are compared with those of the network that was trained.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -29,27 +30,29 @@ STEPS = 3
 SQUARE = "--height 64 --width 64 --num-frames 8 --fps 8 --batch-size 4"
 FOLDED = ["--vae-backend", "identity", "--vae-init-json", '{"space_to_depth": 4}']
 SMALL = "--model-dim 48 --depth 2 --heads 2"
-WAN = {"num_attention_heads": 8, "attention_head_dim": 48, "ffn_dim": 1536, "num_layers": 10}
-COGVIDEOX = {"num_attention_heads": 6, "attention_head_dim": 48, "num_layers": 6}
+WAN: dict[str, Any] = {"num_attention_heads": 8, "attention_head_dim": 48, "ffn_dim": 1536, "num_layers": 10}
+COGVIDEOX: dict[str, Any] = {"num_attention_heads": 6, "attention_head_dim": 48, "num_layers": 6}
 
 
 class Case:
     """A training: its recipe, the words of its flags, and those of the smaller copy."""
 
-    def __init__(self, recipe: str, words: list[str], smaller: list[str], model: Callable[[Path], Path] | None = None):
+    def __init__(
+        self, recipe: str, words: list[str], smaller: list[str], model: Callable[[Path, bool], Path] | None = None
+    ) -> None:
         self.recipe, self.words, self.smaller, self.model = recipe, words, smaller, model
 
 
-def make_wan(folder: Path) -> Path:
+def make_wan(folder: Path, small: bool) -> Path:
     from tests.wan_pipelines import make_wan
 
-    return make_wan(folder, "t2v-2.1", **WAN)
+    return make_wan(folder, "t2v-2.1", **({} if small else WAN))
 
 
-def make_cogvideox(folder: Path) -> Path:
+def make_cogvideox(folder: Path, small: bool) -> Path:
     from tests.factories import make_cogvideox
 
-    return make_cogvideox(folder, "5b", **COGVIDEOX)
+    return make_cogvideox(folder, "5b", **({} if small else COGVIDEOX))
 
 
 def words(text: str) -> list[str]:
@@ -104,16 +107,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def make(a: argparse.Namespace, case: Case) -> None:
+    """Write the models; in a process of its own, because freed memory would hide the growth of later memory."""
+    parent = Parent()
+    if case.model:
+        case.model(a.folder / "model", False)
+        case.model(a.folder / "small", True)
+    parent.tell({})
+
+
 def options_of(case: Case, chosen: list[str], folder: Path) -> Any:
-    """Return the options of a training, for which its model is made if it is missing."""
+    """Return the options of a training."""
     from titans_video.cli.plan import RECIPES
 
     flags = [*chosen, "--manifest", str(folder / "clips" / "manifest.jsonl"), "--output-dir", str(folder / "run")]
     flags += words(f"--max-steps {STEPS} --save-every 2 --num-workers 0 --ram-cache-mb 16")
     if case.model:
-        if not (folder / "model").exists():
-            case.model(folder / "model")
-        flags += ["--pretrained-model", str(folder / "model"), "--text-dtype", "fp32"]
+        model = folder / ("small" if chosen is case.smaller else "model")
+        flags += ["--pretrained-model", str(model), "--text-dtype", "fp32"]
     return RECIPES[case.recipe].parse(flags)
 
 
@@ -132,6 +143,7 @@ def train(a: argparse.Namespace, case: Case) -> None:
     run = getattr(import_module(module), name)
     map_large_blocks(True)
     run(smaller)
+    gc.collect()
     meter = Meter(cuda=False)
     meter.start()
     run(options)
@@ -163,7 +175,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
     make_dataset(folder / "clips", clips=8, size=64, frames=16, i2v_share=0.0, progress=False)
     found = {}
-    for job in ("train", "plan"):
+    for job in ("make", "train", "plan"):
         command = [sys.executable, __file__, f"--worker={job} {name}", f"--folder={folder}"]
         worker = Worker(command, {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)})
         found[job] = worker.ask()
@@ -189,7 +201,7 @@ def main() -> None:
     a = arguments()
     if a.worker:
         job, _, name = a.worker.partition(" ")
-        {"train": train, "plan": plan}[job](a, CASES[name])
+        {"make": make, "train": train, "plan": plan}[job](a, CASES[name])
         return
     names = [name for name in CASES if not a.only or any(word in name for word in a.only)]
     results: dict[str, dict[str, Any]] = {}

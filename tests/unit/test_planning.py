@@ -76,7 +76,7 @@ def test_the_peak_of_a_step_is_that_of_torchs_allocator(sora: Subject, mode: str
 
 
 def test_a_shortened_stack_has_the_peak_of_the_whole_one() -> None:
-    deep = sora_subject(resolved(options_of("sora", [*SMALL, "--depth", "6"]), on_gpu=False))
+    deep = sora_subject(resolved(options_of("sora", [*SMALL, "--depth", "5"]), on_gpu=False))
     for mode in ("none", "full"):
         activations, run = ActivationOptions(activation_checkpointing=mode), deep.step(clip_of(deep))
         found = [step_peak(deep.network, s, run, activations, Precision(torch.bfloat16)) for s in (deep.stacks, ())]
