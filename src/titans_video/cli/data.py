@@ -27,6 +27,8 @@ class CheckFlags(SoraOptions):
 
     out: FolderPath = "outputs/data_check"
     """Folder for the report: report.html, quarantine.jsonl and plan.jsonl."""
+    quality: bool = True
+    """Measure motion, sharpness, black bars and likeness of the clips. This reads up to 16 frames of each clip once."""
     codec: CodecOptions = field(default_factory=lambda: CodecOptions(vae_backend="identity"))
     model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(1, 1, 1)))
 
@@ -66,6 +68,7 @@ CHECK = About(
         "fps",
         "empty_captions",
         "max_upscale",
+        "quality",
         "max_bad",
     ),
     positionals=("manifest",),
@@ -133,7 +136,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
 
     text = build_text(flags.text, load=False, needed=False)
     spec, patch_size = codec_spec(flags.codec), flags.model.patch_size
-    report = check(flags.data, spec, patch_size, flags.out, caption_note=text.cut_note)
+    report = check(flags.data, spec, patch_size, flags.out, caption_note=text.cut_note, quality=flags.quality)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
     return 0 if report.passed else FOUND_FAULTS
 

@@ -80,6 +80,18 @@ class DataOptions:
     """Rows without a caption: leave-out skips them; keep trains on them with an empty prompt."""
     max_upscale: Annotated[float | None, Range(above=0)] = None
     """Leave out clips that would be enlarged by more than this factor (default: no limit)."""
+    min_motion: Annotated[float | None, Range(least=0)] = None
+    """Leave out clips that move less, in short sides of the picture per second, e.g. 0.01."""
+    min_sharpness: Annotated[float | None, Range(least=0)] = None
+    """Leave out clips that are less sharp, e.g. 0.05."""
+    max_black: Annotated[float | None, SHARE] = None
+    """Leave out clips with a larger share of black frames, e.g. 0.1."""
+    max_frozen: Annotated[float | None, SHARE] = None
+    """Leave out clips whose picture does not change for a larger share of the time, e.g. 0.5."""
+    max_border: Annotated[float | None, SHARE] = None
+    """Leave out clips with black bars on a larger share of the picture, e.g. 0.05."""
+    max_duplicates: Annotated[int | None, Range(least=1)] = None
+    """Of clips that look the same, train on this many at most; 1 leaves out all repeats."""
     max_bad: Annotated[float, SHARE] = 0.5
     """Stop if more than this share of the rows cannot be used."""
     file_timeout: Annotated[float, Range(above=0)] = 60.0

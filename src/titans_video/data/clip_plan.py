@@ -60,9 +60,17 @@ REASONS: dict[str, str] = {
     "size-change": "the frames that are needed have another size than most of the file",
     "clock-jumps": "the row has a start or an end, but the file's timestamps jump back",
     "cond-image": "the row's own image cannot be read",
+    "still": "it moves less than --min-motion asks for",
+    "frozen": "its picture does not change for more of the time than --max-frozen allows",
+    "black": "it has more black frames than --max-black allows",
+    "blurred": "it is less sharp than --min-sharpness asks for",
+    "bars": "black bars cover more of it than --max-border allows",
+    "duplicate": "more clips look like it than --max-duplicates allows",
     "not-in-cache": "its latents or text states are missing in the cache, or damaged",
     NOT_FINITE: "its latents, its text states or its loss are not finite (NaN or infinity)",
 }
+CHOSEN = frozenset(("still", "frozen", "black", "blurred", "bars", "duplicate"))
+"""Reasons that the user asked for: such rows are usable, and do not count for --max-bad."""
 
 
 class Video(Protocol):

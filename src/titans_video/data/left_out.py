@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titans_video.config.options import DataOptions
-from titans_video.data.clip_plan import REASONS
+from titans_video.data.clip_plan import CHOSEN, REASONS
 from titans_video.data.manifest import Row
 from titans_video.errors import DataError, counted
 
@@ -27,7 +27,7 @@ class Quarantined:
 
 def refuse_bad(usable: int, quarantined: Sequence[Quarantined], options: DataOptions) -> None:
     """Raise DataError if nothing is usable, or if more than `--max-bad` of the rows is not."""
-    bad, total = len(quarantined), len(quarantined) + usable
+    bad, total = count_bad(quarantined), len(quarantined) + usable
     if usable and bad <= options.max_bad * total:
         return
     what = (
@@ -37,6 +37,11 @@ def refuse_bad(usable: int, quarantined: Sequence[Quarantined], options: DataOpt
     )
     lines = [f"{what} {format_reasons(quarantined)}", *_examples(quarantined), *missing_files(quarantined, options)]
     raise DataError("\n".join(lines))
+
+
+def count_bad(quarantined: Sequence[Quarantined]) -> int:
+    """Return how many rows are unusable; those that a filter leaves out are usable."""
+    return sum(q.reason not in CHOSEN for q in quarantined)
 
 
 def format_reasons(quarantined: Sequence[Quarantined]) -> str:

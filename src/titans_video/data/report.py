@@ -19,7 +19,8 @@ from titans_video.console import Progress
 from titans_video.data.buckets import AUTO, Bucket
 from titans_video.data.clip_plan import REASONS, RowPlan, plan_row, unpack
 from titans_video.data.dataset import VideoDataset
-from titans_video.data.left_out import Quarantined, missing_files
+from titans_video.data.left_out import Quarantined, count_bad, missing_files
+from titans_video.data.quality_report import Qualities
 from titans_video.data.reader import ClipRecord
 from titans_video.data.records import ClipRecords
 from titans_video.data.row_scan import open_scan
@@ -68,6 +69,7 @@ def check(
     workers: int | None = None,
     progress: bool = True,
     caption_note: Callable[[Sequence[str]], str | None] = lambda captions: None,
+    quality: bool = False,
 ) -> Report:
     """Scan and report. Bad rows are part of the result here, not errors.
 
@@ -75,6 +77,7 @@ def check(
         out: folder for report.html, quarantine.jsonl and plan.jsonl; created if missing.
         workers: processes that probe files; None means as many as cores and work allow.
         caption_note: returns a line about captions, e.g. those that are too long for the text encoder.
+        quality: measure the clips of usable rows; the plan and the page get the measures.
     Raises:
         ConfigError, DataError: flags or the manifest itself are wrong.
     """
@@ -89,17 +92,20 @@ def check(
     records, left_out = data.records, data.quarantined
     html, quarantine, plan = (folder / n for n in (HTML, QUARANTINE, PLAN))
     write_quarantine(quarantine, left_out)
-    _write_lines(plan, (_plan_line(e, _plan(e, data)) for e in records))
+    measured = None
+    if quality:
+        measured = Qualities([(e.row, e.packed) for e in records], options, workers=workers, progress=progress)
+    _write_lines(plan, (_plan_line(e, _plan(e, data), measured, at) for at, e in enumerate(records)))
     total = len(records) + len(left_out)
     note = caption_note(list(records.captions()))
-    remarks = [*([note] if note else []), *missing_files(left_out, options)]
-    write_html(html, data, remarks, progress=progress)
+    remarks = [*([note] if note else []), *missing_files(left_out, options), *(measured.remarks() if measured else [])]
+    write_html(html, data, remarks, measured, progress=progress)
     return Report(
         rows=total,
         usable=len(records),
         buckets=dict(records.named_counts().most_common()),
         reasons=dict(Counter(q.reason for q in left_out).most_common()),
-        passed=bool(records) and len(left_out) <= options.max_bad * total,
+        passed=bool(records) and count_bad(left_out) <= options.max_bad * total,
         html=html,
         quarantine=quarantine,
         plan=plan,
@@ -129,7 +135,7 @@ def _quarantine_line(q: Quarantined) -> dict[str, Any]:
     }
 
 
-def _plan_line(record: ClipRecord, plan: RowPlan) -> dict[str, Any]:
+def _plan_line(record: ClipRecord, plan: RowPlan, measured: Qualities | None, at: int) -> dict[str, Any]:
     return {
         "id": record.row.id,
         "video": str(record.row.video),
@@ -142,6 +148,7 @@ def _plan_line(record: ClipRecord, plan: RowPlan) -> dict[str, Any]:
         "upscale": round(plan.upscale, 6),
         "source": list(plan.source),
         "available": plan.available,
+        **({} if measured is None else {"quality": measured.columns(at)}),
     }
 
 
@@ -169,10 +176,11 @@ def write_html(
     path: Path,
     data: VideoDataset,
     remarks: Sequence[str] = (),
+    measured: Qualities | None = None,
     *,
     progress: bool = False,
 ) -> None:
-    """Write the report; `remarks` are for the top of the page."""
+    """Write the report; `remarks` are for the top of the page, and `measured` has the quality of the usable rows."""
     rows, dots = list(shown_rows(data.records)), list(data.records[:MAX_LISTED])
     plans = {e.row.id: _plan(e, data) for e in [*rows, *dots]}
     strips = _strips(rows, plans, progress)
@@ -184,6 +192,7 @@ def write_html(
         _histogram("Rows of each bucket (HxWxT)", _bucket_counts(data)),
         _scatter(data, dots, plans),
         "</div>",
+        measured.html() if measured else "",
         _left_out(data.quarantined),
         _rows(rows, len(data.records), plans, strips),
     ]

@@ -28,6 +28,7 @@ from titans_video.data.columns import Column, Columns, open_columns, pack_column
 from titans_video.data.importing import digest_of, root_of
 from titans_video.data.job_cache import MISSING, PROBE_VERSION, Failed, JobCache, JobResult, cache_folder
 from titans_video.data.manifest import Row, manifest_files, read_rows
+from titans_video.data.quality import filtered, has_filters
 from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.data.row_table import (
     SEEN,
@@ -195,7 +196,10 @@ def scan_rows(
     first_size = _first_size(found, facts) if table is None else None
     plan = partial(_plan_row, found, facts, options, table or make_table(options, spec, patch_size, first_size))
     buckets: dict[Bucket, int] = {}
-    columns |= place(_in_order(plan, len(found), workers or usable_cores()), len(found), buckets)
+    results = _in_order(plan, len(found), workers or usable_cores())
+    if has_filters(options):
+        results = _filtered(list(results), found, facts, options, workers, progress)
+    columns |= place(results, len(found), buckets)
     hashes = hash_rows(found, options, mix)
     size = list(first_size) if first_size else []
     return RowTable(Columns(columns, describe(builder.sources, buckets, key=key, first_size=size, **hashes)))
@@ -261,6 +265,21 @@ def _plan_row(rows: RowTable, facts: _Facts, options: DataOptions, table: Bucket
     if isinstance(plan, Rejected):
         return _left_out(plan.reason, plan.detail)
     return plan.bucket, "", plan.upscale, plan.fps, plan.kept, ""
+
+
+def _filtered(
+    results: list[Placed], rows: RowTable, facts: _Facts, options: DataOptions, workers: int | None, progress: bool
+) -> Iterator[Placed]:
+    """Yield the results, without the buckets of the rows that the filters leave out."""
+    usable = [number for number, (bucket, *_) in enumerate(results) if bucket is not None]
+    clips = []
+    for number in usable:
+        packed = facts.get(int(rows.columns["video"][number]))
+        assert isinstance(packed, bytes), "a file that was planned was probed"
+        clips.append((rows.row(number), packed))
+    reasons = filtered(clips, options, workers=workers, progress=progress)
+    left_out = {usable[at]: _left_out(*reason) for at, reason in reasons.items()}
+    yield from (left_out.get(number, result) for number, result in enumerate(results))
 
 
 def _left_out(reason: str, detail: str) -> Placed:

@@ -21,6 +21,7 @@ from titans_video.data.clip_plan import pack, unpack
 from titans_video.data.job_cache import Failed, Job, JobCache, job_name, job_of
 from titans_video.media.opening import DECODING_ERRORS, Deadline, UnreadableMedia
 from titans_video.media.probe import probe
+from titans_video.media.quality import measure
 from titans_video.media.reading import read_picture
 from titans_video.media.shots import find_shots
 from titans_video.processes import Failure, Worker, WorkerDied
@@ -40,7 +41,7 @@ def run_jobs(
 
     Args:
         jobs: (kind, path, arguments...): "probe" gives the packed `VideoInfo`, "image" an image's special reading,
-            "digest" the SHA-256, "shots" the shots as JSON. A kind may end in @ and a text that makes its name unique.
+            "digest" the SHA-256, "shots" and "quality" JSON. A kind may end in @ and a text that makes its name unique.
         seconds: the longest time of one job without progress.
     Raises:
         RuntimeError: a job failed for a reason that is not in its file, with the traceback.
@@ -155,12 +156,20 @@ def _shots(path: Path, limit: Limit, packed: bytes) -> str:
     return json.dumps([[s.start, s.end, s.begins, s.ends] for s in shots])
 
 
+def _quality(path: Path, limit: Limit, packed: bytes, start: float, end: float | None) -> str:
+    import torch
+
+    torch.set_num_threads(1)  # in a forked process torch must not use threads
+    return measure(path, unpack(packed), start, end, seconds=limit.seconds).to_text()
+
+
 DIGEST_BLOCK = 2**20
 _KINDS: dict[str, Callable[..., bytes | str]] = {
     "probe": _probe,
     "image": _image,
     "digest": _file_digest,
     "shots": _shots,
+    "quality": _quality,
 }
 JOBS_PER_WORKER = 8
 
