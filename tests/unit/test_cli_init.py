@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.factories import make_svd, make_vae
 from tests.unit.data_sets import write_clip
+from tests.unit.scenes import scene
 from tests.unit.test_data_importing import FOLDERS, REFUSED, Files, make
 from tests.wan_pipelines import make_wan
 from titans_video.cli import init
@@ -21,6 +22,7 @@ from titans_video.config.parse import parse
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.manifest import read_rows
 from titans_video.data.starting import Captions, Facts, Target, choose, import_rows, write_manifest
+from titans_video.media.writing import write_video
 from titans_video.parsing import read_json_lines
 from titans_video.types import CodecSpec
 
@@ -283,3 +285,24 @@ def test_the_recipe_follows_the_pretrained_model(tmp_path: Path, kind: str) -> N
 def test_wrong_calls(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_cut_gives_each_shot_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path / "clips", {"a.txt": "two scenes", "b.txt": "one"})
+    two = np.concatenate([scene(1, 16, 0.5, 64), scene(2, 20, 0.5, 64)])
+    for name, frames in (("a", two), ("b", scene(3, 16, 0.5, 64))):
+        write_video(folder / f"{name}.mp4", frames, fps=8)
+    before = state(folder)
+    assert main(["init", str(folder), "--cut", "--no-open"]) == 0
+    assert {path: now for path, now in state(folder).items() if path in before} == before
+    output = capsys.readouterr().out
+    assert "Shots: 1 of 2 rows cut into 2 (1 cut)." in output
+    assert "Each shot has the caption of its whole clip" in output
+    rows = read_rows(DataOptions(manifest=(str(folder / MANIFEST),)))
+    found = [(row.video.name, row.start, row.end, row.caption) for row in rows]
+    assert found == [
+        ("a.mp4", 0.0, 2.0, "two scenes"),
+        ("a.mp4", 2.0, None, "two scenes"),
+        ("b.mp4", 0.0, None, "one"),
+    ]
+    assert {path.suffix for path in folder.glob("*")} == {"", ".mp4", ".txt", ".jsonl", ".yaml"}

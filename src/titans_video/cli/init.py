@@ -63,6 +63,8 @@ class InitFlags(SoraOptions):
     """Put this word and a comma before each caption that does not contain it."""
     caption_prefix: str | None = None
     """Put this text before each caption."""
+    cut: bool = False
+    """Give each shot of a clip a row of its own, with start and end. No clip is changed and no new one is written."""
     force: bool = False
     """Replace manifest.jsonl, titans.yaml and data_report. The first two are kept as .bak."""
     open: bool = True
@@ -78,7 +80,7 @@ INIT = About(
         ("Prepare a LoRA, with a word for your subject", "clips --trigger ohwx --pretrained-model weights/Wan2.1"),
     ),
     (
-        *("source", "out", "trigger", "caption_prefix", "pretrained_model"),
+        *("source", "out", "trigger", "caption_prefix", "cut", "pretrained_model"),
         *("resolution", "max_crop", "num_frames", "batch_size", "force"),
     ),
     positionals=("source",),
@@ -111,12 +113,23 @@ def main_init(argv: Sequence[str], prog: str = "titans-video init") -> int:
     given = {name for name in given_names(words, flags_of(flags)) if name in flags_of(SoraOptions())}
     source, out = _check(flags, given, prog)
     from titans_video.data.buckets import parse_buckets
-    from titans_video.data.starting import Captions, choose, import_rows, is_written_here, look_at_clips, write_manifest
+    from titans_video.data.starting import (
+        Captions,
+        choose,
+        cut_into_shots,
+        import_rows,
+        is_written_here,
+        look_at_clips,
+        write_manifest,
+    )
 
     data = replace(flags.data, manifest=(str(source),))
     own = out / MANIFEST if is_written_here(out / MANIFEST) else None
     imported = import_rows(source, data, Captions(flags.trigger, flags.caption_prefix), own)
     write_line("\n".join(_about_import(imported)), sys.stdout)
+    if flags.cut:
+        imported = cut_into_shots(imported, data)
+        write_line("\n".join(imported.notes), sys.stdout)
     plan = plan_for(flags, given)
     choice = choose(look_at_clips(imported.rows, data), plan.target, plan.spec, plan.patch_size[0])
     manifest = source if _is_kept(source, flags) else out / MANIFEST
@@ -165,7 +178,7 @@ def _is_kept(source: Path, flags: InitFlags) -> bool:
     """Check whether the source is a manifest that can be used as it is."""
     from titans_video.data.importing import form_of
 
-    is_changed = flags.trigger is not None or flags.caption_prefix is not None
+    is_changed = flags.trigger is not None or flags.caption_prefix is not None or flags.cut
     return form_of(source) == "manifest" and not is_changed
 
 
@@ -279,7 +292,7 @@ def _report(options: Any, plan: Plan, imported: "Imported", manifest: Path, out:
     """Check the data as the training will, write and open the report, and print the files; return the exit code."""
     from titans_video.data.report import check
 
-    report = check(options.data, plan.spec, plan.patch_size, out / REPORT)
+    report = check(options.data, plan.spec, plan.patch_size, out / REPORT, quality=True)
     lines = [report.text, f"Manifest    {manifest}", f"Settings    {out / CONFIG}", f"Report      {report.html}"]
     command = f"titans-video {plan.command} --config {shlex.quote(str(out / CONFIG))}"
     if not report.passed:

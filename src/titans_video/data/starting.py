@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from titans_video.config.options import DataOptions
+from titans_video.data.cutting import cut_rows
 from titans_video.data.folders import Item
 from titans_video.data.importing import read_items, root_of
 from titans_video.data.left_out import refuse_bad
@@ -210,6 +211,13 @@ def _line(item: Item, base: str, captions: Captions) -> dict[str, Any]:
         origin = Path(origin).as_posix()
     line = {"video": video, **kept, "origin": f"{origin}, line {number}" if number else origin}
     return line | ({"caption": captions.changed(kept["caption"])} if "caption" in kept else {})
+
+
+def cut_into_shots(imported: Imported, options: DataOptions) -> Imported:
+    """Return the rows and the lines with one for each shot, and notes about the shots; see `cutting.cut_rows`."""
+    parts, notes = cut_rows(imported.rows, options, progress=True)
+    rows = [part.of_row(imported.rows[part.row]) for part in parts]
+    return Imported(rows, [part.of(imported.lines[part.row]) for part in parts], notes)
 
 
 def write_manifest(path: Path, lines: Sequence[dict[str, Any]]) -> None:
