@@ -1,7 +1,7 @@
 """Shots of videos whose cuts, fades and dissolves are known."""
 
 import tracemalloc
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,9 @@ from titans_video.config.options import DataOptions
 from titans_video.data.buckets import BucketTable, parse_buckets
 from titans_video.data.clip_plan import RowPlan, plan_row
 from titans_video.data.manifest import Row
+from titans_video.media.opening import Deadline
 from titans_video.media.probe import probe
-from titans_video.media.shots import SIDE, Shot, ShotFinder, find_shots
+from titans_video.media.shots import SIDE, Shot, ShotFinder, find_shots, small_pictures
 from titans_video.types import CodecSpec
 
 FPS = 25
@@ -162,3 +163,22 @@ def test_a_row_of_a_shot_reads_its_frames_only(video: Path) -> None:
 def test_pictures_and_jumping_clocks_are_one_shot(tmp_path: Path) -> None:
     Image.fromarray(scene(23, 1)[0]).save(tmp_path / "a.png")
     assert len(find_shots(tmp_path / "a.png")) == 1
+
+
+REAL = ("coffee_pour.mp4", "dog_fetch_start.mp4", "highway_drive_a.mp4", "butterfly_square.mp4", "rooftop_pan.mp4")
+
+
+def test_borders_of_real_clips_are_found(real_clips: Path) -> None:
+    """Fast motion and a hand-held camera are among them; `benchmarks/shots.py` joins and encodes all clips."""
+    clips = []
+    for name in REAL:
+        path = real_clips / name
+        pictures = small_pictures(path, probe(path), Deadline(path, 60.0))
+        clips.append(np.stack([picture for _, picture in islice(pictures, 50)]))
+        assert shots_of(clips[-1]) == [Shot(0.0, len(clips[-1]) / FPS)], name
+    a, b, c, d, e = clips
+    black = np.zeros((3, SIDE, SIDE, 3), np.uint8)
+    faded = [c[:40], mixed(c[40:], 0 * c[40:]), black, mixed(0 * d[:10], d[:10]), d[10:40]]
+    frames = np.concatenate([a, b, *faded, mixed(d[40:], e[:10]), e[10:]])
+    assert [kind for *_, kind in borders(shots_of(frames))] == ["cut", "cut", "fade", "dissolve"]
+    assert [start for start, *_ in borders(shots_of(frames))][:2] == [50 / FPS, 100 / FPS]
