@@ -222,9 +222,9 @@ def _write_sheet(path: Path, step: int, prompts: Sequence[str], videos: Sequence
     contact_sheet(path, clips, captions, title=f"Step {step}", frames=SHEET_FRAMES // columns, columns=columns)
 
 
-def _write_prompts(folder: Path, prompts: Sequence[str]) -> None:
+def _write_prompts(temporary: Path, prompts: Sequence[str]) -> None:
     text = json.dumps(list(prompts), ensure_ascii=False, indent=1) + "\n"
-    (folder / PROMPTS).write_text(text, encoding="utf-8")
+    (temporary / PROMPTS).write_text(text, encoding="utf-8")
 
 
 def write_originals(run: Path, prompts: Sequence[SamplePrompt]) -> None:
