@@ -17,6 +17,7 @@ import torch
 
 from tests.unit.generation_parts import tiny_model
 from titans_video import console
+from titans_video.cli.ui import address_of, bind
 from titans_video.config.generation import GenerateOptions
 from titans_video.console import Progress
 from titans_video.errors import ConfigError
@@ -241,6 +242,33 @@ def test_a_resume_repeats_the_runs_own_command(place: Path) -> None:
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="Repeat it in a terminal"):
         runs.resume_words(run)
+
+
+def test_a_resume_repeats_the_newest_start(place: Path) -> None:
+    run = Path("outputs/a")
+    (_made(run) / jobs.RECORD).write_text(json.dumps({"words": ["train", "--lr", "9"], "pid": 1}))
+    assert "9" not in runs.resume_words(run)[0]  # a terminal has resumed it since
+    (run / "run.json").unlink()
+    assert runs.resume_words(run)[0] == ["train", "--lr", "9", "--resume", "auto"]
+
+
+def test_folders_of_outputs_that_appear_later_are_listed(place: Path) -> None:
+    app = make_app([])
+    (place / "outputs_b").mkdir()
+    (place / "outputs_b" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    paths = {run["path"] for run in json.loads(call(app, "/api/runs")[2])["runs"]}
+    assert paths == {"outputs/a", "outputs_b"}
+
+
+def test_the_address_is_for_a_browser() -> None:
+    bound = bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    with pytest.raises(ConfigError, match=f"--port {port}: .* Pass another --port"):
+        bind("127.0.0.1", port)
+    bound.close()
+    assert address_of("127.0.0.1", 80, None) == "http://127.0.0.1:80/"
+    assert address_of("::1", 80, "t") == "http://[::1]:80/?token=t"
+    assert address_of("0.0.0.0", 80, None) == f"http://{socket.gethostname()}:80/"
 
 
 def test_a_process_is_found_by_its_folder_and_start(tmp_path: Path) -> None:

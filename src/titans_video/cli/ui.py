@@ -65,8 +65,7 @@ def main(argv: Sequence[str], prog: str = "titans-video ui") -> int:
     print(f"The page is at {address}\nPress Ctrl-C to end it. Trainings continue.", flush=True)
     if flags.open:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    roots = list(map(Path, flags.runs)) or sorted(path for path in Path().glob("outputs*") if path.is_dir())
-    server.serve(roots or [Path("outputs")], bound, token)
+    server.serve(list(map(Path, flags.runs)), bound, token)
     return 0
 
 

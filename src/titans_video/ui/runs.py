@@ -254,7 +254,9 @@ def resume_words(folder: Path, max_steps: str | None = None) -> tuple[list[str],
     """
     job, record = jobs.read_job(folder), tracking.read_run_record(folder)
     starts = record.get("starts", [])
-    words = list(job.words) if job else [str(word) for word in starts[-1].get("command", [])][1:] if starts else []
+    words = [str(word) for word in starts[-1].get("command", [])][1:] if starts else []
+    if words[:1] != ["train"] and job is not None:  # it never began, or a launcher's script was recorded
+        words = list(job.words)
     if words[:1] != ["train"]:
         raise ConfigError(
             f"{folder}: this run was not started by `titans-video train`, so its command cannot be repeated here. "

@@ -40,6 +40,7 @@ class Pages:
     """The state of the server: where runs are, and what was read of them."""
 
     roots: list[Path]
+    """Empty: all folders whose names begin with `outputs`."""
     started: list[Path] = field(default_factory=list)
     """Runs that the page started, which may be outside the roots."""
     captions: data.Captions = field(default_factory=data.Captions)
@@ -54,14 +55,18 @@ class Pages:
         """Return the folders of all runs, the newest first."""
         from titans_video.ui.runs import find_runs
 
-        return find_runs([*self.roots, *self.started])
+        return find_runs(self.places())
+
+    def places(self) -> list[Path]:
+        """Return the folders in which runs are looked for."""
+        return [*(self.roots or [path for path in Path().glob("outputs*") if path.is_dir()]), *self.started]
 
     def run(self, name: Any) -> Path:
         """Return the folder of a run in the output folders; ConfigError for any other."""
         from titans_video.ui.runs import is_run
 
         folder = Path(str(name))
-        places = [root.resolve() for root in (*self.roots, *self.started)]
+        places = [place.resolve() for place in self.places()]
         if not any(folder.resolve().is_relative_to(place) for place in places) or not is_run(folder):
             raise ConfigError(f"{folder}: there is no such run.")
         return folder

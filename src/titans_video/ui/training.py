@@ -1,5 +1,6 @@
 """Start a training from the page: recipes, presets, fields, and what a filled form stands for."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def explain(recipe: Any, preset: str | None, values: Values) -> dict[str, Any]:
         notes.append(f"{folder}: a run is active there. Stop it, or choose another folder.")
     elif any(folder.glob("*.jsonl")):
         notes.append(f"{folder} has an earlier run. It moves to a folder previous-1, or the next free number.")
+    if not str(folder).startswith("outputs"):
+        notes.append(f"{folder}: to list this run, start the page with --runs {shlex.quote(str(folder))} next time.")
     return found | {"notes": notes}
 
 
