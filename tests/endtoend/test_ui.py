@@ -172,6 +172,7 @@ def test_a_training_starts_stops_and_resumes(site: Site) -> None:
     tab.wait_for_selector("text=--lr 0: it must be above 0.", state="hidden")
     assert "--config configs/sora/tiny.yaml" in command_of(tab)
     assert "--model-dim 24" in command_of(tab)
+    tab.wait_for_selector("text=It fits.")
     tab.click("button:has-text('YAML')")
     assert "model_dim: 24" in command_of(tab)
     tab.click("button:has-text('Start training')")

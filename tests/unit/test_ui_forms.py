@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from titans_video.cli.main import main
 from titans_video.config.parse import parse
+from titans_video.errors import ConfigError
 from titans_video.ui import training, videos
 from titans_video.ui.forms import HIDDEN, Form
 
@@ -99,6 +101,22 @@ def _leaves(options: Any) -> list[str]:
     for name, value in vars(options).items():
         found += _leaves(value) if hasattr(value, "__dataclass_fields__") else [name]
     return found
+
+
+def test_a_plan_is_the_commands_own(capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"preset": "tiny", "vae_backend": "identity", "resolution": "32", "num_frames": "8", "max_steps": "10"}
+    found = training.plan("sora", None, words, gpus="0")
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())
+    assert main(["plan", *shlex.split(f"train sora {flags} --gpus 0")]) == 0
+    printed = capsys.readouterr().out
+    same = [line for line in found["text"].splitlines() if "free" not in line]  # of the disk and of the memory
+    assert same == [line for line in printed.splitlines() if "free" not in line]
+    assert found["fits"]
+    assert dict(found["rows"])["Parameters"][-1] in "kM"
+    with pytest.raises(ConfigError, match="--gpus many"):
+        training.plan("sora", None, words, gpus="many")
+    with pytest.raises(ConfigError, match="write it as 24GB"):
+        training.plan("sora", None, words, gpus="1", gpu_memory="large")
 
 
 def test_a_preset_gives_the_defaults_of_the_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

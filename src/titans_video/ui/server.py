@@ -43,6 +43,8 @@ class Pages:
     """Empty: all folders whose names begin with `outputs`."""
     started: list[Path] = field(default_factory=list)
     """Runs that the page started, which may be outside the roots."""
+    planning: threading.Lock = field(default_factory=threading.Lock)
+    """A plan takes seconds of all cores, so one is made at a time."""
     captions: data.Captions = field(default_factory=data.Captions)
 
     @cached_property
@@ -175,6 +177,15 @@ def explain_train(pages: Pages, given: dict[str, Any]) -> Any:
     return training.explain(given["recipe"], given.get("preset") or None, given["values"])
 
 
+def plan_train(pages: Pages, given: dict[str, Any]) -> Any:
+    words = given["recipe"], given.get("preset") or None, given["values"], given["gpus"], given["gpu_memory"]
+    with pages.planning:
+        try:
+            return training.plan(*words)
+        except UserError as e:  # an unfinished form, which is no failure of the request
+            return {"error": str(e)}
+
+
 def start_train(pages: Pages, given: dict[str, Any]) -> Any:
     folder = training.start(
         given["recipe"], given.get("preset") or None, given["values"], int(given.get("processes", 1))
@@ -248,6 +259,7 @@ CHANGING: dict[str, Call] = {
     "run/stop": stop_run,
     "run/resume": resume_run,
     "train/explain": explain_train,
+    "train/plan": plan_train,
     "train/start": start_train,
     "data/explain": explain_check,
     "data/start": start_check,

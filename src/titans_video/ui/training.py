@@ -8,6 +8,7 @@ from titans_video.cli.inputs import check_training_inputs
 from titans_video.cli.train import RECIPES, RecipeCommand
 from titans_video.config.parse import parse
 from titans_video.config.shipped import configs_folder
+from titans_video.console import duration
 from titans_video.errors import ConfigError
 from titans_video.ui import jobs
 from titans_video.ui.forms import Form, Values
@@ -100,6 +101,42 @@ def explain(recipe: Any, preset: str | None, values: Values) -> dict[str, Any]:
     if not str(folder).startswith("outputs"):
         notes.append(f"{folder}: to list this run, start the page with --runs {shlex.quote(str(folder))} next time.")
     return found | {"notes": notes}
+
+
+def plan(recipe: Any, preset: str | None, values: Values, gpus: str = "", gpu_memory: str = "") -> dict[str, Any]:
+    """Return what a filled form needs, as `titans-video plan` computes it: a few rows, and the text of the command.
+
+    `gpus` and `gpu_memory` are those of another machine, as the command's flags. Raises UserError as the command.
+    """
+    from titans_video.cli.plan import RECIPES as PLANNED
+    from titans_video.cli.plan import parse_size
+    from titans_video.media.plots import format_short
+    from titans_video.planning.make import Request, make_plan
+    from titans_video.planning.table import format_plan
+
+    if gpus and not gpus.isdecimal():
+        raise ConfigError(f"--gpus {gpus}: it must be a whole number.")
+    found = PLANNED[recipe]
+    options = found.parse(form_of(recipe).words(values, preset))
+    request = Request(gpus=int(gpus) if gpus else None, memory=parse_size(gpu_memory or None))
+    made = make_plan(found.command, options, request)
+    where = "a GPU" if made.hardware.gpus else "this process"
+    rows = [
+        ("Parameters", format_short(made.parameters)),
+        ("Trained", format_short(made.trained)),
+        (f"Memory of {where}", format_bytes(made.device.total)),
+        ("Main memory", format_bytes(made.main.total)),
+        ("Time", "unknown" if made.speed.hours is None else duration(3600 * made.speed.hours)),
+        ("Checkpoints on the disk", format_bytes(made.disk.checkpoints)),
+        ("Passes over each clip", "unknown" if made.passes is None else f"{made.passes:.3g}"),
+    ]
+    change = shlex.join(made.change.flags) if made.change else None
+    return {"fits": made.fits, "change": change, "rows": rows, "text": format_plan(made)}
+
+
+def format_bytes(size: int) -> str:
+    """Return a number of bytes as GiB, or as MiB if it is below one."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def start(recipe: Any, preset: str | None, values: Values, processes: int = 1) -> Path:

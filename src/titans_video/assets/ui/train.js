@@ -19,7 +19,13 @@ export async function render(root) {
   const error = h("div", { className: "message", hidden: true });
   const notes = h("div", { className: "message note", hidden: true });
   const text = code("");
-  const plan = h("div", { className: "card", hidden: true });
+  const gpus = h("input", { id: "gpus", type: "text", inputMode: "numeric", placeholder: "as here", oninput: () => makePlan() });
+  const memory = h("input", { id: "gpu-memory", type: "text", placeholder: "as here", oninput: () => makePlan() });
+  const planBody = h("div", { className: "stack" });
+  const plan = h("div", { className: "card stack", hidden: true }, h("h2", {}, "Plan"),
+    h("div", { className: "fields tight" },
+      h("div", { className: "field" }, h("div", { className: "name" }, h("label", { htmlFor: "gpus" }, "GPUs")), gpus),
+      h("div", { className: "field" }, h("div", { className: "name" }, h("label", { htmlFor: "gpu-memory" }, "Memory of a GPU")), memory)), planBody);
   const processes = h("input", { id: "processes", type: "text", inputMode: "numeric", value: "1" });
 
   function choose(next) {
@@ -46,15 +52,32 @@ export async function render(root) {
     }
     notes.hidden = !found.notes.length;
     notes.textContent = found.notes.join("\n");
-    drawPlan(found.plan);
+    if (!found.error || empty) makePlan(); // a plan needs no clips
   }
 
+  // A plan takes seconds, so one is made at a time, for the settings at its start.
+  let planning = false;
+  const makePlan = debounce(1200, async () => {
+    if (planning) return makePlan();
+    planning = true;
+    const asked = JSON.stringify([recipe.name, preset, values, gpus.value, memory.value]);
+    try {
+      drawPlan(await post("train/plan", { recipe: recipe.name, preset, values, gpus: gpus.value, gpu_memory: memory.value }));
+    } catch (failure) {
+      drawPlan({ error: failure.message });
+    } finally {
+      planning = false;
+    }
+    if (asked !== JSON.stringify([recipe.name, preset, values, gpus.value, memory.value])) makePlan();
+  });
+
   function drawPlan(made) {
-    plan.hidden = !made;
-    if (!made) return;
-    plan.replaceChildren(h("h2", {}, "Plan"),
-      h("table", {}, made.rows.map(([name, value]) => h("tr", {}, h("td", { className: "small sub" }, name), h("td", { className: "number small" }, value)))),
-      made.note ? h("p", { className: "small sub" }, made.note) : "");
+    plan.hidden = false;
+    planBody.replaceChildren(...(made.error ? [h("div", { className: "message note" }, made.error)] : [
+      h("p", {}, h("b", {}, made.fits ? "It fits." : "It does not fit."), made.change ? ` It fits with ${made.change}.` : ""),
+      h("table", { className: "small" }, made.rows.map(([name, value]) => h("tr", {}, h("td", { className: "sub" }, name), h("td", { className: "number" }, value)))),
+      h("details", {}, h("summary", {}, "Details"), h("pre", { className: "log" }, made.text)),
+    ]));
   }
 
   async function load() {
