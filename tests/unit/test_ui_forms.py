@@ -1,6 +1,8 @@
 """A filled form is exactly the command line and the YAML file that the page shows."""
 
 import shlex
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,25 @@ def test_a_preset_gives_the_defaults_of_the_fields(tmp_path: Path, monkeypatch: 
     assert explained["command"] == "titans-video train --config configs/sora/mine.yaml --lr 0.25 --manifest a.jsonl"
     assert "lr: 0.25" in explained["yaml"]
     assert "vae_backend: patch" in explained["yaml"]
+
+
+def test_forms_are_checked_by_several_threads_at_once() -> None:
+    """The page asks while the last answer is still computed."""
+    found: list[dict[str, Any]] = []
+
+    def ask() -> None:
+        found.extend(training.FORMS["vae"].explain({"manifest": "a.jsonl", "lr": "many"}) for _ in range(3))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 18
+    assert len({answer["error"] for answer in found}) == 1
+    assert found[0]["field"] == "lr"

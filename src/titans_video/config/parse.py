@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -183,6 +184,10 @@ def _expand_config(
     return found + argv
 
 
+_PARSING = threading.Lock()
+"""tyro keeps what it knows of types in one place for all threads, and prints its message."""
+
+
 def _parse(default: OptionsT, argv: list[str], prog: str) -> OptionsT:
     """Run tyro, and turn its framed message into one paragraph."""
 
@@ -190,7 +195,7 @@ def _parse(default: OptionsT, argv: list[str], prog: str) -> OptionsT:
         return tyro.cli(type(default), args=argv, default=default, prog=prog, add_help=False, config=MARKERS)
 
     message = io.StringIO()
-    with _wide_terminal(), contextlib.redirect_stderr(message), contextlib.suppress(SystemExit):
+    with _PARSING, _wide_terminal(), contextlib.redirect_stderr(message), contextlib.suppress(SystemExit):
         return attempt()
     raise ConfigError(f"{_paragraph(message.getvalue())} `{prog} --help-all` explains every option.")
 

@@ -1,6 +1,7 @@
 """Start a training from the page: recipes, presets, fields, and what a filled form stands for."""
 
 import shlex
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ BASIC = ("lr", "save_every", "validate_every", "validation_prompt", "validation_
 
 SAMPLES_EVERY = "250"
 """Steps between samples that the page suggests; the command itself makes none."""
+
+
+PLANNING = ("titans_video.cli.plan", "titans_video.planning.make", "titans_video.planning.table")
+"""Modules that a plan imports; the second one imports torch."""
 
 
 def _form(name: str, recipe: RecipeCommand) -> Form:
@@ -108,18 +113,15 @@ def plan(recipe: Any, preset: str | None, values: Values, gpus: str = "", gpu_me
 
     `gpus` and `gpu_memory` are those of another machine, as the command's flags. Raises UserError as the command.
     """
-    from titans_video.cli.plan import RECIPES as PLANNED
-    from titans_video.cli.plan import parse_size
     from titans_video.media.plots import format_short
-    from titans_video.planning.make import Request, make_plan
-    from titans_video.planning.table import format_plan
 
+    command, planning, table = map(import_module, PLANNING)
     if gpus and not gpus.isdecimal():
         raise ConfigError(f"--gpus {gpus}: it must be a whole number.")
-    found = PLANNED[recipe]
+    found = command.RECIPES[recipe]
     options = found.parse(form_of(recipe).words(values, preset))
-    request = Request(gpus=int(gpus) if gpus else None, memory=parse_size(gpu_memory or None))
-    made = make_plan(found.command, options, request)
+    request = planning.Request(gpus=int(gpus) if gpus else None, memory=command.parse_size(gpu_memory or None))
+    made = planning.make_plan(found.command, options, request)
     where = "a GPU" if made.hardware.gpus else "this process"
     rows = [
         ("Parameters", format_short(made.parameters)),
@@ -131,7 +133,7 @@ def plan(recipe: Any, preset: str | None, values: Values, gpus: str = "", gpu_me
         ("Passes over each clip", "unknown" if made.passes is None else f"{made.passes:.3g}"),
     ]
     change = shlex.join(made.change.flags) if made.change else None
-    return {"fits": made.fits, "change": change, "rows": rows, "text": format_plan(made)}
+    return {"fits": made.fits, "change": change, "rows": rows, "text": table.format_plan(made)}
 
 
 def format_bytes(size: int) -> str:
