@@ -105,6 +105,7 @@ def test_the_card_is_read_by_the_hub_and_is_true(shared: Path) -> None:
         "| missing | 1 |",
         "| licences of the clips | cc-by-4.0: 5, not stated: 8 |",
         "| optimizer steps | 2 |",
+        "| is it learning? | too early to say:",
         "| `--batch-size` | `2` |",
         "| video in one pass | 12 s |",
     ):

@@ -21,6 +21,7 @@ from titans_video.data.importing import read_items
 from titans_video.errors import ConfigError, UserError, first_line
 from titans_video.media.plots import format_loss, last_loss
 from titans_video.reporting.report import Run, format_option
+from titans_video.training.verdict import judge_lines
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,63}")
 """An identifier of the hub: apache-2.0, mit, cc-by-4.0, openrail, other."""
@@ -280,6 +281,8 @@ def _training(run: Run) -> str:
         ("loss (smoothed)", format_loss(last_loss(run.lines))),
     ]
     held_out = [v["loss"] for v in run.validations if v.get("loss") is not None]
+    verdict = judge_lines(run.lines, run.validations)
+    rows.append(("is it learning?", f"{verdict.state}: {verdict.reason}"))
     if held_out:
         rows.append(("held-out loss", f"{held_out[0]:.4g} at first, {held_out[-1]:.4g} at last"))
     seconds = sum(float(line["seconds"]) for line in run.lines if line.get("seconds"))
