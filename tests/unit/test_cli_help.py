@@ -253,7 +253,7 @@ def test_usage_lists_every_command(printed: Printed) -> None:
         ("train ", "titans lora finetune svd vae"),
         ("data ", "mock check cache"),
         ("train --vae-b", "--vae-backend"),
-        ("train --vae-backend ", "diffusers external identity patch"),
+        ("train --vae-backend ", "diffusers external identity patch tiny"),
         ("train svd --traina", "--trainable"),
         ("train titans --memory n", "neural none"),
         ("export a b --no", "--no-encoders"),

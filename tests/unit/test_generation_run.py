@@ -227,7 +227,7 @@ def test_a_file_that_cannot_be_written_ends_the_generation_first(model, monkeypa
     """So that the progress bar is closed before the message about the finished frames."""
     events = []
 
-    def chunks(*_):
+    def chunks(*_, **__):
         try:
             yield torch.zeros(1, 3, 2, 16, 16)
         finally:

@@ -3,7 +3,6 @@
 Legend: B videos of one call, T H W frames, height and width.
 """
 
-import html
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from titans_video.media.colour import Pixels
-from titans_video.media.plots import data_url
+from titans_video.media.plots import data_url, html_text
 from titans_video.media.sheets import contact_sheet
 from titans_video.media.writing import numbered, write_video
 
@@ -67,7 +66,7 @@ class GeneratedVideo:
             '<figure style="display:inline-block;margin:0 8px 8px 0">'
             f'<video src="{data_url(file, "video/mp4")}" width="{width * times}" controls autoplay loop muted '
             f'playsinline style="max-width:100%;image-rendering:{"pixelated" if times > 1 else "auto"}"></video>'
-            f"<figcaption>{html.escape(self.caption + seed)}</figcaption></figure>"
+            f"<figcaption>{html_text(self.caption + seed)}</figcaption></figure>"
         )
 
 
