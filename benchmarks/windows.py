@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("what", nargs="*", choices=["bounce", "memory", "real", "interpolation", []])
     parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
     parser.add_argument("--videos", type=int, default=48, help="videos of each mode in the bouncing world")
-    parser.add_argument("--codec", choices=sorted(REAL_CODECS), default="tiny", help="of the real clips")
+    parser.add_argument("--codec", choices=sorted(REAL_CODECS), default="patch", help="of the real clips")
     parser.add_argument("--keep", action="store_true", help="use the existing runs")
     arguments = parser.parse_args()
     torch.set_num_threads(2)

@@ -57,7 +57,7 @@ KINDS = ("tokens", "none")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
-    parser.add_argument("--codec", choices=sorted(SETUPS), default="tiny")
+    parser.add_argument("--codec", choices=sorted(SETUPS), default="patch")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--videos", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("outputs/drift"), help="checkpoints and videos")

@@ -67,7 +67,6 @@ CHECK = About(
         "num_frames",
         "fps",
         "empty_captions",
-        "max_upscale",
         "quality",
         "max_bad",
     ),

@@ -80,7 +80,7 @@ INIT = About(
         ("Prepare a LoRA, with a word for your subject", "clips --trigger ohwx --pretrained-model weights/Wan2.1"),
     ),
     (
-        *("source", "out", "trigger", "caption_prefix", "cut", "pretrained_model"),
+        *("source", "out", "trigger", "cut", "pretrained_model"),
         *("resolution", "max_crop", "num_frames", "batch_size", "force"),
     ),
     positionals=("source",),
