@@ -208,7 +208,7 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(place))
 
 
-def lock_file(file: TextIO) -> None:
+def lock_file(file: TextIO | BinaryIO) -> None:
     """Lock an open file for this process until it is closed; OSError if another has it, or the file system no locks.
 
     A lock of Windows also keeps others from reading, so it covers one byte far behind the content.

@@ -223,7 +223,9 @@ WRITING = {"write_text", "write_bytes", "mkdir", "savefig", "save_file", "save_p
 ELSEWHERE = {
     "bad_rows.py: open",  # appends
     "console.py: open",  # /dev/null
+    "copies.py: open",  # a number that is counted again if it is lost
     "jobs.py: open",  # appends: what a process prints
+    "locks.py: open",  # the lock
     "plots.py: savefig",  # to memory
     "resume.py: mkdir",  # in a context of `writing`
     "resume.py: open",  # the lock

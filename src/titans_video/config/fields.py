@@ -4,6 +4,7 @@ No torch here: `--help` imports this file.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, get_type_hints
@@ -150,6 +151,27 @@ def _count(args: list[str]) -> int | Literal["auto"]:
     return int(args[0])
 
 
+SIZE = "SIZE"
+"""The word for a number of bytes in the help."""
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def _size(args: list[str]) -> int:
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", args[0].strip())
+    try:
+        assert found is not None
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+    except (AssertionError, ValueError, KeyError):
+        raise ValueError(f"expected a size such as 50GB, 500MB or 20GiB; got {args[0]!r}") from None
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes with the largest decimal unit that gives at most three digits behind the point."""
+    unit, scale = next((u, _UNITS[u]) for u in ("TB", "GB", "MB", "KB", "B") if size >= _UNITS[u] or u == "B")
+    return f"{size / scale:.3f}".rstrip("0").rstrip(".") + unit
+
+
 def _comma_separated(
     metavar: str, parse: Callable[[list[str]], ValueT], length: int | None
 ) -> tyro.constructors.PrimitiveConstructorSpec[ValueT]:
@@ -178,5 +200,15 @@ Count = Annotated[
         instance_from_str=_count,
         is_instance=lambda x: isinstance(x, int) or x == "auto",
         str_from_instance=lambda x: [str(x)],
+    ),
+]
+Size = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=SIZE,
+        instance_from_str=_size,
+        is_instance=lambda x: isinstance(x, int),
+        str_from_instance=lambda x: [format_size(x)],
     ),
 ]

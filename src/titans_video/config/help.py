@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from titans_video.config.fields import OptionGroup, Range, flag_of, is_group
+from titans_video.config.fields import SIZE, OptionGroup, Range, flag_of, format_size, is_group
 
 WIDEST = 100
 """Columns of the help on a wide terminal."""
@@ -196,7 +196,7 @@ def _options(group: OptionGroup) -> Iterator[Option]:
                 choices=_choices(hint),
                 limits=_limits(hint),
                 text=texts.get(f.name, ""),
-                default=_default(getattr(group, f.name)),
+                default=_default(getattr(group, f.name), _value(hint)),
                 is_repeatable=get_args(f.type)[-1:] == (Ellipsis,),
             )
 
@@ -227,7 +227,9 @@ def _limits(hint: Any) -> str:
     return "; ".join(map(str, ranges))
 
 
-def _default(value: Any) -> str:
+def _default(value: Any, kind: str = "") -> str:
+    if kind == SIZE and isinstance(value, int):
+        return format_size(value)
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

@@ -24,6 +24,7 @@ from titans_video.config.fields import (
     Pair,
     PatchSize,
     Range,
+    Size,
     Switch,
     VaeBackend,
     flag_of,
@@ -34,12 +35,12 @@ BELOW_1 = Range(least=0, below=1)
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """The clips, their sizes and their batches."""
+class SourceOptions:
+    """The manifests, and where the clips are."""
 
     manifest: tuple[ManifestPath, ...] = ()
-    """Clips and captions: a manifest (JSONL, JSON), a table (CSV, TSV, Parquet), or a folder of clips. Append :WEIGHT
-    to draw from several in proportion."""
+    """Clips and captions: a manifest (JSONL, JSON), a table (CSV, TSV, Parquet), a folder of clips, or tars. Append
+    :WEIGHT to draw from several in proportion."""
     metadata: FilePath | None = None
     """Instead of a manifest: a JSON list of objects with video_path and caption."""
     data_root: FolderPath | None = None
@@ -47,6 +48,17 @@ class DataOptions:
     clips)."""
     allow_outside_root: bool = False
     """Accept paths in the manifest that leave the data root: absolute paths, .. and symbolic links."""
+    remote_cache: FolderPath | None = None
+    """Folder for copies of clips that a manifest names by s3://, https:// or hf:// (default:
+    ~/.cache/titans-video/remote)."""
+    remote_cache_size: Annotated[Size, Range(least=1)] = 50_000_000_000
+    """Largest total size of these copies, e.g. 500MB, 2TB. The least recently used ones are removed."""
+
+
+@dataclass(frozen=True)
+class DataOptions(SourceOptions):
+    """The clips, their sizes and their batches."""
+
     height: Annotated[int | None, Range(least=1)] = None
     """Clip height in pixels; needs --width."""
     width: Annotated[int | None, Range(least=1)] = None

@@ -38,6 +38,7 @@ REASONS: dict[str, str] = {
     "not-a-file": "the path is a pipe, a socket or a device",
     "no-permission": "this user may not read the file",
     "empty-file": "the file has 0 bytes",
+    "unreachable": "the file cannot be fetched from its server, or there is no room for its copy",
     "not-a-video": "no video is found in the file",
     "not-an-image": "no image is found in the file",
     "playlist": "the file names other files and holds no video of its own",

@@ -24,6 +24,7 @@ from titans_video.data.row_table import share_table
 from titans_video.data.sampler import TaskMix, parse_task_mix
 from titans_video.errors import ConfigError, DataError, counted
 from titans_video.seeding import derive_seed
+from titans_video.storage.files import use_remote_cache
 from titans_video.types import SINGLE_PROCESS, CodecSpec, ProcessGroup
 
 CROPPED = 0.8  # warn of clips that keep less than this share of their picture
@@ -373,6 +374,7 @@ def open_data(
         DataError: the manifest is wrong, or too few rows are usable.
     """
 
+    use_remote_cache(options.remote_cache, options.remote_cache_size)
     scanned: list[Scan] = []
 
     def scan_on_main() -> None:

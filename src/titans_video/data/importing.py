@@ -13,9 +13,12 @@ from titans_video.data.caption_files import list_of, list_rows
 from titans_video.data.folders import Item, import_folder
 from titans_video.data.json_rows import RowError, json_rows
 from titans_video.data.tables import is_table, read_table
+from titans_video.data.tar_rows import is_tar_set, shards_of, tar_items
 from titans_video.errors import DataError
+from titans_video.storage.files import in_use, local_copy, open_file, stamp
+from titans_video.storage.places import is_remote, place
 
-Form = Literal["manifest", "table", "lists", "folder"]
+Form = Literal["manifest", "table", "lists", "folder", "tars"]
 
 
 def form_of(path: Path) -> Form:
@@ -26,6 +29,8 @@ def form_of(path: Path) -> Form:
     """
     if path.is_dir():
         return "folder"
+    if is_tar_set(path):
+        return "tars"
     if is_table(path):
         return "table"
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -38,7 +43,9 @@ def form_of(path: Path) -> Form:
 
 def root_of(path: Path, options: DataOptions) -> Path:
     """Return the folder that paths in a data set start at: `--data-root`, else the manifest's or the clips' folder."""
-    return Path(options.data_root or (path if path.is_dir() else path.parent))
+    if is_tar_set(path):  # the clips are in the tars
+        return path.parent
+    return place(options.data_root) if options.data_root else path if path.is_dir() else path.parent
 
 
 def read_items(path: Path, options: DataOptions, *, unused: Path | None = None) -> tuple[Iterator[Item], list[str]]:
@@ -57,7 +64,12 @@ def read_items(path: Path, options: DataOptions, *, unused: Path | None = None) 
             keep = options.empty_captions == "keep"
             items, notes = import_folder(path, root_of(path, options), all_images=keep, unused=unused)
             return iter(items), notes
-        if form == "table":
+        if form == "tars":
+            return tar_items(path)
+        if is_remote(path):
+            with local_copy(path) as copy:
+                rows = iter(list(read_table(copy) if form == "table" else json_rows(copy.read_bytes())))
+        elif form == "table":
             rows = read_table(path)
         elif form == "lists":
             pair = list_of(path)
@@ -76,13 +88,16 @@ def read_items(path: Path, options: DataOptions, *, unused: Path | None = None) 
 
 def digest_of(path: Path, options: DataOptions) -> str:
     """Return the SHA-256 of a data set's content, but not of its clips; "" if it cannot be read twice."""
-    form = form_of(path)
+    form, digest = form_of(path), hashlib.sha256()
     if form in ("manifest", "table"):
-        if not path.is_file():
+        if not is_remote(path) and not path.is_file():
             return ""
-        with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    digest = hashlib.sha256()
+        with in_use(path, latest=True), open_file(path) as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
+    if form == "tars":
+        shards = [str(shard) for shard in shards_of(path)]
+        digest.update(repr([(shard, *stamp(shard)) for shard in shards]).encode())
+        return digest.hexdigest()
     for file, line, row in read_items(path, options)[0]:
         if isinstance(row, RowError):
             return ""

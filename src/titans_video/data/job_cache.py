@@ -32,12 +32,15 @@ from titans_video.data.columns import (
 from titans_video.errors import WriteError
 from titans_video.media.info import Colour, Orientation, VideoInfo
 from titans_video.parsing import Malformed, parse_json
+from titans_video.storage.ahead import stamps
+from titans_video.storage.files import MISSING, NOWHERE, cache_folder, stamp
+from titans_video.storage.places import is_remote
 
 PROBE_VERSION = 4  # raise it when probing the same file would give another result
 AGAIN = "A larger --file-timeout tries the file again."
-NOT_REMEMBERED = ("crashed", "missing")  # reasons that may be temporary
+NOT_REMEMBERED = ("crashed", "missing", "unreachable")  # reasons that may be temporary
+TRIED_AGAIN = ("crashed", "unreachable")  # by every scan
 MOST_PACKED = 2**26  # bytes of a packed description
-MISSING = -1  # size and time of a file that is not there
 STAT_CHUNK, STAT_THREADS = 2048, 32
 SLOW_STAT = 30e-6  # seconds; a file system that takes longer is asked by several threads
 KINDS = {
@@ -74,11 +77,6 @@ class _Fact(NamedTuple):
     value: bytes
 
 
-def cache_folder() -> Path:
-    """Return the folder of reproducible files: $XDG_CACHE_HOME/titans-video, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans-video"
-
-
 def job_name(job: Job) -> str:
     return f"{job[0]}:{job[1]}"
 
@@ -107,8 +105,8 @@ class JobCache:
         self.stored = _open(self.path)
         self.places = _find(self.stored, names)
         fresh = (self.places >= 0) & (self.stamps[:, 0] != MISSING)
-        for column, stamp in (("size", 0), ("modified", 1)):
-            fresh[fresh] = self.stored[column][self.places[fresh]] == self.stamps[fresh, stamp]
+        for column, place in (("size", 0), ("modified", 1)):
+            fresh[fresh] = self.stored[column][self.places[fresh]] == self.stamps[fresh, place]
         self.places[~fresh] = -1
         self._new: dict[int, _Fact] = {}
         self._passing: dict[int, Failed] = {}  # results that are not remembered
@@ -141,8 +139,10 @@ class JobCache:
 
     def put(self, number: int, result: JobResult) -> None:
         """Add a result, and save all from time to time: a first scan may take hours."""
-        size, modified = _stamp(job_of(self.names[number])[1])
-        self.stamps[number] = size, modified
+        path = job_of(self.names[number])[1]
+        if not is_remote(path) or self.stamps[number, 0] == MISSING:  # a server is not asked about every file again
+            self.stamps[number] = stamp(path)
+        size, modified = self.stamps[number].tolist()
         if size == MISSING or (isinstance(result, Failed) and result.reason in NOT_REMEMBERED):
             self._passing[number] = result if isinstance(result, Failed) else Failed("missing", "it disappeared.")
             return
@@ -162,9 +162,9 @@ class JobCache:
         except (OSError, WriteError):
             return
 
-    def crashed(self) -> list[int]:
-        """Return the jobs that ended their process."""
-        return [i for i, result in self._passing.items() if result.reason == "crashed"]
+    def to_try_again(self) -> list[int]:
+        """Return the jobs whose failure may have had a cause that has passed."""
+        return [i for i, result in self._passing.items() if result.reason in TRIED_AGAIN]
 
     def squeezed(self, number: int) -> bytes:
         """Return the result of probing as it is stored; nothing of a failure."""
@@ -316,7 +316,8 @@ def stretch(squeezed: bytes) -> bytes:
 
 def stat_files(paths: Sequence[str]) -> NDArray[np.int64]:
     """Return (paths, 2): sizes and modification times in nanoseconds, `MISSING` where there is no file."""
-    return map_paths(_stamp, paths).reshape(-1, 2)
+    remote = stamps(paths, progress=True)
+    return map_paths(lambda p: remote.get(p, NOWHERE) if is_remote(p) else stamp(p), paths).reshape(-1, 2)
 
 
 def map_paths(look: Callable[[str], Iterable[int]], paths: Sequence[str]) -> NDArray[np.int64]:
@@ -334,11 +335,3 @@ def map_paths(look: Callable[[str], Iterable[int]], paths: Sequence[str]) -> NDA
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             found += pool.map(chunk, rest)
     return np.concatenate(found) if found else np.empty((0, 2), np.int64)
-
-
-def _stamp(path: str | Path) -> tuple[int, int]:
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return MISSING, MISSING
-    return found.st_size, found.st_mtime_ns

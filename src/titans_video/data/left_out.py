@@ -11,6 +11,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.clip_plan import CHOSEN, REASONS
 from titans_video.data.manifest import Row
 from titans_video.errors import DataError, counted
+from titans_video.storage.places import is_remote
 
 HINTED = 50  # missing files that are searched for hints
 
@@ -65,7 +66,8 @@ def missing_files(quarantined: Sequence[Quarantined], options: DataOptions) -> l
     root = os.path.abspath(options.data_root or Path(missing[0].source[0]).parent)
     why = "--data-root" if options.data_root else "the folder of the manifest; --data-root sets another"
     lines = [f"Relative paths start at {root} ({why}). The first path that does not exist is {missing[0].video}."]
-    hints = dict.fromkeys(hint for row in missing[:HINTED] for hint in _hints(row.video))
+    local = [row.video for row in missing[:HINTED] if not is_remote(row.video)]
+    hints = dict.fromkeys(hint for path in local for hint in _hints(path))
     return [*lines, *(f"Hint: {hint}" for hint in list(hints)[:3])]
 
 
@@ -78,8 +80,8 @@ def _hints(path: Path) -> list[str]:
         found.append(f"{text} contains backslashes; write the path with /.")
     elif "\\" in text:
         found.append("paths contain backslashes; write them with /.")
-    if any(part.lower() in ("file:", "http:", "https:", "s3:", "hf:") for part in parts):
-        found.append("paths begin with a scheme such as file://; write plain paths of local files.")
+    if any(part.lower() in ("file:", "gs:", "gcs:", "az:", "abfs:", "ftp:", "sftp:") for part in parts):
+        found.append("paths begin with a scheme such as file://; of URLs, s3://, https://, http:// and hf:// are read.")
     if any(part.startswith("~") for part in parts):
         found.append("~ is not replaced in a manifest; write the whole path of your home folder.")
     if any(part != part.strip() for part in parts):

@@ -28,12 +28,14 @@ from titans_video.data.sampler import BucketQueue, SampleIndex, Sampler
 from titans_video.errors import DataError
 from titans_video.processes import ReadAhead, WorkerDied
 from titans_video.seeding import derive_seed
+from titans_video.storage.ahead import Fetcher
 from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 600.0
 STALL_SECONDS_PER_ROW = 300.0  # replace a worker without a batch; an unreadable row gives up earlier
+FETCHED_ROWS = 16  # rows whose remote files are fetched ahead
 LAST_STEP = 10**9  # of a trial batch: every curriculum has ended, so batches have their largest size
 Draw = Callable[[Batch], Batch]
 
@@ -70,16 +72,32 @@ class BatchReader:
         max_bad: float,
         cache: EncodingCache | None = None,
         draw: Draw | None = None,
+        stride: int = 1,
     ) -> None:
         self.records, self.sampler, self.reader, self.shard, self.seed = records, sampler, reader, shard, seed
+        self.stride, self.fetcher = stride, Fetcher()
         self.bad_rows, self.max_bad, self.cache, self.draw = bad_rows, max_bad, cache, draw
         self.queues, self.places = (np.zeros(len(records), np.int32) for _ in range(2))  # of each row
         for queue, rows in enumerate(sampler.rows):
             self.queues[rows], self.places[rows] = queue, np.arange(len(rows))
 
     def __getitem__(self, number: int) -> HostBatch:
+        if self.cache is None and self.records.table.has_remote_files:
+            self._fetch_from(number)
+        return self.rows(self._items(number), number // self.shard.grad_accum)
+
+    def _items(self, number: int) -> Sequence[SampleIndex]:
         step, micro = divmod(number, self.shard.grad_accum)
-        return self.rows(self.shard.of(self.sampler.batch(step).items, micro), step)
+        return self.shard.of(self.sampler.batch(step).items, micro)
+
+    def _fetch_from(self, number: int) -> None:
+        """Fetch the remote files of this batch, and of those that this process reads next."""
+        count = 0
+        while count < FETCHED_ROWS:
+            items = self._items(number)
+            for item in items:
+                self.fetcher.want(self.records.files(item.row))
+            count, number = count + max(len(items), 1), number + self.stride
 
     def rows(self, items: Sequence[SampleIndex], step: int = 0, shown_at: int | None = None) -> HostBatch:
         """Read a batch of these rows of one bucket for optimizer step `step`; its `step` is `shown_at` if given."""
@@ -296,7 +314,7 @@ class BatchStream:
         copy.records = dict(self.bad_rows.records)
         return copy
 
-    def _reader(self, bad_rows: BadRows) -> BatchReader:
+    def _reader(self, bad_rows: BadRows, stride: int = 1) -> BatchReader:
         if self.cache is not None:
             self.cache.process = os.getpid()
         return BatchReader(
@@ -309,6 +327,7 @@ class BatchStream:
             self._max_bad,
             self.cache,
             self.draw,
+            stride,
         )
 
     def _start(self) -> Iterator[HostBatch]:
@@ -318,7 +337,7 @@ class BatchStream:
             reader = self._reader(self.bad_rows)
             return (reader[number] for number in count_from(self._delivered))
         return ReadAhead(
-            lambda: _InWorker(self._reader(self._copy_bad_rows())),
+            lambda: _InWorker(self._reader(self._copy_bad_rows(), self.workers)),
             self._delivered,
             self.workers,
             seconds=STALL_SECONDS + STALL_SECONDS_PER_ROW * max(self.batch_sizes.values()),

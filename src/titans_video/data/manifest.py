@@ -24,6 +24,8 @@ from titans_video.data.importing import read_items, root_of
 from titans_video.data.json_rows import RowError, shown
 from titans_video.data.tables import with_usual_keys
 from titans_video.errors import DataError
+from titans_video.storage.fetching import require
+from titans_video.storage.places import absolute_path, is_remote, place, scheme_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +107,26 @@ def split_weight(text: str) -> tuple[Path, float]:
     """Split `PATH` or `PATH:WEIGHT`; an existing file with the whole name takes precedence."""
     path, colon, tail = text.rpartition(":")
     if not colon or Path(text).exists():
-        return Path(text), 1.0
+        return _placed(text), 1.0
     try:
         weight = float(tail)
     except ValueError:
-        return Path(text), 1.0
+        return _placed(text), 1.0
     if not 0 < weight <= MAX_WEIGHT:
         raise DataError(
             f"--manifest {text}: the weight {tail} must be above 0 and at most {MAX_WEIGHT:g}. "
             "Omit the manifest instead of giving it the weight 0."
         )
-    return Path(path), weight
+    return _placed(path), weight
+
+
+def _placed(text: str) -> Path:
+    try:
+        if (scheme := scheme_of(text)) is not None:
+            require(scheme)
+        return place(text)
+    except ValueError as e:
+        raise DataError(f"--manifest {text}: {e}.") from None
 
 
 def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> Iterator[Row]:
@@ -132,8 +143,8 @@ def checked_rows(path: Path, items: Iterable[Item], options: DataOptions) -> lis
 
 
 def _checked(path: Path, items: Iterable[Item], options: DataOptions, taken: "_Taken") -> Iterator[Row]:
-    root = Path(os.path.abspath(root_of(path, options)))
-    if not root.is_dir():
+    root = absolute_path(root_of(path, options))
+    if not is_remote(root) and not root.is_dir():
         raise DataError(f"--data-root {options.data_root}: there is no such folder.")
     wrong: list[str] = []
     count = bad = 0
@@ -242,12 +253,20 @@ def _inside(key: str, value: Any, root: Path, outside: bool) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         _refuse(key, value, "the path of a file, as text")
     _encodable(key, value)
+    if (scheme := scheme_of(value)) is not None:
+        require(scheme)
+        try:
+            return place(value)
+        except ValueError as e:
+            raise RowError(f"key {key!r}: {shown(value)}: {e}.") from None
     path = Path(os.path.normpath(root / value))
     if outside:
         return path
     remedy = "set --data-root to a folder above it, or pass --allow-outside-root."
     if not path.is_relative_to(root):
         raise RowError(f"key {key!r}: {shown(value)} leaves the data root {root}; {remedy}")
+    if is_remote(root):
+        return path
     target = _target(path)
     if not target.is_relative_to(_real_folder(root)):
         raise RowError(

@@ -32,6 +32,7 @@ from titans_video.finite import is_finite
 from titans_video.media.motion import motion_bucket
 from titans_video.parsing import Malformed
 from titans_video.processes import ReadAhead, WorkerDied
+from titans_video.storage.ahead import fetched_ahead
 from titans_video.types import SINGLE_PROCESS, ProcessGroup, TextCondition
 
 logger = logging.getLogger(__name__)
@@ -344,7 +345,8 @@ def _fill_clips(filled: Filled, encoding: _Encoding, bar: Progress) -> None:
         else:
             bar.update()
     with _reading_ahead(data, encoding, todo) as clips:
-        for (number, variant, task), pixels in zip(todo, clips, strict=False):
+        parts = fetched_ahead(todo, lambda part: data.records.files(part[0]))
+        for (number, variant, task), pixels in zip(parts, clips, strict=False):
             bar.update()
             sample = _decide(data, encoding.reader, number, variant, task)
             missing_fields = [fields for fields in cache.wanted(sample) if not cache.has(fields)]

@@ -16,11 +16,14 @@ from titans_video.data.buckets import Bucket, BucketTable
 from titans_video.data.clip_plan import Rejected, RowPlan, plan_row, unpack
 from titans_video.data.manifest import Row
 from titans_video.data.sampler import TaskMix, num_cond_frames
+from titans_video.errors import DataError, WriteError
 from titans_video.media.colour import cover_crop
 from titans_video.media.info import VideoInfo
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.reading import read_clip, read_image
 from titans_video.seeding import derive_seed
+from titans_video.storage.files import status
+from titans_video.storage.places import is_remote
 
 Frames = NDArray[np.uint8]
 T = TypeVar("T")
@@ -153,6 +156,8 @@ class RowReader:
         if found is None:
             try:
                 image = read_image(path)
+            except WriteError as e:
+                raise DataError(str(e)) from None
             except (UnreadableMedia, *DECODING_ERRORS) as e:
                 raise BadRowError("cond-image", f"{path}: {e}") from None
             found = cover_crop(image[None], bucket.height, bucket.width, sample.plan.crop)[0]
@@ -176,8 +181,10 @@ class RowReader:
 
     def _decode(self, sample: Sample) -> Frames:
         path, info, bucket = sample.record.row.video, sample.record.info(), sample.plan.bucket
-        found = path.stat()
-        if (found.st_size, found.st_mtime_ns) != (info.file_size, info.modified_ns):
+        if not is_remote(path) and status(path) != (
+            info.file_size,
+            info.modified_ns,
+        ):  # `read_clip` checks a remote one
             raise BadRowError("changed", f"{path} was changed after the scan.")
         return read_clip(path, info, sample.plan.indices, bucket.height, bucket.width, sample.plan.crop)
 
@@ -186,6 +193,8 @@ class RowReader:
             return read()
         except UnreadableMedia as e:
             raise BadRowError(e.reason, str(e)) from None
+        except WriteError as e:  # the copy of a remote file: every other row would fail, too
+            raise DataError(str(e)) from None
         except FileNotFoundError:
             raise BadRowError("missing", f"{path} no longer exists.") from None
         except DECODING_ERRORS as e:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -16,6 +17,7 @@ from titans_video.data.reader import ClipRecord
 from titans_video.data.row_table import RowTable
 from titans_video.data.sampler import TaskMix, row_key
 from titans_video.seeding import Key, derive_seed
+from titans_video.storage.fetching import Facts
 
 DIGEST_BYTES = 32
 
@@ -71,6 +73,14 @@ class ClipRecords(Sequence[ClipRecord]):
     def column(self, name: str) -> Column:
         """Return a column of the table for these rows."""
         return self.table.columns[name][self.numbers]
+
+    def files(self, at: int) -> Iterator[tuple[Path, Facts]]:
+        """Yield the files of a row as they were scanned: its clip and its own image."""
+        for name in ("video", "image"):
+            file = int(self.table.columns[name][self.numbers[at]])
+            if file >= 0:
+                stamp = (int(self.table.columns[column][file]) for column in ("size", "modified"))
+                yield Path(self.table.path_of_file(file)), Facts(*stamp)
 
     def bucket_counts(self) -> dict[Bucket, int]:
         """Return the number of rows of each bucket, in the order of their first rows."""

@@ -26,7 +26,7 @@ from titans_video.data.buckets import AUTO, Bucket, BucketTable, parse_buckets
 from titans_video.data.clip_plan import PLAN_VERSION, Rejected, plan_row, unpack
 from titans_video.data.columns import Column, Columns, open_columns, pack_columns, write_columns
 from titans_video.data.importing import digest_of, root_of
-from titans_video.data.job_cache import MISSING, PROBE_VERSION, Failed, JobCache, JobResult, cache_folder
+from titans_video.data.job_cache import MISSING, PROBE_VERSION, TRIED_AGAIN, Failed, JobCache, JobResult, cache_folder
 from titans_video.data.manifest import Row, manifest_files, read_rows
 from titans_video.data.quality import filtered, has_filters
 from titans_video.data.records import ClipRecords, LeftOut
@@ -46,6 +46,8 @@ from titans_video.data.scan import run_cached_jobs, usable_cores
 from titans_video.errors import DataError, WriteError
 from titans_video.parsing import Malformed
 from titans_video.processes import ReadAhead
+from titans_video.storage.files import use_remote_cache
+from titans_video.storage.places import absolute_path, is_remote, real_path
 from titans_video.types import CodecSpec
 
 
@@ -69,6 +71,7 @@ class Scan:
 FREE = frozenset(
     {
         *("batch_size", "tokens_per_batch", "max_bad", "num_workers", "ram_cache_mb", "trust_scan"),
+        *("remote_cache", "remote_cache_size"),
         *("cache", "cache_dtype", "cache_variants", "cond_frames", "random_crop"),
     }
 )
@@ -95,6 +98,7 @@ def open_scan(
         DataError: a manifest is wrong.
     """
     validate(options)
+    use_remote_cache(options.remote_cache, options.remote_cache_size)
     mix = parse_task_mix(options.task_mix)
     key = scan_key(options, spec, patch_size)
     rows = find_table(key, options, progress=progress)
@@ -115,8 +119,8 @@ def scan_key(options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, 
             return ""
         if not digest:
             return ""
-        root = os.path.abspath(root_of(path, options))
-        manifests.append([str(path), weight, root, os.path.realpath(root), digest])
+        root = absolute_path(root_of(path, options))
+        manifests.append([str(path), weight, str(root), real_path(root), digest])
     versions = [__version__, TABLE_VERSION, PROBE_VERSION, PLAN_VERSION]
     unused = FREE if options.buckets == AUTO else FREE | {"max_crop"}
     chosen = {name: value for name, value in asdict(options).items() if name not in unused}
@@ -138,7 +142,7 @@ def find_table(key: str, options: DataOptions, *, progress: bool = False) -> Row
             again = rows.to_try_again()
             cache = run_cached_jobs(again, options.file_timeout, progress=progress) if again else None
             now = [cache.get(i) for i in range(len(again))] if cache else []
-            if rows.changed_files() or not all(isinstance(r, Failed) and r.reason == "crashed" for r in now):
+            if rows.changed_files() or not all(isinstance(r, Failed) and r.reason in TRIED_AGAIN for r in now):
                 return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -224,7 +228,7 @@ class _Facts:
 
     def states(self) -> Column:
         states = np.where(self.wanted > 0, SEEN, UNSEEN).astype(np.uint8)
-        states[np.flatnonzero(self.wanted)[self.cache.crashed()]] = TRY_AGAIN
+        states[np.flatnonzero(self.wanted)[self.cache.to_try_again()]] = TRY_AGAIN
         return states
 
     def described(self, file: int) -> tuple[bytes, str]:
@@ -311,7 +315,7 @@ def hash_rows(rows: RowTable, options: DataOptions, mix: TaskMix) -> dict[str, s
         r = rows.row(number)
         fields.add((r.id, r.caption, r.task, r.start, r.end, r.fps, r.weight, r.cond_frames))
         image = r.cond_image if r.cond_image and uses_cond_image(r, mix) else None
-        root = os.path.abspath(options.data_root or Path(r.source[0]).parent)
+        root = str(absolute_path(options.data_root or Path(r.source[0]).parent))
         paths = [None if path is None else str(path) for path in (r.video, image)]
         absolute.add((r.id, *paths))
         relative.add((r.id, *(path and _relative(path, root) for path in paths)))
@@ -334,5 +338,7 @@ class ListHash:
 
 
 def _relative(path: str, root: str) -> str:
+    if is_remote(path) and not is_remote(root):
+        return path
     inside = os.path.join(root, "")
     return path.removeprefix(inside) if path.startswith(inside) else os.path.relpath(path, root)

@@ -8,7 +8,8 @@ import hashlib
 import math
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from numpy.typing import NDArray
 from titans_video.data.buckets import Bucket
 from titans_video.data.clip_plan import REASONS
 from titans_video.data.columns import Column, Columns, TextsBuilder, as_column, share_columns, text_kinds
-from titans_video.data.job_cache import MISSING, map_paths, stretch
+from titans_video.data.job_cache import map_paths, stretch
 from titans_video.data.left_out import Quarantined
 from titans_video.data.manifest import TASKS, Row
 from titans_video.data.reader import ClipRecord
 from titans_video.data.sampler import TaskMix, row_key, uses_cond_image
 from titans_video.parsing import Malformed
 from titans_video.schema import Either, ListOf, OneOf, Record, Text, Whole, fits
+from titans_video.storage.ahead import stamps
+from titans_video.storage.fetching import Facts
+from titans_video.storage.files import NOWHERE, stamp_inside
+from titans_video.storage.places import is_remote, real_path
 from titans_video.types import ProcessGroup
 
 TABLE_VERSION = 1  # raise it when the columns or their meaning change
@@ -123,6 +128,10 @@ class RowTable:
         folder = self.columns.texts("folder")[int(self.columns["within"][number])]
         return os.path.join(folder, self.columns.texts("name")[number])
 
+    @cached_property
+    def has_remote_files(self) -> bool:
+        return any(is_remote(folder) for folder in self.columns.texts("folder"))
+
     def row(self, i: int) -> Row:
         """Return a row as the manifest has it."""
         c = self.columns
@@ -182,7 +191,7 @@ class RowTable:
         for i in np.flatnonzero(np.diff(links.ends) > 0).tolist():
             if os.path.realpath(self.path_of_file(i)) != links[i]:
                 return True
-        return list(map(os.path.realpath, c.texts("folder"))) != list(c.texts("real_folder"))
+        return list(map(real_path, c.texts("folder"))) != list(c.texts("real_folder"))
 
     def changed(self, files: Column) -> Column:
         """Return which of the files with these numbers differ from what was scanned, as their stamps show."""
@@ -321,7 +330,7 @@ class TableBuilder:
                 texts[column].add(text)
         for folder in folders:
             texts["folder"].add(folder)
-            texts["real_folder"].add(os.path.realpath(folder))
+            texts["real_folder"].add(real_path(folder))
         found = {"within": as_column(within, np.int32)}
         for name, builder in texts.items():
             found |= builder.columns(name)
@@ -330,16 +339,19 @@ class TableBuilder:
 
 def look_at(paths: Sequence[str]) -> NDArray[np.int64]:
     """Return (paths, 3): size and modification time, `MISSING` without a file, and 1 for a symbolic link."""
-    return map_paths(_look, paths).reshape(-1, 3)
+    remote = stamps(paths)
+    return map_paths(lambda path: _look(path, remote), paths).reshape(-1, 3)
 
 
-def _look(path: str) -> tuple[int, int, int]:
+def _look(path: str, remote: Mapping[str, Facts]) -> tuple[int, int, int]:
+    if is_remote(path):
+        return (*remote.get(path, NOWHERE), 0)
     try:
         found, is_link = os.lstat(path), False
         if (found.st_mode & 0o170000) == 0o120000:
             found, is_link = os.stat(path), True
     except (OSError, ValueError):
-        return MISSING, MISSING, 0
+        return (*stamp_inside(path), 0)
     return found.st_size, found.st_mtime_ns, int(is_link)
 
 

@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 from titans_video.console import Progress
 from titans_video.data.clip_plan import pack, unpack
 from titans_video.data.job_cache import Failed, Job, JobCache, job_name, job_of
+from titans_video.errors import WriteError
 from titans_video.media.opening import DECODING_ERRORS, Deadline, UnreadableMedia
 from titans_video.media.probe import probe
 from titans_video.media.quality import measure
 from titans_video.media.reading import read_picture
 from titans_video.media.shots import find_shots
 from titans_video.processes import Failure, Worker, WorkerDied
+from titans_video.storage.ahead import fetched_ahead
+from titans_video.storage.files import in_use, open_file
 
 GRACE = 15.0  # seconds after its own time limit before the process of a job is killed
 
@@ -126,6 +129,8 @@ def _run_job(seconds: float, last_progress: Any, job: Job) -> bytes | str | Fail
         return _KINDS[kind.partition("@")[0]](path, Limit(seconds, beat), *arguments)
     except UnreadableMedia as e:
         return Failed(e.reason, e.explanation)
+    except WriteError as e:  # of the copy of a remote file
+        return Failed("unreachable", str(e))
     except FileNotFoundError:
         return Failed("missing", "there is no such file.")
     except PermissionError:
@@ -139,12 +144,14 @@ def _probe(path: Path, limit: Limit) -> bytes:
 
 
 def _image(path: Path, limit: Limit) -> str:
-    return read_picture(path, seconds=limit.seconds).reading
+    with in_use(path, beat=limit.beat):
+        return read_picture(path, seconds=limit.seconds).reading
 
 
 def _file_digest(path: Path, limit: Limit) -> str:
-    deadline, digest = Deadline(path, limit.seconds, renewed=True, beat=limit.beat), hashlib.sha256()
-    with path.open("rb") as f:
+    digest = hashlib.sha256()
+    with in_use(path, beat=limit.beat), open_file(path) as f:
+        deadline = Deadline(path, limit.seconds, renewed=True, beat=limit.beat)
         while block := f.read(DIGEST_BLOCK):
             deadline.advance(len(block))
             digest.update(block)
@@ -193,7 +200,8 @@ def run_cached_jobs(
     if todo:
         count = min(workers or usable_cores(), -(-len(todo) // JOBS_PER_WORKER))
         numbers = {names[i]: i for i in todo}
-        jobs = ((*job_of(name), *arguments(number)) for name, number in numbers.items())
+        found = ((*job_of(name), *arguments(number)) for name, number in numbers.items())
+        jobs = fetched_ahead(found, lambda job: [(job[1], None)])
         with Progress(title, "file", len(todo), show=progress, delay=1.0) as bar:
             for job, result in run_jobs(jobs, max(count, 1), seconds):
                 cache.put(numbers[job_name(job)], result)

@@ -9,6 +9,7 @@ from av.video.frame import VideoFrame
 from titans_video.media.headers import display_matrix, has_alpha
 from titans_video.media.info import Colour, Matrix, Orientation, Primaries, Transfer, VideoInfo
 from titans_video.media.opening import UnreadableMedia
+from titans_video.storage.files import status
 
 _MATRICES: dict[int, Matrix] = {
     0: "rgb",
@@ -98,7 +99,7 @@ def unusual_colours(frame: VideoFrame, codec: str, colour: Colour) -> list[str]:
 
 def still_info(path: Path, height: int, width: int, colour: Colour, *, codec: str, pix_fmt: str) -> VideoInfo:
     """Describe one upright picture with square pixels, as a video of one frame."""
-    status = path.stat()
+    found = status(path)
     return VideoInfo(
         path=path,
         stream=0,
@@ -120,7 +121,7 @@ def still_info(path: Path, height: int, width: int, colour: Colour, *, codec: st
         key_pts=(0,),
         skip=0,
         verified=True,
-        file_size=status.st_size,
-        modified_ns=status.st_mtime_ns,
+        file_size=found.size,
+        modified_ns=found.modified,
         notes=(),
     )

@@ -18,6 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from titans_video.media.info import Crop
+from titans_video.storage.files import open_file
 
 MOST_BOXES = 10_000  # in one box; more are not read
 MOST_BYTES = 1 << 20  # of one header that is read into memory
@@ -78,7 +79,7 @@ def declared_crop(path: Path, container: InputContainer, stream: VideoStream) ->
     """Return which edges of the decoded frames the container cuts off for display; none if that is malformed."""
     formats = container.format.name.split(",")
     size = stream.codec_context.width, stream.codec_context.height
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if "mov" in formats:
             crop = _clean_aperture(file, stream.id, *size)
         elif "matroska" in formats:
@@ -221,7 +222,7 @@ def has_alpha_track(path: Path, container: InputContainer, stream: VideoStream) 
     """Tell whether an ISO media file keeps the transparency of a track in another track (animated AVIF and HEIF)."""
     if "mov" not in container.format.name.split(",") or len(container.streams.video) < 2:
         return False
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for trak in inner(file, whole(file), b"moov", b"trak"):
             for reference in inner(file, trak, b"tref", b"auxl"):
                 tracks = content(file, reference)

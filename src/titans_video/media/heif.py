@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from titans_video.media.headers import Box, boxes, content, inner, whole
+from titans_video.storage.files import open_file
 
 _BRANDS = (b"mif1", b"heic", b"heix", b"heim", b"heis", b"avif", b"miaf")
 _ALPHA = (b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha", b"urn:mpeg:hevc:2015:auxid:1")
@@ -68,7 +69,7 @@ class Heif:
 
 def read_heif(path: Path) -> Heif | None:
     """Return the structure of an image file; None if it is not a HEIF image, or a sequence of frames."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(8)[4:] != b"ftyp":
             return None
         top = {box.kind: box for box in boxes(file, 0, whole(file).end)}

@@ -26,6 +26,7 @@ from titans_video.media.opening import (
     open_container,
     use_one_thread,
 )
+from titans_video.storage.files import open_file
 
 _PILLOW_ONLY = ("F", "I", "CMYK", "LAB")  # modes of TIFF and JPEG images that FFmpeg cannot read or reads wrongly
 _TIFF, _JPEG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\xff\xd8\xff"
@@ -50,12 +51,12 @@ def read_still(path: Path, deadline: Deadline) -> Still | None:
 
 
 def _needs_pillow(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(4)
     if head not in _TIFF and not head.startswith(_JPEG):
         return False
     try:
-        with Image.open(path, formats=("TIFF", "JPEG")) as opened:
+        with open_file(path) as file, Image.open(file, formats=("TIFF", "JPEG")) as opened:
             return opened.mode in _PILLOW_ONLY
     except Exception:  # Pillow raises many types; FFmpeg will tell what is wrong
         return False
@@ -63,7 +64,7 @@ def _needs_pillow(path: Path) -> bool:
 
 def has_wide_png_colours(path: Path) -> bool:
     """Tell whether a PNG file names its colour space by code, which FFmpeg follows and Pillow does not."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(4096)
     return head.startswith(b"\x89PNG") and b"cICP" in head
 
@@ -71,7 +72,7 @@ def has_wide_png_colours(path: Path) -> bool:
 def read_with_pillow(path: Path) -> Still | None:
     """Read an image with Pillow; None for an unknown format, UnreadableMedia if it is damaged or cannot be shown."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
             profile = opened.info.get("icc_profile") or b""
@@ -151,13 +152,13 @@ def icc_profile(path: Path, container: InputContainer, stream: VideoStream) -> b
         heif = read_heif(path)
         if heif is not None:
             return _heif_profile(heif)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = track_properties(file, stream.id, b"colr")
         return next((colr[4:] for colr in found if colr[:4] in _PROFILES), b"")
     if not any(name in ("apng", "gif") or name.endswith("_pipe") for name in formats):
         return b""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as opened:
             return bytes(opened.info.get("icc_profile") or b"")
     except Exception:  # Pillow raises many types; FFmpeg will tell what is wrong
         return b""

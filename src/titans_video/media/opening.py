@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -17,31 +17,13 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from titans_video.errors import DataError
+from titans_video.media.failures import REASONS, Reason, UnreadableMedia
 from titans_video.media.headers import alpha_decoder
+from titans_video.storage.fetching import Facts
+from titans_video.storage.files import open_file, status
+from titans_video.storage.places import is_plain
 
-Reason = Literal[
-    "missing",
-    "directory",
-    "not-a-file",
-    "no-permission",
-    "empty-file",
-    "not-a-video",
-    "not-an-image",
-    "playlist",
-    "no-video-stream",
-    "cover-art-only",
-    "no-decoder",
-    "no-frames",
-    "damaged",
-    "tilted",
-    "unsupported-colour",
-    "unsupported-alpha",
-    "changed",
-    "timeout",
-]
-
-REASONS: tuple[Reason, ...] = get_args(Reason)
+__all__ = ["REASONS", "Reason", "UnreadableMedia"]
 
 # Raised for files that are damaged or do not fit in memory. Any other exception is a mistake in a program.
 DECODING_ERRORS = (av.FFmpegError, OSError, MemoryError)
@@ -73,19 +55,6 @@ _PLAYLISTS = (b"#extm3u", b"ffconcat", b"v=0", b"[reference]", b"[playlist]", b"
 PASSES = 8  # how often a file may be read with progress, by `Deadline`
 
 
-class UnreadableMedia(DataError):
-    """Raised for a media file that cannot be used; `reason` is one of `REASONS`."""
-
-    def __init__(self, reason: Reason, path: Path | str, explanation: str) -> None:
-        super().__init__(f"{path}: {explanation}")
-        self.reason: Reason = reason
-        self.path = Path(path)
-        self.explanation = explanation
-
-    def __reduce__(self) -> tuple[type["UnreadableMedia"], tuple[Reason, Path, str]]:
-        return type(self), (self.reason, self.path, self.explanation)
-
-
 class Deadline:
     """Limit the time spent on one file.
 
@@ -114,7 +83,7 @@ class Deadline:
         if not self._renewed:
             return
         self._bytes += size
-        self._most = self._most or PASSES * self.path.stat().st_size
+        self._most = self._most or PASSES * status(self.path).size
         if self._bytes > self._most:
             return
         now = time.monotonic()
@@ -124,27 +93,28 @@ class Deadline:
             self._beat()
 
 
-def check_file(path: Path) -> os.stat_result:
-    """Return the file's status.
+def check_file(path: Path) -> Facts:
+    """Return the file's size and modification time.
 
     Raises:
         UnreadableMedia: it is missing, a directory, not a plain file, empty, or not readable for this user.
     """
     try:
-        status = path.stat()
+        found = path.stat() if is_plain(path) else None
     except (FileNotFoundError, NotADirectoryError):
         raise UnreadableMedia("missing", path, "there is no such file.") from None
     except (PermissionError, OSError, ValueError) as error:
         raise UnreadableMedia("no-permission", path, f"cannot be looked at ({error}).") from None
-    if stat.S_ISDIR(status.st_mode):
+    if found is not None and stat.S_ISDIR(found.st_mode):
         raise UnreadableMedia("directory", path, "this is a directory, not a media file.")
-    if not stat.S_ISREG(status.st_mode):
+    if found is not None and not stat.S_ISREG(found.st_mode):
         raise UnreadableMedia("not-a-file", path, "this is a pipe, a socket or a device, not a plain file.")
-    if status.st_size == 0:
+    facts = status(path) if found is None else Facts(found.st_size, found.st_mtime_ns)
+    if facts.size == 0:
         raise UnreadableMedia("empty-file", path, "the file has 0 bytes; fetch or copy it again.")
-    if not os.access(path, os.R_OK):
+    if found is not None and not os.access(path, os.R_OK):
         raise UnreadableMedia("no-permission", path, "the file may not be read by this user.")
-    return status
+    return facts
 
 
 _METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -152,10 +122,10 @@ _METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__
 
 
 def open_container(path: Path, deadline: Deadline) -> InputContainer:
-    """Open a plain local file with FFmpeg.
+    """Open a file with FFmpeg.
 
-    Names are never treated as URLs or patterns, and FFmpeg refuses every format that could name other files (`FORMATS`)
-    before it reads more than the file's beginning.
+    FFmpeg itself treats no name as a URL or a pattern, and it refuses every format that could name other files
+    (`FORMATS`) before it reads more than the file's beginning.
 
     Raises:
         UnreadableMedia: see `REASONS`.
@@ -163,7 +133,7 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
     check_file(path)
     try:
         container = av.open(
-            f"file:{path}",
+            f"file:{path}" if is_plain(path) else open_file(path),
             options={"protocol_whitelist": "file", "format_whitelist": FORMATS, "pattern_type": "none"},
             **_METADATA,
             timeout=max(deadline.end - time.monotonic(), 0.1),
@@ -178,7 +148,7 @@ def open_container(path: Path, deadline: Deadline) -> InputContainer:
 
 def _not_a_video(path: Path) -> UnreadableMedia:
     """Describe a file that FFmpeg did not open, by its beginning."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if head.startswith(_PLAYLISTS) or b"<mpd" in head:
         explanation = "this is a playlist, not a video; give the path of the video itself."

@@ -6,7 +6,6 @@ its packets, with `verified=False`; if anything about it is odd, only the piece 
 frame to another. Damage and changes of size become gaps in the timeline; see `timeline.py`.
 """
 
-import os
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +28,8 @@ from titans_video.media.opening import (
 )
 from titans_video.media.packets import Packets, read_packets
 from titans_video.media.timeline import Decoded, Timeline, is_ascending, spliced, timeline
+from titans_video.storage.fetching import Facts
+from titans_video.storage.files import in_use
 
 __all__ = ["REASONS", "Colour", "Orientation", "Reason", "UnreadableMedia", "VideoInfo", "probe"]
 MOST_NOTED = 3  # gaps
@@ -42,16 +43,19 @@ def probe(
     """Return everything about a video file that planning a clip needs.
 
     Args:
-        path: a local file in any container and codec that FFmpeg reads.
+        path: a file in any container and codec that FFmpeg reads; it may be a member of a tar, or remote.
         seconds: the time limit without progress.
         decode_all: decode every frame, however long the file.
         beat: called now and then while there is progress.
     Raises:
         UnreadableMedia: the file cannot be used; `.reason` is one of `REASONS`.
     """
-    path = Path(path)
-    deadline = Deadline(path, seconds, renewed=True, beat=beat)
-    status = check_file(path)
+    with in_use(Path(path), beat=beat):
+        return _probe(Path(path), Deadline(Path(path), seconds, renewed=True, beat=beat), decode_all)
+
+
+def _probe(path: Path, deadline: Deadline, decode_all: bool) -> VideoInfo:
+    facts = check_file(path)
     still = read_still(path, deadline)
     if still is not None:
         height, width = still.pixels.shape[:2]
@@ -65,12 +69,12 @@ def probe(
     if not whole:
         sparse = _decode_pieces(path, deadline, packets)
         if sparse is not None:
-            return _describe(path, status, packets, *sparse, whole=False)
+            return _describe(path, facts, packets, *sparse, whole=False)
     decoded = _decode(path, deadline)
     if not decoded.is_usable:
         raise UnreadableMedia("damaged", path, _no_frame(packets))
     found = timeline(decoded, packets.interval, packets.shown, start=packets.start, headless=packets.headless)
-    return _describe(path, status, packets, decoded, found, whole=True)
+    return _describe(path, facts, packets, decoded, found, whole=True)
 
 
 def _no_frame(packets: Packets) -> str:
@@ -135,7 +139,7 @@ def _decode_piece(path: Path, deadline: Deadline, span: tuple[int, int] | None) 
 
 
 def _describe(
-    path: Path, status: os.stat_result, packets: Packets, decoded: Decoded, found: Timeline, *, whole: bool
+    path: Path, facts: Facts, packets: Packets, decoded: Decoded, found: Timeline, *, whole: bool
 ) -> VideoInfo:
     part = decoded.parts[decoded.best]
     tick = packets.time_base if decoded.has_clock else 1 / packets.guessed_rate
@@ -168,8 +172,8 @@ def _describe(
         key_pts=tuple(packets.safe_keys) if seekable else (),
         skip=found.skip,
         verified=whole,
-        file_size=status.st_size,
-        modified_ns=status.st_mtime_ns,
+        file_size=facts.size,
+        modified_ns=facts.modified,
         notes=(),
         crop=packets.crop,
         reading=", ".join(

@@ -33,6 +33,8 @@ from titans_video.media.opening import (
 )
 from titans_video.media.probe import probe
 from titans_video.media.timeline import positions
+from titans_video.storage.fetching import Facts
+from titans_video.storage.files import in_use
 
 # Decoders that can skip frames which no other frame needs.
 _CAN_SKIP = {"h264", "hevc", "mpeg2video", "mpeg4", "vvc"}
@@ -104,7 +106,11 @@ def iterate(
         return
     if wanted[0] < 0 or wanted[-1] >= info.frames:
         raise IndexError(f"{path} has frames 0 to {info.frames - 1}; asked for {wanted[0]} to {wanted[-1]}.")
-    deadline = Deadline(path, seconds)
+    with in_use(path, Facts(info.file_size, info.modified_ns)):
+        yield from _iterate(path, info, wanted, Deadline(path, seconds))
+
+
+def _iterate(path: Path, info: VideoInfo, wanted: list[int], deadline: Deadline) -> Iterator[tuple[int, Pixels]]:
     if info.still:
         still = read_still(path, deadline)
         if still is None or still.pixels.shape[:2] != (info.height, info.width):
@@ -237,6 +243,11 @@ def read_image(path: Path | str) -> Pixels:
 
 def read_picture(path: Path, *, seconds: float = 60.0) -> Still:
     """Read an image file as `read_image` does; also return what is special about how it was read."""
+    with in_use(path):
+        return _read_picture(path, seconds)
+
+
+def _read_picture(path: Path, seconds: float) -> Still:
     check_file(path)
     heif = read_heif(path)
     if heif is None or (heif.is_avif and not heif.is_wide):

@@ -45,6 +45,7 @@ FREE = frozenset(
         # options that do not affect the result
         *("max_steps", "save_every", "save_limit", "async_save", "log_every", "resume", "init_from"),
         *("num_workers", "ram_cache_mb", "max_bad", "file_timeout", "trust_scan"),
+        *("remote_cache", "remote_cache_size"),
         *("max_bad_steps", "expect_processes", "deterministic", "allow_changes", "compile"),
         *("attention_backend", "idle_expert", "offload_keep"),
         # compared through the global batch
