@@ -251,7 +251,7 @@ def test_usage_lists_every_command(printed: Printed) -> None:
     [
         ("tr", "train"),
         ("train ", "titans lora finetune svd vae"),
-        ("data ", "mock check cache"),
+        ("data ", "mock check pack cache"),
         ("train --vae-b", "--vae-backend"),
         ("train --vae-backend ", "diffusers external identity patch tiny"),
         ("train svd --traina", "--trainable"),

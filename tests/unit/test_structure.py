@@ -25,7 +25,7 @@ import pytest
 
 from tests.unit.test_layers import FILES, GRAPH, PACKAGE, cycles, name_of
 
-MOST_FILES = 239
+MOST_FILES = 240
 LEAST_MEDIAN_LINES = 180
 MOST_FILE_LINES = 450
 LONG_FUNCTION_LINES = 60

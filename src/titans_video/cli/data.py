@@ -1,16 +1,16 @@
-"""`titans-video data mock`, `data check`, `data cache` and `cache verify`."""
+"""`titans-video data mock`, `data check`, `data pack`, `data cache` and `cache verify`."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from titans_video.cli.inputs import check_manifests, check_training_inputs
-from titans_video.config.fields import FolderPath
+from titans_video.config.fields import FolderPath, Range, Size
 from titans_video.config.generation import MockOptions
 from titans_video.config.help import About
-from titans_video.config.options import CodecOptions, ModelOptions
+from titans_video.config.options import CodecOptions, DataOptions, ModelOptions, SourceOptions
 from titans_video.config.parse import parse
 from titans_video.config.recipes import SoraOptions
 from titans_video.config.rules import check_training
@@ -31,6 +31,17 @@ class CheckFlags(SoraOptions):
     """Measure motion, sharpness, black bars and likeness of the clips. This reads up to 16 frames of each clip once."""
     codec: CodecOptions = field(default_factory=lambda: CodecOptions(vae_backend="identity"))
     model: ModelOptions = field(default_factory=lambda: ModelOptions(patch_size=(1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class PackFlags:
+    """The tars."""
+
+    out: FolderPath = "outputs/packed"
+    """Folder for the tars, their indexes and manifest.jsonl."""
+    shard_size: Annotated[Size, Range(least=1)] = 1_000_000_000
+    """Size at which a new tar begins, e.g. 500MB. A larger clip gets a tar of its own."""
+    source: SourceOptions = field(default_factory=SourceOptions)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,18 @@ CHECK = About(
     notes="You can pass all flags of your training command, also --config. Those that do not concern data have no "
     "effect. Without --vae-backend any size and any number of frames is accepted.\n"
     "The exit code is 0 if training would run and 1 if it would stop.",
+)
+PACK = About(
+    PackFlags,
+    "Copy the clips of a manifest into tars (WebDataset), their bytes unchanged.",
+    (
+        ("Pack clips into tars of about 1 GB", "clips/manifest.jsonl --out packed"),
+        ("Smaller tars", "clips/manifest.jsonl --out packed --shard-size 200MB"),
+    ),
+    positionals=("manifest",),
+    notes="Train with --manifest packed/manifest.jsonl, or with the tars: --manifest 'packed/*.tar'. The same command "
+    "continues an interrupted pack.\n"
+    "The exit code is 1 if rows were left out because their files cannot be had. They are in left_out.jsonl.",
 )
 CACHE = About(
     SoraOptions,
@@ -138,6 +161,21 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     report = check(flags.data, spec, patch_size, flags.out, caption_note=text.cut_note, quality=flags.quality)
     print(f"{report.text}\nReport      {report.html}\nLeft out    {report.quarantine}\nPlan        {report.plan}")
     return 0 if report.passed else FOUND_FAULTS
+
+
+def main_pack(argv: Sequence[str], prog: str = "titans-video data pack") -> int:
+    """Write the tars and print the path of their manifest; return the exit code."""
+    flags = parse(PackFlags(), argv, prog=prog, about=PACK)
+    data = DataOptions(**asdict(flags.source))
+    check_manifests(data)
+    from titans_video.data.packing import LEFT_OUT, pack
+
+    packed = pack(data, Path(flags.out), flags.shard_size)
+    print(f"{counted(packed.rows, 'row')} in {counted(packed.shards, 'tar')}: train with --manifest {packed.manifest}")
+    if packed.left_out:
+        lost, first = counted(len(packed.left_out), "row"), packed.left_out[0]
+        print(f"{lost} left out, see {packed.manifest.with_name(LEFT_OUT)}. The first: {first['detail']}")
+    return FOUND_FAULTS if packed.left_out else 0
 
 
 def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> int:

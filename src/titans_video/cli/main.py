@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lora diff": ("titans_video.cli.lora:main_diff", "DIFF"),
     "data mock": ("titans_video.cli.data:main_mock", "MOCK"),
     "data check": ("titans_video.cli.data:main_check", "CHECK"),
+    "data pack": ("titans_video.cli.data:main_pack", "PACK"),
     "data cache": ("titans_video.cli.data:main_cache", "CACHE"),
     "cache verify": ("titans_video.cli.data:main_verify", "VERIFY"),
     "caption": ("titans_video.cli.caption:main", "CAPTION"),
