@@ -24,6 +24,7 @@ from titans_video.errors import ConfigError
 from titans_video.generation import denoise, long_video
 from titans_video.generation.request import build_request
 from titans_video.media.plots import smoothed
+from titans_video.reporting.report import write_report
 from titans_video.training import tracking
 from titans_video.training.run_folder import LOCK
 from titans_video.ui import jobs, runs, training, videos
@@ -174,7 +175,17 @@ def test_a_run_is_listed_with_its_last_values(app: Any) -> None:
     assert run["loss"] == pytest.approx(2 / LINES)
     found = json.loads(call(app, "/api/run?run=outputs/a")[2])
     assert found["options"] == {"--max-steps": "4000", "--lr": "0.1"}
-    assert found["samples"] == [{"step": 10, "videos": [{"prompt": "a cat", "file": "samples/step-0000010/01.mp4"}]}]
+    video = {"prompt": "a cat", "file": "samples/step-0000010/01.mp4"}
+    assert found["samples"] == [{"step": 10, "videos": [video | {"original": None}]}]
+    report = write_report(Path("outputs/a")).read_text()
+    assert f"<b>{found['verdict']['state']}</b>" in report  # the same words as in the run's report
+    originals = Path("outputs/a/samples/original")
+    originals.mkdir()
+    (originals / "01.mp4").write_bytes(b"clip")
+    for prompts, original in (('["another"]', None), ('["a cat"]', "samples/original/01.mp4")):
+        (originals / "prompts.json").write_text(prompts)
+        found = json.loads(call(app, "/api/run?run=outputs/a")[2])
+        assert found["samples"][0]["videos"][0]["original"] == original
 
 
 def test_curves_are_the_values_of_the_file(app: Any, place: Path) -> None:

@@ -25,8 +25,10 @@ from titans_video.training.run_folder import (
     VALIDATION_LOG,
     checkpoint_step,
     list_checkpoints,
+    originals_folder,
     video_name,
 )
+from titans_video.training.verdict import judge_lines
 from titans_video.ui import jobs
 
 MOST_DEPTH = 4
@@ -183,6 +185,7 @@ def details(folder: Path, reader: RunReader) -> dict[str, Any]:
         "environment": record.get("starts", [{}])[-1:],
         "samples": samples(run) if run else [],
         "events": run.events[-20:] if run else [],
+        "verdict": _verdict(run) if run else None,
         "progress": job.progress if job and job.running else None,
         "error": job.error() if job and job.state == "failed" else None,
         "log": job.log() if job else None,
@@ -194,15 +197,33 @@ def _last_command(record: dict[str, Any]) -> str | None:
     return shlex.join(map(str, starts[-1].get("command", []))) if starts else None
 
 
+def _verdict(run: Run) -> dict[str, str]:
+    """Return whether the run is learning, and what to do about it, as its report does."""
+    found = judge_lines(run.lines, run.validations)
+    return {"state": found.state, "text": f"{found.reason} {found.advice}".rstrip()}
+
+
 def samples(run: Run) -> list[dict[str, Any]]:
-    """Return the sample videos of each validated step: their prompts, and their files within the run's folder."""
-    found = []
+    """Return the sample videos of each validated step: their prompts, and their files within the run's folder.
+
+    A prompt that is the caption of a row also has the row's own clip, the `original`.
+    """
+    found, place = [], originals_folder(run.folder)
+    originals = {
+        (i, prompt): f"{place.relative_to(run.folder).as_posix()}/{video_name(i)}"
+        for i, prompt in enumerate(read_prompts(run, place))
+        if (place / video_name(i)).is_file()
+    }
     for line in run.validations:
         if not line.get("samples"):
             continue
         folder = run.folder / str(line["samples"])
         videos = [
-            {"prompt": prompt, "file": f"{line['samples']}/{video_name(i)}"}
+            {
+                "prompt": prompt,
+                "file": f"{line['samples']}/{video_name(i)}",
+                "original": originals.get((i, prompt)),
+            }
             for i, prompt in enumerate(read_prompts(run, folder))
             if (folder / video_name(i)).is_file()
         ]

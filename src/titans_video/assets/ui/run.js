@@ -56,6 +56,7 @@ export async function render(root, parameters) {
       h("dl", { className: "stats" }, Object.entries(items).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
       bar(run.max_steps ? run.step / run.max_steps : 0),
       h("p", { className: "small faint" }, run.progress ? progressText(run.progress) : run.environment?.[0]?.running || ""));
+    if (run.verdict) stats.append(h("p", { className: "verdict small" }, h("b", {}, `Is it learning? ${run.verdict.state}. `), run.verdict.text));
     stats.querySelector(".bar").style.margin = ".9rem 0 .4rem";
   }
 
@@ -76,14 +77,17 @@ export async function render(root, parameters) {
     wall.hidden = !samples.length;
     if (!samples.length) return;
     const follows = atStep === null;
-    const films = h("div", { className: "wall" });
+    const films = h("div", { className: samples.some((one) => one.videos.some((video) => video.original)) ? "wall pairs" : "wall" });
     const step = h("output");
     const last = samples.length - 1;
     const slider = h("input", { type: "range", min: 0, max: last, value: last, "aria-label": "Step of the samples" });
     const set = (i) => {
       step.textContent = `step ${samples[i].step}`;
-      films.replaceChildren(...samples[i].videos.map(({ prompt, file: name }) =>
-        h("figure", { className: "shot" }, film(file(name), { title: prompt }), h("figcaption", {}, prompt || "(no prompt)"))));
+      films.replaceChildren(...samples[i].videos.map(({ prompt, file: name, original }) =>
+        h("figure", { className: "shot" },
+          original ? h("div", { className: "side" }, h("div", {}, film(file(name), { title: prompt }), h("small", {}, "sample")),
+            h("div", {}, film(file(original), { title: `Original: ${prompt}` }), h("small", {}, "original"))) : film(file(name), { title: prompt }),
+          h("figcaption", {}, prompt || "(no prompt)"))));
     };
     slider.addEventListener("input", () => {
       atStep = Number(slider.value) === last ? null : samples[slider.value].step;
