@@ -152,6 +152,14 @@ def test_existing_files_are_only_replaced_with_force(finished: Finished, capsys:
     assert (folder / f"{CONFIG}.bak").is_file()
 
 
+def test_every_earlier_file_is_kept(tmp_path: Path) -> None:
+    for text in "abc":
+        (tmp_path / MANIFEST).write_text(text)
+        init._keep_earlier(tmp_path / MANIFEST)
+    kept = [(tmp_path / f"{MANIFEST}.bak{number}").read_text() for number in ("", ".2", ".3")]
+    assert kept == ["a", "b", "c"]
+
+
 def test_a_manifest_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
     monkeypatch.setattr(

@@ -130,6 +130,24 @@ def test_the_tars_of_another_pack_are_not_replaced(manifest: Path, packed: Path,
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".tar") == ["other.tar"]
 
 
+@pytest.mark.parametrize("source", ["manifest.jsonl", "manifest.jsonl:2"])
+def test_the_manifest_that_is_read_is_not_replaced(manifest: Path, source: str) -> None:
+    before = manifest.read_bytes()
+    options = DataOptions(manifest=(str(manifest.parent / source),))
+    with pytest.raises(ConfigError, match=r"is read by this command"):
+        pack(options, manifest.parent, 1_000_000)
+    assert manifest.read_bytes() == before
+
+
+def test_a_manifest_that_is_not_of_a_pack_is_not_replaced(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already has a manifest\.jsonl"):
+        pack(DataOptions(manifest=(str(manifest),)), out, 1_000_000)
+    assert (out / "manifest.jsonl").read_text() == "mine"
+
+
 def test_a_clip_that_changes_meanwhile_stops_the_pack(manifest: Path, tmp_path: Path, monkeypatch: Any) -> None:
     known = packing._known
 

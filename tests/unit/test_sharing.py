@@ -25,6 +25,7 @@ from titans_video.generation.video_pipeline import VideoPipeline
 from titans_video.media.probe import probe
 from titans_video.reporting import sharing
 from titans_video.reporting.model_card import Publication, check_publication, name_on_the_hub, without_paths
+from titans_video.reporting.report import read_run
 
 MOCK = REPOSITORY / "train" / "videos" / "mock_data"
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwx"
@@ -124,6 +125,19 @@ def test_nothing_of_this_machine_is_in_the_folder(shared: Path, home: Path) -> N
     for name, data in texts_of(shared).items():
         for word in (home.name, str(Path.home()) + "/", str(REPOSITORY)):
             assert word.encode() not in data, (name, word)
+
+
+def test_a_relative_path_that_contains_the_working_folder_is_shared(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/srv/data"))
+    (folder / "README.md").write_text("--manifest train/srv/data/clips.jsonl")
+    sharing._refuse_leaks(folder, read_run(run))
+    (folder / "README.md").write_text("--manifest /srv/data/clips.jsonl")
+    with pytest.raises(WriteError, match="would share"):
+        sharing._refuse_leaks(folder, read_run(run))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`titans-video init`: from a folder of clips to a manifest, a configuration and the command that trains with it."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -147,9 +148,14 @@ def main_init(argv: Sequence[str], prog: str = "titans-video init") -> int:
 def _keep_earlier(path: Path) -> None:
     """Rename a file that will be replaced, because somebody may have corrected it."""
     if path.exists():
+        kept = path.with_name(f"{path.name}.bak")
+        for number in itertools.count(2):
+            if not kept.exists():
+                break
+            kept = path.with_name(f"{path.name}.bak.{number}")
         with writing(path):
-            os.replace(path, path.with_name(f"{path.name}.bak"))
-        write_line(f"The earlier {path.name} is now {path.name}.bak.", sys.stdout)
+            os.replace(path, kept)
+        write_line(f"The earlier {path.name} is now {kept.name}.", sys.stdout)
 
 
 def _check(flags: InitFlags, given: set[str], prog: str) -> tuple[Path, Path]:

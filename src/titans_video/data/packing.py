@@ -16,7 +16,7 @@ from typing import Any
 
 from titans_video.config.options import DataOptions
 from titans_video.console import Progress
-from titans_video.data.manifest import Row, read_rows
+from titans_video.data.manifest import Row, read_rows, split_weight
 from titans_video.data.tar_rows import ROW
 from titans_video.errors import ConfigError, DataError, WriteError
 from titans_video.files import atomic_path, make_folder, write_text
@@ -78,6 +78,7 @@ def pack(options: DataOptions, out: Path, shard_size: int) -> Packed:
         DataError: a manifest is wrong, no clip can be had, or a file changes meanwhile.
         WriteError: the folder cannot be written.
     """
+    _refuse_sources(options, out)
     use_remote_cache(options.remote_cache, options.remote_cache_size)
     rows = list(read_rows(options))
     known = _known(rows)
@@ -104,6 +105,16 @@ def pack(options: DataOptions, out: Path, shard_size: int) -> Packed:
     write_text(out / LEFT_OUT, _json_lines(left_out))
     write_text(out / MANIFEST, _json_lines(kept))
     return Packed(out / MANIFEST, len(shards), len(kept), left_out)
+
+
+def _refuse_sources(options: DataOptions, out: Path) -> None:
+    """Raise ConfigError if the manifest of the tars would replace one that is read, or that is not of a pack."""
+    made = out / MANIFEST
+    sources = [split_weight(text)[0] for text in (*options.manifest, *filter(None, [options.metadata]))]
+    if any(not is_remote(str(path)) and Path(path).resolve() in (made.resolve(), out.resolve()) for path in sources):
+        raise ConfigError(f"--out {out}: its {MANIFEST} is read by this command. Give another folder.")
+    if made.exists() and not any(out.glob("*.tar")):
+        raise ConfigError(f"--out {out}: it already has a {MANIFEST}, and no tars. Give another folder.")
 
 
 def _json_lines(items: Sequence[dict[str, Any]]) -> str:

@@ -91,7 +91,8 @@ def check_installation() -> Iterator[Finding]:
         "presets",
         *(("ok", f"{presets} in {configs_folder()}") if presets else ("problem", "missing", again)),
     )
-    for program, other in (("titans-video", "python -m titans_video"), ("accelerate", "python -m accelerate.commands")):
+    modules = {"titans-video": "titans_video", "accelerate": "accelerate.commands.accelerate_cli"}
+    for program, other in ((name, f"python -m {module}") for name, module in modules.items()):
         place = shutil.which(program)
         fix = f"Activate the environment, or add {Path(sys.executable).parent} to PATH; or use `{other}`."
         yield Finding("Installation", program, *(("ok", place) if place else ("optional", "not in PATH", fix)))

@@ -26,7 +26,8 @@ from titans_video.training.verdict import judge_lines
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,63}")
 """An identifier of the hub: apache-2.0, mit, cc-by-4.0, openrail, other."""
 TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "v2v": "video-to-video"}
-HIDDEN = ("api_key", "token", "password", "secret")
+HIDDEN = {"key", "token", "password", "secret"}
+"""Words in the names of options whose values are not shown."""
 MOST_SETTINGS = 60
 _PATH = re.compile(r"(?<![\w:/.\\~])(?:~|\.\.|[A-Za-z]:)?(?:[\\/][\w.@+=-]+)+[\\/]([\w.@+=-]+)[\\/]?")
 """An absolute path of two names or more, or one that begins in another folder; the group is its last name."""
@@ -293,7 +294,7 @@ def _training(run: Run) -> str:
         rows.append(("versions", ", ".join(f"{n} {v}" for n, v in last["versions"].items())))
     text = _table(("training", ""), rows)
     options, defaults = run.record.get("options", {}), run.record.get("defaults", {})
-    changed = {n: v for n, v in options.items() if v != defaults.get(n) and not any(word in n for word in HIDDEN)}
+    changed = {n: v for n, v in options.items() if v != defaults.get(n) and not HIDDEN & set(n.split("_"))}
     if changed:
         shown = list(changed.items())[:MOST_SETTINGS]
         settings = [(f"`{flag_of(n)}`", f"`{format_option(v)}`") for n, v in shown]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -248,13 +249,18 @@ def _without_paths(value: Any) -> Any:
     return without_paths(value) if isinstance(value, str) else value
 
 
+_NOT_INSIDE = rb"(?<![\w.@+=/\\-])"
+"""Before an absolute path: no character of a path, as in `train/data/` for a machine's own `/data/`."""
+
+
 def _refuse_leaks(folder: Path, run: Run) -> None:
     """Raise WriteError if a file has a path of this machine or the value of a secret variable."""
     places = {str(place) for place in (Path.home(), Path.cwd(), run.folder.resolve(), folder) if len(place.parts) > 1}
-    words = {f"{place}{os.sep}": place for place in places}
-    words |= {value: f"the value of {name}" for name in SECRETS if len(value := os.environ.get(name, "")) > 7}
+    starts = {_NOT_INSIDE + re.escape(f"{place}{os.sep}".encode()): place for place in places}
+    secrets = [(name, value) for name in SECRETS if len(value := os.environ.get(name, "")) > 7]
+    words = starts | {re.escape(value.encode()): f"the value of {name}" for name, value in secrets}
     for path, data in _searched(folder):
-        found = next((shown for word, shown in words.items() if word.encode() in data), None)
+        found = next((shown for word, shown in words.items() if re.search(word, data)), None)
         if found is not None:
             raise WriteError(f"{path.relative_to(folder)} would share {found}. Nothing was written; please report it.")
 
