@@ -69,6 +69,7 @@ def test_a_model_with_one_network_gets_the_file_of_one_expert(run: Path, tmp_pat
 def test_a_resumed_run_is_bitwise_the_unbroken_one(repository: Path, pipeline: Path, run: Path, tmp_path: Path) -> None:
     """From the files that a kill after the save of step 4 leaves."""
     shutil.copytree(run / "lora_0000004", tmp_path / "lora_0000004")
+    shutil.copy(run / "validation.jsonl", tmp_path)
     flags = f"{LORA} {CHECKED} --save-every 2 --ema-decay 0.9 --idle-expert cpu --resume auto --output-dir {tmp_path}"
     assert main(["train", "lora", *words(repository, pipeline, flags)]) == 0
     a, b = (files.load_tensors(folder / "lora_0000006.pt") for folder in (run, tmp_path))

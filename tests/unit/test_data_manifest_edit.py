@@ -31,6 +31,16 @@ def test_only_the_captions_change(tmp_path: Path) -> None:
     assert [row.caption for row in ManifestText(path).rows] == ['ein Kreis "rot"\nund blau', "old", "ünd"]
 
 
+def test_a_caption_under_another_usual_name_is_the_caption(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"video": "a.mp4", "text": "old"}\n{"video": "b.mp4"}\n')
+    text, rows = read_manifest(path)
+    assert [row.caption for row in text.rows] == ["old", ""] == [row.caption for row in rows]
+    changed = text.with_captions({0: ("new", ""), 1: ("a cat", "")})
+    assert changed.text == '{"video": "a.mp4", "text": "new"}\n{"video": "b.mp4", "caption": "a cat"}\n'
+    assert changed.keys == text.keys
+
+
 def test_a_list_keeps_its_layout(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"video_path": f"{i}.mp4", "note": [1, {"a": None}]} for i in range(3)]
     path = tmp_path / "metadata.json"

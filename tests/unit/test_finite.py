@@ -20,6 +20,7 @@ from titans_video.checkpoint import Checkpoint
 from titans_video.cli.main import main
 from titans_video.codecs.base import IdentityCodec, build_codec
 from titans_video.codecs.image_encoder import ImageEncoder
+from titans_video.config.generation import GenerateOptions
 from titans_video.config.options import CodecOptions, TextOptions
 from titans_video.errors import CheckpointError, UserError
 from titans_video.finite import NonFiniteFrames, finite_frames, format_numbers, is_finite, non_finite
@@ -164,7 +165,9 @@ def test_programs_and_validation_are_told(monkeypatch: pytest.MonkeyPatch, caplo
     with pytest.raises(NonFiniteFrames):
         pipe("a cat", num_frames=4, num_inference_steps=1)
     assert not caplog.messages
-    assert sample(replace(tiny_model(), step=1), "a cat", 0).video.isnan().all()  # validation must not end a training
+    assert (
+        sample(replace(tiny_model(), step=1), GenerateOptions(prompt="a cat")).video.isnan().all()
+    )  # validation must not end a training
     assert any("Frames 0-7" in text for text in caplog.messages)
 
 

@@ -321,4 +321,4 @@ def test_the_state_of_other_weights_is_said(tmp_path: Path, capsys: pytest.Captu
 
 def test_validation_samples_stream_too() -> None:
     model = streaming_model()
-    assert sample(model, "a", 0).video.shape == (3, 8, H, W)
+    assert sample(model, GenerateOptions(prompt="a")).video.shape == (3, 8, H, W)

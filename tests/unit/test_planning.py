@@ -116,6 +116,16 @@ def test_fsdp2_divides_the_state_and_ddp_does_not(sora: Subject) -> None:
     assert one.total <= ddp.total  # in one process, early gradients take the room of later activations
 
 
+def test_micro_batches_keep_their_gradients(sora: Subject) -> None:
+    one, four = (
+        Memory(sora, resolved(options_of("sora", [*SMALL, "--grad-accum", count]), on_gpu=True)) for count in "14"
+    )
+    clip = clip_of(sora)
+    peak = next(iter(one.device(clip, Layout(1)) and one._peaks.values()))
+    more = four.device(clip, Layout(1)).total - one.device(clip, Layout(1)).total
+    assert more == peak.others + one.trained - peak.total > 0
+
+
 def stored_parameters(folder: Path) -> int:
     """Return the numbers in all safetensors files of a folder."""
     total = 0

@@ -258,6 +258,22 @@ def test_a_signal_cuts_validation_short_and_the_next_run_makes_up_for_it(tmp_pat
     assert (tmp_path / "a" / VALIDATION_LOG).read_bytes() == (tmp_path / "b" / VALIDATION_LOG).read_bytes()
 
 
+def test_a_restart_before_the_first_checkpoint_validates_its_own_start(tmp_path: Path) -> None:
+    class Failing(ToyStream):
+        def __iter__(self) -> Iterator[Batch]:
+            yield next(super().__iter__())
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(options(tmp_path, max_steps=3), Failing(4), every=3)
+    log = tmp_path / VALIDATION_LOG
+    before = log.read_text()
+    log.write_text(before.replace('"step": 0', '"step": 0, "old": 1'))
+    train(options(tmp_path, max_steps=3, resume="auto"), every=3)
+    assert [look["step"] for look in looks(tmp_path)] == [0, 3]
+    assert log.read_text().startswith(before)
+
+
 def test_a_new_run_in_the_same_folder_moves_what_was_seen_aside(tmp_path: Path) -> None:
     train(options(tmp_path, max_steps=4))
     train(options(tmp_path, max_steps=2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.unit.test_training_validation import options, train
 from titans_video.console import Progress
-from titans_video.training.verdict import Curve, State, Verdict, judge, judge_lines
+from titans_video.training.verdict import Curve, State, Verdict, _overfitting, judge, judge_lines
 
 STEPS = 2000
 Values = NDArray[np.float64]
@@ -137,6 +137,12 @@ def test_the_words_name_the_step_to_go_back_to() -> None:
     assert "best at step 600 (0.6" in found.reason
     assert "while training loss falls" in found.reason
     assert found.advice.startswith("Use the checkpoint nearest to step 600.")
+
+
+def test_a_run_that_was_best_before_training_is_not_told_to_use_a_checkpoint() -> None:
+    advice = str(_overfitting("It rose.", 0))
+    assert "before training was better" in advice
+    assert "checkpoint" not in advice
 
 
 def test_large_losses_and_small_ones_are_judged_alike() -> None:

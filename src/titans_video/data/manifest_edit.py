@@ -17,6 +17,7 @@ from typing import Any
 from titans_video.config.options import DataOptions
 from titans_video.data.importing import form_of
 from titans_video.data.manifest import Row, read_rows
+from titans_video.data.tables import caption_key
 from titans_video.errors import DataError, first_line
 from titans_video.files import atomic_path
 
@@ -38,8 +39,13 @@ class RowText:
     values: Mapping[str, Any]
 
     @property
+    def caption_key(self) -> str:
+        """The key of the caption, or that which a new one gets."""
+        return caption_key(self.values) or CAPTION
+
+    @property
     def caption(self) -> str:
-        caption = self.values.get(CAPTION)
+        caption = self.values.get(self.caption_key)
         return caption if isinstance(caption, str) and caption.strip() else ""
 
     @property
@@ -74,7 +80,7 @@ class ManifestText:
         pieces, at = [], 0
         for number in sorted(captions):
             row, (caption, writer) = self.rows[number], captions[number]
-            changed = {CAPTION: caption, WRITER: writer} if writer else {CAPTION: caption}
+            changed = {row.caption_key: caption} | ({WRITER: writer} if writer else {})
             pieces += [self.text[at : row.start], set_values(self.text[row.start : row.stop], changed)]
             at = row.stop
         return ManifestText(self.path, "".join([*pieces, self.text[at:]]))
@@ -177,7 +183,7 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     seen: Counter[str] = Counter()
     found = []
     for values in rows:
-        others = {key: value for key, value in values.items() if key not in (CAPTION, WRITER)}
+        others = {key: value for key, value in values.items() if key not in (caption_key(values), WRITER)}
         digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:20]
         seen[digest] += 1
         found.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")

@@ -49,13 +49,20 @@ def column_of(columns: Iterable[str], names: Sequence[str]) -> str | None:
     return next((known[name] for name in names if name in known), None)
 
 
+def caption_key(row: Mapping[str, Any]) -> str | None:
+    """Return the key of a row's caption, by its usual names; None if there is none."""
+    if "caption" in row:
+        return "caption"
+    return column_of((key for key in row if isinstance(row[key], str)), CAPTION_COLUMNS)
+
+
 def with_usual_keys(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of JSON with the keys `video` and `caption`, if it has them under another usual name."""
     has_clip, has_caption = "video" in row or "video_path" in row, "caption" in row
     if has_clip and has_caption:
         return row
     video = None if has_clip else column_of(row, VIDEO_COLUMNS)
-    caption = None if has_caption else column_of((k for k in row if isinstance(row[k], str)), CAPTION_COLUMNS)
+    caption = None if has_caption else caption_key(row)
     renamed = {video: "video", caption: "caption"}
     return {renamed.get(key, key): value for key, value in row.items()} if video or caption else row
 

@@ -132,7 +132,7 @@ def resolved(options: Any, *, on_gpu: bool) -> Any:
     }
     group = getattr(options, "codec", None) or getattr(options, "base", None)
     if group is not None and group.vae_dtype == "auto":
-        is_vae = getattr(group, "vae_backend", "diffusers") == "diffusers"
+        is_vae = getattr(group, "vae_backend", "diffusers") in ("diffusers", "tiny")
         values["vae_dtype"] = "bf16" if on_gpu and is_vae else "fp32"
     return with_values(options, values)
 

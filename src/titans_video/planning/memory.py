@@ -154,14 +154,15 @@ class Memory:
         if layout.sharded:
             weights += self._gathered(autocast)
             live, held = peak.others + self._unreduced(), gradients
-        elif layout.gpus > 1:
-            live, held = peak.others, gradients  # in the buckets of DDP, also while nothing is computed
+        elif layout.gpus > 1 or self.options.train.grad_accum > 1:
+            # In the buckets of DDP, or of the micro-batches before: also while nothing is computed.
+            live, held = peak.others, gradients
         else:
             live, held = peak.total, 0
         own = self._own_encoders(layout)
         vae = sum(e.size for e in own if e.name == "VAE")
         encoding = self._encoding(clip) if vae else 0
-        shown = gradients if layout.gpus > 1 else peak.gradients
+        shown = held or peak.gradients
         most = max(live + held, encoding + held, gradients + self.optimizer.step // n)
         return DeviceMemory(
             weights=weights,

@@ -2,12 +2,11 @@
 
 import hashlib
 import tarfile
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from titans_video.parsing import Malformed
 
@@ -54,26 +53,26 @@ def _clean(name: str) -> str:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the members of a tar are: sorted hashes of their names, and (members, 2) starts and sizes."""
+    """Where the members of a tar are: sorted hashes of their names, and the start and the size of each."""
 
-    keys: NDArray[np.uint64]
-    spans: NDArray[np.int64]
+    keys: "array[int]"
+    starts: "array[int]"
+    sizes: "array[int]"
 
     @classmethod
     def of(cls, found: Iterable[Member]) -> "TarIndex":
         """Build the index of some members; of two with the same name the last one counts, as when a tar is unpacked."""
-        items = {_hash(m.name): (m.start, m.size) for m in found}
-        keys = np.fromiter(items, np.uint64, len(items))
-        order = np.argsort(keys)
-        return cls(keys[order], np.asarray(list(items.values()), np.int64).reshape(-1, 2)[order])
+        items = sorted({_hash(m.name): (m.start, m.size) for m in found}.items())
+        keys = array("Q", (key for key, _ in items))
+        return cls(keys, array("q", (start for _, (start, _) in items)), array("q", (size for _, (_, size) in items)))
 
     def span(self, name: str) -> tuple[int, int] | None:
         """Return the start and the size of a member; None if there is none of this name."""
-        key = np.uint64(_hash(name))
-        place = int(np.searchsorted(self.keys, key))
+        key = _hash(name)
+        place = bisect_left(self.keys, key)
         if place == len(self.keys) or self.keys[place] != key:
             return None
-        return int(self.spans[place, 0]), int(self.spans[place, 1])
+        return self.starts[place], self.sizes[place]
 
 
 def _hash(name: str) -> int:

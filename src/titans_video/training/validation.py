@@ -136,7 +136,7 @@ class Validator:
     def _remove_after(self, step: int) -> int:
         """Remove the lines of later steps, and return the last step that is left, or -1; on the main process."""
         make_folder(self.run)
-        self.log = MetricsLog(self.run / VALIDATION_LOG, step)
+        self.log = MetricsLog(self.run / VALIDATION_LOG, step or -1)  # nothing is resumed at step 0
         try:
             write_originals(self.run, self.prompts)
         except Exception as e:  # of whatever library: no picture is worth a run

@@ -179,6 +179,8 @@ def _improving(change: str, losses: NDArray[np.float64], noise: float) -> Verdic
 
 def _overfitting(reason: str, best: int | None) -> Verdict:
     kept = "" if best is None else f"Use the checkpoint nearest to step {best}. "
+    if best == 0:
+        kept = "The model before training was better: lower --lr. "
     return Verdict("overfitting", reason, f"{kept}More clips, a smaller model or rank, or fewer steps help.")
 
 
