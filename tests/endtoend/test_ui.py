@@ -19,7 +19,7 @@ import pytest
 
 from tests import processes
 from tests.conftest import REPOSITORY
-from titans_video.cli.ui import bind
+from titans_video.cli.ui import address_of, bind
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.mock.analyse import analyse
@@ -45,6 +45,7 @@ class Site:
     """A server and a browser: `errors` are the console's, `requests` all addresses that the pages asked for."""
 
     base: str
+    address: str
     folder: Path
     browser: Any
     errors: list[str] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Site:
         tab.on("console", lambda message: message.type in ("error", "warning") and self.errors.append(message.text))
         tab.on("pageerror", lambda error: self.errors.append(str(error)))
         tab.on("request", lambda request: self.requests.append(request.url))
-        tab.goto(f"{self.base}#/{page}")
+        tab.goto(f"{self.address}#/{page}")
         tab.wait_for_selector("#page h1")
         return tab
 
@@ -88,12 +89,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         patch.chdir(folder)
         patch.setattr(jobs, "spawn", fork)
         bound = bind("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(make_app([Path("outputs")]), log_level="warning"))
+        port = bound.getsockname()[1]
+        app = make_app([Path("outputs")], "a-token", port)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         with playwright.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM)
-            yield Site(f"http://127.0.0.1:{bound.getsockname()[1]}/", folder, browser)
+            yield Site(f"http://127.0.0.1:{port}/", address_of("127.0.0.1", port, "a-token"), folder, browser)
             browser.close()
         server.should_exit = True
         thread.join()

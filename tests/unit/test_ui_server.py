@@ -17,7 +17,7 @@ import torch
 
 from tests.unit.generation_parts import tiny_model
 from titans_video import console
-from titans_video.cli.ui import address_of, bind
+from titans_video.cli.ui import address_of, bind, main
 from titans_video.config.generation import GenerateOptions
 from titans_video.console import Progress
 from titans_video.errors import ConfigError
@@ -32,13 +32,19 @@ from titans_video.ui.access import HEADER, is_loopback
 from titans_video.ui.server import make_app
 
 LINES = 3000
+TOKEN, PORT = "a-token", 8765
+COOKIE = f"titans-video-{PORT}={TOKEN}"
 
 
 def call(
     app: Any, path: str, *, method: str = "GET", body: bytes = b"", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    """Send one request to an ASGI application, as a browser on this machine; return status, headers and body."""
-    given = {"host": "127.0.0.1:8765", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    """Send one request to an ASGI application, as the browser of its owner; return status, headers and body."""
+    given = {
+        "host": "127.0.0.1:8765",
+        "cookie": COOKIE,
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
     path, _, query = path.partition("?")
     scope = {
         "type": "http",
@@ -115,7 +121,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def app(place: Path) -> Any:
-    return make_app([Path("outputs")])
+    return make_app([Path("outputs")], TOKEN, PORT)
 
 
 def test_the_page_and_its_parts_are_served_with_a_policy(app: Any) -> None:
@@ -147,12 +153,14 @@ def test_a_change_must_come_from_the_page(app: Any) -> None:
     assert post(app, "/api/generate/explain", words, origin="http://127.0.0.1:8765")[0] == 200
 
 
-def test_another_machine_needs_the_token_once(place: Path) -> None:
-    app = make_app([Path("outputs")], "a-token", 9000)
-    host = {"host": "workstation:9000"}
-    assert call(app, "/", **host)[0] == 403
-    assert call(app, "/?token=wrong", **host)[0] == 403
-    status, headers, _ = call(app, "/?token=a-token", **host)
+@pytest.mark.parametrize(("name", "local"), [("127.0.0.1:9000", True), ("workstation:9000", False)])
+def test_a_browser_needs_the_token_once(place: Path, name: str, local: bool) -> None:
+    """Other users of this machine can connect to 127.0.0.1, but they do not know the token."""
+    app, host = make_app([Path("outputs")], "a-token", 9000, local=local), {"host": name}
+    for path in ("/", "/?token=wrong", "/?token=", "/api/runs", "/ui/app.js"):
+        assert call(app, path, cookie="", **host)[0] == 403
+    assert post(app, "/api/generate/explain", {"values": {}}, cookie="", **host)[0] == 403
+    status, headers, _ = call(app, "/?token=a-token", cookie="", **host)
     assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
     assert "samesite=strict" in headers["set-cookie"].lower()
@@ -264,7 +272,7 @@ def test_a_resume_repeats_the_newest_start(place: Path) -> None:
 
 
 def test_folders_of_outputs_that_appear_later_are_listed(place: Path) -> None:
-    app = make_app([])
+    app = make_app([], TOKEN, PORT)
     (place / "outputs_b").mkdir()
     (place / "outputs_b" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     paths = {run["path"] for run in json.loads(call(app, "/api/runs")[2])["runs"]}
@@ -277,9 +285,33 @@ def test_the_address_is_for_a_browser() -> None:
     with pytest.raises(ConfigError, match=f"--port {port}: .* Pass another --port"):
         bind("127.0.0.1", port)
     bound.close()
-    assert address_of("127.0.0.1", 80, None) == "http://127.0.0.1:80/"
+    assert address_of("127.0.0.1", 80, "a&b") == "http://127.0.0.1:80/?token=a%26b"
     assert address_of("::1", 80, "t") == "http://[::1]:80/?token=t"
-    assert address_of("0.0.0.0", 80, None) == f"http://{socket.gethostname()}:80/"
+    assert address_of("0.0.0.0", 80, "t") == f"http://{socket.gethostname()}:80/?token=t"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_printed_address_opens_the_page(
+    place: Path, host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apps: list[Any] = []
+
+    class Server:
+        def __init__(self, config: Any) -> None:
+            apps.append(config.app)
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server", Server)
+    addresses = []
+    for _ in range(2):
+        assert main(["--host", host, "--port", "0"]) == 0
+        addresses.append(capsys.readouterr().out.partition("http://")[2].split()[0])
+    name, _, words = addresses[0].partition("/")
+    assert call(apps[0], f"/{words}", cookie="", host=name)[0] == 303
+    assert call(apps[0], "/", cookie="", host=name)[0] == 403
+    assert call(apps[1], f"/{words}", cookie="", host=name)[0] == 403  # each start has its own token
 
 
 def test_a_process_is_found_by_its_folder_and_start(tmp_path: Path) -> None:

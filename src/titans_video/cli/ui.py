@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlencode
 
 from titans_video.config.fields import FolderPath, Metavar, Range
 from titans_video.config.help import About
@@ -25,11 +26,11 @@ class UiFlags:
     """The address of the page, and the runs that it shows."""
 
     host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
-    """Address to listen on. At another one than 127.0.0.1, other machines can connect, and the page needs a token."""
+    """Address to listen on. At another one than 127.0.0.1, other machines can connect."""
     port: Annotated[int, Range(least=0, most=65535)] = 8765
     """Port to listen on; 0: any free one."""
     token: str | None = None
-    """Token of the page (default: a new one, if other machines can connect)."""
+    """Token of the page, without which nobody can open it (default: a new one at each start)."""
     runs: tuple[FolderPath, ...] = ()
     """Folder in which runs are looked for (default: all folders whose names begin with outputs)."""
     open: bool = False
@@ -60,12 +61,12 @@ def main(argv: Sequence[str], prog: str = "titans-video ui") -> int:
     bound = bind(flags.host, flags.port)
     from titans_video.ui import access, server
 
-    token = flags.token or (None if access.is_loopback(flags.host) else secrets.token_urlsafe(16))
+    token = flags.token or secrets.token_urlsafe(16)  # other users of this machine reach 127.0.0.1 too
     address = address_of(flags.host, bound.getsockname()[1], token)
     print(f"The page is at {address}\nPress Ctrl-C to end it. Trainings continue.", flush=True)
     if flags.open:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    server.serve(list(map(Path, flags.runs)), bound, token)
+    server.serve(list(map(Path, flags.runs)), bound, token, local=access.is_loopback(flags.host))
     return 0
 
 
@@ -86,7 +87,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def address_of(host: str, port: int, token: str | None) -> str:
+def address_of(host: str, port: int, token: str) -> str:
     """Return the address to open in a browser."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+    return f"http://{name}:{port}/?{urlencode({'token': token})}"

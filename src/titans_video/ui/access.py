@@ -1,4 +1,4 @@
-"""Who may use the page: this machine's browser, or one that has the token.
+"""Who may use the page: a browser that has the token. Every user of this machine can reach 127.0.0.1.
 
 A page of another site must not act through the user's browser. So requests must name this server in their Host header
 (or a foreign name could be pointed at 127.0.0.1), and changes need a header that other sites cannot send.
@@ -32,14 +32,16 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Answer only requests of this machine or with the token, and keep the page from loading anything from elsewhere.
+    """Answer only requests with the token, and keep the page from loading anything from elsewhere.
 
     Args:
-        token: None if the server only listens on a loopback address.
+        token: in the address of the first visit, then in a cookie.
+        port: names the cookie; browsers send the cookies of one port to all ports.
+        local: whether the server only listens on a loopback address.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, port: int) -> None:
-        self.app, self.token, self.cookie = app, token, f"titans-video-{port}"
+    def __init__(self, app: ASGIApp, token: str, port: int, *, local: bool) -> None:
+        self.app, self.token, self.cookie, self.local = app, token, f"titans-video-{port}", local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,16 +66,15 @@ class Guard:
         """Return the answer to a request that must not reach the page."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.token is None and not is_loopback(_name(host)):
+        if self.local and not is_loopback(_name(host)):
             return PlainTextResponse("This server only answers on 127.0.0.1 and localhost.", 403)
-        if self.token is not None:
-            given = QueryParams(scope["query_string"]).get("token")
-            if given is not None and hmac.compare_digest(given.encode(), self.token.encode()):
-                answer: Response = RedirectResponse(scope["path"] or "/", 303)
-                answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", max_age=30 * 86400)
-                return answer
-            if not hmac.compare_digest(self._cookie(headers).encode(), self.token.encode()):
-                return PlainTextResponse(FORBIDDEN, 403)
+        given = QueryParams(scope["query_string"]).get("token")
+        if given is not None and hmac.compare_digest(given.encode(), self.token.encode()):
+            answer: Response = RedirectResponse(scope["path"] or "/", 303)
+            answer.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", max_age=30 * 86400)
+            return answer
+        if not hmac.compare_digest(self._cookie(headers).encode(), self.token.encode()):
+            return PlainTextResponse(FORBIDDEN, 403)
         origin = headers.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc != host
         if scope["method"] not in ("GET", "HEAD") and (foreign or headers.get(HEADER) is None):

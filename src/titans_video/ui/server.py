@@ -272,8 +272,8 @@ CHANGING: dict[str, Call] = {
 """Calls with their arguments as JSON."""
 
 
-def make_app(roots: list[Path], token: str | None = None, port: int = 0) -> Any:
-    """Return the ASGI application; `token` is needed from other machines."""
+def make_app(roots: list[Path], token: str, port: int, *, local: bool = True) -> Any:
+    """Return the ASGI application, see `Guard`."""
     pages = Pages(roots)
     assets = Path(str(files("titans_video"))) / "assets" / "ui"
     routes: list[Any] = [Route("/", lambda request: _page(assets / "index.html"))]
@@ -283,7 +283,7 @@ def make_app(roots: list[Path], token: str | None = None, port: int = 0) -> Any:
     ]
     routes += [Route("/api/about", _about), Route("/api/upload", _upload, methods=["POST"])]
     routes += [Mount("/ui", StaticFiles(directory=assets))]
-    return Guard(Starlette(routes=routes), token, port)
+    return Guard(Starlette(routes=routes), token, port, local=local)
 
 
 def _page(path: Path) -> Response:
@@ -340,12 +340,12 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def serve(roots: list[Path], bound: socket.socket, token: str | None) -> None:
+def serve(roots: list[Path], bound: socket.socket, token: str, *, local: bool) -> None:
     """Answer requests until Ctrl-C."""
     import uvicorn
 
     # Reading runs imports torch, which takes seconds; the page is there at once.
     threading.Thread(target=import_module, args=["titans_video.ui.runs"], daemon=True).start()
-    app = make_app(roots, token, bound.getsockname()[1])
+    app = make_app(roots, token, bound.getsockname()[1], local=local)
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[bound])
