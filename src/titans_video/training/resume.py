@@ -1,5 +1,6 @@
 """Resuming a run: which checkpoint to use, whether it is undamaged, and the preparation of the output folder."""
 
+import contextlib
 import os
 import shlex
 import socket
@@ -210,9 +211,13 @@ def _write_token(run: Path) -> str:
 
 
 def release_folder(run: Path) -> None:
-    """Release the lock on the folder of a run that has ended."""
+    """Release the lock on the folder of a run that has ended, and remove the name of its process from it."""
     for lock in _locks.pop(run.resolve(), []):
-        lock.close()
+        with (
+            contextlib.suppress(OSError),
+            lock,
+        ):  # a process that continues, e.g. a notebook's, must not be taken for it
+            lock.truncate(0)
 
 
 def _move_to_previous(run: Path, paths: list[Path]) -> Path | None:
