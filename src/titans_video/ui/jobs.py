@@ -62,6 +62,7 @@ class Job:
         words: the words after `titans-video`.
         code: the exit code; None while it runs, or if it was killed.
         progress: what, unit, done and total of its current task.
+        log_start: bytes of earlier commands at the beginning of the log.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Job:
     progress: Mapping[str, Any] | None
     started: str
     about: Mapping[str, Any]
+    log_start: int = 0
 
     @property
     def state(self) -> str:
@@ -92,7 +94,7 @@ class Job:
 
     def log(self) -> str:
         """Return the end of what the command printed."""
-        return tail(self.folder / JOB / LOG)
+        return tail(self.folder / JOB / LOG, self.log_start)
 
     def error(self) -> str:
         """Return the error message of a failed command, or its last lines."""
@@ -101,11 +103,12 @@ class Job:
         return "\n".join(lines[-8:] if at is None else [lines[at].removeprefix("Error: "), *lines[at + 1 :]])
 
 
-def tail(path: Path) -> str:
-    """Return the end of a text file; empty if it cannot be read."""
+def tail(path: Path, start: int = 0) -> str:
+    """Return the end of a text file, at most from the byte `start` on; empty if it cannot be read."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as f:
-            f.seek(max(path.stat().st_size - LOG_BYTES, 0))
+            f.seek(max(size - LOG_BYTES, min(start, size), 0))
             return f.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -130,6 +133,7 @@ def start(folder: Path, words: Sequence[str], *, processes: int = 1, about: Mapp
     if processes > 1:
         program += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     program += ["-m", "titans_video.ui.jobs", str(place.resolve()), *words]
+    log_start = (place / LOG).stat().st_size if (place / LOG).exists() else 0
     pid = spawn(program, place / LOG)
     record = {
         "words": list(words),
@@ -139,6 +143,7 @@ def start(folder: Path, words: Sequence[str], *, processes: int = 1, about: Mapp
         "cwd": os.getcwd(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": processes,
+        "log_start": log_start,
         "about": dict(about or {}),
     }
     write_text(place / RECORD, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
@@ -172,7 +177,7 @@ def read_job(folder: Path) -> Job | None:
         return None
     status = _read(folder / JOB / STATUS)
     code, about = status.get("code"), record.get("about")
-    local = record.get("host") == socket.gethostname()
+    local, log_start = record.get("host") == socket.gethostname(), record.get("log_start")
     return Job(
         folder=folder,
         words=tuple(map(str, record["words"])),
@@ -181,6 +186,7 @@ def read_job(folder: Path) -> Job | None:
         progress=status.get("progress") if isinstance(status.get("progress"), dict) else None,
         started=str(record.get("started", "")),
         about=about if isinstance(about, dict) else {},
+        log_start=log_start if isinstance(log_start, int) else 0,
     )
 
 
