@@ -422,5 +422,5 @@ def test_previews_do_not_change_a_video(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(picture.dtype == np.uint8 for picture in album.pictures)
 
 
-def test_a_thread_for_stopping_ends_with_the_process() -> None:
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "stop")
+def test_a_thread_for_stopping_ends_with_the_command() -> None:
+    _wait(lambda: not any(thread.name == "stop" for thread in threading.enumerate()))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -296,37 +296,45 @@ class StatusFile:
             write_text(self.folder / STATUS, json.dumps(self.status) + "\n")
 
 
-def watch_for_stop(folder: Path) -> None:
-    """Act as if SIGTERM arrived once there is a file `stop`; a thread that ends with the process.
+@contextlib.contextmanager
+def stoppable(status: StatusFile) -> Iterator[None]:
+    """Act as if SIGTERM arrived each time that a file `stop` appears in the job's folder.
 
     A file works where signals do not: on Windows, and for a process that another server started.
     """
+    ended, stop = threading.Event(), status.folder / STOP
 
     def watch() -> None:
-        while not (folder / STOP).exists():
-            time.sleep(POLL_SECONDS)
-        with contextlib.suppress(OSError):
-            (folder / STOP).unlink()
-        _thread.interrupt_main(signal.SIGTERM)
+        while not ended.wait(POLL_SECONDS):
+            if not stop.exists():
+                continue
+            with contextlib.suppress(OSError):
+                stop.unlink()
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # interrupt_main does nothing then
+                status.write(code=128 + signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                _thread.interrupt_main(signal.SIGTERM)
 
     threading.Thread(target=watch, name="stop", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a command (`argv`: its folder, then its words), and return its exit code."""
     folder, words = Path(argv[0]), list(argv[1:])
     sys.argv = [PROG, *words]  # what a run records as its command
-    if process_index() == 0:
-        watch_for_stop(folder)
-    status = StatusFile(folder)
-    watching = observed(status) if process_index() == 0 else contextlib.nullcontext()
-    code = 1
+    if process_index() != 0:
+        return guarded(lambda: dispatch(words))
+    status, code = StatusFile(folder), 1
     try:
-        with watching:
+        with stoppable(status), observed(status):
             code = guarded(lambda: dispatch(words))
     finally:
-        if process_index() == 0:
-            status.write(code=code)
+        status.write(code=code)
     return code
 
 
