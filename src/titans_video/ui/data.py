@@ -12,11 +12,13 @@ from titans_video.cli.main import about
 from titans_video.config.rules import check_training
 from titans_video.errors import ConfigError
 from titans_video.parsing import read_json_lines
+from titans_video.storage.files import stamp
 from titans_video.ui import jobs
 from titans_video.ui.forms import Form, Values
 
 if TYPE_CHECKING:
     from titans_video.captioning.review import CaptionReview
+    from titans_video.storage.files import Facts
 
 CHECKS = Path("outputs/checks")
 """Folder of the checks of the page: one folder for each data set."""
@@ -116,18 +118,22 @@ class Captions:
     """The manifests whose captions the page shows. For use by several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[str, str], CaptionReview] = {}
-        self._lock = threading.Lock()
+        self._open: dict[tuple[str, str], tuple[Facts, CaptionReview]] = {}
+        self._lock, self._saving = threading.Lock(), threading.Lock()
 
     def of(self, manifest: Any, data_root: Any = None) -> "CaptionReview":
-        """Open a manifest once. Raises UserError if it cannot be read, or its captions cannot be changed."""
+        """Open a manifest, again if its file has changed.
+
+        Raises UserError if it cannot be read, or its captions cannot be changed.
+        """
         from titans_video.captioning.review import CaptionReview
 
         key = (str(manifest), str(data_root or ""))
         with self._lock:
-            if key not in self._open:
-                self._open[key] = CaptionReview(key[0], key[1] or None)
-            return self._open[key]
+            version = stamp(key[0])
+            if key not in self._open or self._open[key][0] != version:
+                self._open[key] = version, CaptionReview(key[0], key[1] or None)
+            return self._open[key][1]
 
     def page(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return some rows of a manifest with their captions, those that match the words of a search."""
@@ -143,8 +149,9 @@ class Captions:
         """Write a caption into the manifest. ConfigError if it was changed meanwhile."""
         from titans_video.captioning.review import CaptionChanged
 
-        try:
-            row = self.of(given["manifest"], given.get("root")).save(given["key"], given["before"], given["caption"])
-        except CaptionChanged as e:
-            raise ConfigError(f"{e} It is now: {e.row.caption}") from None
-        return asdict(row)
+        with self._saving:  # two openings of a manifest have different locks
+            try:
+                found = self.of(given["manifest"], given.get("root"))
+                return asdict(found.save(given["key"], given["before"], given["caption"]))
+            except CaptionChanged as e:
+                raise ConfigError(f"{e} It is now: {e.row.caption}") from None
