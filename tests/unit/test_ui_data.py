@@ -1,12 +1,13 @@
 """The data page of the browser: names of checks, and captions of manifests that others change."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from titans_video.errors import ConfigError
-from titans_video.ui import data
+from titans_video.ui import data, jobs
 
 
 def test_captions_are_those_that_the_file_has_now(tmp_path: Path) -> None:
@@ -30,3 +31,29 @@ def test_captions_are_those_that_the_file_has_now(tmp_path: Path) -> None:
     assert shown() == ["a cat", "a wolf"]
     with pytest.raises(ConfigError, match="It is now: a wolf"):
         captions.save(edit | {"caption": "a fox"})
+
+
+def test_each_data_set_has_its_own_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that end alike, a folder, a weight, and several manifests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "FORM", replace(data.FORM, check=lambda flags: None))
+    started: dict[str, object] = {}
+    monkeypatch.setattr(jobs, "start", lambda folder, words, about: started.update({folder.name: about["manifest"]}))
+    for folder in ("a/clips", "b/clips"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "manifest.jsonl").touch()
+
+    def name(*manifests: str) -> str:
+        return data.start({"manifest": "\n".join(manifests)})
+
+    first, second = name("a/clips/manifest.jsonl"), name("b/clips/manifest.jsonl")
+    assert first != second
+    assert first.startswith("clips-manifest-")
+    assert first == name("a/clips/manifest.jsonl:2") == name("a/../a/clips/manifest.jsonl")
+    assert started[first] == "a/../a/clips/manifest.jsonl"
+    name("a/clips/manifest.jsonl:2")
+    assert started[first] == "a/clips/manifest.jsonl"  # the file whose captions the page opens
+    assert name("a/clips/manifest.jsonl", "b/clips/manifest.jsonl") not in (first, second)
+    here = name(".")
+    monkeypatch.chdir(tmp_path / "a")
+    assert name(".") != here

@@ -1,8 +1,10 @@
 """Look at a data set: the report of `data check`, the rows that it leaves out, and captions beside film strips."""
 
+import hashlib
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from titans_video.cli.inputs import check_manifests
 from titans_video.cli.main import about
 from titans_video.config.rules import check_training
+from titans_video.data.manifest import split_weight
 from titans_video.errors import ConfigError
 from titans_video.parsing import read_json_lines
 from titans_video.storage.files import stamp
+from titans_video.storage.places import is_remote
 from titans_video.ui import jobs
 from titans_video.ui.forms import Form, Values
 
@@ -56,11 +60,19 @@ def start(values: Values) -> str:
     """Start a check, and return the name of its folder. Raises UserError as the command."""
     words = FORM.words({name: text for name, text in values.items() if text.strip()})
     options = FORM.options(words)
-    first = Path(options.data.manifest[0] if options.data.manifest else str(options.data.metadata))
-    name = re.sub(r"\W+", "-", "-".join(first.with_suffix("").parts[-2:])).strip("-") or "check"
-    kept = {"values": dict(values), "manifest": first.as_posix()}
+    manifests = [split_weight(text)[0] for text in options.data.manifest] or [Path(str(options.data.metadata))]
+    name = _name(manifests)
+    kept = {"values": dict(values), "manifest": manifests[0].as_posix()}
     jobs.start(CHECKS / name, ["data", "check", *words, "--out", (CHECKS / name).as_posix()], about=kept)
     return name
+
+
+def _name(manifests: Sequence[Path]) -> str:
+    """Return the name of a data set's folder: of its first manifest, and a hash of all of their paths."""
+    found = [path if is_remote(path) else path.resolve() for path in manifests]
+    words = re.sub(r"\W+", "-", f"{found[0].parent.name}-{found[0].stem}").strip("-")
+    digest = hashlib.sha256("\n".join(path.as_posix() for path in found).encode()).hexdigest()[:8]
+    return f"{words}-{digest}".strip("-")
 
 
 def checks() -> list[dict[str, Any]]:
