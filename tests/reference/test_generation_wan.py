@@ -357,7 +357,8 @@ def test_a_validation_video_between_two_frames(pipelines: dict[str, Path]) -> No
     model, images = load(pipelines["flf-2.1"]), given("flf-2.1", "first", "last")
     model.config["data"]["num_frames"] = 9
     model.config["sample"]["steps"] = 2
-    video = sampled(model, PROMPT, 7, (32, 32), torch.cat([images["first"], images["last"]], dim=2)).video
+    asked = GenerateOptions(prompt=PROMPT, seed=7, height=32, width=32)
+    video = sampled(model, asked, torch.cat([images["first"], images["last"]], dim=2)).video
     close(video[None], stock(unchanged_stock(pipelines["flf-2.1"], True), options("flf-2.1", steps=2), images), images)
 
 

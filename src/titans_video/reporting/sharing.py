@@ -39,7 +39,7 @@ from titans_video.reporting.model_card import (
 from titans_video.reporting.report import Run, read_prompts, read_run
 from titans_video.tensor_files import read_safetensors
 from titans_video.training import run_folder
-from titans_video.training.run_folder import CONTACT_SHEET, LOSS_CURVE, PIPELINE, PIPELINE_EMA, VAE, video_name
+from titans_video.training.run_folder import LOSS_CURVE, PIPELINE, PIPELINE_EMA, VAE, video_name
 
 READERS = {
     "diffusers": "diffusers, and programs that read its files",
@@ -167,7 +167,10 @@ def _figures(run: Run, temporary: Path) -> None:
 
 
 def _sample(run: Run, temporary: Path, contents: Contents) -> None:
-    """Copy the first video of the newest samples and their contact sheet, or generate a video if it is cheap."""
+    """Copy the first video of the newest samples, or generate a video if it is cheap, and draw its frames.
+
+    The contact sheet of samples is not shared, because clips of the data are in it.
+    """
     for step in sorted((v for v in run.validations if v.get("samples")), key=lambda v: v["step"], reverse=True):
         folder = run.folder / str(step["samples"])
         prompts = read_prompts(run, folder)
@@ -177,8 +180,6 @@ def _sample(run: Run, temporary: Path, contents: Contents) -> None:
             except (UserError, *DECODING_ERRORS):
                 continue
             contents.sample = SAMPLE, prompts[0]
-            if (folder / CONTACT_SHEET).is_file():
-                shutil.copyfile(folder / CONTACT_SHEET, temporary / PICTURE)
             break
     else:
         if contents.kind != "model":
@@ -189,9 +190,8 @@ def _sample(run: Run, temporary: Path, contents: Contents) -> None:
         except UserError as e:
             contents.notes.append(f"There is no sample video: {first_line(e)}")
             return
-    if not (temporary / PICTURE).is_file():
-        info = probe(temporary / SAMPLE)
-        frames_strip(read_indices(temporary / SAMPLE, info, range(info.frames))).save(temporary / PICTURE)
+    info = probe(temporary / SAMPLE)
+    frames_strip(read_indices(temporary / SAMPLE, info, range(info.frames))).save(temporary / PICTURE)
     contents.picture = PICTURE
 
 
