@@ -299,7 +299,7 @@ RUN_RECORD = Record(
                     "command": ListOf(Text(), 0, 10_000),
                     "versions": MapOf(NAME, 100),
                 },
-                {"commit": optional(NAME)},
+                {"commit": optional(NAME), "cwd": optional(NAME)},
             ),
             0,
             100_000,

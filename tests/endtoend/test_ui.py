@@ -74,11 +74,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     children: list[BaseProcess] = []
 
-    def fork(program: Sequence[str], log: Path) -> int:
+    def fork(program: Sequence[str], log: Path, cwd: Path | None = None) -> int:
         for name in ("stdout", "stderr"):
             (log.parent / name).unlink(missing_ok=True)
             (log.parent / name).symlink_to(log.name)
-        words = (list(program[1:]), str(folder), {**os.environ, **processes.ONE_THREAD}, str(log.parent))
+        words = (list(program[1:]), str(cwd or folder), {**os.environ, **processes.ONE_THREAD}, str(log.parent))
         child = processes.server().Process(target=processes.execute, args=words)
         child.start()
         children.append(child)

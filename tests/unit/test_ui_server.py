@@ -94,8 +94,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {
         "format": "titans-video-run/1",
-        "options": {"max_steps": 4000, "lr": 0.1, "preset": "S"},
-        "defaults": {"max_steps": 100, "lr": 0.2, "preset": "S"},
+        "options": {"max_steps": 4000, "lr": 0.1, "preset": "S", "output_dir": "outputs/a"},
+        "defaults": {"max_steps": 100, "lr": 0.2, "preset": "S", "output_dir": "outputs/a"},
         "starts": [
             {
                 "at": "2026-01-01T00:00:00+00:00",
@@ -253,8 +253,8 @@ def test_an_upload_is_kept_under_its_content(app: Any) -> None:
 
 def test_a_resume_repeats_the_runs_own_command(place: Path) -> None:
     run = Path("outputs/a")
-    assert runs.resume_words(run) == (["train", "--max-steps", "4000", "--lr", "0.1", "--resume", "auto"], 1)
-    longer, _ = runs.resume_words(run, "5000")
+    assert runs.resume_words(run) == (["train", "--max-steps", "4000", "--lr", "0.1", "--resume", "auto"], 1, place)
+    longer = runs.resume_words(run, "5000")[0]
     assert longer == ["train", "--lr", "0.1", "--max-steps", "5000", "--resume", "auto"]
     record = json.loads((run / "run.json").read_text())
     record["starts"][0]["command"] = ["train.py", "--mode", "train"]
@@ -265,10 +265,39 @@ def test_a_resume_repeats_the_runs_own_command(place: Path) -> None:
 
 def test_a_resume_repeats_the_newest_start(place: Path) -> None:
     run = Path("outputs/a")
-    (_made(run) / jobs.RECORD).write_text(json.dumps({"words": ["train", "--lr", "9"], "pid": 1}))
+    (_made(run) / jobs.RECORD).write_text(json.dumps({"words": ["train", "--lr", "9"], "pid": 1, "cwd": str(place)}))
     assert "9" not in runs.resume_words(run)[0]  # a terminal has resumed it since
     (run / "run.json").unlink()
     assert runs.resume_words(run)[0] == ["train", "--lr", "9", "--resume", "auto"]
+
+
+def test_a_resume_runs_where_the_run_was_started(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, record = place / "outputs/a", json.loads((place / "outputs/a/run.json").read_text())
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    with pytest.raises(ConfigError, match="--output-dir outputs/a, which is another folder"):
+        runs.resume_words(run)  # not recorded, as by older versions
+    record["starts"][0]["cwd"] = str(place)
+    (run / "run.json").write_text(json.dumps(record))
+    assert runs.resume_words(run)[2] == place
+    started: list[Any] = []
+
+    class Process:
+        pid = 2**22 + 1  # no process has this number
+
+        def __init__(self, words: Any, **given: Any) -> None:
+            started.append(given["cwd"])
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    assert post(make_app([place / "outputs"], TOKEN, PORT), "/api/run/resume", {"run": str(run)})[0] == 200
+    assert started == [place]
+    assert _job(run).cwd == str(place)
+    moved = run.rename(place / "outputs/b")
+    with pytest.raises(ConfigError, match="--output-dir outputs/a"):
+        runs.resume_words(moved)  # it would begin another run in outputs/a
 
 
 def test_folders_of_outputs_that_appear_later_are_listed(place: Path) -> None:

@@ -99,6 +99,7 @@ def environment(accelerator: Accelerator, line: str) -> dict[str, Any]:
         if cuda
         else f"CPU ({torch.get_num_threads()} threads)",
         "command": sys.argv,
+        "cwd": os.getcwd(),
         "platform": platform.platform(),
         "versions": versions | {k: v for k, v in found.items() if v} | ({"cuda": torch.version.cuda} if cuda else {}),
         "commit": _commit(Path(titans_video.__file__).resolve().parent),

@@ -63,6 +63,7 @@ class Job:
         code: the exit code; None while it runs, or if it was killed.
         progress: what, unit, done and total of its current task.
         log_start: bytes of earlier commands at the beginning of the log.
+        cwd: the folder in which the command was started; None if it is not recorded.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Job:
     started: str
     about: Mapping[str, Any]
     log_start: int = 0
+    cwd: str | None = None
 
     @property
     def state(self) -> str:
@@ -114,12 +116,20 @@ def tail(path: Path, start: int = 0) -> str:
         return ""
 
 
-def start(folder: Path, words: Sequence[str], *, processes: int = 1, about: Mapping[str, Any] | None = None) -> Job:
+def start(
+    folder: Path,
+    words: Sequence[str],
+    *,
+    processes: int = 1,
+    about: Mapping[str, Any] | None = None,
+    cwd: Path | None = None,
+) -> Job:
     """Start `titans-video WORDS` with its results in `folder`, and return without waiting.
 
     Args:
         processes: above 1, of Accelerate's launcher.
         about: plain values to keep with the job.
+        cwd: the command's working folder (default: this process's).
     Raises:
         ConfigError: a job runs in this folder. WriteError: the folder cannot be written.
     """
@@ -134,13 +144,13 @@ def start(folder: Path, words: Sequence[str], *, processes: int = 1, about: Mapp
         program += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     program += ["-m", "titans_video.ui.jobs", str(place.resolve()), *words]
     log_start = (place / LOG).stat().st_size if (place / LOG).exists() else 0
-    pid = spawn(program, place / LOG)
+    pid = spawn(program, place / LOG, cwd)
     record = {
         "words": list(words),
         "pid": pid,
         "created": created_at(pid),
         "host": socket.gethostname(),
-        "cwd": os.getcwd(),
+        "cwd": str(cwd or Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": processes,
         "log_start": log_start,
@@ -152,7 +162,7 @@ def start(folder: Path, words: Sequence[str], *, processes: int = 1, about: Mapp
     return found
 
 
-def spawn(program: Sequence[str], log: Path) -> int:
+def spawn(program: Sequence[str], log: Path, cwd: Path | None = None) -> int:
     """Start a program that outlives this process, with its output at the end of `log`; return its number."""
     apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in the server's terminal must not reach it
     if sys.platform == "win32":
@@ -160,6 +170,7 @@ def spawn(program: Sequence[str], log: Path) -> int:
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(program),
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -187,6 +198,7 @@ def read_job(folder: Path) -> Job | None:
         started=str(record.get("started", "")),
         about=about if isinstance(about, dict) else {},
         log_start=log_start if isinstance(log_start, int) else 0,
+        cwd=record["cwd"] if isinstance(record.get("cwd"), str) else None,
     )
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -268,26 +269,49 @@ def generating_fields(folder: Path) -> dict[str, str] | None:
     return None if recipe == "vae" else {"checkpoint": folder.as_posix()}
 
 
-def resume_words(folder: Path, max_steps: str | None = None) -> tuple[list[str], int]:
-    """Return the words of the command that continues a run, and its number of processes.
+def resume_words(folder: Path, max_steps: str | None = None) -> tuple[list[str], int, Path]:
+    """Return the words of the command that continues a run, its number of processes and its working folder.
 
-    Raises ConfigError if the run's own command is not recorded.
+    Raises ConfigError if the run's own command is not recorded, or would write to another folder.
     """
     job, record = jobs.read_job(folder), tracking.read_run_record(folder)
     starts = record.get("starts", [])
     words = [str(word) for word in starts[-1].get("command", [])][1:] if starts else []
+    cwd = starts[-1].get("cwd") if starts else None
     if words[:1] != ["train"] and job is not None:  # it never began, or a launcher's script was recorded
-        words = list(job.words)
+        words, cwd = list(job.words), job.cwd
     if words[:1] != ["train"]:
         raise ConfigError(
             f"{folder}: this run was not started by `titans-video train`, so its command cannot be repeated here. "
             "Repeat it in a terminal with --resume auto."
         )
+    output = _value(words, "--output-dir") or record.get("options", {}).get("output_dir")
+    place = _working_folder(folder, cwd, output)
     words = _without(words, "--resume")
     if max_steps:
         words = [*_without(words, "--max-steps"), "--max-steps", max_steps]
     processes = int(starts[-1].get("processes", 1)) if starts else 1
-    return [*words, "--resume", "auto"], processes
+    return [*words, "--resume", "auto"], processes, place
+
+
+def _working_folder(folder: Path, cwd: str | None, output: str | None) -> Path:
+    """Return the folder in which a run's command names the run; ConfigError if there is none."""
+    if cwd is not None and output is None:
+        return Path(cwd)
+    for place in (*([Path(cwd)] if cwd else []), Path.cwd()):
+        if output is not None and place.is_dir() and (place / output).resolve() == folder.resolve():
+            return place
+    raise ConfigError(
+        f"{folder}: its command has --output-dir {output}, which is another folder from {cwd or Path.cwd()}. "
+        "Repeat the command with --resume auto in a terminal, in the folder in which you started it."
+    )
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    """Return the last value of a flag in a command line."""
+    found = [after for word, after in pairwise(words) if word == flag]
+    found += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return found[-1] if found else None
 
 
 def _without(words: Sequence[str], flag: str) -> list[str]:

@@ -120,8 +120,8 @@ def resume_run(pages: Pages, given: dict[str, Any]) -> Any:
     from titans_video.ui.runs import resume_words
 
     folder = pages.run(given["run"])
-    words, processes = resume_words(folder, given.get("max_steps"))
-    jobs.start(folder, words, processes=processes)
+    words, processes, cwd = resume_words(folder, given.get("max_steps"))
+    jobs.start(folder, words, processes=processes, cwd=cwd)
     return {"run": folder.as_posix()}
 
 
