@@ -396,6 +396,7 @@ class RandomText:
 
 def generation(rows: Rows) -> None:
     """Measure two videos with guidance of different numbers of steps; the difference is the time of the steps."""
+    from titans_video.config.generation import GenerateOptions
     from titans_video.diffusion.rectified_flow import RectifiedFlow
     from titans_video.generation.long_video import sample
     from titans_video.generation.model import VideoModel
@@ -414,7 +415,7 @@ def generation(rows: Rows) -> None:
     def video(steps: int) -> float:
         about["sample"] = {"guidance_scale": 5.0, "steps": steps}
         start = time.perf_counter()
-        sample(model, "a white dog runs along a beach", 0)
+        sample(model, GenerateOptions(prompt="a white dog runs along a beach"))
         wait(rows.device)
         return time.perf_counter() - start
 

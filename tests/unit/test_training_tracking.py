@@ -1,5 +1,6 @@
 """Values that arrive at TensorBoard and W&B, read back by TensorBoard's own reader, or caught on the way."""
 
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -62,8 +63,13 @@ def test_tensorboard_gets_scalars_tables_pictures_and_moving_ones(tmp_path: Path
     assert b"| t2v | 16x16x4 | 2 |" in events.Tensors("validation/table/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_tensorboard_forgets_what_came_after_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_tensorboard_forgets_what_came_after_the_step_a_run_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = tensorboard(tmp_path)
+    # It reads files in the order of their names, which end in a number that the writers of all tests count up.
+    writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     for start, values in ((0, {2: 1.0, 4: 2.0, 6: 3.0}), (4, {6: 30.0, 8: 40.0})):
         accelerator = distributed.start(TrainOptions())
         tracker = open_tracker(accelerator, "tensorboard", tmp_path, start, "x", OPTIONS)
