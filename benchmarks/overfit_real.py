@@ -63,7 +63,7 @@ MODEL_FLAGS = shlex.split(
 
 @dataclass(frozen=True)
 class Setup:
-    """What depends on the codec: the number of frames, the flags of codec and patch, the steps, a cache of latents."""
+    """The settings for one codec: frames per clip, command-line flags, training steps, whether to cache latents."""
 
     frames: int
     flags: str

@@ -25,7 +25,7 @@ SEGMENTS, REAL_FRAMES = 10, 40
 
 @dataclass(frozen=True)
 class Setup:
-    """What depends on the codec. `first`: frames of the first segment, whose latent frame of one frame is shorter."""
+    """The settings for one codec: frame size, frames per segment, frames of the first segment, flags."""
 
     side: int
     segment: int

@@ -15,14 +15,13 @@ from typing import Literal
 import torch
 
 from titans_video.config.fields import Dtype
+from titans_video.processes import usable_cores
 
 COMPILE_CALLS = 400
 """Calls of a network that repay the minute or two that compiling it takes."""
 MOST_WORKERS = 8
 BF16_CAPABILITY, TRITON_CAPABILITY = (8, 0), (7, 0)
 COMPILE_FLAGS, TF32_FLAGS = "--compile, --no-compile", "--tf32, --no-tf32"
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""The microseconds of CPU time that a container gets in each period: `QUOTA PERIOD`, or `max PERIOD`."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,6 @@ def read_facts(device: torch.device) -> DeviceFacts:
         cores=cores,
         local_ranks=ranks,
     )
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: those of its affinity, or fewer if its container has a quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
-        return max(min(cores, int(quota) // int(period)), 1)
-    except (OSError, ValueError):
-        return cores
 
 
 def _has_compiler() -> bool:

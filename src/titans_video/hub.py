@@ -125,7 +125,7 @@ def packaged_folder(name: str, flag: str, error: type[UserError]) -> str:
     package, folder = PACKAGED[name]
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise error(f"{flag} {name}: its package is not installed. Run `pip install 'titans-video[{name}]'`.")
+        raise error(f"{flag} {name}: its package is not installed. Run `pip install -e '.[{name}]'` in the repository.")
     return str(Path(found.submodule_search_locations[0]) / folder)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -38,6 +39,18 @@ AHEAD = 2
 """Results that each worker computes ahead of time."""
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""The microseconds of CPU time that a container gets in each period: `QUOTA PERIOD`, or `max PERIOD`."""
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those of its affinity, or fewer if its container has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return max(min(cores, int(quota) // int(period)), 1)
+    except (OSError, ValueError):
+        return cores
 
 
 class StopSignal(KeyboardInterrupt):

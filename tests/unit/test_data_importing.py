@@ -18,6 +18,7 @@ from titans_video.data.importing import digest_of
 from titans_video.data.json_rows import json_rows
 from titans_video.data.manifest import Row
 from titans_video.errors import DataError
+from titans_video.storage.places import place
 
 Files = Mapping[str, str | bytes]
 
@@ -125,6 +126,14 @@ def test_folders(tmp_path: Path, files: Files, expected: dict[str, str]) -> None
     folder = make(tmp_path / "my clips", files)
     assert table_of(folder, folder) == expected
     assert digest_of(folder, DataOptions()) == digest_of(folder, DataOptions()) != ""
+
+
+def test_urls_in_the_table_of_a_folder_stay_urls(tmp_path: Path) -> None:
+    table = "file,text,cond_image\nhttps://example.org/x/a.mp4,a cat,https://example.org/a.png\nb.mp4,a dog,\n"
+    folder = make(tmp_path, {"b.mp4": "", "t.csv": table})
+    found = {row.caption: (str(row.video), str(row.cond_image)) for row in rows_of(folder)}
+    assert found["a cat"] == (str(place("https://example.org/x/a.mp4")), str(place("https://example.org/a.png")))
+    assert found["a dog"][0] == str(folder / "b.mp4")
 
 
 REFUSED: dict[str, tuple[Files, str]] = {

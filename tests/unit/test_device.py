@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.factories import make_vae
-from titans_video import device as device_module
+from titans_video import processes
 from titans_video.codecs import base as codecs
 from titans_video.codecs.base import build_codec, codec_from_checkpoint, describe_codec
 from titans_video.config.generation import Overrides, RunOptions
@@ -24,7 +24,6 @@ from titans_video.device import (
     fast_defaults,
     format_choices,
     read_facts,
-    usable_cores,
     use_tf32,
 )
 from titans_video.generation import model as generation
@@ -71,17 +70,17 @@ def test_compiling_must_pay_and_be_possible() -> None:
 def test_a_container_has_fewer_cores(
     quota: str, least: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_module, "CPU_QUOTA", tmp_path / "missing")
-    whole = usable_cores()
+    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "missing")
+    whole = processes.usable_cores()
     (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(device_module, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert usable_cores() == (whole if least is None else least)
+    monkeypatch.setattr(processes, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert processes.usable_cores() == (whole if least is None else least)
 
 
 def test_a_cpu_is_described_without_looking_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     facts = read_facts(torch.device("cpu"))
-    assert facts == DeviceFacts("cpu", "CPU", cores=usable_cores(), local_ranks=2)
+    assert facts == DeviceFacts("cpu", "CPU", cores=processes.usable_cores(), local_ranks=2)
 
 
 def test_tf32_is_set_for_products_and_convolutions() -> None:

@@ -19,6 +19,7 @@ from titans_video.config.options import ActivationOptions
 from titans_video.errors import ConfigError
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import build_network, network_config
+from titans_video.planning import clips
 from titans_video.planning.changes import NONE, Case, Step, find_change
 from titans_video.planning.make import Request, make_plan, resolved
 from titans_video.planning.memory import Layout, Memory
@@ -124,6 +125,17 @@ def test_micro_batches_keep_their_gradients(sora: Subject) -> None:
     peak = next(iter(one.device(clip, Layout(1)) and one._peaks.values()))
     more = four.device(clip, Layout(1)).total - one.device(clip, Layout(1)).total
     assert more == peak.others + one.trained - peak.total > 0
+
+
+def test_manifests_that_are_found_when_they_are_read(monkeypatch: pytest.MonkeyPatch, sora: Subject) -> None:
+    read: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        clips, "_from_manifests", lambda subject, options, processes: read.append(options.data.manifest)
+    )
+    for manifest in ("s3://bucket/clips.jsonl", "shards/{0000..0003}.tar"):
+        clips.plan_clips(sora, options_of("sora", [*SMALL, "--manifest", manifest]), 1)
+    clips.plan_clips(sora, options_of("sora", [*SMALL, "--manifest", "missing.jsonl"]), 1)
+    assert read == [("s3://bucket/clips.jsonl",), ("shards/{0000..0003}.tar",)]
 
 
 def stored_parameters(folder: Path) -> int:

@@ -78,7 +78,7 @@ INIT = About(
     "Make a manifest and a training configuration from a folder of clips, or from data in another form.",
     (
         ("Start with a folder of clips, with or without captions beside them", "clips"),
-        ("Prepare a LoRA, with a word for your subject", "clips --trigger ohwx --pretrained-model weights/Wan2.1"),
+        ("Prepare a LoRA with a trigger word", "clips --trigger ohwx --pretrained-model weights/Wan2.1"),
     ),
     (
         *("source", "out", "trigger", "cut", "pretrained_model"),

@@ -6,9 +6,9 @@ from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import DataOptions
 from titans_video.config.recipes import PretrainedOptions, SoraOptions, TrainVaeOptions
 from titans_video.data.manifest import split_weight
-from titans_video.data.tar_rows import is_tar_set
+from titans_video.data.tar_rows import may_exist
 from titans_video.errors import CheckpointError, ConfigError, DataError
-from titans_video.storage.places import is_remote, scheme_of
+from titans_video.storage.places import scheme_of
 
 LATEST = "latest"
 
@@ -34,7 +34,7 @@ def check_manifests(data: DataOptions, others: tuple[str, ...] = ()) -> None:
     """Raise DataError if --manifest, --metadata, --validation-manifest or --data-root is missing."""
     files = [split_weight(text)[0] for text in (*data.manifest, *others)]
     for path in files if data.metadata is None else [*files, Path(data.metadata)]:
-        if not is_remote(path) and not path.exists() and not is_tar_set(path):
+        if not may_exist(path):
             raise DataError(f"{path}: there is no such manifest.")
     if data.data_root is not None and not scheme_of(data.data_root) and not Path(data.data_root).is_dir():
         raise DataError(f"--data-root {data.data_root}: there is no such folder.")

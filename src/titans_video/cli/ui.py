@@ -54,10 +54,7 @@ def main(argv: Sequence[str], prog: str = "titans-video ui") -> int:
     flags = parse(UiFlags(), argv, prog=prog, about=UI)
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} is not installed; run `pip install titans-video[ui]` (or, in the repository, "
-            "`pip install -e .[ui]`)."
-        )
+        raise ConfigError(f"{' and '.join(missing)} missing. Run `pip install -e '.[ui]'` in the repository.")
     bound = bind(flags.host, flags.port)
     from titans_video.ui import access, server
 

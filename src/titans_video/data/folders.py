@@ -15,6 +15,7 @@ from titans_video.data.json_rows import RowError, json_rows, shortened
 from titans_video.data.tables import NoClipsError, is_table, read_table, used_columns, with_usual_keys
 from titans_video.errors import DataError, counted, few
 from titans_video.parsing import Malformed, parse_json
+from titans_video.storage.places import scheme_of
 
 VIDEOS = frozenset(
     (
@@ -208,6 +209,8 @@ class _Importer:
         It may be relative to the table or to the imported folder, or be the name of the only such file in it, with or
         without its ending.
         """
+        if scheme_of(name):
+            return name
         near = os.path.normpath(os.path.join(place, name))
         if os.path.exists(near):
             return near
@@ -226,7 +229,9 @@ class _Importer:
         return same[0] if len(same) == 1 else near
 
     def _name(self, path: str) -> str:
-        """Return a path relative to the root, as a row has it."""
+        """Return a path relative to the root, as a row has it; a URL stays as it is."""
+        if scheme_of(path):
+            return path
         try:
             return Path(os.path.relpath(path, self.root)).as_posix()
         except ValueError:  # another drive of Windows

@@ -24,13 +24,13 @@ from titans_video.data.quality_report import Qualities
 from titans_video.data.reader import ClipRecord
 from titans_video.data.records import ClipRecords
 from titans_video.data.row_scan import open_scan
-from titans_video.data.scan import usable_cores
 from titans_video.errors import ConfigError
 from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.media.colour import Pixels, cover_crop
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.media.plots import data_url, html_text, numbers, page
 from titans_video.media.reading import iterate
+from titans_video.processes import usable_cores
 from titans_video.types import CodecSpec
 
 QUARANTINE = "quarantine.jsonl"
@@ -256,7 +256,13 @@ def _as_jpeg(frames: Sequence[Pixels]) -> str:
 def _numbers(data: VideoDataset) -> str:
     usable, bad = len(data.records), len(data.quarantined)
     empty = sum(not caption for caption in data.records.captions())
-    found = {"rows": usable + bad, "usable": usable, "left out": bad, "buckets": len(data.buckets), "no caption": empty}
+    found = {
+        "rows": usable + bad,
+        "usable": usable,
+        "left out": bad,
+        "buckets": len(data.buckets),
+        "used without a caption": empty,
+    }
     return numbers(found)
 
 

@@ -42,10 +42,10 @@ from titans_video.data.row_table import (
     place,
 )
 from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
-from titans_video.data.scan import run_cached_jobs, usable_cores
+from titans_video.data.scan import run_cached_jobs
 from titans_video.errors import DataError, WriteError
 from titans_video.parsing import Malformed
-from titans_video.processes import ReadAhead
+from titans_video.processes import ReadAhead, usable_cores
 from titans_video.storage.files import use_remote_cache
 from titans_video.storage.places import absolute_path, is_remote, real_path
 from titans_video.types import CodecSpec

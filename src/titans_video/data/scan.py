@@ -7,7 +7,6 @@ A file that hangs or crashes a decoder costs one process, which is replaced, and
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -25,16 +24,11 @@ from titans_video.media.probe import probe
 from titans_video.media.quality import measure
 from titans_video.media.reading import read_picture
 from titans_video.media.shots import find_shots
-from titans_video.processes import Failure, Worker, WorkerDied
+from titans_video.processes import Failure, Worker, WorkerDied, usable_cores
 from titans_video.storage.ahead import fetched_ahead
 from titans_video.storage.files import in_use, open_file
 
 GRACE = 15.0  # seconds after its own time limit before the process of a job is killed
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(

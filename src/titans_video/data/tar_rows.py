@@ -41,6 +41,11 @@ def is_tar_set(path: Path) -> bool:
     return path.suffix.lower() == TAR and not path.is_dir()
 
 
+def may_exist(path: Path) -> bool:
+    """Check whether a manifest is a file or folder here, or is only looked for when it is read: a URL, tars."""
+    return is_remote(path) or path.exists() or is_tar_set(path)
+
+
 def shards_of(path: Path) -> list[Path]:
     """Return the tars of a path: itself, or those of a pattern such as `{0000..0127}.tar` or `*.tar`.
 

@@ -11,6 +11,7 @@ from titans_video.data.dataset import open_data
 from titans_video.data.held_out import split
 from titans_video.data.manifest import split_weight
 from titans_video.data.sampler import parse_task_mix
+from titans_video.data.tar_rows import may_exist
 from titans_video.errors import ConfigError
 from titans_video.planning.subject import Clip, Subject
 
@@ -49,7 +50,7 @@ def plan_clips(subject: Subject, options: Any, processes: int) -> PlannedClips:
     """Return the clips of a run; reads and scans the manifests as training does. Raises UserError as it."""
     data: DataOptions = options.data
     files = [split_weight(text)[0] for text in data.manifest] + ([Path(data.metadata)] if data.metadata else [])
-    missing = [str(file) for file in files if not file.exists()]
+    missing = [str(file) for file in files if not may_exist(file)]
     if files and not missing:
         return _from_manifests(subject, options, processes)
     why = f"{missing[0]} does not exist" if missing else "no manifest is given"

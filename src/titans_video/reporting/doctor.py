@@ -23,6 +23,7 @@ import titans_video
 from titans_video.config.shipped import configs_folder, shipped_configs
 from titans_video.errors import first_line
 from titans_video.files import make_folder
+from titans_video.processes import usable_cores
 
 State = Literal["ok", "optional", "problem"]
 
@@ -264,10 +265,6 @@ def check_machine() -> Iterator[Finding]:
         yield _check_folder(name, folder, "Change to a folder in which you may write, or set TMPDIR.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans-video"
     yield _check_folder("cache", cache, "Set XDG_CACHE_HOME to a folder in which you may write.")
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> int | None:

@@ -46,8 +46,8 @@ def require(scheme: str) -> None:
     """Raise ConfigError if the package that reads URLs of this scheme is missing."""
     if find_spec(_PACKAGES[scheme]) is None:
         raise ConfigError(
-            f"{scheme}:// paths need the package {_PACKAGES[scheme]}. Install it with "
-            "`pip install 'titans-video[remote]'`."
+            f"{scheme}:// paths need the package {_PACKAGES[scheme]}. Run "
+            "`pip install -e '.[remote]'` in the repository."
         )
 
 
