@@ -134,6 +134,7 @@ DATA = Record(
         "num_frames": optional(Whole(1, 2**16)),
         **dict.fromkeys(("height", "width"), optional(Whole(1, 2**15))),
         "fps": optional(Real(Range(above=0, most=1000))),
+        "sizes": optional(ListOf(ListOf(Whole(1, 2**15), 2, 2), 1, 10_000)),
         "tasks": optional(ListOf(Text(100), 0, 16)),
         "words": optional(ListOf(Text(100), 0, 2000)),
     },

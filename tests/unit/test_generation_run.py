@@ -223,6 +223,15 @@ def test_a_stopped_run_keeps_its_finished_windows_and_the_earlier_video(model, m
     assert "finished frames are in a.partial.mp4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "is_told"), [({}, True), ({"height": 16, "width": 16}, False)])
+def test_the_sizes_of_training_are_told(tmp_path, capsys, flags, is_told):
+    model = tiny_model()
+    model.config["data"]["sizes"] = [[16, 16], [16, 32]]
+    checkpoints.write(as_checkpoint(model), tmp_path / "sizes.pt")
+    generate(tmp_path / "sizes.pt", out=str(tmp_path / "a.mp4"), num_frames=4, **flags)
+    assert ("2 sizes (HxW), most often 16x16, 16x32. This video is 16x24." in capsys.readouterr().err) is is_told
+
+
 def test_a_file_that_cannot_be_written_ends_the_generation_first(model, monkeypatch):
     """So that the progress bar is closed before the message about the finished frames."""
     events = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unit.data_sets import make_set
+from tests.unit.data_sets import PATCH, PLAIN, make_set
 from titans_video import checkpoint as files
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import (
@@ -24,10 +24,11 @@ from titans_video.config.options import (
 )
 from titans_video.config.recipes import SoraOptions
 from titans_video.data.buckets import Bucket
+from titans_video.data.dataset import open_data
 from titans_video.errors import ConfigError
 from titans_video.recipes.base import DiffusionRecipe
 from titans_video.recipes.codec import open_codec
-from titans_video.recipes.setup import RunParts, frame_count_notes, open_clips
+from titans_video.recipes.setup import RunParts, _several_sizes, frame_count_notes, open_clips, sample_prompt
 from titans_video.recipes.sora import SoraRecipe, build_sora, train_sora
 from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.text.base import build_text
@@ -44,8 +45,11 @@ class Row:
 
 
 class FakeRecords:
-    def captions(self) -> list[str]:
+    def captions(self, bucket: Bucket | None = None) -> list[str]:
         return [row.caption for row in FakeData.rows]
+
+    def bucket_counts(self) -> dict[Bucket, int]:
+        return {FakeData.main_bucket: len(FakeData.rows)}
 
 
 class FakeData:
@@ -92,6 +96,18 @@ def recipe_of(run: SoraOptions) -> SoraRecipe:
     for p in made.network.parameters():  # the zero initialisation would hide the network's inputs
         torch.nn.init.normal_(p, std=0.1)
     return made
+
+
+def test_a_run_of_several_sizes_names_them_and_a_caption_of_the_main_one(tmp_path: Path) -> None:
+    def opened(rows: int, wide: int) -> Any:
+        manifest = make_set(tmp_path / f"{rows}-{wide}", rows, wide)
+        asked = DataOptions(manifest=(str(manifest),), buckets="16x16x6,16x32x6", num_frames=6)
+        return open_data(asked, PLAIN, PATCH, seed=0)
+
+    mixed, square = opened(2, 3), opened(2, 0)
+    assert (sample_prompt(mixed), sample_prompt(square)) == ("grey 2", "grey 0")
+    assert _several_sizes(mixed) == {"sizes": [[16, 32], [16, 16]]}
+    assert _several_sizes(square) == {}
 
 
 def test_linear_layers_of_8_bits_change_the_loss_a_little_and_no_name() -> None:

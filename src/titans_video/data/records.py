@@ -103,8 +103,9 @@ class ClipRecords(Sequence[ClipRecord]):
     def ids(self) -> Iterator[str]:
         return self.table.ids.of(self.numbers)
 
-    def captions(self) -> Iterator[str]:
-        return self.table.captions.of(self.numbers)
+    def captions(self, bucket: Bucket | None = None) -> Iterator[str]:
+        """Return the captions of all rows, or of those of one bucket."""
+        return self.table.captions.of(self.numbers if bucket is None else self.numbers[self.in_bucket(bucket)])
 
     def own_images(self, mix: TaskMix) -> Column:
         """Return the file numbers of the images that rows bring and that may condition them."""

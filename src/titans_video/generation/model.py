@@ -82,7 +82,7 @@ class LoadedModel(ABC):
         return self.run_on or next(self.network.parameters()).device
 
     def trained(self, name: str) -> Any:
-        """Return `num_frames`, `height`, `width`, `fps`, `tasks` or `words` of training; None if it is not recorded."""
+        """Return a value of `formats.DATA`, which describes the clips of training; None if it is not recorded."""
         return self.config.get("data", {}).get(name)
 
 

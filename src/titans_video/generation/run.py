@@ -54,6 +54,7 @@ from titans_video.text.base import unknown_words_note
 from titans_video.types import PRECISIONS
 
 SHEET_FRAMES, SHEET_ROWS = 8, 32
+MOST_SIZES = 6  # sizes of training that a note names
 
 PlanGeneration = Callable[[Request, GenerateOptions, list[tuple[int, str]] | None], tuple[Generate, list[str]]]
 """`plan_generation` of a backend, for its loaded model."""
@@ -97,6 +98,13 @@ def run_generate(options: GenerateOptions, overrides: Overrides, run: RunOptions
         notes.append("The model was not trained to continue from given frames; the video may leave them at once.")
     if options.prompt is None and options.prompt_file is None:
         notes.append(f'No --prompt was given; generating "{first.prompts[0]}".')
+    sizes = model.trained("sizes")
+    if sizes and any(plan.options.height is None and plan.options.width is None for plan in plans):
+        named = ", ".join(f"{height}x{width}" for height, width in sizes[:MOST_SIZES])
+        notes.append(
+            f"The model was trained on {len(sizes)} sizes (HxW), most often {named}. This video is "
+            f"{first.height}x{first.width}. A prompt works best at the size of its clips: set --height and --width."
+        )
     every = [plan.request.prompts[0] for plan in plans] if texts is None else [text for _, text in texts]
     about_prompts = (unknown_words_note(every, model.trained("words")), model.cut_note([*every, first.negative_prompt]))
     notes += [note for note in about_prompts if note]

@@ -193,8 +193,9 @@ def release(*encoders: Codec | TextEncoder | VisionEncoder | None) -> None:
 
 
 def sample_prompt(data: VideoDataset) -> str | None:
-    """Return the first caption of the data, for the command that is printed at the end."""
-    return next(filter(None, data.records.captions()), None)
+    """Return a caption for the command that is printed at the end: the first one of the size that it generates."""
+    own, every = data.records.captions(data.main_bucket), data.records.captions()
+    return next(filter(None, own), None) or next(filter(None, every), None)
 
 
 def checkpoint_config(
@@ -224,10 +225,19 @@ def checkpoint_config(
             "width": bucket.width,
             "fps": parts.data.fps,
             "tasks": list(parts.data.tasks if tasks is None else tasks),
+            **_several_sizes(parts.data),
             **({} if words is None else {"words": words}),
         },
         "sample": defaults,
     }
+
+
+def _several_sizes(data: VideoDataset) -> dict[str, object]:
+    """Return `sizes`, each height and width of the clips, the most frequent first; nothing if all have one size."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for bucket, count in data.records.bucket_counts().items():
+        counts[bucket.height, bucket.width] += count
+    return {"sizes": [list(size) for size, _ in counts.most_common()]} if len(counts) > 1 else {}
 
 
 def generation_defaults(options: GenerationDefaults, prompt: str | None) -> dict[str, object]:

@@ -21,7 +21,7 @@ from titans_video.config.options import ValidationOptions
 from titans_video.config.prompts import read_prompts
 from titans_video.data.dataset import VideoDataset
 from titans_video.data.reader import BadRowError, ClipRecord
-from titans_video.errors import first_line
+from titans_video.errors import UserError, first_line
 from titans_video.files import atomic_folder
 from titans_video.generation.long_video import Sampled
 from titans_video.media.colour import Pixels, to_uint8
@@ -179,7 +179,7 @@ def read_original(prompt: SamplePrompt) -> tuple[Pixels, float] | None:
     """Read the clip of a prompt's row and its rate; None if it has none, or cannot be read, which is reported."""
     try:
         return prompt.original() if prompt.original else None
-    except BadRowError as e:
+    except (BadRowError, UserError) as e:  # on one process only: the others must not wait for it
         logger.warning(f"The sample is shown without the clip of its row: {e}")
         return None
 
