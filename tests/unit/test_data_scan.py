@@ -92,6 +92,16 @@ def test_summary_speaks_of_thin_empty_and_enlarged(tmp_path: Path) -> None:
     assert data.sample_pixels(5).shape == (2, 3, FRAMES, 32, 32)
 
 
+def test_every_start_names_the_files_that_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clip(tmp_path / "a.mp4", 0)
+    (tmp_path / "a.txt").write_text("grey")
+    (tmp_path / "lost.txt").write_text("no clip")
+    for _ in range(2):  # the second one reads the table of the first
+        caplog.clear()
+        open_data(options(tmp_path), PLAIN, PATCH, seed=0)
+        assert "lost.txt" in caplog.text
+
+
 def test_second_scan_looks_into_changed_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_set(tmp_path, rows=3, wide=0)
     asked: list[str] = []

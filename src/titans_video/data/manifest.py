@@ -129,10 +129,21 @@ def _placed(text: str) -> Path:
         raise DataError(f"--manifest {text}: {e}.") from None
 
 
-def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> Iterator[Row]:
-    items, notes = read_items(path, options)
+def log_unused(options: DataOptions) -> None:
+    """Name the files of folders that are not used, as `read_rows` does, without reading rows."""
+    for path, _ in manifest_files(options):
+        if path.is_dir():
+            _log(read_items(path, options)[1])
+
+
+def _log(notes: Iterable[str]) -> None:
     for note in notes:
         logger.warning("%s", note)
+
+
+def _read_file(path: Path, weight: float, options: DataOptions, taken: "_Taken") -> Iterator[Row]:
+    items, notes = read_items(path, options)
+    _log(notes)
     for row in _checked(path, items, options, taken):
         yield replace(row, weight=row.weight * weight)
 

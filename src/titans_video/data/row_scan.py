@@ -27,7 +27,7 @@ from titans_video.data.clip_plan import PLAN_VERSION, Rejected, plan_row, unpack
 from titans_video.data.columns import Column, Columns, open_columns, pack_columns, write_columns
 from titans_video.data.importing import digest_of, root_of
 from titans_video.data.job_cache import MISSING, PROBE_VERSION, TRIED_AGAIN, Failed, JobCache, JobResult, cache_folder
-from titans_video.data.manifest import Row, manifest_files, read_rows
+from titans_video.data.manifest import Row, log_unused, manifest_files, read_rows
 from titans_video.data.quality import filtered, has_filters
 from titans_video.data.records import ClipRecords, LeftOut
 from titans_video.data.row_table import (
@@ -106,6 +106,8 @@ def open_scan(
         rows = scan_rows(read_rows(options), options, spec, patch_size, mix, key, workers=workers, progress=progress)
         if key and key == scan_key(options, spec, patch_size):  # the manifests are still those that were scanned
             rows = _store(rows)
+    else:
+        log_unused(options)
     return Scan(rows, make_table(options, spec, patch_size, rows.first_size)), mix
 
 
