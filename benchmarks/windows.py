@@ -241,10 +241,10 @@ REAL = shlex.split(
     "--save-every 100000 --sample-steps 25 --sample-guidance 1.0 --max-steps 1500 --random-start"
 )
 REAL_CODECS = {
-    "tiny": (33, 9, "--vae-backend tiny --patch-size 3,2,2"),
-    "patch": (32, 8, """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2"""),
+    "tiny": (33, 9, range(1, 192, 4), "--vae-backend tiny --patch-size 3,2,2"),
+    "patch": (32, 8, range(8, 192, 8), """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2"""),
 }
-"""Of each codec: frames of a window, frames that it continues from, and the flags."""
+"""Of each codec: frames of a window, frames that it continues from, first frames of latent frames, and the flags."""
 REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")
 
 
@@ -261,7 +261,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in REAL_CLIPS:
         shrink(clips / name, folder / name)
     script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
-    window, overlap, flags = REAL_CODECS[arguments.codec]
+    window, overlap, borders, flags = REAL_CODECS[arguments.codec]
     found: dict[str, Any] = {"codec": arguments.codec}
     if not arguments.keep:
         data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
@@ -277,7 +277,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         frames = read_clip(out, info, range(info.frames), 64, 64)
         edges = range(window, 192, window - overlap)
         at, elsewhere = seam_jumps(frames, edges)
-        blocks, _ = seam_jumps(frames, [k for k in range(8, info.frames, 8) if k not in edges])
+        blocks, _ = seam_jumps(frames, [k for k in borders if k not in edges])
         found[name] = {
             "frames": info.frames,
             "fps": str(info.fps),
