@@ -109,6 +109,46 @@ def test_messages_about_mistakes_on_the_command_line(words: str, message: str) -
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max-steps abc", "--max-steps abc: it must be a whole number, at least 1."),
+        ("--max-steps=1.5", "--max-steps 1.5: it must be a whole number, at least 1."),
+        ("--lr fast", "--lr fast: it must be a number, above 0."),
+        ("--height ''", "--height '': it must be a whole number, at least 1."),
+        ("--betas 0.9,x", "--betas 0.9,x: it must be two numbers such as 0.9,0.95."),
+        ("--betas 0.9", "--betas 0.9: it must be two numbers such as 0.9,0.95."),
+        ("--sample-guidance-interval x", "--sample-guidance-interval x: it must be two numbers such as 0.9,0.95."),
+        ("--remote-cache-size big", "--remote-cache-size big: it must be a size such as 50GB, 500MB or 20GiB."),
+        ("--mixed-precision 8", "--mixed-precision 8: it must be auto, no, fp16 or bf16."),
+        ("--max-steps --seed 1", "--max-steps needs a value."),
+        ("--random-crop=yes", "--random-crop takes no value: write --random-crop or --no-random-crop."),
+        ("--no-random-crop true", "--no-random-crop takes no value: write --random-crop or --no-random-crop."),
+        ("--seed 1 --lr " + "9" * 70 + "x", f"--lr {'9' * 60}: it must be a number, above 0."),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_flag_and_what_is_expected(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        training(words)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 1e4", "--max-steps 1e4: it must be a whole number, at least 1."),
+        ("lr: [1, 2]", "--lr 1,2: it must be a number, above 0."),
+        ("betas: [0.9, x]", "--betas 0.9,x: it must be two numbers such as 0.9,0.95."),
+        ("mixed_precision: 5", "--mixed-precision 5: it must be auto, no, fp16 or bf16."),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_a_file_is_named_with_the_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as e:
+        training(f"--config {tmp_path}/a.yaml --seed 1")
+    assert str(e.value) == f"--config {tmp_path}/a.yaml: {message}"
+
+
+@pytest.mark.parametrize(
     ("words", "position"),
     [
         ("", "auto"),
@@ -133,7 +173,7 @@ def test_a_switch_with_three_positions(words: str, position: str, tmp_path: Path
 
 @pytest.mark.parametrize("words", ["--compile maybe", "--compile=maybe --preset tiny", "--compile="])
 def test_a_switch_without_such_a_position(words: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--compile (maybe|''): it is auto, on or off\.$"):
+    with pytest.raises(ConfigError, match=r"^--compile (maybe|''): it must be auto, on or off\.$"):
         training(words)
 
 
@@ -141,7 +181,7 @@ def test_a_number_or_auto() -> None:
     assert training("").data.num_workers == "auto"
     assert training("--num-workers auto").data.num_workers == "auto"
     assert training("--num-workers 3").data.num_workers == 3
-    with pytest.raises(ConfigError, match=r"--num-workers.*expected auto or a whole number; got 'many'"):
+    with pytest.raises(ConfigError, match=r"^--num-workers many: it must be auto or a whole number\.$"):
         training("--num-workers many")
 
 

@@ -5,9 +5,10 @@ No torch here: `--help` imports this file.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -118,28 +119,64 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def one_of(words: Sequence[str]) -> str:
+    """Return choices as the end of a sentence: "auto, on or off"."""
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+
+
+def expected_value(hint: Any, word: str) -> str:
+    """Return what a word must be to be a value of a type, as the end of a sentence; empty if it is one.
+
+    A constructor declared in this file raises a ValueError whose message is that end.
+    """
+    metadata = getattr(hint, "__metadata__", ())
+    try:
+        for part in metadata:
+            if isinstance(part, tyro.constructors.PrimitiveConstructorSpec):
+                part.instance_from_str([word])
+                return ""
+    except ValueError as e:
+        return str(e)
+    if metadata:
+        bounds = [f", {part}" for part in metadata if isinstance(part, Range) and part != Range()]
+        expected = expected_value(hint.__origin__, word)
+        return expected + "".join(bounds) if expected in NUMBERS.values() else expected
+    if get_origin(hint) is Literal:
+        return "" if word in get_args(hint) else one_of(get_args(hint))
+    if hint in NUMBERS:
+        try:
+            hint(word)
+        except ValueError:
+            return NUMBERS[hint]
+    inner = [part for part in get_args(hint) if part not in (NoneType, Ellipsis)]
+    return expected_value(inner[0], word) if inner else ""
+
+
+NUMBERS = {int: "a whole number", float: "a number"}
+"""Type of a number: its name in messages."""
 ValueT = TypeVar("ValueT", bound=tuple[float, ...])
 
 
 def _triple(args: list[str]) -> tuple[int, int, int]:
     parts = args[0].split(",")
     if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(f"expected three positive whole numbers T,H,W such as 2,2,2; got {args[0]!r}")
+        raise ValueError("three positive whole numbers T,H,W such as 2,2,2")
     t, h, w = (int(p) for p in parts)
     return t, h, w
 
 
 def _pair(args: list[str]) -> tuple[float, float]:
-    parts = args[0].split(",")
-    if len(parts) != 2:
-        raise ValueError(f"expected two numbers such as 0.9,0.95; got {args[0]!r}")
-    return float(parts[0]), float(parts[1])
+    try:
+        first, second = map(float, args[0].split(","))
+    except ValueError:
+        raise ValueError("two numbers such as 0.9,0.95") from None
+    return first, second
 
 
 def _integers(args: list[str]) -> tuple[int, ...]:
     parts = args[0].split(",")
     if not all(p.strip().isdigit() for p in parts):
-        raise ValueError(f"expected whole numbers such as 2,5,8; got {args[0]!r}")
+        raise ValueError("whole numbers such as 2,5,8")
     return tuple(int(p) for p in parts)
 
 
@@ -147,7 +184,7 @@ def _count(args: list[str]) -> int | Literal["auto"]:
     if args[0] == "auto":
         return "auto"
     if not args[0].strip().removeprefix("-").isdecimal():
-        raise ValueError(f"expected auto or a whole number; got {args[0]!r}")
+        raise ValueError("auto or a whole number")
     return int(args[0])
 
 
@@ -162,8 +199,8 @@ def _size(args: list[str]) -> int:
     try:
         assert found is not None
         return int(float(found[1]) * _UNITS[found[2].upper()])
-    except (AssertionError, ValueError, KeyError):
-        raise ValueError(f"expected a size such as 50GB, 500MB or 20GiB; got {args[0]!r}") from None
+    except (AssertionError, ValueError, KeyError, OverflowError):
+        raise ValueError("a size such as 50GB, 500MB or 20GiB") from None
 
 
 def format_size(size: int) -> str:

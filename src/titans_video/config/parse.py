@@ -10,16 +10,17 @@ import io
 import json
 import os
 import re
+import shlex
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from titans_video.config.fields import OptionGroup, Switch, flag_of, is_group, validate
+from titans_video.config.fields import OptionGroup, Switch, expected_value, flag_of, is_group, one_of, validate
 from titans_video.config.help import About, format_help
 from titans_video.config.shipped import find_config, shipped_configs
 from titans_video.errors import ConfigError
@@ -82,7 +83,12 @@ def parse(default: OptionsT, argv: Sequence[str], *, prog: str, about: About | N
         raise SystemExit(0)
     if "config" in known and "config" in given:
         argv = _expand_config(argv, known, given, booleans, switches)
-    options = _parse(default, _spell_out(argv, switches), prog)
+    words = _spell_out(argv, switches)
+    try:
+        options = _parse(default, words, prog)
+    except ConfigError:
+        _check_words(words, default, booleans, given)
+        raise
     validate(options)
     return options
 
@@ -143,9 +149,7 @@ def _spell_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:
         if name in switches:
             position = position if is_given else "" if after.startswith("-") else after
             if (is_given or position) and position not in positions:
-                raise ConfigError(
-                    f"{flag} {position or repr(position)}: it is {', '.join(positions[:-1])} or {positions[-1]}."
-                )
+                raise ConfigError(f"{flag} {shlex.quote(position)}: it must be {one_of(positions)}.")
             words += [word] if position else [flag, "on"]
         else:
             words += [flag_of(off), "off"] if off in switches else [word]
@@ -166,8 +170,7 @@ def _expand_config(
         raise ConfigError(
             "--config is given more than once; put everything in one file, or the rest on the command line."
         )
-    at = next(i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config="))
-    path = argv[at].partition("=")[2] if "=" in argv[at] else next(iter(argv[at + 1 : at + 2]), "")
+    path = _config_path(argv)
     if not path:
         raise ConfigError("--config needs the path of a YAML file.")
     options = {name: repeat for name, repeat in known.items() if name != "config"}
@@ -184,6 +187,54 @@ def _expand_config(
     return found + argv
 
 
+def _config_path(argv: Sequence[str]) -> str:
+    return next((value or "" for name, value, _ in _values(argv) if name == "config"), "")
+
+
+def _values(argv: Sequence[str]) -> Iterator[tuple[str, str | None, bool]]:
+    """Yield the name of each flag as it is written, the word of its value if any, and whether = connects the two."""
+    for word, after in zip(argv, [*argv[1:], None], strict=True):
+        if word.startswith("--"):
+            flag, is_joined, value = word[2:].partition("=")
+            separate = None if after is None or after.startswith("--") else after
+            yield _name(flag), value if is_joined else separate, bool(is_joined)
+
+
+def _hints(options: OptionGroup) -> dict[str, Any]:
+    """Return the type of each flag by its field name."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        found |= _hints(value) if is_group(value) else {name: hint}
+    return found
+
+
+def _check_words(words: Sequence[str], default: OptionGroup, booleans: Collection[str], given: Collection[str]) -> None:
+    """Raise ConfigError for the first flag whose word is no value of its type.
+
+    `given` are the flags of the command line; the others are those of the file of --config.
+    """
+    hints = _hints(default)
+    for name, value, is_joined in _values(words):
+        plain = name.removeprefix("no_")
+        if plain in booleans:
+            if is_joined or (value or "").lower() in BOOLEAN_WORDS:
+                flag = flag_of(plain)
+                raise ConfigError(f"{flag_of(name)} takes no value: write {flag} or --no-{flag[2:]}.")
+            continue
+        if name not in hints:  # --no- before a flag that has a value
+            continue
+        source = "" if name in given else f"--config {_config_path(words)}: "
+        if value is None:
+            raise ConfigError(f"{source}{flag_of(name)} needs a value.")
+        if expected := expected_value(hints[name], value):
+            raise ConfigError(f"{source}{flag_of(name)} {shlex.quote(value[:MOST_SHOWN])}: it must be {expected}.")
+
+
+BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "0", "1")
+"""Words that somebody may write after a flag that takes none."""
+MOST_SHOWN = 60
+"""Characters of a wrong value in a message."""
 _PARSING = threading.Lock()
 """tyro keeps what it knows of types in one place for all threads, and prints its message."""
 
