@@ -5,6 +5,7 @@ Every reader raises `Malformed`, a ValueError, whatever is wrong with the text.
 
 import json
 import math
+import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,43 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a file of JSON lines; lines that are damaged, too long or no objects are skipped."""
     with path.open("rb") as f:
         while line := f.readline(MOST_LINE_BYTES):
-            try:
-                value = parse_json(line)
-            except Malformed:
-                continue
-            if isinstance(value, dict):
-                yield value
+            yield from _object(line)
+
+
+def _object(line: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        value = parse_json(line)
+    except Malformed:
+        return
+    if isinstance(value, dict):
+        yield value
+
+
+class GrowingLines:
+    """The objects in a file of JSON lines to which lines are appended; each is read once.
+
+    A line is read when it is complete, and skipped as by `read_json_lines`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file, self._at = -1, 0
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """Return the new objects, and whether they are from the start of a file that is new, replaced or cut.
+
+        Raises OSError.
+        """
+        with self.path.open("rb") as f:
+            facts = os.fstat(f.fileno())
+            is_new = facts.st_ino != self._file or facts.st_size < self._at
+            self._file, self._at = facts.st_ino, 0 if is_new else self._at
+            f.seek(self._at)
+            found: list[dict[str, Any]] = []
+            while (line := f.readline(MOST_LINE_BYTES)).endswith(b"\n") or len(line) == MOST_LINE_BYTES:
+                found += _object(line)
+                self._at += len(line)
+        return found, is_new
 
 
 def read_yaml(path: Path) -> Any:

@@ -11,6 +11,8 @@ from titans_video.config.parse import read_segment_prompts
 from titans_video.config.prompts import read_prompts
 from titans_video.parsing import (
     MOST_DEPTH,
+    MOST_LINE_BYTES,
+    GrowingLines,
     Malformed,
     parse_json,
     read_json,
@@ -173,3 +175,19 @@ def test_segment_prompts_keep_separators(text: str, tmp_path: Path) -> None:
     path = tmp_path / "segments.txt"
     path.write_bytes(f"\ufeff8: a red circle\r\n16 : {text}\r\n".encode())
     assert read_segment_prompts(str(path)) == [(8, "a red circle"), (16, text)]
+
+
+def test_a_growing_file_is_read_from_where_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\ndamaged\n{"a": 2}\n{"a":')
+    lines = GrowingLines(path)
+    assert lines.read() == ([{"a": 1}, {"a": 2}], True)
+    assert lines.read() == ([], False)
+    with path.open("a") as f:
+        f.write(" 3}\n" + "x" * (MOST_LINE_BYTES + 5) + '\n{"a": 4}\n')
+    assert lines.read() == ([{"a": 3}, {"a": 4}], False)
+    path.write_text('{"a": 5}\n')  # cut
+    assert lines.read() == ([{"a": 5}], True)
+    (tmp_path / "other").write_text('{"a": 6}\n{"a": 7}\n')
+    (tmp_path / "other").replace(path)
+    assert lines.read() == ([{"a": 6}, {"a": 7}], True)

@@ -1,14 +1,16 @@
 """Speeds, the smoothed loss, and how much of a device is used: each against a plain computation."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.unit.training_fakes import ToyRecipe, toy_batch
 from titans_video.media.plots import format_short
+from titans_video.parsing import MOST_LINE_BYTES
 from titans_video.training.flops import device_peak, peak_flops
-from titans_video.training.metrics import WINDOW, Rates, Work, work_of
+from titans_video.training.metrics import WINDOW, Rates, Work, last_line, work_of
 
 
 def test_the_line_and_the_text_of_a_run() -> None:
@@ -88,3 +90,13 @@ def test_peaks_by_the_names_that_cuda_gives(name: str, precision: str, tera: flo
 
 def test_a_cpu_has_no_known_peak() -> None:
     assert device_peak(torch.device("cpu"), "bf16") is None
+
+
+def test_the_last_line_of_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\xff" * 2 * MOST_LINE_BYTES + b'\n{"step": 7, "loss": 0.5}\n')
+    assert last_line(path) == {"step": 7, "loss": 0.5}
+    with path.open("a") as f:
+        f.write('{"step": 8')
+    assert last_line(path) == {}
+    assert last_line(tmp_path / "none") == {}

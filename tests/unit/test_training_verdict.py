@@ -1,5 +1,6 @@
 """The verdict on constructed curves with known noise, over many seeds, and on short runs of a toy network."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -14,7 +15,19 @@ from torch import Tensor, nn
 
 from tests.unit.test_training_validation import options, train
 from titans_video.console import Progress
-from titans_video.training.verdict import Curve, State, Verdict, _overfitting, judge, judge_lines
+from titans_video.parsing import GrowingLines
+from titans_video.training.metrics import Recorder
+from titans_video.training.run_folder import VALIDATION_LOG
+from titans_video.training.verdict import (
+    MOST_POINTS,
+    Curve,
+    LossHistory,
+    State,
+    Verdict,
+    _overfitting,
+    judge,
+    judge_lines,
+)
 
 STEPS = 2000
 Values = NDArray[np.float64]
@@ -84,6 +97,54 @@ def test_constructed_curves(name: str) -> None:
     train, held_out, expected = CASES[name]
     found = [verdict(train, held_out, seed).state for seed in range(20)]
     assert found.count(expected) >= 19, found
+
+
+def history(losses: Values) -> LossHistory:
+    found = LossHistory()
+    for step, loss in enumerate(losses.tolist(), start=1):
+        found.add(step, loss)
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 400, MOST_POINTS - 1, MOST_POINTS, 3 * MOST_POINTS + 5, 100_000])
+def test_a_history_has_the_means_of_equal_parts_in_bounded_memory(steps: int) -> None:
+    at = np.arange(1.0, steps + 1)
+    losses = noisy(slow(at), 3)
+    losses[::7] = np.nan
+    found = history(losses)
+    size = found.stride
+    parts = len(losses) // size
+    expected = np.nanmean(losses[: parts * size].reshape(parts, size), axis=1) if size > 7 else None
+    assert len(found.curve().steps) == parts < MOST_POINTS
+    assert size == 1 or parts >= MOST_POINTS // 2
+    np.testing.assert_allclose(found.curve().steps, at[: parts * size].reshape(parts, size).mean(1))
+    np.testing.assert_array_equal(found.recent, losses[-40:])
+    if size == 1:
+        np.testing.assert_array_equal(found.curve().losses, losses)
+    elif expected is not None:  # a mean of means weighs the parts of a loss that is not finite slightly differently
+        np.testing.assert_allclose(found.curve().losses, expected, rtol=0.2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_history_gives_the_verdict_of_every_loss(name: str) -> None:
+    """Of a run ten times as long as a history has points."""
+    train, held_out, _ = CASES[name]
+    steps = 10 * MOST_POINTS
+    at, looks = np.arange(1.0, steps + 1), np.arange(0.0, steps + 1, steps // 10)
+    scale = STEPS / steps
+    losses = noisy(train(at * scale), 0)
+    shaky = np.random.default_rng(100).normal(1, 0.002, len(looks))
+    validations = curve(looks, held_out(looks * scale) * shaky) if held_out else curve([], [])
+    found = history(losses)
+    assert judge(found.curve(), validations, found.recent).state == judge(curve(at, losses), validations).state
+
+
+def test_a_history_shows_at_once_that_losses_are_lost() -> None:
+    losses = noisy(slow(np.arange(1.0, 100_001)), 0)
+    losses[-40:] = np.nan
+    found = history(losses)
+    assert found.stride > 1
+    assert "40 of the last 40 losses" in judge(found.curve(), curve([], []), found.recent).reason
 
 
 @pytest.mark.parametrize("steps", [100, 400, 2000, 20_000])
@@ -206,3 +267,28 @@ def test_a_run_shows_its_verdict(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     told = [text for text in caplog.messages if text.startswith("Is it learning? Learning. Held-out loss went from ")]
     assert [re.findall(r"at step (\d+)", text) for text in told] == [["0"]] * len(told)
     assert len(told) == len(set(told)) == 4, "at 80, 160, 240, and with the lines of before at 250"
+
+
+def test_a_running_training_reads_each_validation_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps of it only what the verdict needs; a file that was cut is read again."""
+    read: list[int] = []
+    plain = GrowingLines.read
+
+    def counted(self: GrowingLines) -> tuple[list[dict[str, Any]], bool]:
+        found = plain(self)
+        read.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(GrowingLines, "read", counted)
+    monkeypatch.setattr("titans_video.training.metrics.read_json_lines", lambda path: pytest.fail(f"reads {path}"))
+    tracker: Any = None
+    with Recorder(tmp_path, options(tmp_path), 0, 1, None, tracker) as recorder:
+        for step in range(1, 4):
+            with (tmp_path / VALIDATION_LOG).open("a") as f:
+                f.write(json.dumps({"step": step, "loss": 1 / step, "cells": [[0.5] * 100]}) + "\n")
+            recorder.judge()
+        assert recorder._held_out == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+        (tmp_path / VALIDATION_LOG).write_text('{"step": 1, "loss": 1}\n')
+        recorder.judge()
+        assert recorder._held_out == [{"step": 1, "loss": 1}]
+    assert read[:4] == [1, 1, 1, 1]

@@ -22,14 +22,14 @@ from titans_video.errors import WriteError, first_line
 from titans_video.files import make_folder, write_text, writing
 from titans_video.formats import METRICS_LINE
 from titans_video.media.plots import format_loss, format_short, loss_curve
-from titans_video.parsing import Malformed, parse_json, read_json_lines
+from titans_video.parsing import MOST_LINE_BYTES, GrowingLines, Malformed, parse_json, read_json_lines
 from titans_video.schema import fits
 from titans_video.training.guards import Event, StepStatus
 from titans_video.training.overlap import LateValues
 from titans_video.training.recipe import Recipe
 from titans_video.training.run_folder import EVENTS, LOSS_CURVE, METRICS, VALIDATION_LOG
 from titans_video.training.tracking import Tracker
-from titans_video.training.verdict import Curve, Verdict, judge
+from titans_video.training.verdict import Curve, LossHistory, Verdict, judge
 from titans_video.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -125,22 +125,25 @@ def _step(line: str) -> int | None:
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """Return the values of the last complete line, or an empty dict."""
+    """Return the values of the last line, or an empty dict if it is not complete; only the file's end is read."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        with path.open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - MOST_LINE_BYTES))
+            lines = f.read().decode(errors="replace").splitlines(keepends=True)
     except OSError:
         return {}
     found: dict[str, Any] = parse_json(lines[-1]) if lines and _step(lines[-1]) is not None else {}
     return found
 
 
-def _losses_of(path: Path) -> list[tuple[int, float]]:
-    """Return the step and the loss of each line, NaN for none; an empty list if the file cannot be read."""
-    try:
-        lines = [line for line in read_json_lines(path) if fits(METRICS_LINE, line)]
-    except OSError:
-        return []
-    return [(line["step"], x if isinstance(x := line.get("loss"), int | float) else math.nan) for line in lines]
+def _losses_of(path: Path) -> LossHistory:
+    """Return the loss of each line, NaN for none; empty if the file cannot be read."""
+    found = LossHistory()
+    with contextlib.suppress(OSError):
+        for line in read_json_lines(path):
+            if fits(METRICS_LINE, line):
+                found.add(line["step"], x if isinstance(x := line.get("loss"), int | float) else math.nan)
+    return found
 
 
 @dataclass(frozen=True)
@@ -278,7 +281,9 @@ class Recorder:
         self.metrics = self._open.enter_context(MetricsLog(run / METRICS, step))
         self.events = self._open.enter_context(MetricsLog(run / EVENTS, step))
         loss = last_line(run / METRICS).get("loss_smooth")
-        self._losses = _losses_of(run / METRICS) if step else []
+        self._losses = _losses_of(run / METRICS) if step else LossHistory()
+        self._validations = GrowingLines(run / VALIDATION_LOG)
+        self._held_out: list[dict[str, Any]] = []
         self.verdict: Verdict | None = None
         self._logged: Verdict | None = None
         self.rates = Rates(options.max_steps, processes, peak, loss if isinstance(loss, float) else None)
@@ -311,7 +316,7 @@ class Recorder:
         self.metrics.write(line, time.perf_counter())
         if step % self.options.log_every == 0 or step == self.options.max_steps:
             self.tracker.scalars(step, line)
-        self._losses.append((step, result.loss))
+        self._losses.add(step, result.loss)
         if step % VERDICT_STEPS == 0:
             self.judge()
         self.bar.status = f"{self.rates} | {self.verdict.state}" if self.verdict else str(self.rates)
@@ -320,10 +325,12 @@ class Recorder:
     def judge(self) -> Verdict | None:
         """Judge the run so far, for the bar and `verdict`; return None if its files cannot be read."""
         try:
-            path = self.run / VALIDATION_LOG
-            looks = [line for line in read_json_lines(path) if fits(METRICS_LINE, line)] if path.is_file() else []
-            steps, losses = zip(*self._losses, strict=True) if self._losses else ((), ())
-            self.verdict = judge(Curve.made(steps, losses), Curve.of(looks))
+            if self._validations.path.is_file():
+                lines, is_new = self._validations.read()
+                looks = [line for line in lines if "loss" in line and fits(METRICS_LINE, line)]
+                earlier = [] if is_new else self._held_out
+                self._held_out = earlier + [{"step": line["step"], "loss": line["loss"]} for line in looks]
+            self.verdict = judge(self._losses.curve(), Curve.of(self._held_out), self._losses.recent)
         except OSError:
             self.verdict = None
         return self.verdict

@@ -4,6 +4,8 @@ Held-out losses are judged first. Their noise is fixed, so those of two steps di
 changes count. The training loss is noisy, so it is judged by means over many steps.
 """
 
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -31,6 +33,9 @@ FLOOR = 0.002
 EXPLODES = 1.5
 """Training loss of a run that diverges, as a multiple of its best."""
 
+MOST_POINTS = 4096
+"""Points of the training loss that a running training keeps."""
+
 
 class Curve(NamedTuple):
     """Losses at rising steps; a loss that is not finite is NaN."""
@@ -53,6 +58,45 @@ class Curve(NamedTuple):
     def finite(self) -> "Curve":
         keep = np.isfinite(self.losses)
         return Curve(self.steps[keep], self.losses[keep])
+
+
+class LossHistory:
+    """The training losses of a run in bounded memory: means of equally many steps, and the last losses themselves.
+
+    At `MOST_POINTS` means, neighbours are merged, and each mean is of twice as many steps. A mean is of the finite
+    losses; if there are none, it is NaN. `curve` lacks the last steps that do not make a mean yet.
+    """
+
+    def __init__(self) -> None:
+        self.stride = 1
+        self.recent: deque[float] = deque(maxlen=LEAST_STEPS)
+        self._points: list[tuple[float, float]] = []
+        self._count, self._steps, self._losses, self._finite = 0, 0, 0.0, 0  # of the mean that is being made
+
+    def add(self, step: int, loss: float) -> None:
+        self.recent.append(loss)
+        self._count, self._steps = self._count + 1, self._steps + step
+        if math.isfinite(loss):
+            self._losses, self._finite = self._losses + loss, self._finite + 1
+        if self._count < self.stride:
+            return
+        mean = self._losses / self._finite if self._finite else math.nan
+        self._points.append((self._steps / self._count, mean))
+        self._count, self._steps, self._losses, self._finite = 0, 0, 0.0, 0
+        if len(self._points) == MOST_POINTS:
+            self._merge()
+
+    def _merge(self) -> None:
+        steps, losses = self.curve()
+        pairs = losses.reshape(-1, 2)
+        finite = np.isfinite(pairs)
+        means = np.where(finite.all(1), pairs.mean(1), np.where(finite[:, 0], pairs[:, 0], pairs[:, 1]))
+        self._points = list(zip(steps.reshape(-1, 2).mean(1).tolist(), means.tolist(), strict=True))
+        self.stride *= 2
+
+    def curve(self) -> Curve:
+        points = np.asarray(self._points, np.float64).reshape(-1, 2)
+        return Curve(points[:, 0], points[:, 1])
 
 
 @dataclass(frozen=True)
@@ -84,9 +128,12 @@ def judge_lines(lines: Sequence[Mapping[str, Any]], validations: Sequence[Mappin
     return judge(Curve.of(lines), Curve.of(validations))
 
 
-def judge(train: Curve, held_out: Curve) -> Verdict:
-    """Judge a run by the training loss of its steps and its held-out losses, which may be none."""
-    lost = _lost(train)
+def judge(train: Curve, held_out: Curve, recent: Sequence[float] | None = None) -> Verdict:
+    """Judge a run by the training loss of its steps and its held-out losses, which may be none.
+
+    `recent` are the losses of the last steps if those of `train` are means.
+    """
+    lost = _lost(train.losses[-LEAST_STEPS:] if recent is None else np.asarray(recent, np.float64))
     if lost is not None:
         return lost
     train, held_out = train.finite(), held_out.finite()
@@ -101,9 +148,8 @@ def judge(train: Curve, held_out: Curve) -> Verdict:
     return _by_held_out(train, held_out)
 
 
-def _lost(train: Curve) -> Verdict | None:
+def _lost(recent: NDArray[np.float64]) -> Verdict | None:
     """Return the verdict on a run many of whose last losses are not finite, or None."""
-    recent = train.losses[-LEAST_STEPS:]
     bad = int((~np.isfinite(recent)).sum())
     if bad <= len(recent) // 4:
         return None
