@@ -39,6 +39,8 @@ AHEAD = 2
 """Results that each worker computes ahead of time."""
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
+CLOCK_SECONDS = 2.0
+"""Largest difference of two measurements of a process's start time."""
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """The microseconds of CPU time that a container gets in each period: `QUOTA PERIOD`, or `max PERIOD`."""
 
@@ -51,6 +53,17 @@ def usable_cores() -> int:
         return max(min(cores, int(quota) // int(period)), 1)
     except (OSError, ValueError):
         return cores
+
+
+def created_at(pid: int) -> float | None:
+    """Return when a process started, in seconds since 1970; None if there is no such process."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
 
 
 class StopSignal(KeyboardInterrupt):

@@ -1,7 +1,12 @@
 """The report of a run: its contents, that it is one file, and runs that lack something."""
 
+import errno
 import json
+import os
 import re
+import socket
+import time
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ import pytest
 
 from tests.unit.test_layers import FILES
 from titans_video.cli.main import main
+from titans_video.config.options import TrainOptions
 from titans_video.config.recipes import SoraOptions
 from titans_video.console import duration
 from titans_video.errors import DataError
@@ -18,8 +24,9 @@ from titans_video.media.plots import MOST_POINTS, Line, chart, html_link, html_t
 from titans_video.media.writing import write_video
 from titans_video.reporting import report as shown
 from titans_video.reporting.report import write_report
-from titans_video.training import samples, tracking
+from titans_video.training import resume, samples, tracking
 from titans_video.training.metrics import Rates, Work
+from titans_video.training.run_folder import read_lock
 from titans_video.training.samples import SampleVideo
 
 PROMPT = "a <red> circle & more"
@@ -141,6 +148,46 @@ def read(path: Path) -> tuple[str, PageParser]:
 
 def words_of(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+
+
+@pytest.mark.parametrize(
+    ("lock", "age", "expected"),
+    [
+        ("", 0, "stopped at step 8 of 10 on {at}"),
+        ("process 4194305 on {host}", 0, "stopped at step 8 of 10 on {at}"),  # killed; no process has this number
+        ("process {own} on {host}", 7200, "step 8 of 10, 1 min to go"),
+        ("process 1 on elsewhere", 200, "step 8 of 10, 1 min to go"),
+        ("process 1 on elsewhere", 7200, "step 8 of 10, last step on {at}"),
+        (None, 200, "step 8 of 10, 1 min to go"),
+        (None, 7200, "step 8 of 10, last step on {at}"),
+    ],
+)
+def test_a_run_that_does_not_continue_has_no_time_to_go(
+    lock: str | None, age: float, expected: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    if lock is not None:
+        (run / "run.lock").write_text(lock.format(own=os.getpid(), host=socket.gethostname()))
+    written = time.time() - age
+    os.utime(run / "metrics.jsonl", (written, written))
+    at = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    words = words_of(read(write_report(run))[0])
+    assert expected.format(at=at) in words
+    assert ("to go" in words) == ("to go" in expected)
+
+
+def test_a_training_that_ended_released_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume.prepare_folder(TrainOptions(output_dir=str(tmp_path)), None)
+    assert read_lock(tmp_path) == ("running", os.getpid())
+    resume.release_folder(tmp_path)
+    assert read_lock(tmp_path) == ("ended", None)
+
+    def without_locks(file: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(resume, "lock_file", without_locks)
+    resume.prepare_folder(TrainOptions(output_dir=str(tmp_path)), None)
+    assert read_lock(tmp_path) == ("unknown", None)
 
 
 def test_everything_is_in_one_file(tmp_path: Path) -> None:

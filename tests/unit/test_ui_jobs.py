@@ -13,6 +13,7 @@ import pytest
 from titans_video.config.options import TrainOptions
 from titans_video.errors import ConfigError
 from titans_video.training import resume
+from titans_video.training.run_folder import lock_owner
 from titans_video.ui import jobs
 
 
@@ -26,9 +27,9 @@ def _wait(reached: Callable[[], bool], seconds: float = 60.0) -> None:
 def test_a_finished_run_leaves_no_owner_to_stop(tmp_path: Path) -> None:
     """The process of a notebook continues after its training."""
     resume.prepare_folder(TrainOptions(output_dir=str(tmp_path)), None)
-    assert jobs.lock_owner(tmp_path) == os.getpid()
+    assert lock_owner(tmp_path) == os.getpid()
     resume.release_folder(tmp_path)
-    assert jobs.lock_owner(tmp_path) is None
+    assert lock_owner(tmp_path) is None
     assert not jobs.is_busy(tmp_path)
     with pytest.raises(ConfigError, match="nothing runs there"):
         jobs.stop(tmp_path)

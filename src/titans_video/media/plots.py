@@ -93,6 +93,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """Pick at most `most` steps, evenly spread, with the first and the last among them."""
+    picked = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    return [steps[i] for i in picked]
+
+
 def last_loss(rows: list[dict[str, Any]]) -> float:
     """Return the smoothed loss of the last step, as the run itself showed it; of older runs, the end of the curve."""
     recorded = rows[-1].get("loss_smooth")

@@ -1,5 +1,6 @@
-"""Contact sheets: clips as rows of frames with their captions, in one PNG."""
+"""Contact sheets: clips as rows of frames with their captions, in one PNG; and the still of a video."""
 
+import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from math import ceil
@@ -10,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from titans_video.files import atomic_path
 from titans_video.media.colour import Pixels
+from titans_video.media.probe import probe
+from titans_video.media.reading import read_indices
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _PAPER, _INK = (250, 250, 248), (28, 28, 30)
@@ -174,3 +177,15 @@ def _fit(text: str, font: Font, width: int) -> str:
 
 def _letters_that_fit(text: str, font: Font, width: int) -> int:
     return bisect_right(range(1, len(text) + 1), width, key=lambda count: ceil(font.getlength(text[:count])))
+
+
+def middle_still(path: Path, side: int) -> bytes:
+    """Return the middle frame of a video as JPEG, whose longest side is at most `side` pixels."""
+    info = probe(path)
+    picture = Image.fromarray(read_indices(path, info, [info.frames // 2])[0])
+    scale = min(1.0, side / max(picture.size))
+    if scale < 1:
+        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """The report of a run: reads the files of its folder and writes one HTML page."""
 
-import io
 import shlex
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from titans_video import formats
 from titans_video.config.fields import flag_of
@@ -29,6 +28,7 @@ from titans_video.media.plots import (
     chart,
     column,
     data_url,
+    evenly,
     format_loss,
     format_short,
     html_link,
@@ -41,8 +41,7 @@ from titans_video.media.plots import (
     smoothed,
     table,
 )
-from titans_video.media.probe import probe
-from titans_video.media.reading import read_indices
+from titans_video.media.sheets import middle_still
 from titans_video.parsing import Malformed, read_json, read_json_lines
 from titans_video.schema import Schema, fits
 from titans_video.training import run_folder, tracking
@@ -180,19 +179,13 @@ def read_prompts(run: Run, folder: Path) -> list[str]:
     return list(found) if fits(formats.PROMPTS, found) else []
 
 
-def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """Pick at most `most` steps, evenly spread, with the first and the last among them."""
-    picked = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
-    return [steps[i] for i in picked]
-
-
 def _cell(run: Run, folder: Path, prompt: str, number: int, caption: str, budget: EmbedBudget) -> str:
     path = folder / video_name(number)
     prompts = read_prompts(run, folder)
     if number >= len(prompts) or prompts[number] != prompt or not _is_own_file(run, path):
         return f'<figure><div class="none">-</div><figcaption>{caption}</figcaption></figure>'
     try:
-        still = _still(path)
+        still = middle_still(path, SIDE)
     except (UserError, *DECODING_ERRORS) as e:
         return f'<figure><div class="none">{html_text(e)}</div><figcaption>{caption}</figcaption></figure>'
     poster = data_url(still, "image/jpeg")
@@ -202,18 +195,6 @@ def _cell(run: Run, folder: Path, prompt: str, number: int, caption: str, budget
     else:
         media = f'<a href="{html_link(path.relative_to(run.folder).as_posix())}"><img src="{poster}" alt=""></a>'
     return f"<figure>{media}<figcaption>{caption}</figcaption></figure>"
-
-
-def _still(path: Path) -> bytes:
-    """Return the middle frame of a video as JPEG."""
-    info = probe(path)
-    picture = Image.fromarray(read_indices(path, info, [info.frames // 2])[0])
-    scale = min(1.0, SIDE / max(picture.size))
-    if scale < 1:
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 MOST_EVENTS = 20
@@ -253,9 +234,6 @@ def _name(run: Run) -> str:
 def _head(run: Run) -> str:
     network, size = run.record.get("network"), run.record.get("parameters")
     model = f"{network}, {size / 1e6:.1f} million parameters" if network and size else ""
-    state = f"step {run.step} of {run.max_steps}"
-    if run.step < run.max_steps and run.last("eta_seconds") is not None:
-        state += f", {duration(run.last('eta_seconds') or 0.0)} to go"
     figures: dict[str, object] = {"loss (smoothed)": format_loss(last_loss(run.lines))}
     held_out = [v["loss"] for v in run.validations if v.get("loss") is not None]
     if held_out:
@@ -269,9 +247,29 @@ def _head(run: Run) -> str:
         if value is not None:
             figures[name] = text(value)
     figures["of training"] = duration(float(np.nansum(run.values("seconds"))))
-    summary = " · ".join(part for part in (model, state) if part)
+    summary = " · ".join(part for part in (model, _state(run)) if part)
     head = f"<h1>{html_text(_name(run))}<small>{html_text(summary)}</small></h1>{numbers(figures)}"
     return f"{head}{_verdict(run)}"
+
+
+PAUSE_SECONDS = 300.0
+"""Least time without a step after which a run of another machine is not said to continue."""
+
+
+def _state(run: Run) -> str:
+    """Return the run's step, and how long it needs, or when and where it stopped."""
+    state = f"step {run.step} of {run.max_steps}"
+    if run.step >= run.max_steps:
+        return state
+    process = run_folder.read_lock(run.folder)[0]
+    written = (run.folder / run_folder.METRICS).stat().st_mtime
+    at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(written))
+    if process == "ended":
+        return f"stopped at {state} on {at}"
+    if process == "unknown" and time.time() - written > max(PAUSE_SECONDS, 10 * (run.last("seconds") or 0.0)):
+        return f"{state}, last step on {at}"
+    left = run.last("eta_seconds")
+    return state if left is None else f"{state}, {duration(left)} to go"
 
 
 def _verdict(run: Run) -> str:

@@ -176,6 +176,8 @@ def _lock(run: Path) -> None:
         ) from None
     except OSError:  # the file system has no locks
         lock.close()
+        with contextlib.suppress(OSError):  # an empty file would say that the run has ended
+            (run / LOCK).unlink()
         return
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -4,11 +4,14 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
+from typing import Literal
 
 from titans_video import files
 from titans_video.checkpoint import EMA, LAST, MODEL
 from titans_video.data.bad_rows import PATTERN
+from titans_video.processes import CLOCK_SECONDS, created_at
 
 # In a checkpoint folder, beside MODEL and EMA of `titans_video.checkpoint`.
 STATE = "training_state.pt"
@@ -45,6 +48,36 @@ REPLACED = (
 
 _CHECKPOINT = re.compile(r"(?:checkpoint-|lora_)(\d+)")
 _LEFTOVER = re.compile(r"\.((checkpoint-|lora_)\d+\.(tmp|removed)|last\.pt\.tmp|.+\.[0-9a-f]{8}([0-9a-f]{24})?\.tmp)")
+
+
+Process = Literal["running", "ended", "unknown"]
+
+
+def read_lock(run: Path) -> tuple[Process, int | None]:
+    """Return whether a process trains into a folder, and its number if it runs on this machine.
+
+    It is unknown of another machine, and where the file cannot be read or locked.
+    """
+    lock = run / LOCK
+    try:
+        words = lock.read_text(encoding="utf-8").split()
+        locked = lock.stat().st_mtime
+    except (OSError, UnicodeDecodeError):
+        return "unknown", None
+    if not words:
+        return "ended", None
+    if len(words) != 4 or words[0] != "process" or not words[1].isdecimal() or words[3] != socket.gethostname():
+        return "unknown", None
+    created = created_at(int(words[1]))
+    # The process wrote the file, so it is older. A process that got the number later is not.
+    if created is not None and created <= locked + CLOCK_SECONDS:
+        return "running", int(words[1])
+    return "ended", None
+
+
+def lock_owner(run: Path) -> int | None:
+    """Return the process of this machine that trains into a folder, also one that a terminal started, or None."""
+    return read_lock(run)[1]
 
 
 def checkpoint_folder(run: Path, step: int, *, adapter: bool) -> Path:

@@ -30,6 +30,8 @@ from titans_video.console import Progress, observed
 from titans_video.errors import ConfigError
 from titans_video.files import atomic_path, make_folder, write_text
 from titans_video.parsing import Malformed, read_json
+from titans_video.processes import CLOCK_SECONDS, created_at
+from titans_video.training.run_folder import lock_owner
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +41,6 @@ STATUS, PREVIEW, STOP, LOG, RECORD = "status.json", "preview.jpg", "stop", "log.
 
 JOB = "job"
 """Name of the job's folder in the folder of its results."""
-
-CLOCK_SECONDS = 2.0
-"""Largest difference of two measurements of a process's start time."""
 
 LOG_BYTES = 20_000
 """Bytes at the end of a log that a page shows."""
@@ -210,17 +209,6 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def created_at(pid: int) -> float | None:
-    """Return when a process started, in seconds since 1970; None if there is no such process."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
-        return None
-
-
 def is_process(pid: int, created: Any) -> bool:
     """Whether the process with this number runs and started at this time."""
     for child in list(_children):
@@ -229,23 +217,6 @@ def is_process(pid: int, created: Any) -> bool:
                 _children.remove(child)
     now = created_at(pid)
     return now is not None and isinstance(created, int | float) and abs(now - created) <= CLOCK_SECONDS
-
-
-def lock_owner(run: Path) -> int | None:
-    """Return the process that trains into a folder, also one that a terminal started; None if there is none here."""
-    from titans_video.training.run_folder import LOCK
-
-    lock = run / LOCK
-    try:
-        words = lock.read_text(encoding="utf-8").split()
-        locked = lock.stat().st_mtime
-    except (OSError, UnicodeDecodeError):
-        return None
-    if len(words) != 4 or words[0] != "process" or not words[1].isdecimal() or words[3] != socket.gethostname():
-        return None
-    created = created_at(int(words[1]))
-    # The process wrote the file, so it is older. A process that got the number later is not.
-    return int(words[1]) if created is not None and created <= locked + CLOCK_SECONDS else None
 
 
 def is_busy(folder: Path) -> bool:

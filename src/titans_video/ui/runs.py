@@ -26,6 +26,7 @@ from titans_video.training.run_folder import (
     VALIDATION_LOG,
     checkpoint_step,
     list_checkpoints,
+    lock_owner,
     originals_folder,
     video_name,
 )
@@ -166,7 +167,7 @@ def _state(folder: Path, job: jobs.Job | None, step: int, most: int | None) -> s
     if job is not None and job.running:
         return "running" if step else "starting"
     # The process of a notebook runs on after its training, so the number of its last step counts too.
-    if jobs.lock_owner(folder) is not None and unfinished:
+    if lock_owner(folder) is not None and unfinished:
         return "running"
     if not unfinished:
         return "finished"
