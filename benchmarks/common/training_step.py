@@ -141,7 +141,7 @@ def synthetic_batch(size: Size, rank: int) -> Batch:
 
 def synthetic_data(bucket: Bucket) -> Any:
     """Return the parts of a data set that recipes read: one bucket, and no captions."""
-    records = SimpleNamespace(captions=lambda: ())
+    records = SimpleNamespace(captions=lambda bucket=None: (), bucket_counts=lambda: {bucket: 1})
     return SimpleNamespace(records=records, buckets=(bucket,), main_bucket=bucket, fps=8.0, tasks=("t2v",))
 
 
