@@ -144,11 +144,11 @@ def library_bars() -> Iterator[None]:
 
 
 def write_line(text: str, stream: TextIO) -> None:
-    """Write a line, above the open bars."""
+    """Write a line at once, above the open bars."""
     bars = [progress.bar for progress in _open if progress.bar is not None]
     for bar in bars:
         bar.clear()
-    print(printable(text), file=stream)
+    print(printable(text), file=stream, flush=True)
     for bar in bars:
         bar.refresh()
 

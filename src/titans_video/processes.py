@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -90,6 +91,34 @@ def handle_signals(handler: Callable[[int, FrameType | None], None] | int, numbe
     finally:
         for number, previous in before.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+@contextlib.contextmanager
+def watch_signals(react: Callable[[int], None]) -> Iterator[None]:
+    """Call `react` with each signal that has a Python handler, from a thread, as soon as the signal arrives.
+
+    Python runs the handler itself only when the main thread leaves the library code that it is in, which may take as
+    long as a training step, and several equal signals until then are one. In the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def watch() -> None:
+        with ours:
+            while number := ours.recv(1)[0]:
+                react(number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        with theirs, contextlib.suppress(BlockingIOError):  # no worker's copy of it would end the thread
+            theirs.send(b"\0")
 
 
 def raise_stop_signal(number: int, frame: FrameType | None) -> None:

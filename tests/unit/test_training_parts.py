@@ -6,6 +6,11 @@ import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -430,9 +435,55 @@ def test_only_the_same_signal_again_and_later_ends_at_once(
             if word == "later":
                 now[0] += 5.0
             else:
-                signal.raise_signal(signal.Signals[f"SIG{word}"])
+                interrupt._on_arrival(signal.Signals[f"SIG{word}"])
         assert interrupt.signal == signal.Signals[f"SIG{signals.split()[0]}"]
     assert codes == ended
+
+
+LONG_STEP = """
+import hashlib, logging, sys
+from titans_video.cli.run import configure_logging
+from titans_video.training import guards
+guards.ECHO_SECONDS = 0.5
+with configure_logging(), guards.Interrupt():
+    print("a step begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # Python runs no handler during this
+"""
+
+
+def test_signals_within_a_long_step_are_reported_and_act_at_once(repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(repository / "src")}
+    words = [sys.executable, "-c", LONG_STEP]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "a step begins\n"
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.readline()
+        assert said.startswith("Ctrl-C: the run finishes its step, writes a checkpoint and ends. Another Ctrl-C")
+        time.sleep(0.6)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+
+
+def test_a_caller_keeps_its_own_watch_of_signals() -> None:
+    """As the event loop of a notebook."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno())
+    try:
+        with Interrupt():
+            pass
+        assert signal.set_wakeup_fd(theirs.fileno()) == theirs.fileno()
+        assert not any(thread.name == "signals" and not _ends(thread) for thread in threading.enumerate())
+    finally:
+        signal.set_wakeup_fd(before)
+        ours.close()
+        theirs.close()
+
+
+def _ends(thread: threading.Thread) -> bool:
+    thread.join(10)
+    return not thread.is_alive()
 
 
 @pytest.mark.parametrize(("world", "fails", "kept"), [("1", False, False), ("2", True, False), ("2", False, True)])

@@ -1,10 +1,12 @@
 """Checks of a long run: steps without a finite loss or gradient, loss spikes, full memory, and signals."""
 
 import contextlib
+import logging
 import math
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 
 from titans_video.config.options import ActivationOptions
 from titans_video.errors import UserError, counted
-from titans_video.processes import STOP_SIGNALS, handle_signals
+from titans_video.processes import STOP_SIGNALS, handle_signals, watch_signals
 from titans_video.training import distributed
 from titans_video.training.run_folder import EVENTS
 from titans_video.types import Batch
+
+logger = logging.getLogger(__name__)
 
 StepStatus = Literal["good", "skipped", "settling"]
 """Good: the weights are updated. Skipped: the loss or gradient is not finite. Settling: the fp16 gradient overflowed,
@@ -227,17 +231,18 @@ def _format_out_of_memory(error: str, batch: Batch, device: torch.device, activa
 class Interrupt:
     """Context in which the first signal to stop only sets `signal`, and the same one again ends the process at once.
 
-    Another signal does not: schedulers send several before they kill (USR1 and later TERM; INT and then TERM). Because
+    The first one is reported when it arrives, and the second one acts then, also within a long step. Another signal
+    does not: schedulers send several before they kill (USR1 and later TERM; INT and then TERM). Because
     `timeout` and launchers send one twice, a repeat is ignored within `ECHO_SECONDS`. If the launcher ends, `signal`
     becomes SIGTERM: no other process would end this one, and a new run would find it still writing.
     """
 
     def __init__(self) -> None:
         self._received: dict[int, float] = {}
-        self._orphaned = False
+        self._orphaned = self._is_reported = False
         self._launched = distributed.is_launched()
         self._parent = os.getppid()
-        self._handlers = handle_signals(self._on_signal, STOP_SIGNALS)
+        self._contexts = contextlib.ExitStack()
 
     @property
     def signal(self) -> int:
@@ -256,7 +261,8 @@ class Interrupt:
         return sums[: len(counts)], received
 
     def __enter__(self) -> "Interrupt":
-        self._handlers.__enter__()
+        self._contexts.enter_context(watch_signals(self._on_arrival))
+        self._contexts.enter_context(handle_signals(self._on_signal, STOP_SIGNALS))
         return self
 
     def __exit__(
@@ -264,9 +270,28 @@ class Interrupt:
     ) -> None:
         # One of several processes keeps the handlers after a run: until all have ended, others may wait for it.
         if error is not None or distributed.world_size() == 1:
-            self._handlers.__exit__(kind, error, trace)
+            self._contexts.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received.setdefault(number, time.monotonic())
+
+    def _on_arrival(self, number: int) -> None:
+        """Report the first signal, and end the process at the same one again; in a thread."""
+        if number not in STOP_SIGNALS or signal.getsignal(number) != self._on_signal:
+            return
         now = time.monotonic()
         if now - self._received.setdefault(number, now) > ECHO_SECONDS:
             os._exit(128 + number)
+        if not self._is_reported:
+            self._is_reported = True
+            # In another thread: an output that is blocked must not delay the end.
+            threading.Thread(target=logger.info, args=(format_stop(number),), daemon=True).start()
+
+
+def format_stop(number: int) -> str:
+    """Return what a training does after a signal to stop."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return (
+        f"{name}: the run finishes its step, writes a checkpoint and ends. Another {name}, at least "
+        f"{ECHO_SECONDS:.0f} seconds later, ends it at once without a checkpoint."
+    )
