@@ -1,5 +1,6 @@
 """Messages and errors of several processes: who prints what, and once."""
 
+import json
 import logging
 import os
 import signal
@@ -157,3 +158,71 @@ def test_files_of_launchers_that_ended_are_removed(tmp_path: Path) -> None:
     assert own in left
     assert "titans-video-mine.reported" in left
     assert len(left) == 3
+
+
+HEAVY = [
+    "train --vae-backend identity --manifest {file}",
+    "train titans --vae-backend identity --manifest {file}",
+    "train lora --manifest {file} --pretrained-model {folder}",
+    "train vae --manifest {file}",
+    "plan train --vae-backend identity",
+    "plan train svd --pretrained-model {folder}",
+    "generate --checkpoint {file}",
+    "export {file} out",
+    "demo",
+    "score",
+    "report {folder}",
+    "share {folder} --license mit",
+    "caption {file} --model x",
+    "caption {file} --review",
+    "data check {file}",
+    "data cache {file} --cache x --vae-backend identity",
+    "cache verify {folder}",
+    "doctor",
+    "lora info {file}",
+    "lora diff {file} {file}",
+    "lora convert {file} out",
+    "lora merge {folder} out --lora {file}",
+]
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+from importlib.abc import MetaPathFinder
+from titans_video.cli.main import main
+
+class NoTorch(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise SystemExit("torch is imported")
+
+sys.meta_path.insert(0, NoTorch())
+for command in json.loads(sys.argv[1]):
+    out, err, end = io.StringIO(), io.StringIO(), None
+    before = set(sys.modules)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(command.split())
+        except SystemExit as e:
+            end = e.code
+    for name in set(sys.modules) - before:
+        if name.startswith("titans_video"):
+            del sys.modules[name]
+    print(json.dumps([end, out.getvalue(), err.getvalue()]))
+"""
+
+
+def test_a_command_prints_a_line_before_it_imports_torch(tmp_path: Path) -> None:
+    """On stderr, because stdout may be its result."""
+    file, folder = tmp_path / "file.jsonl", tmp_path / "folder"
+    file.write_text("{}\n")
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    commands = [command.format(file=file, folder=folder) for command in HEAVY]
+    words = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    environment = {**os.environ, "WORLD_SIZE": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    for command, line in zip(commands, done.stdout.splitlines(), strict=True):
+        end, out, err = json.loads(line)
+        assert end == "torch is imported", (command, end, out, err)
+        assert out == "", command
+        assert err.startswith("Loading PyTorch and the "), (command, err)
+        assert err.count("\n") == 1

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titans_video.cli.data import FOUND_FAULTS
+from titans_video.cli.run import announce_imports
 from titans_video.config.generation import CaptionOptions
 from titans_video.config.help import About
 from titans_video.config.parse import parse
@@ -36,6 +37,7 @@ def main(argv: Sequence[str], prog: str = "titans-video caption") -> int:
         return _review(options)
     if options.model is None:
         raise ConfigError("--model is missing: the folder or the hub name of an image-text-to-text model.")
+    announce_imports("the model")
     from titans_video.captioning.run import format_result, write_captions
 
     result = write_captions(options)
@@ -44,6 +46,7 @@ def main(argv: Sequence[str], prog: str = "titans-video caption") -> int:
 
 
 def _review(options: CaptionOptions) -> int:
+    announce_imports("the clips")
     from titans_video.captioning.review import CaptionReview, ReviewServer, serve_review
 
     review = CaptionReview(str(options.manifest), options.data_root, allow_outside_root=options.allow_outside_root)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from titans_video.cli.inputs import check_manifests, check_training_inputs
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import FolderPath, Range, Size
 from titans_video.config.generation import MockOptions
 from titans_video.config.help import About
@@ -152,6 +153,7 @@ def main_check(argv: Sequence[str], prog: str = "titans-video data check") -> in
     flags = parse(CheckFlags(), argv, prog=prog, about=CHECK)
     check_training(flags)
     check_manifests(flags.data)
+    announce_imports("the data")
     from titans_video.data.report import check
     from titans_video.recipes.codec import codec_spec
     from titans_video.text.base import build_text
@@ -185,6 +187,7 @@ def main_cache(argv: Sequence[str], prog: str = "titans-video data cache") -> in
         raise ConfigError("--cache FOLDER is missing: the folder for the encoded clips and captions.")
     check_training(options)
     check_training_inputs(options)
+    announce_imports("the data")
     from titans_video.recipes.sora import cache_sora
 
     cache_sora(options)
@@ -198,6 +201,7 @@ def main_verify(argv: Sequence[str], prog: str = "titans-video cache verify") ->
         raise ConfigError(f"The cache is missing. Use `{prog} FOLDER`.")
     if not Path(flags.cache).is_dir():
         raise DataError(f"{flags.cache}: there is no such cache.")
+    announce_imports("the cache")
     from titans_video.data.cache import verify
 
     with Progress("verifying", "file", delay=1.0) as progress:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 import titans_video
+from titans_video.cli.run import announce_imports
 from titans_video.config.help import About
 from titans_video.config.parse import parse
 
@@ -30,6 +31,7 @@ MARKS = {"ok": "ok", "optional": "-", "problem": "WRONG"}
 def main(argv: Sequence[str], prog: str = "titans-video doctor") -> int:
     """Print the findings; return 1 if one is a problem, else 0."""
     flags = parse(DoctorFlags(), argv, prog=prog, about=DOCTOR)
+    announce_imports("the other packages")
     from titans_video.reporting.doctor import examine
 
     findings = examine()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titans_video.cli.inputs import check_checkpoint, check_generation_inputs, check_pretrained
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import FolderPath, RunPath
 from titans_video.config.generation import DemoOptions, GenerateOptions, Overrides, RunOptions, ScoreOptions
 from titans_video.config.help import About
@@ -98,6 +99,7 @@ def main(argv: Sequence[str], prog: str = "titans-video generate") -> int:
     """Generate; return the exit code."""
     flags = parse(GenerateFlags(), argv, prog=prog, about=GENERATE)
     check_generation_inputs(flags.generate, flags.overrides)
+    announce_imports("the model")
     from titans_video.generation.run import run_generate
 
     run_generate(flags.generate, flags.overrides, flags.run)
@@ -111,6 +113,7 @@ def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
         raise ConfigError(f"The model or the folder to write is missing. Use `{prog} RUN FOLDER`.")
     check_checkpoint(flags.checkpoint)
     check_pretrained(flags.overrides.pretrained_model)
+    announce_imports("the model")
     from titans_video.generation.export import LEFT_OUT, export, export_checkpoint
     from titans_video.generation.model import load_model
 
@@ -131,6 +134,7 @@ def main_export(argv: Sequence[str], prog: str = "titans-video export") -> int:
 def main_demo(argv: Sequence[str], prog: str = "titans-video demo") -> int:
     """Run the demo; return the exit code."""
     options = parse(DemoOptions(), argv, prog=prog, about=DEMO)
+    announce_imports("the demo")
     from titans_video.demo.run import run_demo
 
     run_demo(options)
@@ -141,6 +145,7 @@ def main_score(argv: Sequence[str], prog: str = "titans-video score") -> int:
     """Score a checkpoint; return the exit code."""
     options = parse(ScoreOptions(), argv, prog=prog, about=SCORE)
     check_checkpoint(options.checkpoint)
+    announce_imports("the model")
     from titans_video.demo.run import run_score
 
     run_score(options)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from titans_video.cli.inputs import check_pretrained
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import AnyPath, FilePath, FolderPath
 from titans_video.config.help import About
 from titans_video.config.parse import parse
@@ -102,6 +103,7 @@ def main_convert(argv: Sequence[str], prog: str = "titans-video lora convert") -
     flags = parse(ConvertFlags(), argv, prog=prog, about=CONVERT)
     if flags.file is None or flags.out is None:
         raise ConfigError(f"The adapter or the file to write is missing. Use `{prog} FILE OUT`.")
+    announce_imports("the adapter")
     from titans_video.generation.adapters import convert
 
     made = convert(Path(flags.file), flags.format, Path(flags.out), flags.expert)
@@ -115,6 +117,7 @@ def main_merge(argv: Sequence[str], prog: str = "titans-video lora merge") -> in
     if flags.pretrained_model is None or flags.out is None or not flags.lora:
         raise ConfigError(f"Something is missing. Use `{prog} PIPELINE FOLDER --lora FILE`.")
     check_pretrained(flags.pretrained_model)
+    announce_imports("the adapter")
     from titans_video.generation.adapters import merge, read_loras
     from titans_video.pretrained.base import open_model_spec
 
@@ -130,6 +133,7 @@ def main_info(argv: Sequence[str], prog: str = "titans-video lora info") -> int:
     flags = parse(InfoFlags(), argv, prog=prog, about=INFO)
     if flags.file is None:
         raise ConfigError(f"The adapter is missing. Use `{prog} FILE`.")
+    announce_imports("the adapter")
     from titans_video.generation.adapters import describe, open_adapter
 
     file, _ = open_adapter(Path(flags.file))
@@ -142,6 +146,7 @@ def main_diff(argv: Sequence[str], prog: str = "titans-video lora diff") -> int:
     flags = parse(DiffFlags(), argv, prog=prog, about=DIFF)
     if flags.first is None or flags.second is None:
         raise ConfigError(f"An adapter is missing. Use `{prog} FILE FILE`.")
+    announce_imports("the adapter")
     from titans_video.generation.adapters import compare, open_adapter
 
     lines, same = compare(open_adapter(Path(flags.first))[0], open_adapter(Path(flags.second))[0], SHOWN)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from titans_video.cli import train
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import Metavar, Range, flag_of
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
@@ -99,6 +100,7 @@ def main(argv: Sequence[str], prog: str = "titans-video plan") -> int:
     options = recipe.parse(rest)
     if flags.measure and not (options.data.manifest or options.data.metadata):
         raise DataError("--measure trains on clips: give --manifest or --metadata.")
+    announce_imports("the planner")
     planning = import_module("titans_video.planning.make")
     request = planning.Request(
         flags.gpus, flags.gpu, parse_size(flags.gpu_memory), flags.fsdp, flags.mfu, flags.measure
@@ -180,6 +182,7 @@ def parse_size(text: str | None) -> int | None:
 
 
 def _tunes_unet(options: Any) -> bool:
+    announce_imports("the planner")
     from titans_video.recipes.svd import trains_unet
 
     return trains_unet(options)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from titans_video.console import safe_streams, write_line
+from titans_video.console import note, safe_streams, write_line
 from titans_video.errors import PeerError, UserError
 from titans_video.processes import STOP_SIGNALS, StopSignal, handle_signals, raise_stop_signal
 
@@ -108,6 +108,15 @@ def load_entry(entry: str) -> Callable[..., int]:
     module, _, name = entry.partition(":")
     function: Callable[..., int] = getattr(import_module(module), name)
     return function
+
+
+def announce_imports(what: str) -> None:
+    """Print that a command loads PyTorch, which takes seconds, and what it works on.
+
+    On stderr, because a command's stdout may be its result. Nothing is printed where PyTorch is loaded already.
+    """
+    if process_index() == 0 and "torch" not in sys.modules:
+        note(f"Loading PyTorch and {what}.")
 
 
 def guarded(command: Callable[[], int]) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import FolderPath, Name, RunPath
 from titans_video.config.help import About
 from titans_video.config.parse import parse
@@ -62,6 +63,7 @@ def main(argv: Sequence[str], prog: str = "titans-video share") -> int:
     if not run.is_dir():
         raise DataError(f"{run}: there is no such folder; give the --output-dir of a training.")
     license = flags.license or _ask_license()
+    announce_imports("the run")
     from titans_video.reporting.model_card import Publication, name_on_the_hub
     from titans_video.reporting.sharing import share
     from titans_video.training.tracking import read_run_record

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_video.cli.inputs import check_training_inputs
+from titans_video.cli.run import announce_imports
 from titans_video.config.fields import OptionGroup, RunPath
 from titans_video.config.help import About
 from titans_video.config.options import TrainOptions
@@ -260,6 +261,7 @@ def run_recipe(name: str, argv: Sequence[str], prog: str, default: SoraOptions |
     options: Any = parse(default or recipe.about.options(), argv, prog=prog, about=recipe.about)
     recipe.check(options)
     check_training_inputs(options)
+    announce_imports("the data")
     module, _, function = recipe.entry.partition(":")
     train: Callable[[OptionGroup], TrainResult] = getattr(import_module(module), function)
     if name == "svd":
@@ -314,6 +316,7 @@ def main_report(argv: Sequence[str], prog: str = "titans-video report") -> int:
         raise ConfigError(f"The run is missing. Use `{prog} RUN` with the --output-dir of a training.")
     if not Path(flags.run).is_dir():
         raise DataError(f"{flags.run}: there is no such folder; give the --output-dir of a training.")
+    announce_imports("the run")
     from titans_video.reporting.report import write_report
 
     print(f"Report      {write_report(Path(flags.run))}")
