@@ -102,6 +102,25 @@ def test_every_start_names_the_files_that_are_not_used(tmp_path: Path, caplog: p
         assert "lost.txt" in caplog.text
 
 
+def test_every_start_names_captions_under_another_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of JSON rows with the clip's key of a manifest, whose other keys were not read before."""
+    write_clip(tmp_path / "a.mp4", 0)
+    rows: list[dict[str, Any]] = [
+        {"video": "a.mp4", "text": "grey"},
+        {"video_path": "a.mp4", "text": "a grey square"},
+        {"video": "a.mp4", "caption": "black", "text": "not this"},
+        {"file_name": "a.mp4", "text": "as in a table"},
+    ]
+    manifest = tmp_path / "old.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # the second one reads the table of the first
+        caplog.clear()
+        data = open_data(options(manifest), PLAIN, PATCH, seed=0)
+        assert [record.row.caption for record in data.records] == ["grey", "a grey square", "black", "as in a table"]
+        found = [text for text in caplog.messages if "caption" in text]
+        assert found == [f"{manifest}: 2 rows without the key 'caption'; the caption is read from 'text'."]
+
+
 def test_second_scan_looks_into_changed_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_set(tmp_path, rows=3, wide=0)
     asked: list[str] = []

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -22,7 +22,7 @@ from titans_video.config.options import DataOptions
 from titans_video.data.folders import Item
 from titans_video.data.importing import read_items, root_of
 from titans_video.data.json_rows import RowError, shown
-from titans_video.data.tables import with_usual_keys
+from titans_video.data.tables import caption_key, with_usual_keys
 from titans_video.errors import DataError
 from titans_video.storage.fetching import require
 from titans_video.storage.places import absolute_path, is_remote, place, scheme_of
@@ -51,6 +51,8 @@ class Row:
         cond_frames: number of conditioning frames of a v2v row.
         source: file and line of the row's origin, for messages. Line 0 means a file for this clip: * in its name is
             the name of the clip without its ending.
+        caption_key: the key of the caption in the manifest, if `video` or `video_path` names the clip as in a
+            manifest, but the caption has another key than `caption`; not in a table of rows.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Row:
     weight: float = 1.0
     cond_frames: int | None = None
     source: tuple[str, int] = ("", 0)
+    caption_key: str = field(default="", compare=False)
 
     @property
     def origin(self) -> str:
@@ -183,6 +186,8 @@ def _checked(path: Path, items: Iterable[Item], options: DataOptions, taken: "_T
 def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
     if not isinstance(item, dict):
         raise RowError(f'a row is a JSON object such as {{"video": ..., "caption": ...}}, not {shown(item)}.')
+    is_plain = "caption" in item or not ("video" in item or "video_path" in item)
+    key = "" if is_plain else caption_key(item) or ""
     item = with_usual_keys(item)
     _refuse_misspelt(item)
     values = {k: v for k, v in item.items() if v is not None}
@@ -215,6 +220,7 @@ def _row(item: Any, root: Path, outside: bool, source: tuple[str, int]) -> Row:
         weight=_number(values, "weight", 1.0, above=0.0, high=MAX_WEIGHT) or 1.0,
         cond_frames=frames,
         source=source,
+        caption_key=key,
     )
 
 

@@ -8,6 +8,7 @@ it is, and no row is looked at.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,12 +44,14 @@ from titans_video.data.row_table import (
 )
 from titans_video.data.sampler import TaskMix, parse_task_mix, uses_cond_image
 from titans_video.data.scan import run_cached_jobs
-from titans_video.errors import DataError, WriteError
+from titans_video.errors import DataError, WriteError, counted
 from titans_video.parsing import Malformed
 from titans_video.processes import ReadAhead, usable_cores
 from titans_video.storage.files import use_remote_cache
 from titans_video.storage.places import absolute_path, is_remote, real_path
 from titans_video.types import CodecSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,19 @@ def open_scan(
             rows = _store(rows)
     else:
         log_unused(options)
+    _log_caption_keys(rows)
     return Scan(rows, make_table(options, spec, patch_size, rows.first_size)), mix
+
+
+def _log_caption_keys(rows: RowTable) -> None:
+    """Name the rows whose key `caption` is missing, but that have a caption under another name."""
+    for found in rows.about["caption_keys"]:
+        logger.warning(
+            "%s: %s without the key 'caption'; the caption is read from %r.",
+            found["source"],
+            counted(found["rows"], "row"),
+            found["key"],
+        )
 
 
 def scan_key(options: DataOptions, spec: CodecSpec, patch_size: tuple[int, int, int]) -> str:
@@ -208,7 +223,9 @@ def scan_rows(
     columns |= place(results, len(found), buckets)
     hashes = hash_rows(found, options, mix)
     size = list(first_size) if first_size else []
-    return RowTable(Columns(columns, describe(builder.sources, buckets, key=key, first_size=size, **hashes)))
+    keys = [{"source": source, "key": name, "rows": n} for (source, name), n in builder.caption_keys.items()]
+    about = describe(builder.sources, buckets, key=key, first_size=size, caption_keys=keys, **hashes)
+    return RowTable(Columns(columns, about))
 
 
 class _Facts:

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, repeat
@@ -33,7 +34,7 @@ from titans_video.storage.files import NOWHERE, stamp_inside
 from titans_video.storage.places import is_remote, real_path
 from titans_video.types import ProcessGroup
 
-TABLE_VERSION = 1  # raise it when the columns or their meaning change
+TABLE_VERSION = 2  # raise it when the columns or their meaning change
 UNSEEN, SEEN, TRY_AGAIN = 0, 1, 2  # states of a file: not looked at, looked at, to be looked at by every scan
 NOT_LEFT_OUT = len(REASONS)
 _NUMBERS = {
@@ -72,6 +73,7 @@ ABOUT = Record(
         "version": OneOf((TABLE_VERSION,)),
         "key": Text(64),
         "sources": ListOf(Text(), 0, 2**20),
+        "caption_keys": ListOf(Record({"source": Text(), "key": Text(), "rows": Whole(1, 2**53)}), 0, 2**20),
         "reasons": ListOf(Text(64), len(REASONS), len(REASONS)),
         "buckets": ListOf(ListOf(Whole(0, 10**6), 4, 4), 0, 2**20),
         "first_size": Either((ListOf(_SIDE, 0, 0), ListOf(_SIDE, 2, 2))),
@@ -239,6 +241,7 @@ def describe(sources: Iterable[str], buckets: Iterable[Bucket], **known: Any) ->
         "buckets": [[b.frames, b.height, b.width, int(b.shorter)] for b in buckets],
         **dict.fromkeys(("key", "rows_hash", "relative_hash", "absolute_hash"), ""),
         "first_size": [],
+        "caption_keys": [],
         **known,
     }
 
@@ -253,6 +256,7 @@ class TableBuilder:
         self.sources: dict[str, int] = {}
         self.files: dict[str, int] = {}  # by kind and path, as `job_name`
         self.wanted = bytearray()  # of each file: it is looked at
+        self.caption_keys: Counter[tuple[str, str]] = Counter()  # by source and key
         self._contents: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -281,6 +285,8 @@ class TableBuilder:
         }
         for name, value in values.items():
             self.numbers[name].append(value)
+        if row.caption_key:
+            self.caption_keys[row.source[0], row.caption_key] += 1
         self.texts["id"].add(row.id)
         self.texts["caption"].add(row.caption)
 
