@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.data_sets import read_manifest
 from titans_video.config.options import DataOptions
-from titans_video.data.manifest import KEYS
+from titans_video.data.manifest import KEYS, data_sets
 from titans_video.errors import DataError
 
 
@@ -276,3 +276,18 @@ def test_any_bytes_at_all(tmp_path_factory: pytest.TempPathFactory, data: bytes)
     path.write_bytes(data)
     with pytest.raises(DataError):
         read_manifest(DataOptions(manifest=(str(path),)))
+
+
+def test_shards_are_one_data_set_in_a_text() -> None:
+    shards = [f"a/clips-{n:05d}-of-00012.jsonl" for n in range(12)]
+    others = [
+        "a/clips.jsonl",
+        "b/clips-00000-of-00012.jsonl",
+        "a/set1.jsonl",
+        "a/set2.jsonl",
+        "y/2023.jsonl",
+        "y/2024.jsonl",
+    ]
+    assert data_sets([*shards, *others]) == ["a/clips-00000-of-00012.jsonl (12 shards)", *others]
+    assert data_sets([f"packed/{n:06d}.tar" for n in range(3)]) == ["packed/000000.tar (3 shards)"]
+    assert data_sets([]) == []

@@ -1,6 +1,7 @@
 """`titans-video share`: a folder for the hub whose card is true, whose code works, and which tells nothing of here."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,14 @@ from titans_video.errors import ConfigError, WriteError
 from titans_video.generation.video_pipeline import VideoPipeline
 from titans_video.media.probe import probe
 from titans_video.reporting import sharing
-from titans_video.reporting.model_card import Publication, check_publication, name_on_the_hub, without_paths
+from titans_video.reporting.model_card import (
+    Contents,
+    Publication,
+    check_publication,
+    name_on_the_hub,
+    without_paths,
+    write_card,
+)
 from titans_video.reporting.report import read_run
 
 MOCK = REPOSITORY / "train" / "videos" / "mock_data"
@@ -88,6 +96,25 @@ def test_the_folder_has_what_a_reader_needs_and_nothing_else(shared: Path, run: 
     ours, theirs = VideoPipeline.from_pretrained(run), VideoPipeline.from_pretrained(shared)
     for name, value in ours.model.network.state_dict().items():
         assert torch.equal(value, theirs.model.network.state_dict()[name])
+
+
+def test_the_card_names_a_data_set_of_shards_once(run: Path, tmp_path: Path) -> None:
+    manifests = []
+    for n in range(3):
+        manifests.append(str(tmp_path / f"clips-{n:05d}.jsonl"))
+        Path(manifests[-1]).write_text('{"video": "a.mp4", "caption": "a", "license": "mit"}\n' * (n + 1))
+    found = read_run(run)
+    manifests[0] += ":2"
+    record = found.record | {"options": found.record["options"] | {"manifest": manifests}}
+    record["data"] = record["data"] | {"manifests": manifests}
+    card = write_card(
+        dataclasses.replace(found, record=record),
+        "x",
+        Publication("mit"),
+        Contents("model"),
+    )
+    assert "| `--manifest` | `clips-00000.jsonl:2,clips-00001.jsonl (2 shards)` |" in card
+    assert "| licences of the clips | mit: 6 |" in card
 
 
 def test_the_card_is_read_by_the_hub_and_is_true(shared: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -34,6 +35,7 @@ TASKS: tuple[str, ...] = get_args(Task)
 KEYS = ("video", "video_path", "caption", "task", "cond_image", "start", "end", "fps", "weight", "id", "cond_frames")
 MAX_WEIGHT = 1000.0
 SHOWN = 5
+_SHARD_NUMBER = re.compile(r"[0-9]{3,}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ def owner_of(source: str, manifests: Sequence[str]) -> str:
     path = os.path.abspath(source)
     inside = [m for m in manifests if path == os.path.abspath(m) or Path(path).is_relative_to(os.path.abspath(m))]
     return max(inside, key=len, default=source)
+
+
+def data_sets(manifests: Sequence[str]) -> list[str]:
+    """Return the manifests for a text: shards of one data set once, by the first one and their number.
+
+    The names of shards differ only in numbers of three digits or more, one of which begins with 0.
+    """
+    groups: dict[str, list[str]] = {}
+    for manifest in manifests:
+        folder, name = os.path.split(manifest)
+        numbers = _SHARD_NUMBER.findall(name)
+        pattern = os.path.join(folder, _SHARD_NUMBER.sub("*", name)) if numbers else manifest
+        groups.setdefault(pattern, []).append(manifest)
+    found: list[str] = []
+    for group in groups.values():
+        is_set = len(group) > 1 and any(n[0] == "0" for m in group for n in _SHARD_NUMBER.findall(os.path.basename(m)))
+        found += [f"{group[0]} ({len(group)} shards)"] if is_set else group
+    return found
 
 
 def read_rows(options: DataOptions) -> Iterator[Row]:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -18,6 +18,8 @@ from titans_video.config.options import DataOptions
 from titans_video.console import duration
 from titans_video.data.clip_plan import REASONS
 from titans_video.data.importing import read_items
+from titans_video.data.manifest import data_sets, split_weight
+from titans_video.data.tar_rows import is_tar_set
 from titans_video.errors import ConfigError, UserError, first_line
 from titans_video.media.plots import format_loss, last_loss
 from titans_video.reporting.report import Run, format_option
@@ -29,6 +31,7 @@ TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "v2v": "video-to-video"
 HIDDEN = {"key", "token", "password", "secret"}
 """Words in the names of options whose values are not shown."""
 MOST_SETTINGS = 60
+MANIFESTS = ("manifest", "validation_manifest")
 _PATH = re.compile(r"(?<![\w:/.\\~])(?:~|\.\.|[A-Za-z]:)?(?:[\\/][\w.@+=-]+)+[\\/]([\w.@+=-]+)[\\/]?")
 """An absolute path of two names or more, or one that begins in another folder; the group is its last name."""
 _SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|ghp_[A-Za-z0-9]{20,})")
@@ -258,10 +261,10 @@ def _licences(manifests: Iterable[str]) -> str:
     found: Counter[str] = Counter()
     rows = 0
     for manifest in manifests:
-        path = Path(manifest.rpartition("=")[0] or manifest) if not Path(manifest).exists() else Path(manifest)
-        if not path.exists():
-            return "not stated: a manifest is not here any more"
         try:
+            path = split_weight(manifest)[0]
+            if not (path.exists() or is_tar_set(path)):
+                return "not stated: a manifest is not here any more"
             for _, _, item in read_items(path, DataOptions())[0]:
                 if isinstance(item, dict):
                     rows += 1
@@ -297,6 +300,7 @@ def _training(run: Run) -> str:
     changed = {n: v for n, v in options.items() if v != defaults.get(n) and not HIDDEN & set(n.split("_"))}
     if changed:
         shown = list(changed.items())[:MOST_SETTINGS]
+        shown = [(n, data_sets(v) if n in MANIFESTS and isinstance(v, list) else v) for n, v in shown]
         settings = [(f"`{flag_of(n)}`", f"`{format_option(v)}`") for n, v in shown]
         text += "\n\nSettings that differ from the defaults:\n\n" + _table(("option", "value"), settings)
     return text

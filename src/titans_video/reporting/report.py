@@ -14,6 +14,7 @@ from titans_video import formats
 from titans_video.config.fields import flag_of
 from titans_video.console import duration
 from titans_video.data.clip_plan import REASONS
+from titans_video.data.manifest import data_sets
 from titans_video.errors import DataError, UserError
 from titans_video.files import write_text
 from titans_video.media.opening import DECODING_ERRORS
@@ -382,9 +383,10 @@ def _data(run: Run) -> str:
     left_out, tasks = data["left_out"], data["tasks"]
     counts: dict[str, object] = {"rows trained on": data["rows"], "held out": data["held_out"]}
     counts |= {"left out": sum(left_out.values()), "buckets": len(data["buckets"]), "frames/s": f"{data['fps']:.4g}"}
+    sets = ", ".join(data_sets(data["manifests"]))
     named = tasks if isinstance(tasks, str) else ", ".join(f"{n} {task}" for task, n in tasks.items())
     parts = [
-        f"<h2>Data</h2><p class=small>{html_text(', '.join(data['manifests']))} &middot; tasks: {html_text(named)}</p>",
+        f"<h2>Data</h2><p class=small>{html_text(sets)} &middot; tasks: {html_text(named)}</p>",
         numbers(counts),
         '<div class="two">',
         f"<div>{table(['bucket (HxWxT)', 'rows'], [[b, str(n)] for b, n in data['buckets'].items()])}</div>",
