@@ -7,6 +7,7 @@ the tests: set $CHROMIUM to its path if it is not found.
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,9 @@ def test_a_video_shows_what_the_prompt_says(site: Site) -> None:
     info = probe(path)
     found = analyse(read_indices(path, info, range(info.frames)))
     assert (found.colour, found.shape, found.direction) == ("blue", "square", "up")
-    assert video["settings"]["prompt"] == "a blue square moving up"
+    details = videos.read_video(videos.GENERATED / video["name"])
+    assert details is not None
+    assert details["settings"]["prompt"] == "a blue square moving up"
     assert (videos.GENERATED / video["name"] / jobs.JOB / "preview.jpg").is_file()
     tab.fill("#field-prompt", "")
     tab.click("button:has-text('Use these settings')")
@@ -231,6 +234,31 @@ def test_a_video_shows_what_the_prompt_says(site: Site) -> None:
         tab.click(".player a:has-text('Download')")
     assert download.value.path().read_bytes() == path.read_bytes()
     tab.context.close()
+
+
+def test_progress_does_not_draw_the_history_again(site: Site) -> None:
+    folder = videos.GENERATED / "99990101-000000-running"  # the newest
+    (folder / jobs.JOB).mkdir(parents=True)
+    own = {"pid": os.getpid(), "created": jobs.created_at(os.getpid()), "host": socket.gethostname()}
+    record = {"words": ["generate"], "started": "t", "about": {"values": {"prompt": "x"}}, **own}
+    (folder / jobs.JOB / jobs.RECORD).write_text(json.dumps(record))
+
+    def progress(done: int) -> None:
+        task = {"what": "denoising", "unit": "step", "done": done, "total": 9}
+        (folder / jobs.JOB / jobs.STATUS).write_text(json.dumps({"code": None, "progress": task}))
+
+    try:
+        progress(1)
+        tab = site.open("generate")
+        tab.wait_for_selector(".player:has-text('1 of 9')")
+        tab.locator(".history button").first.evaluate("button => button.dataset.same = 'yes'")
+        progress(2)
+        tab.wait_for_selector(".player:has-text('2 of 9')")
+        tab.wait_for_timeout(1500)
+        assert tab.locator(".history button").first.get_attribute("data-same") == "yes"
+        tab.context.close()
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])

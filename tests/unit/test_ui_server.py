@@ -453,3 +453,20 @@ def test_previews_do_not_change_a_video(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_thread_for_stopping_ends_with_the_command() -> None:
     _wait(lambda: not any(thread.name == "stop" for thread in threading.enumerate()))
+
+
+def test_the_history_has_no_logs_and_a_video_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        place = videos.GENERATED / name / jobs.JOB
+        place.mkdir(parents=True)
+        record = {"words": ["generate"], "pid": 2**22 + 1, "started": "t", "about": {"values": {"prompt": name}}}
+        (place / jobs.RECORD).write_text(json.dumps(record))
+        (place / jobs.LOG).write_text(f"Error: {name} went wrong.\n" + "x" * 50_000)
+    app = make_app([], TOKEN, PORT)
+    listed = call(app, "/api/generate/list")[2]
+    assert [video["prompt"] for video in json.loads(listed)["videos"]] == ["b", "a"]
+    assert len(listed) < 1000
+    shown = json.loads(call(app, "/api/generate/video?name=a")[2])
+    assert shown["log"] == "x" * jobs.LOG_BYTES
+    assert shown["values"] == {"prompt": "a"}

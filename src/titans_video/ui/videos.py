@@ -71,33 +71,48 @@ def _new_name(prompt: str) -> str:
 
 
 def history() -> list[dict[str, Any]]:
-    """Return the videos that were generated on the page, the newest first, with their settings and their state."""
+    """Return the videos that were generated on the page, the newest first, each with the little that the list shows."""
     folders = [path for path in GENERATED.glob("*") if path.name != UPLOADS and (path / jobs.JOB).is_dir()]
-    return [item for path in sorted(folders, reverse=True)[:MOST_SHOWN] if (item := read_video(path))]
+    found = ((path, jobs.read_job(path)) for path in sorted(folders, reverse=True)[:MOST_SHOWN])
+    return [_summary(path, job) for path, job in found if job is not None]
 
 
-def read_video(folder: Path) -> dict[str, Any] | None:
-    """Return one video of the history; None if there is no such folder."""
-    job = jobs.read_job(folder)
-    if job is None:
-        return None
-    videos = sorted(path for path in folder.glob("*.mp4") if ".partial" not in path.name)
-    try:
-        record = read_json(videos[0].with_name(f"{videos[0].name}.json")) if videos else {}
-    except (OSError, Malformed):
-        record = {}
-    values = job.about.get("values", {})
+def _summary(folder: Path, job: jobs.Job) -> dict[str, Any]:
+    names = [path.name for path in _videos(folder)]
     return {
         "name": folder.name,
-        "folder": folder.as_posix(),
         "state": job.state,
         "progress": job.progress if job.running else None,
         "preview": job.preview is not None,
+        "videos": names,
+        "prompt": job.about.get("values", {}).get("prompt") or _settings(folder, names).get("prompt") or "",
+    }
+
+
+def _videos(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.mp4") if ".partial" not in path.name)
+
+
+def _settings(folder: Path, videos: Sequence[str]) -> dict[str, Any]:
+    """Return the settings beside the first video; empty if there are none."""
+    try:
+        found = read_json(folder / f"{videos[0]}.json") if videos else {}
+    except (OSError, Malformed):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_video(folder: Path) -> dict[str, Any] | None:
+    """Return one video of the history with its settings and its log; None if there is no such folder."""
+    job = jobs.read_job(folder)
+    if job is None:
+        return None
+    found = _summary(folder, job)
+    return found | {
+        "folder": folder.as_posix(),
         "error": job.error() if job.state in ("failed", "killed") else None,
-        "videos": [path.name for path in videos],
-        "values": values,
-        "prompt": values.get("prompt") or record.get("prompt") or "",
-        "settings": record,
+        "values": job.about.get("values", {}),
+        "settings": _settings(folder, found["videos"]),
         "command": job.command,
         "started": job.started,
         "log": job.log(),

@@ -11,7 +11,8 @@ export async function render(root, parameters) {
   const error = h("div", { className: "message", hidden: true });
   const command = code("");
   let shown = null;
-  let drawn = "";
+  let drawn = "";  // what the player and the list show
+  let listed = "";
 
   const explain = debounce(350, async () => {
     const found = await post("generate/explain", { values });
@@ -121,11 +122,16 @@ export async function render(root, parameters) {
     const { videos } = await get("generate/list");
     if (shown === null && videos.length) shown = videos[0].name;
     const current = videos.find((one) => one.name === shown);
-    const state = JSON.stringify([shown, videos.map((one) => [one.name, one.state, one.videos.length, one.preview, one.progress])]);
-    if (state === drawn) return;
-    drawn = state;
-    drawPlayer(current);
-    history.replaceChildren(...videos.map((one) => h("button", { type: "button", "aria-current": one.name === shown ? "true" : null, onclick: () => { shown = one.name; drawn = ""; read(); } },
+    const now = JSON.stringify(current ?? null);
+    if (now !== drawn) {
+      drawPlayer(current && await get("generate/video", { name: shown }));
+      drawn = now;
+    }
+    // Progress is not in the list, and a change of it must not load all videos again.
+    const list = JSON.stringify([shown, videos.map(({ progress, ...rest }) => rest)]);
+    if (list === listed) return;
+    listed = list;
+    history.replaceChildren(...videos.map((one) => h("button", { type: "button", "aria-current": one.name === shown ? "true" : null, onclick: () => { shown = one.name; read(); } },
       h("div", { className: "thumb" }, one.videos.length && one.state !== "running" ? film(file(one.name, one.videos[0])) : one.preview ? h("img", { alt: "", src: file(one.name, "job/preview.jpg") }) : badge(one.state)),
       h("p", {}, one.prompt || "(no prompt)"))));
     if (!videos.length) history.replaceChildren(h("p", { className: "small faint" }, "Your videos and their settings stay here."));
