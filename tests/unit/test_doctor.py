@@ -133,3 +133,20 @@ sys.exit(main(["doctor", "--json"]))
     assert done.returncode in (0, 1), done.stderr
     assert not any(f["group"] == "Devices" for f in json.loads(done.stdout)["findings"])
     assert builtins.__import__
+
+
+def test_a_memory_that_cannot_be_measured_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise RuntimeError("the file has another form")
+
+    monkeypatch.setattr("titans_video.training.sharded_state.available_memory", broken)
+    (found,) = (finding for finding in doctor.check_machine() if finding.name == "memory")
+    assert found.value == "it cannot be measured: the file has another form"
+
+
+@pytest.mark.parametrize(("missing", "known"), [(["torch"], True), (["torch", "psutil"], False)])
+def test_memory_is_measured_without_torch(missing: list[str], known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "titans_video.training.sharded_state", raising=False)
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert (doctor.free_memory() is not None) is known

@@ -252,7 +252,11 @@ def check_media() -> Iterator[Finding]:
 def check_machine() -> Iterator[Finding]:
     """Check cores, memory, disks, and the folder of the cache."""
     yield Finding("Machine", "cores", "ok", f"{usable_cores()} usable of {os.cpu_count()}")
-    memory = free_memory()
+    try:
+        memory = free_memory()
+    except Exception as e:  # of whatever library
+        memory = None
+        yield Finding("Machine", "memory", "optional", f"it cannot be measured: {first_line(e)}")
     if memory is not None:
         few = memory < ENOUGH_MEMORY
         fix = "End other programs, or use small presets." if few else ""
@@ -269,12 +273,12 @@ def check_machine() -> Iterator[Finding]:
 
 def free_memory() -> int | None:
     """Return the bytes of main memory that a run may use, or None if the system does not tell."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(ModuleNotFoundError):  # `check_packages` reports it
         from titans_video.training.sharded_state import available_memory
 
         if (found := available_memory()) is not None:
             return found
-    with contextlib.suppress(Exception):  # psutil comes with accelerate
+    with contextlib.suppress(ModuleNotFoundError):  # psutil comes with accelerate
         return int(import_module("psutil").virtual_memory().available)
     return None
 
