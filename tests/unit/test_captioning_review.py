@@ -14,8 +14,11 @@ from PIL import Image
 
 from tests.unit.media_clips import encode, moving_bars
 from titans_video.captioning.review import STRIP_FRAMES, STRIP_HEIGHT, CaptionReview, ReviewServer
+from titans_video.captioning.run import Finished, Journal, finish_interrupted, write_captions
 from titans_video.cli.main import main
+from titans_video.config.generation import CaptionOptions
 from titans_video.errors import ConfigError
+from titans_video.storage.locks import try_locked
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROWS: list[dict[str, Any]] = [
@@ -160,6 +163,38 @@ def test_captions_of_a_killed_command_are_moved_first(manifest: Path) -> None:
     line = {"row": key, "caption": "found", "writer": "Qwen", "settings": "x"}
     manifest.with_name("manifest.jsonl.captions").write_text(json.dumps(line) + "\n")
     assert [row.caption for row in CaptionReview(manifest).rows()][2] == "found"
+
+
+def test_captions_of_a_running_command_stay_its_own(
+    manifest: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    key = CaptionReview(manifest).rows("missing")[0].key
+    line = {"row": key, "caption": "found", "writer": "Qwen", "settings": "x"}
+    journal = manifest.with_name("manifest.jsonl.captions")
+    journal.write_text(json.dumps(line) + "\n")
+    before = manifest.read_bytes()
+    with try_locked(Journal(manifest).lock) as is_locked, caplog.at_level("INFO"):
+        assert is_locked
+        assert [row.caption for row in CaptionReview(manifest).rows()][2] == ""
+        assert "A command writes captions for" in caplog.text
+        assert main(["caption", str(manifest), "--model", "x"]) == 2
+        assert "another command writes captions for it" in capsys.readouterr().err
+    assert manifest.read_bytes() == before
+    assert json.loads(journal.read_text()) == line
+    assert [row.caption for row in CaptionReview(manifest).rows()][2] == "found"
+    assert {path.name for path in manifest.parent.iterdir()} == {"a.mp4", "manifest.jsonl"}
+
+
+def test_a_command_locks_its_captions_while_it_writes(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(todo: set[int], *rest: Any) -> None:
+        assert todo == {2}
+        assert finish_interrupted(manifest) == 0  # no journal yet
+        Journal(manifest).add([Finished(CaptionReview(manifest).rows("missing")[0].key, "new", "Qwen", "x")])
+        assert finish_interrupted(manifest) is None
+
+    monkeypatch.setattr("titans_video.captioning.run._describe_rows", describe)
+    write_captions(CaptionOptions(manifest=str(manifest), model="x"))
+    assert not Journal(manifest).lock.exists()
 
 
 def test_the_command_serves_until_ctrl_c(

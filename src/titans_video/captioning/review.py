@@ -78,7 +78,10 @@ class CaptionReview:
     def __init__(self, manifest: Path | str, data_root: str | None = None, *, allow_outside_root: bool = False) -> None:
         """Open a manifest; captions of a killed command are moved into it first. Raises DataError."""
         self.path = Path(manifest)
-        if found := finish_interrupted(self.path):
+        found = finish_interrupted(self.path)
+        if found is None:
+            logger.info(f"A command writes captions for {manifest}. They are there when it ends; load the page again.")
+        elif found:
             logger.info(f"{counted(found, 'caption')} of a command that was killed moved into {manifest}.")
         text, rows = read_manifest(manifest, data_root, allow_outside_root=allow_outside_root)
         self._rows: Mapping[str, Row] = dict(zip(text.keys, rows, strict=True))

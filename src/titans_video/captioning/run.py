@@ -27,6 +27,7 @@ from titans_video.files import append_lines
 from titans_video.generation.model import choose_defaults, choose_device
 from titans_video.media.opening import DECODING_ERRORS, UnreadableMedia
 from titans_video.parsing import read_json_lines
+from titans_video.storage.locks import try_locked
 from titans_video.types import PRECISIONS, CodecSpec
 
 PIXELS = CodecSpec("pixels", 3, (1, 1, 1))
@@ -54,6 +55,7 @@ class Journal:
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f"{target.name}.captions")
+        self.lock = self.path.with_name(f"{self.path.name}.lock")  # of the command that fills it
         self.found: dict[str, Finished] = {}
         for line in read_json_lines(self.path) if self.path.exists() else ():
             if set(line) == set(Finished.__annotations__) and all(isinstance(value, str) for value in line.values()):
@@ -80,12 +82,22 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def finish_interrupted(manifest: Path) -> int:
-    """Move the captions that a killed command left beside a manifest into it; return how many there were."""
+def finish_interrupted(manifest: Path) -> int | None:
+    """Move the captions that a killed command left beside a manifest into it; return how many there were.
+
+    None: a command that writes captions is running. It moves its captions itself, into the manifest as it is then.
+    """
     journal = Journal(Path(os.path.realpath(manifest)))
     if not journal.path.exists():
         return 0
-    journal.finish(manifest)
+    with try_locked(journal.lock) as is_mine:
+        return _finish(manifest) if is_mine else None
+
+
+def _finish(manifest: Path) -> int:
+    journal = Journal(Path(os.path.realpath(manifest)))  # read under the lock
+    if journal.path.exists():
+        journal.finish(manifest)
     return len(journal.found)
 
 
@@ -116,7 +128,14 @@ def write_captions(options: CaptionOptions) -> Result:
         DataError: the manifest is wrong, or no clip of a row without a caption can be read.
     """
     target = _check(options)
-    if options.out is None and (before := finish_interrupted(target)):
+    with try_locked(Journal(target).lock) as is_mine:
+        if not is_mine:
+            raise ConfigError(f"{target}: another command writes captions for it. Wait for it, or end it with Ctrl-C.")
+        return _write_captions(options, target)
+
+
+def _write_captions(options: CaptionOptions, target: Path) -> Result:
+    if options.out is None and (before := _finish(target)):
         logger.info(f"{counted(before, 'caption')} of a command that was killed moved into {options.manifest}.")
     manifest, _ = read_manifest(str(options.manifest), options.data_root, allow_outside_root=options.allow_outside_root)
     journal = Journal(target)
