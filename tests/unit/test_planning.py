@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from titans_video.planning.make import Request, make_plan, resolved
 from titans_video.planning.memory import Layout, Memory
 from titans_video.planning.networks import sora_subject
 from titans_video.planning.plan import Hardware
-from titans_video.planning.simulation import Precision, step_peak
+from titans_video.planning.simulation import Precision, shapes_only, step_peak
 from titans_video.planning.subject import Clip, Subject
+from titans_video.training.optim import build_optimizer
 from titans_video.types import BYTE_VOCABULARY
 
 FOLDED = ["--vae-backend", "identity", "--vae-init-json", '{"space_to_depth": 4}']
@@ -56,11 +58,17 @@ def clip_of(subject: Subject, rows: int = 2) -> Clip:
 
 def recorded_peak(network: nn.Module, subject: Subject, clip: Clip) -> int:
     """Return the most bytes that torch's allocator gave out at once in a real step."""
-    run, activities = subject.step(clip), [torch.profiler.ProfilerActivity.CPU]
+    run = subject.step(clip)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", torch.zeros)  # inputs without values would be no legal bytes of a text
-        with torch.profiler.profile(activities=activities, profile_memory=True) as found:
-            run(network.train()).backward()
+        return allocated(lambda: run(network.train()).backward())
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Return the most bytes that torch's allocator gave out at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = run()
+    del kept
     results: Any = found.profiler
     events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
@@ -74,6 +82,33 @@ def test_the_peak_of_a_step_is_that_of_torchs_allocator(sora: Subject, mode: str
     limit_activations(network, activations)
     planned = step_peak(sora.network, sora.stacks, sora.step(clip), activations, Precision())
     assert planned.total == pytest.approx(recorded_peak(network, sora, clip), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "stride"),
+    [
+        ((4, 16, 6, 32, 32), (16, 16, 3, 3, 3), 1),
+        ((4, 3, 6, 32, 32), (16, 3, 1, 3, 3), 1),
+        ((4, 16, 6, 32, 32), (3, 16, 1, 3, 3), 1),
+        ((4, 20, 6, 32, 32), (40, 20, 3, 3, 3), 2),
+        ((4, 20, 64, 64), (24, 20, 3, 3), 1),
+        ((1, 8, 5, 32, 32), (8, 8, 3, 3, 3), 1),
+    ],
+)
+def test_the_copies_of_a_convolution_are_counted(shape: Any, weight: Any, stride: int) -> None:
+    """Blocks of channels are padded, pixels are not copied, and a small convolution is a matrix product."""
+
+    def step() -> object:
+        x, w = torch.zeros(shape, requires_grad=True), torch.zeros(weight, requires_grad=True)
+        pad = [size // 2 for size in weight[2:]]
+        y = torch.convolution(x, w, None, [stride] * len(pad), pad, [1] * len(pad), False, [0] * len(pad), 1)
+        y.square().sum().backward()
+        return x, w
+
+    with shapes_only(on_cpu=True) as live:
+        live.begin("step")
+        step()
+    assert live.peak.total == pytest.approx(allocated(step), rel=0.02)
 
 
 def test_a_shortened_stack_has_the_peak_of_the_whole_one() -> None:
@@ -104,6 +139,18 @@ def test_the_state_of_the_optimizer_is_counted(optimizer: str) -> None:
     weights = sum(p.numel() for p in subject.network.parameters())
     expected = 4 * (2 * weights - (sum(matrices.values()) if optimizer == "muon" else 0))
     assert Memory(subject, options).optimizer.state == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_of_the_optimizers_step_is_counted(sora: Subject, optimizer: str) -> None:
+    options = resolved(options_of("sora", [*SMALL, "--optimizer", optimizer]), on_gpu=False)
+    network = build_network(network_config(sora.network))
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    real: Any = build_optimizer(network, options.train)
+    real.found_inf = torch.zeros(())
+    real.step()  # makes the state
+    assert Memory(sora, options).optimizer.step == pytest.approx(allocated(real.step), rel=0.03, abs=4096)
 
 
 def test_fsdp2_divides_the_state_and_ddp_does_not(sora: Subject) -> None:

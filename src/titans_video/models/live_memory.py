@@ -4,8 +4,9 @@
 counts exactly the bytes that autograd, checkpointing and autocast keep, and the temporary results of each operation.
 """
 
+import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -17,8 +18,8 @@ from torch.utils._pytree import tree_iter
 
 from titans_video.models.activations import LEAST_BYTES, MainMemory
 
-COPIED = {torch.ops.aten.convolution.default: 1, torch.ops.aten.convolution_backward.default: 2}
-"""Operations that copy their first arguments into another layout while they compute, as measured on a CPU."""
+CONVOLUTION, CONVOLUTION_BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+FEW_CHANNELS = 3  # of pixels, which oneDNN reads in their own layout
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,15 @@ class Peak:
 class LiveMemory(TorchDispatchMode):
     """A context that counts live tensors. Use it inside a `FakeTensorMode`, or with real tensors.
 
+    Args:
+        on_cpu: count the copies that a CPU makes in convolutions, otherwise those that are assumed for a GPU.
     Attributes:
         peaks: the peak of each part of the step that `begin` named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_cpu: bool = False) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
         self.peaks: dict[str, Peak] = {}
         self._phase = ""
         self._kinds: dict[int, str] = {}  # of each live storage: fixed, live, gradient, moved
@@ -64,8 +68,9 @@ class LiveMemory(TorchDispatchMode):
         for x in tree_iter(out):
             if isinstance(x, Tensor):
                 self._add(x)
-        if func in COPIED:
-            self._record(sum(x.numel() * x.element_size() for x in args[: COPIED[func]]))
+        if func in (CONVOLUTION, CONVOLUTION_BACKWARD):
+            is_forward = func is CONVOLUTION
+            self._record(cpu_copies(is_forward, args, out) if self.on_cpu else sum(map(_size, args[: 2 - is_forward])))
         return out
 
     @property
@@ -134,6 +139,39 @@ class LiveMemory(TorchDispatchMode):
         live, gradients = self._bytes["live"] + copies, self._bytes["gradient"]
         now = Peak(live + gradients, gradients, live, self._bytes["moved"])
         self.peaks[self._phase] = self.peaks[self._phase].joined(now) if self._phase in self.peaks else now
+
+
+def cpu_copies(is_forward: bool, args: Sequence[Any], out: Any) -> int:
+    """Return the most bytes that a convolution on a CPU has at once besides its arguments and results.
+
+    Most are computed by oneDNN in a layout of blocks of channels, to which it copies input, weight and result. A small
+    one of a single clip is a matrix product instead, for which every input value is copied to all places that use it.
+    """
+    if is_forward:
+        (x, weight), y, settings = args[:2], out, args[3:9]
+    else:
+        (y, x, weight), settings = args[:3], args[4:10]
+    is_transposed, one = settings[3], weight[:1, :1].numel()
+    if "Slow" in str(torch._C._select_conv_backend(x, weight, None, *settings)):
+        places = x if is_transposed else y
+        return _size(places) // places.shape[1] * (weight.numel() // weight.shape[0]) if one > 1 else 0
+    inside, result = _blocked_size(x), _blocked_size(y)
+    read = 0 if x.shape[1] <= FEW_CHANNELS else inside
+    if is_forward:
+        return max(read + _size(weight) + result - _size(y), result)
+    wanted = [_size(x) if is_wanted else 0 for x, is_wanted in zip(out, args[10], strict=True)]
+    for_input = inside + result + _size(weight) - wanted[0] - wanted[1] if wanted[0] else 0
+    return max(for_input, read + result if wanted[1] else 0)
+
+
+def _blocked_size(x: Tensor) -> int:
+    """Return the bytes of a tensor (B, C, ...) in the layout of oneDNN, which pads channels to whole blocks."""
+    block = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    return _size(x) // x.shape[1] * math.ceil(x.shape[1] / block) * block
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 class CountedMainMemory(MainMemory):

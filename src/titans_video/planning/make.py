@@ -214,7 +214,8 @@ def _modes(memory: Memory, clip: Clip, layouts: dict[str, Layout]) -> Iterator[M
         flags = f"--activation-checkpointing {mode.checkpointing}" + " --activation-offload" * mode.activation_offload
         first = next(iter(found.values()))
         totals = {name: device.total for name, device in found.items()}
-        yield Mode(flags, first.activations, memory.moved(clip, mode), totals)
+        moved = memory.moved(clip, next(iter(layouts.values())), mode)
+        yield Mode(flags, first.activations, moved, totals)
 
 
 def _change(planner: _Planner, case: Case, memory: Memory, progress: bool) -> Change | None:

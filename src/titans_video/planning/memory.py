@@ -132,9 +132,14 @@ class Memory:
         other.averages = self.trained_values * 4 if options.train.ema_decay else 0
         return other
 
-    def moved(self, clip: Clip, activations: ActivationOptions) -> int:
+    def moved(self, clip: Clip, layout: Layout, activations: ActivationOptions) -> int:
         """Return the bytes of activations in main memory."""
-        return self.peak(clip, activations, Precision(AUTOCAST.get(self.options.train.mixed_precision))).moved
+        return self.peak(clip, activations, self.precision(layout)).moved
+
+    def precision(self, layout: Layout) -> Precision:
+        """Return how the network computes."""
+        autocast = AUTOCAST.get(self.options.train.mixed_precision)
+        return Precision(autocast, autocast if layout.sharded else None, on_cpu=not layout.gpus)
 
     def peak(self, clip: Clip, activations: ActivationOptions, precision: Precision) -> Peak:
         """Return the peak of a forward and backward pass besides weights and state."""
@@ -148,11 +153,11 @@ class Memory:
         """Return the memory of one process on its device for steps with these clips."""
         activations = activations or self.options.activations
         n = layout.processes if layout.sharded else 1
-        autocast = AUTOCAST.get(self.options.train.mixed_precision)
-        peak = self.peak(clip, activations, Precision(autocast, autocast if layout.sharded else None))
+        precision = self.precision(layout)
+        peak = self.peak(clip, activations, precision)
         weights, gradients = self._weights(layout), self.trained // n
         if layout.sharded:
-            weights += self._gathered(autocast)
+            weights += self._gathered(precision.autocast)
             live, held = peak.others + self._unreduced(), gradients
         elif layout.gpus > 1 or self.options.train.grad_accum > 1:
             # In the buckets of DDP, or of the micro-batches before: also while nothing is computed.
@@ -161,7 +166,7 @@ class Memory:
             live, held = peak.total, 0
         own = self._own_encoders(layout)
         vae = sum(e.size for e in own if e.name == "VAE")
-        encoding = self._encoding(clip) if vae else 0
+        encoding = self._encoding(clip, on_cpu=precision.on_cpu) if vae else 0
         shown = held or peak.gradients
         most = max(live + held, encoding + held, gradients + self.optimizer.step // n)
         return DeviceMemory(
@@ -185,7 +190,7 @@ class Memory:
         """Return the main memory of a machine; `clips`: bytes of decoded clips that a process keeps at most."""
         n, o, on_gpu = layout.processes, self.options, bool(layout.gpus)
         state = 0 if self.subject.is_adapter or not o.train.async_save else self._state()
-        moved = self.moved(clip, o.activations) if o.activations.activation_offload else 0
+        moved = self.moved(clip, layout, o.activations) if o.activations.activation_offload else 0
         used = [e for e in self.subject.encoders if self._is_used(e.name)]
         return MainMemory(
             libraries=n * (LIBRARIES + workers * WORKER),
@@ -268,15 +273,15 @@ class Memory:
         """Return the bytes of a block's gradients before FSDP2 has reduced them, in float32 and lower precision."""
         return 6 * max((_trained_values(block) for block in blocks_of(self.subject.network)), default=0)
 
-    def _encoding(self, clip: Clip) -> int:
+    def _encoding(self, clip: Clip, *, on_cpu: bool) -> int:
         """Return the peak of encoding one clip with the VAE."""
         one = replace(clip, rows=1, lengths=())
         if one not in self._vae:
-            self._vae[one] = encoding_peak(self.subject.codec, one)
+            self._vae[one] = encoding_peak(self.subject.codec, one, on_cpu=on_cpu)
         return self._vae[one]
 
 
-def encoding_peak(codec: Codec | None, clip: Clip) -> int:
+def encoding_peak(codec: Codec | None, clip: Clip, *, on_cpu: bool) -> int:
     """Return the most bytes that encoding a clip takes besides the VAE; 0 for a codec that is not one of diffusers."""
     if not isinstance(codec, DiffusersCodec) or codec.folder is None:
         return 0
@@ -287,7 +292,8 @@ def encoding_peak(codec: Codec | None, clip: Clip) -> int:
     vars(own).update(vars(codec))
     vae = nn.Module.to(vae, codec._dtype).eval()  # that of diffusers warns
     own._vae = vae
-    return inference_peak(lambda: own.encode_moments(torch.empty(1, 3, clip.frames, clip.height, clip.width)), vae)
+    pixels = 1, 3, clip.frames, clip.height, clip.width
+    return inference_peak(lambda: own.encode_moments(torch.empty(*pixels)), vae, on_cpu=on_cpu)
 
 
 def frozen_size(module: nn.Module) -> int:

@@ -19,7 +19,7 @@ from titans_video.config.options import ActivationOptions, TrainOptions
 from titans_video.models import byte_encoder
 from titans_video.models.activations import limit_activations
 from titans_video.models.live_memory import CountedMainMemory, LiveMemory, Peak, make_fake
-from titans_video.training.optim import build_optimizer
+from titans_video.training.optim import build_optimizer, skips_on_device
 
 LEAST_DEPTH = 3  # of a shortened stack: the first block, the last one, and one between them
 SMALL_STATE, BLOCK_8BIT = 4096, 256  # values of a weight and of a scale in torchao's 8-bit AdamW
@@ -30,16 +30,20 @@ Run = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Precision:
-    """How a network computes: `autocast`, or None; `weights` replaces float32 where weights are gathered in it."""
+    """How a network computes: `autocast`, or None; `weights` replaces float32 where weights are gathered in it.
+
+    On a CPU convolutions need other copies than on a GPU.
+    """
 
     autocast: torch.dtype | None = None
     weights: torch.dtype | None = None
+    on_cpu: bool = False
 
 
 @contextmanager
-def shapes_only() -> Iterator[LiveMemory]:
+def shapes_only(*, on_cpu: bool = False) -> Iterator[LiveMemory]:
     """Count tensors that are not computed; the code inside may be any that runs without reading values."""
-    live = LiveMemory()
+    live = LiveMemory(on_cpu=on_cpu)
     byte_encoder._powers.cache_clear()  # a table that it remembers would not be counted
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), live:
@@ -96,7 +100,7 @@ def _phases(
     network: nn.Module, stacks: Sequence[str], run: Run, activations: ActivationOptions, precision: Precision
 ) -> dict[str, Peak]:
     """Return the peak of each part of a step."""
-    with shapes_only() as live:
+    with shapes_only(on_cpu=precision.on_cpu) as live:
         make_fake(network, precision.weights)
         live.fix(network)
         limit_activations(network, activations, CountedMainMemory(live))
@@ -134,9 +138,9 @@ def _watch(blocks: Sequence[nn.Module], name: str, live: LiveMemory) -> None:
         block.register_forward_hook(hook)
 
 
-def inference_peak(run: Callable[[], object], network: nn.Module) -> int:
+def inference_peak(run: Callable[[], object], network: nn.Module, *, on_cpu: bool) -> int:
     """Return the peak of code without gradients besides the weights of a network, which is made of shapes first."""
-    with shapes_only() as live, torch.no_grad():
+    with shapes_only(on_cpu=on_cpu) as live, torch.no_grad():
         make_fake(network)
         live.fix(network)
         live.begin("run")
@@ -166,6 +170,10 @@ def optimizer_memory(network: nn.Module, options: TrainOptions) -> OptimizerMemo
             if p.requires_grad:
                 p.grad = torch.empty_like(p)
                 live.take_gradient(p)
+        if skips_on_device(optimizer):
+            optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]  # as the trainer does before each step
+        live.begin("first step")  # which makes the state of one weight after the other
+        optimizer.step()
         live.begin("step")
         optimizer.step()
         live.begin("state")
