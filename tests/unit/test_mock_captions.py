@@ -1,5 +1,7 @@
 """Reworded, neutral and contradicting captions: what they say, and that equal seeds give equal words."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -58,3 +60,10 @@ def test_equal_seeds_give_equal_captions_and_plain_ones_stay_plain() -> None:
     for kind in captions.IMAGE_KINDS:
         assert captions.row_caption(wanted, kind, True, rng(1)) == captions.row_caption(wanted, kind, True, rng(1))
     assert captions.row_caption(wanted, "own", False, rng(1)) == wanted.caption
+
+
+def test_paraphrases_have_the_right_article() -> None:
+    words = [sentence.split() for wanted in SEEN for sentence in captions.paraphrases(wanted)]
+    pairs = [(a, b) for sentence in words for a, b in pairwise(sentence) if a in ("a", "an")]
+    assert ("an", "emerald") in pairs
+    assert all((article == "an") == (word[0] in "aeiou") for article, word in pairs)

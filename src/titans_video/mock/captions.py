@@ -105,7 +105,8 @@ def paraphrases(wanted: Combination) -> list[str]:
     """
     colours, shapes, ways = _OTHER_COLOURS[wanted.colour], _OTHER_SHAPES[wanted.shape], _OTHER_WAYS[wanted.direction]
     parts = zip(_PARAPHRASES, colours, shapes, ways, strict=True)
-    return [text.format(colour=colour, shape=shape, way=way) for text, colour, shape, way in parts]
+    found = (text.format(colour=colour, shape=shape, way=way) for text, colour, shape, way in parts)
+    return [re.sub(r"\ba (?=[aeiou])", "an ", text) for text in found]
 
 
 def rephrase(wanted: Combination, rng: np.random.Generator) -> str:
