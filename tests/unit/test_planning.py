@@ -21,7 +21,7 @@ from titans_video.errors import ConfigError
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import build_network, network_config
 from titans_video.planning import clips
-from titans_video.planning.changes import NONE, Case, Step, find_change
+from titans_video.planning.changes import NONE, SPARE, Case, Step, find_change, slowdown
 from titans_video.planning.make import Request, make_plan, resolved
 from titans_video.planning.memory import Layout, Memory
 from titans_video.planning.networks import sora_subject
@@ -288,6 +288,31 @@ def test_a_plan_that_does_not_fit_names_flags_with_which_it_does() -> None:
     assert small.change is not None
     assert small.change.memory <= 0.95 * (small.hardware.memory or 0)
     assert all(flag.startswith(("--", "accelerate")) for flag in small.change.flags)
+
+
+def test_options_that_cost_time_lower_the_share_of_the_peak() -> None:
+    """A step with the flags of a change takes as many times as long as the change says."""
+    plain = make_plan("train", options_of("sora", SMALL), Request(gpus=1, gpu="H100"))
+    full = options_of("sora", [*SMALL, "--gradient-checkpointing"])
+    assert plain.speed.seconds is not None
+    for mfu, times in ((None, 1.32), (0.4, 1.0)):
+        made = make_plan("train", full, Request(gpus=1, gpu="H100", mfu=mfu))
+        assert made.speed.seconds == pytest.approx(times * plain.speed.seconds)
+    every = [slowdown(Case(options_of("sora", [*SMALL, "--activation-checkpointing", n]), Layout(1))) for n in "1248"]
+    assert every == sorted(every, reverse=True)
+
+
+def test_an_expert_that_waits_is_the_fastest_change_of_two(tmp_path: Path) -> None:
+    folder = make_wan(tmp_path / "wan", "t2v-a14b", ffn_dim=4096)
+    flags = [*SIZE[:4], "--num-frames", "9", "--rank", "1", "--cache", "c", "--pretrained-model", str(folder)]
+    words = ["--idle-expert", "cpu", "--expert-steps", "50"]
+    waits = make_plan("train lora", options_of("lora", [*flags, *words]), Request(gpus=1, memory=2**40))
+    enough = Request(gpus=1, memory=round(waits.device.total / SPARE) + 1)
+    made = make_plan("train lora", options_of("lora", flags), enough)
+    assert not made.fits
+    assert made.change is not None
+    assert made.change.flags == (" ".join(words),)
+    assert made.change.memory == waits.device.total
 
 
 def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

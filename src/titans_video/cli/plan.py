@@ -34,8 +34,9 @@ class PlanFlags:
     """Memory of a GPU, such as 24GB, as its maker counts it (default: this machine's, else 80GB)."""
     fsdp: bool = False
     """FSDP2 shards the weights over the GPUs. The plan shows its memory in any case."""
-    mfu: Annotated[float, Range(above=0, most=1)] = 0.4
-    """Share of the GPUs' peak that training uses, for the time of a step."""
+    mfu: Annotated[float | None, Range(above=0, most=1)] = None
+    """Share of the GPUs' peak that training uses, for the time of a step (default: 0.4, less with recomputation, with
+    FSDP2, and with quantized or offloaded weights)."""
     measure: Annotated[int, Range(least=0)] = 0
     """Take this many real steps on this machine instead, and show their time. It needs clips and weights. A temporary
     folder beside --output-dir has their checkpoint."""

@@ -15,6 +15,7 @@ from titans_video.planning.plan import Change, Hardware
 from titans_video.planning.subject import Subject
 
 FSDP2 = "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+EXPERT_STEPS = 50  # so that the weights of an expert move rarely
 LARGE = 50_000_000
 """Trained parameters from which the memory of the optimizer's state matters."""
 
@@ -39,6 +40,22 @@ class Step:
 NONE = Step("", 1.0, lambda case: case)
 RECOMPUTED = (("2", 1.16), ("selective", 1.20), ("full", 1.32))
 """Values of --activation-checkpointing and their costs."""
+QUANTIZED = {"none": 1.0, "int8": 1.1, "fp8": 1.1, "int4": 1.2, "nf4": 1.2}
+OFFLOADED, MOVED, SHARDED, EIGHT_BITS = 1.25, 1.12, 1.1, 1.03
+"""Costs of --offload, --activation-offload, FSDP2, and the 8-bit optimizer."""
+
+
+def slowdown(case: Case) -> float:
+    """Return how many times as long a step takes as without the options of a case that save memory, estimated."""
+    o, base = case.options, getattr(case.options, "base", None)
+    every = o.activations.every
+    cost = dict(RECOMPUTED).get(o.activations.checkpointing, 1 + (RECOMPUTED[-1][1] - 1) / every if every else 1.0)
+    cost *= MOVED if o.activations.activation_offload else 1.0
+    cost *= SHARDED if case.layout.sharded else 1.0
+    cost *= EIGHT_BITS if o.train.optimizer == "adamw8bit" else 1.0
+    if isinstance(base, BaseOptions):
+        cost *= QUANTIZED[base.quantize] * (1.0 if base.offload == "none" else OFFLOADED)
+    return float(cost)
 
 
 def _set(group: str, **values: Any) -> Callable[[Case], Case]:
@@ -58,7 +75,7 @@ def choices(case: Case, trained: int, subject: Subject) -> list[list[Step]]:
     if gpus and o.train.mixed_precision == "no":
         groups.append([Step("--mixed-precision bf16", 0.6, _set("train", mixed_precision="bf16"))])
     if gpus > 1 and not case.layout.sharded:
-        groups.append([Step(FSDP2, 1.1, lambda c: replace(c, layout=replace(c.layout, sharded=True)))])
+        groups.append([Step(FSDP2, SHARDED, lambda c: replace(c, layout=replace(c.layout, sharded=True)))])
     if o.data.batch_size > 1 and o.data.tokens_per_batch is None:
         accum = o.data.batch_size * o.train.grad_accum
         smaller = _both(_set("data", batch_size=1), _set("train", grad_accum=accum))
@@ -74,23 +91,24 @@ def choices(case: Case, trained: int, subject: Subject) -> list[list[Step]]:
             ]
         )
     if gpus and subject.has_blocks and not o.activations.activation_offload:
-        groups.append([Step("--activation-offload", 1.12, _set("activations", activation_offload=True))])
+        groups.append([Step("--activation-offload", MOVED, _set("activations", activation_offload=True))])
     if o.train.optimizer == "adamw" and trained >= LARGE:
-        groups.append([Step("--optimizer adamw8bit", 1.03, _set("train", optimizer="adamw8bit"))])
+        groups.append([Step("--optimizer adamw8bit", EIGHT_BITS, _set("train", optimizer="adamw8bit"))])
     base = getattr(o, "base", None)
     if isinstance(base, BaseOptions) and gpus:
         groups += _of_frozen_base(base)
+        if subject.experts and o.experts.idle_expert == "device" and base.offload == "none":
+            waits = _set("experts", idle_expert="cpu", expert_steps=EXPERT_STEPS)
+            groups.append([Step(f"--idle-expert cpu --expert-steps {EXPERT_STEPS}", 1.02, waits)])
     return [[NONE, *group] for group in groups]
 
 
 def _of_frozen_base(base: BaseOptions) -> Iterator[list[Step]]:
     if base.quantize == "none" and base.layerwise_casting == "none":
-        yield [
-            Step("--quantize int8", 1.1, _set("base", quantize="int8")),
-            Step("--quantize nf4", 1.2, _set("base", quantize="nf4")),
-        ]
+        kinds = ("int8", "nf4")
+        yield [Step(f"--quantize {kind}", QUANTIZED[kind], _set("base", quantize=kind)) for kind in kinds]
     if base.offload == "none":
-        yield [Step("--offload blocks", 1.25, _set("base", offload="blocks"))]
+        yield [Step("--offload blocks", OFFLOADED, _set("base", offload="blocks"))]
 
 
 def _both(first: Callable[[Case], Case], second: Callable[[Case], Case]) -> Callable[[Case], Case]:
@@ -100,7 +118,11 @@ def _both(first: Callable[[Case], Case], second: Callable[[Case], Case]) -> Call
 def is_allowed(case: Case) -> bool:
     """Whether training accepts the options together."""
     base = getattr(case.options, "base", None)
-    if not isinstance(base, BaseOptions) or base.offload == "none":
+    if not isinstance(base, BaseOptions):
+        return True
+    if case.options.experts.idle_expert == "cpu" and (base.offload != "none" or case.layout.sharded):
+        return False
+    if base.offload == "none":
         return True
     return not case.layout.sharded and case.options.activations.checkpointing in ("full", "selective")
 

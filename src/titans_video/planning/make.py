@@ -14,7 +14,7 @@ from titans_video.config.options import ActivationOptions
 from titans_video.console import ItemT, Progress
 from titans_video.device import fast_defaults, read_facts
 from titans_video.models.quantized import QuantizedLinear
-from titans_video.planning.changes import Case, choices, find_change, fits
+from titans_video.planning.changes import Case, choices, find_change, fits, slowdown
 from titans_video.planning.clips import PlannedClips, plan_clips
 from titans_video.planning.measuring import Measured, measure_steps
 from titans_video.planning.memory import Layout, Memory
@@ -28,6 +28,7 @@ from titans_video.training.sharded_state import available_memory
 from titans_video.types import PRECISIONS
 
 DEFAULT_GPU, DEFAULT_MEMORY = "NVIDIA H100", 80 * 2**30
+USUAL_MFU = 0.4
 MOST_EXACT = 4
 """Sizes of clips, the largest ones, whose step is run; the memory of the others is proportional to their tokens."""
 MODES = (
@@ -63,7 +64,7 @@ class Request:
         gpus: None: those of this machine; 0: its CPU.
         gpu, memory: name and bytes of a GPU; None: this machine's, or an H100 with 80 GB.
         is_sharded: FSDP2 shards the weights.
-        mfu: share of the GPUs' peak that the run uses.
+        mfu: share of the GPUs' peak that the run uses; None: `USUAL_MFU`, less for options that cost time.
         measure: real steps to take on this machine instead; 0: none.
     """
 
@@ -71,7 +72,7 @@ class Request:
     gpu: str | None = None
     memory: int | None = None
     is_sharded: bool = False
-    mfu: float = 0.4
+    mfu: float | None = None
     measure: int = 0
 
 
@@ -116,7 +117,7 @@ def make_plan(command: str, options: Any, request: Request | None = None, *, pro
         fits=is_fitting,
         modes=modes,
         change=change,
-        speed=_speed(options, clips, buckets, hardware, request.mfu, measured),
+        speed=_speed(case, clips, buckets, hardware, request.mfu, measured),
         disk=_disk(options, memory, subject, clips),
         passes=_passes(options, clips, layout.processes),
         notes=(*clips.notes, *_notes(subject, options, gpus, len(buckets))),
@@ -259,15 +260,15 @@ def _shares(clips: PlannedClips) -> list[float]:
 
 
 def _speed(
-    options: Any,
+    case: Case,
     clips: PlannedClips,
     buckets: tuple[BucketPlan, ...],
     hardware: Hardware,
-    mfu: float,
+    mfu: float | None,
     measured: Measured | None,
 ) -> Speed:
     """Return the work of the mean step, and its time."""
-    accum, processes = options.train.grad_accum, max(hardware.gpus, 1)
+    accum, processes = case.options.train.grad_accum, max(hardware.gpus, 1)
     shares = _shares(clips)
     work = [share * b.clips * accum * processes for share, b in zip(shares, buckets, strict=True)]
     tokens = sum(n * b.tokens for n, b in zip(work, buckets, strict=True))
@@ -277,10 +278,11 @@ def _speed(
     if measured is not None:
         seconds, source = measured.seconds, f"measured in {measured.steps} steps on this machine"
     elif flops is not None and hardware.peak is not None:
+        mfu = mfu or USUAL_MFU / slowdown(case)
         seconds = flops / (processes * hardware.peak * mfu)
         source = f"{mfu:.0%} of the peak of {hardware.name}, {hardware.peak / 1e12:g} TFLOP/s"
     memory = None if measured is None else measured.memory
-    return Speed(round(sum(work)), round(tokens), flops, seconds, source, options.train.max_steps, memory)
+    return Speed(round(sum(work)), round(tokens), flops, seconds, source, case.options.train.max_steps, memory)
 
 
 def _passes(options: Any, clips: PlannedClips, processes: int) -> float | None:
