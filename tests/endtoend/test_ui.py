@@ -20,6 +20,7 @@ import pytest
 
 from tests import processes
 from tests.conftest import REPOSITORY
+from titans_video.access import Access
 from titans_video.cli.ui import address_of, bind
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
@@ -91,13 +92,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         patch.setattr(jobs, "spawn", fork)
         bound = bind("127.0.0.1", 0)
         port = bound.getsockname()[1]
-        app = make_app([Path("outputs")], "a-token", port)
+        app = make_app([Path("outputs")], Access("a-token"), port)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         with playwright.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=CHROMIUM)
-            yield Site(f"http://127.0.0.1:{port}/", address_of("127.0.0.1", port, "a-token"), folder, browser)
+            yield Site(f"http://127.0.0.1:{port}/", address_of("127.0.0.1", port, token="a-token"), folder, browser)
             browser.close()
         server.should_exit = True
         thread.join()

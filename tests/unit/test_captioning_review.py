@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.unit.media_clips import encode, moving_bars
-from titans_video.captioning.review import STRIP_FRAMES, STRIP_HEIGHT, CaptionReview, ReviewServer
+from titans_video.captioning.review import STRIP_FRAMES, STRIP_HEIGHT, CaptionReview, ReviewServer, serve_review
 from titans_video.captioning.run import Finished, Journal, finish_interrupted, write_captions
 from titans_video.cli.main import main
 from titans_video.config.generation import CaptionOptions
@@ -156,6 +156,27 @@ def test_other_sites_and_other_machines_get_nothing(server: ReviewServer, manife
     assert ask(server, "caption", edit, Origin=f"http://127.0.0.1:{port}")[0] == 200
     with pytest.raises(ConfigError, match=f"--port {port}"):
         ReviewServer(server.review, port)
+
+
+def test_the_browser_is_opened_with_a_code_that_works_once(
+    server: ReviewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("titans_video.captioning.review.webbrowser.open", opened.append)
+    monkeypatch.setattr(ReviewServer, "serve_forever", lambda self, poll_interval: None)
+    with ReviewServer(server.review) as other:
+        serve_review(other, open_browser=True)
+        assert other.token not in opened[0]
+    server.access = other.access
+    code = opened[0].split("/")[3]
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request("GET", f"/{code}/")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Location"]) == (303, f"/{server.token}/")
+    connection.close()
+    assert ask(server, "", token=code)[0] == 404
+    assert ask(server, "rows")[0] == 200
 
 
 def test_captions_of_a_killed_command_are_moved_first(manifest: Path) -> None:

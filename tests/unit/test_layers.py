@@ -17,7 +17,7 @@ LAUNCHER_LINES = 15
 
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["types", "errors", "files", "finite", "formats", "parsing", "schema", "seeding"], 0),
-    **dict.fromkeys(["checkpoint", "config", "console", "device", "hub", "media", "processes", "storage"], 0),
+    **dict.fromkeys(["access", "checkpoint", "config", "console", "device", "hub", "media", "processes", "storage"], 0),
     "tensor_files": 0,
     **dict.fromkeys(["data", "codecs", "text", "models", "mock"], 1),
     "diffusion": 2,

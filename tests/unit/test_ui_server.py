@@ -17,6 +17,7 @@ import torch
 
 from tests.unit.generation_parts import tiny_model
 from titans_video import console
+from titans_video.access import Access, is_loopback
 from titans_video.cli.ui import address_of, bind, main
 from titans_video.config.generation import GenerateOptions
 from titans_video.console import Progress
@@ -28,8 +29,7 @@ from titans_video.reporting.report import write_report
 from titans_video.training import tracking
 from titans_video.training.run_folder import LOCK
 from titans_video.ui import jobs, runs, training, videos
-from titans_video.ui.access import HEADER, is_loopback
-from titans_video.ui.server import make_app
+from titans_video.ui.server import HEADER, make_app
 
 LINES = 3000
 TOKEN, PORT = "a-token", 8765
@@ -121,7 +121,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def app(place: Path) -> Any:
-    return make_app([Path("outputs")], TOKEN, PORT)
+    return make_app([Path("outputs")], Access(TOKEN), PORT)
 
 
 def test_the_page_and_its_parts_are_served_with_a_policy(app: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_change_must_come_from_the_page(app: Any) -> None:
 @pytest.mark.parametrize(("name", "local"), [("127.0.0.1:9000", True), ("workstation:9000", False)])
 def test_a_browser_needs_the_token_once(place: Path, name: str, local: bool) -> None:
     """Other users of this machine can connect to 127.0.0.1, but they do not know the token."""
-    app, host = make_app([Path("outputs")], "a-token", 9000, local=local), {"host": name}
+    app, host = make_app([Path("outputs")], Access("a-token", local=local), 9000), {"host": name}
     for path in ("/", "/?token=wrong", "/?token=", "/api/runs", "/ui/app.js"):
         assert call(app, path, cookie="", **host)[0] == 403
     assert post(app, "/api/generate/explain", {"values": {}}, cookie="", **host)[0] == 403
@@ -292,7 +292,7 @@ def test_a_resume_runs_where_the_run_was_started(place: Path, monkeypatch: pytes
             return 0
 
     monkeypatch.setattr("subprocess.Popen", Process)
-    assert post(make_app([place / "outputs"], TOKEN, PORT), "/api/run/resume", {"run": str(run)})[0] == 200
+    assert post(make_app([place / "outputs"], Access(TOKEN), PORT), "/api/run/resume", {"run": str(run)})[0] == 200
     assert started == [place]
     assert _job(run).cwd == str(place)
     moved = run.rename(place / "outputs/b")
@@ -301,7 +301,7 @@ def test_a_resume_runs_where_the_run_was_started(place: Path, monkeypatch: pytes
 
 
 def test_folders_of_outputs_that_appear_later_are_listed(place: Path) -> None:
-    app = make_app([], TOKEN, PORT)
+    app = make_app([], Access(TOKEN), PORT)
     (place / "outputs_b").mkdir()
     (place / "outputs_b" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     paths = {run["path"] for run in json.loads(call(app, "/api/runs")[2])["runs"]}
@@ -314,9 +314,9 @@ def test_the_address_is_for_a_browser() -> None:
     with pytest.raises(ConfigError, match=f"--port {port}: .* Pass another --port"):
         bind("127.0.0.1", port)
     bound.close()
-    assert address_of("127.0.0.1", 80, "a&b") == "http://127.0.0.1:80/?token=a%26b"
-    assert address_of("::1", 80, "t") == "http://[::1]:80/?token=t"
-    assert address_of("0.0.0.0", 80, "t") == f"http://{socket.gethostname()}:80/?token=t"
+    assert address_of("127.0.0.1", 80, token="a&b") == "http://127.0.0.1:80/?token=a%26b"
+    assert address_of("::1", 80, token="t") == "http://[::1]:80/?token=t"
+    assert address_of("0.0.0.0", 80, token="t") == f"http://{socket.gethostname()}:80/?token=t"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -463,10 +463,41 @@ def test_the_history_has_no_logs_and_a_video_has_its_own(tmp_path: Path, monkeyp
         record = {"words": ["generate"], "pid": 2**22 + 1, "started": "t", "about": {"values": {"prompt": name}}}
         (place / jobs.RECORD).write_text(json.dumps(record))
         (place / jobs.LOG).write_text(f"Error: {name} went wrong.\n" + "x" * 50_000)
-    app = make_app([], TOKEN, PORT)
+    app = make_app([], Access(TOKEN), PORT)
     listed = call(app, "/api/generate/list")[2]
     assert [video["prompt"] for video in json.loads(listed)["videos"]] == ["b", "a"]
     assert len(listed) < 1000
     shown = json.loads(call(app, "/api/generate/video?name=a")[2])
     assert shown["log"] == "x" * jobs.LOG_BYTES
     assert shown["values"] == {"prompt": "a"}
+
+
+def test_a_browser_is_opened_with_a_code_that_works_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every user of a machine can read the command line of the browser."""
+    opened: list[str] = []
+    served: list[Access] = []
+    monkeypatch.setattr("titans_video.cli.ui.webbrowser.open", opened.append)
+    monkeypatch.setattr("titans_video.cli.ui.threading.Timer", lambda seconds, do: threading.Thread(target=do))
+    monkeypatch.setattr(
+        "titans_video.ui.server.serve", lambda roots, bound, access: (bound.close(), served.append(access))
+    )
+    assert main(["--open", "--port", "0"]) == 0
+    for _ in range(1000):
+        if opened:
+            break
+        time.sleep(0.01)
+    (access,) = served
+    path = "/?" + opened[0].partition("?")[2]
+    assert access.token not in opened[0]
+    app = make_app([], access, PORT)
+    status, headers, _ = call(app, path, cookie="")
+    assert (status, headers["location"]) == (303, "/")
+    assert call(app, "/api/about", cookie=headers["set-cookie"].partition(";")[0])[0] == 200
+    assert not caplog.messages
+    assert call(app, path, cookie="")[0] == 403
+    assert "used twice" in caplog.text
+    monkeypatch.setattr("titans_video.access.CODE_SECONDS", -1.0)
+    assert call(app, f"/?code={access.new_code()}", cookie="")[0] == 403
+    assert call(app, "/?code=", cookie="")[0] == 403

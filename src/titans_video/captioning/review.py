@@ -4,12 +4,10 @@
 token, so no other site can read or post anything, and requests must name this machine as their host.
 """
 
-import hmac
 import io
 import json
 import logging
 import os
-import secrets
 import sys
 import threading
 import webbrowser
@@ -24,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
+from titans_video.access import Access
 from titans_video.captioning.captioner import sample_frames
 from titans_video.captioning.run import finish_interrupted
 from titans_video.data.manifest import Row
@@ -172,16 +171,23 @@ class ReviewServer(ThreadingHTTPServer):
 
     def __init__(self, review: CaptionReview, port: int = 0) -> None:
         """Listen on this machine only. ConfigError if the port is taken."""
-        self.review, self.token = review, secrets.token_urlsafe(24)
+        self.review, self.access = review, Access()
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as e:
             raise ConfigError(f"--port {port} cannot be used: {e.strerror}. Use another one, or 0.") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
+
+    @property
+    def token(self) -> str:
+        return self.access.token
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.server_port}/{self.token}/"
+        return self.address(self.token)
+
+    def address(self, word: str) -> str:
+        """Return the address of the page with the token or a code."""
+        return f"http://{HOST}:{self.server_port}/{word}/"
 
 
 class _Refused(Exception):
@@ -210,9 +216,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             parts = urlsplit(self.path)
             _, token, *rest = parts.path.split("/")
-            if self.headers.get("Host") not in self.server.hosts:
+            if not self.server.access.names_server(self.headers.get("Host")):
                 raise _Refused(403, "This page is only for this machine.")
-            if not hmac.compare_digest(token.encode(), self.server.token.encode()) or len(rest) != 1:
+            if self.server.access.take_code(token):
+                self._send(303, "text/plain", b"", {"Location": f"/{self.server.token}/"})
+                return
+            if not self.server.access.has_token(token) or len(rest) != 1:
                 raise _Refused(404, "There is no such page. Use the address that the command printed.")
             if rest[0] not in actions:
                 raise _Refused(404, "There is no such page.")
@@ -227,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):  # the browser has left
             self.close_connection = True
 
-    def _send(self, status: int, kind: str, body: bytes) -> None:
+    def _send(self, status: int, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         policy = (
             f"default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{self.server.token}'; "
@@ -240,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store" if kind != "image/jpeg" else "private, max-age=3600",
         }
-        for name, value in headers.items():
+        for name, value in {**headers, **(more or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -265,8 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _save(self, query: dict[str, str]) -> tuple[int, str, bytes]:
         if self.headers.get_content_type() != "application/json":
             raise _Refused(415, "Send JSON.")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin.removeprefix("http://") not in self.server.hosts:
+        if self.server.access.is_foreign(self.headers.get("Origin"), self.headers.get("Host")):
             raise _Refused(403, "This page is only for this machine.")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MOST_BYTES:
@@ -287,7 +295,7 @@ def serve_review(server: ReviewServer, *, open_browser: bool) -> None:
     print(f"Captions of {server.review.path}: {server.url}\nEdits are saved at once. Press Ctrl-C to end.", flush=True)
     has_screen = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ))
     if open_browser and has_screen:  # without a screen, Python would start a browser in this terminal
-        webbrowser.open(server.url)
+        webbrowser.open(server.address(server.access.new_code()))
     try:
         server.serve_forever(poll_interval=0.2)
     finally:

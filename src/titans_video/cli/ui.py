@@ -1,6 +1,5 @@
 """`titans-video ui`: the web page."""
 
-import secrets
 import socket
 import sys
 import threading
@@ -30,7 +29,8 @@ class UiFlags:
     port: Annotated[int, Range(least=0, most=65535)] = 8765
     """Port to listen on; 0: any free one."""
     token: str | None = None
-    """Token of the page, without which nobody can open it (default: a new one at each start)."""
+    """Token of the page, without which nobody can open it (default: a new one at each start). Every user of this
+    machine can read the one that you give, in the list of processes."""
     runs: tuple[FolderPath, ...] = ()
     """Folder in which runs are looked for (default: all folders whose names begin with outputs)."""
     open: bool = False
@@ -56,14 +56,16 @@ def main(argv: Sequence[str], prog: str = "titans-video ui") -> int:
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing. Run `pip install -e '.[ui]'` in the repository.")
     bound = bind(flags.host, flags.port)
-    from titans_video.ui import access, server
+    from titans_video.access import Access, is_loopback
+    from titans_video.ui import server
 
-    token = flags.token or secrets.token_urlsafe(16)  # other users of this machine reach 127.0.0.1 too
-    address = address_of(flags.host, bound.getsockname()[1], token)
+    access = Access(flags.token, local=is_loopback(flags.host))
+    port = bound.getsockname()[1]
+    address = address_of(flags.host, port, token=access.token)
     print(f"The page is at {address}\nPress Ctrl-C to end it. Trainings continue.", flush=True)
     if flags.open:
-        threading.Timer(1.0, webbrowser.open, [address]).start()
-    server.serve(list(map(Path, flags.runs)), bound, token, local=access.is_loopback(flags.host))
+        threading.Timer(1.0, lambda: webbrowser.open(address_of(flags.host, port, code=access.new_code()))).start()
+    server.serve(list(map(Path, flags.runs)), bound, access)
     return 0
 
 
@@ -84,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def address_of(host: str, port: int, token: str) -> str:
-    """Return the address to open in a browser."""
+def address_of(host: str, port: int, **given: str) -> str:
+    """Return the address to open in a browser, with a token or a code."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/?{urlencode({'token': token})}"
+    return f"http://{name}:{port}/?{urlencode(given)}"

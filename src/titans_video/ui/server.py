@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from http.cookies import CookieError, SimpleCookie
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, QueryParams
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from titans_video import __version__
+from titans_video.access import Access
 from titans_video.errors import ConfigError, DataError, UserError
 from titans_video.parsing import Malformed, parse_json
 from titans_video.ui import data, jobs, training, videos
-from titans_video.ui.access import Guard
 
 if TYPE_CHECKING:
     from titans_video.ui.runs import RunReader
@@ -33,6 +36,15 @@ FRAMED = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:;
 """Policy of a report, whose texts come from data that somebody else may have written."""
 
 MOST_BODY_BYTES = 2**20
+
+HEADER = "x-titans-video"
+"""Header of every request that changes something. Browsers do not let another site's page set it."""
+
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; style-src 'self' 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+FORBIDDEN = "Open the address that `titans-video ui` printed: it has a token."
 
 
 @dataclass
@@ -272,7 +284,64 @@ CHANGING: dict[str, Call] = {
 """Calls with their arguments as JSON."""
 
 
-def make_app(roots: list[Path], token: str, port: int, *, local: bool = True) -> Any:
+class Guard:
+    """Answer only requests with the token, and keep the page from loading anything from elsewhere.
+
+    Args:
+        access: its token, or a code, is in the address of the first visit; then the token is in a cookie.
+        port: names the cookie; browsers send the cookies of one port to all ports.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, port: int) -> None:
+        self.app, self.access, self.cookie = app, access, f"titans-video-{port}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refused = self._refuse(scope)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = {name for name, _ in message["headers"]}
+                extra = {b"content-security-policy": POLICY.encode(), b"x-content-type-options": b"nosniff"}
+                extra |= {b"referrer-policy": b"no-referrer"}
+                message["headers"] = [*message["headers"], *((k, v) for k, v in extra.items() if k not in names)]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        """Return the answer to a request that must not reach the page."""
+        headers, given = Headers(scope=scope), QueryParams(scope["query_string"])
+        host = headers.get("host", "")
+        if not self.access.names_server(host):
+            return PlainTextResponse("This server only answers on 127.0.0.1 and localhost.", 403)
+        if self.access.has_token(given.get("token")) or self.access.take_code(given.get("code")):
+            answer: Response = RedirectResponse(scope["path"] or "/", 303)
+            answer.set_cookie(self.cookie, self.access.token, httponly=True, samesite="strict", max_age=30 * 86400)
+            return answer
+        if not self.access.has_token(self._cookie(headers)):
+            return PlainTextResponse(FORBIDDEN, 403)
+        foreign = self.access.is_foreign(headers.get("origin"), host)
+        if scope["method"] not in ("GET", "HEAD") and (foreign or headers.get(HEADER) is None):
+            return PlainTextResponse("This request does not come from the page.", 403)
+        return None
+
+    def _cookie(self, headers: Headers) -> str:
+        cookies = SimpleCookie()
+        try:
+            cookies.load(headers.get("cookie", ""))
+        except CookieError:
+            return ""
+        found = cookies.get(self.cookie)
+        return found.value if found else ""
+
+
+def make_app(roots: list[Path], access: Access, port: int) -> Any:
     """Return the ASGI application, see `Guard`."""
     pages = Pages(roots)
     assets = Path(str(files("titans_video"))) / "assets" / "ui"
@@ -283,7 +352,7 @@ def make_app(roots: list[Path], token: str, port: int, *, local: bool = True) ->
     ]
     routes += [Route("/api/about", _about), Route("/api/upload", _upload, methods=["POST"])]
     routes += [Mount("/ui", StaticFiles(directory=assets))]
-    return Guard(Starlette(routes=routes), token, port, local=local)
+    return Guard(Starlette(routes=routes), access, port)
 
 
 def _page(path: Path) -> Response:
@@ -340,12 +409,12 @@ async def _body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def serve(roots: list[Path], bound: socket.socket, token: str, *, local: bool) -> None:
+def serve(roots: list[Path], bound: socket.socket, access: Access) -> None:
     """Answer requests until Ctrl-C."""
     import uvicorn
 
     # Reading runs imports torch, which takes seconds; the page is there at once.
     threading.Thread(target=import_module, args=["titans_video.ui.runs"], daemon=True).start()
-    app = make_app(roots, token, bound.getsockname()[1], local=local)
+    app = make_app(roots, access, bound.getsockname()[1])
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[bound])
