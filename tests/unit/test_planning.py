@@ -21,7 +21,7 @@ from titans_video.errors import ConfigError
 from titans_video.models.activations import limit_activations
 from titans_video.models.registry import build_network, network_config
 from titans_video.planning import clips
-from titans_video.planning.changes import NONE, SPARE, Case, Step, find_change, slowdown
+from titans_video.planning.changes import NONE, SPARE, Case, Step, choices, find_change, slowdown
 from titans_video.planning.make import Request, make_plan, resolved
 from titans_video.planning.memory import Layout, Memory
 from titans_video.planning.networks import sora_subject
@@ -288,6 +288,17 @@ def test_a_plan_that_does_not_fit_names_flags_with_which_it_does() -> None:
     assert small.change is not None
     assert small.change.memory <= 0.95 * (small.hardware.memory or 0)
     assert all(flag.startswith(("--", "accelerate")) for flag in small.change.flags)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_activations_move_only_if_blocks_are_recomputed(sora: Subject, mode: str) -> None:
+    """Without recomputation, hundreds of GiB would move in each step of a large model."""
+    case = Case(options_of("sora", [*SMALL, "--activation-checkpointing", mode]), Layout(1))
+    steps = [step for group in choices(case, 1, sora) for step in group if "activation" in step.flags]
+    changed = [(step.apply(case).options.activations, step.cost) for step in steps]
+    moved = [(found.checkpointing, cost) for found, cost in changed if found.activation_offload]
+    assert moved == [("full", pytest.approx(1.12 * (1.32 if mode == "none" else 1.0)))]
+    assert len(steps) == (4 if mode == "none" else 1)
 
 
 def test_options_that_cost_time_lower_the_share_of_the_peak() -> None:

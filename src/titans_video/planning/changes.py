@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from titans_video.config.options import ActivationOptions
 from titans_video.config.recipes import BaseOptions
 from titans_video.planning.memory import Layout
 from titans_video.planning.plan import Change, Hardware
@@ -80,18 +81,8 @@ def choices(case: Case, trained: int, subject: Subject) -> list[list[Step]]:
         accum = o.data.batch_size * o.train.grad_accum
         smaller = _both(_set("data", batch_size=1), _set("train", grad_accum=accum))
         groups.append([Step(f"--batch-size 1 --grad-accum {accum}", 1.05, smaller)])
-    if o.activations.checkpointing != "full" and subject.has_blocks:
-        now = dict(RECOMPUTED).get(o.activations.checkpointing, 1.0)
-        chosen = [(mode, cost / now) for mode, cost in RECOMPUTED if cost > now]
-        kept = {"gradient_checkpointing": False}
-        groups.append(
-            [
-                Step(f"--activation-checkpointing {m}", c, _set("activations", activation_checkpointing=m, **kept))
-                for m, c in chosen
-            ]
-        )
-    if gpus and subject.has_blocks and not o.activations.activation_offload:
-        groups.append([Step("--activation-offload", MOVED, _set("activations", activation_offload=True))])
+    if subject.has_blocks:
+        groups.append(list(_of_activations(o.activations, on_gpu=bool(gpus))))
     if o.train.optimizer == "adamw" and trained >= LARGE:
         groups.append([Step("--optimizer adamw8bit", EIGHT_BITS, _set("train", optimizer="adamw8bit"))])
     base = getattr(o, "base", None)
@@ -101,6 +92,19 @@ def choices(case: Case, trained: int, subject: Subject) -> list[list[Step]]:
             waits = _set("experts", idle_expert="cpu", expert_steps=EXPERT_STEPS)
             groups.append([Step(f"--idle-expert cpu --expert-steps {EXPERT_STEPS}", 1.02, waits)])
     return [[NONE, *group] for group in groups]
+
+
+def _of_activations(now: ActivationOptions, *, on_gpu: bool) -> Iterator[Step]:
+    """Yield recomputation, and with all of it the offload: alone, that would move everything that blocks keep."""
+    done = dict(RECOMPUTED).get(now.checkpointing, 1.0)
+    for mode, cost in RECOMPUTED:
+        values = {"activation_checkpointing": mode, "gradient_checkpointing": False}
+        flags = f"--activation-checkpointing {mode}"
+        if cost > done:
+            yield Step(flags, cost / done, _set("activations", **values))
+        if mode == "full" and on_gpu and not now.activation_offload:
+            moved = _set("activations", **values, activation_offload=True)
+            yield Step(f"{flags} --activation-offload", MOVED * cost / done, moved)
 
 
 def _of_frozen_base(base: BaseOptions) -> Iterator[list[Step]]:
