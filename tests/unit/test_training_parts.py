@@ -29,11 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.svd_parts import svd_model
 from tests.unit.test_models_titans_dit import network as titans
 from tests.unit.training_fakes import Toy
+from titans_video.codecs.diffusers import VAE_SPECS
 from titans_video.config import rules
 from titans_video.config.options import TrainOptions
+from titans_video.config.recipes import VaeLossOptions
 from titans_video.errors import ConfigError
 from titans_video.models import lora
 from titans_video.models.sora_dit import SoraDiT
+from titans_video.models.video_vae import TitansVideoVAE
 from titans_video.processes import STOP_SIGNALS
 from titans_video.training import optim
 from titans_video.training.guards import Interrupt
@@ -52,6 +55,7 @@ from titans_video.training.optim import (
     skips_on_device,
 )
 from titans_video.training.sharded_state import load_optimizer_tensors, optimizer_tensors
+from titans_video.training.vae_network import VaeNetwork
 
 
 def fill_gradients(network: nn.Module, seed: int) -> None:
@@ -75,6 +79,18 @@ def test_muon_equals_torchs_up_to_its_bfloat16(shape: tuple[int, int], nesterov:
         b.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, atol=0.02 * 4 * 0.03, rtol=0)
+
+
+def test_muon_treats_a_convolution_as_a_matrix() -> None:
+    weight = torch.randn(8, 6, 3, 1, 3)
+    convolution, matrix = nn.Parameter(weight.clone()), nn.Parameter(weight.reshape(8, 54))
+    a, b = BatchedMuon([convolution], lr=0.02), torch.optim.Muon([matrix], lr=0.02)
+    for _ in range(3):
+        matrix.grad = torch.randn(8, 54)
+        convolution.grad = matrix.grad.view_as(weight)
+        a.step()
+        b.step()
+    torch.testing.assert_close(convolution.flatten(1), matrix, atol=0.02 * 3 * 0.03, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 20, 6), (1, 6, 20)])
@@ -150,6 +166,13 @@ def test_muon_gets_the_hidden_matrices_alone() -> None:
     optimizer = build_optimizer(network, TrainOptions(optimizer="muon"))
     assert isinstance(optimizer, MuonWithAdamW)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in network.parameters()}
+
+
+def test_muon_trains_the_convolutions_of_a_vaes_blocks() -> None:
+    vae = TitansVideoVAE(latent_channels=4, encoder_width=8, decoder_width=8, encoder_blocks=1, decoder_blocks=2)
+    network = VaeNetwork(vae, VAE_SPECS["TitansVideoVAE"], VaeLossOptions())
+    blocks = [*vae.encoder.blocks, *vae.decoder.blocks]
+    assert hidden_matrices(network) == [w for block in blocks for w in (block.space.weight, block.time.weight)]
 
 
 def sora() -> nn.Module:

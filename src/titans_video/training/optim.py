@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from titans_video.config.options import TrainOptions
 from titans_video.training.sharded_state import piece_of, placed_like, reshard, spread_like
@@ -22,13 +22,15 @@ BATCH_VALUES = 2**27  # most values that are orthogonalised at once: 256 MiB in 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     """Return the weights that Muon trains: matrices of linear layers inside repeated blocks (any `nn.ModuleList`).
 
-    Orthogonal updates suit only maps between hidden states (Jordan et al. 2024).
+    Orthogonal updates suit only maps between hidden states (Jordan et al. 2024). A network whose `is_convolutional` is
+    true adds its convolutions there, as matrices from all inputs of a kernel to its outputs.
     """
+    kinds = (nn.Linear, _ConvNd) if getattr(network, "is_convolutional", False) else (nn.Linear,)
     found: dict[nn.Parameter, None] = {}
     for container in network.modules():
         if isinstance(container, nn.ModuleList):
             for module in container.modules():
-                if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                if isinstance(module, kinds) and module.weight.requires_grad:
                     found[cast(nn.Parameter, module.weight)] = None
     return list(found)
 
@@ -183,66 +185,71 @@ class MuonWithAdamW(Optimizer):
             self.adamw.step()
 
 
-class BatchedMuon(Muon):
+class BatchedMuon(Optimizer):
     """torch's Muon for all matrices of a shape together, which are dealt out over the processes of the run.
 
+    Weights of convolutions (A, ...) are matrices (A, B), B the number of inputs of a kernel.
     GPUs orthogonalise in bfloat16, as torch does. CPUs do so in float32. Without bfloat16 units that is about twenty
     times faster, and the result does not depend on the number of processes beyond rounding.
     """
 
     found_inf: Tensor | None = None  # see `skips_on_device`
 
+    def __init__(
+        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95, nesterov: bool = True
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov})
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            alike: dict[tuple[torch.Size, bool], list[Tensor]] = {}
+            alike: dict[tuple[int, int, bool], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.shape, isinstance(p, DTensor)), []).append(p)
-            for params in alike.values():
-                self._step_shape(params, group)
+                    alike.setdefault((len(p), p.numel() // len(p), isinstance(p, DTensor)), []).append(p)
+            for (rows, columns, _), params in alike.items():
+                self._step_shape(params, rows, columns, group)
 
-    def _step_shape(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Apply `torch.optim.Muon` to N matrices of one shape (A, B), which may be sharded."""
+    def _step_shape(self, params: list[Tensor], rows: int, columns: int, group: dict[str, Any]) -> None:
+        """Apply `torch.optim.Muon` to N matrices of one shape, which may be sharded."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads = [piece_of(p.grad) for p in params if p.grad is not None]
-        buffers = [piece_of(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [piece_of(p.grad).flatten(1) for p in params if p.grad is not None]
+        buffers = [piece_of(self.state[p]["momentum_buffer"]).flatten(1) for p in params]
         skips = None if self.found_inf is None else self.found_inf == 1
         if skips is not None:
             grads = [torch.where(skips, buffer, grad) for buffer, grad in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         dtype = torch.float32 if params[0].device.type == "cpu" else torch.bfloat16
-        pieces = _orthogonal_pieces(torch.stack(updates).to(dtype), params[0], group["ns_steps"])
+        pieces = _orthogonal_pieces(torch.stack(updates).to(dtype), params[0])
         kept: float | Tensor = 1 - group["lr"] * group["weight_decay"]
         if skips is not None:
             pieces, kept = pieces.masked_fill(skips, 0.0), torch.where(skips, 1.0, kept)
-        rows, columns = params[0].shape
-        targets = [piece_of(p) for p in params]
+        targets = [piece_of(p).flatten(1) for p in params]
         torch._foreach_mul_(targets, kept)
         torch._foreach_add_(targets, pieces.unbind(), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
 
-def _orthogonal_pieces(pieces: Tensor, like: Tensor, steps: int) -> Tensor:
+def _orthogonal_pieces(pieces: Tensor, like: Tensor) -> Tensor:
     """Orthogonalise N matrices, each process some of them; (N, a, B), this process's rows of matrices as `like`."""
     if isinstance(like, DTensor):
         (axis,) = (i for i, placement in enumerate(like.placements) if placement.is_shard(0))
-        return _exchange_rows(pieces, like.shape[0], like.device_mesh.get_group(axis), steps)
+        return _exchange_rows(pieces, like.shape[0], like.device_mesh.get_group(axis))
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
-        return orthogonalise(pieces, steps)
+        return orthogonalise(pieces)
     count, (begin, end) = len(pieces), _share(len(pieces), dist.get_rank(), world)
     own = pieces.new_zeros(-(-count // world), *pieces.shape[1:])  # all messages have one size
-    own[: end - begin] = orthogonalise(pieces[begin:end], steps)
+    own[: end - begin] = orthogonalise(pieces[begin:end])
     gathered = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(gathered, own)
     ends = (_share(count, rank, world) for rank in range(world))
     return torch.cat([part[: end - begin] for part, (begin, end) in zip(gathered, ends, strict=True)])
 
 
-def _exchange_rows(pieces: Tensor, rows: int, group: dist.ProcessGroup, steps: int) -> Tensor:
+def _exchange_rows(pieces: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
     """Send the rows (N, a, B) of N sharded matrices to the process that has each, and receive its result's rows."""
     world, rank, (count, _, columns) = group.size(), group.rank(), pieces.shape
     heights = [end - begin for begin, end in (_shard(rows, r, world) for r in range(world))]
@@ -253,7 +260,7 @@ def _exchange_rows(pieces: Tensor, rows: int, group: dist.ProcessGroup, steps: i
     dist.all_to_all_single(arrived, pieces.flatten(), received, sent, group)
     parts = arrived.split(received)
     own = torch.cat([x.view(shares[rank], height, columns) for x, height in zip(parts, heights, strict=True)], dim=1)
-    done = orthogonalise(own, steps).split(heights, dim=1)
+    done = orthogonalise(own).split(heights, dim=1)
     dist.all_to_all_single(result.view(-1), torch.cat([x.flatten() for x in done]), sent, received, group)
     return result
 

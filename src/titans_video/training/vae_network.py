@@ -50,6 +50,8 @@ class VaeNetwork(nn.Module):
     weights, and a step needs one call, as DDP and FSDP2 require.
     """
 
+    is_convolutional = True  # read by `training.optim`
+
     def __init__(self, vae: Any, spec: VaeSpec, options: VaeLossOptions, *, decoder_only: bool = False) -> None:
         super().__init__()
         self.vae = vae.train().requires_grad_(True)
