@@ -13,14 +13,16 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.endtoend.distributed_jobs import make_batch
 from tests.factories import VAE_KINDS, make_vae, tiny_vae
 from titans_video import checkpoint as files
 from titans_video.cli.main import main
 from titans_video.codecs.base import to_patches
 from titans_video.codecs.diffusers import VAE_SPECS, DiffusersCodec
+from titans_video.codecs.pca import PCACodec
 from titans_video.config.generation import Overrides
 from titans_video.config.options import ActivationOptions, DataOptions
-from titans_video.config.recipes import VaeLossOptions, VaeOptions
+from titans_video.config.recipes import TrainVaeOptions, VaeLossOptions, VaeOptions
 from titans_video.data.dataset import open_data
 from titans_video.errors import CheckpointError, ConfigError
 from titans_video.generation.model import load_model
@@ -29,9 +31,15 @@ from titans_video.models import reconstruction as measures
 from titans_video.models.activations import limit_activations
 from titans_video.models.reconstruction import LPIPS, VGG16, hinge
 from titans_video.models.video_vae import TitansVideoVAE
-from titans_video.recipes.vae import MEASURES, crop_clips
+from titans_video.recipes.vae import MEASURES, VaeRecipe, crop_clips
 from titans_video.training.optim import build_optimizer
-from titans_video.training.vae_network import VaeNetwork, latent_statistics, principal_components, set_statistics
+from titans_video.training.vae_network import (
+    VaeNetwork,
+    latent_statistics,
+    latent_weights,
+    principal_components,
+    set_statistics,
+)
 from titans_video.types import CodecSpec
 
 SMALL = "--vae-width 8 --encoder-blocks 1 --decoder-blocks 1 --refine-width 4 --latent-channels 4 --spatial-stride 4"
@@ -213,6 +221,50 @@ def test_latents_get_unit_variance(kind: str) -> None:
         assert_close(z.mean((0, 2, 3, 4)), torch.zeros_like(per_channel), atol=0.1, rtol=0)
 
 
+def test_the_weights_of_a_linear_vae_are_those_of_the_linear_codec() -> None:
+    """At its start the VAE is linear, so its scaled latents are those of `PCACodec` on the same patches."""
+    clips = F.interpolate(noise(12, 3, 5, 6, 6), (9, 24, 24), mode="trilinear")
+    vae = TitansVideoVAE(latent_channels=6, spatial_stride=4, temporal_stride=2, encoder_width=8, decoder_width=8)
+    vae.set_linear(*principal_components(clips, (2, 4, 4), 8))
+    network = VaeNetwork(vae, VAE_SPECS["TitansVideoVAE"], VaeLossOptions()).eval()
+    vae.register_to_config(latents_weight=latent_weights(network, list(clips.split(1)), torch.ones(6)).tolist())
+    repeated = torch.cat([clips[:, :, :1], clips], dim=2)
+    linear, codec = PCACodec.fit(repeated, (2, 4, 4), 6), DiffusersCodec(vae.eval())
+    assert linear.spec.variance is not None
+    assert codec.spec.variance == pytest.approx(linear.spec.variance, rel=0.05)  # ours leaves out the repeated frame
+    ours, theirs = codec.encode(clips), linear.encode(repeated)
+    assert_close(ours, theirs - theirs.mean((0, 2, 3, 4), keepdim=True), atol=0.05, rtol=0.05)
+    assert_close(codec.decode(ours, 9), linear.decode(theirs, 10)[:, :, 1:], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["titans", "kl"])
+def test_errors_are_added_in_the_scale_of_networks(kind: str) -> None:
+    """The decoder sees what it sees after a network whose latents are off by the same errors."""
+    network = trained(kind).eval()
+    if kind == "titans":
+        network.vae.register_to_config(latents_std=[0.5, 1.0, 2.0, 3.0], latents_weight=[1.0, 1.5, 0.5, 0.2])
+    codec = DiffusersCodec(network.vae)
+    x = noise(1, 3, 5, 32, 32)
+    shape = (1, *codec.spec.latent_shape(5, 32, 32))
+    errors, zeros = 0.3 * noise(*shape, seed=1), torch.zeros(shape)
+    with torch.no_grad():
+        made = network(x, zeros, errors=errors).pixels
+        assert_close(made, codec.decode(codec.encode(x) + errors, 5), atol=1e-4, rtol=1e-4)
+
+
+def test_the_latent_noise_of_a_row_is_uniform_in_strength() -> None:
+    options = TrainVaeOptions(losses=VaeLossOptions(latent_noise=0.5))
+    network = trained()
+    recipe = VaeRecipe(network, DiffusersCodec(network.vae).spec, options, {}, torch.device("cpu"))
+    batch = make_batch(range(300), (5, 32, 32))
+    errors = recipe.prepare(batch)[2]
+    assert errors is not None
+    strengths = errors.flatten(1).std(1)
+    assert torch.equal(errors, recipe.prepare(batch)[2])
+    assert float(strengths.max()) < 0.6
+    assert float(strengths.mean()) == pytest.approx(0.25, abs=0.03)
+
+
 def wave(number: int, side: int, frames: int) -> Any:
     """Return a moving pattern, (T, H, W, 3) uint8."""
     y, x, t = np.meshgrid(np.arange(side), np.arange(side), np.arange(frames), indexing="ij")
@@ -267,6 +319,7 @@ def test_a_run_is_the_same_in_one_piece_and_resumed_and_leaves_a_vae(clips: Path
     averaged = files.read(tmp_path / "broken").model
     assert all(torch.equal(value, averaged[f"vae.{name}"]) for name, value in vae.state_dict().items())
     assert len(vae.config.latents_std) == 4
+    assert sum(weight**2 for weight in vae.config.latents_weight) == pytest.approx(4, rel=1e-3)
     with pytest.raises(CheckpointError, match="is a VAE, which makes no videos"):
         load_model(str(tmp_path / "broken"), Overrides(), "cpu")
 

@@ -145,7 +145,8 @@ def _by_wan_statistics(vae: Any) -> tuple[Any, Any]:
 
 
 def _by_own_statistics(vae: Any) -> tuple[Any, Any]:
-    return vae.config.latents_mean or 0.0, 1.0 / torch.tensor(vae.config.latents_std or 1.0)
+    weight = torch.tensor(vae.config.latents_weight or 1.0)
+    return vae.config.latents_mean or 0.0, weight / torch.tensor(vae.config.latents_std or 1.0)
 
 
 def _by_ltx_statistics(vae: Any) -> tuple[Any, Any]:
@@ -180,7 +181,9 @@ class DiffusersCodec(Codec):
         self.folder = folder
         self._fingerprint: str | None = None
         channels = vae.config.get("latent_channels") or vae.config.z_dim
-        self.spec = CodecSpec(name, int(channels), self.vae_spec.stride(vae), self.vae_spec.frame_rule)
+        weight = vae.config.get("latents_weight")
+        variance = None if weight is None else tuple(w**2 for w in weight)
+        self.spec = CodecSpec(name, int(channels), self.vae_spec.stride(vae), self.vae_spec.frame_rule, variance)
         shift, factor = self.vae_spec.shift_and_factor(vae)
         self.shift = torch.as_tensor(shift, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)
         self.factor = torch.as_tensor(factor, dtype=torch.float32).detach().cpu().reshape(1, -1, 1, 1, 1)

@@ -244,6 +244,9 @@ class VaeLossOptions:
     """Weight of the change of the error from frame to frame, which is seen as flicker."""
     kl_weight: Annotated[float, Range(least=0)] = 5e-5
     """Weight of the KL divergence of the latents from a normal distribution."""
+    latent_noise: Annotated[float, Range(least=0)] = 0.0
+    """Noise of up to this many standard deviations in the latents that the decoder is trained on, so that it smooths
+    errors of networks that generate latents."""
     lpips: FilePath | None = None
     """State dict of lpips.LPIPS(net="vgg"), .pt or .safetensors; nothing is downloaded."""
     lpips_weight: Annotated[float, Range(least=0)] = 0.1

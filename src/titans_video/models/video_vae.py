@@ -146,6 +146,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         encoder_width, decoder_width, encoder_blocks, decoder_blocks: of the residual blocks on the latent grid.
         refine_width: channels of the refinement of full frames; 0: none.
         latents_mean, latents_std: statistics of the latents on the training data, with which networks normalise them.
+        latents_weight: factors of the normalised latents by channel; see `training.vae_network.latent_weights`.
     """
 
     _supports_gradient_checkpointing = True
@@ -165,6 +166,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         refine_width: int = 16,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        latents_weight: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if not 4 <= spatial_stride <= 32 or not 1 <= temporal_stride <= 8:

@@ -46,6 +46,7 @@ from titans_video.training.vae_network import (
     VaeNetwork,
     describe_vae,
     latent_statistics,
+    latent_weights,
     plain_config,
     principal_components,
     restored_vae,
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 MEASURES = ("loss", "PSNR dB", "SSIM", "flicker", "KL nats")
 FIT_CLIPS = 64  # to which the linear start is fitted
 STATISTICS_CLIPS = 256  # from which the statistics of latents are measured
+WEIGHTS_CLIPS = 16  # from which the weights of latents are measured
 SHEETS = 4  # held-out clips that validation shows
 EACH = (1, 1, 1)
 SHAPE = (
@@ -95,13 +97,22 @@ class VaeRecipe:
         side = self.options.vae.crop_size
         return (frames, side, side) if side else (frames, batch.height, batch.width)
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return pixels (B, 3, T, H, W) float32 and posterior noise (B, C, t, h, w), functions of the rows' seeds."""
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return pixels (B, 3, T, H, W) float32, posterior noise (B, C, t, h, w), and errors like it or None.
+
+        All are functions of the rows' seeds.
+        """
         assert batch.pixels is not None  # there is no cache
         size = self.size_of(batch)
         pixels = crop_clips(batch.pixels.to(self.device), batch.seeds, size, self.options.vae)
         seeds = [derive_seed(seed, "posterior") for seed in batch.seeds]
-        return pixels, seeded_randn(self.spec.latent_shape(*size), seeds).to(self.device)
+        noise = seeded_randn(self.spec.latent_shape(*size), seeds).to(self.device)
+        most = self.options.losses.latent_noise
+        if not most:
+            return pixels, noise, None
+        levels = torch.tensor([most * uniform(seed, "error level") for seed in batch.seeds])
+        errors = seeded_randn(noise.shape[1:], [derive_seed(seed, "errors") for seed in batch.seeds])
+        return pixels, noise, (errors * levels.view(-1, 1, 1, 1, 1)).to(self.device)
 
     def row_elements(self, batch: Batch) -> Tensor:
         t, h, w = self.size_of(batch)
@@ -109,7 +120,8 @@ class VaeRecipe:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         start = self.options.losses.gan_start
-        found: Reconstructed = model(*self.prepare(batch), adversarial=start is not None and batch.step >= start)
+        pixels, noise, errors = self.prepare(batch)
+        found: Reconstructed = model(pixels, noise, start is not None and batch.step >= start, errors)
         return found.loss * self.row_elements(batch).to(found.loss)
 
     def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
@@ -369,8 +381,12 @@ def write_vae(recipe: VaeRecipe, data: VideoDataset, result: TrainResult) -> Pat
     if recipe.options.vae.trainable == "all":
         network.to(recipe.device).eval()
         clips = training_parts(recipe.options, data, STATISTICS_CLIPS, "statistics")
-        mean, std = latent_statistics(network, [clip.to(recipe.device) for clip in clips.split(1)])
+        singly = [clip.to(recipe.device) for clip in clips.split(1)]
+        mean, std = latent_statistics(network, singly)
         set_statistics(vae, mean.cpu(), std.cpu())
+        if isinstance(vae, TitansVideoVAE):
+            weights_of_latents = latent_weights(network, singly[:WEIGHTS_CLIPS], std)
+            vae.register_to_config(latents_weight=weights_of_latents.tolist())
     with atomic_folder(run / VAE) as temporary:
         vae.cpu().eval().save_pretrained(temporary)  # type: ignore[operator]
     return run / VAE

@@ -26,10 +26,12 @@ from titans_video.models.reconstruction import (
     l1,
     temporal_error,
 )
+from titans_video.seeding import derive_seed, seeded_randn
 from titans_video.tensor_files import BUILDING_ERRORS
 
 GAN_BETAS = 0.5, 0.9
 MOST_GAN = 1e4  # the largest factor of the discriminator's gradient
+NUDGE = 0.1  # standard deviations by which latents are moved to see their effect
 MOST_EXACT = 4096  # values of a patch whose principal components are computed exactly
 DECODER = ("decoder.", "post_quant_conv.")  # parameters of a diffusers VAE that its encoder does not use
 
@@ -70,15 +72,21 @@ class VaeNetwork(nn.Module):
             return []
         return [{"params": list(self.discriminator.parameters()), "lr": self.options.gan_lr, "betas": GAN_BETAS}]
 
-    def forward(self, pixels: Tensor, noise: Tensor, adversarial: bool = False) -> Reconstructed:
+    def forward(
+        self, pixels: Tensor, noise: Tensor, adversarial: bool = False, errors: Tensor | None = None
+    ) -> Reconstructed:
         """Encode clips, sample latents with `noise` (B, C, t, h, w), decode them, and compare.
 
+        `errors`, of the same shape and in the scale in which networks see latents, are added before decoding.
         With gradients and `adversarial`, `loss` has the gradient, but not the value, of the discriminator's terms.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             moments = self._rows(self.spec.encode, pixels).float()
         mean, logvar = moments.chunk(2, dim=1)
         z = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+        if errors is not None:
+            factor = torch.as_tensor(self.spec.shift_and_factor(self.vae)[1]).to(z)
+            z = z + errors / factor.reshape(1, -1, 1, 1, 1)
         made = self._rows(self.spec.decode, z).float()
         distance = self._distance(made, pixels)
         loss = distance
@@ -203,6 +211,28 @@ def latent_statistics(network: VaeNetwork, clips: list[Tensor]) -> tuple[Tensor,
         squares = squares + (mean.square() + logvar.clamp(-30.0, 20.0).exp()).sum(over)
     mean = total / count
     return mean, (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+
+
+@torch.no_grad()
+def latent_weights(network: VaeNetwork, clips: list[Tensor], std: Tensor) -> Tensor:
+    """Return a factor (C,) for each latent channel, of mean square 1, from its effect on pixels.
+
+    The energy of a channel is the change of pixels, squared and summed, for each of its cells that moves by its
+    standard deviation `std` (C,). Its factor is energy^(1/4), as `PCACodec` has it for linear codecs. At unit variance,
+    networks would learn fine detail as accurately as the brightness of a cell, whose errors are seen as mosaics.
+    """
+    energy = torch.zeros(len(std), dtype=torch.float64)
+    for number, clip in enumerate(clips):
+        z = network.spec.encode(network.vae, clip).chunk(2, dim=1)[0]
+        exact = network.spec.decode(network.vae, z)
+        moves = NUDGE * seeded_randn((1, *z.shape[2:]), [derive_seed(number, "nudge")]).to(z)
+        for channel, spread in enumerate(std.tolist()):
+            moved = z.clone()
+            moved[:, channel] += spread * moves[0]
+            change = network.spec.decode(network.vae, moved) - exact
+            energy[channel] += float(change.double().square().sum() / moves.double().square().sum())
+    energy = energy.clamp(min=float(energy.max()) * 1e-5)
+    return (energy**0.25 / energy.sqrt().mean().sqrt()).float()
 
 
 def set_statistics(vae: Any, mean: Tensor, std: Tensor) -> None:
