@@ -123,7 +123,7 @@ def show(name: str, row: list[float]) -> None:
 def curve(options: argparse.Namespace) -> int:
     """Print the held-out PSNR of a run against its minutes of training."""
     steps = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
-    seconds, total = {}, 0.0
+    seconds, total = {0: 0.0}, 0.0
     for line in steps:
         total += float(line["seconds"])
         seconds[line["step"]] = total
