@@ -6,14 +6,18 @@
     titans-video train vae --config configs/vae/tiny.yaml $DATA --output-dir outputs/tiny_vae
     titans-video train vae --config configs/vae/tiny_long.yaml $DATA --init-from outputs/tiny_vae \
         --output-dir outputs/tiny_vae_long
-    python scripts/tiny_vae.py ship --runs outputs/tiny_vae outputs/tiny_vae_long
+    python scripts/tiny_vae.py deepen --vae outputs/tiny_vae_long --out outputs/tiny_vae_start
+    titans-video train vae --config configs/vae/tiny_deep.yaml $DATA --init-from outputs/tiny_vae_start \
+        --output-dir outputs/tiny_vae_deep
+    python scripts/tiny_vae.py ship --run outputs/tiny_vae_deep
 
 `prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
 three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
 with every second frame, which doubles its motion. Clips of the built-in moving shapes are added. The clips of val.txt
 are for validation only.
 
-`ship` stores the weights as float16 with a model card.
+`deepen` adds blocks to the decoder that change nothing before they are trained. `ship` stores the weights as float16
+with a model card.
 """
 
 import argparse
@@ -29,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from titans_video.codecs.diffusers import TINY, WEIGHTS
+from titans_video.codecs.diffusers import TINY, WEIGHTS, find_vae
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_image, read_indices
 from titans_video.mock.world import sample_clip
@@ -41,6 +45,7 @@ LINES, LEAST_FRAMES = 192, 17
 WORLDS, WORLD_FRAMES = 24, 17
 MANIFESTS = TRAIN, PHOTOS, VALIDATION = "train.jsonl", "photos.jsonl", "val.jsonl"
 FPS = 12
+DECODER_BLOCKS = 8
 CRF = "6"  # of H.264 with key frames only; about 46 dB
 Frames = NDArray[np.uint8]
 
@@ -54,10 +59,12 @@ downloads; the VAEs of large models are better and need a GPU.
   of moving shapes. Most real clips are there a second time at double speed. They are cut from public repositories: for
   a quarter the licence of the footage itself is known (public domain, CC0, CC BY, MIT, Apache, BSD), and the others
   are covered by the open licence of their repository. No share-alike, non-commercial or no-derivatives material.
-- Training: 4800 steps of 6 crops of 9 frames, 64 to 192 pixels scaled to 64 (`configs/vae/tiny.yaml`), then 1000 steps
-  with 17 frames (`configs/vae/tiny_long.yaml`): {minutes[0]:.0f} and {minutes[1]:.0f} minutes on two shared cores, in
-  bf16, torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned for 6000 steps and shortened
-  to 4800 at step 2530, so its learning rate fell faster after that.
+- Training: 4800 steps of 6 crops of 9 frames, 64 to 192 pixels scaled to 64 (`configs/vae/tiny.yaml`), 1000 steps with
+  17 frames (`configs/vae/tiny_long.yaml`), then {steps} steps of 3 crops of 17 or 33 frames with Muon and three more
+  blocks in the decoder (`configs/vae/tiny_deep.yaml`): 28, 19 and {minutes:.0f} minutes on two shared cores, in bf16,
+  torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned for 6000 steps and shortened to 4800
+  at step 2530, and the third was planned for 5000 and shortened to 3500 at step 1829, so their learning rates fell
+  faster after that. The third run started from the float16 weights of the second.
 - Made by: the commands in `scripts/tiny_vae.py`
 - Licence: Apache-2.0, as the code.
 
@@ -148,9 +155,19 @@ def minutes(run: Path) -> float:
     return sum(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()) / 60
 
 
-def ship(first: Path, second: Path) -> None:
-    """Write the VAE of the second run, which continues the first, into the package, with a model card."""
-    vae = TitansVideoVAE.from_pretrained(second / "vae")
+def deepen(source: Path, out: Path) -> None:
+    """Write a VAE with more blocks in its decoder. They start as identities, because their last layer is zero."""
+    shallow = TitansVideoVAE.from_pretrained(find_vae(source))
+    config = {k: v for k, v in shallow.config.items() if not k.startswith("_")}
+    torch.manual_seed(0)
+    deep = TitansVideoVAE(**{**config, "decoder_blocks": DECODER_BLOCKS})
+    deep.load_state_dict(deep.state_dict() | shallow.state_dict())
+    deep.save_pretrained(out)
+
+
+def ship(run: Path) -> None:
+    """Write the VAE of the last run into the package, with a model card."""
+    vae = TitansVideoVAE.from_pretrained(find_vae(run))
     vae.half().save_pretrained(TINY)
     config = json.loads((TINY / "config.json").read_text())
     config.pop("_name_or_path")  # a folder of this machine
@@ -161,7 +178,8 @@ def ship(first: Path, second: Path) -> None:
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
         megabytes=(TINY / WEIGHTS).stat().st_size / 1e6,
         table=table,
-        minutes=(minutes(first), minutes(second)),
+        steps=len((run / "metrics.jsonl").read_text().splitlines()),
+        minutes=minutes(run),
         torch=torch.__version__,
         folder=TINY.relative_to(ROOT),
     )
@@ -172,12 +190,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare").add_argument("--out", type=Path, required=True)
-    commands.add_parser("ship").add_argument("--runs", type=Path, nargs=2, required=True)
+    growing = commands.add_parser("deepen")
+    growing.add_argument("--vae", type=Path, required=True)
+    growing.add_argument("--out", type=Path, required=True)
+    commands.add_parser("ship").add_argument("--run", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.out)
+    elif options.command == "deepen":
+        deepen(options.vae, options.out)
     else:
-        ship(*options.runs)
+        ship(options.run)
 
 
 if __name__ == "__main__":
