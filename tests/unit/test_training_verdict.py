@@ -170,6 +170,14 @@ def test_two_validations_say_something_only_if_the_change_is_large() -> None:
     assert judge(train, curve([0], [1.0])).state == "learning", "by the training loss"
 
 
+def test_a_held_out_loss_above_its_start_is_not_learning() -> None:
+    """As of a real run on twelve clips: lower in between, then higher than before training."""
+    steps = np.arange(1.0, 201)
+    found = judge(curve(steps, noisy(falling(steps), 0)), curve([0, 100, 200], [0.8657, 0.8152, 0.8830]))
+    assert found.state == "too early to say"
+    assert "+2%" in found.reason
+
+
 def test_losses_that_are_not_finite() -> None:
     at = np.arange(1.0, 201)
     losses = noisy(falling(at, 0.3, 100), 0)

@@ -202,7 +202,7 @@ def _by_held_out(train: Curve, held_out: Curve) -> Verdict:
         )
     if count == 2 and first - last < max(10 * LEAST_CHANGE * first, SURE_HELD_OUT * noise):
         return Verdict("too early to say", f"{change}; a third validation will tell.")
-    if first - recent > max(SURE_HELD_OUT * noise, LEAST_CHANGE * first):
+    if last < first and first - recent > max(SURE_HELD_OUT * noise, LEAST_CHANGE * first):
         return _improving(change, losses, noise)
     if len(train.steps) < LEAST_TO_BLAME or count < 4:
         return Verdict("too early to say", f"{change}, which is hardly a change.")
