@@ -39,6 +39,14 @@ def no_signal_is_ignored() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def hangup_not_ignored() -> Iterator[None]:
+    """Handle SIGHUP as in a terminal, also under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """Seed the global generators, which tests may use and the package must not depend on."""

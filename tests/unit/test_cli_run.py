@@ -98,6 +98,7 @@ def test_the_end_of_a_peer_is_reported_only_without_a_cause(
     assert capsys.readouterr().err == "Error: another process ended\n"
 
 
+@pytest.mark.usefixtures("hangup_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_a_command_of_one_process_with_its_cleanup(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -509,6 +509,7 @@ def _ends(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
+@pytest.mark.usefixtures("hangup_not_ignored")
 @pytest.mark.parametrize(("world", "fails", "kept"), [("1", False, False), ("2", True, False), ("2", False, True)])
 def test_one_of_several_processes_survives_signals_until_all_have_ended(
     world: str, fails: bool, kept: bool, monkeypatch: pytest.MonkeyPatch

@@ -155,6 +155,7 @@ def test_last_pt_and_the_save_limit(tmp_path: Path) -> None:
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("hangup_not_ignored")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 )
@@ -198,6 +199,7 @@ def test_the_run_is_saved_when_there_is_no_further_batch(tmp_path: Path, error: 
     assert_same(weights, straight)
 
 
+@pytest.mark.usefixtures("hangup_not_ignored")
 def test_a_signal_during_a_wait_for_data_saves(tmp_path: Path) -> None:
     class Waiting(ToyStream):
         stop: Callable[[], bool]
