@@ -24,7 +24,7 @@ from titans_video.data.batches import scaled
 from titans_video.data.dataset import VideoDataset, open_data
 from titans_video.data.held_out import HeldOut, Piece, open_validation, split
 from titans_video.data.loader import LAST_STEP
-from titans_video.errors import ConfigError, UserError
+from titans_video.errors import ConfigError, UserError, counted
 from titans_video.files import atomic_folder
 from titans_video.generation.long_video import Sampled
 from titans_video.models.activations import limit_activations
@@ -381,6 +381,7 @@ def write_vae(recipe: VaeRecipe, data: VideoDataset, result: TrainResult) -> Pat
     if recipe.options.vae.trainable == "all":
         network.to(recipe.device).eval()
         clips = training_parts(recipe.options, data, STATISTICS_CLIPS, "statistics")
+        logger.info(f"Measuring the latents of {counted(len(clips), 'clip')}.")
         singly = [clip.to(recipe.device) for clip in clips.split(1)]
         mean, std = latent_statistics(network, singly)
         set_statistics(vae, mean.cpu(), std.cpu())
