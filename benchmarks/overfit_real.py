@@ -73,11 +73,11 @@ class Setup:
 
 SETUPS = {
     "patch": Setup(8, "--vae-backend patch --patch-size 1,2,2", 2500, False),
-    "tiny": Setup(9, "--vae-backend tiny --patch-size 3,2,2", 2500, True),
+    "tiny": Setup(9, "--vae-backend tiny --patch-size 1,2,2", 1200, True),
 }
 TRAIN_FLAGS = shlex.split(
     "--batch-size 8 --optimizer muon --lr 4e-3 --muon-lr 0.03 --betas 0.9,0.98 --weight-decay 0 --lr-schedule linear "
-    "--lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 --save-every 100000 --sample-steps 25 "
+    "--lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 --save-every 100000 --sample-steps 4 "
     "--sample-guidance 1.0"
 )
 WATCH_FLAGS = shlex.split("--validate-every 250 --task-mix t2v=0.7,i2v=0.3")

@@ -1,6 +1,7 @@
 """A video VAE: quality beside the linear codec, dB against minutes, memory of streams, speed beside AutoencoderKLWan.
 
     python benchmarks/vae.py quality --vae outputs/vae [--clips FOLDER --val FILE] [--side 128] [--sheet F.png]
+    python benchmarks/vae.py smooth [--vae outputs/vae] [--clips FOLDER --val FILE] [--side 128]
     python benchmarks/vae.py curve --run outputs
     python benchmarks/vae.py memory [--vae outputs/vae]
     python benchmarks/vae.py speed [--vae outputs/vae]
@@ -8,6 +9,9 @@
 `quality` decodes the clips of --val, a text file with a name on each line (default: val.txt in the folder). The linear
 codec of the same strides and channels is fitted to the other clips. Without --vae an untrained VAE is measured, so
 only `memory` and `speed` say something. Without a command, `memory` and `speed` run.
+
+`smooth` adds errors to the latents of these clips, as a network that generates them does. It prints PSNR and the step
+between latent frames over that within them, with and without the decoder's smoothing, by default of the shipped VAE.
 
 Each length of `memory` runs in a process of its own, and its peak is that of the whole process.
 """
@@ -29,19 +33,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_video.codecs.diffusers import TINY, DiffusersCodec
 from titans_video.codecs.pca import PCACodec
 from titans_video.media.colour import to_uint8
+from titans_video.media.motion import seam_ratio
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 from titans_video.media.sheets import contact_sheet
 from titans_video.models.reconstruction import flicker, psnr, ssim
 from titans_video.models.video_vae import TitansVideoVAE
+from titans_video.seeding import seeded_randn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLIPS = Path(os.environ.get("TITANS_VAE_CLIPS", REPOSITORY.parent / "shared" / "vae_clips"))
 FRAMES = 17
 FIT_CLIPS = 64
 SHOWN = ("fingers_walk_a", "shop_aisle", "tallship_rigging", "motorway_cars")  # clips of the sheet
+ERRORS = (0.0, 0.1, 0.2, 0.4)  # standard deviations, in the scale in which networks see latents
 LENGTHS = (64, 256, 1024)
 CHUNK, SIDE = 4, 128  # latent frames of a chunk and pixels of a frame, for memory and speed
 REPEATS = 3
@@ -114,6 +122,38 @@ def quality(options: argparse.Namespace) -> int:
         contact_sheet(options.sheet, clips, [name for name, _ in shown], frames=3, columns=3)
     show(f"mean of {len(rows)}", [sum(column) / len(rows) for column in zip(*rows, strict=True)])
     return 0
+
+
+@torch.no_grad()
+def smooth(options: argparse.Namespace) -> int:
+    """Print PSNR and steps between latent frames of latents with errors, decoded plainly and with smoothing."""
+    codec = DiffusersCodec(load(options.vae or TINY))
+    clips = [whole_groups(read(p, options.side), codec.spec.stride[0]) for p in names_of(options.clips, options.val)[1]]
+    latents = [codec.encode(x) for x in clips]
+    print(f"steps between latent frames / within: {middle(steps_of(codec, clips)):.2f} in the {len(clips)} clips")
+    print(f"{'errors':>8}{'PSNR':>8}{'smooth':>8}{'steps':>8}{'smooth':>8}")
+    for level in ERRORS:
+        found: list[float] = []
+        for strength in (0.0, level):
+            codec.set_smooth(strength)
+            made = []
+            for number, (x, z) in enumerate(zip(clips, latents, strict=True)):
+                wrong = z + level * seeded_randn(z.shape[1:], [number])
+                made.append(codec.decode(wrong, x.shape[2]).clamp(-1, 1))
+            decibels = [float(psnr(y, x)) for y, x in zip(made, clips, strict=True)]
+            found += [sum(decibels) / len(decibels), middle(steps_of(codec, made))]
+        print(f"{level:8.1f}{found[0]:8.2f}{found[2]:8.2f}{found[1]:8.2f}{found[3]:8.2f}", flush=True)
+    return 0
+
+
+def steps_of(codec: DiffusersCodec, clips: list[Tensor]) -> list[float]:
+    """Return the median step into the first frames of latent frames over that into other frames, of each clip."""
+    stride = codec.spec.stride[0]
+    return [seam_ratio(to_uint8(x[0]), range(1, x.shape[2], stride)) for x in clips]
+
+
+def middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def show(name: str, row: list[float]) -> None:
@@ -201,16 +241,16 @@ def speed(options: argparse.Namespace) -> int:
 def main() -> int:
     """Run one measurement; without a command, those that need no trained VAE."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("command", nargs="?", choices=["quality", "curve", "memory", "speed"])
+    parser.add_argument("command", nargs="?", choices=["quality", "smooth", "curve", "memory", "speed"])
     parser.add_argument("--vae", type=Path, help="folder of a TitansVideoVAE, or of the run that trained it")
     parser.add_argument("--run", type=Path, default=Path("outputs"), help="folder of the run, for curve")
-    parser.add_argument("--clips", type=Path, default=CLIPS, help="folder with manifest.jsonl, for quality")
+    parser.add_argument("--clips", type=Path, default=CLIPS, help="folder with manifest.jsonl")
     parser.add_argument("--val", type=Path, help="names of the clips to measure (default: val.txt in --clips)")
     parser.add_argument("--side", type=int, default=SIDE, help="pixels of the measured squares")
     parser.add_argument("--sheet", type=Path, help="also show some clips, beside both reconstructions, in this PNG")
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    commands = {"quality": quality, "curve": curve, "memory": memory, "speed": speed}
+    commands = {"quality": quality, "smooth": smooth, "curve": curve, "memory": memory, "speed": speed}
     if options.command:
         return commands[options.command](options)
     return memory(options) or speed(options)

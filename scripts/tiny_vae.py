@@ -2,6 +2,7 @@
 
     DATA="--manifest outputs/tiny_vae_data/train.jsonl:6 --manifest outputs/tiny_vae_data/photos.jsonl:1
           --validation-manifest outputs/tiny_vae_data/val.jsonl"
+    NOISE_DATA="--manifest outputs/tiny_vae_data/train.jsonl --validation-manifest outputs/tiny_vae_data/val.jsonl"
     python scripts/tiny_vae.py prepare --out outputs/tiny_vae_data
     titans-video train vae --config configs/vae/tiny.yaml $DATA --output-dir outputs/tiny_vae
     titans-video train vae --config configs/vae/tiny_long.yaml $DATA --init-from outputs/tiny_vae \
@@ -9,7 +10,9 @@
     python scripts/tiny_vae.py deepen --vae outputs/tiny_vae_long --out outputs/tiny_vae_start
     titans-video train vae --config configs/vae/tiny_deep.yaml $DATA --init-from outputs/tiny_vae_start \
         --output-dir outputs/tiny_vae_deep
-    python scripts/tiny_vae.py ship --run outputs/tiny_vae_deep
+    titans-video train vae --config configs/vae/tiny_noise.yaml $NOISE_DATA --init-from outputs/tiny_vae_deep/vae \
+        --output-dir outputs/tiny_vae_noise
+    python scripts/tiny_vae.py ship --run outputs/tiny_vae_noise
 
 `prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
 three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
@@ -60,11 +63,12 @@ downloads; the VAEs of large models are better and need a GPU.
   a quarter the licence of the footage itself is known (public domain, CC0, CC BY, MIT, Apache, BSD), and the others
   are covered by the open licence of their repository. No share-alike, non-commercial or no-derivatives material.
 - Training: 4800 steps of 6 crops of 9 frames, 64 to 192 pixels scaled to 64 (`configs/vae/tiny.yaml`), 1000 steps with
-  17 frames (`configs/vae/tiny_long.yaml`), then {steps} steps of 3 crops of 17 or 33 frames with Muon and three more
-  blocks in the decoder (`configs/vae/tiny_deep.yaml`): 28, 19 and {minutes:.0f} minutes on two shared cores, in bf16,
-  torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned for 6000 steps and shortened to 4800
-  at step 2530, and the third was planned for 5000 and shortened to 3500 at step 1829, so their learning rates fell
-  faster after that. The third run started from the float16 weights of the second.
+  17 frames (`configs/vae/tiny_long.yaml`), then 3500 steps of 3 crops of 17 or 33 frames with Muon and three more
+  blocks in the decoder (`configs/vae/tiny_deep.yaml`): 28, 19 and 38 minutes on two shared cores, in bf16. Then {steps}
+  steps for the noise conditioning of the decoder, with all other weights frozen (`configs/vae/tiny_noise.yaml`):
+  {minutes:.0f} minutes on one core, torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned
+  for 6000 steps and shortened to 4800 at step 2530, and the third was planned for 5000 and shortened to 3500 at step
+  1829, so their learning rates fell faster after that. The third and the last run started from float16 weights.
 - Made by: the commands in `scripts/tiny_vae.py`
 - Licence: Apache-2.0, as the code.
 

@@ -85,10 +85,9 @@ def test_it_returns_from_a_checkpoint() -> None:
     assert codec_from_checkpoint(stored, {}, Overrides()).fingerprint() == codec.fingerprint()
 
 
-@pytest.mark.parametrize("options", [{"pretrained_model": "vae"}, {"vae_init_json": '{"a": 1}'}])
-def test_flags_of_other_codecs_are_refused(options: dict[str, str]) -> None:
+def test_a_folder_is_for_another_backend() -> None:
     with pytest.raises(CodecError, match="own VAE"):
-        build_codec(CodecOptions(vae_backend="tiny", **options))  # type: ignore[arg-type]
+        build_codec(CodecOptions(vae_backend="tiny", pretrained_model="vae"))
 
 
 def test_training_and_generating_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

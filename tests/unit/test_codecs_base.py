@@ -105,7 +105,9 @@ def test_another_kind_of_vae_is_refused(tmp_path: Path) -> None:
         (CodecOptions(vae_backend="identity", vae_init_json="{"), "is not JSON"),
         (CodecOptions(vae_backend="identity", vae_init_json="[4]"), "must be a JSON object"),
         (CodecOptions(vae_backend="patch"), "fitted"),
-        (CodecOptions(pretrained_model=".", vae_init_json='{"a": 1}'), "external or identity"),
+        (CodecOptions(vae_backend="tiny", vae_init_json='{"smooth": -1}'), "from 0 to 10"),
+        (CodecOptions(vae_backend="tiny", vae_init_json='{"smooth": true}'), "from 0 to 10"),
+        (CodecOptions(pretrained_model=".", vae_init_json='{"a": 1}'), "takes nothing or"),
     ],
 )
 def test_wrong_flags_say_what_is_expected(options: CodecOptions, message: str) -> None:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from titans_video.codecs.pca import PCACodec
 from titans_video.errors import ConfigError
-from titans_video.models.video_vae import TitansVideoVAE, unfold
+from titans_video.models.video_vae import LEVEL_SCALES, Join, TitansVideoVAE, unfold
 
 FRAMES = (1, 5, 17, 257)
 CHUNKS = (1, 4, 16)
@@ -56,6 +56,45 @@ def test_streaming_equals_the_whole_clip(frames: int, stride: int) -> None:
     vae.chunk_size = 2
     assert_close(vae.decode(z).sample, pixels, atol=1e-5, rtol=0)
     assert_close(vae.encode(x).latent_dist.parameters, moments, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["whole", "chunks", "slices", "tiles"])
+def test_each_row_is_decoded_for_its_own_noise_level(way: str) -> None:
+    vae, levels = tiny(noise_conditioning=True), torch.tensor([0.0, 0.1, 0.7])
+    z = torch.randn(3, 6, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    singly = [vae.decode(row, float(level)).sample for row, level in zip(z.split(1), levels, strict=True)]
+    assert torch.equal(singly[0], vae.decode(z[:1]).sample)
+    assert (vae.decode(z[2:]).sample - singly[2]).abs().max() > 0.01
+    vae.use_slicing, vae.chunk_size = way == "slices", 2 if way == "chunks" else 1000
+    if way == "tiles":
+        vae.enable_tiling(8)
+    assert_close(vae.decode(z, levels).sample, torch.cat(singly), atol=1e-4, rtol=0)
+
+
+def test_frames_begin_at_the_frame_before_as_far_as_the_gates_let_them() -> None:
+    join = Join(3, width=2)
+    with torch.no_grad():
+        for parameter in join.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    before, pixels = torch.randn(1, 1, 3, 3, 4, 4), torch.randn(1, 3, 6, 4, 4)
+    made, last = join(pixels, before, torch.tensor([0.5]))
+    x = pixels[0].unflatten(1, (2, 3)).transpose(0, 1)  # (group, 3, frame, H, W)
+    for group, earlier in ((0, before[0, 0]), (1, x[0])):
+        jump = earlier[:, 2] - x[group][:, 0]
+        seen = [jump, jump.abs(), (earlier[:, 2] - earlier[:, 0]).abs(), (x[group][:, 2] - x[group][:, 0]).abs()]
+        strength = join.levels.weight @ torch.tanh(0.5 * torch.tensor(LEVEL_SCALES))
+        hidden = torch.nn.functional.silu(join.conv_in(torch.cat(seen)[None])) * strength.view(1, 2, 1, 1)
+        gates = torch.tanh(join.conv_out(hidden))[0]
+        for i in range(3):
+            assert_close(made[0, :, 3 * group + i], x[group][:, i] + gates[i] * jump)
+    assert torch.equal(last[0, 0], x[1])
+    assert join(pixels, before, None)[0] is pixels
+    assert torch.equal(join(pixels, None, torch.tensor([0.5]))[0][:, :, :3], pixels[:, :, :3])
+
+
+def test_a_decoder_without_noise_conditioning_rejects_a_level() -> None:
+    with pytest.raises(ConfigError, match="noise_conditioning"):
+        tiny().decode(torch.zeros(1, 6, 1, 2, 2), 0.1)
 
 
 def test_the_state_does_not_grow() -> None:

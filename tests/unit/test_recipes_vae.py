@@ -24,7 +24,7 @@ from titans_video.config.generation import Overrides
 from titans_video.config.options import ActivationOptions, DataOptions
 from titans_video.config.recipes import TrainVaeOptions, VaeLossOptions, VaeOptions
 from titans_video.data.dataset import open_data
-from titans_video.errors import CheckpointError, ConfigError
+from titans_video.errors import CheckpointError, CodecError, ConfigError
 from titans_video.generation.model import load_model
 from titans_video.media.writing import write_video
 from titans_video.models import reconstruction as measures
@@ -67,6 +67,8 @@ def test_measures_are_those_of_plain_loops() -> None:
     assert_close(measures.psnr(a, b), torch.from_numpy(10 * np.log10(4 / mse)).float())
     changes = np.abs(np.diff(error, axis=2)).reshape(2, -1).mean(1)
     assert_close(measures.flicker(a, b), torch.from_numpy(changes * 127.5).float())
+    squares = (np.diff(error, axis=2) ** 2).reshape(2, -1).mean(1)
+    assert_close(measures.temporal_error(a - b, is_squared=True), torch.from_numpy(squares**0.5).float())
     scales = []
     for scale in (1, 2, 4):
         part = error[..., : 13 // scale * scale, : 12 // scale * scale]
@@ -237,10 +239,16 @@ def test_the_weights_of_a_linear_vae_are_those_of_the_linear_codec() -> None:
     assert_close(codec.decode(ours, 9), linear.decode(theirs, 10)[:, :, 1:], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["titans", "kl"])
+@pytest.mark.parametrize("kind", ["titans", "kl", "told"])
 def test_errors_are_added_in_the_scale_of_networks(kind: str) -> None:
-    """The decoder sees what it sees after a network whose latents are off by the same errors."""
-    network = trained(kind).eval()
+    """The decoder sees what it sees after a network whose latents are off by the same errors, and is told as much."""
+    if kind == "told":
+        vae = TitansVideoVAE(4, 4, 4, 8, 8, 1, 2, 4, noise_conditioning=True)
+        for parameter in vae.parameters():
+            parameter.data = 0.2 * noise(*parameter.shape, seed=2)
+        network = VaeNetwork(vae, VAE_SPECS["TitansVideoVAE"], VaeLossOptions()).eval()
+    else:
+        network = trained(kind).eval()
     if kind == "titans":
         network.vae.register_to_config(latents_std=[0.5, 1.0, 2.0, 3.0], latents_weight=[1.0, 1.5, 0.5, 0.2])
     codec = DiffusersCodec(network.vae)
@@ -248,21 +256,28 @@ def test_errors_are_added_in_the_scale_of_networks(kind: str) -> None:
     shape = (1, *codec.spec.latent_shape(5, 32, 32))
     errors, zeros = 0.3 * noise(*shape, seed=1), torch.zeros(shape)
     with torch.no_grad():
-        made = network(x, zeros, errors=errors).pixels
-        assert_close(made, codec.decode(codec.encode(x) + errors, 5), atol=1e-4, rtol=1e-4)
+        made = network(x, zeros, errors=errors, levels=torch.tensor([0.3])).pixels
+        wrong = codec.encode(x) + errors
+        if kind == "told":
+            assert (codec.decode(wrong, 5) - made).abs().max() > 0.01
+            codec.set_smooth(0.3)
+        assert_close(made, codec.decode(wrong, 5), atol=1e-4, rtol=1e-4)
 
 
-def test_the_latent_noise_of_a_row_is_uniform_in_strength() -> None:
+def test_a_third_of_the_rows_has_no_latent_noise_and_the_others_a_uniform_strength() -> None:
     options = TrainVaeOptions(losses=VaeLossOptions(latent_noise=0.5))
     network = trained()
     recipe = VaeRecipe(network, DiffusersCodec(network.vae).spec, options, {}, torch.device("cpu"))
     batch = make_batch(range(300), (5, 32, 32))
-    errors = recipe.prepare(batch)[2]
+    _, _, errors, levels = recipe.prepare(batch)
     assert errors is not None
+    assert levels is not None
     strengths = errors.flatten(1).std(1)
+    assert_close(strengths, levels, atol=0.05, rtol=0.1)
     assert torch.equal(errors, recipe.prepare(batch)[2])
-    assert float(strengths.max()) < 0.6
-    assert float(strengths.mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(levels.max()) < 0.5
+    assert float((levels == 0).float().mean()) == pytest.approx(1 / 3, abs=0.06)
+    assert float(levels[levels > 0].mean()) == pytest.approx(0.25, abs=0.03)
 
 
 def wave(number: int, side: int, frames: int) -> Any:
@@ -361,12 +376,39 @@ def test_a_pretrained_decoder_is_tuned_and_its_encoder_is_not(tmp_path: Path) ->
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_noise_conditioning_is_added_to_a_finished_vae(clips: Path, tmp_path: Path) -> None:
+    """Exact latents are decoded as before, and noisy ones better than without."""
+    train(clips, tmp_path / "first", f"{SMALL} --max-steps 2")
+    flags = "--latent-noise 1 --noise-conditioning --trainable noise --temporal-loss rms --max-steps 60 --lr 1e-2"
+    held_out = f"--validate-every 60 --validation-manifest {clips} --ema-decay 0"
+    train(clips, tmp_path / "second", f"--init-from {tmp_path / 'first' / 'vae'} {flags} {held_out}")
+    lines = [json.loads(line) for line in (tmp_path / "second" / "validation.jsonl").read_text().splitlines()]
+    first, last = (dict(zip(line["measures"], line["losses"], strict=True))["PSNR dB"] for line in lines)
+    assert last > first + 1
+    before, after = (DiffusersCodec.load(tmp_path / name) for name in ("first", "second"))
+    stored = {name: dict(codec.vae.config) for name, codec in (("before", before), ("after", after))}
+    assert stored["after"]["latents_weight"] == stored["before"]["latents_weight"]
+    for name, value in before.vae.state_dict().items():
+        assert torch.equal(value, after.vae.state_dict()[name]), name
+    x = torch.from_numpy(np.stack([wave(i, 32, 9) for i in range(6)])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    z = after.encode(x)
+    assert torch.equal(after.decode(z, 9), before.decode(z, 9))
+    wrong = z + noise(*z.shape, seed=3)
+    plain = float((after.decode(wrong, 9) - x).square().mean())
+    after.set_smooth(1.0)
+    assert float((after.decode(wrong, 9) - x).square().mean()) < 0.8 * plain
+    with pytest.raises(CodecError, match="takes no noise level"):
+        before.set_smooth(0.1)
+
+
 def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = f"train vae --manifest {clips} --resolution 32 --output-dir {tmp_path}"
     for more, words in (
         ("--cache c", "--cache: a VAE is trained on pixels"),
         ("--trainable decoder", "give --init-from"),
         ("--trainable decoder --resume auto", "there is no run to resume from"),
+        ("--trainable noise --resume auto", "--trainable noise trains what --noise-conditioning adds"),
+        ("--noise-conditioning", "needs --latent-noise"),
         ("--crop-scale 1,2", "give --crop-size"),
         ("--crop-size 16 --crop-scale 3,2", "must not be above"),
         ("--crop-size 20", "must be a multiple of the VAE's stride"),
@@ -417,7 +459,7 @@ def test_every_kind_of_vae_is_trained_whole_or_by_its_decoder(kind: str) -> None
     assert_close(found.pixels, codec.decode(codec.scale(unscaled), frames), atol=1e-3, rtol=1e-3)
     found.loss.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in vae.encoder.parameters())
-    decoder = VaeNetwork(vae, codec.vae_spec, VaeLossOptions(), decoder_only=True)
+    decoder = VaeNetwork(vae, codec.vae_spec, VaeLossOptions(), trainable="decoder")
     decoder.zero_grad()
     decoder(x, z).loss.sum().backward()
     assert all(p.grad is None for p in vae.encoder.parameters())

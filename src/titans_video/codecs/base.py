@@ -25,7 +25,7 @@ from titans_video.hub import stored_folder
 from titans_video.parsing import Malformed, parse_json
 from titans_video.schema import PLAIN, MapOf, fits
 from titans_video.seeding import seeded_randn
-from titans_video.types import CodecSpec
+from titans_video.types import PRECISIONS, CodecSpec
 
 NO_NOISE = -30.0
 """The log-variance of a deterministic codec: `from_moments` then returns exactly the mean."""
@@ -232,6 +232,20 @@ def parse_init(text: str | None) -> dict[str, Any]:
     if not fits(MapOf(PLAIN), init):
         raise CodecError(f'--vae-init-json must be a JSON object such as {{"space_to_depth": 4}}; got {text}')
     return init
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype of fp32, bf16, fp16, or of torch's own names of these; CodecError for another name.
+
+    `auto` is float32: commands put the choice for their device in its place.
+    """
+    if dtype == "auto":
+        return torch.float32
+    names = PRECISIONS | {str(value).removeprefix("torch."): value for value in PRECISIONS.values()}
+    found = names.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(names)}.")
+    return found
 
 
 def build_codec(options: CodecOptions, *, device: torch.device | str = "cpu", load: bool = True) -> Codec:

@@ -7,7 +7,7 @@ Samples are processed one by one, and frame-by-frame VAEs in chunks of frames, t
 import gc
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,14 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from titans_video.checkpoint import fingerprint_folder, fingerprint_tensors
-from titans_video.codecs.base import CONTEXT, Codec, without_noise
+from titans_video.codecs.base import CONTEXT, Codec, parse_dtype, without_noise
 from titans_video.config.options import CodecOptions
 from titans_video.errors import CodecError, first_line
 from titans_video.hub import load_pretrained
 from titans_video.parsing import Malformed, read_json
 from titans_video.schema import shown
 from titans_video.tensor_files import BUILDING_ERRORS, check_model_config
-from titans_video.types import PRECISIONS, CodecSpec, FrameRule
+from titans_video.types import CodecSpec, FrameRule
 
 TILE_ABOVE = 640 * 640
 """Frames of more pixels than this are encoded and decoded in blended spatial tiles."""
@@ -41,6 +41,7 @@ FRAMEWISE_ABOVE = 121 * 512 * 768
 TINY = Path(str(files("titans_video"))) / "assets" / "vae_4x4x4"
 """The folder of the package's own VAE."""
 
+MOST_SMOOTH, TINY_SMOOTH = 10.0, 0.1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INSTALL = "needs the packages diffusers and accelerate: pip install diffusers accelerate"
 
@@ -53,6 +54,7 @@ class VaeSpec:
         stride: (S, sh, sw) of a loaded VAE.
         shift_and_factor: as in its pipeline: latents = (unscaled - shift) * factor, each a scalar or C values.
         encode, decode: (vae, (1, 3, T, H, W)) -> (1, 2C, t, h, w), and (vae, (1, C, t, h, w)) -> (1, 3, T, H, W).
+        has_levels: its decoder may take the standard deviation of the latents' errors; see `TitansVideoVAE.decode`.
     """
 
     frame_rule: FrameRule
@@ -61,6 +63,17 @@ class VaeSpec:
     encode: Callable[[Any, Tensor], Tensor]
     decode: Callable[[Any, Tensor], Tensor]
     context: int = CONTEXT
+    has_levels: bool = False
+
+    def takes_noise(self, vae: Any) -> bool:
+        return self.has_levels and bool(vae.config.noise_conditioning)
+
+    def decode_at(self, vae: Any, z: Tensor, levels: Tensor | float | None) -> Tensor:
+        """Decode latents with errors of these standard deviations, which the VAE is told if it takes them."""
+        if levels is None or not self.takes_noise(vae):
+            return self.decode(vae, z)
+        pixels: Tensor = vae.decode(z, levels).sample
+        return pixels
 
 
 def _moments(vae: Any, x: Tensor) -> Tensor:
@@ -160,14 +173,19 @@ VAE_SPECS = {
     "AutoencoderKLWan": VaeSpec("causal", _wan_stride, _by_wan_statistics, _moments, _decode_clip),
     "AutoencoderKLHunyuanVideo": VaeSpec("causal", _ratio_stride, _by_factor, _moments, _decode_clip),
     "AutoencoderKLLTXVideo": VaeSpec("causal", _ratio_stride, _by_ltx_statistics, _moments, _decode_ltx),
-    "TitansVideoVAE": VaeSpec("causal", _ratio_stride, _by_own_statistics, _moments, _decode_clip, 0),
+    "TitansVideoVAE": VaeSpec("causal", _ratio_stride, _by_own_statistics, _moments, _decode_clip, 0, True),
 }
 OWN = {"TitansVideoVAE": "titans_video.models.video_vae"}
 """The modules of classes that diffusers does not have."""
 
 
 class DiffusersCodec(Codec):
-    """A frozen VAE of a class in `VAE_SPECS`, scaled as its diffusers pipeline scales it."""
+    """A frozen VAE of a class in `VAE_SPECS`, scaled as its diffusers pipeline scales it.
+
+    `smooth` is the standard deviation of errors of latents that decoding removes; see `TitansVideoVAE.decode`.
+    """
+
+    smooth = 0.0
 
     def __init__(self, vae: Any, folder: Path | None = None) -> None:
         self._vae: Any = vae.eval().requires_grad_(False)
@@ -179,6 +197,7 @@ class DiffusersCodec(Codec):
         name = type(vae).__name__
         self.vae_spec = VAE_SPECS[name]
         self.folder = folder
+        self.noise_conditioning = self.vae_spec.takes_noise(vae)
         self._fingerprint: str | None = None
         channels = vae.config.get("latent_channels") or vae.config.z_dim
         weight = vae.config.get("latents_weight")
@@ -207,11 +226,19 @@ class DiffusersCodec(Codec):
                 "the VAE's own folder (config.json and *.safetensors). Without a VAE, --vae-backend identity trains on "
                 "pixels."
             )
-        if init:
+        smooth = parse_smooth(init)
+        codec = cls.load(options.pretrained_model, dtype=options.vae_dtype, weights=load)
+        codec.set_smooth(smooth)
+        return codec
+
+    def set_smooth(self, smooth: float) -> None:
+        """Set how much decoding smooths; CodecError if the decoder cannot."""
+        if smooth and not self.noise_conditioning:
             raise CodecError(
-                "--vae-init-json is for --vae-backend external or identity; a diffusers VAE has its own config."
+                f'--vae-init-json {{"smooth": {smooth:g}}}: this {self.spec.name} takes no noise level. Leave smooth '
+                "out, or train a VAE with --noise-conditioning."
             )
-        return cls.load(options.pretrained_model, dtype=options.vae_dtype, weights=load)
+        self.smooth = smooth
 
     def _open(self, folder: Path, dtype: torch.dtype, weights: bool) -> None:
         vae = load_vae(folder, dtype) if weights else meta_vae(folder, dtype) or load_vae(folder, dtype)
@@ -255,7 +282,8 @@ class DiffusersCodec(Codec):
     def pixels_of(self, unscaled: Tensor, frames: int) -> Tensor:
         _, sh, sw = self.spec.stride
         self._bound_memory(unscaled.shape[-2] * sh * unscaled.shape[-1] * sw, frames)
-        return torch.cat([self.vae_spec.decode(self.vae, z.to(self.vae.dtype)) for z in unscaled.split(1)])
+        rows = unscaled.split(1)
+        return torch.cat([self.vae_spec.decode_at(self.vae, z.to(self.vae.dtype), self.smooth) for z in rows])
 
     @property
     def streams(self) -> bool:
@@ -266,7 +294,8 @@ class DiffusersCodec(Codec):
         _, sh, sw = self.spec.stride
         self._bound_memory(latents.shape[-2] * sh * latents.shape[-1] * sw, latents.shape[2])
         kept = {name: value.to(self.device) for name, value in state.items()}
-        pixels, after = self.vae.decode_chunk(self.unscale(latents.to(self.device)).to(self.vae.dtype), kept)
+        unscaled = self.unscale(latents.to(self.device)).to(self.vae.dtype)
+        pixels, after = self.vae.decode_chunk(unscaled, kept, self.smooth)
         return pixels.float(), after
 
     def fingerprint(self) -> str:
@@ -288,18 +317,15 @@ class DiffusersCodec(Codec):
             self.vae.use_framewise_decoding = self.vae.use_framewise_encoding = frames * frame_pixels > FRAMEWISE_ABOVE
 
 
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the torch dtype of fp32, bf16, fp16, or of torch's own names of these; CodecError for another name.
-
-    `auto` is float32: commands put the choice for their device in its place.
-    """
-    if dtype == "auto":
-        return torch.float32
-    names = PRECISIONS | {str(value).removeprefix("torch."): value for value in PRECISIONS.values()}
-    found = names.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise CodecError(f"The VAE's dtype {dtype!r} is none of {', '.join(names)}.")
-    return found
+def parse_smooth(init: Mapping[str, Any]) -> float:
+    """Return `smooth` of `--vae-init-json`: {} or {"smooth": 0.2}; CodecError for anything else."""
+    smooth = init.get("smooth", 0.0)
+    if set(init) - {"smooth"} or type(smooth) not in (int, float) or not 0 <= smooth <= MOST_SMOOTH:
+        raise CodecError(
+            f'--vae-init-json {dict(init)}: a VAE has its own config, and takes nothing or {{"smooth": 0.2}}: the '
+            f"standard deviation of the errors that decoding smooths, from 0 to {MOST_SMOOTH:g}."
+        )
+    return float(smooth)
 
 
 def find_vae(path: str | Path) -> Path:
@@ -372,12 +398,13 @@ class TinyCodec(DiffusersCodec):
 
     @classmethod
     def from_options(cls, options: CodecOptions, init: Mapping[str, Any], *, load: bool) -> Self:
-        if options.pretrained_model or init:
+        if options.pretrained_model:
             raise CodecError(
-                "--vae-backend tiny is the package's own VAE. Leave out --pretrained-model and --vae-init-json, or "
-                "use --vae-backend diffusers."
+                "--vae-backend tiny is the package's own VAE. Leave out --pretrained-model, or use --vae-backend "
+                "diffusers."
             )
-        return cls.load(TINY, dtype=options.vae_dtype, weights=load)
+        init = {"smooth": TINY_SMOOTH} | dict(init)
+        return super().from_options(replace(options, pretrained_model=str(TINY)), init, load=load)
 
 
 class FirstFrameCodec(DiffusersCodec):

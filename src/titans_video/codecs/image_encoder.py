@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_video.checkpoint import fingerprint_folder, read_json
-from titans_video.codecs.diffusers import parse_dtype
+from titans_video.codecs.base import parse_dtype
 from titans_video.errors import CodecError
 from titans_video.hub import load_pretrained
 

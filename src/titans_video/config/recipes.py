@@ -220,10 +220,13 @@ class VaeOptions:
     """Blocks of the decoder."""
     refine_width: Annotated[int, Range(least=0)] = 16
     """Channels of the last convolutions, on full frames; 0: none."""
+    noise_conditioning: bool = False
+    """Tell the decoder how noisy its latents are. Needs --latent-noise. Generation then sets how much it smooths."""
     linear_start: bool = True
     """Start as the linear codec of the clips' principal components. --no-linear-start begins at random."""
-    trainable: Literal["all", "decoder"] = "all"
-    """decoder: leave the encoder, and so the latents, as --init-from has them."""
+    trainable: Literal["all", "decoder", "noise"] = "all"
+    """decoder: leave the encoder, and so the latents, as --init-from has them; noise: train only what
+    --noise-conditioning adds, so exact latents are decoded as before."""
     crop_size: Annotated[int | None, Range(least=1)] = None
     """Train on square crops of this many pixels at random places (default: whole frames)."""
     crop_scale: Annotated[Pair, Range(above=0)] = (1.0, 1.0)
@@ -242,11 +245,14 @@ class VaeLossOptions:
     """Weight of the distance of gradients at three scales, which keeps edges sharp."""
     temporal_weight: Annotated[float, Range(least=0)] = 0.1
     """Weight of the change of the error from frame to frame, which is seen as flicker."""
+    temporal_loss: Literal["l1", "rms"] = "l1"
+    """Mean of that change. rms: the root of its mean square, so that the same change in many small steps costs less
+    than in one jump between two latent frames."""
     kl_weight: Annotated[float, Range(least=0)] = 5e-5
     """Weight of the KL divergence of the latents from a normal distribution."""
     latent_noise: Annotated[float, Range(least=0)] = 0.0
     """Noise of up to this many standard deviations in the latents that the decoder is trained on, so that it smooths
-    errors of networks that generate latents."""
+    errors of networks that generate latents. A third of the clips have none."""
     lpips: FilePath | None = None
     """State dict of lpips.LPIPS(net="vgg"), .pt or .safetensors; nothing is downloaded."""
     lpips_weight: Annotated[float, Range(least=0)] = 0.1

@@ -136,8 +136,13 @@ def check_vae(options: TrainVaeOptions) -> None:
     ):
         if given is not None:
             raise ConfigError(f"{flag}: a VAE is trained on pixels, without captions; leave it out.")
-    if options.vae.trainable == "decoder" and options.train.init_from is None and options.train.resume == "none":
-        raise ConfigError("--trainable decoder needs the VAE whose encoder stays as it is; give --init-from FOLDER.")
+    trainable, noisy = options.vae.trainable, options.vae.noise_conditioning
+    if trainable != "all" and options.train.init_from is None and options.train.resume == "none":
+        raise ConfigError(f"--trainable {trainable} needs the VAE that stays as it is; give --init-from FOLDER.")
+    if trainable == "noise" and not noisy:
+        raise ConfigError("--trainable noise trains what --noise-conditioning adds; give that too.")
+    if noisy and not options.losses.latent_noise:
+        raise ConfigError("--noise-conditioning needs --latent-noise, e.g. --latent-noise 0.5: noise to learn from.")
 
 
 def check_crops(vae: VaeOptions) -> None:

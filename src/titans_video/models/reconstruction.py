@@ -62,11 +62,15 @@ def gradient_error(error: Tensor) -> Tensor:
     return torch.stack(found).mean(dim=0) if found else error.new_zeros(b)
 
 
-def temporal_error(error: Tensor) -> Tensor:
-    """Return the mean absolute change of the error from frame to frame: what is seen as flicker; 0 for one frame."""
+def temporal_error(error: Tensor, *, is_squared: bool = False) -> Tensor:
+    """Return the mean absolute change of the error from frame to frame: what is seen as flicker; 0 for one frame.
+
+    With `is_squared` it is the root of the mean square, which is larger if few frames have most of the change.
+    """
     if error.shape[2] < 2:
         return error.new_zeros(len(error))
-    return _row_means((error[:, :, 1:] - error[:, :, :-1]).abs())
+    change = error[:, :, 1:] - error[:, :, :-1]
+    return (_row_means(change.square()) + TINY).sqrt() if is_squared else _row_means(change.abs())
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ map of a patch plus a network whose last layer starts at zero. Fitted by `set_li
 No layer normalises over time or space, so a frame depends only on earlier frames and on its surroundings.
 
 Legend: B batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, S pixel frames and s
-pixels (height, width) of one latent cell, P = 3 S s s values of a patch, D width of a network, K >= C components.
+pixels (height, width) of one latent cell, P = 3 S s s values of a patch, D width of a network, K >= C components, L
+features of a noise level.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +33,9 @@ LOG_VARIANCE = -6.0
 TILE = 512  # pixels of a side of a tile
 CHUNK = 32  # latent frames that a whole clip is processed in at once, without gradients
 HISTORY = 2  # earlier frames that a causal convolution reads
+JOIN_WIDTH = 24
+PIXEL_REACH = 5  # pixels on each side that a decoded pixel depends on, besides its cell: of `refine` and `Join`
+LEVEL_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def set_zero(layer: nn.Module) -> None:
@@ -46,6 +51,11 @@ def set_rows(layer: nn.Conv3d, rows: Tensor, bias: Tensor, first: int = 0) -> No
     chosen = slice(first, first + len(rows))
     layer.weight[chosen] = rows[..., None, None, None]
     layer.bias[chosen] = bias
+
+
+def level_features(noise: Tensor) -> Tensor:
+    """Return features (B, L) of noise levels (B,). At level 0 they are 0, so a linear layer of them has no effect."""
+    return torch.tanh(noise[:, None] * torch.tensor(LEVEL_SCALES).to(noise))
 
 
 class ChannelNorm(nn.Module):
@@ -70,41 +80,95 @@ class CausalBlock(nn.Module):
         self.time = nn.Conv3d(width, width, (HISTORY + 1, 1, 1))
         set_zero(self.time)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, before: Tensor | None = None, modulation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (B, D, t, h, w) of the same shape, and the last frames that the next chunk needs as `before`.
 
-        Before a video, its first frame is repeated.
+        Before a video, its first frame is repeated. `modulation` (B, 2D) is added to scale and shift of the norm.
         """
-        y = F.silu(self.space(self.norm(x)))
+        y = self.norm(x)
+        if modulation is not None:
+            scale, shift = modulation[..., None, None, None].to(y.dtype).chunk(2, dim=1)
+            y = torch.addcmul(shift, y, 1 + scale)
+        y = F.silu(self.space(y))
         before = y[:, :, :1].expand(-1, -1, HISTORY, -1, -1) if before is None else before
         y = torch.cat((before, y), dim=2)
         return x + self.time(y), y[:, :, -HISTORY:].clone()
 
 
 class CausalNetwork(nn.Module):
-    """A linear map of each cell, plus residual blocks whose sum starts at zero."""
+    """A linear map of each cell, plus residual blocks whose sum starts at zero.
 
-    def __init__(self, inputs: int, outputs: int, width: int, blocks: int) -> None:
+    With `has_levels` a noise level scales the inputs of the linear map and modulates the blocks. Level 0 changes
+    nothing.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int, blocks: int, has_levels: bool = False) -> None:
         super().__init__()
+        self.sizes = (inputs, *[2 * width] * blocks)
+        self.levels = nn.Linear(len(LEVEL_SCALES), sum(self.sizes), bias=False) if has_levels else None
         self.linear = nn.Conv3d(inputs, outputs, 1)
         self.conv_in = nn.Conv3d(inputs, width, 1)
         self.blocks = nn.ModuleList([CausalBlock(width) for _ in range(blocks)])
         self.norm = ChannelNorm(width)
         self.conv_out = nn.Conv3d(width, outputs, 1)
         set_zero(self.conv_out)
+        if self.levels is not None:
+            set_zero(self.levels)
         self.gradient_checkpointing = False  # set by `enable_gradient_checkpointing`
         self._gradient_checkpointing_func: Callable[..., Any] | None = None
 
-    def forward(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], noise: Tensor | None = None) -> tuple[Tensor, State]:
+        """Run the network on (B, inputs, t, h, w); `noise` (B,) are noise levels."""
         kept: State = {}
+        parts: Sequence[Tensor | None] = [None] * len(self.sizes)
+        if self.levels is not None and noise is not None:
+            parts = self.levels(level_features(noise).to(self.levels.weight.dtype)).split(self.sizes, dim=1)
         y = self.conv_in(x)
-        for i, block in enumerate(self.blocks):
+        for i, (block, modulation) in enumerate(zip(self.blocks, parts[1:], strict=True)):
             before = state.get(f"block{i}")
             if self.gradient_checkpointing and torch.is_grad_enabled() and self._gradient_checkpointing_func:
-                y, kept[f"block{i}"] = self._gradient_checkpointing_func(block, y, before)
+                y, kept[f"block{i}"] = self._gradient_checkpointing_func(block, y, before, modulation)
             else:
-                y, kept[f"block{i}"] = block(y, before)
+                y, kept[f"block{i}"] = block(y, before, modulation)
+        if parts[0] is not None:
+            x = x * (1 + parts[0][..., None, None, None].to(x.dtype))
         return self.linear(x) + self.conv_out(F.silu(self.norm(y))), kept
+
+
+class Join(nn.Module):
+    """Let the frames of each latent frame begin at the last one before them, where that hides errors of the latents.
+
+    The jump d between the two frames is added to the S frames with gates g of each pixel: x_i + g_i d. The gates come
+    from d and from the motion before and after it, and are 0 at noise level 0.
+    """
+
+    def __init__(self, frames: int, width: int = JOIN_WIDTH) -> None:
+        super().__init__()
+        self.frames = frames
+        self.conv_in = nn.Conv2d(12, width, 5, padding=2)
+        self.levels = nn.Linear(len(LEVEL_SCALES), width, bias=False)
+        self.conv_out = nn.Conv2d(width, frames, 3, padding=1, bias=False)
+        set_zero(self.conv_out)
+
+    def forward(self, pixels: Tensor, before: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return pixels (B, 3, S t, H, W), and the last group as `before` of the next chunk, as it was given."""
+        x = pixels.unflatten(2, (-1, self.frames)).transpose(1, 2)  # (B, t, 3, S, H, W)
+        last = x[:, -1:].clone()
+        if noise is None:
+            return pixels, last
+        if before is None:  # a video begins without a jump
+            before = x[:, :1, :, :1].expand_as(last)
+        earlier = torch.cat((before, x[:, :-1]), dim=1)
+        jump = earlier[..., -1, :, :] - x[..., 0, :, :]  # (B, t, 3, H, W)
+        motions = [(y[..., -1, :, :] - y[..., 0, :, :]).abs() for y in (earlier, x)]
+        seen = torch.cat((jump, jump.abs(), *motions), dim=2)
+        strength = self.levels(level_features(noise).to(self.levels.weight.dtype)).repeat_interleave(x.shape[1], dim=0)
+        hidden = F.silu(self.conv_in(seen.flatten(0, 1))) * strength[..., None, None].to(x.dtype)
+        gates = torch.tanh(self.conv_out(hidden)).unflatten(0, x.shape[:2])  # (B, t, S, H, W)
+        joined = x + gates[:, :, None] * jump[:, :, :, None]
+        return joined.transpose(1, 2).flatten(2, 3), last
 
 
 class Encoder(CausalNetwork):
@@ -114,9 +178,12 @@ class Encoder(CausalNetwork):
 class Decoder(CausalNetwork):
     """Map latents (B, C, t, h, w) to pixels (B, 3, S t, H, W); a small convolution then refines each full frame."""
 
-    def __init__(self, inputs: int, strides: tuple[int, int], width: int, blocks: int, refine: int) -> None:
-        super().__init__(inputs, 3 * strides[0] * strides[1] ** 2, width, blocks)
+    def __init__(
+        self, inputs: int, strides: tuple[int, int], width: int, blocks: int, refine: int, has_levels: bool
+    ) -> None:
+        super().__init__(inputs, 3 * strides[0] * strides[1] ** 2, width, blocks, has_levels)
         self.strides = strides
+        self.join = Join(strides[0]) if has_levels else None
         self.refine = (
             nn.Sequential(
                 nn.Conv3d(3, refine, (1, 3, 3), padding=(0, 1, 1)),
@@ -129,10 +196,14 @@ class Decoder(CausalNetwork):
         if self.refine is not None:
             set_zero(self.refine[2])
 
-    def forward(self, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-        folded, kept = super().forward(x, state)
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], noise: Tensor | None = None) -> tuple[Tensor, State]:
+        folded, kept = super().forward(x, state, noise)
         pixels = unfold(folded, *self.strides)
-        return (pixels if self.refine is None else pixels + self.refine(pixels)), kept
+        if self.refine is not None:
+            pixels = pixels + self.refine(pixels)
+        if self.join is not None:
+            pixels, kept["frames"] = self.join(pixels, state.get("frames"), noise)
+        return pixels, kept
 
 
 class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
@@ -146,6 +217,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         encoder_width, decoder_width, encoder_blocks, decoder_blocks: of the residual blocks on the latent grid.
         refine_width: channels of the refinement of full frames; 0: none.
         latents_mean, latents_std: statistics of the latents on the training data, with which networks normalise them.
+        noise_conditioning: the decoder gets the noise level of its latents, as that of LTX-Video does.
         latents_weight: factors of the normalised latents by channel; see `training.vae_network.latent_weights`.
     """
 
@@ -164,6 +236,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         encoder_blocks: int = 3,
         decoder_blocks: int = 5,
         refine_width: int = 16,
+        noise_conditioning: bool = False,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         latents_weight: Sequence[float] | None = None,
@@ -179,7 +252,9 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
             raise ConfigError(f"{latent_channels} latent channels: a patch has {values} values; give 1 to {values}.")
         strides = temporal_stride, spatial_stride
         self.encoder = Encoder(values, 2 * latent_channels, encoder_width, encoder_blocks)
-        self.decoder = Decoder(latent_channels, strides, decoder_width, decoder_blocks, refine_width)
+        self.decoder = Decoder(
+            latent_channels, strides, decoder_width, decoder_blocks, refine_width, noise_conditioning
+        )
         rows = torch.zeros(latent_channels, values)
         set_rows(self.encoder.linear, rows, torch.full((latent_channels,), LOG_VARIANCE), latent_channels)
         self.use_tiling = self.use_slicing = False
@@ -196,6 +271,15 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
     def enable_tiling(self, tile_size: int = TILE) -> None:
         """Process frames in tiles of about `tile_size` pixels, whose results are those of whole frames."""
         self.use_tiling, self.tile_size = True, tile_size
+
+    def with_noise_conditioning(self) -> "TitansVideoVAE":
+        """Return this VAE with noise conditioning, which is new and has no effect yet unless it had some."""
+        if self.config.noise_conditioning:
+            return self
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        conditioned = TitansVideoVAE(**{**config, "noise_conditioning": True})
+        conditioned.load_state_dict(conditioned.state_dict() | self.state_dict())
+        return conditioned
 
     def set_linear(self, mean: Tensor, basis: Tensor, std: Tensor) -> None:
         """Start as the linear codec of these principal components, the leading C of them.
@@ -222,14 +306,28 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
                 f"A video VAE with strides {strides} encodes (B, 3, 1 + {strides[0]} k, H, W) with H and W multiples "
                 f"of {strides[1]}; got {tuple(x.shape)}."
             )
-        moments = self._whole(self.encode_chunk, x, self.chunk_size * strides[0])
+        rows = x.split(1) if self.use_slicing else [x]
+        moments = torch.cat([self._whole(self.encode_chunk, row, self.chunk_size * strides[0]) for row in rows])
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Decode latents (B, C, t, h, w), not normalised, to pixels (B, 3, 1 + S (t - 1), H, W), not clamped."""
-        pixels = self._whole(self.decode_chunk, z, self.chunk_size)
+    def decode(
+        self, z: Tensor, noise: Tensor | float | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents (B, C, t, h, w), not normalised, to pixels (B, 3, 1 + S (t - 1), H, W), not clamped.
+
+        `noise`, (B,) or a number, is the standard deviation of the latents' errors in the scale in which networks see
+        latents. A decoder with `noise_conditioning` smooths them. ConfigError: it has none.
+        """
+        rows = z.split(1) if self.use_slicing else [z]
+        levels = self._levels(noise, z)
+        parts = [None] * len(rows) if levels is None else levels.split([len(row) for row in rows])
+        made = [
+            self._whole(partial(self.decode_chunk, noise=part), row, self.chunk_size)
+            for row, part in zip(rows, parts, strict=True)
+        ]
+        pixels = torch.cat(made)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     def encode_chunk(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -246,12 +344,16 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         moments, kept = self._tiled(self.encoder, folded, state or {}, 0, 2 * self.config.latent_channels)
         return moments, kept | {"pending": x[:, :, whole:].clone()}
 
-    def decode_chunk(self, z: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def decode_chunk(
+        self, z: Tensor, state: State | None = None, noise: Tensor | float | None = None
+    ) -> tuple[Tensor, State]:
         """Decode the next latent frames (B, C, m, h, w), from the `state` after those before them.
 
         Returns pixels (B, 3, n, H, W) and the new state: n = S m, and S - 1 fewer in the first chunk of a video.
+        `noise` is as in `decode`.
         """
-        pixels, kept = self._tiled(self.decoder, z, state or {}, self.spatial_compression_ratio, 3)
+        side, levels = self.spatial_compression_ratio, self._levels(noise, z)
+        pixels, kept = self._tiled(self.decoder, z, state or {}, side, 3, levels)
         return pixels if state else pixels[:, :, self.temporal_compression_ratio - 1 :], kept
 
     def forward(
@@ -266,10 +368,16 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
+    def _levels(self, noise: Tensor | float | None, z: Tensor) -> Tensor | None:
+        """Return noise levels (B,) on the device of the latents; None if nothing is to be smoothed."""
+        if noise is None or (not isinstance(noise, Tensor) and noise == 0):
+            return None
+        if not self.config.noise_conditioning:
+            raise ConfigError("This VAE was trained without noise_conditioning, so it decodes without a noise level.")
+        return torch.as_tensor(noise, dtype=torch.float32, device=z.device).expand(len(z))
+
     def _whole(self, step: Callable[[Tensor, State | None], tuple[Tensor, State]], x: Tensor, size: int) -> Tensor:
-        """Process whole clips: one by one with slicing, and in chunks of `size` frames unless gradients are needed."""
-        if self.use_slicing and len(x) > 1:
-            return torch.cat([self._whole(step, row, size) for row in x.split(1)])
+        """Process whole clips, in chunks of `size` frames unless gradients are needed."""
         state: State | None = None
         parts = []
         for chunk in x.split(x.shape[2] if torch.is_grad_enabled() else size, dim=2):
@@ -278,7 +386,13 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def _tiled(
-        self, network: CausalNetwork, x: Tensor, state: State, pixels: int, outputs: int
+        self,
+        network: CausalNetwork,
+        x: Tensor,
+        state: State,
+        pixels: int,
+        outputs: int,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Run a network on cells (B, ., t, h, w), tile by tile if that is on; a cell gives `pixels` or 0: one cell."""
         b, _, t, h, w = x.shape
@@ -288,9 +402,10 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
             return x.new_empty(b, outputs, 0, h * scale, w * scale), kept
         tile = max(self.tile_size // self.spatial_compression_ratio, 1) if self.use_tiling else max(h, w)
         if max(h, w) <= tile:
-            found: tuple[Tensor, State] = network(x, state)
+            found: tuple[Tensor, State] = network(x, state, noise)
             return found
-        reach = len(network.blocks) + (1 if pixels else 0)  # cells around a tile that its result depends on
+        # Cells around a tile that its result depends on.
+        reach = len(network.blocks) + (-(-PIXEL_REACH // pixels) if pixels else 0)
         rows, kept = [], {}
         for i in range(0, h, tile):
             columns = []
@@ -298,7 +413,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
                 top, left, name = max(i - reach, 0), max(j - reach, 0), f"{i}.{j}."
                 part = x[..., top : i + tile + reach, left : j + tile + reach]
                 own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
-                y, after = network(part, own)
+                y, after = network(part, own, noise)
                 kept |= {name + key: value for key, value in after.items()}
                 down, right = (i - top) * scale, (j - left) * scale
                 columns.append(y[..., down : down + tile * scale, right : right + tile * scale])

@@ -157,9 +157,9 @@ def vae_subject(options: TrainVaeOptions) -> Subject:
     with torch.device("meta"):
         vae: Any = _vae(options)
     codec, o = DiffusersCodec(vae), options.vae
-    spec, decoder_only = codec.spec, o.trainable == "decoder"
+    spec = codec.spec
     with torch.device("meta"):
-        network = VaeNetwork(vae, codec.vae_spec, options.losses, decoder_only=decoder_only)
+        network = VaeNetwork(vae, codec.vae_spec, options.losses, trainable=o.trainable)
     if options.activations.every:
         network.recompute_activations()
     layers = layers_of(vae) if isinstance(vae, TitansVideoVAE) else []

@@ -58,13 +58,14 @@ logger = logging.getLogger(__name__)
 
 MEASURES = ("loss", "PSNR dB", "SSIM", "flicker", "KL nats")
 FIT_CLIPS = 64  # to which the linear start is fitted
+EXACT = 1 / 3  # share of the clips whose latents stay exact, with --latent-noise
 STATISTICS_CLIPS = 256  # from which the statistics of latents are measured
 WEIGHTS_CLIPS = 16  # from which the weights of latents are measured
 SHEETS = 4  # held-out clips that validation shows
 EACH = (1, 1, 1)
 SHAPE = (
     *("latent_channels", "spatial_stride", "temporal_stride"),
-    *("vae_width", "encoder_blocks", "decoder_blocks", "refine_width"),
+    *("vae_width", "encoder_blocks", "decoder_blocks", "refine_width", "noise_conditioning"),
 )
 """The options that decide the shape of a new VAE."""
 LINEAR_RATE = 0.1
@@ -97,10 +98,10 @@ class VaeRecipe:
         side = self.options.vae.crop_size
         return (frames, side, side) if side else (frames, batch.height, batch.width)
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return pixels (B, 3, T, H, W) float32, posterior noise (B, C, t, h, w), and errors like it or None.
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return pixels (B, 3, T, H, W) float32, posterior noise (B, C, t, h, w), and errors like it, of levels (B,).
 
-        All are functions of the rows' seeds.
+        Errors and levels are None without --latent-noise. All are functions of the rows' seeds.
         """
         assert batch.pixels is not None  # there is no cache
         size = self.size_of(batch)
@@ -109,10 +110,11 @@ class VaeRecipe:
         noise = seeded_randn(self.spec.latent_shape(*size), seeds).to(self.device)
         most = self.options.losses.latent_noise
         if not most:
-            return pixels, noise, None
-        levels = torch.tensor([most * uniform(seed, "error level") for seed in batch.seeds])
-        errors = seeded_randn(noise.shape[1:], [derive_seed(seed, "errors") for seed in batch.seeds])
-        return pixels, noise, (errors * levels.view(-1, 1, 1, 1, 1)).to(self.device)
+            return pixels, noise, None, None
+        exact = 0.0 if self.options.vae.trainable == "noise" else EXACT  # without noise it has nothing to learn
+        drawn = [uniform(seed, "error level") for seed in batch.seeds]
+        levels = torch.tensor([most * max(u - exact, 0.0) / (1 - exact) for u in drawn], device=self.device)
+        return pixels, noise, self._errors(batch, noise.shape[1:], levels), levels
 
     def row_elements(self, batch: Batch) -> Tensor:
         t, h, w = self.size_of(batch)
@@ -120,15 +122,18 @@ class VaeRecipe:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         start = self.options.losses.gan_start
-        pixels, noise, errors = self.prepare(batch)
-        found: Reconstructed = model(pixels, noise, start is not None and batch.step >= start, errors)
+        pixels, noise, errors, levels = self.prepare(batch)
+        found: Reconstructed = model(pixels, noise, start is not None and batch.step >= start, errors, levels)
         return found.loss * self.row_elements(batch).to(found.loss)
 
     def experts_at(self, quantiles: Sequence[float]) -> list[str] | None:
         return None
 
     def held_out(self, model: nn.Module, batch: Batch, quantiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return `MEASURES` of whole clips, decoded from the latents' means, (M, B) times their elements."""
+        """Return `MEASURES` of whole clips, decoded from the latents' means, (M, B) times their elements.
+
+        With `--trainable noise` the latents have errors of half of --latent-noise.
+        """
         made, pixels = self._reconstruct(model, batch)
         mean, logvar = made.moments.chunk(2, dim=1)
         shown = made.pixels.clamp(-1, 1)
@@ -141,7 +146,15 @@ class VaeRecipe:
         assert batch.pixels is not None
         pixels = scaled(batch.pixels.to(self.device))
         noise = pixels.new_zeros(len(batch), *self.spec.latent_shape(*pixels.shape[2:]))
-        return model(pixels, noise), pixels
+        if self.options.vae.trainable != "noise":
+            return model(pixels, noise), pixels
+        levels = pixels.new_full((len(batch),), self.options.losses.latent_noise / 2)
+        return model(pixels, noise, False, self._errors(batch, noise.shape[1:], levels), levels), pixels
+
+    def _errors(self, batch: Batch, shape: Sequence[int], levels: Tensor) -> Tensor:
+        """Return errors (B, C, t, h, w) of latents, of the standard deviations `levels` (B,)."""
+        errors = seeded_randn(shape, [derive_seed(seed, "errors") for seed in batch.seeds]).to(self.device)
+        return errors * levels.view(-1, 1, 1, 1, 1)
 
     def checkpoint(self, model: dict[str, Tensor], step: int) -> Checkpoint:
         return Checkpoint(model=model, config=self.config, step=step)
@@ -212,8 +225,7 @@ def train_vae(options: TrainVaeOptions) -> TrainResult:
     codec = DiffusersCodec(vae)
     parts = open_clip_parts(options, run, codec.spec)
     check_sizes(options.vae, codec.spec, parts.data)
-    decoder_only = options.vae.trainable == "decoder"
-    network = VaeNetwork(vae, codec.vae_spec, options.losses, decoder_only=decoder_only)
+    network = VaeNetwork(vae, codec.vae_spec, options.losses, trainable=options.vae.trainable)
     if options.vae.linear_start and isinstance(vae, TitansVideoVAE):
         for layer in (vae.encoder.linear, vae.decoder.linear):
             layer.learning_rate_ratio = LINEAR_RATE  # read by `training.optim`
@@ -290,6 +302,8 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
         return found
     if init_from and is_vae_folder(init_from):
         loaded: nn.Module = load_vae(find_vae(init_from), torch.float32)
+        if o.noise_conditioning and isinstance(loaded, TitansVideoVAE):
+            loaded = loaded.with_noise_conditioning()
         check_shape(loaded, o)
         return loaded
     if init_from:
@@ -298,8 +312,8 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
             raise ConfigError(f"--init-from {init_from} is neither a VAE nor a run of `train vae`.")
         check_shape(found, o)
         return found
-    if o.trainable == "decoder":
-        raise ConfigError("--trainable decoder: there is no run to resume from; give --init-from FOLDER too.")
+    if o.trainable != "all":
+        raise ConfigError(f"--trainable {o.trainable}: there is no run to resume from; give --init-from FOLDER too.")
     torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     return new_vae(o)
 
@@ -315,6 +329,7 @@ def new_vae(o: VaeOptions) -> TitansVideoVAE:
         encoder_blocks=o.encoder_blocks,
         decoder_blocks=o.decoder_blocks,
         refine_width=o.refine_width,
+        noise_conditioning=o.noise_conditioning,
     )
 
 

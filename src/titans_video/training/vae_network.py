@@ -6,6 +6,7 @@ cell, P = 3 S s s values of a patch, K principal components.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,11 @@ GAN_BETAS = 0.5, 0.9
 MOST_GAN = 1e4  # the largest factor of the discriminator's gradient
 NUDGE = 0.1  # standard deviations by which latents are moved to see their effect
 MOST_EXACT = 4096  # values of a patch whose principal components are computed exactly
-DECODER = ("decoder.", "post_quant_conv.")  # parameters of a diffusers VAE that its encoder does not use
+TRAINED = {
+    "decoder": ("decoder.", "post_quant_conv."),
+    "noise": ("decoder.levels.", "decoder.join."),
+}
+"""Parameters of a VAE that `--trainable` names; for `all`, all of them."""
 
 
 class Reconstructed(NamedTuple):
@@ -54,14 +59,13 @@ class VaeNetwork(nn.Module):
 
     is_convolutional = True  # read by `training.optim`
 
-    def __init__(self, vae: Any, spec: VaeSpec, options: VaeLossOptions, *, decoder_only: bool = False) -> None:
+    def __init__(self, vae: Any, spec: VaeSpec, options: VaeLossOptions, *, trainable: str = "all") -> None:
         super().__init__()
         self.vae = vae.train().requires_grad_(True)
-        self.spec, self.options, self.decoder_only = spec, options, decoder_only
+        self.spec, self.options, self.trainable = spec, options, trainable
         self.discriminator = None if options.gan_start is None else PatchDiscriminator(options.gan_width)
-        if decoder_only:
-            for name, parameter in vae.named_parameters():
-                parameter.requires_grad_(name.startswith(DECODER))
+        for name, parameter in vae.named_parameters() if trainable in TRAINED else ():
+            parameter.requires_grad_(name.startswith(TRAINED[trainable]))
         # Frozen weights do not belong into checkpoints, so this is not a submodule.
         self._perceptual = [] if options.lpips is None else [LPIPS.load(options.lpips)]
         self._no_split_modules = list(getattr(vae, "_no_split_modules", None) or ())
@@ -73,24 +77,30 @@ class VaeNetwork(nn.Module):
         return [{"params": list(self.discriminator.parameters()), "lr": self.options.gan_lr, "betas": GAN_BETAS}]
 
     def forward(
-        self, pixels: Tensor, noise: Tensor, adversarial: bool = False, errors: Tensor | None = None
+        self,
+        pixels: Tensor,
+        noise: Tensor,
+        adversarial: bool = False,
+        errors: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> Reconstructed:
         """Encode clips, sample latents with `noise` (B, C, t, h, w), decode them, and compare.
 
-        `errors`, of the same shape and in the scale in which networks see latents, are added before decoding.
+        `errors`, of the same shape and in the scale in which networks see latents, are added before decoding. A decoder
+        with noise conditioning gets their standard deviations, `levels` (B,).
         With gradients and `adversarial`, `loss` has the gradient, but not the value, of the discriminator's terms.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
             moments = self._rows(self.spec.encode, pixels).float()
         mean, logvar = moments.chunk(2, dim=1)
         z = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
         if errors is not None:
             factor = torch.as_tensor(self.spec.shift_and_factor(self.vae)[1]).to(z)
             z = z + errors / factor.reshape(1, -1, 1, 1, 1)
-        made = self._rows(self.spec.decode, z).float()
+        made = self._rows(partial(self.spec.decode_at, levels=levels), z).float()
         distance = self._distance(made, pixels)
         loss = distance
-        if not self.decoder_only:
+        if self.trainable == "all":
             loss = loss + self.options.kl_weight * kl_divergence(mean, logvar)
         if self.discriminator is not None and torch.is_grad_enabled():
             loss = loss + (self._adversarial(distance, made, pixels) if adversarial else self._untouched())
@@ -123,7 +133,7 @@ class VaeNetwork(nn.Module):
         if o.gradient_weight:
             total = total + o.gradient_weight * gradient_error(error)
         if o.temporal_weight:
-            total = total + o.temporal_weight * temporal_error(error)
+            total = total + o.temporal_weight * temporal_error(error, is_squared=o.temporal_loss == "rms")
         for network in self._perceptual:
             total = total + o.lpips_weight * network.to(made.device)(made, pixels)
         return total
