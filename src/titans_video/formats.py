@@ -69,7 +69,7 @@ MODEL = Record(
         "text_widths": ListOf(Whole(0, 2**16), 0, 8),
         "text_layers": Whole(0, 64),
         "text_buckets": Whole(1, 2**24),
-        **dict.fromkeys(("qk_norm", "conv", "gated_skip", "sine_positions"), FLAG),
+        **dict.fromkeys(("qk_norm", "conv", "gated_skip", "sine_positions", "hold_last"), FLAG),
         "adaln": Text(100),
         "rope_theta": Real(Range(least=1, most=1e9)),
         "memory": Text(100),

@@ -72,7 +72,8 @@ def perturb(network: nn.Module) -> nn.Module:
 
 def sora(folder: Path, attention: Any) -> DiffusionRecipe[Any]:
     torch.manual_seed(0)
-    network = SoraDiT(in_channels=3, attention_type=attention, gated_skip=True, sine_positions=True, **SIZE)
+    options: dict[str, Any] = {"gated_skip": True, "sine_positions": True, "hold_last": True}
+    network = SoraDiT(in_channels=3, attention_type=attention, **options, **SIZE)
     return replace(make_recipe(), network=perturb(network))
 
 

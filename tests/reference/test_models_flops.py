@@ -61,7 +61,7 @@ def clip(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     [
         {},
         {"attention_type": "full"},
-        {"adaln": "block", "conv": True, "gated_skip": True},
+        {"adaln": "block", "conv": True, "gated_skip": True, "hold_last": True},
         {"text_widths": (), "patch_size": (1, 2, 4), "mlp_ratio": 2.5, "qk_norm": False},
         {"text_widths": (32, 0, 16), "sine_positions": True, "text_layers": 3},
     ],

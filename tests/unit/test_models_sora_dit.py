@@ -225,6 +225,42 @@ def test_the_gated_skip_adds_each_tokens_own_noisy_patch() -> None:
     assert_close(net(x, time, Condition(BYTES)).value, by_channel_and_cell * x)
 
 
+def held_condition(known: list[list[int]], latents: tuple[int, ...] = LATENTS) -> Condition:
+    """Return conditioning latents of which each row knows some frames."""
+    mask = torch.zeros(B, S, latents[2])
+    for row, frames in enumerate(known):
+        mask[row, :, frames] = 1
+    given = torch.randn(latents) * mask[:, :1, :, None, None]
+    return Condition(BYTES, cond_latents=given, cond_mask=mask)
+
+
+def test_unknown_frames_show_the_last_known_one() -> None:
+    net = network(hold_last=True)
+    condition = held_condition([[0, 1], []])
+    held, given = net.held_frames(condition), condition.cond_latents
+    assert held is not None
+    assert given is not None
+    assert torch.equal(held[0, :, :2], given[0, :, :2])
+    assert torch.equal(held[0, :, 2:], given[0, :, 1:2].expand(-1, 2, -1, -1))
+    assert not held[1].any()
+    between = net.held_frames(held_condition([[0, 3], [1]]))
+    assert between is not None
+    assert torch.equal(between[0, :, 2], between[0, :, 0])
+    assert not between[1, :, 0].any()
+    assert torch.equal(between[1, :, 3], between[1, :, 1])
+    assert net.held_frames(Condition(BYTES)) is None
+
+
+def test_a_token_can_add_what_it_is_shown() -> None:
+    net = SoraDiT(C, S, (1, 2, 2), 24, 1, 2, gated_skip=True, hold_last=True, text_layers=1, text_buckets=8)
+    condition, x, time = held_condition([[0], [0, 1]]), torch.randn(LATENTS), torch.rand(B)
+    net.final.linear.bias.data[2 * C * 4 :] = 1.0
+    held = net.held_frames(condition)
+    assert held is not None
+    assert_close(net(x, time, condition).value, held)
+    assert not net(x, time, Condition(BYTES)).value.any()
+
+
 @pytest.mark.parametrize("attention_type", ["st", "full"])
 def test_bf16_is_close_to_float32(attention_type: str) -> None:
     net = network(attention_type=attention_type, conv=True, gated_skip=True)

@@ -196,6 +196,9 @@ class ModelOptions:
     """Attention heads (default: the preset's)."""
     sine_positions: bool = False
     """Add fixed sinusoidal embeddings of each token's position in the frame, besides the rotary embeddings."""
+    hold_last: bool = False
+    """Show the network, in each frame to generate, the last conditioning frame before it. It helps small networks to
+    continue videos. Not for TitansVideoDiT."""
     fp8_linear: bool = False
     """Multiply in 8 bits in the linear layers of the blocks, by torchao. Use it with --mixed-precision bf16 and
     --compile. Untested on a GPU."""

@@ -133,6 +133,7 @@ def sora_config(
         "patch_size": tuple(options.patch_size),
         "attention_type": options.attention_type,
         "sine_positions": options.sine_positions,
+        "hold_last": options.hold_last,
         "text_widths": tuple(text_widths),
     }
 
@@ -145,9 +146,13 @@ def titans_config(
     resumed: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return TitansVideoDiT's arguments: SoraDiT's and those of its memory; errors as in `sora_config`."""
+    if options.hold_last:
+        raise ConfigError("--hold-last: segments of TitansVideoDiT continue from latents, not frames; leave it out.")
     names = ("memory", "mem_tokens", "memory_layers", "persistent_tokens")
+    base = sora_config(options, spec, text_widths, resumed)
+    base.pop("hold_last")
     return {
         "network": "TitansVideoDiT",
-        **sora_config(options, spec, text_widths, resumed),
+        **base,
         **{name: getattr(memory, name) for name in names},
     }

@@ -159,22 +159,23 @@ class SoraBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and a Linear to patches, zero at initialisation (DiT).
 
-    With `gated_skip` each token also predicts how much of its own noisy patch to add to each output value.
+    With `gated_skip` each token also predicts how much of its own noisy patch to add to each output value, and with
+    `hold_last` how much of its conditioning patch.
     """
 
-    def __init__(self, dim: int, values: int, gated_skip: bool = False):
+    def __init__(self, dim: int, values: int, gated_skip: bool = False, hold_last: bool = False):
         super().__init__()
-        self.gated_skip = gated_skip
+        self.gated_skip, self.hold_last = gated_skip, hold_last
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, values * (2 if gated_skip else 1))
+        self.linear = nn.Linear(dim, values * (1 + gated_skip + hold_last))
 
-    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor) -> Tensor:
+    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor, held_BspV: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
-        out = self.linear(ada_layer_norm(x_BspD, shift, scale))
-        if not self.gated_skip:
-            return out
-        value, gate = out.chunk(2, dim=-1)  # each (B, s, p, V)
-        return torch.addcmul(value, gate, noisy_BspV.to(gate.dtype))
+        out: tuple[Tensor, ...] = self.linear(ada_layer_norm(x_BspD, shift, scale)).split(noisy_BspV.shape[-1], dim=-1)
+        value, patches = out[0], [noisy_BspV] * self.gated_skip + [held_BspV] * self.hold_last
+        for gate, patch in zip(out[1:], patches, strict=True):  # each (B, s, p, V)
+            value = value if patch is None else torch.addcmul(value, gate, patch.to(gate.dtype))
+        return value
 
 
 class Backbone(ModelMixin, ConfigMixin):
@@ -210,7 +211,7 @@ class Backbone(ModelMixin, ConfigMixin):
             SoraBlock(dim, heads, c.mlp_ratio, c.attention_type, bool(c.text_widths), c.qk_norm, c.adaln, c.conv)
             for _ in range(c.depth)
         )
-        self.final = FinalLayer(dim, c.in_channels * cells, c.gated_skip)
+        self.final = FinalLayer(dim, c.in_channels * cells, c.gated_skip, bool(c.get("hold_last")))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -248,6 +249,16 @@ class Backbone(ModelMixin, ConfigMixin):
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.patch, strict=True))
         return t, h, w
 
+    def held_frames(self, condition: Condition) -> Tensor | None:
+        """Return conditioning latents (B, C, t, h, w); with `hold_last` unknown frames show the last known one."""
+        given, mask = condition.cond_latents, condition.cond_mask
+        if given is None or mask is None or not self.final.hold_last:
+            return given
+        known = mask.bool().any(dim=1)  # (B, t)
+        frames = torch.arange(known.shape[1], device=known.device)
+        last = torch.where(known, frames, 0).cummax(dim=1).values
+        return given.gather(2, last[:, None, :, None, None].expand_as(given))
+
     def freqs_cis(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
         """Return the rotary positions, complex (s, p, d / 2)."""
         head_dim = self.config.model_dim // self.config.heads
@@ -259,8 +270,9 @@ class Backbone(ModelMixin, ConfigMixin):
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
-        if condition.cond_latents is not None and condition.cond_mask is not None:
-            channels[:, C : 2 * C] = condition.cond_latents
+        held = self.held_frames(condition)
+        if held is not None and condition.cond_mask is not None:
+            channels[:, C : 2 * C] = held
             channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         x = x.to(residual_dtype(x))
@@ -332,7 +344,7 @@ class Backbone(ModelMixin, ConfigMixin):
             split={
                 "entry": {"input": tokens},
                 "positions": {"input": ContextParallelInput(split_dim=1, expected_dims=3)},
-                "final": {"noisy_BspV": tokens},
+                "final": {"noisy_BspV": tokens, "held_BspV": tokens},
             },
             join={"final": ContextParallelOutput(gather_dim=2, expected_dims=4)},
             attach=self._attach,
@@ -343,9 +355,10 @@ class Backbone(ModelMixin, ConfigMixin):
             attention: Any = block.attn
             attention.processor = UlyssesDispatch(attention.processor, exchange)
 
-    def to_value(self, x: Tensor, c: Tensor, latents: Tensor) -> Tensor:
+    def to_value(self, x: Tensor, c: Tensor, latents: Tensor, held: Tensor | None = None) -> Tensor:
         """Map tokens (B, s, p, D) to the prediction (B, C, t, h, w), in the latents' dtype."""
-        out = self.final(x, c, patchify(latents, self.patch))
+        held = patchify(held, self.patch) if self.final.hold_last and held is not None else None
+        out = self.final(x, c, patchify(latents, self.patch), held)
         return unpatchify(out, self.patch, latents.shape[3] // self.patch[1]).to(latents.dtype)
 
 
@@ -364,6 +377,7 @@ class SoraDiT(Backbone):
         adaln: modulation from a Linear of each `block`, or from one `shared` Linear and a table per block.
         gated_skip: see `FinalLayer`; for networks whose width is small compared with V.
         sine_positions: also add fixed sinusoids of each token's position in the frame (DiT); rotary ones are relative.
+        hold_last: unknown frames show the last known one (as in Stable Video Diffusion), and `FinalLayer` may add it.
         rope_theta: base of the rotary frequencies (256 as in HunyuanVideo: token grids are tens of cells).
     """
 
@@ -389,6 +403,7 @@ class SoraDiT(Backbone):
         conv: bool = False,
         gated_skip: bool = False,
         sine_positions: bool = False,
+        hold_last: bool = False,
         rope_theta: float = 256.0,
     ):
         super().__init__()
@@ -408,7 +423,7 @@ class SoraDiT(Backbone):
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
             x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], text, text_mask)
-        return Prediction(self.to_value(x, c, latents), memory)
+        return Prediction(self.to_value(x, c, latents, self.held_frames(condition)), memory)
 
 
 def _check_config(c: Any) -> None:
