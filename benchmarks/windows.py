@@ -241,7 +241,7 @@ REAL = shlex.split(
     "--save-every 100000 --sample-steps 4 --sample-guidance 1.0 --max-steps 1500 --random-start"
 )
 REAL_CODECS = {
-    "tiny": (33, 9, range(1, 192, 4), "--vae-backend tiny --patch-size 1,2,2"),
+    "tiny": (33, 9, range(1, 192, 4), "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last"),
     "patch": (32, 8, range(8, 192, 8), """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2"""),
 }
 """Of each codec: frames of a window, frames that it continues from, first frames of latent frames, and the flags."""

@@ -125,12 +125,12 @@ def test_the_configuration_is_complete(finished: Finished) -> None:
     options = parse(SoraOptions(), ["--config", str(path)], prog="train")
     data = options.data
     assert data.manifest == (str((finished.folder / MANIFEST).resolve()),)
-    assert (data.buckets, data.resolution, data.num_frames, data.fps, data.batch_size) == ("auto", 32, 8, 8, 8)
+    assert (data.buckets, data.resolution, data.num_frames, data.fps, data.batch_size) == ("auto", 64, 9, 8, 8)
     assert (options.train.lr, options.train.max_steps, options.model.preset) == (1e-3, 7, "tiny")
     assert options.train.output_dir == "outputs/my clips 猫"
     comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert len(comments) > 8
-    assert "8 frames at 8 per second are 1.00 s; 5 of 5 videos have them." in " ".join(c.strip("# ") for c in comments)
+    assert "9 frames at 8 per second are 1.12 s; 5 of 5 videos have them." in " ".join(c.strip("# ") for c in comments)
     rows = list(read_rows(data))
     assert sorted(row.caption for row in rows) == ["", *(f"ohwx, grey {i}" for i in range(4))]
 
@@ -193,6 +193,8 @@ def facts(sizes: list[tuple[int, int]], seconds: list[float], rates: list[float]
          (256, 33, 16, 4)),
         # small clips are not enlarged
         (facts([(144, 176)] * 9, [5.0] * 9, [30.0] * 9), Target(480, 49, 16, 1), WAN, (128, 49, 16, 1)),
+        # but up to the least size of the codec
+        (facts([(48, 40)] * 9, [5.0] * 9, [30.0] * 9), Target(64, 9, 8, 8, least=64), WAN, (64, 9, 8, 8)),
         # a slow rate is not raised, because frames would only be repeated
         (facts([(480, 854)] * 9, [9.0] * 9, [6.0] * 9), Target(256, 33, 16, 4), WAN, (256, 33, 6, 4)),
         # half a second at 8 a second has 4 frames, so more of its 24 are read
@@ -230,7 +232,7 @@ def test_trigger_and_prefix(captions: Captions, before: str, after: str) -> None
         ("--buckets 32x32,32x64", {"buckets": "32x32,32x64", "resolution": None}),
         ("--height 32 --width 64", {"height": 32, "width": 64, "buckets": None, "resolution": None}),
         ("--tokens-per-batch 99", {"tokens_per_batch": 99, "batch_size": None}),
-        ("--preset S --betas 0.9,0.95", {"preset": "S", "betas": [0.9, 0.95], "time_mean": 1.2}),
+        ("--preset S --betas 0.9,0.95", {"preset": "S", "betas": [0.9, 0.95], "time_mean": 0.9}),
         ("--num-frames 16 --fps 12 --random-start", {"num_frames": 16, "fps": 12, "random_start": True}),
     ],
 )

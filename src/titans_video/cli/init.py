@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # torch is imported only after the flags are checked
 
 MANIFEST, CONFIG, REPORT = "manifest.jsonl", "titans.yaml", "data_report"
 WIDTH = 100
-TINY = "sora/tiny.yaml"
+PRESET = "sora/clips.yaml"
 """The preset without --pretrained-model."""
-TINY_SIZES = frozenset({"height", "width", "num_frames", "fps", "batch_size", "max_steps", "save_every"})
+CLIPS_SIZES = frozenset({"height", "width", "num_frames", "fps", "batch_size", "max_steps", "save_every"})
 """Options of this preset that are chosen here."""
-TINY_STEPS, SAVE_EVERY = 2000, 500
-TINY_ABOUT = (
-    "The tiny preset: it needs no download and learns a few clips by heart, in minutes on a CPU. For real quality give "
-    "--pretrained-model."
+CLIPS_STEPS, SAVE_EVERY = 2000, 500
+CLIPS_ABOUT = (
+    "The preset sora/clips: it needs no download and learns a few clips by heart, in minutes on a CPU. For real "
+    "quality give --pretrained-model."
 )
 OWN_VAE = "The options of your command; see the guide for the network's size, its memory and its speed."
 LORA = "A LoRA of your pipeline. configs/lora has further settings for each model, with their memory."
@@ -88,7 +88,7 @@ INIT = About(
     notes="No clip is changed, and existing files are only replaced with --force. The form of the data is recognised: "
     "captions beside the clips (.txt, .caption, .json), tables, Hugging Face folders, lists of finetrainers.\n"
     "Any option of `titans-video train` that you give is written into titans.yaml. Without --pretrained-model the "
-    "tiny preset is used, which trains on a CPU. With the folder of a whole pipeline the configuration is for "
+    "preset sora/clips is used, which trains on a CPU. With the folder of a whole pipeline the configuration is for "
     "`titans-video train lora`.\n"
     "The exit code is 0 if training would run, and 1 if it would stop.",
 )
@@ -221,11 +221,12 @@ def plan_for(flags: InitFlags, given: set[str]) -> Plan:
         target = Target(*(512, 14, 7.0, 1) if is_svd else (256, 33, 16.0, 4))
         found = codec_spec(flags.codec)
         return Plan(command, options, target, found, flags.model.patch_size, {}, OWN_VAE)
-    tiny = replace(flags.codec, vae_backend="patch")
-    patch_size = flags.model.patch_size if "patch_size" in given else (1, 1, 1)
-    settings = {k: v for k, v in read_yaml(configs_folder() / TINY).items() if k not in TINY_SIZES}
-    settings |= {"max_steps": TINY_STEPS, "save_every": SAVE_EVERY}
-    return Plan("train", SoraOptions(), Target(32, 8, 8.0, 32), codec_spec(tiny), patch_size, settings, TINY_ABOUT)
+    tiny = replace(flags.codec, vae_backend="tiny")
+    patch_size = flags.model.patch_size if "patch_size" in given else (1, 2, 2)
+    settings = {k: v for k, v in read_yaml(configs_folder() / PRESET).items() if k not in CLIPS_SIZES}
+    settings |= {"max_steps": CLIPS_STEPS, "save_every": SAVE_EVERY}
+    target = Target(64, 9, 8.0, 8, least=64)  # the VAE's cells are too coarse for less
+    return Plan("train", SoraOptions(), target, codec_spec(tiny), patch_size, settings, CLIPS_ABOUT)
 
 
 def config_text(flags: InitFlags, given: set[str], plan: Plan, choice: "Choice", manifest: Path, source: Path) -> str:

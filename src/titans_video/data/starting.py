@@ -41,12 +41,14 @@ class Target:
     Attributes:
         side: of a square with the area of the pictures.
         batch: the largest batch.
+        least: the smallest side; smaller clips are enlarged to it.
     """
 
     side: int
     frames: int
     fps: float
     batch: int
+    least: int = SIDES[0]
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def choose(facts: Facts, target: Target, spec: CodecSpec, patch_t: int) -> Choic
     """Choose settings: the target's, or less where more than a tenth of the clips are smaller or shorter."""
     sides = np.sqrt(facts.sizes.prod(axis=1))
     side = float(np.quantile(sides, SHORTEST))
-    resolution = min(target.side, max([n for n in SIDES if n <= side], default=SIDES[0]))
+    resolution = max(target.least, min(target.side, max([n for n in SIDES if n <= side], default=SIDES[0])))
     smaller = int((sides < resolution).sum())
     low, high = facts.sizes[sides.argmin()], facts.sizes[sides.argmax()]
     size = f"The clips are {low[1]}x{low[0]} to {high[1]}x{high[0]} pixels; {smaller} of {len(sides)} are enlarged."
