@@ -238,11 +238,21 @@ REAL = shlex.split(
     "--attention-type full --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
     "--task-mix t2v=0.3,v2v=0.7 --batch-size 4 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
     "--betas 0.9,0.98 --weight-decay 0 --lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 "
-    "--save-every 100000 --sample-steps 4 --sample-guidance 1.0 --max-steps 1500 --random-start"
+    "--save-every 100000 --sample-guidance 1.0 --max-steps 1500 --random-start"
 )
 REAL_CODECS = {
-    "tiny": (33, 9, range(1, 192, 4), "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last"),
-    "patch": (32, 8, range(8, 192, 8), """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2"""),
+    "tiny": (
+        33,
+        9,
+        range(1, 192, 4),
+        "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last --sample-steps 4",
+    ),
+    "patch": (
+        32,
+        8,
+        range(8, 192, 8),
+        """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2 --sample-steps 25""",
+    ),
 }
 """Of each codec: frames of a window, frames that it continues from, first frames of latent frames, and the flags."""
 REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")

@@ -72,14 +72,14 @@ def test_heads_are_a_size_of_fast_kernels_and_a_resumed_run_keeps_its_own() -> N
     old = {"model_dim": 1152, "heads": 16}
     assert sora_config(ModelOptions(preset="XL"), WAN, [0], old)["heads"] == 16
     assert titans_config(MemoryOptions(), ModelOptions(preset="XL", heads=8), WAN, [0], old)["heads"] == 8
-
-
-def test_segments_have_no_frames_to_hold() -> None:
-    with pytest.raises(ConfigError, match="--hold-last"):
-        titans_config(MemoryOptions(), ModelOptions(hold_last=True), WAN, [0])
     with torch.device("meta"):
         old_network = build_network(sora_config(ModelOptions(preset="XL", depth=1, heads=16), WAN, [0]))
     assert network_config(old_network)["heads"] == 16  # a checkpoint stores its own
+
+
+def test_segments_have_no_last_frame_to_show() -> None:
+    with pytest.raises(ConfigError, match="--hold-last"):
+        titans_config(MemoryOptions(), ModelOptions(hold_last=True), WAN, [0])
 
 
 def test_an_unknown_preset_is_refused_with_the_list() -> None:

@@ -76,10 +76,10 @@ def test_frames_begin_at_the_frame_before_as_far_as_the_gates_let_them() -> None
     with torch.no_grad():
         for parameter in join.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    before, pixels = torch.randn(1, 1, 3, 3, 4, 4), torch.randn(1, 3, 6, 4, 4)
+    before, pixels = torch.randn(1, 3, 3, 4, 4), torch.randn(1, 3, 6, 4, 4)
     made, last = join(pixels, before, torch.tensor([0.5]))
     x = pixels[0].unflatten(1, (2, 3)).transpose(0, 1)  # (group, 3, frame, H, W)
-    for group, earlier in ((0, before[0, 0]), (1, x[0])):
+    for group, earlier in ((0, before[0]), (1, x[0])):
         jump = earlier[:, 2] - x[group][:, 0]
         seen = [jump, jump.abs(), (earlier[:, 2] - earlier[:, 0]).abs(), (x[group][:, 2] - x[group][:, 0]).abs()]
         strength = join.levels.weight @ torch.tanh(0.5 * torch.tensor(LEVEL_SCALES))
@@ -87,7 +87,7 @@ def test_frames_begin_at_the_frame_before_as_far_as_the_gates_let_them() -> None
         gates = torch.tanh(join.conv_out(hidden))[0]
         for i in range(3):
             assert_close(made[0, :, 3 * group + i], x[group][:, i] + gates[i] * jump)
-    assert torch.equal(last[0, 0], x[1])
+    assert torch.equal(last[0], x[1])
     assert join(pixels, before, None)[0] is pixels
     assert torch.equal(join(pixels, None, torch.tensor([0.5]))[0][:, :, :3], pixels[:, :, :3])
 

@@ -16,6 +16,7 @@ from tests.unit.svd_parts import svd_folder
 from tests.wan_pipelines import make_wan
 from titans_video.cli.main import main
 from titans_video.cli.plan import RECIPES, find_recipe, parse_size, split_words
+from titans_video.codecs.diffusers import TINY
 from titans_video.config.options import ActivationOptions
 from titans_video.errors import ConfigError
 from titans_video.models.activations import limit_activations
@@ -229,6 +230,9 @@ def test_an_unet_and_a_vae_are_planned_too() -> None:
     assert {"VAE", "image encoder"} <= {part.name for part in made.parts}
     vae = make_plan("train vae", options_of("vae", VAE), Request(gpus=0))
     assert vae.parameters == vae.trained > 0
+    flags = f"--init-from {TINY} --noise-conditioning --latent-noise 0.5 --trainable noise".split()
+    noise = make_plan("train vae", options_of("vae", [*VAE[:-2], *flags]), Request(gpus=0))
+    assert 0 < noise.trained < 0.02 * noise.parameters
     assert not any(part.name == "VAE" for part in vae.parts)
 
 

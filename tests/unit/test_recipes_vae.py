@@ -264,6 +264,24 @@ def test_errors_are_added_in_the_scale_of_networks(kind: str) -> None:
         assert_close(made, codec.decode(wrong, 5), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("latent_noise", [0.0, 0.5])
+@pytest.mark.parametrize("trainable", ["all", "decoder"])
+def test_every_trained_parameter_gets_a_gradient(trainable: str, latent_noise: float) -> None:
+    """DDP waits for all of them."""
+    vae = tiny_vae("titans").with_noise_conditioning()
+    for parameter in vae.parameters():
+        parameter.data = 0.2 * noise(*parameter.shape, seed=2)
+    losses = VaeLossOptions(latent_noise=latent_noise)
+    x = noise(1, 3, 5, 32, 32)
+    z = noise(1, *DiffusersCodec(vae).spec.latent_shape(5, 32, 32), seed=1)
+    network = VaeNetwork(vae, VAE_SPECS["TitansVideoVAE"], losses, trainable=trainable)
+    errors, levels = (0.1 * z, torch.tensor([0.1])) if latent_noise else (None, None)
+    network(x, z, False, errors, levels).loss.sum().backward()
+    trained = {name: p for name, p in vae.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    assert any(name.startswith("decoder.join") for name in trained) == (latent_noise > 0)
+
+
 def test_a_third_of_the_rows_has_no_latent_noise_and_the_others_a_uniform_strength() -> None:
     options = TrainVaeOptions(losses=VaeLossOptions(latent_noise=0.5))
     network = trained()

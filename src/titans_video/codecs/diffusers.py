@@ -69,7 +69,7 @@ class VaeSpec:
         return self.has_levels and bool(vae.config.noise_conditioning)
 
     def decode_at(self, vae: Any, z: Tensor, levels: Tensor | float | None) -> Tensor:
-        """Decode latents with errors of these standard deviations, which the VAE is told if it takes them."""
+        """Decode latents with errors of these standard deviations, which the VAE gets if it takes them."""
         if levels is None or not self.takes_noise(vae):
             return self.decode(vae, z)
         pixels: Tensor = vae.decode(z, levels).sample

@@ -221,7 +221,8 @@ class VaeOptions:
     refine_width: Annotated[int, Range(least=0)] = 16
     """Channels of the last convolutions, on full frames; 0: none."""
     noise_conditioning: bool = False
-    """Tell the decoder how noisy its latents are. Needs --latent-noise. Generation then sets how much it smooths."""
+    """The decoder gets the level of the noise in its latents. Needs --latent-noise. Generation then sets how much it
+    smooths."""
     linear_start: bool = True
     """Start as the linear codec of the clips' principal components. --no-linear-start begins at random."""
     trainable: Literal["all", "decoder", "noise"] = "all"
@@ -252,7 +253,7 @@ class VaeLossOptions:
     """Weight of the KL divergence of the latents from a normal distribution."""
     latent_noise: Annotated[float, Range(least=0)] = 0.0
     """Noise of up to this many standard deviations in the latents that the decoder is trained on, so that it smooths
-    errors of networks that generate latents. A third of the clips have none."""
+    errors of networks that generate latents. A third of the clips have none, except with --trainable noise."""
     lpips: FilePath | None = None
     """State dict of lpips.LPIPS(net="vgg"), .pt or .safetensors; nothing is downloaded."""
     lpips_weight: Annotated[float, Range(least=0)] = 0.1

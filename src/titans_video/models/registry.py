@@ -30,9 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1B": {"model_dim": 1408, "depth": 25, "heads": 11},
     "3B": {"model_dim": 2048, "depth": 35, "heads": 16},
 }
-"""Sizes of SoraDiT. `tiny` is for one CPU and clips of 32 pixels. S to XL have the widths, depths and heads of the DiT
-paper (table 1), but XL has heads of 128 instead of 72: kernels compute 72 at the cost of 80 or more. Temporal and
-cross-attention make each block larger than there, and the shared adaLN makes it smaller.
+"""Sizes of SoraDiT. `tiny` is for one CPU and clips of 32 to 64 pixels. S to XL have the widths, depths and heads of
+the DiT paper (table 1), but XL has heads of 128 instead of 72: kernels compute 72 at the cost of 80 or more. Temporal
+and cross-attention make each block larger than there, and the shared adaLN makes it smaller.
 1B and 3B are named after their parameter counts with `st` attention."""
 
 

@@ -169,10 +169,10 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.linear = nn.Linear(dim, values * (1 + gated_skip + hold_last))
 
-    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor, held_BspV: Tensor | None = None) -> Tensor:
+    def forward(self, x_BspD: Tensor, c_BsD: Tensor, noisy_BspV: Tensor, shown_BspV: Tensor | None = None) -> Tensor:
         shift, scale = self.modulation(c_BsD)[:, :, None].chunk(2, dim=-1)
         out: tuple[Tensor, ...] = self.linear(ada_layer_norm(x_BspD, shift, scale)).split(noisy_BspV.shape[-1], dim=-1)
-        value, patches = out[0], [noisy_BspV] * self.gated_skip + [held_BspV] * self.hold_last
+        value, patches = out[0], [noisy_BspV] * self.gated_skip + [shown_BspV] * self.hold_last
         for gate, patch in zip(out[1:], patches, strict=True):  # each (B, s, p, V)
             value = value if patch is None else torch.addcmul(value, gate, patch.to(gate.dtype))
         return value
@@ -249,7 +249,7 @@ class Backbone(ModelMixin, ConfigMixin):
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.patch, strict=True))
         return t, h, w
 
-    def held_frames(self, condition: Condition) -> Tensor | None:
+    def shown_frames(self, condition: Condition) -> Tensor | None:
         """Return conditioning latents (B, C, t, h, w); with `hold_last` unknown frames show the last known one."""
         given, mask = condition.cond_latents, condition.cond_mask
         if given is None or mask is None or not self.final.hold_last:
@@ -270,9 +270,9 @@ class Backbone(ModelMixin, ConfigMixin):
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
-        held = self.held_frames(condition)
-        if held is not None and condition.cond_mask is not None:
-            channels[:, C : 2 * C] = held
+        shown = self.shown_frames(condition)
+        if shown is not None and condition.cond_mask is not None:
+            channels[:, C : 2 * C] = shown
             channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         x = x.to(residual_dtype(x))
@@ -344,7 +344,7 @@ class Backbone(ModelMixin, ConfigMixin):
             split={
                 "entry": {"input": tokens},
                 "positions": {"input": ContextParallelInput(split_dim=1, expected_dims=3)},
-                "final": {"noisy_BspV": tokens, "held_BspV": tokens},
+                "final": {"noisy_BspV": tokens, "shown_BspV": tokens},
             },
             join={"final": ContextParallelOutput(gather_dim=2, expected_dims=4)},
             attach=self._attach,
@@ -355,10 +355,10 @@ class Backbone(ModelMixin, ConfigMixin):
             attention: Any = block.attn
             attention.processor = UlyssesDispatch(attention.processor, exchange)
 
-    def to_value(self, x: Tensor, c: Tensor, latents: Tensor, held: Tensor | None = None) -> Tensor:
+    def to_value(self, x: Tensor, c: Tensor, latents: Tensor, shown: Tensor | None = None) -> Tensor:
         """Map tokens (B, s, p, D) to the prediction (B, C, t, h, w), in the latents' dtype."""
-        held = patchify(held, self.patch) if self.final.hold_last and held is not None else None
-        out = self.final(x, c, patchify(latents, self.patch), held)
+        shown = patchify(shown, self.patch) if self.final.hold_last and shown is not None else None
+        out = self.final(x, c, patchify(latents, self.patch), shown)
         return unpatchify(out, self.patch, latents.shape[3] // self.patch[1]).to(latents.dtype)
 
 
@@ -423,7 +423,7 @@ class SoraDiT(Backbone):
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
             x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], text, text_mask)
-        return Prediction(self.to_value(x, c, latents, self.held_frames(condition)), memory)
+        return Prediction(self.to_value(x, c, latents, self.shown_frames(condition)), memory)
 
 
 def _check_config(c: Any) -> None:

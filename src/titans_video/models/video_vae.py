@@ -155,12 +155,12 @@ class Join(nn.Module):
     def forward(self, pixels: Tensor, before: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return pixels (B, 3, S t, H, W), and the last group as `before` of the next chunk, as it was given."""
         x = pixels.unflatten(2, (-1, self.frames)).transpose(1, 2)  # (B, t, 3, S, H, W)
-        last = x[:, -1:].clone()
+        last = x[:, -1].clone()  # (B, 3, S, H, W)
         if noise is None:
             return pixels, last
         if before is None:  # a video begins without a jump
-            before = x[:, :1, :, :1].expand_as(last)
-        earlier = torch.cat((before, x[:, :-1]), dim=1)
+            before = x[:, 0, :, :1].expand_as(last)
+        earlier = torch.cat((before[:, None], x[:, :-1]), dim=1)
         jump = earlier[..., -1, :, :] - x[..., 0, :, :]  # (B, t, 3, H, W)
         motions = [(y[..., -1, :, :] - y[..., 0, :, :]).abs() for y in (earlier, x)]
         seen = torch.cat((jump, jump.abs(), *motions), dim=2)

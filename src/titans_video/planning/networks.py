@@ -34,7 +34,7 @@ from titans_video.recipes.base import ClipGeometry
 from titans_video.recipes.codec import codec_spec
 from titans_video.recipes.svd import CLIP_GRID, check_folder, refuse_unused, trains_unet, unet_config
 from titans_video.recipes.titans import plan_segments, trained_frames, with_vae
-from titans_video.recipes.vae import EACH, is_vae_folder, new_vae
+from titans_video.recipes.vae import EACH, conditioned, is_vae_folder, new_vae, rows_of_layer
 from titans_video.training.vae_network import VaeNetwork, restored_vae
 from titans_video.types import PRECISIONS, ImageCondition
 
@@ -173,8 +173,8 @@ def vae_subject(options: TrainVaeOptions) -> Subject:
 
     def flops(clip: Clip) -> float:
         t, h, w = pixels_of(clip)
-        rows = {True: t * h * w, False: tokens(clip)}
-        return float(cost_of(layers, lambda name: rows["refine" in name], 0).training)
+        rows = partial(rows_of_layer, clips=1, cells=tokens(clip), pixels=t * h * w, side=spec.stride[1])
+        return float(cost_of(layers, rows, 0).training)
 
     def step(clip: Clip) -> Run:
         size, whole = pixels_of(clip), (clip.frames, clip.height, clip.width)
@@ -183,7 +183,9 @@ def vae_subject(options: TrainVaeOptions) -> Subject:
             network.batch = torch.empty(clip.rows, 3, *whole, dtype=torch.uint8)
             pixels, noise = torch.empty(clip.rows, 3, *size), torch.empty(clip.rows, *spec.latent_shape(*size))
             adversarial = options.losses.gan_start is not None
-            loss: Tensor = network(pixels, noise, adversarial=adversarial).loss.sum()
+            noisy = options.losses.latent_noise > 0
+            errors, levels = (torch.empty_like(noise), torch.empty(clip.rows)) if noisy else (None, None)
+            loss: Tensor = network(pixels, noise, adversarial, errors, levels).loss.sum()
             return loss
 
         return run
@@ -218,4 +220,4 @@ def _vae(options: TrainVaeOptions) -> nn.Module:
         found = meta_vae(find_vae(init_from), torch.float32)
     if found is None:
         raise ConfigError(f"--init-from {init_from}: the VAE cannot be planned from its configuration.")
-    return found
+    return conditioned(found, options.vae)

@@ -168,9 +168,9 @@ class VaeRecipe:
         if not isinstance(self.network, VaeNetwork) or not isinstance(self.network.vae, TitansVideoVAE):
             return 0.0
         t, h, w = self.size_of(batch)
-        cells, pixels = self.tokens(batch), len(batch) * t * h * w
-        layers = layers_of(self.network.vae)
-        return float(cost_of(layers, lambda name: pixels if "refine" in name else cells, 0).training)
+        cells, pixels, side = self.tokens(batch), len(batch) * t * h * w, self.spec.stride[1]
+        rows = partial(rows_of_layer, clips=len(batch), cells=cells, pixels=pixels, side=side)
+        return float(cost_of(layers_of(self.network.vae), rows, 0).training)
 
     @contextmanager
     def sampler(self, network: nn.Module, step: int) -> Iterator[VideoSampler]:
@@ -184,6 +184,15 @@ class VaeRecipe:
             return Sampled(video, float(batch.fps[0]), {"clip": options.prompt, "step": step})
 
         yield sample
+
+
+def rows_of_layer(name: str, clips: int, cells: int, pixels: int, side: int) -> int:
+    """Return at how many places a layer of a `TitansVideoVAE` with cells of `side` pixels computes."""
+    if "levels" in name:
+        return clips
+    if "join" in name:  # all pixels of a latent frame, its S frames at once
+        return cells * side**2
+    return pixels if "refine" in name else cells
 
 
 def crop_clips(clips: Tensor, seeds: Sequence[int], size: tuple[int, int, int], options: VaeOptions) -> Tensor:
@@ -295,6 +304,7 @@ def is_vae_folder(path: str) -> bool:
 def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
     """Return the VAE of the resumed run, of `--init-from`, or a new one."""
     o, init_from = options.vae, options.train.init_from
+    torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     if run.resume:
         found = restored_vae(run.resume.model().config)
         if found is None:
@@ -302,19 +312,21 @@ def open_vae(options: TrainVaeOptions, run: RunContext) -> nn.Module:
         return found
     if init_from and is_vae_folder(init_from):
         loaded: nn.Module = load_vae(find_vae(init_from), torch.float32)
-        if o.noise_conditioning and isinstance(loaded, TitansVideoVAE):
-            loaded = loaded.with_noise_conditioning()
+        loaded = conditioned(loaded, o)
         check_shape(loaded, o)
         return loaded
     if init_from:
         found = restored_vae(files.read(Path(init_from).expanduser()).config)
         if found is None:
             raise ConfigError(f"--init-from {init_from} is neither a VAE nor a run of `train vae`.")
+        if conditioned(found, o) is not found:
+            raise ConfigError(
+                f"--noise-conditioning is added to a finished VAE; give that of the run, --init-from {init_from}/{VAE}."
+            )
         check_shape(found, o)
         return found
     if o.trainable != "all":
         raise ConfigError(f"--trainable {o.trainable}: there is no run to resume from; give --init-from FOLDER too.")
-    torch.manual_seed(derive_seed(options.train.seed, "initialisation"))
     return new_vae(o)
 
 
@@ -331,6 +343,13 @@ def new_vae(o: VaeOptions) -> TitansVideoVAE:
         refine_width=o.refine_width,
         noise_conditioning=o.noise_conditioning,
     )
+
+
+def conditioned(vae: nn.Module, options: VaeOptions) -> nn.Module:
+    """Return a VAE with noise conditioning if the options ask for it and its class can have it, else the same one."""
+    if options.noise_conditioning and isinstance(vae, TitansVideoVAE):
+        return vae.with_noise_conditioning()
+    return vae
 
 
 def check_shape(vae: nn.Module, options: VaeOptions) -> None:

@@ -66,6 +66,9 @@ class VaeNetwork(nn.Module):
         self.discriminator = None if options.gan_start is None else PatchDiscriminator(options.gan_width)
         for name, parameter in vae.named_parameters() if trainable in TRAINED else ():
             parameter.requires_grad_(name.startswith(TRAINED[trainable]))
+        if not options.latent_noise:  # it would get no gradient
+            for name, parameter in vae.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not name.startswith(TRAINED["noise"]))
         # Frozen weights do not belong into checkpoints, so this is not a submodule.
         self._perceptual = [] if options.lpips is None else [LPIPS.load(options.lpips)]
         self._no_split_modules = list(getattr(vae, "_no_split_modules", None) or ())
