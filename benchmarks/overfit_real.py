@@ -6,7 +6,7 @@ JSON. PSNR is that of a generated clip against its original, and of the original
 
     python benchmarks/overfit_real.py [--codec tiny|patch] [--out FOLDER] [--max-steps N] [--keep] [--watch]
 
-The default numbers of steps take about equal time.
+By default `tiny` has fewer steps, because each of them takes longer.
 
 With --watch every third of the other clips is a validation clip, a part of the training rows is image-to-video, so
 there are two tasks to compare, and the run's report is written.
