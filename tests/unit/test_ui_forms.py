@@ -133,9 +133,9 @@ def test_a_preset_gives_the_defaults_of_the_fields(tmp_path: Path, monkeypatch: 
     assert training.fields("sora", None)["suggested"]["validate_every"] == training.SAMPLES_EVERY
     own, *shipped = training.presets("sora")
     assert own == Path("configs/sora/mine.yaml")
-    assert [path.stem for path in shipped] == ["bounce", "minilm", "tiny"]
+    assert [path.stem for path in shipped] == ["bounce", "clips", "minilm", "tiny"]
     (tmp_path / "configs" / "sora" / "tiny.yaml").write_text("lr: 1.0\n")  # the user's own counts
-    assert [path.stem for path in training.presets("sora")] == ["mine", "tiny", "bounce", "minilm"]
+    assert [path.stem for path in training.presets("sora")] == ["mine", "tiny", "bounce", "clips", "minilm"]
     explained = training.explain("sora", "configs/sora/mine.yaml", {"lr": "0.25", "manifest": "a.jsonl"})
     assert explained["command"] == "titans-video train --config configs/sora/mine.yaml --lr 0.25 --manifest a.jsonl"
     assert "lr: 0.25" in explained["yaml"]
