@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -132,7 +133,10 @@ def smooth(options: argparse.Namespace) -> int:
     codec = DiffusersCodec(load(options.vae or TINY))
     clips = [whole_groups(read(p, options.side), codec.spec.stride[0]) for p in names_of(options.clips, options.val)[1]]
     latents = [codec.encode(x) for x in clips]
-    print(f"steps between latent frames / within: {middle(steps_of(codec, clips)):.2f} in the {len(clips)} clips")
+    print(
+        f"steps between latent frames / within: {statistics.median(steps_of(codec, clips)):.2f} "
+        f"in the {len(clips)} clips"
+    )
     print(f"{'errors':>8}{'PSNR':>8}{'smooth':>8}{'steps':>8}{'smooth':>8}")
     for level, smoothed in ERRORS.items():
         found: list[float] = []
@@ -143,7 +147,7 @@ def smooth(options: argparse.Namespace) -> int:
                 wrong = z + level * seeded_randn(z.shape[1:], [number])
                 made.append(codec.decode(wrong, x.shape[2]).clamp(-1, 1))
             decibels = [float(psnr(y, x)) for y, x in zip(made, clips, strict=True)]
-            found += [sum(decibels) / len(decibels), middle(steps_of(codec, made))]
+            found += [sum(decibels) / len(decibels), statistics.median(steps_of(codec, made))]
         print(f"{level:8.1f}{found[0]:8.2f}{found[2]:8.2f}{found[1]:8.2f}{found[3]:8.2f}", flush=True)
     return 0
 
@@ -152,10 +156,6 @@ def steps_of(codec: DiffusersCodec, clips: list[Tensor]) -> list[float]:
     """Return the median step into the first frames of latent frames over that into other frames, of each clip."""
     stride = codec.spec.stride[0]
     return [seam_ratio(to_uint8(x[0]), range(1, x.shape[2], stride)) for x in clips]
-
-
-def middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def show(name: str, row: list[float]) -> None:

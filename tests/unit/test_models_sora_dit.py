@@ -237,25 +237,25 @@ def known_condition(known: list[list[int]], latents: tuple[int, ...] = LATENTS) 
 def test_unknown_frames_show_the_last_known_one() -> None:
     net = network(hold_last=True)
     condition = known_condition([[0, 1], []])
-    shown, given = net.shown_frames(condition), condition.cond_latents
+    shown, given = net.show_last(condition).cond_latents, condition.cond_latents
     assert shown is not None
     assert given is not None
     assert torch.equal(shown[0, :, :2], given[0, :, :2])
     assert torch.equal(shown[0, :, 2:], given[0, :, 1:2].expand(-1, 2, -1, -1))
     assert not shown[1].any()
-    between = net.shown_frames(known_condition([[0, 3], [1]]))
+    between = net.show_last(known_condition([[0, 3], [1]])).cond_latents
     assert between is not None
     assert torch.equal(between[0, :, 2], between[0, :, 0])
     assert not between[1, :, 0].any()
     assert torch.equal(between[1, :, 3], between[1, :, 1])
-    assert net.shown_frames(Condition(BYTES)) is None
+    assert net.show_last(Condition(BYTES)).cond_latents is None
 
 
 def test_a_token_can_add_what_it_is_shown() -> None:
     net = SoraDiT(C, S, (1, 2, 2), 24, 1, 2, gated_skip=True, hold_last=True, text_layers=1, text_buckets=8)
     condition, x, time = known_condition([[0], [0, 1]]), torch.randn(LATENTS), torch.rand(B)
     net.final.linear.bias.data[2 * C * 4 :] = 1.0
-    shown = net.shown_frames(condition)
+    shown = net.show_last(condition).cond_latents
     assert shown is not None
     assert_close(net(x, time, condition).value, shown)
     assert not net(x, time, Condition(BYTES)).value.any()

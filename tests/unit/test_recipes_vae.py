@@ -241,7 +241,7 @@ def test_the_weights_of_a_linear_vae_are_those_of_the_linear_codec() -> None:
 
 @pytest.mark.parametrize("kind", ["titans", "kl", "told"])
 def test_errors_are_added_in_the_scale_of_networks(kind: str) -> None:
-    """The decoder sees what it sees after a network whose latents are off by the same errors, and is told as much."""
+    """Training decodes the latents, and the noise level, that generation decodes after a network with these errors."""
     if kind == "told":
         vae = TitansVideoVAE(4, 4, 4, 8, 8, 1, 2, 4, noise_conditioning=True)
         for parameter in vae.parameters():
@@ -394,10 +394,15 @@ def test_a_pretrained_decoder_is_tuned_and_its_encoder_is_not(tmp_path: Path) ->
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_noise_conditioning_is_added_to_a_finished_vae(clips: Path, tmp_path: Path) -> None:
+def test_noise_conditioning_is_added_to_a_finished_vae(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exact latents are decoded as before, and noisy ones better than without."""
     train(clips, tmp_path / "first", f"{SMALL} --max-steps 2")
     flags = "--latent-noise 1 --noise-conditioning --trainable noise --temporal-loss rms --max-steps 60 --lr 1e-2"
+    words = f"train vae --manifest {clips} --init-from {tmp_path / 'first'} --output-dir {tmp_path / 'x'} {flags}"
+    assert main([*words.split(), "--buckets", "32x32x9"]) == 2
+    assert f"--init-from {tmp_path / 'first'}/vae" in capsys.readouterr().err.replace("\n", " ")
     held_out = f"--validate-every 60 --validation-manifest {clips} --ema-decay 0"
     train(clips, tmp_path / "second", f"--init-from {tmp_path / 'first' / 'vae'} {flags} {held_out}")
     lines = [json.loads(line) for line in (tmp_path / "second" / "validation.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ tokens of all streams, R registers: tokens without a position, such as a memory'
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -249,15 +250,15 @@ class Backbone(ModelMixin, ConfigMixin):
         t, h, w = (n // p for n, p in zip(latents.shape[2:], self.patch, strict=True))
         return t, h, w
 
-    def shown_frames(self, condition: Condition) -> Tensor | None:
-        """Return conditioning latents (B, C, t, h, w); with `hold_last` unknown frames show the last known one."""
+    def show_last(self, condition: Condition) -> Condition:
+        """Let the conditioning latents of unknown frames be those of the last known one, with `hold_last`."""
         given, mask = condition.cond_latents, condition.cond_mask
         if given is None or mask is None or not self.final.hold_last:
-            return given
+            return condition
         known = mask.bool().any(dim=1)  # (B, t)
         frames = torch.arange(known.shape[1], device=known.device)
         last = torch.where(known, frames, 0).cummax(dim=1).values
-        return given.gather(2, last[:, None, :, None, None].expand_as(given))
+        return replace(condition, cond_latents=given.gather(2, last[:, None, :, None, None].expand_as(given)))
 
     def freqs_cis(self, grid: Grid, device: torch.device, first_slot: int = 0) -> Tensor:
         """Return the rotary positions, complex (s, p, d / 2)."""
@@ -270,9 +271,8 @@ class Backbone(ModelMixin, ConfigMixin):
         B, C, t, h, w = latents.shape
         channels = latents.new_zeros(B, 2 * C + self.config.time_stride, t, h, w)
         channels[:, :C] = latents
-        shown = self.shown_frames(condition)
-        if shown is not None and condition.cond_mask is not None:
-            channels[:, C : 2 * C] = shown
+        if condition.cond_latents is not None and condition.cond_mask is not None:
+            channels[:, C : 2 * C] = condition.cond_latents
             channels[:, 2 * C :] = condition.cond_mask[..., None, None]
         x = self.patch_embed(patchify(channels.to(self.patch_embed.weight.dtype), self.patch))
         x = x.to(residual_dtype(x))
@@ -416,14 +416,14 @@ class SoraDiT(Backbone):
         `time` is (B,) or (B, t) in [0, 1], 0 clean; given latent frames count as 0. `memory` is returned unchanged.
         """
         self.check_inputs(latents, condition)
-        grid = self.grid(latents)
+        grid, condition = self.grid(latents), self.show_last(condition)
         x = self.embed_patches(latents, condition)  # (B, s, p, D)
         c, text, text_mask = self.embed_conditioning(latents, time, condition)
         freqs_cis = self.freqs_cis(grid, x.device)
         c_block = c if self.modulation is None else self.modulation(c)
         for block in self.blocks:
             x, _ = self.run_block(block, x, c_block, freqs_cis, grid[2], text, text_mask)
-        return Prediction(self.to_value(x, c, latents, self.shown_frames(condition)), memory)
+        return Prediction(self.to_value(x, c, latents, condition.cond_latents), memory)
 
 
 def _check_config(c: Any) -> None:
