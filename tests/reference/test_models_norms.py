@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from titans_video.models.layers import ada_layer_norm, apply_rotary, freqs_cis_1d, gated, qk_norm_rope
+from titans_video.models.layers import (
+    SelfAttention,
+    ada_layer_norm,
+    apply_rotary,
+    freqs_cis_1d,
+    gated,
+    qk_norm_rope,
+)
 
 
 def double(*shape: int) -> Tensor:
@@ -32,6 +39,43 @@ def test_head_norm_and_its_gradient(rotated: bool) -> None:
     plain = F.rms_norm(x, (8,), eps=1e-6) * weight
     assert_close(qk_norm_rope(x, weight, freqs_cis), plain if freqs_cis is None else apply_rotary(plain, freqs_cis))
     assert torch.autograd.gradcheck(lambda x, weight: qk_norm_rope(x, weight, freqs_cis), (x, weight))
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_self_attention_and_its_gradients(rotated: bool, registers: bool) -> None:
+    attention = SelfAttention(16, 2).double()
+    assert attention.qk_scale is not None
+    attention.qk_scale.data.normal_()
+    x, r = double(2, 3, 4, 16), double(2, 5, 16)
+    freqs_cis = freqs_cis_1d(4, 4, 100.0).to(torch.complex128)[None] if rotated else torch.ones(1, 4, 4).cdouble()
+
+    def heads(tokens: Tensor, freqs: Tensor | None) -> list[Tensor]:
+        q, k, v = attention.qkv(tokens).unflatten(-1, (3, 2, 8)).unbind(-3)  # each (..., L, H, d)
+        q, k = (F.rms_norm(y, (8,), eps=1e-6) * scale for y, scale in zip((q, k), attention.qk_scale, strict=True))
+        q, k = (y if freqs is None else apply_rotary(y, freqs[:, :, None]) for y in (q, k))
+        return [y.transpose(-3, -2) for y in (q, k, v)]
+
+    def joined(y: Tensor) -> Tensor:
+        return attention.out(y.transpose(-3, -2).flatten(-2))
+
+    q, k, v = heads(x, freqs_cis)  # each (B, G, H, L, d)
+    if registers:
+        rq, rk, rv = heads(r, None)  # each (B, H, R, d)
+        own = [torch.cat((y[:, None].expand(-1, 3, -1, -1, -1), z), dim=3) for y, z in ((rk, k), (rv, v))]
+        every = [torch.cat((y, z.transpose(1, 2).flatten(2, 3)), dim=2) for y, z in ((rk, k), (rv, v))]
+        plain = [joined(F.scaled_dot_product_attention(*part)) for part in ((q, *own), (rq, *every))]
+        ours = list(attention.with_registers(x, r, freqs_cis))
+    else:
+        plain, ours = [joined(F.scaled_dot_product_attention(q, k, v))], [attention(x, freqs_cis)]
+    leaves = [x, *attention.parameters()] + [r] * registers
+    weights = [torch.randn_like(y) for y in ours]
+    found = [
+        torch.autograd.grad([(y * w).sum() for y, w in zip(all_, weights, strict=True)], leaves)
+        for all_ in (ours, plain)
+    ]
+    assert_close(ours, plain)
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
