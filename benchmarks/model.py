@@ -170,8 +170,7 @@ def worker(a: argparse.Namespace) -> None:
     import torch
 
     parent = Parent()
-    if a.memory:
-        map_large_blocks(True)
+    map_large_blocks(a.memory)
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     cuda = a.device.startswith("cuda")
