@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.factories import make_captioner
 from tests.unit.media_clips import encode, moving_bars
@@ -23,6 +25,10 @@ from titans_video.media.probe import probe
 from titans_video.media.reading import read_indices
 
 FAMILIES = ("Qwen2_5_VL", "Llava")
+needs_pictures = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.5") and not transformers.utils.is_torchvision_available(),
+    reason="transformers before 5.5 prepares pictures with torchvision only",
+)
 PROMPT = "a red circle moving right"
 SIZES = ((56, 84), (84, 56), (60, 60))
 NEW = 12
@@ -54,7 +60,8 @@ def caption_by_hand(family: str, folder: Path, images: list[Image.Image]) -> str
     """Call the image processor, the tokenizer and `generate`, without a processor and a batch."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    pictures = transformers.AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
+    # In older versions `transformers.AutoImageProcessor` needs torchvision.
+    pictures = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
     if family == "Llava":  # (28 / 14)^2 patches a picture
         text = "user: " + f"{'<image>' * 4}\n" * len(images) + f"{PROMPT} assistant:"
     else:  # four patches are merged into one token
@@ -71,6 +78,7 @@ def caption_by_hand(family: str, folder: Path, images: list[Image.Image]) -> str
     return " ".join(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).split())
 
 
+@needs_pictures
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_are_those_of_generate(family: str, models: dict[str, Path], manifest: Path) -> None:
     """In one batch of clips of different sizes, only the rows without a caption, and nothing else in the file."""
@@ -207,6 +215,7 @@ def test_clips_that_cannot_be_described(
     assert main(["caption", str(manifest), "--model", "fake"]) == 2  # the model accepts nothing that is left
 
 
+@needs_pictures
 def test_what_is_not_a_captioner_is_an_error(models: dict[str, Path], manifest: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for model, match in (("empty", "cannot be loaded"), ("./nowhere", "no such folder"), ("a/b", "hub access is off")):

@@ -208,7 +208,7 @@ def test_adapters_act_as_in_stock_diffusers(
             continue
         file = f"{expert}_noise.safetensors" if variant == "t2v-a14b" else "pytorch_lora_weights.safetensors"
         more = {"load_into_transformer_2": True} if network == "transformer_2" else {}
-        pipe.load_lora_weights(files[file], adapter_name=expert, **more)
+        pipe.load_lora_weights(files[file].parent, weight_name=file, adapter_name=expert, **more)
         getattr(pipe, network).set_adapters(expert, 0.8 if expert == "low" else 0.6)
     theirs = stock(pipe, asked, images)
     close(ours, theirs, images)
@@ -222,8 +222,9 @@ def test_merged_weights_and_a_folder_of_adapters(
     files = adapters["t2v-a14b"]
     ours = made(load(folder, str(files["low_noise.safetensors"].parent)), asked)
     pipe = open_stock(folder)
-    pipe.load_lora_weights(files["high_noise.safetensors"], adapter_name="high")
-    pipe.load_lora_weights(files["low_noise.safetensors"], adapter_name="low", load_into_transformer_2=True)
+    for expert, more in (("high", {}), ("low", {"load_into_transformer_2": True})):
+        file = files[f"{expert}_noise.safetensors"]
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=expert, **more)
     for network in (pipe.transformer, pipe.transformer_2):
         network.fuse_lora()
         network.unload_lora()

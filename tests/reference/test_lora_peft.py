@@ -172,7 +172,7 @@ def test_two_networks_share_one_file_that_diffusers_reads(tmp_path: Path) -> Non
     assert (ours.alphas, ours.notes) == ({name: alpha for name, (_, alpha) in sizes.items()}, [])
 
     # diffusers sees both prefixes, and each transformer gets its own rank and alpha.
-    state, header = WanLoraLoaderMixin.lora_state_dict(tmp_path, return_lora_metadata=True)
+    state, header = WanLoraLoaderMixin.lora_state_dict(tmp_path, weight_name=lora_io.WEIGHTS, return_lora_metadata=True)
     assert state.keys() == tensors.keys()
     assert header["transformer.target_modules"] == [q]
     assert header["transformer_2.target_modules"] == [q, v]
