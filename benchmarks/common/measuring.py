@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-SMALL_BLOCKS, LARGEST_BLOCKS, NEVER = 64 * 1024, 32 * 1024 * 1024, 2**31 - 1
+SMALL_BLOCKS, LARGEST_BLOCKS = 64 * 1024, 32 * 1024 * 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
@@ -101,13 +101,12 @@ def map_large_blocks(wanted: bool) -> None:
     """Choose whether glibc maps every block of 64 KiB and more separately.
 
     If it does, the memory is that of live tensors without malloc's free lists. That costs time, so never use it when
-    time is measured. Otherwise glibc keeps freed blocks. By default it returns some of them in each step, and page
-    faults follow, in another number for each process.
+    time is measured. Otherwise glibc keeps freed blocks, as by default after a while.
     """
     size = SMALL_BLOCKS if wanted else LARGEST_BLOCKS
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, size)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * size if wanted else NEVER)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
 class Meter:
