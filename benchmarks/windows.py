@@ -260,7 +260,7 @@ class RealCodec:
 REAL_CODECS = {
     "tiny": RealCodec(
         *(33, 9, range(1, 192, 4)),
-        # Half the time of a small step is the optimizer's and the VAE's.
+        # A step of few clips spends much of its time on encoding and on the optimizer.
         "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last "
         "--batch-size 16 --max-steps 2500 --cache latents --cache-variants 64",
         """--vae-init-json '{"smooth": 0.3}' --steps 25 --continue-steps 4 --draft-frames 9""",
@@ -288,6 +288,8 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in REAL_CLIPS]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     truths = {name: shrink(clips / name, folder / name) for name in REAL_CLIPS}
+    for name, truth in truths.items():
+        write_video(folder / f"start_{name}", truth[: codec.overlap], 24, crf=8)
     script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
     found: dict[str, Any] = {"codec": arguments.codec}
     if not arguments.keep:
@@ -301,7 +303,6 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         shown = []
         for name, row in zip(REAL_CLIPS, chosen, strict=True):
             truth, start = truths[name], folder / f"start_{name}"
-            write_video(start, truth[: codec.overlap], 24, crf=8)
             out = folder / f"{Path(name).stem}_{kind}"  # PNG: a video's encoder would smooth small steps
             words = ["--prompt", row["caption"], "--out", f"{out}"]
             words += (

@@ -78,6 +78,19 @@ def test_self_attention_and_its_gradients(rotated: bool, registers: bool) -> Non
     assert_close(*found)
 
 
+def test_the_kernel_reads_the_tokens_of_a_head_together() -> None:
+    attention, seen = SelfAttention(16, 2), []
+
+    def spy(*heads: Tensor | None) -> Tensor:
+        seen.extend(y for y in heads if y is not None)
+        return seen[0]
+
+    attention.processor = spy  # type: ignore[assignment]
+    attention(torch.randn(2, 3, 4, 16), freqs_cis_1d(4, 4, 100.0)[None])
+    assert len(seen) == 3
+    assert all(y.transpose(1, 2).is_contiguous() for y in seen)  # (B G, H, L, d)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bf16_inputs_are_normalised_in_float32(autocast: bool) -> None:
     x = (torch.randn(2, 5, 3, 24) * 100).bfloat16().requires_grad_()
