@@ -7,12 +7,17 @@
     titans-video train vae --config configs/vae/tiny.yaml $DATA --output-dir outputs/tiny_vae
     titans-video train vae --config configs/vae/tiny_long.yaml $DATA --init-from outputs/tiny_vae \
         --output-dir outputs/tiny_vae_long
-    python scripts/tiny_vae.py deepen --vae outputs/tiny_vae_long --out outputs/tiny_vae_start
+    python scripts/tiny_vae.py deepen --vae outputs/tiny_vae_long --blocks 8 --out outputs/tiny_vae_start
     titans-video train vae --config configs/vae/tiny_deep.yaml $DATA --init-from outputs/tiny_vae_start \
         --output-dir outputs/tiny_vae_deep
     titans-video train vae --config configs/vae/tiny_noise.yaml $NOISE_DATA --init-from outputs/tiny_vae_deep/vae \
         --output-dir outputs/tiny_vae_noise
-    python scripts/tiny_vae.py ship --run outputs/tiny_vae_noise
+    python scripts/tiny_vae.py deepen --vae outputs/tiny_vae_noise --blocks 12 --out outputs/tiny_vae_start_12
+    titans-video train vae --config configs/vae/tiny_decoder.yaml $DATA --init-from outputs/tiny_vae_start_12 \
+        --output-dir outputs/tiny_vae_decoder
+    titans-video train vae --config configs/vae/tiny_noise.yaml $NOISE_DATA --init-from outputs/tiny_vae_decoder/vae \
+        --decoder-blocks 12 --max-steps 1000 --output-dir outputs/tiny_vae_final
+    python scripts/tiny_vae.py ship --decoder-run outputs/tiny_vae_decoder --run outputs/tiny_vae_final
 
 `prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
 three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
@@ -25,6 +30,7 @@ with a model card.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,7 +54,7 @@ LINES, LEAST_FRAMES = 192, 17
 WORLDS, WORLD_FRAMES = 24, 17
 MANIFESTS = TRAIN, PHOTOS, VALIDATION = "train.jsonl", "photos.jsonl", "val.jsonl"
 FPS = 12
-DECODER_BLOCKS = 8
+LEVELS = "decoder.levels.weight"
 CRF = "6"  # of H.264 with key frames only; about 46 dB
 Frames = NDArray[np.uint8]
 
@@ -64,11 +70,14 @@ downloads; the VAEs of large models are better and need a GPU.
   are covered by the open licence of their repository. No share-alike, non-commercial or no-derivatives material.
 - Training: 4800 steps of 6 crops of 9 frames, 64 to 192 pixels scaled to 64 (`configs/vae/tiny.yaml`), 1000 steps with
   17 frames (`configs/vae/tiny_long.yaml`), then 3500 steps of 3 crops of 17 or 33 frames with Muon and three more
-  blocks in the decoder (`configs/vae/tiny_deep.yaml`): 28, 19 and 38 minutes on two shared cores, in bf16. Then {steps}
-  steps for the noise conditioning of the decoder, with all other weights frozen (`configs/vae/tiny_noise.yaml`):
-  {minutes:.0f} minutes on one core, torch {torch}. No captions, no discriminator, no LPIPS. The first run was planned
-  for 6000 steps and shortened to 4800 at step 2530, and the third was planned for 5000 and shortened to 3500 at step
-  1829, so their learning rates fell faster after that. The third and the last run started from float16 weights.
+  blocks in the decoder (`configs/vae/tiny_deep.yaml`): 28, 19 and 38 minutes on two shared cores, in bf16. Then 2000
+  steps for the noise conditioning of the decoder, with all other weights frozen (`configs/vae/tiny_noise.yaml`): 15
+  minutes on one core. Then four more blocks in the decoder, which was trained with a frozen encoder
+  (`configs/vae/tiny_decoder.yaml`): {decoder_steps} steps, {decoder_minutes:.0f} minutes on one core of a busy machine.
+  Last, {steps} steps for the noise conditioning again: {minutes:.0f} minutes, torch {torch}. No captions, no
+  discriminator, no LPIPS. The first run was planned for 6000 steps and shortened to 4800 at step 2530, and the third
+  was planned for 5000 and shortened to 3500 at step 1829, so their learning rates fell faster after that. The third
+  run and those after it started from float16 weights.
 - Made by: the commands in `scripts/tiny_vae.py`
 - Licence: Apache-2.0, as the code.
 
@@ -77,8 +86,8 @@ downloads; the VAEs of large models are better and need a GPU.
 `linear` is a linear codec (principal components) of the same strides and channels. Flicker is the mean absolute change
 of the error from frame to frame, in levels of 255.
 
-| side | PSNR dB | linear | SSIM | linear | flicker | linear |
-| --- | --- | --- | --- | --- | --- | --- |
+| side | clips | PSNR dB | linear | SSIM | linear | flicker | linear |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 Limits: fast motion is blurred, and small text is not legible.
 """
@@ -147,11 +156,15 @@ def prepare(out: Path) -> None:
 
 
 def measured(folder: Path, side: int) -> list[str]:
-    """Return PSNR, SSIM and flicker, each of the VAE and of the linear codec, on the clips of val.txt."""
+    """Return rows of the card's table: PSNR, SSIM and flicker, each of the VAE and of the linear codec.
+
+    The clips are those of val.txt; the first row is of all, the second of those that a camera filmed.
+    """
     words = [sys.executable, "benchmarks/vae.py", "quality", "--vae", str(folder), "--side", str(side)]
     done = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
-    return done.stdout.split("\n")[-2].split()[-6:]
+    means = (re.split(r"\s{2,}", line) for line in done.stdout.splitlines() if line.startswith("mean of "))
+    return [f"| {' | '.join((str(side), name.removeprefix('mean of '), *values))} |\n" for name, *values in means]
 
 
 def minutes(run: Path) -> float:
@@ -159,30 +172,40 @@ def minutes(run: Path) -> float:
     return sum(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()) / 60
 
 
-def deepen(source: Path, out: Path) -> None:
+def steps(run: Path) -> int:
+    return len((run / "metrics.jsonl").read_text().splitlines())
+
+
+def deepen(source: Path, blocks: int, out: Path) -> None:
     """Write a VAE with more blocks in its decoder. They start as identities, because their last layer is zero."""
-    shallow = TitansVideoVAE.from_pretrained(find_vae(source))
+    shallow = TitansVideoVAE.from_pretrained(find_vae(source)).float()
     config = {k: v for k, v in shallow.config.items() if not k.startswith("_")}
     torch.manual_seed(0)
-    deep = TitansVideoVAE(**{**config, "decoder_blocks": DECODER_BLOCKS})
-    deep.load_state_dict(deep.state_dict() | shallow.state_dict())
+    deep = TitansVideoVAE(**{**config, "decoder_blocks": blocks})
+    found, weights = shallow.state_dict(), deep.state_dict()
+    if LEVELS in found:  # it has rows for each block; those of new blocks stay zero
+        rows = found.pop(LEVELS)
+        weights[LEVELS][: len(rows)] = rows
+    deep.load_state_dict(weights | found)
     deep.save_pretrained(out)
 
 
-def ship(run: Path) -> None:
-    """Write the VAE of the last run into the package, with a model card."""
+def ship(decoder: Path, run: Path) -> None:
+    """Write the VAE of the last run into the package, with a model card; `decoder` is the run before it."""
     vae = TitansVideoVAE.from_pretrained(find_vae(run))
     vae.half().save_pretrained(TINY)
     config = json.loads((TINY / "config.json").read_text())
     config.pop("_name_or_path")  # a folder of this machine
     (TINY / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (TINY / WEIGHTS).chmod(0o644)
-    table = "".join(f"| {side} | {' | '.join(measured(TINY, side))} |\n" for side in (64, 128))
+    table = "".join(row for side in (64, 128) for row in measured(TINY, side))
     card = CARD.format(
         parameters=sum(p.numel() for p in vae.parameters()) / 1e6,
         megabytes=(TINY / WEIGHTS).stat().st_size / 1e6,
         table=table,
-        steps=len((run / "metrics.jsonl").read_text().splitlines()),
+        decoder_steps=steps(decoder),
+        decoder_minutes=minutes(decoder),
+        steps=steps(run),
         minutes=minutes(run),
         torch=torch.__version__,
         folder=TINY.relative_to(ROOT),
@@ -196,15 +219,18 @@ def main() -> None:
     commands.add_parser("prepare").add_argument("--out", type=Path, required=True)
     growing = commands.add_parser("deepen")
     growing.add_argument("--vae", type=Path, required=True)
+    growing.add_argument("--blocks", type=int, required=True)
     growing.add_argument("--out", type=Path, required=True)
-    commands.add_parser("ship").add_argument("--run", type=Path, required=True)
+    shipping = commands.add_parser("ship")
+    shipping.add_argument("--decoder-run", type=Path, required=True)
+    shipping.add_argument("--run", type=Path, required=True)
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.out)
     elif options.command == "deepen":
-        deepen(options.vae, options.out)
+        deepen(options.vae, options.blocks, options.out)
     else:
-        ship(options.run)
+        ship(options.decoder_run, options.run)
 
 
 if __name__ == "__main__":
