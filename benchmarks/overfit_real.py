@@ -4,9 +4,11 @@ Trains on 8 clips at 64x64 and about one second, generates one clip for each cap
 originals (mean squared error after a small blur). Writes originals next to generated clips as a PNG, and the table as
 JSON. PSNR is that of a generated clip against its original, and of the original through the codec alone.
 
-    python benchmarks/overfit_real.py [--codec tiny|patch] [--out FOLDER] [--max-steps N] [--keep] [--watch]
+    python benchmarks/overfit_real.py [--codec tiny|patch] [--vae FOLDER] [--out FOLDER] [--max-steps N] [--keep]
+        [--watch]
 
-By default `tiny` has fewer steps, because each of them takes longer.
+By default `tiny` has fewer steps, because each of them takes longer. `--vae` takes another VAE of `train vae` in its
+place. Tokens have 8 x 8 pixels of a latent frame for every stride up to 8, so a step takes about the same time.
 
 With --watch every third of the other clips is a validation clip, a part of the training rows is image-to-video, so
 there are two tasks to compare, and the run's report is written.
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_video.codecs.diffusers import find_vae, load_vae
 from titans_video.config.generation import GenerateOptions, Overrides
 from titans_video.config.options import DataOptions
 from titans_video.data.batches import to_floats
@@ -56,6 +59,7 @@ CLIPS = (
     "red_cups_shuffle.mp4",
 )
 SIZE, FPS = 64, 8.0
+TOKEN = 8  # pixels of a side of a token
 MODEL_FLAGS = shlex.split(
     "--text-model builtin --preset tiny --attention-type full --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1"
 )
@@ -90,6 +94,7 @@ def main() -> int:
     """Train, generate, compare. Return 0 if at least WANTED clips are nearest to their own original."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--codec", choices=sorted(SETUPS), default="patch")
+    parser.add_argument("--vae", type=Path, help="the folder of a VAE to use instead of --codec")
     parser.add_argument("--out", type=Path, default=Path("outputs/overfit_real"))
     parser.add_argument("--max-steps", type=int, help="(default: that of the codec)")
     parser.add_argument("--keep", action="store_true", help="use the existing run")
@@ -103,7 +108,7 @@ def main() -> int:
     if not (clips / "manifest.jsonl").is_file():
         print(f"Skipped: {clips} has no manifest.jsonl (TITANS_REAL_CLIPS names the folder of real clips).")
         return 0
-    setup = SETUPS[arguments.codec]
+    setup = SETUPS[arguments.codec] if arguments.vae is None else setup_of(arguments.vae.resolve())
     captions, manifest = write_manifest(clips, arguments.out)
     started = time.monotonic()
     if not arguments.keep:
@@ -121,6 +126,13 @@ def main() -> int:
         values = psnr(videos.clamp(-1, 1), originals).tolist()
         print(f"PSNR {name}: {sum(values) / len(values):.2f} dB ({', '.join(f'{v:.1f}' for v in values)})")
     return report(originals, made, captions, arguments.out, minutes)
+
+
+def setup_of(folder: Path) -> Setup:
+    """Return the settings of the shipped VAE for the VAE in a folder."""
+    side = max(TOKEN // load_vae(find_vae(folder), torch.float32).spatial_compression_ratio, 1)
+    flags = shlex.join(["--pretrained-model", str(folder), "--patch-size", f"1,{side},{side}"])
+    return replace(SETUPS["tiny"], flags=flags)
 
 
 def write_manifest(clips: Path, out: Path) -> tuple[list[str], Path]:
@@ -149,7 +161,7 @@ def train(setup: Setup, manifest: Path, clips: Path, run: Path, more: list[str])
     flags = ["--manifest", str(manifest), "--data-root", str(clips), "--output-dir", str(run)]
     flags += ["--cache", str(run.parent / "cache")] if setup.cached else []
     flags += ["--height", f"{SIZE}", "--width", f"{SIZE}", "--num-frames", f"{setup.frames}", "--fps", f"{FPS:g}"]
-    flags += [*setup.flags.split(), *MODEL_FLAGS, *TRAIN_FLAGS, *more]
+    flags += [*shlex.split(setup.flags), *MODEL_FLAGS, *TRAIN_FLAGS, *more]
     print("python", shlex.join([str(script), *flags]), flush=True)
     subprocess.run([sys.executable, str(script), *flags], check=True)
 
