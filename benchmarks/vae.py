@@ -8,8 +8,8 @@
 
 `quality` decodes the clips of --val, a text file with a name on each line (default: val.txt in the folder). The linear
 codec of the same strides and channels is fitted to the other clips. Clips that a computer drew (`DRAWN`) count in the
-first mean only. Without --vae an untrained VAE is measured, so
-only `memory` and `speed` say something. Without a command, `memory` and `speed` run.
+first mean only. Without --vae an untrained VAE is measured, so only `memory` and `speed` say something. Without a
+command, `memory` and `speed` run.
 
 `smooth` adds errors to the latents of these clips, as a network that generates them does. It prints PSNR and the step
 between latent frames over that within them, with and without the decoder's smoothing, by default of the shipped VAE.

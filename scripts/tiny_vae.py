@@ -19,6 +19,12 @@
         --decoder-blocks 12 --max-steps 1000 --output-dir outputs/tiny_vae_final
     python scripts/tiny_vae.py ship --decoder-run outputs/tiny_vae_decoder --run outputs/tiny_vae_final
 
+The VAE of strides 4x8x8 that the guide compares with it:
+
+    titans-video train vae --config configs/vae/tiny_deep.yaml $DATA --spatial-stride 8 --latent-channels 32 \
+        --vae-width 160 --buckets 192x192x17,64x64x17,192x192x1 --frame-counts 9,17 --batch-size 6 --ema-decay 0.995 \
+        --max-steps 2400 --output-dir outputs/vae_4x8x8
+
 `prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
 three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
 with every second frame, which doubles its motion. Clips of the built-in moving shapes are added. The clips of val.txt
@@ -173,6 +179,7 @@ def minutes(run: Path) -> float:
 
 
 def steps(run: Path) -> int:
+    """Return the number of steps of a run."""
     return len((run / "metrics.jsonl").read_text().splitlines())
 
 
