@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -70,6 +71,15 @@ def prose(path: Path) -> list[str]:
     """Return the lines of a page with those of code blocks emptied."""
     blank = FENCE.sub(lambda block: "\n" * block[0].count("\n"), path.read_text(encoding="utf-8"))
     return blank.splitlines()
+
+
+@every_document
+def test_nothing_is_there_twice(path: Path) -> None:
+    """A section with the title of another one has no anchor of its own; a paragraph twice is a slip of an edit."""
+    headings = [line for line in prose(path) if line.startswith("#")]
+    paragraphs = [text for text in "\n".join(prose(path)).split("\n\n") if len(text) > 200]
+    for parts in (headings, paragraphs):
+        assert not [part for part, count in Counter(parts).items() if count > 1]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=names)
