@@ -126,10 +126,12 @@ def quality(options: argparse.Namespace) -> int:
     if options.sheet:
         clips = [to_uint8(x[0]) for _, x in shown]
         contact_sheet(options.sheet, clips, [name for name, _ in shown], frames=3, columns=3)
+    means = {f"mean of {len(rows)}": [*rows.values()]}
     filmed = [row for name, row in rows.items() if name not in DRAWN]
-    for name, chosen in ((f"mean of {len(rows)}", [*rows.values()]), (f"mean of {len(filmed)} filmed", filmed)):
-        if chosen:
-            show(name, [sum(column) / len(chosen) for column in zip(*chosen, strict=True)])
+    if 0 < len(filmed) < len(rows):
+        means[f"mean of {len(filmed)} filmed"] = filmed
+    for name, chosen in means.items():
+        show(name, [sum(column) / len(chosen) for column in zip(*chosen, strict=True)])
     return 0
 
 
