@@ -437,6 +437,8 @@ def test_flags_that_do_not_fit_are_refused(clips: Path, tmp_path: Path, capsys: 
         ("--crop-size 20", "must be a multiple of the VAE's stride"),
         ("--crop-size 64", "larger than the clips"),
         ("--frame-counts 4", "the nearest legal counts"),
+        ("--block-stride 3", "block stride of 3 does not divide"),
+        (f"--init-from {make_vae('wan', tmp_path / 'blocks')} --block-stride 2", "keeps its own shape"),
         ("--lpips nowhere.pt", "there is no such file"),
         ("--lpips-weight 1", "--lpips-weight: this loss is not used; give --lpips FILE too"),
         ("--gan-lr 1e-3 --gan-width 8", "--gan-lr and --gan-width: this loss is not used; give --gan-start N too"),

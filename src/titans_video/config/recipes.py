@@ -218,6 +218,9 @@ class VaeOptions:
     """Blocks of the encoder."""
     decoder_blocks: Annotated[int, Range(least=1)] = 5
     """Blocks of the decoder."""
+    block_stride: Annotated[int | None, Range(least=1)] = None
+    """Pixels of a cell of the grid that the blocks work on, a divisor of --spatial-stride (default: --spatial-stride).
+    A finer grid is slower."""
     refine_width: Annotated[int, Range(least=0)] = 16
     """Channels of the last convolutions, on full frames; 0: none."""
     noise_conditioning: bool = False

@@ -100,19 +100,22 @@ class CausalBlock(nn.Module):
 class CausalNetwork(nn.Module):
     """A linear map of each cell, plus residual blocks whose sum starts at zero.
 
-    With `has_levels` a noise level scales the inputs of the linear map and modulates the blocks. Level 0 changes
-    nothing.
+    The blocks work on a grid that is `finer` times finer along height and width. With `has_levels` a noise level scales
+    the inputs of the linear map and modulates the blocks. Level 0 changes nothing.
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int, blocks: int, has_levels: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, width: int, blocks: int, finer: int = 1, has_levels: bool = False
+    ) -> None:
         super().__init__()
+        self.finer = finer
         self.sizes = (inputs, *[2 * width] * blocks)
         self.levels = nn.Linear(len(LEVEL_SCALES), sum(self.sizes), bias=False) if has_levels else None
         self.linear = nn.Conv3d(inputs, outputs, 1)
-        self.conv_in = nn.Conv3d(inputs, width, 1)
+        self.conv_in = nn.Conv3d(inputs, width * finer**2, 1)
         self.blocks = nn.ModuleList([CausalBlock(width) for _ in range(blocks)])
         self.norm = ChannelNorm(width)
-        self.conv_out = nn.Conv3d(width, outputs, 1)
+        self.conv_out = nn.Conv3d(width * finer**2, outputs, 1)
         set_zero(self.conv_out)
         if self.levels is not None:
             set_zero(self.levels)
@@ -125,7 +128,7 @@ class CausalNetwork(nn.Module):
         parts: Sequence[Tensor | None] = [None] * len(self.sizes)
         if self.levels is not None and noise is not None:
             parts = self.levels(level_features(noise).to(self.levels.weight.dtype)).split(self.sizes, dim=1)
-        y = self.conv_in(x)
+        y = unfold(self.conv_in(x), 1, self.finer)
         for i, (block, modulation) in enumerate(zip(self.blocks, parts[1:], strict=True)):
             before = state.get(f"block{i}")
             if self.gradient_checkpointing and torch.is_grad_enabled() and self._gradient_checkpointing_func:
@@ -134,7 +137,7 @@ class CausalNetwork(nn.Module):
                 y, kept[f"block{i}"] = block(y, before, modulation)
         if parts[0] is not None:
             x = x * (1 + parts[0][..., None, None, None].to(x.dtype))
-        return self.linear(x) + self.conv_out(F.silu(self.norm(y))), kept
+        return self.linear(x) + self.conv_out(fold(F.silu(self.norm(y)), 1, self.finer)), kept
 
 
 class Join(nn.Module):
@@ -179,9 +182,9 @@ class Decoder(CausalNetwork):
     """Map latents (B, C, t, h, w) to pixels (B, 3, S t, H, W); a small convolution then refines each full frame."""
 
     def __init__(
-        self, inputs: int, strides: tuple[int, int], width: int, blocks: int, refine: int, has_levels: bool
+        self, inputs: int, strides: tuple[int, int], width: int, blocks: int, finer: int, refine: int, has_levels: bool
     ) -> None:
-        super().__init__(inputs, 3 * strides[0] * strides[1] ** 2, width, blocks, has_levels)
+        super().__init__(inputs, 3 * strides[0] * strides[1] ** 2, width, blocks, finer, has_levels)
         self.strides = strides
         self.join = Join(strides[0]) if has_levels else None
         self.refine = (
@@ -214,7 +217,8 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
 
     Args:
         spatial_stride, temporal_stride: s, 4 to 32, and S, 1 to 8.
-        encoder_width, decoder_width, encoder_blocks, decoder_blocks: of the residual blocks on the latent grid.
+        encoder_width, decoder_width, encoder_blocks, decoder_blocks: of the residual blocks.
+        block_stride: pixels of a cell of the grid that the blocks work on, a divisor of s; None: s, the latent grid.
         refine_width: channels of the refinement of full frames; 0: none.
         latents_mean, latents_std: statistics of the latents on the training data, with which networks normalise them.
         noise_conditioning: the decoder gets the noise level of its latents, as that of LTX-Video does.
@@ -240,6 +244,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         latents_weight: Sequence[float] | None = None,
+        block_stride: int | None = None,
     ) -> None:
         super().__init__()
         if not 4 <= spatial_stride <= 32 or not 1 <= temporal_stride <= 8:
@@ -250,10 +255,13 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         values = 3 * temporal_stride * spatial_stride**2
         if not 1 <= latent_channels <= values:
             raise ConfigError(f"{latent_channels} latent channels: a patch has {values} values; give 1 to {values}.")
+        finer, rest = divmod(spatial_stride, block_stride or spatial_stride)
+        if rest:
+            raise ConfigError(f"A block stride of {block_stride} does not divide the spatial stride {spatial_stride}.")
         strides = temporal_stride, spatial_stride
-        self.encoder = Encoder(values, 2 * latent_channels, encoder_width, encoder_blocks)
+        self.encoder = Encoder(values, 2 * latent_channels, encoder_width, encoder_blocks, finer)
         self.decoder = Decoder(
-            latent_channels, strides, decoder_width, decoder_blocks, refine_width, noise_conditioning
+            latent_channels, strides, decoder_width, decoder_blocks, finer, refine_width, noise_conditioning
         )
         rows = torch.zeros(latent_channels, values)
         set_rows(self.encoder.linear, rows, torch.full((latent_channels,), LOG_VARIANCE), latent_channels)
@@ -405,7 +413,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
             found: tuple[Tensor, State] = network(x, state, noise)
             return found
         # Cells around a tile that its result depends on.
-        reach = len(network.blocks) + (-(-PIXEL_REACH // pixels) if pixels else 0)
+        reach = -(-len(network.blocks) // network.finer) + (-(-PIXEL_REACH // pixels) if pixels else 0)
         rows, kept = [], {}
         for i in range(0, h, tile):
             columns = []
@@ -422,7 +430,7 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
 
 
 def fold(x: Tensor, frames: int, side: int) -> Tensor:
-    """Fold blocks of pixels into channels: (B, 3, T, H, W) -> (B, P, t, h, w); P in the order (3, S, s, s)."""
+    """Fold blocks into channels: (B, c, T, H, W) -> (B, P, t, h, w); P in the order (c, S, s, s)."""
     b, c, t, h, w = x.shape
     x = x.reshape(b, c, t // frames, frames, h // side, side, w // side, side)
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * frames * side * side, t // frames, h // side, w // side)
@@ -430,6 +438,6 @@ def fold(x: Tensor, frames: int, side: int) -> Tensor:
 
 def unfold(x: Tensor, frames: int, side: int) -> Tensor:
     """Invert `fold`."""
-    b, _, t, h, w = x.shape
-    x = x.reshape(b, 3, frames, side, side, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(b, 3, t * frames, h * side, w * side)
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, -1, frames, side, side, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, c // (frames * side**2), t * frames, h * side, w * side)

@@ -65,7 +65,7 @@ SHEETS = 4  # held-out clips that validation shows
 EACH = (1, 1, 1)
 SHAPE = (
     *("latent_channels", "spatial_stride", "temporal_stride"),
-    *("vae_width", "encoder_blocks", "decoder_blocks", "refine_width", "noise_conditioning"),
+    *("vae_width", "encoder_blocks", "decoder_blocks", "block_stride", "refine_width", "noise_conditioning"),
 )
 """The options that decide the shape of a new VAE."""
 LINEAR_RATE = 0.1
@@ -340,6 +340,7 @@ def new_vae(o: VaeOptions) -> TitansVideoVAE:
         decoder_width=o.vae_width,
         encoder_blocks=o.encoder_blocks,
         decoder_blocks=o.decoder_blocks,
+        block_stride=o.block_stride,
         refine_width=o.refine_width,
         noise_conditioning=o.noise_conditioning,
     )
