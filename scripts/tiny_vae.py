@@ -21,16 +21,19 @@
 
 The VAE of strides 4x8x8 that the guide compares with it:
 
-    titans-video train vae --config configs/vae/tiny_deep.yaml $DATA --spatial-stride 8 --latent-channels 32 \
-        --vae-width 160 --buckets 192x192x17,64x64x17,192x192x1 --frame-counts 9,17 --batch-size 6 --ema-decay 0.995 \
-        --max-steps 2400 --output-dir outputs/vae_4x8x8
+    python scripts/tiny_vae.py coarsen --data outputs/tiny_vae_data --out outputs/vae_4x8x8_start
+    titans-video train vae --config configs/vae/tiny_decoder.yaml $DATA --trainable all \
+        --init-from outputs/vae_4x8x8_start --spatial-stride 8 --latent-channels 32 --block-stride 4 \
+        --buckets 192x192x17,64x64x17,192x192x1 --frame-counts 9,17 --batch-size 4 --max-steps 4000 \
+        --validate-every 1000 --output-dir outputs/vae_4x8x8
 
 `prepare` reads ../shared/vae_clips (with its photographs) and ../shared/real_clips. Reading clips of 480 lines took
 three quarters of a training step, so it writes them at 192 lines with key frames only. Each clip is written once more
 with every second frame, which doubles its motion. Clips of the built-in moving shapes are added. The clips of val.txt
 are for validation only.
 
-`deepen` adds blocks to the decoder that change nothing before they are trained. `ship` stores the weights as float16
+`deepen` adds blocks to the decoder that change nothing before they are trained. `coarsen` joins 2 x 2 cells of
+latents of a finished VAE to one with fewer channels; all blocks stay as they were. `ship` stores the weights as float16
 with a model card.
 """
 
@@ -47,12 +50,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from titans_video.codecs.diffusers import TINY, WEIGHTS, find_vae
 from titans_video.media.probe import probe
 from titans_video.media.reading import read_image, read_indices
 from titans_video.mock.world import sample_clip
-from titans_video.models.video_vae import TitansVideoVAE
+from titans_video.models.video_vae import TitansVideoVAE, fold, unfold
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -61,6 +65,7 @@ WORLDS, WORLD_FRAMES = 24, 17
 MANIFESTS = TRAIN, PHOTOS, VALIDATION = "train.jsonl", "photos.jsonl", "val.jsonl"
 FPS = 12
 LEVELS = "decoder.levels.weight"
+FIT_CLIPS, CELLS_SIDE = 64, 128
 CRF = "6"  # of H.264 with key frames only; about 46 dB
 Frames = NDArray[np.uint8]
 
@@ -197,6 +202,71 @@ def deepen(source: Path, blocks: int, out: Path) -> None:
     deep.save_pretrained(out)
 
 
+@torch.no_grad()
+def coarsen(source: Path, data: Path, channels: int, out: Path) -> None:
+    """Write a VAE of twice the spatial stride, whose blocks stay on their grid.
+
+    Its latents are principal components of 2 x 2 cells of latents, weighted by the change of pixels that they make.
+    """
+    fine = TitansVideoVAE.from_pretrained(find_vae(source)).float().eval()
+    config = {k: v for k, v in fine.config.items() if not k.startswith("_")}
+    stride, strides = config["spatial_stride"], (config["temporal_stride"], 2 * config["spatial_stride"])
+    changed = {"spatial_stride": strides[1], "block_stride": stride, "latent_channels": channels}
+    statistics = dict.fromkeys(("latents_mean", "latents_std", "latents_weight"))
+    coarse = TitansVideoVAE(**{**config, **changed, **statistics, "noise_conditioning": False})
+    weights = coarse.state_dict()
+    kept = ("blocks", "norm", "refine")
+    weights |= {name: value for name, value in fine.state_dict().items() if name.split(".")[1] in kept}
+    mean, down, up = maps_of_cells(fine, data, channels)
+
+    # The number of each value of a patch among the values of its four quarters: (values of a quarter, 2, 2).
+    count = 4 * len(fine.decoder.conv_out.weight)
+    quarters = unfold(torch.arange(count, dtype=torch.float32).view(1, count, 1, 1, 1), 1, 2)
+    patch = fold(unfold(quarters, strides[0], stride), *strides).flatten().long()
+
+    def layer(name: str) -> tuple[Tensor, Tensor]:
+        """Return the weight of a layer of cells as that of four cells at once, and its bias."""
+        found = fine.get_submodule(name)
+        return torch.kron(found.weight.flatten(1), torch.eye(4)), found.bias.repeat_interleave(4)
+
+    def store(name: str, weight: Tensor, bias: Tensor) -> None:
+        weights[f"{name}.weight"][: len(weight)] = weight[..., None, None, None]
+        weights[f"{name}.bias"][: len(bias)] = bias
+
+    half = 4 * config["latent_channels"]  # without the log-variances, which start again
+    weight, bias = layer("encoder.conv_in")
+    store("encoder.conv_in", weight[:, patch], bias)
+    weight, bias = layer("encoder.linear")
+    store("encoder.linear", (down @ weight[:half])[:, patch], down @ (bias[:half] - mean))
+    weight, bias = layer("encoder.conv_out")
+    store("encoder.conv_out", down @ weight[:half], down @ bias[:half])
+    for name, order in (("conv_in", slice(None)), ("linear", patch)):
+        weight, bias = layer(f"decoder.{name}")
+        store(f"decoder.{name}", (weight @ up)[order], (weight @ mean + bias)[order])
+    weight, bias = layer("decoder.conv_out")
+    store("decoder.conv_out", weight[patch], bias[patch])
+    coarse.load_state_dict(weights)
+    coarse.save_pretrained(out)
+
+
+def maps_of_cells(vae: TitansVideoVAE, data: Path, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean (4 C,) of 2 x 2 cells of latents, the map to K channels (K, 4 C), and that back (4 C, K)."""
+    rows = [json.loads(line) for line in (data / TRAIN).read_text().splitlines()]
+    cells = torch.cat([cells_of(vae, data / row["video"]) for row in rows[:: max(len(rows) // FIT_CLIPS, 1)]])
+    scale = torch.tensor(vae.config["latents_weight"]).square() / torch.tensor(vae.config["latents_std"])
+    scale, mean = scale.repeat_interleave(4), cells.mean(dim=0)
+    _, spread, components = torch.linalg.svd((cells - mean) * scale, full_matrices=False)
+    std, components = spread[:channels, None] / len(cells) ** 0.5, components[:channels]
+    return mean, components * scale / std, components.T * std.T / scale[:, None]
+
+
+def cells_of(vae: TitansVideoVAE, path: Path) -> Tensor:
+    """Return the latents (N, 4 C) of 2 x 2 cells of the start of a clip, in the order (C, 2, 2)."""
+    frames = torch.from_numpy(read_indices(path, probe(path), range(LEAST_FRAMES)))
+    x = (frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[..., :CELLS_SIDE, :CELLS_SIDE]
+    return fold(vae.encode(x).latent_dist.mode()[:, :, 1:], 1, 2).movedim(1, -1).flatten(0, -2)
+
+
 def ship(decoder: Path, run: Path) -> None:
     """Write the VAE of the last run into the package, with a model card; `decoder` is the run before it."""
     vae = TitansVideoVAE.from_pretrained(find_vae(run))
@@ -228,6 +298,11 @@ def main() -> None:
     growing.add_argument("--vae", type=Path, required=True)
     growing.add_argument("--blocks", type=int, required=True)
     growing.add_argument("--out", type=Path, required=True)
+    coarser = commands.add_parser("coarsen")
+    coarser.add_argument("--vae", type=Path, default=TINY)
+    coarser.add_argument("--data", type=Path, required=True)
+    coarser.add_argument("--channels", type=int, default=32)
+    coarser.add_argument("--out", type=Path, required=True)
     shipping = commands.add_parser("ship")
     shipping.add_argument("--decoder-run", type=Path, required=True)
     shipping.add_argument("--run", type=Path, required=True)
@@ -236,6 +311,8 @@ def main() -> None:
         prepare(options.out)
     elif options.command == "deepen":
         deepen(options.vae, options.blocks, options.out)
+    elif options.command == "coarsen":
+        coarsen(options.vae, options.data, options.channels, options.out)
     else:
         ship(options.decoder_run, options.run)
 

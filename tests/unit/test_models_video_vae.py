@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from scripts.tiny_vae import coarsen
 from titans_video.codecs.pca import PCACodec
 from titans_video.errors import ConfigError
+from titans_video.media.writing import write_video
 from titans_video.models.video_vae import LEVEL_SCALES, Join, TitansVideoVAE, unfold
 
 FRAMES = (1, 5, 17, 257)
@@ -41,9 +44,9 @@ def stream(step: Any, x: Tensor, size: int) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("stride", [1, 4])
-def test_streaming_equals_the_whole_clip(frames: int, stride: int) -> None:
-    vae, x = tiny(temporal_stride=stride), clip(frames)
+@pytest.mark.parametrize(("stride", "blocks"), [(1, None), (4, None), (4, 2)])
+def test_streaming_equals_the_whole_clip(frames: int, stride: int, blocks: int | None) -> None:
+    vae, x = tiny(temporal_stride=stride, block_stride=blocks), clip(frames)
     vae.chunk_size = 1000
     moments = vae.encode(x).latent_dist.parameters
     z = moments.chunk(2, dim=1)[0]
@@ -147,9 +150,9 @@ def test_the_linear_start_is_the_fitted_codec(frames: int, side: int, channels: 
     assert posterior.logvar.std() == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 8])
-def test_tiles_give_the_whole_frame(chunk: int) -> None:
-    vae, x = tiny(), clip(9, 48)
+@pytest.mark.parametrize(("chunk", "blocks"), [(1, {}), (8, {}), (8, {"block_stride": 2, "decoder_blocks": 3})])
+def test_tiles_give_the_whole_frame(chunk: int, blocks: dict[str, int]) -> None:
+    vae, x = tiny(**blocks), clip(9, 48)
     moments = vae.encode(x).latent_dist.parameters
     z = moments[:, :6]
     pixels = vae.decode(z).sample
@@ -162,6 +165,21 @@ def test_tiles_give_the_whole_frame(chunk: int) -> None:
     vae.enable_slicing()
     both = torch.cat([x, x.flip(2)])
     assert_close(vae.encode(both).latent_dist.mean[:1], z, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_blocks_on_a_finer_grid_are_those_of_a_vae_with_that_stride(tmp_path: Path) -> None:
+    """Latents of 2 x 2 cells with all components: nothing is lost, so pixels are those of the VAE with small cells."""
+    statistics = {"latents_mean": [0.1] * 6, "latents_std": [0.5, 1.0, 2.0, 1.0, 1.0, 3.0]}
+    tiny(**statistics, latents_weight=[2.0, 1.0, 1.0, 0.5, 1.0, 1.0]).save_pretrained(tmp_path / "fine")
+    (tmp_path / "train.jsonl").write_text('{"video": "clip.mp4"}\n')
+    write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 256, (17, 48, 64, 3), np.uint8), 8)
+    coarsen(tmp_path / "fine", tmp_path, 24, tmp_path / "coarse")
+    fine, coarse = (TitansVideoVAE.from_pretrained(tmp_path / name).eval() for name in ("fine", "coarse"))
+    x = clip(9, 16)
+    assert coarse.encode(x).latent_dist.mean.shape == (1, 24, 3, 2, 2)
+    expected = fine(x).sample
+    assert_close(coarse(x).sample / expected.std(), expected / expected.std(), atol=1e-4, rtol=0)
 
 
 def test_a_saved_folder_gives_the_same_model(tmp_path: Path) -> None:
@@ -188,7 +206,11 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_sizes_that_cannot_be_encoded_are_refused() -> None:
-    for changes, words in (({"spatial_stride": 2}, "spatial stride"), ({"latent_channels": 500}, "1 to 192")):
+    for changes, words in (
+        ({"spatial_stride": 2}, "spatial stride"),
+        ({"latent_channels": 500}, "1 to 192"),
+        ({"block_stride": 3}, "block stride of 3 does not divide"),
+    ):
         with pytest.raises(ConfigError, match=words):
             TitansVideoVAE(**changes)
     for shape in ((1, 3, 4, 8, 8), (1, 3, 5, 10, 8)):
