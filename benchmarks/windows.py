@@ -261,8 +261,10 @@ REAL_CODECS = {
     "tiny": RealCodec(
         *(33, 9, range(1, 192, 4)),
         # A step of few clips spends much of its time on encoding and on the optimizer.
+        # In bf16 the backward pass of torch's own attention on a CPU takes six times as long as in float32.
         "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last "
-        "--batch-size 16 --max-steps 5000 --cache latents --cache-variants 64",
+        "--batch-size 16 --max-steps 5000 --cache latents --cache-variants 256 "
+        "--mixed-precision bf16 --attention-backend math",
         """--vae-init-json '{"smooth": 0.2}' --steps 25 --continue-steps 4 --draft-frames 9""",
     ),
     "patch": RealCodec(
