@@ -128,15 +128,15 @@ def test_a_frame_depends_on_no_later_frame() -> None:
         assert differs[first : first + 4].all()
 
 
-@pytest.mark.parametrize(("frames", "side", "channels"), [(4, 4, 6), (2, 8, 12)])
+@pytest.mark.parametrize(("frames", "side", "channels", "grid"), [(4, 4, 6, None), (2, 8, 12, None), (2, 8, 12, 4)])
 @torch.no_grad()
-def test_the_linear_start_is_the_fitted_codec(frames: int, side: int, channels: int) -> None:
+def test_the_linear_start_is_the_fitted_codec(frames: int, side: int, channels: int, grid: int | None) -> None:
     size = 3 * frames * side * side
     mixed = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0.01, size)
     noise = torch.randn(24, size, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     blocks = unfold(torch.einsum("ij,bj...->bi...", mixed, noise), frames, side)
     codec = PCACodec.fit(blocks, (frames, side, side), 32)
-    vae = TitansVideoVAE(channels, side, frames, encoder_width=16, decoder_width=16)
+    vae = TitansVideoVAE(channels, side, frames, encoder_width=16, decoder_width=16, block_stride=grid)
     vae.set_linear(codec.mean, codec.basis, codec.variance.sqrt() / codec.scales)
     x = torch.cat([blocks[:, :, :1], blocks], dim=2)  # its latent frames after the first are the fitted blocks
     posterior = vae.encode(x).latent_dist

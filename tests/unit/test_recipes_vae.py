@@ -331,7 +331,7 @@ def train(clips: Path, out: Path, more: str) -> None:
 
 
 def test_a_run_is_the_same_in_one_piece_and_resumed_and_leaves_a_vae(clips: Path, tmp_path: Path) -> None:
-    flags = f"{SMALL} --gan-start 2 --gan-width 4 --crop-size 16 --crop-scale 1,2 --frame-counts 1,5,9"
+    flags = f"{SMALL} --block-stride 2 --gan-start 2 --gan-width 4 --crop-size 16 --crop-scale 1,2 --frame-counts 1,5,9"
     watched = f"{flags} --validate-every 2 --validation-split 0.3 --save-every 100 --lr-schedule constant"
     train(clips, tmp_path / "straight", f"{watched} --max-steps 4")
     train(clips, tmp_path / "broken", f"{watched} --max-steps 3")
@@ -351,6 +351,7 @@ def test_a_run_is_the_same_in_one_piece_and_resumed_and_leaves_a_vae(clips: Path
     vae = TitansVideoVAE.from_pretrained(tmp_path / "broken/vae")
     averaged = files.read(tmp_path / "broken").model
     assert all(torch.equal(value, averaged[f"vae.{name}"]) for name, value in vae.state_dict().items())
+    assert vae.config.block_stride == 2
     assert len(vae.config.latents_std) == 4
     assert sum(weight**2 for weight in vae.config.latents_weight) == pytest.approx(4, rel=1e-3)
     with pytest.raises(CheckpointError, match="is a VAE, which makes no videos"):
