@@ -1,7 +1,8 @@
 """A causal video VAE: convolutions on the latent grid around a linear codec, and streaming of videos of any length.
 
-Pixels are folded into patches (space to depth), so all blocks run on the latent grid. Encoder and decoder are a linear
-map of a patch plus a network whose last layer starts at zero. Fitted by `set_linear`, they start as a linear codec.
+Pixels are folded into patches (space to depth), so all blocks run on the latent grid, or on a grid that is a few times
+finer. Encoder and decoder are a linear map of a patch plus a network whose last layer starts at zero. Fitted by
+`set_linear`, they start as a linear codec.
 No layer normalises over time or space, so a frame depends only on earlier frames and on its surroundings.
 
 Legend: B batch, C latent channels, T H W pixel frames, height and width, t h w the latent grid, S pixel frames and s
