@@ -210,6 +210,7 @@ def test_sizes_that_cannot_be_encoded_are_refused() -> None:
         ({"spatial_stride": 2}, "spatial stride"),
         ({"latent_channels": 500}, "1 to 192"),
         ({"block_stride": 3}, "block stride of 3 does not divide"),
+        ({"block_stride": 0}, "block stride of 0 does not divide"),
     ):
         with pytest.raises(ConfigError, match=words):
             TitansVideoVAE(**changes)

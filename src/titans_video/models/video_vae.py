@@ -256,9 +256,12 @@ class TitansVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore
         values = 3 * temporal_stride * spatial_stride**2
         if not 1 <= latent_channels <= values:
             raise ConfigError(f"{latent_channels} latent channels: a patch has {values} values; give 1 to {values}.")
-        finer, rest = divmod(spatial_stride, block_stride or spatial_stride)
-        if rest:
-            raise ConfigError(f"A block stride of {block_stride} does not divide the spatial stride {spatial_stride}.")
+        cell = spatial_stride if block_stride is None else block_stride
+        if cell < 1 or spatial_stride % cell:
+            raise ConfigError(
+                f"A block stride of {cell} does not divide the spatial stride {spatial_stride}. Change --block-stride."
+            )
+        finer = spatial_stride // cell
         strides = temporal_stride, spatial_stride
         self.encoder = Encoder(values, 2 * latent_channels, encoder_width, encoder_blocks, finer)
         self.decoder = Decoder(
