@@ -1,12 +1,14 @@
 """Long video: visibility of joins, peak memory, time, and the quality of frame interpolation.
 
-    python benchmarks/windows.py [bounce] [memory] [real] [interpolation] [--out outputs/windows] [--keep]
+    python benchmarks/windows.py [bounce] [memory] [real] [loops] [segments] [interpolation] [--out FOLDER] [--keep]
 
 bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
 *continue* mode (with the preset's defaults, and without one of them at a time) and in *blend* mode, against true clips.
-memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains on real clips with --codec
+memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains SoraDiT on real clips with --codec
 ($TITANS_REAL_CLIPS, default ../shared/real_clips), then continues them and generates 8 seconds at 24 frames per second,
-with three seeds. interpolation: PSNR against true 24 frames per second, compared with repeated frames.
+with three seeds. loops: the same, trained on clips that are played forward, then backward, and so on, so that 8 seconds
+stay in what was learned. segments: trains TitansVideoDiT on the clips, and continues them segment by segment.
+interpolation: PSNR against true 24 frames per second, compared with repeated frames.
 """
 
 import argparse
@@ -50,6 +52,7 @@ from titans_video.seeding import derive_seed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRESET = REPOSITORY / "configs" / "sora" / "bounce.yaml"
+PARTS = ("bounce", "memory", "real", "loops", "segments", "interpolation")
 CLIPS, WINDOW, OVERLAP, WINDOWS = 4000, 16, 8, 6
 FRAMES = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -63,18 +66,16 @@ _UNTRAINED = 1_000_000  # index of clips outside every training set
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", nargs="*", choices=["bounce", "memory", "real", "interpolation", []])
+    parser.add_argument("what", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
     parser.add_argument("--videos", type=int, default=48, help="videos of each mode in the bouncing world")
-    parser.add_argument("--codec", choices=sorted(REAL_CODECS), default="patch", help="of the real clips")
+    parser.add_argument("--codec", choices=["patch", "tiny"], default="patch", help="of the real clips")
     parser.add_argument("--keep", action="store_true", help="use the existing runs")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     arguments.out = arguments.out.resolve()  # commands run in the repository's root
     arguments.out.mkdir(parents=True, exist_ok=True)
-    figures = {
-        name: globals()[name](arguments) for name in arguments.what or ["bounce", "memory", "real", "interpolation"]
-    }
+    figures = {name: globals()[name](arguments) for name in arguments.what or PARTS}
     for name, found in figures.items():
         (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
@@ -86,7 +87,7 @@ def bounce(arguments: argparse.Namespace) -> dict[str, Any]:
     data = ["data", "mock", "--world", "bounce", "--clips", f"{CLIPS}", "--size", "64", "--frames", f"{WINDOW}"]
     found: dict[str, Any] = {}
     if not arguments.keep:
-        found["data"] = run([sys.executable, "-m", "titans_video.cli.main", *data, "--out", f"{folder}/data"])
+        found["data"] = titans_video(*data, "--out", f"{folder}/data")
         # As in the demo: two processes of one thread each, on a CPU.
         training = training_command(DemoOptions(train_config=f"{PRESET}"), folder)
         words = [*training.words, "--cache", f"{folder}/cache"]
@@ -189,6 +190,11 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def titans_video(*words: str) -> dict[str, float]:
+    """Run `titans-video` with `words`, as `run` does."""
+    return run([sys.executable, "-m", "titans_video.cli.main", *words])
+
+
 def run(words: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
     """Run a command; return its wall-clock minutes and CPU minutes."""
     print("$", shlex.join(words), flush=True)
@@ -235,101 +241,142 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 REAL = shlex.split(
-    "--height 64 --width 64 --fps 24 --text-model builtin --preset tiny "
-    "--attention-type full --prediction x0 --time-mean 0.9 --time-std 1.2 --shift 1.0 "
-    "--task-mix t2v=0.3,v2v=0.7 --optimizer muon --lr 4e-3 --muon-lr 0.03 "
-    "--betas 0.9,0.98 --weight-decay 0 --lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 "
-    "--save-every 100000 --sample-guidance 1.0 --random-start"
+    "--height 64 --width 64 --fps 24 --text-model builtin --preset tiny --prediction x0 --time-mean 0.9 "
+    "--time-std 1.2 --shift 1.0 --optimizer muon --lr 4e-3 --muon-lr 0.03 --betas 0.9,0.98 --weight-decay 0 "
+    "--lr-schedule linear --lr-warmup-steps 30 --cfg-drop-prob 0.05 --ema-decay 0.99 --save-every 100000 "
+    "--sample-guidance 1.0 --random-start"
 )
+# The settings for the VAE of the package. A step of few clips spends much of its time on encoding and on the optimizer.
+# In bf16 the backward pass of torch's own attention on a CPU takes six times as long as in float32.
+TINY = (
+    "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --batch-size 16 --mixed-precision bf16 "
+    "--attention-backend math"
+)
+PATCH = """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2 --batch-size 4 --max-steps 1500"""
+SMOOTH = """--vae-init-json '{"smooth": 0.2}'"""
+SORA = "--attention-type full --task-mix t2v=0.3,v2v=0.7"
+TITANS = "--segments 3 --mem-tokens 16 --task-mix t2v=0.5,v2v=0.5"
 
 
 @dataclass(frozen=True)
-class RealCodec:
-    """The settings for one codec: frames of a window, frames that it continues from, and command-line flags.
+class RealRun:
+    """How a network learns real clips and continues them.
 
-    `borders` are the first frames of latent frames.
+    `given` are the clip's first frames that it continues. Its first window or segment ends before the frame `first`,
+    and each later one has `new` frames of its own. `borders` are the first frames of latent frames. With `loop` each
+    clip is played forward, then backward, and so on, so that a longer video stays in what was learned.
     """
 
-    window: int
-    overlap: int
+    given: int
+    first: int
+    new: int
     borders: range
     training: str
     sampling: str
+    command: str = "train"
+    loop: bool = False
 
 
-REAL_CODECS = {
-    "tiny": RealCodec(
-        *(33, 9, range(1, 192, 4)),
-        # A step of few clips spends much of its time on encoding and on the optimizer.
-        # In bf16 the backward pass of torch's own attention on a CPU takes six times as long as in float32.
-        "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --hold-last "
-        "--batch-size 16 --max-steps 5000 --cache latents --cache-variants 256 "
-        "--mixed-precision bf16 --attention-backend math",
-        """--vae-init-json '{"smooth": 0.2}' --steps 25 --continue-steps 4 --draft-frames 9""",
-    ),
-    "patch": RealCodec(
-        *(32, 8, range(8, 192, 8)),
-        """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2 --batch-size 4 --max-steps 1500""",
-        "--steps 25",
-    ),
+TINY_WINDOWS = RealRun(
+    *(9, 33, 24, range(1, 192, 4)),
+    f"--num-frames 33 --cond-frames 9 --hold-last --max-steps 5000 --cache-variants 256 {SORA} {TINY}",
+    f"{SMOOTH} --window 33 --overlap 9 --steps 25 --continue-steps 4 --draft-frames 9",
+)
+PATCH_WINDOWS = RealRun(
+    *(8, 32, 24, range(8, 192, 8)),
+    f"--num-frames 32 --cond-frames 8 {SORA} {PATCH}",
+    "--window 32 --overlap 8 --steps 25",
+)
+# A loop has about twice as many starts as its clip.
+TINY_LOOPS = f"--num-frames 33 --cond-frames 9 --hold-last --max-steps 7500 --cache-variants 768 {SORA} {TINY}"
+REAL_RUNS = {
+    "real": {"tiny": TINY_WINDOWS, "patch": PATCH_WINDOWS},
+    "loops": {
+        "tiny": replace(TINY_WINDOWS, training=TINY_LOOPS, loop=True),
+        "patch": replace(PATCH_WINDOWS, loop=True),
+    },
+    "segments": {
+        "tiny": RealRun(
+            *(5, 9, 12, range(1, 192, 4)),
+            f"--num-frames 33 --cond-frames 5 --overlap 8 --max-steps 2900 --cache-variants 256 {TITANS} {TINY}",
+            f"{SMOOTH} --steps 4",
+            command="train titans",
+        ),
+        "patch": RealRun(
+            *(8, 16, 16, range(8, 192, 8)),
+            f"--num-frames 48 --cond-frames 8 --overlap 8 {TITANS} {PATCH}",
+            "--steps 25",
+            command="train titans",
+        ),
+    },
 }
 REAL_SEEDS = range(3)
 REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")
 
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train on real clips, continue them from their first frames to their end, and generate 192 frames from text.
+    """Measure the edges of the windows of SoraDiT."""
+    return continue_clips(arguments, "real")
 
-    The clips have 96 to 121 frames, so the network has not learned what follows in the longer videos.
-    """
+
+def loops(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the edges of SoraDiT's windows in videos longer than the clips, which are played in a loop."""
+    return continue_clips(arguments, "loops")
+
+
+def segments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the edges of the segments of TitansVideoDiT."""
+    return continue_clips(arguments, "segments")
+
+
+def continue_clips(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Train on real clips, continue them from their first frames to their end, and generate 192 frames from text."""
     clips = real_clips()
     if clips is None:
         return {"skipped": "no real clips"}
-    folder, codec = arguments.out / "real", REAL_CODECS[arguments.codec]
+    folder, how = arguments.out / name, REAL_RUNS[name][arguments.codec]
     folder.mkdir(parents=True, exist_ok=True)
     rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
-    chosen = [{"video": name, "caption": rows[name]["caption"], "task": "t2v"} for name in REAL_CLIPS]
+    chosen = [{"video": clip, "caption": rows[clip]["caption"], "task": "t2v"} for clip in REAL_CLIPS]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    truths = {name: shrink(clips / name, folder / name) for name in REAL_CLIPS}
-    for name, truth in truths.items():
-        write_video(folder / f"start_{name}", truth[: codec.overlap], 24, crf=8)
-    script = str(REPOSITORY / "train" / "videos" / "video_framework.py")
+    truths = {clip: shrink(clips / clip, folder / clip, how.loop) for clip in REAL_CLIPS}
+    for clip, truth in truths.items():
+        write_video(folder / f"start_{clip}", truth[: how.given], 24, crf=8)
     found: dict[str, Any] = {"codec": arguments.codec}
     if not arguments.keep:
         data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
-        data += ["--num-frames", f"{codec.window}", "--cond-frames", f"{codec.overlap}", *shlex.split(codec.training)]
-        found["training"] = run([sys.executable, script, *data, *REAL])
+        if "--cache-variants" in how.training:
+            data += ["--cache", f"{folder}/latents"]
+        found["training"] = titans_video(*how.command.split(), *data, *shlex.split(how.training), *REAL)
         print(f"Training: {found['training']}")
-    usual = ["infer", "--checkpoint", f"{folder}/run", "--fps", "24", "--window", f"{codec.window}"]
-    usual += ["--overlap", f"{codec.overlap}", *shlex.split(codec.sampling)]
-    for kind in ("continued", "8s"):
+    for kind in ("continued",) if name == "segments" else ("continued", "8s"):
         shown = []
-        for name, row in zip(REAL_CLIPS, chosen, strict=True):
-            truth, start = truths[name], folder / f"start_{name}"
-            words = ["--prompt", row["caption"]]
-            words += (
-                ["--num-frames", "192"] if kind == "8s" else ["--num-frames", f"{len(truth)}", "--video", f"{start}"]
-            )
-            videos = []
-            for seed in REAL_SEEDS:
-                out = folder / f"{Path(name).stem}_{kind}_{seed}"  # PNG: a video's encoder would smooth small steps
-                run([sys.executable, script, *usual, *words, "--seed", f"{seed}", "--out", f"{out}"])
-                videos.append(np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]))
-            found[f"{name}, {kind}"] = real_joins(videos, codec)
+        for clip, row in zip(REAL_CLIPS, chosen, strict=True):
+            words = ["--prompt", row["caption"], "--num-frames", "192" if kind == "8s" else f"{len(truths[clip])}"]
+            words += [] if kind == "8s" else ["--video", f"{folder}/start_{clip}"]
+            videos = [generate(folder, how, words, seed, f"{Path(clip).stem}_{kind}_{seed}") for seed in REAL_SEEDS]
+            found[f"{clip}, {kind}"] = real_joins(videos, how)
             if kind == "continued":
-                found[f"{name}, true"] = real_joins([truth], codec)
-                print(name, "true", found[f"{name}, true"])
-            print(name, kind, found[f"{name}, {kind}"])
+                found[f"{clip}, true"] = real_joins([truths[clip]], how)
+                print(clip, "true", found[f"{clip}, true"])
+            print(clip, kind, found[f"{clip}, {kind}"])
             shown.append(videos[0])
         sheet = contact_sheet(folder / f"{kind}.png", shown, [row["caption"] for row in chosen], frames=12)
         print(f"Sheet: {sheet}")
     return found
 
 
-def real_joins(videos: list[np.ndarray], codec: RealCodec) -> dict[str, Any]:
-    """Return the step into the first new frame of a window over the usual one, and over that of other latent frames."""
-    edges = range(codec.window, len(videos[0]), codec.window - codec.overlap)
-    borders = [k for k in codec.borders if k not in edges and k < len(videos[0])]
+def generate(folder: Path, how: RealRun, words: list[str], seed: int, name: str) -> np.ndarray:
+    """Generate a video, (T, H, W, 3) uint8, as PNG files: a video's encoder would smooth small steps."""
+    usual = ["--checkpoint", f"{folder}/run", "--fps", "24", *shlex.split(how.sampling)]
+    titans_video("generate", *usual, *words, "--seed", f"{seed}", "--out", f"{folder}/{name}")
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / name).glob("*.png"))])
+
+
+def real_joins(videos: list[np.ndarray], how: RealRun) -> dict[str, Any]:
+    """Return the step at edges of windows or segments over the usual one, and over that at other latent frames."""
+    edges = range(how.first, len(videos[0]), how.new)
+    borders = [k for k in how.borders if k not in edges and k < len(videos[0])]
     steps = [(*seam_jumps(frames, edges), seam_jumps(frames, borders)[0]) for frames in videos]
     at, elsewhere, blocks = (np.concatenate(part) for part in zip(*steps, strict=True))
     return {
@@ -340,14 +387,15 @@ def real_joins(videos: list[np.ndarray], codec: RealCodec) -> dict[str, Any]:
     }
 
 
-def shrink(path: Path, out: Path) -> np.ndarray:
-    """Write a copy at the size of training, and return it: decoding 480 lines for every step would dominate.
+def shrink(path: Path, out: Path, loop: bool) -> np.ndarray:
+    """Return the clip at the size of training, and write it for training: decoding 480 lines each time would dominate.
 
     It has every frame of the clip, 24 a second. A selection of frames for the same speed would jump at regular places.
+    With `loop` the file goes back to the first frame, and on until every window of the loop is in it.
     """
     info = probe(path)
     frames = read_clip(path, info, range(info.frames), 64, 64)
-    write_video(out, frames, 24, crf=8)
+    write_video(out, np.concatenate([frames, frames[-2:0:-1], frames[:33]]) if loop else frames, 24, crf=8)
     return frames
 
 
