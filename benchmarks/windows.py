@@ -273,13 +273,13 @@ class RealRun:
     borders: range
     training: str
     sampling: str
-    command: str = "train"
     loop: bool = False
 
 
+TINY_SORA = f"--num-frames 33 --cond-frames 9 --hold-last {SORA} {TINY}"
 TINY_WINDOWS = RealRun(
     *(9, 33, 24, range(1, 192, 4)),
-    f"--num-frames 33 --cond-frames 9 --hold-last --max-steps 5000 --cache-variants 256 {SORA} {TINY}",
+    f"{TINY_SORA} --max-steps 5000 --cache-variants 256",
     f"{SMOOTH} --window 33 --overlap 9 --steps 25 --continue-steps 4 --draft-frames 9",
 )
 PATCH_WINDOWS = RealRun(
@@ -288,7 +288,7 @@ PATCH_WINDOWS = RealRun(
     "--window 32 --overlap 8 --steps 25",
 )
 # A loop has about twice as many starts as its clip.
-TINY_LOOPS = f"--num-frames 33 --cond-frames 9 --hold-last --max-steps 7500 --cache-variants 768 {SORA} {TINY}"
+TINY_LOOPS = f"{TINY_SORA} --max-steps 7500 --cache-variants 768"
 REAL_RUNS = {
     "real": {"tiny": TINY_WINDOWS, "patch": PATCH_WINDOWS},
     "loops": {
@@ -300,13 +300,11 @@ REAL_RUNS = {
             *(5, 9, 12, range(1, 192, 4)),
             f"--num-frames 33 --cond-frames 5 --overlap 8 --max-steps 2900 --cache-variants 256 {TITANS} {TINY}",
             f"{SMOOTH} --steps 4",
-            command="train titans",
         ),
         "patch": RealRun(
             *(8, 16, 16, range(8, 192, 8)),
             f"--num-frames 48 --cond-frames 8 --overlap 8 {TITANS} {PATCH}",
             "--steps 25",
-            command="train titans",
         ),
     },
 }
@@ -330,11 +328,15 @@ def segments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def continue_clips(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Train on real clips, continue them from their first frames to their end, and generate 192 frames from text."""
+    """Train on real clips, continue them from their first frames to their end, and generate 192 frames from text.
+
+    The clips have 96 to 121 frames. So without loops the network has not learned what follows in the longer videos.
+    """
     clips = real_clips()
     if clips is None:
         return {"skipped": "no real clips"}
     folder, how = arguments.out / name, REAL_RUNS[name][arguments.codec]
+    command, kinds = (["train", "titans"], ["continued"]) if name == "segments" else (["train"], ["continued", "8s"])
     folder.mkdir(parents=True, exist_ok=True)
     rows = {row["video"]: row for row in map(json.loads, (clips / "manifest.jsonl").read_text().splitlines())}
     chosen = [{"video": clip, "caption": rows[clip]["caption"], "task": "t2v"} for clip in REAL_CLIPS]
@@ -347,9 +349,9 @@ def continue_clips(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
         if "--cache-variants" in how.training:
             data += ["--cache", f"{folder}/latents"]
-        found["training"] = titans_video(*how.command.split(), *data, *shlex.split(how.training), *REAL)
+        found["training"] = titans_video(*command, *data, *shlex.split(how.training), *REAL)
         print(f"Training: {found['training']}")
-    for kind in ("continued",) if name == "segments" else ("continued", "8s"):
+    for kind in kinds:
         shown = []
         for clip, row in zip(REAL_CLIPS, chosen, strict=True):
             words = ["--prompt", row["caption"], "--num-frames", "192" if kind == "8s" else f"{len(truths[clip])}"]
