@@ -5,9 +5,9 @@
 bounce: trains configs/sora/bounce.yaml on the bouncing world and reads every join of videos of six windows, in
 *continue* mode (with the preset's defaults, and without one of them at a time) and in *blend* mode, against true clips.
 memory: peak memory of 64, 256 and 1024 frames, each in its own process. real: trains SoraDiT on real clips with --codec
-($TITANS_REAL_CLIPS, default ../shared/real_clips), then continues them and generates 8 seconds at 24 frames per second,
-with three seeds. loops: the same, trained on clips that are played forward, then backward, and so on, so that 8 seconds
-stay in what was learned. segments: trains TitansVideoDiT on the clips, and continues them segment by segment.
+($TITANS_REAL_CLIPS, default ../shared/real_clips), then continues them and generates 8 seconds at 24 frames per second.
+loops: the same, trained on clips that are played forward, then backward, and so on, so that 8 seconds stay in what was
+learned. segments: trains TitansVideoDiT on the clips, and continues them segment by segment.
 interpolation: PSNR against true 24 frames per second, compared with repeated frames.
 """
 
@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/windows"))
     parser.add_argument("--videos", type=int, default=48, help="videos of each mode in the bouncing world")
     parser.add_argument("--codec", choices=["patch", "tiny"], default="patch", help="of the real clips")
+    parser.add_argument("--seeds", type=int, default=3, help="videos of each real clip")
     parser.add_argument("--keep", action="store_true", help="use the existing runs")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -190,9 +191,12 @@ def judge(videos: np.ndarray, edges: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def titans_video(*words: str) -> dict[str, float]:
-    """Run `titans-video` with `words`, as `run` does."""
-    return run([sys.executable, "-m", "titans_video.cli.main", *words])
+def titans_video(*words: str, processes: int = 1) -> dict[str, float]:
+    """Run `titans-video` with `words`, as `run` does, in one process of two threads or in two of one thread."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    launch = launcher if processes == 2 else []
+    command = [sys.executable, *launch, "-m", "titans_video.cli.main", *words]
+    return run(command, {"OMP_NUM_THREADS": f"{2 // processes}"})
 
 
 def run(words: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
@@ -248,10 +252,7 @@ REAL = shlex.split(
 )
 # The settings for the VAE of the package. A step of few clips spends much of its time on encoding and on the optimizer.
 # In bf16 the backward pass of torch's own attention on a CPU takes six times as long as in float32.
-TINY = (
-    "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --batch-size 16 --mixed-precision bf16 "
-    "--attention-backend math"
-)
+TINY = "--vae-backend tiny --patch-size 1,4,4 --model-dim 192 --mixed-precision bf16 --attention-backend math"
 PATCH = """--vae-backend patch --vae-init-json '{"smooth": 0.1}' --patch-size 1,2,2 --batch-size 4 --max-steps 1500"""
 SMOOTH = """--vae-init-json '{"smooth": 0.2}'"""
 SORA = "--attention-type full --task-mix t2v=0.3,v2v=0.7"
@@ -264,7 +265,8 @@ class RealRun:
 
     `given` are the clip's first frames that it continues. Its first window or segment ends before the frame `first`,
     and each later one has `new` frames of its own. `borders` are the first frames of latent frames. With `loop` each
-    clip is played forward, then backward, and so on, so that a longer video stays in what was learned.
+    clip is played forward, then backward, and so on, so that a longer video stays in what was learned. `processes` are
+    those of the training: 1, or 2 with a batch each.
     """
 
     given: int
@@ -274,9 +276,10 @@ class RealRun:
     training: str
     sampling: str
     loop: bool = False
+    processes: int = 1
 
 
-TINY_SORA = f"--num-frames 33 --cond-frames 9 --hold-last {SORA} {TINY}"
+TINY_SORA = f"--num-frames 33 --cond-frames 9 --hold-last {SORA} {TINY} --batch-size 16"
 TINY_WINDOWS = RealRun(
     *(9, 33, 24, range(1, 192, 4)),
     f"{TINY_SORA} --max-steps 5000 --cache-variants 256",
@@ -298,8 +301,10 @@ REAL_RUNS = {
     "segments": {
         "tiny": RealRun(
             *(5, 9, 12, range(1, 192, 4)),
-            f"--num-frames 33 --cond-frames 5 --overlap 8 --max-steps 2900 --cache-variants 256 {TITANS} {TINY}",
+            f"--num-frames 33 --cond-frames 5 --overlap 8 --max-steps 3900 --cache-variants 256 {TITANS} {TINY} "
+            "--batch-size 8",
             f"{SMOOTH} --steps 4",
+            processes=2,
         ),
         "patch": RealRun(
             *(8, 16, 16, range(8, 192, 8)),
@@ -308,7 +313,6 @@ REAL_RUNS = {
         ),
     },
 }
-REAL_SEEDS = range(3)
 REAL_CLIPS = ("bee_thistle.mp4", "coffee_pour.mp4", "football_juggle_a.mp4", "highway_drive_a.mp4")
 
 
@@ -345,18 +349,20 @@ def continue_clips(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     for clip, truth in truths.items():
         write_video(folder / f"start_{clip}", truth[: how.given], 24, crf=8)
     found: dict[str, Any] = {"codec": arguments.codec}
+    seeds = range(arguments.seeds)
     if not arguments.keep:
         data = ["--manifest", f"{folder}/manifest.jsonl", "--data-root", f"{folder}", "--output-dir", f"{folder}/run"]
         if "--cache-variants" in how.training:
             data += ["--cache", f"{folder}/latents"]
-        found["training"] = titans_video(*command, *data, *shlex.split(how.training), *REAL)
+        words = [*command, *data, *shlex.split(how.training), *REAL]
+        found["training"] = titans_video(*words, processes=how.processes)
         print(f"Training: {found['training']}")
     for kind in kinds:
         shown = []
         for clip, row in zip(REAL_CLIPS, chosen, strict=True):
             words = ["--prompt", row["caption"], "--num-frames", "192" if kind == "8s" else f"{len(truths[clip])}"]
             words += [] if kind == "8s" else ["--video", f"{folder}/start_{clip}"]
-            videos = [generate(folder, how, words, seed, f"{Path(clip).stem}_{kind}_{seed}") for seed in REAL_SEEDS]
+            videos = [generate(folder, how, words, seed, f"{Path(clip).stem}_{kind}_{seed}") for seed in seeds]
             found[f"{clip}, {kind}"] = real_joins(videos, how)
             if kind == "continued":
                 found[f"{clip}, true"] = real_joins([truths[clip]], how)
