@@ -1,6 +1,6 @@
 """A video VAE: quality beside the linear codec, dB against minutes, memory of streams, speed beside AutoencoderKLWan.
 
-    python benchmarks/vae.py quality --vae outputs/vae [--clips FOLDER --val FILE] [--side 128] [--sheet F.png]
+    python benchmarks/vae.py quality [--vae outputs/vae] [--clips FOLDER --val FILE] [--side 128] [--sheet F.png]
     python benchmarks/vae.py smooth [--vae outputs/vae] [--clips FOLDER --val FILE] [--side 128]
     python benchmarks/vae.py curve --run outputs
     python benchmarks/vae.py memory [--vae outputs/vae]
@@ -8,13 +8,14 @@
 
 `quality` decodes the clips of --val, a text file with a name on each line (default: val.txt in the folder). The linear
 codec of the same strides and channels is fitted to the other clips. Clips that a computer drew (`DRAWN`) count in the
-first mean only. Without --vae an untrained VAE is measured, so only `memory` and `speed` say something. Without a
-command, `memory` and `speed` run.
+first mean only.
 
 `smooth` adds errors to the latents of these clips, as a network that generates them does. It prints PSNR and the step
-between latent frames over that within them, with and without the decoder's smoothing, by default of the shipped VAE.
+between latent frames over that within them, with and without the decoder's smoothing.
 
-Each length of `memory` runs in a process of its own, and its peak is that of the whole process.
+Without --vae, `quality` and `smooth` measure the shipped VAE, and `memory` and `speed` an untrained one of Wan's
+strides. Each length of `memory` runs in a process of its own, and its peak is that of the whole process. Without a
+command, `memory` and `speed` run.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def fit(vae: TitansVideoVAE, paths: list[Path], side: int) -> PCACodec:
 @torch.no_grad()
 def quality(options: argparse.Namespace) -> int:
     """Print PSNR, SSIM and flicker of the VAE and of the linear codec on clips that neither was fitted to."""
-    vae = load(options.vae)
+    vae = load(options.vae or TINY)
     training, held_out = names_of(options.clips, options.val)
     linear, stride = fit(vae, training, options.side), vae.temporal_compression_ratio
     print(f"{'clip':28}{'PSNR':>8}{'linear':>8}{'SSIM':>8}{'linear':>8}{'flicker':>9}{'linear':>8}")
