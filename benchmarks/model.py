@@ -1,14 +1,15 @@
 """Forward and backward of SoraDiT against diffusers' transformers of the same width, depth and tokens.
 
-    python benchmarks/model.py [--device cuda --dtype bf16 --width 1152 --depth 28 --heads 9 ...]
+    python benchmarks/model.py [--device cuda --dtype bf16 --compile --width 1152 --depth 28 --heads 9 ...]
     python benchmarks/model.py --traffic --width 128 --heads 2 --frames 4 --size 64
 
 `st` is compared with LatteTransformer3DModel (one of its layers is a spatial and a temporal block; one block of ours
 has spatial and temporal attention). `full` is compared with WanTransformer3DModel and with CogVideoXTransformer3DModel,
 which joins text and video in one attention and so computes no cross-attention. Each candidate has its own process. The
 parent asks them for one step each in turn, so a slow minute of the machine affects all equally. Time is the median
-step. Memory is the process's peak minus the memory before the network was built (on CUDA: torch's peak). Torch counts
-the FLOPs with attention as plain products (a backward pass is twice a forward pass).
+step, and a ratio of times is the median over the turns. Memory is the process's peak minus the memory before the
+network was built (on CUDA: torch's peak). Torch counts the FLOPs with attention as plain products (a backward pass is
+twice a forward pass). --compile compiles the blocks of every candidate, as training does by default on CUDA.
 
 --traffic counts instead what one block in bf16 reads and writes, forward and backward, in units of its residual stream:
 eager as the sum over torch's operations, compiled as Inductor counts it on a CPU. It times nothing. Weights count too,
@@ -48,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, one graph for each kind")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--traffic", action="store_true", help="count what a block reads and writes")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -153,6 +155,16 @@ def build(name: str, a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], A
     return net, run
 
 
+def candidate(a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], Any]]:
+    """Return `build`'s network and function for this worker, on the device, compiled with --compile."""
+    net, run = build(a.worker, a)
+    net = net.to(a.device).train()
+    lists = [part for part in net.children() if type(part).__name__ == "ModuleList" and len(part) == a.depth]
+    for block in [block for part in lists for block in part] if a.compile else []:
+        block.compile(dynamic=False)
+    return net, run
+
+
 def count_flops(name: str, a: argparse.Namespace) -> int:
     """Count the FLOPs of one forward and backward pass on the meta device."""
     import torch
@@ -175,12 +187,11 @@ def worker(a: argparse.Namespace) -> None:
     torch.manual_seed(0)
     cuda = a.device.startswith("cuda")
     small = argparse.Namespace(**{**vars(a), "width": 8 * a.heads, "depth": 1, "frames": 1, "size": 8})
-    # Run a small network first: libraries load on first use and must not count as the network's memory.
-    net, run = build(a.worker, small)
-    run(net.to(a.device), a.device).float().mean().backward()
+    # Run a small network first: libraries and compiler load on first use and must not count as the network's memory.
+    net, run = candidate(small)
+    run(net, a.device).float().mean().backward()
     before = resident()
-    net, run = build(a.worker, a)
-    net = net.to(a.device).train()
+    net, run = candidate(a)
 
     def step() -> float:
         start = time.perf_counter()
@@ -225,8 +236,13 @@ def measure(a: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for name in names:
             seconds[name].append(workers[name].ask("step")["seconds"])
     for name in names:
-        results[name] |= {"seconds": statistics.median(seconds[name])} | workers[name].ask("end")
+        results[name] |= {"seconds": seconds[name]} | workers[name].ask("end")
     return results
+
+
+def ratio_of_times(ours: dict[str, Any], its: dict[str, Any]) -> float:
+    """Return the median over the turns of our time relative to its time."""
+    return statistics.median(a / b for a, b in zip(ours["seconds"], its["seconds"], strict=True))
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
@@ -237,22 +253,24 @@ def table(a: argparse.Namespace, results: dict[str, dict[str, Any]]) -> str:
     tokens = a.frames * (a.size // 2) ** 2
     lines = [
         f"Forward + backward, {first['device']}, {a.dtype}, torch {first['torch']}: width {a.width}, depth {a.depth}, "
-        f"{a.heads} heads, {tokens} tokens x batch {a.batch}, {a.text_tokens} text tokens; median of {a.repeats}.",
+        f"{a.heads} heads, {tokens} tokens x batch {a.batch}, {a.text_tokens} text tokens; median of {a.repeats}; "
+        f"blocks {'compiled' if a.compile else 'eager'}.",
         "",
-        "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time, ours : its | memory, ours : its |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | parameters | ms | GFLOP | TFLOP/s | MFU | peak MiB | time, ours : its | time per FLOP | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     peak_rate = peak_flops(first["device"], "bf16" if a.dtype == "bf16" else "no")
     for group in GROUPS:
         ours = results[group[0]]
         for name in group:
             r = results[name]
-            rate = r["flops"] / r["seconds"]
+            seconds, ratio = statistics.median(r["seconds"]), ratio_of_times(ours, r)
+            rate = r["flops"] / seconds
             mfu = f"{rate / peak_rate:.1%}" if peak_rate and a.dtype == "bf16" else "-"
             lines.append(
-                f"| {name} | {r['parameters'] / 1e6:.1f}M | {r['seconds'] * 1e3:.1f} | {r['flops'] / 1e9:.1f} "
-                f"| {rate / 1e12:.3f} | {mfu} | {r['peak'] / 2**20:.0f} | {ours['seconds'] / r['seconds']:.2f} "
-                f"| {ours['peak'] / r['peak']:.2f} |"
+                f"| {name} | {r['parameters'] / 1e6:.1f}M | {seconds * 1e3:.1f} | {r['flops'] / 1e9:.1f} "
+                f"| {rate / 1e12:.3f} | {mfu} | {r['peak'] / 2**20:.0f} | {ratio:.2f} "
+                f"| {ratio * r['flops'] / ours['flops']:.2f} | {ours['peak'] / r['peak']:.2f} |"
             )
     return "\n".join(lines)
 
