@@ -37,6 +37,10 @@ SIZE = ["--height", "32", "--width", "32", "--num-frames", "8"]
 SMALL = [*SIZE, *FOLDED, *["--model-dim", "48", "--depth", "7", "--heads", "2"]]
 VAE = [*SIZE[:4], *["--num-frames", "5", "--vae-width", "16"]]
 GPUS = Request(gpus=1, memory=2**30)
+BLOCKED = pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    reason="without AVX-512, oneDNN computes a convolution over frames in another way",
+)
 
 
 def options_of(recipe: str, words: list[str]) -> Any:
@@ -88,10 +92,10 @@ def test_the_peak_of_a_step_is_that_of_torchs_allocator(sora: Subject, mode: str
 @pytest.mark.parametrize(
     ("shape", "weight", "stride"),
     [
-        ((4, 16, 6, 32, 32), (16, 16, 3, 3, 3), 1),
+        pytest.param((4, 16, 6, 32, 32), (16, 16, 3, 3, 3), 1, marks=BLOCKED),
         ((4, 3, 6, 32, 32), (16, 3, 1, 3, 3), 1),
         ((4, 16, 6, 32, 32), (3, 16, 1, 3, 3), 1),
-        ((4, 20, 6, 32, 32), (40, 20, 3, 3, 3), 2),
+        pytest.param((4, 20, 6, 32, 32), (40, 20, 3, 3, 3), 2, marks=BLOCKED),
         ((4, 20, 64, 64), (24, 20, 3, 3), 1),
         ((1, 8, 5, 32, 32), (8, 8, 3, 3, 3), 1),
     ],
