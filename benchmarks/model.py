@@ -159,9 +159,10 @@ def candidate(a: argparse.Namespace) -> tuple[Any, Callable[[Any, str], Any]]:
     """Return `build`'s network and function for this worker, on the device, compiled with --compile."""
     net, run = build(a.worker, a)
     net = net.to(a.device).train()
-    lists = [part for part in net.children() if type(part).__name__ == "ModuleList" and len(part) == a.depth]
-    for block in [block for part in lists for block in part] if a.compile else []:
-        block.compile(dynamic=False)
+    if a.compile:
+        lists = [part for part in net.children() if type(part).__name__ == "ModuleList" and len(part) == a.depth]
+        for block in [block for part in lists for block in part]:
+            block.compile(dynamic=False)
     return net, run
 
 

@@ -37,10 +37,8 @@ SIZE = ["--height", "32", "--width", "32", "--num-frames", "8"]
 SMALL = [*SIZE, *FOLDED, *["--model-dim", "48", "--depth", "7", "--heads", "2"]]
 VAE = [*SIZE[:4], *["--num-frames", "5", "--vae-width", "16"]]
 GPUS = Request(gpus=1, memory=2**30)
-BLOCKED = pytest.mark.skipif(
-    "AVX512" not in torch.backends.cpu.get_cpu_capability(),
-    reason="without AVX-512, oneDNN computes a convolution over frames in another way",
-)
+OVER_FRAMES = 0.02 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 1 / 6
+"""The error of a large convolution over frames: without AVX-512 oneDNN computes it in a way that is not modelled."""
 
 
 def options_of(recipe: str, words: list[str]) -> Any:
@@ -90,17 +88,17 @@ def test_the_peak_of_a_step_is_that_of_torchs_allocator(sora: Subject, mode: str
 
 
 @pytest.mark.parametrize(
-    ("shape", "weight", "stride"),
+    ("shape", "weight", "stride", "error"),
     [
-        pytest.param((4, 16, 6, 32, 32), (16, 16, 3, 3, 3), 1, marks=BLOCKED),
-        ((4, 3, 6, 32, 32), (16, 3, 1, 3, 3), 1),
-        ((4, 16, 6, 32, 32), (3, 16, 1, 3, 3), 1),
-        pytest.param((4, 20, 6, 32, 32), (40, 20, 3, 3, 3), 2, marks=BLOCKED),
-        ((4, 20, 64, 64), (24, 20, 3, 3), 1),
-        ((1, 8, 5, 32, 32), (8, 8, 3, 3, 3), 1),
+        ((4, 16, 6, 32, 32), (16, 16, 3, 3, 3), 1, OVER_FRAMES),
+        ((4, 3, 6, 32, 32), (16, 3, 1, 3, 3), 1, 0.02),
+        ((4, 16, 6, 32, 32), (3, 16, 1, 3, 3), 1, 0.02),
+        ((4, 20, 6, 32, 32), (40, 20, 3, 3, 3), 2, OVER_FRAMES),
+        ((4, 20, 64, 64), (24, 20, 3, 3), 1, 0.02),
+        ((1, 8, 5, 32, 32), (8, 8, 3, 3, 3), 1, 0.02),
     ],
 )
-def test_the_copies_of_a_convolution_are_counted(shape: Any, weight: Any, stride: int) -> None:
+def test_the_copies_of_a_convolution_are_counted(shape: Any, weight: Any, stride: int, error: float) -> None:
     """Blocks of channels are padded, pixels are not copied, and a small convolution is a matrix product."""
 
     def step() -> object:
@@ -113,7 +111,7 @@ def test_the_copies_of_a_convolution_are_counted(shape: Any, weight: Any, stride
     with shapes_only(on_cpu=True) as live:
         live.begin("step")
         step()
-    assert live.peak.total == pytest.approx(allocated(step), rel=0.02)
+    assert live.peak.total == pytest.approx(allocated(step), rel=error)
 
 
 def test_a_shortened_stack_has_the_peak_of_the_whole_one() -> None:
